@@ -1,0 +1,72 @@
+# The words are the same here, in CI and in pre-commit.  Each sets up what it needs; the second time that costs nothing.
+#   make run ARGS="--port 9000"      make test ARGS="-k wire -x"      make PYTHON=/path/to/python install
+
+ARGS ?=
+BIN := .venv/bin
+CODE := relay tests $(wildcard clients/python benchmarks)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# An environment that no longer runs (its Python is gone, or this folder was moved or copied) is made anew.
+ifneq ($(shell cat .venv/.made-in 2>/dev/null && $(BIN)/python -c ''),$(CURDIR))
+$(shell rm -rf .venv)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check lint format install cover lock clean
+
+help: ## show these words
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1	/p' Makefile
+
+run: .venv/.run ## start the relay with its own Valkey; ARGS go to `relay serve`
+	@exec $(BIN)/relay serve $(ARGS)
+
+test: check ## check, then run every test; ARGS go to pytest
+	@tools/browser.sh
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.dev ## format, lint, types and spelling
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(CODE)
+	PATH="$(CURDIR)/$(BIN):$$PATH" basedpyright --verifytypes relay --ignoreexternal
+	$(BIN)/codespell
+
+lint: check ## the same as check
+
+format: .venv/.dev ## put the code in its one format, and repair what can be repaired
+	$(BIN)/ruff check --fix --exit-zero --quiet .
+	$(BIN)/ruff format .
+
+install: .venv/.dev ## set up the development environment in .venv
+
+cover: .venv/.dev ## run every test and say which branches none of them took
+	@tools/browser.sh
+	rm -f .coverage .coverage.*
+	$(BIN)/coverage run -m pytest $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+lock: .venv/.dev ## write the lock files anew; LOCK_ARGS=--upgrade takes the newest versions
+	tools/lock.sh
+
+clean: ## remove all that make and the tools made
+	rm -rf .venv build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf tests/js/node_modules
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Two environments in one: `make run` needs a third of what `make test` needs, and the second includes the first.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet
+
+.venv/.made-in:
+	@tools/venv.sh .venv
+	@printf '%s\n' '$(CURDIR)' > $@
+
+.venv/.run: .venv/.made-in requirements.lock pyproject.toml
+	$(PIP_INSTALL) --require-hashes -r requirements.lock
+	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+.venv/.dev: .venv/.made-in requirements.lock requirements-dev.lock pyproject.toml
+	$(PIP_INSTALL) --require-hashes -r requirements-dev.lock
+	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	@touch .venv/.run $@
