@@ -1,0 +1,51 @@
+"""The relay: Redis channels to WebSocket topics, in the manner of Phoenix Channels.
+
+A team's own code needs no more than this package's top level::
+
+    from relay import Relay
+
+    relay = Relay(redis_url="redis://localhost:6379")
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BusUnavailable",
+    "Config",
+    "ConfigError",
+    "Event",
+    "Join",
+    "Leave",
+    "Plugin",
+    "Push",
+    "RedisMessage",
+    "Refused",
+    "Relay",
+    "__version__",
+]
+
+if TYPE_CHECKING:
+    from relay.app import Relay
+    from relay.config import Config
+    from relay.errors import BusUnavailable, ConfigError
+    from relay.hooks import Event, Join, Leave, Push, RedisMessage, Refused
+    from relay.plugins import Plugin
+
+_HOMES = {
+    "Relay": "relay.app",
+    "Config": "relay.config",
+    "BusUnavailable": "relay.errors",
+    "ConfigError": "relay.errors",
+    **dict.fromkeys(("Event", "Join", "Leave", "Push", "RedisMessage", "Refused"), "relay.hooks"),
+    "Plugin": "relay.plugins",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names on first use, so that ``relay --help`` need not load a web server."""
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'relay' has no attribute {name!r}")

@@ -1,0 +1,326 @@
+"""Settings: one frozen tree, read from a TOML file, ``RELAY_…`` variables and flags, in rising precedence.
+
+Owns every setting with its unit and default; must not know who uses it. ``config/relay.toml`` shows them all.
+"""
+
+import os
+import tomllib
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from relay.errors import ConfigError
+from relay.outbox import Overflow
+
+ENV_PREFIX = "RELAY_"
+CONFIG_VARIABLE = "RELAY_CONFIG"
+"""Names the configuration file where no ``--config`` does."""
+
+EMBEDDED = "embedded"
+"""The value of ``redis_url`` that asks for a Valkey of the relay's own."""
+
+_REDIS_SCHEMES = ("redis", "rediss", "unix")
+_BROADCAST_SCHEMES = ("memory", "postgres", "postgresql", "kafka")
+
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class OnGap(StrEnum):
+    """What the subscribers of a topic are told when events may have been missed."""
+
+    REJOIN = "rejoin"
+    IGNORE = "ignore"
+
+
+class _Table(BaseModel, extra="forbid", frozen=True):
+    """Unknown keys are refused, and nothing changes after the start."""
+
+
+class RedisConfig(_Table):
+    """The link to Redis."""
+
+    to_prefix: str = Field("to:", min_length=1, description="Redis channels towards browsers start with this")
+    from_prefix: str = Field("from:", min_length=1, description="Redis channels of browsers' pushes start with this")
+    timeout_s: Seconds = Field(5.0, description="seconds to connect, and for Redis to take a message")
+    ping_interval_s: Seconds = Field(10.0, description="seconds of silence before the subscription is pinged")
+    ping_timeout_s: Seconds = Field(5.0, description="seconds for the answer, then the link counts as lost")
+    backoff_min_s: Seconds = Field(0.1, description="seconds to the first new attempt, at most")
+    backoff_max_s: Seconds = Field(5.0, description="seconds between two attempts, at most")
+    publish_queue_max: Positive = Field(10_000, description="messages waiting for Redis before pushes are refused")
+
+    @model_validator(mode="after")
+    def _prefixes_differ(self) -> "RedisConfig":
+        if self.to_prefix.startswith(self.from_prefix) or self.from_prefix.startswith(self.to_prefix):
+            raise ValueError("to_prefix and from_prefix must not begin alike, or the relay would hear its own pushes")
+        return self
+
+
+class LimitsConfig(_Table):
+    """How much one client may ask for."""
+
+    frame_max_bytes: Positive = Field(1_048_576, description="largest frame from a client, in bytes")
+    payload_max_bytes: Positive = Field(1_048_576, description="largest payload of an event or a push, in bytes")
+    topics_per_socket: Positive = Field(100, description="topics one socket may have joined at a time")
+    outbox_max_bytes: Positive = Field(
+        2_097_152, description="events waiting for one slow socket, in bytes; more than payload_max_bytes"
+    )
+    pushes_in_flight: Positive = Field(256, description="messages of one socket under way before it is read no further")
+    idle_timeout_s: Seconds = Field(60.0, description="seconds without a message or ping before a socket is closed")
+    close_timeout_s: Seconds = Field(5.0, description="seconds for a client to answer a close, then it is cut off")
+
+
+class PluginsConfig(_Table):
+    """Where plugins come from, and how long their handlers may take."""
+
+    paths: tuple[Path, ...] = Field((), description="directories whose packages are plugins")
+    disabled: tuple[str, ...] = Field((), description="names of plugins not to load")
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description='one cannot be imported: "stop" the start, or "skip" it'
+    )
+    timeout_s: Seconds = Field(10.0, description="seconds until a handler is given up")
+
+
+class RestConfig(_Table):
+    """The REST interface."""
+
+    path: str = Field("/api", description='where it is mounted; "" turns it off')
+    api_key: str = Field(
+        "", repr=False, description="asked for from all clients; without one, only loopback is answered"
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _clean_path(cls, path: str) -> str:
+        if path and (not path.startswith("/") or not path.rstrip("/")):
+            raise ValueError('expected a path like "/api", or "" for none')
+        return path.rstrip("/")
+
+
+class ProxyConfig(_Table):
+    """A prefix that another process serves."""
+
+    prefix: str = Field(min_length=2, pattern="^/", description="path that is forwarded, with all below it")
+    target: str = Field(pattern="^https?://", repr=False, description="where to, for example http://127.0.0.1:8001")
+    strip_prefix: bool = Field(True, description="leave the prefix out of the forwarded path")
+
+
+class TopicConfig(_Table):
+    """Settings of the topics that ``match``; the first entry that matches is used."""
+
+    match: str = Field(
+        "*", min_length=1, description="pattern of topics: * any text, ? one character, [abc] one of these"
+    )
+    overflow: Overflow = Field(Overflow.DISCONNECT, description='slow reader: "disconnect", "drop-oldest" or "latest"')
+    on_gap: OnGap = Field(OnGap.REJOIN, description='events may have been missed: "rejoin" or "ignore"')
+    push: bool = Field(True, description="whether browsers may push here")
+
+
+class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True):
+    """All settings of a relay. Unknown keys are refused."""
+
+    host: str = Field("127.0.0.1", description="address to listen on; others than loopback need anonymous = true")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    workers: Positive = Field(1, description="processes to serve with")
+    anonymous: bool = Field(False, description="let anybody connect, also from other machines")
+    redis_url: str = Field("", repr=False, description='redis://, rediss:// or unix:// address, or "embedded"')
+    broadcast_url: str = Field(
+        "", repr=False, description="instead of Redis: memory://, postgres:// or kafka:// address"
+    )
+    socket_paths: tuple[str, ...] = Field(("/socket",), min_length=1, description="paths for new Socket(path)")
+    origins: Literal["same", "any"] | tuple[str, ...] = Field(
+        "same",
+        description='pages that may connect: "same" host, "any", or a list of "https://example.org", "//*.example.org"',
+    )
+    page: bool = Field(True, description="show the page at / that lets people try the relay")
+    system_topic: bool = Field(True, description='send host figures to subscribers of topic "system" each second')
+    rejoins_per_s: Positive = Field(1000, description="after a gap: subscriptions asked to rejoin per second")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity of log lines")
+    redis: RedisConfig = RedisConfig()
+    limits: LimitsConfig = LimitsConfig()
+    plugins: PluginsConfig = PluginsConfig()
+    rest: RestConfig = RestConfig()
+    proxy: tuple[ProxyConfig, ...] = ()
+    topics: tuple[TopicConfig, ...] = ()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take given values alone: `load` brings file and variables in, so that an error can name its source."""
+        return (init_settings,)
+
+    @field_validator("redis_url", "broadcast_url")
+    @classmethod
+    def _known_scheme(cls, url: str, info: Any) -> str:
+        if not url or (info.field_name == "redis_url" and url == EMBEDDED):
+            return url
+        allowed = _REDIS_SCHEMES if info.field_name == "redis_url" else _BROADCAST_SCHEMES
+        try:
+            parts = urlsplit(url)
+            _ = parts.port  # raises ValueError for a port that is no number
+        except ValueError:
+            # Not repeated: urllib quotes what it could not read, which may be a part of the password.
+            raise ValueError("expected scheme://user:password@host:port, special characters written as %XX") from None
+        if parts.scheme not in allowed:
+            raise ValueError(f"expected a URL that starts with {' or '.join(f'{s}://' for s in allowed)}")
+        return url
+
+    @field_validator("socket_paths")
+    @classmethod
+    def _clean_paths(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(path.startswith("/") and path.rstrip("/") for path in paths):
+            raise ValueError('expected paths like "/socket"')
+        return tuple(path.rstrip("/") for path in paths)
+
+    @field_validator("origins")
+    @classmethod
+    def _clean_origins(cls, origins: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        for origin in () if isinstance(origins, str) else origins:
+            parts = urlsplit(origin)
+            _ = parts.port  # raises ValueError here, or it would at each handshake
+            if not parts.netloc or parts.path not in ("", "/"):
+                raise ValueError('expected "https://host[:port]", "//host" or "//*.host" in each place')
+        return origins
+
+    @model_validator(mode="after")
+    def _one_bus(self) -> "Config":
+        if self.redis_url and self.broadcast_url:
+            raise ValueError("redis_url and broadcast_url exclude each other; set one of them")
+        if self.broadcast_url.startswith("memory") and self.workers > 1:
+            raise ValueError("broadcast_url memory:// reaches one process only; use Redis, or workers = 1")
+        return self
+
+    def topic(self, topic: str) -> TopicConfig:
+        """Settings of one topic: the first entry of ``topics`` that matches it, else the defaults."""
+        for entry in self.topics:
+            if fnmatchcase(topic, entry.match):
+                return entry
+        return _DEFAULT_TOPIC
+
+    def check_exposure(self) -> None:
+        """Refuse to listen beyond this machine while anybody may connect. Raises ConfigError."""
+        if self.host not in ("127.0.0.1", "::1", "localhost") and not self.anonymous:
+            raise ConfigError(
+                f"host: {self.host} can be reached from other machines, and anybody could connect; "
+                "set anonymous = true (or RELAY_ANONYMOUS=true) if that is meant"
+            )
+
+
+_DEFAULT_TOPIC = TopicConfig()
+
+
+def load(path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> Config:
+    """Read the settings from file, variables and flags; a later source wins, key by key.
+
+    Args:   path: a TOML file; without one, the file named by ``RELAY_CONFIG``, or none.
+            flags: values by setting, as the command line gives them; None means not given.
+    Raises: ConfigError: a missing file, an unknown key or a bad value, naming source, key and what was expected.
+    """
+    path = path or os.environ.get(CONFIG_VARIABLE) or None
+    sources = [
+        (str(path), _read_file(Path(path)) if path else {}),
+        ("environment", _read_environment()),
+        ("command line", {key: value for key, value in (flags or {}).items() if value is not None}),
+    ]
+    merged: dict[str, Any] = {}
+    for _, values in sources:
+        _merge(merged, values)
+    try:
+        return Config(**merged)
+    except ValidationError as error:
+        raise ConfigError(*explain(error, sources)) from None
+
+
+def explain(error: ValidationError, sources: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Put what pydantic found into one finished sentence for each problem.
+
+    Args: sources: name and values of each source of settings, the strongest last.
+    """
+    return [_explain(problem, sources) for problem in error.errors(include_url=False)]
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb"):  # the source below takes a missing file for an empty one
+            return TomlConfigSettingsSource(Config, path)()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+
+
+def _read_environment() -> dict[str, Any]:
+    """Read ``RELAY_PORT``, ``RELAY_LIMITS__TOPICS_PER_SOCKET`` and their like; lists and tables are JSON."""
+    known = {CONFIG_VARIABLE, *_variables(Config, ENV_PREFIX)}
+    unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name.upper() not in known)
+    if unknown:
+        raise ConfigError(*(f"environment: {name}: no such setting; see config/relay.toml" for name in unknown))
+    try:
+        return EnvSettingsSource(Config)()
+    except SettingsError as error:
+        raise ConfigError(f"environment: {error}: expected JSON") from None
+
+
+def _variables(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name.upper()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _variables(field.annotation, f"{prefix}{name.upper()}__")
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, dict) else value
+
+
+def _explain(problem: ErrorDetails, sources: list[tuple[str, dict[str, Any]]]) -> str:
+    """Say in one line where a bad value stands, which key it is, what was expected and what came."""
+    # Branches of a union appear in the location under their type's name, `tuple[str, ...]`; they are not keys.
+    unknown = problem["type"] == "extra_forbidden"
+    location = [part for part in problem["loc"] if isinstance(part, int) or unknown or "[" not in part]
+    key = ".".join(str(part) for part in location)
+    where = next((name for name, values in reversed(sources) if _holds(values, location)), "settings")
+    if unknown:
+        return f"{where}: {key}: no such setting; see config/relay.toml for all of them"
+    text = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected").replace("tuple", "list")
+    if problem["type"] == "model_type":
+        text = "expected a table"
+    # A URL may hold a password, also where it stands at the wrong key; and a whole table says nothing.
+    came = repr(problem["input"])
+    secret = key.endswith(("_url", "_key")) or "@" in came or isinstance(problem["input"], dict | Config)
+    shown = "" if secret else f", got {came}"
+    return ": ".join(filter(None, (where, key, text[:1].lower() + text[1:] + shown)))
+
+
+def _holds(values: Any, location: list[int | str]) -> bool:
+    """Say whether a source sets the key at ``location``."""
+    for part in location:
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return bool(location)

@@ -1,0 +1,84 @@
+"""Every reason, status and close code the relay gives, in one place.
+
+Owns the words a client or an operator can meet; must not know who says them.
+
+Exceptions::
+
+    RelayError
+    ├── ConfigError        the settings do not make sense; the start is stopped
+    ├── WireError          a client's frame cannot be decoded; carries the close code
+    └── BusUnavailable     the broker did not take a message
+"""
+
+from enum import IntEnum, StrEnum
+
+
+class Reason(StrEnum):
+    """What an ``error`` reply or a ``phx_error`` says, as ``{"reason": …}``.
+
+    The first three are Phoenix's own words (``lib/phoenix/socket.ex``).
+    """
+
+    UNMATCHED_TOPIC = "unmatched topic"
+    TOO_MANY_TOPICS = "too many channels joined"
+    JOIN_CRASHED = "join crashed"
+    INVALID_TOPIC = "invalid topic"
+    INVALID_EVENT = "invalid event"
+    PAYLOAD_TOO_LARGE = "payload too large"
+    PUSH_NOT_ALLOWED = "push not allowed"
+    BUS_UNAVAILABLE = "bus unavailable"
+    EVENTS_MISSED = "events may have been missed"
+    INTERNAL = "internal error"
+
+
+class CloseCode(IntEnum):
+    """WebSocket close codes the relay sends (RFC 6455, section 7.4.1, and the IANA registry).
+
+    1000 is not among them: it tells phoenix.js never to come back.
+    """
+
+    GOING_AWAY = 1001
+    """Idle for too long, or disconnected by the operator."""
+    PROTOCOL_ERROR = 1002
+    """Bytes that are no WebSocket frame; sent by the server, before the relay sees any of it."""
+    UNSUPPORTED = 1003
+    """A frame of a kind this socket does not speak."""
+    INVALID_PAYLOAD = 1007
+    """Not UTF-8, not JSON, or not a message of the negotiated version."""
+    TOO_BIG = 1009
+    """A frame over ``limits.frame_max_bytes``."""
+    RESTART = 1012
+    """The relay is shutting down; come back."""
+    SLOW_READER = 1013
+    """The socket's outbox is full and its topic's policy is ``disconnect``."""
+
+
+class RelayError(Exception):
+    """Base of all exceptions the relay raises on purpose."""
+
+
+class ConfigError(RelayError):
+    """The settings do not make sense.
+
+    ``problems`` holds one finished sentence each: where, which key, what was expected, what came.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class WireError(RelayError):
+    """A frame that cannot be decoded.
+
+    ``code`` is the close code to answer with; ``str(error)`` says what was expected and what came, in
+    at most 123 bytes, so that it fits a close frame (RFC 6455, section 5.5).
+    """
+
+    def __init__(self, code: CloseCode, text: str) -> None:
+        self.code = code
+        super().__init__(text.encode()[:123].decode(errors="ignore"))
+
+
+class BusUnavailable(RelayError):
+    """The broker did not take a message; ``str(error)`` says why, without secrets."""

@@ -1,0 +1,206 @@
+"""The state of one socket, sans I/O: messages in, actions out.
+
+Owns what a socket has joined and under which ``join_ref``; must not know transports, brokers or the clock.
+
+The owner feeds decoded messages to `Protocol.receive` and does what the returned action says. A `Join`,
+`Leave` or `Push` is answered through the protocol again, so that the wire's rules live in one place::
+
+    message ─► receive() ─► None            dropped: the message was stale
+                            Send(frame)     already answered, write it
+                            Join            decide, then accept() or refuse()
+                            Leave           take the subscriber out, then leave()
+                            Push            handle, then reply() – or not
+
+At most one message per topic is under way: the owner finishes one before it feeds the next of that topic.
+
+Source: Phoenix 1.9, ``lib/phoenix/socket.ex: handle_in`` – one clause per situation, in its order.
+"""
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import msgspec
+
+from relay import topics, wire
+from relay.errors import Reason
+from relay.wire import EMPTY, Frame, Message, Payload, Ref, Version
+
+
+@dataclass(eq=False, slots=True)
+class Subscription:
+    """One socket's joined topic (Phoenix calls it a channel). Two are never equal: a rejoin makes a new one."""
+
+    topic: str
+    join_ref: Ref
+    """The join's ``join_ref``, or its ``ref`` where the client gave none."""
+
+
+@dataclass(slots=True)
+class Send:
+    """Write this frame."""
+
+    frame: Frame
+    refused: Reason | None = None
+    """Why, where the frame refuses something; to be counted."""
+
+
+@dataclass(slots=True)
+class Join:
+    """The client asks for a topic. Decide, then call `Protocol.accept` or `Protocol.refuse`."""
+
+    subscription: Subscription
+    join_ref: Ref
+    """As it came, for the reply; may be null."""
+    ref: Ref
+    params: Payload
+    replaces: Subscription | None
+    """What this socket had under the same topic: it ends whether the join is accepted or not."""
+
+
+@dataclass(slots=True)
+class Leave:
+    """The client gives a topic up. Take the subscriber out, then call `Protocol.leave`."""
+
+    subscription: Subscription
+    ref: Ref
+
+
+@dataclass(slots=True)
+class Push:
+    """The client pushes an event to a topic it has joined. Answer with `Protocol.reply`, once, often or never."""
+
+    subscription: Subscription
+    ref: Ref
+    event: str
+    payload: Payload
+
+
+Action: TypeAlias = Send | Join | Leave | Push
+
+
+class Protocol:
+    """Joins, refs and stale rules of one socket.
+
+    Args: version: the serializer negotiated in the handshake.
+          topics_max: topics this socket may have joined at a time.
+          payload_max_bytes: largest payload of a push.
+    """
+
+    __slots__ = ("_joining", "_payload_max_bytes", "_topics_max", "subscriptions", "version")
+
+    def __init__(self, version: Version, *, topics_max: int, payload_max_bytes: int) -> None:
+        self.version: Version = version
+        self.subscriptions: dict[str, Subscription] = {}
+        # Topics whose join is being decided: they count towards the limit already.
+        self._joining: set[str] = set()
+        self._topics_max = topics_max
+        self._payload_max_bytes = payload_max_bytes
+
+    # What the client sent.
+
+    def receive(self, message: Message) -> Action | None:
+        """Take one message and say what it asks for. Never raises, whatever the message says.
+
+        Returns: the action, or None for a message under an outdated ``join_ref``: dropped without an answer.
+        """
+        topic, event = message.topic, message.event
+        if topic == topics.PROTOCOL_TOPIC and event == "heartbeat":
+            return Send(wire.encode_reply(self.version, None, message.ref, topic, "ok", EMPTY))
+        current = self.subscriptions.get(topic)
+        if event == "phx_join":
+            return self._receive_join(message, current)
+        if current is None:
+            if event == "phx_leave":
+                return Send(wire.encode_reply(self.version, message.join_ref, message.ref, topic, "ok", EMPTY))
+            return self._error(None, message, Reason.UNMATCHED_TOPIC)
+        if message.join_ref is not None and message.join_ref != current.join_ref:
+            return None
+        if event == "phx_leave":
+            return Leave(current, message.ref)
+        return self._receive_push(message, current)
+
+    def _receive_join(self, message: Message, current: Subscription | None) -> Action:
+        topic = message.topic
+        if topic == topics.PROTOCOL_TOPIC:
+            return self._error(None, message, Reason.UNMATCHED_TOPIC)
+        if not topics.is_topic(topic):
+            return self._error(message.join_ref, message, Reason.INVALID_TOPIC)
+        if current is None and len(self.subscriptions.keys() | self._joining) >= self._topics_max:
+            return self._error(message.join_ref, message, Reason.TOO_MANY_TOPICS)
+        # A rejoin too: what it replaces may be ended from this side before it is decided.
+        self._joining.add(topic)
+        own_ref = message.ref if message.join_ref is None else message.join_ref
+        return Join(Subscription(topic, own_ref), message.join_ref, message.ref, message.payload, current)
+
+    def _receive_push(self, message: Message, current: Subscription) -> Action:
+        if not topics.is_event(message.event):
+            return self._error(current.join_ref, message, Reason.INVALID_EVENT)
+        if payload_size(message.payload) > self._payload_max_bytes:
+            return self._error(current.join_ref, message, Reason.PAYLOAD_TOO_LARGE)
+        return Push(current, message.ref, message.event, message.payload)
+
+    def _error(self, join_ref: Ref, message: Message, reason: Reason) -> Send:
+        response = wire.json_payload({"reason": reason})
+        frame = wire.encode_reply(self.version, join_ref, message.ref, message.topic, "error", response)
+        return Send(frame, reason)
+
+    # What was decided.
+
+    def accept(self, join: Join, response: Payload = EMPTY) -> list[Frame]:
+        """Enter the subscription. Returns the frames in wire order: the new join's reply, then the old one's close."""
+        topic = join.subscription.topic
+        frames = self._answer_join(join, "ok", response)
+        self.subscriptions[topic] = join.subscription
+        return frames
+
+    def refuse(self, join: Join, response: Payload) -> list[Frame]:
+        """Refuse the join; a subscription it would have replaced is gone too, as in Phoenix."""
+        frames = self._answer_join(join, "error", response)
+        self.subscriptions.pop(join.subscription.topic, None)
+        return frames
+
+    def _answer_join(self, join: Join, status: str, response: Payload) -> list[Frame]:
+        topic = join.subscription.topic
+        self._joining.discard(topic)
+        frames = [wire.encode_reply(self.version, join.join_ref, join.ref, topic, status, response)]
+        # One that was ended from this side in the meantime has been told already.
+        if join.replaces is not None and self.has(join.replaces):
+            frames.append(wire.encode_close(self.version, join.replaces.join_ref, topic))
+        return frames
+
+    def leave(self, leave: Leave) -> list[Frame]:
+        """Drop the subscription. Returns the reply, then ``phx_close``."""
+        gone = leave.subscription
+        del self.subscriptions[gone.topic]
+        return [
+            wire.encode_reply(self.version, gone.join_ref, leave.ref, gone.topic, "ok", EMPTY),
+            wire.encode_close(self.version, gone.join_ref, gone.topic),
+        ]
+
+    def reply(self, push: Push, status: str, response: Payload = EMPTY) -> Frame | None:
+        """Answer a push under its ref; None where the client has left in the meantime, or asked for no answer."""
+        if push.ref is None or not self.has(push.subscription):
+            return None
+        subscription = push.subscription
+        return wire.encode_reply(self.version, subscription.join_ref, push.ref, subscription.topic, status, response)
+
+    def end(self, subscription: Subscription, error: str | None = None) -> Frame | None:
+        """End a subscription from this side: ``phx_error`` with a reason (rejoin), or ``phx_close`` (do not).
+
+        Returns None where it has ended already.
+        """
+        if not self.has(subscription):
+            return None
+        del self.subscriptions[subscription.topic]
+        if error is None:
+            return wire.encode_close(self.version, subscription.join_ref, subscription.topic)
+        return wire.encode_error(self.version, subscription.join_ref, subscription.topic, error)
+
+    def has(self, subscription: Subscription) -> bool:
+        """Say whether this very subscription is still in force."""
+        return self.subscriptions.get(subscription.topic) is subscription
+
+
+def payload_size(payload: Payload) -> int:
+    """Size of a payload in bytes, without copying it."""
+    return len(memoryview(payload) if isinstance(payload, msgspec.Raw) else payload)

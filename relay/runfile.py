@@ -1,0 +1,48 @@
+"""Which relays with an embedded server run on this machine: one small file each, for ``relay publish``.
+
+Owns those files, in a directory that only their user can read; must not know what a relay is.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def _directory() -> Path:
+    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
+    path = Path(base) / f"relay-{os.getuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    if path.lstat().st_uid != os.getuid():
+        raise PermissionError(f"{path} belongs to somebody else")
+    return path
+
+
+@contextmanager
+def announce(page_url: str, redis_url: str | None) -> Iterator[None]:
+    """For the duration of the block, let others on this machine find a relay; without a Redis URL, do nothing."""
+    if redis_url is None:
+        yield
+        return
+    path = _directory() / f"{os.getpid()}.json"
+    unfinished = path.with_suffix(".new")
+    unfinished.write_text(json.dumps({"page": page_url, "redis": redis_url}))
+    unfinished.replace(path)  # at once, so that nobody reads half of it
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def newest() -> str | None:
+    """The Redis URL of the relay started last; None where none runs. Files of relays that were killed are removed."""
+    found: list[tuple[float, str]] = []
+    for path in _directory().glob("*.json"):
+        try:
+            os.kill(int(path.stem), 0)
+            found.append((path.stat().st_mtime, json.loads(path.read_text())["redis"]))
+        except (ProcessLookupError, PermissionError, FileNotFoundError):  # its number may be somebody else's by now
+            path.unlink(missing_ok=True)
+    return max(found)[1] if found else None

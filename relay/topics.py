@@ -1,0 +1,74 @@
+"""Topic grammar, and (topic, event) ↔ Redis channel, both ways.
+
+Owns the rules for names; must not know Redis, sockets or settings. A Redis channel is made and parsed
+here alone::
+
+    to:room:42:new_msg   →  prefix "to:", topic "room:42", event "new_msg"
+
+The **last** colon splits topic from event: topics may contain colons, events may not.
+"""
+
+import re
+
+NAME_MAX_BYTES = 255
+"""Longest topic or event, in bytes of UTF-8: a binary frame gives its length in one byte."""
+
+PROTOCOL_TOPIC = "phoenix"
+"""The protocol's own topic: heartbeats go there, nobody joins it."""
+
+RESERVED_EVENT_PREFIX = "phx_"
+"""Events of the protocol itself (``phx_join``, ``phx_reply`` …); neither clients nor publishers may invent them."""
+
+# C0 controls, DEL and C1 controls: they have no place in a name and would spoil every log they reach. Lone
+# surrogates (what Python makes of bad bytes on a command line) have no UTF-8.
+_FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def _is_name(name: str) -> bool:
+    if _FORBIDDEN.search(name):
+        return False
+    # isascii() is a flag of the string: the common name is measured without being encoded.
+    size = len(name) if name.isascii() else len(name.encode())
+    return 0 < size <= NAME_MAX_BYTES
+
+
+def is_topic(topic: str) -> bool:
+    """Say whether a client may join ``topic``: 1 to 255 bytes of UTF-8, no control characters, not ``phoenix``."""
+    return _is_name(topic) and topic != PROTOCOL_TOPIC
+
+
+def is_event(event: str) -> bool:
+    """Say whether ``event`` may be pushed or published: as a topic, but without colon, and not ``phx_…``."""
+    return _is_name(event) and ":" not in event and not event.startswith(RESERVED_EVENT_PREFIX)
+
+
+def to_redis_channel(prefix: str, topic: str, event: str) -> bytes:
+    """Name the Redis channel of one event: ``<prefix><topic>:<event>``, in UTF-8.
+
+    The caller has checked both names with `is_topic` and `is_event`; a colon in the event would not come back.
+    """
+    return f"{prefix}{topic}:{event}".encode()
+
+
+def from_redis_channel(prefix: bytes, redis_channel: bytes) -> tuple[str, str] | None:
+    """Split a Redis channel into (topic, event), or return None where it names no event.
+
+    Names are decoded, not judged: whether anyone may join such a topic does not matter here, only whether
+    someone has.
+
+    Args:    prefix: as bytes; the channel is known to start with it, since it matched the pattern.
+    Returns: None for a channel without a colon after the prefix, or one that is not UTF-8.
+    """
+    try:
+        topic, colon, event = redis_channel[len(prefix) :].decode().rpartition(":")
+    except UnicodeDecodeError:
+        return None
+    return (topic, event) if colon else None
+
+
+def glob_escape(text: str) -> str:
+    r"""Escape ``text`` so that a Redis pattern matches it literally.
+
+    Source: Redis ``util.c: stringmatchlen`` – ``*``, ``?``, ``[``, ``]`` and ``\`` are special.
+    """
+    return re.sub(r"([*?\[\]\\])", r"\\\1", text)

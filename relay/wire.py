@@ -1,0 +1,320 @@
+"""Phoenix frames, V1 and V2, text and binary.
+
+Owns the bytes; must not know what a message means, who sent it, or who will read it.
+
+Text frames of V2 are five-element arrays, those of V1 are objects::
+
+    ["join_ref", "ref", "topic", "event", {payload}]
+    {"topic": "…", "event": "…", "payload": {…}, "ref": "…", "join_ref": "…"}
+
+A payload stays undecoded: it is JSON (checked, verbatim) in a `msgspec.Raw`, or the bytes of a binary frame.
+
+Source: Phoenix 1.9, ``lib/phoenix/socket/serializers/v1_json_serializer.ex`` and ``v2_json_serializer.ex``.
+"""
+
+import re
+from enum import IntEnum
+from typing import TypeAlias
+
+import msgspec
+
+from relay.errors import CloseCode, WireError
+from relay.topics import NAME_MAX_BYTES
+
+Ref: TypeAlias = str | int | None
+"""A client's number for a message or a join. phoenix.js sends strings, V1 clients also integers; echoed as it came."""
+
+Payload: TypeAlias = msgspec.Raw | bytes
+"""JSON that was checked and is forwarded verbatim, or the bytes of a binary frame.
+
+Ask ``isinstance(payload, msgspec.Raw)``: msgspec's stubs call `Raw` a subclass of `bytes`, which it is not.
+"""
+
+EMPTY = msgspec.Raw(b"{}")
+"""The payload of everything that has nothing to say."""
+
+_VSN = re.compile(r"([12])\.0\.(?:0|[1-9][0-9]*)")
+
+
+class Version(IntEnum):
+    """The serializer a socket speaks, negotiated by ``vsn``."""
+
+    V1 = 1
+    V2 = 2
+
+
+class Kind(IntEnum):
+    """First byte of a binary V2 frame."""
+
+    PUSH = 0
+    REPLY = 1
+    BROADCAST = 2
+
+
+class Message(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """One decoded frame from a client, in the order of V2's fields; elements past the fifth are ignored."""
+
+    join_ref: Ref
+    ref: Ref
+    topic: str
+    event: str
+    payload: Payload
+
+
+# One struct per version for the decoder alone: it cannot choose between `Raw` and `bytes` by itself.
+class _TextV2(msgspec.Struct, array_like=True, gc=False):
+    join_ref: Ref
+    ref: Ref
+    topic: str
+    event: str
+    payload: msgspec.Raw
+
+
+class _TextV1(msgspec.Struct, gc=False):
+    topic: str
+    event: str
+    payload: msgspec.Raw
+    ref: Ref
+    join_ref: Ref = None
+
+
+_decode_v2 = msgspec.json.Decoder(_TextV2).decode
+_decode_v1 = msgspec.json.Decoder(_TextV1).decode
+_check_json = msgspec.json.Decoder(msgspec.Raw).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class Frame:
+    """One encoded frame, ready for any number of sockets.
+
+    Args: data: the message without its WebSocket header; text is UTF-8.
+          is_text: a text frame (opcode 1) rather than a binary one (opcode 2).
+    """
+
+    __slots__ = ("_text", "_wire", "data", "is_text", "size")
+
+    def __init__(self, data: bytes, is_text: bool) -> None:
+        self.data: bytes = data
+        self.is_text: bool = is_text
+        self.size: int = len(data)
+        self._wire: bytes | None = None
+        self._text: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The text of a text frame, as ASGI's ``websocket.send`` wants it; decoded once for all sockets."""
+        if self._text is None:
+            self._text = self.data.decode()
+        return self._text
+
+    @property
+    def wire(self) -> bytes:
+        """The frame as it goes to the transport: unmasked, unfragmented, header included; made once for all sockets.
+
+        Source: RFC 6455, section 5.2 – FIN and opcode, then the length in 7, 16 or 64 bits.
+        """
+        if self._wire is None:
+            first = b"\x81" if self.is_text else b"\x82"
+            if self.size < 126:
+                header = first + self.size.to_bytes(1)
+            elif self.size < 65536:
+                header = first + b"\x7e" + self.size.to_bytes(2)
+            else:
+                header = first + b"\x7f" + self.size.to_bytes(8)
+            self._wire = header + self.data
+        return self._wire
+
+    def __repr__(self) -> str:
+        return f"Frame({self.data!r}, is_text={self.is_text})"
+
+
+def negotiate(vsn: str) -> Version | None:
+    """Choose the serializer for the ``vsn`` of a handshake; None where none fits (the handshake is refused, 403).
+
+    Source: Phoenix 1.9, ``socket.ex: negotiate_serializer`` – V1 for ``~> 1.0.0``, V2 for ``~> 2.0.0``.
+    """
+    # As text: the client chooses the number of digits, and Python refuses to read more than 4300 of them.
+    found = _VSN.fullmatch(vsn)
+    return Version(int(found[1])) if found else None
+
+
+def decode(frame: str | bytes, version: Version) -> Message:
+    """Decode one frame sent by a client.
+
+    Args:    frame: ``str`` for a text frame, ``bytes`` for a binary one.
+    Returns: the message; ``payload`` is undecoded JSON, or the raw bytes of a binary push.
+    Raises:  WireError: not what the version speaks; its text says what was expected and what came.
+    Source:  Phoenix 1.9, ``V2.JSONSerializer.decode!/2`` and ``V1.JSONSerializer.decode!/2``.
+    """
+    try:
+        if version is Version.V1:
+            # Some V1 clients send their JSON in binary frames; decoding it here also proves it is UTF-8.
+            old = _decode_v1(frame if isinstance(frame, str) else frame.decode())
+            return Message(old.join_ref, old.ref, old.topic, old.event, old.payload)
+        if isinstance(frame, bytes):
+            return _decode_binary(frame)
+        new = _decode_v2(frame)
+        return Message(new.join_ref, new.ref, new.topic, new.event, new.payload)
+    except msgspec.ValidationError as error:
+        shape = "[join_ref, ref, topic, event, payload]" if version is Version.V2 else "{topic, event, payload, ref}"
+        raise WireError(CloseCode.INVALID_PAYLOAD, f"expected {shape}: {error}") from None
+    except msgspec.DecodeError as error:
+        if isinstance(frame, str) and (whole := _replace_half_pairs(frame)) != frame:
+            return decode(whole, version)
+        raise WireError(CloseCode.INVALID_PAYLOAD, f"expected JSON: {error}") from None
+    except RecursionError:
+        raise WireError(CloseCode.INVALID_PAYLOAD, "expected JSON: nested too deep") from None
+    except UnicodeError:
+        raise WireError(CloseCode.INVALID_PAYLOAD, "expected UTF-8 text") from None
+
+
+def _decode_binary(frame: bytes) -> Message:
+    """Decode a binary push: ``00 jl rl tl el join_ref ref topic event data``, each length one byte."""
+    if not frame or frame[0] != Kind.PUSH:
+        came = f"kind {frame[0]}" if frame else "an empty frame"
+        raise WireError(CloseCode.UNSUPPORTED, f"expected a binary push (kind 0), got {came}")
+    ends = [5]
+    for length in frame[1:5]:
+        ends.append(ends[-1] + length)
+    if len(ends) < 5 or ends[-1] > len(frame):
+        raise WireError(CloseCode.INVALID_PAYLOAD, f"binary push cut short at {len(frame)} bytes")
+    join_ref, ref, topic, event = (frame[start:end].decode() for start, end in zip(ends, ends[1:], strict=False))
+    # Length 0 stands for null: there is no other way to write it.
+    return Message(join_ref or None, ref or None, topic, event, frame[ends[-1] :])
+
+
+def json_payload(value: object) -> msgspec.Raw:
+    """Encode a Python value as a payload. Raises TypeError for what JSON cannot say."""
+    return msgspec.Raw(_encode(value))
+
+
+def check_payload(data: bytes) -> Payload:
+    """Sort what somebody published: valid JSON is returned as JSON, verbatim; anything else as bytes.
+
+    The one check of a payload: syntax by msgspec's decoder, which skips over the value without building
+    it, and UTF-8 by Python's. 0.3 µs for 220 bytes.
+    """
+    try:
+        _ = _check_json(data)
+        if not data.isascii():
+            data.decode()
+    except (RecursionError, UnicodeDecodeError):
+        return data
+    except msgspec.DecodeError:
+        if b"\\u" not in data or not _is_json_but_for_half_pairs(data):
+            return data
+    return msgspec.Raw(data)
+
+
+def _is_json_but_for_half_pairs(data: bytes) -> bool:
+    try:
+        _ = _check_json(_replace_half_pairs(data.decode()))
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
+        return False
+    return True
+
+
+# An escape of half a UTF-16 pair, and all that may stand before its backslash for it to be an escape.
+_HALF_PAIR = re.compile(
+    r"(?P<before>(?<!\\)(?:\\\\)*)"
+    r"(?:\\u[dD][89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+    r"|(?<!\\u[dD][89abAB][0-9a-fA-F]{2})\\u[dD][c-fC-F][0-9a-fA-F]{2})"
+)
+
+
+def _replace_half_pairs(text: str) -> str:
+    r"""Put U+FFFD in the place of half a surrogate pair, as ``"\ud83d"``.
+
+    JSON's grammar allows it, and ``JSON.stringify`` writes it for a string that was cut within an emoji. msgspec
+    refuses it, and UTF-8 has no bytes for it.
+    """
+    return _HALF_PAIR.sub(r"\g<before>\\ufffd", text)
+
+
+def _name(name: str) -> bytes:
+    """Write a name's bytes behind its length, as binary frames do."""
+    data = name.encode()
+    assert len(data) <= NAME_MAX_BYTES, "names are checked when they come in"
+    return data
+
+
+def _ref(ref: Ref) -> bytes:
+    return b"" if ref is None else str(ref).encode()[:NAME_MAX_BYTES]
+
+
+def _text_v2(join_ref: Ref, ref: Ref, topic: str, event: str, payload: msgspec.Raw) -> Frame:
+    # The payload is spliced in as it came: a valid JSON text inside a valid JSON text cannot break it.
+    head = _encode((join_ref, ref, topic, event))
+    return Frame(b"%b,%b]" % (head[:-1], bytes(payload)), True)
+
+
+def _text_v1(ref: Ref, topic: str, event: str, payload: Payload) -> Frame:
+    head = _encode({"topic": topic, "event": event, "ref": ref})
+    return Frame(b'%b,"payload":%b}' % (head[:-1], bytes(_v1_payload(payload))), True)
+
+
+def _v1_payload(payload: Payload) -> msgspec.Raw:
+    # V1 has no binary frames, and its clients would not survive one: bytes travel as {"base64": "…"}.
+    return payload if isinstance(payload, msgspec.Raw) else json_payload({"base64": payload})
+
+
+def encode_broadcast(version: Version, topic: str, event: str, payload: Payload) -> Frame:
+    """Encode one event for all subscribers of a topic: both refs null, so one frame serves them all.
+
+    Wire:   ``[null,null,topic,event,payload]``, or ``02 tl el topic event data`` for bytes.
+    Source: Phoenix 1.9, ``V2.JSONSerializer.fastlane!/1``.
+    """
+    if version is Version.V1:
+        return _text_v1(None, topic, event, payload)
+    if not isinstance(payload, msgspec.Raw):
+        topic_bytes, event_bytes = _name(topic), _name(event)
+        lengths = bytes((Kind.BROADCAST, len(topic_bytes), len(event_bytes)))
+        return Frame(b"".join((lengths, topic_bytes, event_bytes, payload)), False)
+    return _text_v2(None, None, topic, event, payload)
+
+
+def encode_push(version: Version, join_ref: Ref, topic: str, event: str, payload: Payload) -> Frame:
+    """Encode one message to one client: its join_ref, and no ref – phoenix.js takes any ref for its heartbeat's.
+
+    Wire:   ``[join_ref,null,topic,event,payload]``, or ``00 jl tl el join_ref topic event data`` for bytes.
+    """
+    if version is Version.V1:
+        return _text_v1(None, topic, event, payload)
+    if not isinstance(payload, msgspec.Raw):
+        join_bytes, topic_bytes, event_bytes = _ref(join_ref), _name(topic), _name(event)
+        lengths = bytes((Kind.PUSH, len(join_bytes), len(topic_bytes), len(event_bytes)))
+        return Frame(b"".join((lengths, join_bytes, topic_bytes, event_bytes, payload)), False)
+    return _text_v2(join_ref, None, topic, event, payload)
+
+
+def encode_reply(version: Version, join_ref: Ref, ref: Ref, topic: str, status: str, response: Payload) -> Frame:
+    """Encode the answer to a push, a join, a leave or a heartbeat, under the ref it came with.
+
+    Wire: ``[join_ref,ref,topic,"phx_reply",{"status":status,"response":response}]``, or
+          ``01 jl rl tl sl join_ref ref topic status data`` for bytes.
+    """
+    if version is Version.V2 and not isinstance(response, msgspec.Raw):
+        parts = (_ref(join_ref), _ref(ref), _name(topic), _name(status))
+        lengths = bytes((Kind.REPLY, *map(len, parts)))
+        return Frame(b"".join((lengths, *parts, response)), False)
+    body = b'{"status":%b,"response":%b}' % (_encode(status), bytes(_v1_payload(response)))
+    if version is Version.V1:
+        return _text_v1(ref, topic, "phx_reply", msgspec.Raw(body))
+    return _text_v2(join_ref, ref, topic, "phx_reply", msgspec.Raw(body))
+
+
+def encode_close(version: Version, join_ref: Ref, topic: str) -> Frame:
+    """Encode ``phx_close``: the subscription has ended and the client shall not rejoin by itself."""
+    return _encode_end(version, join_ref, topic, "phx_close", EMPTY)
+
+
+def encode_error(version: Version, join_ref: Ref, topic: str, reason: str) -> Frame:
+    """Encode ``phx_error``: the subscription broke, the client rejoins (phoenix.js after 1, 2, 5, 10 s)."""
+    return _encode_end(version, join_ref, topic, "phx_error", json_payload({"reason": reason}))
+
+
+def _encode_end(version: Version, join_ref: Ref, topic: str, event: str, payload: msgspec.Raw) -> Frame:
+    # Phoenix sends the join_ref in both places: ref = join_ref.
+    if version is Version.V1:
+        return _text_v1(join_ref, topic, event, payload)
+    return _text_v2(join_ref, join_ref, topic, event, payload)

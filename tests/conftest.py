@@ -1,0 +1,144 @@
+"""Fixtures for all tests, the runner of coroutine tests, and the rule on skips."""
+
+import asyncio
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from redis.asyncio import Redis
+
+from relay import Relay
+from tests.support.client import Client
+from tests.support.process import RelayProcess, Valkey
+from tests.support.serving import Served, serve
+
+NO_SKIP = "TESTS_NO_SKIP"
+_TIMEOUT_S = 60.0
+
+# A slow machine is no failure; what hangs is cut by the test's own time limit.
+settings.register_profile("relay", deadline=None)
+settings.load_profile("relay")
+
+
+def pytest_sessionstart() -> None:
+    """Settings of the machine must not reach the relays under test."""
+    for name in [name for name in os.environ if name.startswith("RELAY_")]:
+        del os.environ[name]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Run a coroutine test in the test's own loop; a task left over afterwards is a failure."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    runner = pyfuncitem.funcargs["runner"]
+    assert isinstance(runner, asyncio.Runner)
+    arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
+
+    async def run() -> None:
+        async with asyncio.timeout(_TIMEOUT_S):
+            await pyfuncitem.obj(**arguments)
+
+    runner.run(run())
+    return True
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give every coroutine test its runner."""
+    for item in items:
+        if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
+            item.fixturenames.insert(0, "runner")
+
+
+@pytest.fixture
+def runner() -> Iterator[asyncio.Runner]:
+    """The test's event loop; fixtures that need one use it too."""
+    with asyncio.Runner() as runner:
+        yield runner
+        left = [task for task in asyncio.all_tasks(runner.get_loop()) if not task.done()]
+    assert not left, f"tasks left over: {left}"
+
+
+@pytest.fixture(scope="session")
+def valkey() -> Iterator[Valkey]:
+    """A Valkey server for the whole run; tests on it keep apart by their topics."""
+    with Valkey() as server:
+        yield server
+
+
+@pytest.fixture(params=["direct", "portable"])
+def direct(request: pytest.FixtureRequest) -> bool:
+    """Both ways to write a frame: our Uvicorn protocol class, and any ASGI server's ``send``."""
+    return bool(request.param == "direct")
+
+
+@pytest.fixture
+def served(runner: asyncio.Runner, valkey: Valkey, direct: bool) -> Iterator[Served]:
+    """A relay on a real Uvicorn in the test's own loop, on both paths."""
+    stack = AsyncExitStack()
+    relay = Relay(redis_url=valkey.url, system_topic=False)
+    yield runner.run(stack.enter_async_context(serve(relay, direct=direct)))
+    runner.run(stack.aclose())
+
+
+@pytest.fixture
+def serve_relay(runner: asyncio.Runner, valkey: Valkey, direct: bool) -> Iterator[Callable[..., Any]]:
+    """``await serve_relay(limits={…})`` serves a relay with settings of its own, on both paths, until the test ends.
+
+    Without another bus it is on the common Valkey. ``server`` holds further settings of the server.
+    """
+    stack = AsyncExitStack()
+
+    async def serve_relay(*, server: dict[str, Any] | None = None, **settings: Any) -> Served:
+        if "broadcast_url" not in settings:
+            settings.setdefault("redis_url", valkey.url)
+        relay = Relay(**{"system_topic": False, **settings})
+        return await stack.enter_async_context(serve(relay, direct=direct, **(server or {})))
+
+    yield serve_relay
+    runner.run(stack.aclose())
+
+
+@pytest.fixture
+def redis(runner: asyncio.Runner, valkey: Valkey) -> Iterator[Redis]:
+    """A backend's client of the common Valkey."""
+    client = Redis.from_url(valkey.url)
+    yield client
+    runner.run(client.aclose())
+
+
+@pytest.fixture
+def connect(runner: asyncio.Runner) -> Iterator[Callable[..., Any]]:
+    """``await connect(served)`` gives a client, which is closed after the test."""
+    stack = AsyncExitStack()
+
+    async def connect(served: Served, **options: Any) -> Client:
+        return await stack.enter_async_context(Client.connect(served.ws, **options))
+
+    yield connect
+    runner.run(stack.aclose())
+
+
+@pytest.fixture(scope="module")
+def relay() -> Iterator[RelayProcess]:
+    """A ``relay serve`` process with its own embedded Valkey."""
+    with RelayProcess() as process:
+        yield process
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Where the machine is meant to have everything, a skipped test is a failure."""
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get(NO_SKIP) and reporter.stats.get("skipped") and exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say why the run failed, when it is for a skip."""
+    if os.environ.get(NO_SKIP) and terminalreporter.stats.get("skipped"):
+        terminalreporter.write_line(f"{NO_SKIP} is set: a skipped test is a failure", red=True)

@@ -1,0 +1,399 @@
+"""`relay.hub`: who is subscribed, and the sliced loop, with a clock and an event loop that the test turns by hand."""
+
+from collections import deque
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay import hub as hub_module
+from relay.errors import Reason
+from relay.hub import SLICE_S, Hub
+from relay.metrics import Metrics
+from relay.outbox import Overflow
+from relay.protocol import Subscription
+from relay.wire import EMPTY, Frame, Payload, Version, encode_broadcast, json_payload
+
+STEP = 32
+"""Subscribers between two looks at the clock."""
+
+
+class Loop:
+    """A clock, and callables put off to the next turn."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.waiting: deque[Callable[[], None]] = deque()
+
+    def clock(self) -> float:
+        return self.now
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        self.waiting.append(callback)
+
+    def turn(self) -> None:
+        """Run what was put off before this turn, as asyncio does."""
+        for _ in range(len(self.waiting)):
+            self.waiting.popleft()()
+
+    def run(self) -> int:
+        """Turn until nothing is left; say how often."""
+        turns = 0
+        while self.waiting:
+            self.turn()
+            turns += 1
+        return turns
+
+
+class Reader:
+    """A subscriber that notes what it is sent; each write takes ``cost_s`` of the loop's time."""
+
+    def __init__(self, loop: Loop, version: Version = Version.V2, cost_s: float = 0.0) -> None:
+        self.version = version
+        self.got: list[Frame] = []
+        self.policies: list[Overflow] = []
+        self.on_event: Callable[[], None] = lambda: None
+        self._loop = loop
+        self._cost_s = cost_s
+
+    def send_event(self, frame: Frame, topic: str, event: str, overflow: Overflow) -> None:
+        self.got.append(frame)
+        self.policies.append(overflow)
+        self._loop.now += self._cost_s
+        self.on_event()
+
+    def subscription(self, topic: str) -> Subscription | None:
+        raise AssertionError("the hub does not ask")
+
+    def fail(self, subscription: Subscription, reason: Reason) -> bool:
+        raise AssertionError("the hub does not end subscriptions")
+
+    @property
+    def texts(self) -> list[str]:
+        return [frame.text for frame in self.got]
+
+
+class Fixture:
+    """A hub with its surroundings."""
+
+    def __init__(self, overflow_of: Callable[[str], Overflow] = lambda topic: Overflow.DISCONNECT) -> None:
+        self.loop = Loop()
+        self.metrics = Metrics()
+        self.hub = Hub(self.metrics, overflow_of, self.loop.call_soon, self.loop.clock)
+        self.idle = 0
+
+        def count() -> None:
+            self.idle += 1
+
+        self.hub.on_idle = count
+
+    def reader(self, *topics: str, version: Version = Version.V2, cost_s: float = 0.0) -> Reader:
+        reader = Reader(self.loop, version, cost_s)
+        for topic in topics:
+            self.hub.add(topic, reader)
+        return reader
+
+    def slow_readers(self, count: int) -> list[Reader]:
+        """So slow that each slice ends at its first look at the clock."""
+        return [self.reader("t", cost_s=SLICE_S) for _ in range(count)]
+
+
+@pytest.fixture
+def fixture() -> Fixture:
+    return Fixture()
+
+
+def text(event: str, payload: Payload = EMPTY) -> str:
+    return encode_broadcast(Version.V2, "t", event, payload).text
+
+
+# Who is subscribed.
+
+
+def test_first_and_last_subscriber_of_a_topic_are_told(fixture: Fixture) -> None:
+    hub, one, two = fixture.hub, fixture.reader(), fixture.reader()
+    assert hub.add("t", one) is True
+    assert hub.add("t", two) is False
+    assert hub.remove("t", one) is False
+    assert hub.remove("t", two) is True
+    assert hub.add("t", one) is True
+
+
+def test_adding_twice_and_removing_a_stranger_change_nothing(fixture: Fixture) -> None:
+    hub, one, stranger = fixture.hub, fixture.reader("t"), fixture.reader()
+    assert hub.add("t", one) is False
+    assert hub.remove("t", stranger) is False
+    assert hub.remove("u", one) is False
+    assert hub.topics() == {"t": 1}
+    assert hub.remove("t", one) is True
+
+
+def test_topics_are_listed_with_their_subscribers(fixture: Fixture) -> None:
+    hub = fixture.hub
+    one, two = fixture.reader("t", "u"), fixture.reader("t")
+    assert hub.topics() == {"t": 2, "u": 1}
+    assert (len(hub), "t" in hub, "v" in hub) == (2, True, False)
+    assert (hub.count("t"), hub.count("v")) == (2, 0)
+    assert set(hub.pairs()) == {("t", one), ("t", two), ("u", one)}
+
+
+def test_topic_is_forgotten_with_its_last_subscriber(fixture: Fixture) -> None:
+    one = fixture.reader("t")
+    fixture.hub.remove("t", one)
+    assert (len(fixture.hub), fixture.hub.topics(), "t" in fixture.hub) == (0, {}, False)
+    assert fixture.hub.fan_out("t", "e", EMPTY) is False
+    assert fixture.metrics.deliveries == 0
+
+
+def test_policy_is_asked_for_once_when_the_first_subscriber_comes() -> None:
+    asked: list[str] = []
+
+    def overflow_of(topic: str) -> Overflow:
+        asked.append(topic)
+        return Overflow.LATEST
+
+    fixture = Fixture(overflow_of)
+    one, _two = fixture.reader("t"), fixture.reader("t")
+    fixture.hub.fan_out("t", "e", EMPTY)
+    fixture.hub.fan_out("t", "e", EMPTY)
+    assert asked == ["t"]
+    assert one.policies == [Overflow.LATEST, Overflow.LATEST]
+
+
+# Delivering.
+
+
+def test_event_reaches_all_subscribers_of_its_topic_and_no_other(fixture: Fixture) -> None:
+    one, two, other = fixture.reader("t"), fixture.reader("t", "u"), fixture.reader("u")
+    assert fixture.hub.fan_out("t", "e", json_payload({"a": 1})) is True
+    expected = ['[null,null,"t","e",{"a":1}]']
+    assert (one.texts, two.texts, other.texts) == (expected, expected, [])
+    assert fixture.metrics.deliveries == 2
+    assert not fixture.hub.busy
+    assert not fixture.loop.waiting
+
+
+def test_event_on_a_topic_nobody_has_joined_goes_nowhere(fixture: Fixture) -> None:
+    assert fixture.hub.fan_out("t", "e", EMPTY) is False
+
+
+def test_event_is_encoded_once_for_each_version_that_somebody_speaks(
+    fixture: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Source: Phoenix 1.9, ``fastlane!``: once per serializer, not once per socket."""
+    encoded: list[Version] = []
+
+    def counting(version: Version, topic: str, event: str, payload: Payload) -> Frame:
+        encoded.append(version)
+        return encode_broadcast(version, topic, event, payload)
+
+    monkeypatch.setattr(hub_module, "encode_broadcast", counting)
+    readers = [fixture.reader("t") for _ in range(100)]
+    fixture.hub.fan_out("t", "e", EMPTY)
+    assert encoded == [Version.V2]
+    assert all(reader.got[0] is readers[0].got[0] for reader in readers)
+    old = fixture.reader("t", version=Version.V1)
+    fixture.hub.fan_out("t", "e", EMPTY)
+    assert sorted(encoded) == [Version.V1, Version.V2, Version.V2]
+    assert old.texts == ['{"topic":"t","event":"e","ref":null,"payload":{}}']
+
+
+def test_one_subscriber_can_be_left_out(fixture: Fixture) -> None:
+    """Source: Phoenix ``broadcast_from``: all but the sender."""
+    one, two = fixture.reader("t"), fixture.reader("t")
+    assert fixture.hub.fan_out("t", "e", EMPTY, skip=one) is True
+    assert (one.texts, two.texts) == ([], [text("e")])
+    assert fixture.metrics.deliveries == 1
+
+
+def test_fast_subscribers_are_all_served_at_once(fixture: Fixture) -> None:
+    readers = [fixture.reader("t") for _ in range(10 * STEP + 1)]
+    fixture.hub.fan_out("t", "e", EMPTY)
+    assert all(len(reader.got) == 1 for reader in readers)
+    assert not fixture.hub.busy
+
+
+def test_delivery_that_takes_too_long_goes_on_in_later_turns(fixture: Fixture) -> None:
+    """Else no heartbeat would be answered meanwhile."""
+    readers = fixture.slow_readers(3 * STEP)
+    assert fixture.hub.fan_out("t", "e", EMPTY) is True
+    assert [len(reader.got) for reader in readers] == [1] * STEP + [0] * 2 * STEP
+    assert (fixture.hub.busy, fixture.metrics.deliveries) == (True, STEP)
+    fixture.loop.turn()
+    assert [len(reader.got) for reader in readers] == [1] * 2 * STEP + [0] * STEP
+    assert (fixture.hub.busy, fixture.idle) == (True, 0)
+    fixture.loop.turn()
+    assert [len(reader.got) for reader in readers] == [1] * 3 * STEP
+    assert (fixture.hub.busy, fixture.idle, fixture.metrics.deliveries) == (False, 1, 3 * STEP)
+    assert not fixture.loop.waiting
+
+
+def test_slice_moves_on_however_late_it_is(fixture: Fixture) -> None:
+    readers = fixture.slow_readers(3 * STEP)
+    fixture.hub.fan_out("t", "e", EMPTY)
+    while fixture.loop.waiting:
+        fixture.loop.now += 1000
+        fixture.loop.turn()
+    assert all(len(reader.got) == 1 for reader in readers)
+
+
+def test_last_slice_that_ends_exactly_leaves_nothing_over(fixture: Fixture) -> None:
+    readers = fixture.slow_readers(STEP)
+    fixture.hub.fan_out("t", "e", EMPTY)
+    assert all(reader.got for reader in readers)
+    assert not fixture.hub.busy
+    assert fixture.idle == 0, "nothing had to wait, so nobody waits for this"
+
+
+def test_later_events_wait_behind_an_unfinished_delivery(fixture: Fixture) -> None:
+    """Also those of other topics: one queue keeps the order of every socket that has joined both."""
+    slow = fixture.slow_readers(2 * STEP)
+    both = fixture.reader("t", "u")
+    fixture.hub.fan_out("t", "one", EMPTY)
+    fixture.hub.fan_out("u", "two", EMPTY)
+    fixture.hub.fan_out("t", "three", EMPTY)
+    assert both.texts == []
+    fixture.loop.run()
+    assert both.texts == [text("one"), '[null,null,"u","two",{}]', text("three")]
+    assert all(reader.texts == [text("one"), text("three")] for reader in slow)
+    assert fixture.idle == 1
+
+
+def test_many_small_deliveries_are_sliced_like_a_large_one(fixture: Fixture) -> None:
+    fixture.slow_readers(STEP + 1)
+    few = fixture.reader("u", cost_s=SLICE_S)
+    fixture.hub.fan_out("t", "e", EMPTY)
+    for _ in range(10):
+        fixture.hub.fan_out("u", "e", EMPTY)
+    fixture.loop.turn()
+    assert few.got == [], "the first turn ends with the rest of the large one"
+    for turn in range(10):
+        fixture.loop.turn()
+        assert len(few.got) == turn + 1
+    assert (fixture.hub.busy, fixture.idle) == (False, 1)
+
+
+def test_one_that_leaves_in_mid_delivery_gets_nothing_more(fixture: Fixture) -> None:
+    """It has been told ``phx_close``, and nothing may follow that."""
+    readers = fixture.slow_readers(2 * STEP)
+    fixture.hub.fan_out("t", "e", EMPTY)
+    fixture.hub.remove("t", readers[-1])
+    fixture.loop.run()
+    assert readers[-1].got == []
+    assert fixture.metrics.deliveries == 2 * STEP - 1
+
+
+def test_one_that_leaves_because_of_anothers_event_gets_nothing_more(fixture: Fixture) -> None:
+    one, two = fixture.reader("t"), fixture.reader("t")
+
+    def leave() -> None:
+        fixture.hub.remove("t", two)
+
+    one.on_event = leave
+    fixture.hub.fan_out("t", "e", EMPTY)
+    assert (len(one.got), len(two.got)) == (1, 0)
+
+
+def test_delivery_to_a_topic_that_all_have_left_ends(fixture: Fixture) -> None:
+    readers = fixture.slow_readers(2 * STEP)
+    fixture.hub.fan_out("t", "e", EMPTY)
+    for reader in readers:
+        fixture.hub.remove("t", reader)
+    late = fixture.reader("t")
+    fixture.loop.run()
+    assert late.got == [], "whoever joined after the event has not missed it"
+    assert (fixture.metrics.deliveries, fixture.idle, fixture.hub.busy) == (STEP, 1, False)
+
+
+def test_one_that_joins_in_mid_delivery_gets_the_next_event_only(fixture: Fixture) -> None:
+    fixture.slow_readers(2 * STEP)
+    fixture.hub.fan_out("t", "one", EMPTY)
+    late = fixture.reader("t")
+    fixture.hub.fan_out("t", "two", EMPTY)
+    fixture.loop.run()
+    assert late.texts == [text("two")]
+
+
+def test_hub_is_quiet_where_nobody_listens_for_idle() -> None:
+    loop = Loop()
+    hub = Hub(Metrics(), lambda topic: Overflow.DISCONNECT, loop.call_soon, loop.clock)
+    for _ in range(2 * STEP):
+        hub.add("t", Reader(loop, cost_s=SLICE_S))
+    hub.fan_out("t", "e", EMPTY)
+    assert loop.run() == 1
+    assert not hub.busy
+
+
+step = st.one_of(
+    st.tuples(st.just("fan_out"), st.sampled_from("tu"), st.just(0)),
+    st.tuples(st.sampled_from(["add", "remove"]), st.sampled_from("tu"), st.integers(0, 79)),
+    st.tuples(st.just("turn"), st.just(""), st.just(0)),
+)
+
+
+@given(st.lists(step, max_size=40), st.sampled_from([0.0, SLICE_S / 40, SLICE_S]))
+def test_every_subscriber_hears_its_topics_in_order_whatever_happens(
+    steps: list[tuple[str, str, int]], cost_s: float
+) -> None:
+    """Who stays joined hears every event in order; who comes and goes hears none twice, and none out of order."""
+    fixture = Fixture()
+    readers = [fixture.reader("t", "u", cost_s=cost_s) for _ in range(80)]
+    steady = set(range(80)) - {number for name, _, number in steps if name == "remove"}
+    events: list[tuple[str, int]] = []
+    for name, topic, number in steps:
+        if name == "fan_out":
+            if fixture.hub.fan_out(topic, f"e{len(events)}", EMPTY):
+                events.append((topic, len(events)))
+        elif name == "add":
+            fixture.hub.add(topic, readers[number])
+        elif name == "remove":
+            fixture.hub.remove(topic, readers[number])
+        else:
+            fixture.loop.turn()
+    fixture.loop.run()
+    every = [encode_broadcast(Version.V2, topic, f"e{number}", EMPTY).text for topic, number in events]
+    for number, reader in enumerate(readers):
+        heard = [every.index(text) for text in reader.texts]
+        assert heard == sorted(set(heard))
+        if number in steady:
+            assert reader.texts == every
+    assert fixture.metrics.deliveries == sum(len(reader.got) for reader in readers)
+    assert not fixture.hub.busy
+
+
+# Figures.
+
+
+def test_traffic_of_a_topic_nobody_has_joined_is_unknown(fixture: Fixture) -> None:
+    assert fixture.hub.traffic("t") is None
+
+
+def test_traffic_counts_events_not_deliveries(fixture: Fixture) -> None:
+    fixture.reader("t")
+    fixture.reader("t")
+    assert fixture.hub.traffic("t") == (0, 0.0)
+    for _ in range(3):
+        fixture.hub.fan_out("t", "e", EMPTY)
+    assert fixture.hub.traffic("t") == (3, 0.0), "no second is over yet"
+
+
+def test_traffic_tells_the_rate_of_the_last_full_second_with_events(fixture: Fixture) -> None:
+    fixture.reader("t")
+    for _ in range(10):
+        fixture.hub.fan_out("t", "e", EMPTY)
+    fixture.loop.now += 2
+    fixture.hub.fan_out("t", "e", EMPTY)
+    assert fixture.hub.traffic("t") == (11, 5.0)
+    fixture.loop.now += 0.5
+    assert fixture.hub.traffic("t") == (11, 5.0)
+
+
+def test_traffic_of_a_quiet_topic_fades(fixture: Fixture) -> None:
+    fixture.reader("t")
+    fixture.loop.now += 1
+    fixture.hub.fan_out("t", "e", EMPTY)
+    fixture.loop.now += 4
+    assert fixture.hub.traffic("t") == (1, 0.25)
+    fixture.loop.now += 96
+    assert fixture.hub.traffic("t") == (1, 0.01)

@@ -1,0 +1,169 @@
+"""Work in order per key: at once where nothing waits, behind its own key where something does."""
+
+import asyncio
+import gc
+from collections.abc import Coroutine
+
+from relay.lanes import Lanes
+
+
+class Work:
+    """Pieces of work that note their begin and end, and go on when they are told to."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.gates: dict[str, asyncio.Event] = {}
+
+    def piece(self, name: str) -> Coroutine[None, None, None]:
+        self.log.append(f"{name} called")
+        self.gates[name] = asyncio.Event()
+        return self._rest(name)
+
+    async def _rest(self, name: str) -> None:
+        await self.gates[name].wait()
+        self.log.append(f"{name} done")
+
+    def quick(self, name: str) -> None:
+        self.log.append(f"{name} called")
+
+
+async def turns(count: int = 3) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_piece_without_a_rest_is_done_at_once() -> None:
+    lanes, work = Lanes(), Work()
+    lanes.run("a", lambda: work.quick("1"))
+    assert work.log == ["1 called"]
+    assert lanes.pending == 0
+    assert lanes.waiting("a") == 0
+
+
+async def test_pieces_of_one_key_run_in_order_one_at_a_time() -> None:
+    lanes, work = Lanes(), Work()
+    lanes.run("a", lambda: work.piece("1"))
+    lanes.run("a", lambda: work.quick("2"))
+    lanes.run("a", lambda: work.piece("3"))
+    assert work.log == ["1 called"]
+    assert (lanes.pending, lanes.waiting("a")) == (3, 2)
+    work.gates["1"].set()
+    await turns()
+    assert work.log == ["1 called", "1 done", "2 called", "3 called"]
+    assert (lanes.pending, lanes.waiting("a")) == (1, 0)
+    work.gates["3"].set()
+    await turns()
+    assert work.log[-1] == "3 done"
+    assert lanes.pending == 0
+
+
+async def test_other_keys_go_on_while_one_waits() -> None:
+    lanes, work = Lanes(), Work()
+    lanes.run("a", lambda: work.piece("1"))
+    lanes.run("b", lambda: work.piece("2"))
+    lanes.run("c", lambda: work.quick("3"))
+    assert work.log == ["1 called", "2 called", "3 called"]
+    work.gates["2"].set()
+    await turns()
+    assert work.log[-1] == "2 done"
+    assert lanes.pending == 1
+    await lanes.close()
+
+
+async def test_key_is_free_again_in_the_very_turn_in_which_its_last_piece_ends() -> None:
+    lanes, work = Lanes(), Work()
+
+    async def first() -> None:
+        await asyncio.sleep(0)
+        asyncio.get_running_loop().call_soon(lanes.run, "a", lambda: work.quick("2"))
+
+    lanes.run("a", first)
+    await turns()
+    assert work.log == ["2 called"]
+    assert lanes.pending == 0
+
+
+async def test_piece_may_begin_another_of_its_own_key() -> None:
+    """A socket's leave tells plugins of it in the lane of its topic, from within that lane."""
+    lanes, work = Lanes(), Work()
+
+    def outer() -> None:
+        work.quick("outer")
+        lanes.run("a", lambda: work.piece("inner"))
+
+    lanes.run("a", outer)
+    lanes.run("a", lambda: work.quick("after"))
+    assert work.log == ["outer called", "inner called"]
+    work.gates["inner"].set()
+    await turns()
+    assert work.log == ["outer called", "inner called", "inner done", "after called"]
+
+
+async def test_piece_that_raises_blocks_neither_its_key_nor_the_count() -> None:
+    lanes, work = Lanes(), Work()
+
+    async def broken() -> None:
+        raise RuntimeError("boom")
+
+    caught: list[str] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: caught.append(str(context["exception"])))
+    lanes.run("a", broken)
+    lanes.run("a", lambda: work.quick("dropped"))
+    await turns()
+    assert lanes.pending == 0
+    lanes.run("a", lambda: work.quick("2"))
+    assert work.log == ["2 called"]
+    gc.collect()
+    assert caught == ["boom"]
+
+
+async def test_waiter_goes_on_once_enough_pieces_are_done() -> None:
+    lanes, work = Lanes(), Work()
+    for name in ("1", "2", "3"):
+        lanes.run(name, lambda name=name: work.piece(name))  # type: ignore[misc]
+    waiter = asyncio.create_task(lanes.wait_below(2))
+    work.gates["1"].set()
+    await turns()
+    assert not waiter.done()
+    work.gates["2"].set()
+    work.gates["3"].set()
+    await turns()
+    assert waiter.done()
+    await lanes.wait_below(1)
+
+
+async def test_owner_may_count_pieces_of_its_own() -> None:
+    lanes = Lanes()
+    lanes.pending += 2
+    waiter = asyncio.create_task(lanes.wait_below(1))
+    await turns()
+    lanes.done()
+    lanes.done()
+    await waiter
+
+
+async def test_close_cancels_what_runs_and_drops_what_waits() -> None:
+    lanes, work = Lanes(), Work()
+    lanes.run("a", lambda: work.piece("1"))
+    lanes.run("a", lambda: work.quick("2"))
+    await turns()
+    await lanes.close()
+    assert work.log == ["1 called"]
+    assert lanes.pending == 0
+    await lanes.wait_below(1)
+
+
+async def test_close_before_a_piece_has_begun_leaves_no_coroutine_behind() -> None:
+    """Python warns of a coroutine that was never awaited, and a warning fails the test."""
+    lanes, work = Lanes(), Work()
+    lanes.run("a", lambda: work.piece("1"))
+    await lanes.close()
+    del lanes
+    gc.collect()
+    assert work.log == ["1 called"]
+
+
+async def test_close_of_idle_lanes_does_nothing() -> None:
+    lanes = Lanes()
+    await lanes.close()
+    assert lanes.pending == 0
