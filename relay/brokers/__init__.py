@@ -1,0 +1,1 @@
+"""What carries events between processes; see `relay.brokers.base` for the interface."""

@@ -1,0 +1,79 @@
+"""The `Broker` interface, with its guarantees.
+
+A broker carries events to and from other processes. The node is its only caller and its only sink.
+
+Guarantees of every broker:
+
+- **Order.** Events of one topic are handed over in the order the bus has them, in one task.
+- **At most once.** Nothing is handed over twice, and nothing is delivered again after a fault.
+- **Loss is told.** Each time events may have been missed, `Sink.receive_gap` is called, once hearing is restored.
+- **Publishing is answered.** The future of `publish` is done when the bus has taken the message, or fails
+  with `BusUnavailable`; it never stays pending for longer than the broker's time limit.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import NamedTuple, Protocol, TypeAlias
+
+Event: TypeAlias = tuple[str, str, bytes]
+"""(topic, event, payload): one event from the bus, its names decoded but not judged, its payload as published."""
+
+
+class Direction(StrEnum):
+    """Which way a message goes: to the browsers, or from one of them."""
+
+    TO = "to"
+    FROM = "from"
+
+
+class Link(NamedTuple):
+    """State of the subscription. ``reason`` says in words what is wrong while it is not live."""
+
+    live: bool
+    reason: str
+
+
+class Sink(Protocol):
+    """Who receives what the broker hears."""
+
+    async def receive_events(self, events: Sequence[Event]) -> None:
+        """Take a batch in order. The broker reads no further until this returns: pressure reaches the bus."""
+
+    def receive_message(self, pattern: str, channel: str, data: bytes) -> None:
+        """Take a message on a raw Redis channel that matched one of the further patterns."""
+
+    def receive_gap(self, reason: str) -> None:
+        """Learn that events may have been missed; hearing has been restored."""
+
+
+class Broker(Protocol):
+    """A connection to the bus, supervised until it is stopped."""
+
+    @property
+    def link(self) -> Link:
+        """Whether the subscription is live now."""
+
+    async def start(self, sink: Sink) -> None:
+        """Connect, and supervise in the background.
+
+        Returns once the first attempt has succeeded or failed; never raises for a bus that is away.
+        """
+
+    async def stop(self) -> None:
+        """End every task and connection. Messages not yet taken by the bus fail with `BusUnavailable`."""
+
+    async def subscribe(self, topic: str) -> None:
+        """Return once events of ``topic`` are heard. Called for a topic's first subscriber."""
+
+    async def unsubscribe(self, topic: str) -> None:
+        """Stop hearing ``topic``; called after its last subscriber has left."""
+
+    needs_subscribe: bool
+    """False where every topic is heard anyway: then `subscribe` and `unsubscribe` need not be called."""
+
+    def publish(self, direction: Direction, topic: str, event: str, payload: bytes) -> "asyncio.Future[None]":
+        """Publish one message, in the order of the calls.
+
+        Returns: a future that is done when the bus has taken it, or fails with `BusUnavailable`.
+        """

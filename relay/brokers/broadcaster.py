@@ -1,0 +1,295 @@
+"""Any ``broadcaster.BroadcastBackend`` behind the `Broker` interface: memory, Postgres, Kafka.
+
+Owns the bus channels, the envelope and the supervision the backends lack; must not know who subscribes.
+
+One bus channel per topic and direction, the event inside an envelope, a JSON object::
+
+    {"topic": "room:1", "event": "new_msg", "payload": {"text": "hi"}}      payload is any JSON
+    {"topic": "room:1", "event": "photo", "base64": "AP8="}                 payload was no JSON
+
+A backend does not say when it has gone deaf (asyncpg's listener waits for ever on a dead connection), so
+the adapter publishes a probe to a channel of its own and expects to hear it.
+"""
+
+import asyncio
+import binascii
+import logging
+import random
+import re
+import time
+import uuid
+from base64 import b64decode, b64encode
+from collections.abc import Callable
+from contextlib import suppress
+from hashlib import blake2b
+from urllib.parse import urlsplit
+
+import msgspec
+from broadcaster import Broadcast, BroadcastBackend
+
+from relay.brokers.base import Direction, Link, Sink
+from relay.config import Config
+from relay.errors import BusUnavailable
+from relay.metrics import Metrics
+from relay.wire import check_payload
+
+_logger = logging.getLogger("relay.broadcaster")
+
+
+class _Envelope(msgspec.Struct, omit_defaults=True):
+    topic: str
+    event: str
+    payload: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    base64: str | msgspec.UnsetType = msgspec.UNSET
+
+
+_decode = msgspec.json.Decoder(_Envelope).decode
+
+
+def pack(topic: str, event: str, payload: bytes) -> str:
+    """Put an event into an envelope."""
+    checked = check_payload(payload)
+    envelope = _Envelope(topic, event)
+    # Half a surrogate pair, as an escape, is JSON but not for the decoder of the envelope.
+    if isinstance(checked, msgspec.Raw) and b"\\ud" not in payload.lower():
+        envelope.payload = checked
+    else:
+        envelope.base64 = b64encode(payload).decode()
+    return msgspec.json.encode(envelope).decode()
+
+
+def unpack(text: str) -> tuple[str, str, bytes]:
+    """Take (topic, event, payload) out of an envelope. Raises ValueError where it is none."""
+    try:
+        envelope = _decode(text)
+        if isinstance(envelope.base64, str):
+            return envelope.topic, envelope.event, b64decode(envelope.base64, validate=True)
+    except (msgspec.DecodeError, RecursionError, UnicodeError, binascii.Error) as error:
+        raise ValueError(str(error)) from error
+    if isinstance(envelope.payload, msgspec.UnsetType):
+        raise ValueError("expected `payload` or `base64`")
+    return envelope.topic, envelope.event, bytes(envelope.payload)
+
+
+def bus_channel(prefix: str, topic: str, *, kafka: bool = False) -> str:
+    """Name the bus channel of a topic: ``<prefix><topic>``, or a digest where the bus would not take that.
+
+    Postgres cuts names at 63 bytes (NAMEDATALEN - 1); Kafka takes 249 of ``[a-zA-Z0-9._-]``.
+    """
+    name = prefix + topic
+    if kafka:
+        name = name.replace(":", ".")
+        # A topic with dots of its own could be taken for another: only plain ones keep their name.
+        usable = "." not in topic and bool(re.fullmatch(r"[a-zA-Z0-9._-]{1,249}", name))
+    else:
+        usable = len(name.encode()) <= 63
+    if usable:
+        return name
+    digest = blake2b(f"{prefix}\0{topic}".encode(), digest_size=16).hexdigest()
+    return f"relay.{digest}"
+
+
+class BroadcasterBroker:
+    """Supervised link over a broadcaster backend.
+
+    Args: config: ``broadcast_url`` and the ``redis`` table's prefixes, intervals and time limits are used.
+          backend: instead of what ``broadcast_url`` names: a function that makes one, called for each connection.
+    """
+
+    needs_subscribe = True
+
+    def __init__(
+        self,
+        config: Config,
+        metrics: Metrics,
+        backend: Callable[[], BroadcastBackend] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._redis = config.redis
+        self._metrics = metrics
+        self._clock = clock
+        # `Broadcast` itself is not used: its queues have no bound. Choosing the backend by URL is all it does here.
+        self._make: Callable[[], BroadcastBackend] = backend or (lambda: Broadcast(config.broadcast_url)._backend)
+        self._scheme = urlsplit(config.broadcast_url).scheme
+        self._probe_channel = f"relay.probe.{uuid.uuid4().hex}"
+        self._probe_heard = 0.0
+        self._backend: BroadcastBackend | None = None
+        self._wanted: set[str] = set()
+        self._link = Link(False, "not started")
+        self._supervisor: asyncio.Task[None] | None = None
+        self._outgoing: asyncio.Queue[tuple[str, str, asyncio.Future[None]]] = asyncio.Queue(
+            config.redis.publish_queue_max
+        )
+
+    @property
+    def link(self) -> Link:
+        """Whether the backend is connected and its probes come back."""
+        return self._link
+
+    async def start(self, sink: Sink) -> None:
+        """Connect; returns once the first attempt has succeeded or failed."""
+        settled = asyncio.Event()
+        self._supervisor = asyncio.create_task(self._supervise(sink, settled.set), name="relay-broadcaster")
+        await settled.wait()
+
+    async def stop(self) -> None:
+        """Disconnect; messages not yet taken fail."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._supervisor
+        self._link = Link(False, "stopped")
+        self._fail_outgoing("the relay is stopping")
+
+    async def subscribe(self, topic: str) -> None:
+        """Hear the bus channel of ``topic``. Raises BusUnavailable where the backend does not take it in time."""
+        channel = self._channel(Direction.TO, topic)
+        self._wanted.add(channel)
+        if self._backend is None:
+            raise BusUnavailable(self._link.reason)
+        try:
+            async with asyncio.timeout(self._redis.timeout_s):
+                await self._backend.subscribe(channel)
+        except Exception as error:  # each backend has exceptions of its own
+            self._wanted.discard(channel)
+            raise BusUnavailable(str(error) or type(error).__name__) from error
+
+    async def unsubscribe(self, topic: str) -> None:
+        """Stop hearing the bus channel of ``topic``."""
+        channel = self._channel(Direction.TO, topic)
+        self._wanted.discard(channel)
+        # broadcaster's Kafka backend would unsubscribe from everything; there, strangers are filtered by the node.
+        if self._backend is not None and self._scheme != "kafka":
+            try:
+                await self._backend.unsubscribe(channel)
+            except Exception as error:  # as above; hearing more than is wanted does no harm
+                _logger.warning("cannot unsubscribe from %r: %s", channel, error)
+
+    def publish(self, direction: Direction, topic: str, event: str, payload: bytes) -> asyncio.Future[None]:
+        """Publish an envelope on the topic's bus channel."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if not self._link.live:  # it would wait for as long as the bus is away
+            future.set_exception(BusUnavailable(self._link.reason))
+            return future
+        try:
+            self._outgoing.put_nowait((self._channel(direction, topic), pack(topic, event, payload), future))
+        except asyncio.QueueFull:
+            future.set_exception(BusUnavailable("too many messages are waiting for the bus"))
+        return future
+
+    def _channel(self, direction: Direction, topic: str) -> str:
+        prefix = self._redis.to_prefix if direction is Direction.TO else self._redis.from_prefix
+        return bus_channel(prefix, topic, kafka=self._scheme == "kafka")
+
+    # Supervision.
+
+    async def _supervise(self, sink: Sink, settled: Callable[[], None]) -> None:
+        attempt = 0
+        lost_at: float | None = None
+        while True:
+            fault = ""
+            try:
+                async with asyncio.timeout(self._redis.timeout_s):
+                    backend = await self._connect()
+                self._backend = backend
+                self._link = Link(True, "")
+                attempt = 0
+                _logger.info("connected to the %s bus", self._scheme or type(backend).__name__)
+                if lost_at is not None:
+                    self._metrics.gaps += 1
+                    _logger.warning("gap: events of the last %.1f s may have been missed", self._clock() - lost_at)
+                    sink.receive_gap("the bus was away")
+                    lost_at = None
+                settled()
+                await self._serve(backend, sink)
+            except Exception as error:  # each backend has exceptions of its own; all mean the same here
+                errors = error.exceptions if isinstance(error, ExceptionGroup) else (error,)
+                fault = str(errors[0]) or type(errors[0]).__name__
+            finally:
+                lost_at = self._clock() if self._link.live else lost_at
+                self._link = Link(False, f"no connection to the bus: {fault}")
+                self._fail_outgoing(self._link.reason if fault else "the relay is stopping")
+                await self._disconnect()
+            settled()
+            _logger.warning("bus link is down: %s; trying again", fault)
+            limit_s = min(self._redis.backoff_max_s, self._redis.backoff_min_s * 2**attempt)
+            attempt = min(attempt + 1, 1000)
+            await asyncio.sleep(self._redis.backoff_min_s / 2 + random.uniform(0, limit_s))
+
+    async def _connect(self) -> BroadcastBackend:
+        backend = self._make()
+        await backend.connect()
+        try:
+            for channel in (self._probe_channel, *sorted(self._wanted)):
+                await backend.subscribe(channel)
+        except BaseException:
+            await backend.disconnect()
+            raise
+        return backend
+
+    async def _disconnect(self) -> None:
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            with suppress(Exception):  # it is broken already, or the relay is stopping
+                async with asyncio.timeout(self._redis.timeout_s):
+                    await backend.disconnect()
+
+    async def _serve(self, backend: BroadcastBackend, sink: Sink) -> None:
+        """Listen, publish and probe until one of the three fails."""
+        self._probe_heard = self._clock()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._listen(backend, sink))
+            group.create_task(self._publish_outgoing(backend))
+            group.create_task(self._probe(backend))
+
+    async def _listen(self, backend: BroadcastBackend, sink: Sink) -> None:
+        while True:
+            received = await backend.next_published()
+            if received.channel == self._probe_channel:
+                self._probe_heard = self._clock()
+                continue
+            try:
+                event = unpack(received.message)
+            except ValueError:
+                self._metrics.dropped["no envelope"] += 1
+                continue
+            await sink.receive_events((event,))
+
+    async def _publish_outgoing(self, backend: BroadcastBackend) -> None:
+        while True:
+            channel, text, future = await self._outgoing.get()
+            try:
+                async with asyncio.timeout(self._redis.timeout_s):
+                    await backend.publish(channel, text)
+            except Exception as error:  # as above
+                if not future.done():
+                    future.set_exception(BusUnavailable(str(error) or type(error).__name__))
+                if isinstance(error, TimeoutError):
+                    raise
+                # The message may be at fault (Postgres takes less than 8 000 bytes), or the bus: a probe tells.
+                await self._send_probe(backend)
+            except BaseException:
+                if not future.done():
+                    future.set_exception(BusUnavailable("the relay is stopping"))
+                raise
+            if not future.done():
+                future.set_result(None)
+
+    def _fail_outgoing(self, reason: str) -> None:
+        while not self._outgoing.empty():
+            *_, future = self._outgoing.get_nowait()
+            if not future.done():
+                future.set_exception(BusUnavailable(reason))
+
+    async def _probe(self, backend: BroadcastBackend) -> None:
+        while True:
+            await asyncio.sleep(self._redis.ping_interval_s)
+            sent_at = self._clock()
+            await self._send_probe(backend)
+            await asyncio.sleep(self._redis.ping_timeout_s)
+            if self._probe_heard < sent_at:
+                raise ConnectionError(f"a probe was not heard within {self._redis.ping_timeout_s:g} s")
+
+    async def _send_probe(self, backend: BroadcastBackend) -> None:
+        async with asyncio.timeout(self._redis.timeout_s):
+            await backend.publish(self._probe_channel, "{}")

@@ -1,0 +1,170 @@
+"""Calling handlers: in time, off the loop where they may block, and with their faults kept to themselves.
+
+Owns the isolation of plugins; must not know what the hooks mean.
+"""
+
+import asyncio
+import inspect
+import logging
+import threading
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+from relay.hooks import Hook, Refused
+from relay.logs import Throttle
+from relay.metrics import Metrics
+
+T = TypeVar("T")
+
+_logger = logging.getLogger("relay.plugins")
+
+_THREADS = 32
+"""Plain functions of one plugin that may run at a time; further ones wait for one to end."""
+
+_FAULTS = (Exception, SystemExit)
+"""What a handler may raise to its own cost alone; without a name here, ``sys.exit()`` in one would end the relay."""
+
+
+class HandlerFailed(Exception):
+    """A handler raised, or did not end in time. It has been logged and counted; ``str(error)`` is for no client."""
+
+
+class Caller:
+    """Calls handlers with a time limit.
+
+    Coroutine functions run in the event loop, plain functions in threads, where they may block.
+
+    Args: timeout_s: seconds until a handler is given up. A thread cannot be ended; what it returns is ignored.
+    """
+
+    def __init__(self, metrics: Metrics, timeout_s: float) -> None:
+        self._metrics = metrics
+        self._timeout_s = timeout_s
+        self._throttle = Throttle(_logger)
+        # Each plugin has its own: one whose handlers hang in all of them is in nobody else's way.
+        self._threads: defaultdict[str, _Threads] = defaultdict(_Threads)
+
+    async def ask(self, hook: Hook, argument: object, take: Callable[[Any], T]) -> T:
+        """Call a handler that may refuse, and give what ``take`` makes of its answer.
+
+        Args:   take: raises TypeError for an answer that will not do.
+        Raises: Refused, which is an answer; HandlerFailed.
+        """
+        answer = await self._call(hook, argument)
+        try:
+            return take(answer)
+        except TypeError as error:
+            raise self.failed(hook, "returned what cannot be sent", error) from None
+
+    async def call(self, hook: Hook, *arguments: object) -> Any:
+        """Call a handler that has nothing to refuse. Raises HandlerFailed."""
+        try:
+            return await self._call(hook, *arguments)
+        except Refused as error:
+            raise self.failed(hook, "raised Refused, which only on_join and on_push may", error) from None
+
+    async def _call(self, hook: Hook, *arguments: object) -> Any:
+        self._metrics.plugin_calls[hook.plugin] += 1
+        limit = asyncio.timeout(self._timeout_s)
+        try:
+            async with limit:
+                if inspect.iscoroutinefunction(hook.function):
+                    return await hook.function(*arguments)
+                value = await self._threads[hook.plugin].run(partial(hook.function, *arguments))
+                return await value if inspect.isawaitable(value) else value
+        except Refused:
+            raise
+        except TimeoutError as error:
+            what = f"did not end within {self._timeout_s:g} s" if limit.expired() else "raised"
+            raise self.failed(hook, what, error) from None
+        except asyncio.CancelledError as error:
+            if is_being_cancelled():
+                raise
+            raise self.failed(hook, "was cancelled by itself", error) from None
+        except _FAULTS as error:
+            raise self.failed(hook, "raised", error) from None
+
+    def call_here(self, hook: Hook, *arguments: object) -> Any:
+        """Call a plain function in the event loop, for hooks on the way of every event. Raises HandlerFailed."""
+        self._metrics.plugin_calls[hook.plugin] += 1
+        try:
+            return hook.function(*arguments)
+        except _FAULTS as error:
+            raise self.failed(hook, "raised", error) from None
+
+    def failed(self, hook: Hook, what: str, error: BaseException) -> HandlerFailed:
+        """Log and count a handler's fault."""
+        self._metrics.plugin_errors[hook.plugin] += 1
+        # The first of a kind with its traceback, the others as a number: a broken handler is called often.
+        self._throttle.error(f"{hook.plugin}.{hook.name}", error, "plugin %s: %s %s", hook.plugin, hook.name, what)
+        return HandlerFailed(what)
+
+    def close(self) -> None:
+        """End the threads that wait for work, and wait for none that hangs."""
+        for threads in self._threads.values():
+            threads.close()
+
+
+def is_being_cancelled() -> bool:
+    """Whether a CancelledError comes from outside; else a handler raised it, waiting for a task that was cancelled."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+class _Threads:
+    """Threads for the handlers of one plugin, up to `_THREADS` of them, each started when all others are busy.
+
+    The standard library's pool waits for its threads when the process ends: with one that hangs, for ever.
+    """
+
+    def __init__(self) -> None:
+        self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._started = 0
+        self._busy = 0
+
+    async def run(self, function: Callable[[], Any]) -> Any:
+        """Call ``function`` in a thread; returns or raises what it does."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Any] = loop.create_future()
+
+        def settle(value: Any, error: BaseException | None) -> None:
+            self._busy -= 1
+            if future.done():
+                return  # given up
+            if error is None:
+                future.set_result(value)
+            else:
+                future.set_exception(error)
+
+        def work() -> None:
+            value: Any = None
+            error: BaseException | None = None
+            try:
+                if not future.done():  # else given up while it waited for its turn
+                    value = function()
+            except StopIteration:
+                error = RuntimeError("StopIteration")  # no future takes it
+            except BaseException as raised:
+                error = raised
+            with suppress(RuntimeError):  # the loop is closed: it had been given up, and the relay has ended
+                loop.call_soon_threadsafe(settle, value, error)
+
+        self._work.put(work)
+        self._busy += 1
+        if self._busy > self._started and self._started < _THREADS:
+            self._started += 1
+            threading.Thread(target=self._serve, name="relay-plugin", daemon=True).start()
+        return await future
+
+    def _serve(self) -> None:
+        while (work := self._work.get()) is not None:
+            work()
+
+    def close(self) -> None:
+        """Let each thread end once it has nothing to do."""
+        for _ in range(self._started):
+            self._work.put(None)

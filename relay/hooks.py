@@ -1,0 +1,296 @@
+"""What a plugin can hook into: what each hook is given, and who is called for a topic, in which order.
+
+Owns the hooks' signatures; must not know who calls them or how. Handlers are called in the order their plugins were
+loaded, and within a plugin in the order of definition. Of one socket and topic, joins, pushes and leaves are handled
+in order, one at a time.
+
+    on_join(join)              allow by returning None, or a dict for the join reply; refuse by raising `Refused`
+    on_leave(leave)            what on_join allowed has ended, for whatever reason
+    on_push(push)              answer by returning a value, `push.reply`, or raising `Refused`
+    on_event(event)            an event on its way out: return it, changed or not, or None to drop it
+    on_redis(message, relay)   a message on a raw Redis channel of somebody else's
+    service(relay)             a background task for as long as the relay runs
+"""
+
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+import msgspec
+
+from relay.errors import RelayError
+from relay.topics import is_event
+from relay.wire import Payload
+
+
+class Refused(RelayError):
+    """Raised by a handler to refuse a join or a push.
+
+    Args:   reason: what the client gets as ``{"reason": reason}``.
+            details: further members of that object.
+    Raises: TypeError: a reason that is no text, or details that JSON cannot say.
+    """
+
+    def __init__(self, reason: str, **details: Any) -> None:
+        super().__init__(reason)
+        if not isinstance(reason, str):
+            raise TypeError(f"expected a reason as text, got {reason!r}")
+        self.reason: str = reason
+        # Encoded here, so that a fault is met where the handler is, not where its answer is sent.
+        self.response: Payload = to_payload({"reason": reason, **details})
+
+
+class Socket(Protocol):
+    """The socket that a join, a push or a leave came from. All of it may be used in a thread."""
+
+    @property
+    def id(self) -> str:
+        """Unique among all sockets of all nodes."""
+
+    @property
+    def address(self) -> str | None:
+        """The client's address, as the server reports it."""
+
+    @property
+    def query(self) -> Mapping[str, str]:
+        """The query of the upgrade request: phoenix.js's ``params``."""
+
+    @property
+    def claims(self) -> Mapping[str, Any]:
+        """What the client has proved about itself; empty for an anonymous one."""
+
+    def push(self, topic: str, event: str, payload: object) -> bool:
+        """Send an event to this socket alone; False where it has not joined ``topic``.
+
+        Args:   payload: what JSON can say, or ``bytes`` for a binary event.
+        Raises: ValueError: an event that cannot be; TypeError: a payload that JSON cannot say.
+        """
+
+    def leave(self, topic: str) -> bool:
+        """End its subscription with ``phx_close``: the client does not rejoin. False where it has none."""
+
+    def disconnect(self, reason: str = "") -> None:
+        """Close the socket with 1001; the client reconnects unless it is kept out."""
+
+
+class _Carries:
+    """A payload, decoded when it is first asked for."""
+
+    __slots__ = ("_decoded", "data")
+
+    def __init__(self, data: Payload) -> None:
+        self.data: Payload = data
+        """The payload as it came: JSON text in a `msgspec.Raw`, or the bytes of a binary frame."""
+        self._decoded: Any = msgspec.UNSET
+
+    @property
+    def payload(self) -> Any:
+        """The payload as Python values; ``bytes`` stay bytes."""
+        if self._decoded is msgspec.UNSET:
+            self._decoded = msgspec.json.decode(self.data) if isinstance(self.data, msgspec.Raw) else self.data
+        return self._decoded
+
+
+class Join(_Carries):
+    """A client asks for a topic; ``payload`` is the join's params: in phoenix.js the second argument of ``channel``."""
+
+    __slots__ = ("socket", "topic")
+
+    def __init__(self, socket: Socket, topic: str, data: Payload) -> None:
+        super().__init__(data)
+        self.socket: Socket = socket
+        """Who asks."""
+        self.topic: str = topic
+        """What for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    """A subscription has ended: the client left, joined anew, or is gone, or was sent away."""
+
+    socket: Socket
+    """Whose it was; may be closed already."""
+    topic: str
+    """What it was for."""
+
+
+class Push(_Carries):
+    """A client pushes an event to a topic it has joined. All of it may be used in a thread."""
+
+    __slots__ = ("_broadcast", "_reply", "event", "forwarded", "replied", "socket", "topic")
+
+    def __init__(
+        self,
+        socket: Socket,
+        topic: str,
+        event: str,
+        data: Payload,
+        reply: Callable[[str, object], None],
+        broadcast: Callable[[str, object, bool], Awaitable[None]],
+    ) -> None:
+        super().__init__(data)
+        self.socket: Socket = socket
+        """Who pushes."""
+        self.topic: str = topic
+        """Where to."""
+        self.event: str = event
+        """What it calls the push."""
+        self._reply = reply
+        self._broadcast = broadcast
+        self.forwarded: bool = True
+        """Whether the push goes on to Redis, as ``from:<topic>:<event>``; see `stop`."""
+        self.replied: bool = False
+        """Whether a handler has answered, or has decided that there is no answer."""
+
+    def reply(self, response: object = None, status: str = "ok") -> None:
+        """Answer now, also after the handler has returned; may be called several times.
+
+        After the client has left it does nothing, nor where the client asked for no answer. The published phoenix
+        client heeds the first answer to a push and ignores the others.
+
+        Args:   response: what JSON can say; None is sent as ``{}``.
+                status: ``ok``, ``error``, or a word that the client waits for.
+        Raises: TypeError: a response that JSON cannot say.
+        """
+        self.replied = True
+        self._reply(status, {} if response is None else response)
+
+    def no_reply(self) -> None:
+        """Leave the push without an answer, or answer it later with `reply`."""
+        self.replied = True
+
+    def stop(self) -> None:
+        """Keep the push from going on to Redis."""
+        self.forwarded = False
+
+    def broadcast(self, event: str, payload: object) -> Awaitable[None]:
+        """Send an event to all subscribers of the topic, on every node.
+
+        A coroutine function awaits it; a plain function just calls it, which returns once the bus has it.
+
+        Args:   payload: what JSON can say, or ``bytes`` for a binary event.
+        Raises: ValueError: an event that cannot be; TypeError: a payload that JSON cannot say; BusUnavailable.
+        """
+        return self._broadcast(event, payload, True)
+
+    def broadcast_from(self, event: str, payload: object) -> Awaitable[None]:
+        """Send an event to all subscribers of the topic but this one; else as `broadcast`."""
+        return self._broadcast(event, payload, False)
+
+
+class Event(_Carries):
+    """An event on its way from the bus to the subscribers of its topic."""
+
+    __slots__ = ("event", "topic")
+
+    def __init__(self, topic: str, event: str, data: Payload) -> None:
+        super().__init__(data)
+        self.topic: str = topic
+        """Where to."""
+        self.event: str = event
+        """What it is called."""
+
+    def replace(self, payload: object = msgspec.UNSET, *, event: str | None = None) -> "Event":
+        """A copy with another payload, or another event name. Raises TypeError for what JSON cannot say."""
+        data = self.data if payload is msgspec.UNSET else to_payload(payload)
+        return Event(self.topic, self.event if event is None else event, data)
+
+
+@dataclass(frozen=True, slots=True)
+class RedisMessage:
+    """A message on a Redis channel that a plugin listens to."""
+
+    channel: str
+    """Name of the Redis channel."""
+    data: bytes
+    """The message as it was published."""
+
+
+def to_payload(value: object) -> Payload:
+    """Make a payload of what a handler gives: ``bytes`` stay bytes, all else becomes JSON. Raises TypeError."""
+    if isinstance(value, msgspec.Raw | bytes):
+        return value
+    try:
+        return msgspec.Raw(msgspec.json.encode(value))
+    except (ValueError, RecursionError) as error:  # half a surrogate pair; a list that contains itself
+        raise TypeError(f"JSON cannot say it: {error}") from error
+
+
+def check_event(event: str) -> None:
+    """Check an event's name that a handler gives. Raises ValueError."""
+    if not is_event(event):
+        raise ValueError(f"expected an event of 1 to 255 bytes without colon, not phx_…, got {event!r}")
+
+
+def to_response(answer: object) -> Payload | None:
+    """Make a reply's response of what a handler of pushes returned; None is none. Raises TypeError."""
+    return None if answer is None else to_payload(answer)
+
+
+def add_response(response: dict[str, Any], answer: object) -> None:
+    """Add what a handler of joins returned. Raises TypeError where it is no dict for JSON: False is no refusal."""
+    if answer is None:
+        return
+    if not isinstance(answer, Mapping):
+        raise TypeError(f"expected None or a dict, got {answer!r}")
+    _ = to_payload(answer)
+    response.update(answer)
+
+
+Handler = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """One handler, and what it is for."""
+
+    plugin: str
+    function: Handler
+    topic: str = "*"
+    """Pattern of topics (for on_redis, of Redis channels): ``*`` any text, ``?`` one character, ``[ab]`` a or b."""
+    event: str = "*"
+    """Pattern of events, likewise."""
+
+    @property
+    def name(self) -> str:
+        """What the handler is called."""
+        return getattr(self.function, "__qualname__", None) or repr(self.function)
+
+    def matches(self, topic: str, event: str = "") -> bool:
+        """Say whether it is to be called."""
+        return fnmatchcase(topic, self.topic) and (self.event == "*" or fnmatchcase(event, self.event))
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """All handlers of all plugins, fixed at start-up, in the order they are called."""
+
+    join: tuple[Hook, ...] = ()
+    leave: tuple[Hook, ...] = ()
+    push: tuple[Hook, ...] = ()
+    event: tuple[Hook, ...] = ()
+    redis: tuple[Hook, ...] = ()
+    services: tuple[Hook, ...] = ()
+    startup: tuple[Hook, ...] = ()
+    shutdown: tuple[Hook, ...] = ()
+
+
+@dataclass(slots=True)
+class HookTable:
+    """Hooks while they are being collected, by the names of `Hooks`'s fields."""
+
+    entries: dict[str, list[Hook]] = field(default_factory=dict)
+
+    def add(self, kind: str, hook: Hook) -> None:
+        """Add a handler behind those of its kind."""
+        self.entries.setdefault(kind, []).append(hook)
+
+    def freeze(self) -> Hooks:
+        """The finished table."""
+        return Hooks(**{kind: tuple(hooks) for kind, hooks in self.entries.items()})
+
+
+def matching(hooks: tuple[Hook, ...], topic: str, event: str = "") -> Iterator[Hook]:
+    """Those of ``hooks`` that are to be called, in order."""
+    return (hook for hook in hooks if hook.matches(topic, event))

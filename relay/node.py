@@ -1,0 +1,340 @@
+"""Where hub meets broker: joins and leaves told to the broker, events from it to the hub, pushes to it; gaps.
+
+Owns what the broker is asked for; must not know transports or the wire's frames.
+"""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from contextlib import suppress
+from functools import partial
+from inspect import iscoroutinefunction
+from weakref import WeakValueDictionary
+
+from relay import topics
+from relay.brokers.base import Broker, Direction, Event
+from relay.calling import Caller, HandlerFailed
+from relay.config import Config, OnGap
+from relay.errors import BusUnavailable, Reason
+from relay.hooks import Event as HookedEvent
+from relay.hooks import Hook, Hooks, RedisMessage, matching
+from relay.hooks import Leave as HookedLeave
+from relay.hooks import Socket as HookedSocket
+from relay.hub import Hub, Subscriber
+from relay.lanes import Lanes, Rest
+from relay.logs import Throttle
+from relay.metrics import Metrics
+from relay.protocol import Subscription
+from relay.wire import Payload, check_payload
+
+_logger = logging.getLogger("relay.node")
+
+
+_NO_HOOKS = Hooks()
+
+_EVENTS_WAITING = 1000
+"""Events that may wait for plugins before the bus is read no further."""
+
+
+class _Done:
+    """Something to await that has happened."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        return
+        yield
+
+
+class Node:
+    """One relay process among others on the same bus.
+
+    Args: config: limits, topic settings and the pace of rejoins.
+          broker: where events come from and pushes go to.
+          hub: who is to hear them here.
+          hooks: the plugins' handlers.
+          relay: what handlers of raw Redis messages are given beside the message.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        broker: Broker,
+        hub: Hub,
+        metrics: Metrics,
+        hooks: Hooks = _NO_HOOKS,
+        relay: object = None,
+    ) -> None:
+        self.hooks = hooks
+        self.caller: Caller = Caller(metrics, config.plugins.timeout_s)
+        self._relay = relay
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        # Events that have to wait for a handler, by topic, and raw Redis messages, by handler.
+        self._lanes = Lanes()
+        # Subscribers that an event, told by its bytes, shall not reach; see broadcast().
+        self._skips: dict[tuple[str, str, bytes], deque[Subscriber]] = {}
+        self._config = config
+        self._broker = broker
+        self._hub = hub
+        self._metrics = metrics
+        self._throttle = Throttle(_logger)
+        self._hub_idle = asyncio.Event()
+        hub.on_idle = self._hub_idle.set
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._leftovers: set[asyncio.Task[None]] = set()
+        self._gap_task: asyncio.Task[None] | None = None
+        # Topics the broker was asked for, and the lock under which each is asked for or given back.
+        self._heard: set[str] = set()
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+
+    async def start(self) -> None:
+        """Start to hear the bus."""
+        await self._broker.start(self)
+
+    async def stop(self) -> None:
+        """Stop to hear the bus."""
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._lanes.close()
+        await self._broker.stop()
+        self.caller.close()
+
+    def call_in_loop(self, call: Callable[[], object]) -> None:
+        """Call now, or, from a handler in a thread, at the event loop's next turn."""
+        if threading.get_ident() == self._thread:
+            call()
+        else:
+            self._loop.call_soon_threadsafe(call)
+
+    def in_loop(self, work: Coroutine[None, None, None]) -> Awaitable[None]:
+        """Give back ``work`` to be awaited; to a handler in a thread, when it is done, with nothing left to await."""
+        if threading.get_ident() == self._thread:
+            return work
+        asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return _Done()
+
+    def see_out(self, lanes: Lanes) -> None:
+        """Let the handlers that a socket leaves behind come to their end, each within its time."""
+        if lanes.running:
+            task = self._spawn(self._see_out(lanes))
+            self._leftovers.add(task)
+            task.add_done_callback(self._leftovers.discard)
+
+    async def _see_out(self, lanes: Lanes) -> None:
+        try:
+            await lanes.wait()
+        finally:
+            await lanes.close()
+
+    async def finish(self, deadline_s: float) -> None:
+        """Wait for what `see_out` was given, and no longer than ``deadline_s``."""
+        if self._leftovers:
+            _ = await asyncio.wait(self._leftovers, timeout=deadline_s)
+
+    # From the bus.
+
+    async def receive_events(self, events: Sequence[Event]) -> None:
+        """Deliver a batch to the local subscribers; returns when the hub can take more."""
+        hub, metrics, filtered = self._hub, self._metrics, bool(self.hooks.event)
+        metrics.events_in += len(events)
+        for topic, event, data in events:
+            skip = self._take_skip(topic, event, data) if self._skips else None
+            if topic not in hub:
+                metrics.events_unheard += 1
+            elif (fault := self._fault(event, data)) is not None:
+                metrics.dropped[fault] += 1
+                self._throttle.warning(fault, "event on topic %r dropped: %s", topic, fault)
+            elif filtered:
+                self._lanes.run(topic, partial(self._filter, topic, event, check_payload(data), skip))
+            else:
+                hub.fan_out(topic, event, check_payload(data), skip)
+        while hub.busy:
+            self._hub_idle.clear()
+            await self._hub_idle.wait()
+        if self._lanes.pending >= _EVENTS_WAITING:
+            await self._lanes.wait_below(_EVENTS_WAITING)
+
+    def _filter(self, topic: str, name: str, data: Payload, skip: Subscriber | None) -> Rest:
+        """Pass an event through the handlers for it and deliver what is left of it."""
+        event: HookedEvent | None = HookedEvent(topic, name, data)
+        found = tuple(matching(self.hooks.event, topic, name))
+        if any(iscoroutinefunction(hook.function) for hook in found):
+            return self._filter_later(found, event, skip)
+        for hook in found:
+            try:
+                event = self._checked(hook, event and self.caller.call_here(hook, event))
+            except HandlerFailed:
+                event = None
+        self._deliver(event, skip)
+        return None
+
+    async def _filter_later(self, found: tuple[Hook, ...], event: HookedEvent | None, skip: Subscriber | None) -> None:
+        for hook in found:
+            if event is None:
+                break
+            try:
+                if iscoroutinefunction(hook.function):
+                    event = self._checked(hook, await self.caller.call(hook, event))
+                else:
+                    event = self._checked(hook, self.caller.call_here(hook, event))
+            except HandlerFailed:
+                event = None
+        self._deliver(event, skip)
+
+    def _checked(self, hook: Hook, answer: object) -> HookedEvent | None:
+        if answer is None or isinstance(answer, HookedEvent):
+            return answer
+        raise self.caller.failed(hook, "returned neither an Event nor None", TypeError(type(answer).__name__))
+
+    def _deliver(self, event: HookedEvent | None, skip: Subscriber | None) -> None:
+        if event is None:
+            self._metrics.dropped["by a plugin"] += 1
+        else:
+            self._hub.fan_out(event.topic, event.event, event.data, skip)
+
+    def receive_message(self, pattern: str, channel: str, data: bytes) -> None:
+        """Hand a message on a raw Redis channel to the handlers that listen to ``pattern``, in order for each."""
+        message = RedisMessage(channel, data)
+        for hook in self.hooks.redis:
+            if hook.topic == pattern:
+                if self._lanes.waiting(hook) >= _EVENTS_WAITING:
+                    self._metrics.dropped["on_redis handler too slow"] += 1
+                    self._throttle.warning(hook.plugin, "plugin %s is too slow for %s: dropped", hook.plugin, pattern)
+                else:
+                    self._lanes.run(hook, partial(self._call_redis_hook, hook, message))
+
+    async def _call_redis_hook(self, hook: Hook, message: RedisMessage) -> None:
+        with suppress(HandlerFailed):  # logged and counted there
+            await self.caller.call(hook, message, self._relay)
+
+    async def tell_left(self, socket: HookedSocket, topic: str) -> None:
+        """Tell the handlers for it, in order, that a subscription has ended."""
+        for hook in matching(self.hooks.leave, topic):
+            with suppress(HandlerFailed):  # logged and counted there
+                await self.caller.call(hook, HookedLeave(socket, topic))
+
+    def _fault(self, event: str, data: bytes) -> str | None:
+        if not topics.is_event(event):
+            return Reason.INVALID_EVENT
+        if len(data) > self._config.limits.payload_max_bytes:
+            return Reason.PAYLOAD_TOO_LARGE
+        return None
+
+    def broadcast_here(self, topic: str, event: str, payload: Payload) -> bool:
+        """Deliver an event of this process's own to its own sockets, past the bus; False where nobody has joined."""
+        return self._hub.fan_out(topic, event, payload)
+
+    def receive_gap(self, reason: str) -> None:
+        """Tell the subscribers, at a pace, that they may have missed events.
+
+        Each gets a ``phx_error``, rejoins by itself and refetches what it needs, unless its topic ignores gaps.
+        """
+        self._skips.clear()  # what they wait for may never come
+        if self._gap_task is not None:
+            self._gap_task.cancel()  # its rest is part of the new round
+        pending = [
+            (subscriber, subscription)
+            for topic, subscriber in self._hub.pairs()
+            if self._config.topic(topic).on_gap is OnGap.REJOIN
+            and (subscription := subscriber.subscription(topic)) is not None
+        ]
+        self._gap_task = self._spawn(self._ask_to_rejoin(pending))
+
+    async def _ask_to_rejoin(self, pending: list[tuple[Subscriber, Subscription]]) -> None:
+        # In portions of 50 ms: all at once would be answered by all at once, as soon as Redis is back.
+        portion = max(1, round(self._config.rejoins_per_s / 20))
+        for start in range(0, len(pending), portion):
+            if start:
+                await asyncio.sleep(0.05)
+            for subscriber, subscription in pending[start : start + portion]:
+                if subscriber.fail(subscription, Reason.EVENTS_MISSED):
+                    self._metrics.rejoins_asked += 1
+
+    # From sockets.
+
+    def refuse_join(self) -> Reason | None:
+        """Say why nobody can join now; None when they can."""
+        return None if self._broker.link.live else Reason.BUS_UNAVAILABLE
+
+    def join(self, topic: str, enter: Callable[[], None]) -> Coroutine[None, None, None] | None:
+        """Call ``enter`` once events of ``topic`` are heard: at once, or in the returned coroutine.
+
+        ``enter`` writes the join reply and adds the subscriber, with nothing in between: no event is
+        delivered before the reply, none is lost after it.
+        """
+        if not self._broker.needs_subscribe:
+            enter()
+            return None
+        return self._hear(topic, enter)
+
+    async def _hear(self, topic: str, enter: Callable[[], None]) -> None:
+        async with self._lock(topic):
+            if topic not in self._heard:
+                await self._broker.subscribe(topic)
+                self._heard.add(topic)
+            enter()
+
+    def left(self, topic: str) -> None:
+        """Learn that the last local subscriber of ``topic`` has left."""
+        if topic in self._heard:
+            _ = self._spawn(self._stop_hearing(topic))
+
+    async def _stop_hearing(self, topic: str) -> None:
+        async with self._lock(topic):
+            # Somebody may have joined while this waited for the lock.
+            if topic in self._heard and topic not in self._hub:
+                self._heard.discard(topic)
+                await self._broker.unsubscribe(topic)
+
+    def _lock(self, topic: str) -> asyncio.Lock:
+        return self._locks.setdefault(topic, asyncio.Lock())
+
+    @property
+    def can_publish(self) -> bool:
+        """Whether the link to the bus is live."""
+        return self._broker.link.live
+
+    async def broadcast(self, topic: str, event: str, payload: Payload, skip: Subscriber | None = None) -> None:
+        """Send an event to all subscribers of a topic on every node, except ``skip``. Raises BusUnavailable.
+
+        The event goes over the bus like any other, and nothing on it says whom to skip. So the node remembers:
+        of the events that come back with these very names and bytes, one shall pass over ``skip``. Should
+        somebody else publish the same bytes meanwhile, it does not matter which of the two that is.
+        """
+        key = (topic, event, bytes(payload))
+        if skip is not None:
+            self._skips.setdefault(key, deque()).append(skip)
+        try:
+            await self.publish(Direction.TO, topic, event, payload)
+        except BusUnavailable:
+            if skip is not None:
+                _ = self._take_skip(*key)
+            raise
+
+    def _take_skip(self, topic: str, event: str, data: bytes) -> Subscriber | None:
+        key = (topic, event, data)
+        waiting = self._skips.get(key)
+        if not waiting:
+            return None
+        skip = waiting.popleft()
+        if not waiting:
+            del self._skips[key]
+        return skip
+
+    def publish(self, direction: Direction, topic: str, event: str, payload: Payload) -> asyncio.Future[None]:
+        """Publish one message on the bus; see `Broker.publish`."""
+        future = self._broker.publish(direction, topic, event, bytes(payload))
+        future.add_done_callback(self._log_failure)
+        return future
+
+    def _log_failure(self, future: asyncio.Future[None]) -> None:
+        if not future.cancelled() and isinstance(error := future.exception(), BusUnavailable):
+            self._throttle.warning("bus", "the bus did not take a message: %s", error)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

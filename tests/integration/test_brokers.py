@@ -1,0 +1,614 @@
+"""One suite over all brokers: what `relay.brokers.base` guarantees, on real servers and on a fake that can fail.
+
+A bus that cannot be cut from outside (``memory://``) is left out where it has to be.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+from broadcaster import BroadcastBackend
+from broadcaster import Event as Published
+
+from relay.brokers.base import Broker, Direction, Event
+from relay.brokers.broadcaster import BroadcasterBroker
+from relay.brokers.redis import RedisBroker
+from relay.config import Config
+from relay.errors import BusUnavailable
+from relay.metrics import Metrics
+from tests.support.process import Postgres, Valkey, redis_servers
+from tests.support.serving import eventually
+
+FAST = {"backoff_min_s": 0.02, "backoff_max_s": 0.1, "ping_interval_s": 0.2, "ping_timeout_s": 3}
+"""Settings of a link that is cut on purpose."""
+
+
+class Sink:
+    """What a broker hands over."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.gaps: list[str] = []
+        self.messages: list[tuple[str, str, bytes]] = []
+        self.room = asyncio.Event()
+        self.room.set()
+
+    async def receive_events(self, events: Sequence[Event]) -> None:
+        self.events += events
+        await self.room.wait()
+
+    def receive_message(self, pattern: str, channel: str, data: bytes) -> None:
+        self.messages.append((pattern, channel, data))
+
+    def receive_gap(self, reason: str) -> None:
+        self.gaps.append(reason)
+
+    async def expect(self, *events: Event) -> None:
+        """These have come, and no others."""
+        await eventually(lambda: len(self.events) >= len(events), f"{len(events)} events")
+        assert self.events == list(events)
+
+
+class Bus(Protocol):
+    """A bus for the suite."""
+
+    shared: bool
+    """Whether two brokers hear each other."""
+
+    def broker(self, metrics: Metrics, **settings: Any) -> Broker:
+        """A broker on this bus, not started; settings of the ``redis`` table."""
+
+    async def cut(self) -> None:
+        """Take the bus away from all its brokers."""
+
+    async def heal(self) -> None:
+        """Bring it back."""
+
+
+class RedisBus:
+    shared = True
+
+    def __init__(self, server: Valkey) -> None:
+        self._server = server
+
+    def broker(self, metrics: Metrics, **settings: Any) -> Broker:
+        return RedisBroker(Config(redis_url=self._server.url, redis=settings), metrics)
+
+    async def cut(self) -> None:
+        self._server.kill()
+
+    async def heal(self) -> None:
+        await asyncio.to_thread(self._server.start)
+
+
+class PostgresBus:
+    shared = True
+
+    def __init__(self, server: Postgres) -> None:
+        self._server = server
+
+    def broker(self, metrics: Metrics, **settings: Any) -> Broker:
+        return BroadcasterBroker(Config(broadcast_url=self._server.url, redis=settings), metrics)
+
+    async def cut(self) -> None:
+        self._server.kill()
+
+    async def heal(self) -> None:
+        await asyncio.to_thread(self._server.start)
+
+
+class MemoryBus:
+    shared = False  # broadcaster's memory backend keeps to itself, even in one process
+
+    def broker(self, metrics: Metrics, **settings: Any) -> Broker:
+        return BroadcasterBroker(Config(broadcast_url="memory://", redis=settings), metrics)
+
+    async def cut(self) -> None:
+        raise NotImplementedError
+
+    async def heal(self) -> None:
+        raise NotImplementedError
+
+
+class FakeBus:
+    """A bus in this process that fails on demand: it is ``down``, or ``deaf``, or ``stuck``, or refuses messages."""
+
+    shared = True
+
+    def __init__(self, scheme: str = "") -> None:
+        self._scheme = scheme
+        self.backends: list[FakeBackend] = []
+        self.down = False
+        self.deaf = False
+        self.stuck = False
+        self.refuses: Callable[[str], bool] = lambda message: False
+        self.published: list[tuple[str, str]] = []
+
+    def broker(self, metrics: Metrics, **settings: Any) -> Broker:
+        # The address says which bus it pretends to be; nothing is ever connected there.
+        config = Config(broadcast_url=f"{self._scheme or 'postgres'}://nowhere", redis=settings)
+        return BroadcasterBroker(config, metrics, lambda: FakeBackend(self))
+
+    async def cut(self) -> None:
+        self.down = True
+        for backend in self.backends:
+            backend.queue.put_nowait(ConnectionError("the bus went down"))
+
+    async def heal(self) -> None:
+        self.down = False
+
+
+class FakeBackend(BroadcastBackend):
+    def __init__(self, bus: FakeBus) -> None:
+        self._bus = bus
+        self._channels: set[str] = set()
+        self.queue: asyncio.Queue[Published | Exception] = asyncio.Queue()
+
+    def _check(self) -> None:
+        if self._bus.down:
+            raise ConnectionError("the bus is down")
+
+    async def connect(self) -> None:
+        self._check()
+        self._bus.backends.append(self)
+
+    async def disconnect(self) -> None:
+        if self in self._bus.backends:
+            self._bus.backends.remove(self)
+
+    async def subscribe(self, group: str) -> None:
+        self._check()
+        self._channels.add(group)
+
+    async def unsubscribe(self, group: str) -> None:
+        self._check()
+        self._channels.remove(group)
+
+    async def publish(self, channel: str, message: Any) -> None:
+        self._check()
+        if self._bus.stuck:
+            await asyncio.Event().wait()
+        if self._bus.refuses(message):
+            raise ValueError("the bus does not take this message")
+        self._bus.published.append((channel, message))
+        for backend in () if self._bus.deaf else self._bus.backends:
+            if channel in backend._channels:
+                backend.queue.put_nowait(Published(channel, message))
+
+    async def next_published(self) -> Published:
+        item = await self.queue.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+
+# Which buses there are.
+
+_REDIS = {f"redis-server {path}" if number else "redis-server": path for number, path in enumerate(redis_servers())}
+CAN_BE_CUT = ["valkey", *_REDIS, "postgres", "fake", "fake kafka"]
+ALL = [*CAN_BE_CUT, "memory"]
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[Callable[[str], Valkey | Postgres]]:
+    """The module's servers by name, each started when first asked for; a test that cuts one brings it back."""
+    running: dict[str, Valkey | Postgres] = {}
+
+    def get(name: str) -> Valkey | Postgres:
+        if name not in running:
+            running[name] = _make_server(name)
+            running[name].start()
+        return running[name]
+
+    yield get
+    for server in running.values():
+        server.__exit__(None, None, None)
+
+
+def _make_server(name: str) -> Valkey | Postgres:
+    if name == "postgres":
+        folder: Path | None = Postgres.find()
+        if folder is None:
+            pytest.skip("no Postgres on this machine: neither /usr/lib/postgresql/*/bin nor PATH has its initdb")
+        return Postgres(folder)
+    return Valkey(binary=_REDIS.get(name))
+
+
+@pytest.fixture(params=ALL)
+def bus(request: pytest.FixtureRequest, servers: Callable[[str], Valkey | Postgres]) -> Bus:
+    """Each bus in turn."""
+    if request.param.startswith("fake"):
+        return FakeBus(request.param.removeprefix("fake").strip())
+    if request.param == "memory":
+        return MemoryBus()
+    server = servers(request.param)
+    return RedisBus(server) if isinstance(server, Valkey) else PostgresBus(server)
+
+
+only_those_that_can_be_cut = pytest.mark.parametrize("bus", CAN_BE_CUT, indirect=True)
+only_shared = pytest.mark.parametrize("bus", CAN_BE_CUT, indirect=True)
+
+
+class Pair(Protocol):
+    """Somebody who hears ``room`` and ``other``, and somebody who publishes; one and the same on ``memory://``."""
+
+    hearer: Broker
+    speaker: Broker
+    sink: Sink
+    metrics: Metrics
+
+
+Connect = Callable[..., Awaitable[Pair]]
+
+
+@pytest.fixture
+def connect(runner: asyncio.Runner, bus: Bus) -> Iterator[Connect]:
+    """``await connect()`` gives a `Pair` of started brokers, which are stopped after the test."""
+    stack = AsyncExitStack()
+
+    class Both:
+        def __init__(self, hearer: Broker, speaker: Broker, sink: Sink, metrics: Metrics) -> None:
+            self.hearer, self.speaker, self.sink, self.metrics = hearer, speaker, sink, metrics
+
+    async def connect(**settings: Any) -> Pair:
+        sink, metrics = Sink(), Metrics()
+        hearer = await stack.enter_async_context(started(bus.broker(metrics, **settings), sink))
+        speaker = hearer
+        if bus.shared:
+            speaker = await stack.enter_async_context(started(bus.broker(Metrics(), **settings), Sink()))
+        for topic in ("room", "other"):
+            await hearer.subscribe(topic)
+        return Both(hearer, speaker, sink, metrics)
+
+    yield connect
+    runner.run(stack.aclose())
+
+
+@asynccontextmanager
+async def started(broker: Broker, sink: Sink) -> AsyncIterator[Broker]:
+    await broker.start(sink)
+    yield broker
+    await broker.stop()
+
+
+# Events.
+
+
+async def test_event_published_here_is_heard_there(connect: Connect) -> None:
+    pair = await connect()
+    assert pair.hearer.link == pair.speaker.link == (True, "")
+    await pair.speaker.publish(Direction.TO, "room", "new_msg", b'{"a": 1}')
+    await pair.sink.expect(("room", "new_msg", b'{"a": 1}'))
+    assert not pair.sink.gaps
+
+
+async def test_broker_hears_its_own_events_too(connect: Connect) -> None:
+    pair = await connect()
+    await pair.hearer.publish(Direction.TO, "room", "new_msg", b"1")
+    await pair.sink.expect(("room", "new_msg", b"1"))
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"", b"null", b' {"text" : "\xc3\xbc",  "n":1.0} ', b"no json", b"\xff\x00", b'"\\u0000\\ud800"', b"x" * 4000],
+    ids=["empty", "null", "spaces", "text", "bytes", "escapes", "4 000 bytes"],
+)
+async def test_payload_arrives_as_it_was_published(connect: Connect, payload: bytes) -> None:
+    """Inside an envelope JSON loses the spaces around it, and nothing else."""
+    pair = await connect()
+    await pair.speaker.publish(Direction.TO, "room", "e", payload)
+    await pair.sink.expect(("room", "e", payload if isinstance(pair.hearer, RedisBroker) else payload.strip()))
+
+
+@pytest.mark.parametrize("topic", ["a:b:c", "a.b", 'q"\\*?[]', "ünï", "x" * 255, "ü" * 127, "Upper", "__x", "a b"])
+async def test_any_topic_works_and_no_other_is_taken_for_it(connect: Connect, topic: str) -> None:
+    """Postgres cuts names at 63 bytes, Kafka takes few characters; neither may show."""
+    pair = await connect()
+    await pair.hearer.subscribe(topic)
+    near = (topic[:-1] or "-", topic + "!", topic.upper(), topic.replace(":", ".").replace(".", ":"))
+    for other in near:
+        if other != topic and not isinstance(pair.hearer, RedisBroker):
+            await pair.speaker.publish(Direction.TO, other, "e", b"0")
+    await pair.speaker.publish(Direction.FROM, topic, "e", b"0")
+    await pair.speaker.publish(Direction.TO, topic, "é", b"1")
+    await pair.sink.expect((topic, "é", b"1"))
+
+
+async def test_events_of_each_topic_come_in_order_and_once(connect: Connect) -> None:
+    """Guarantees: order, at most once."""
+    pair = await connect()
+    futures = [pair.speaker.publish(Direction.TO, ("room", "other")[n % 2], "e", b"%d" % n) for n in range(1000)]
+    await asyncio.gather(*futures)
+    await eventually(lambda: len(pair.sink.events) >= 1000, "all events")
+    for number, topic in enumerate(("room", "other")):
+        heard = [int(data) for name, _, data in pair.sink.events if name == topic]
+        assert heard == list(range(number, 1000, 2))
+
+
+async def test_broker_reads_no_further_than_its_sink(connect: Connect) -> None:
+    """`Sink.receive_events`: the broker reads no further until it returns, and loses nothing by it."""
+    pair = await connect()
+    pair.sink.room.clear()
+    await asyncio.gather(*[pair.speaker.publish(Direction.TO, "room", "e", b"%d" % n) for n in range(100)])
+    await eventually(lambda: pair.sink.events, "the first batch")
+    first = len(pair.sink.events)
+    for n in range(100, 120):
+        await pair.speaker.publish(Direction.TO, "room", "e", b"%d" % n)
+    assert len(pair.sink.events) == first
+    pair.sink.room.set()
+    await eventually(lambda: len(pair.sink.events) == 120, "the rest")
+    assert [int(data) for *_, data in pair.sink.events] == list(range(120))
+
+
+async def test_topic_that_was_given_up_is_heard_no_more(connect: Connect) -> None:
+    pair = await connect()
+    await pair.hearer.unsubscribe("room")
+    await pair.speaker.publish(Direction.TO, "room", "e", b"1")
+    await pair.speaker.publish(Direction.TO, "other", "e", b"2")
+    await eventually(lambda: ("other", "e", b"2") in pair.sink.events, "the other topic")
+    # Where every topic is heard anyway the node sorts out the strangers; so it does on Kafka.
+    if pair.hearer.needs_subscribe and getattr(pair.hearer, "_scheme", "") != "kafka":
+        assert pair.sink.events == [("other", "e", b"2")]
+    await pair.hearer.subscribe("room")
+    await pair.speaker.publish(Direction.TO, "room", "e", b"3")
+    await eventually(lambda: ("room", "e", b"3") in pair.sink.events, "the topic once more")
+
+
+# A bus that goes away.
+
+
+async def _expect_down(*brokers: Broker) -> None:
+    for broker in brokers:
+        await eventually(lambda broker=broker: not broker.link.live, "the link to be down")  # type: ignore[misc]
+        assert broker.link.reason
+
+
+async def _expect_live(*brokers: Broker) -> None:
+    for broker in brokers:
+        await eventually(lambda broker=broker: broker.link.live, "the link to be live")  # type: ignore[misc]
+
+
+@only_those_that_can_be_cut
+async def test_loss_is_told_once_and_hearing_restored(
+    connect: Connect, bus: Bus, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Guarantees: loss is told, once hearing is restored; nothing is delivered again."""
+    caplog.set_level(logging.INFO, "relay")
+    pair = await connect(**FAST)
+    await pair.speaker.publish(Direction.TO, "room", "e", b"1")
+    await pair.sink.expect(("room", "e", b"1"))
+    await bus.cut()
+    await _expect_down(pair.hearer, pair.speaker)
+    assert pair.sink.gaps == []
+    await bus.heal()
+    await _expect_live(pair.hearer, pair.speaker)
+    assert len(pair.sink.gaps) == pair.metrics.gaps == 1
+    lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("gap: ")]
+    assert len(lines) == 2, "one for each of the two"
+    await pair.speaker.publish(Direction.TO, "room", "e", b"2")
+    await pair.speaker.publish(Direction.TO, "other", "e", b"3")
+    await pair.sink.expect(("room", "e", b"1"), ("room", "e", b"2"), ("other", "e", b"3"))
+
+
+@only_those_that_can_be_cut
+async def test_message_fails_while_the_bus_is_away_and_never_comes_later(connect: Connect, bus: Bus) -> None:
+    """Guarantees: publishing is answered; at most once."""
+    pair = await connect(**FAST)
+    await bus.cut()
+    waiting = [pair.speaker.publish(Direction.TO, "room", "e", b"%d" % n) for n in range(3)]
+    await _expect_down(pair.hearer, pair.speaker)
+    waiting.append(pair.speaker.publish(Direction.TO, "room", "e", b"3"))
+    async with asyncio.timeout(20):
+        answers = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all(isinstance(answer, BusUnavailable) and str(answer) for answer in answers), answers
+    await bus.heal()
+    await _expect_live(pair.hearer, pair.speaker)
+    await pair.speaker.publish(Direction.TO, "room", "e", b"4")
+    await pair.sink.expect(("room", "e", b"4"))
+
+
+@only_those_that_can_be_cut
+async def test_bus_that_is_away_at_the_start_is_no_gap(connect: Connect, bus: Bus) -> None:
+    """`Broker.start` returns after its first attempt and never raises for it; nothing could be missed yet."""
+    await bus.cut()
+    sink, metrics = Sink(), Metrics()
+    broker = bus.broker(metrics, **FAST)
+    await broker.start(sink)
+    try:
+        assert not broker.link.live
+        assert broker.link.reason
+        await bus.heal()
+        await _expect_live(broker)
+        await broker.subscribe("room")
+        await broker.publish(Direction.TO, "room", "e", b"1")
+        await sink.expect(("room", "e", b"1"))
+        assert not sink.gaps
+    finally:
+        await broker.stop()
+
+
+@only_those_that_can_be_cut
+async def test_each_cut_is_a_gap(connect: Connect, bus: Bus) -> None:
+    pair = await connect(**FAST)
+    for count in (1, 2):
+        await bus.cut()
+        await _expect_down(pair.hearer)
+        await bus.heal()
+        await _expect_live(pair.hearer)
+        assert len(pair.sink.gaps) == count
+
+
+@only_those_that_can_be_cut
+async def test_topics_joined_and_left_while_the_bus_is_away(connect: Connect, bus: Bus) -> None:
+    pair = await connect(**FAST)
+    await bus.cut()
+    await _expect_down(pair.hearer, pair.speaker)
+    if pair.hearer.needs_subscribe:
+        with pytest.raises(BusUnavailable):
+            await pair.hearer.subscribe("new")
+    await pair.hearer.unsubscribe("other")
+    await bus.heal()
+    await _expect_live(pair.hearer, pair.speaker)
+    await pair.hearer.subscribe("new")
+    for topic in ("room", "new"):
+        await pair.speaker.publish(Direction.TO, topic, "e", b"1")
+    await pair.sink.expect(("room", "e", b"1"), ("new", "e", b"1"))
+
+
+# The end.
+
+
+async def test_stop_ends_everything(bus: Bus) -> None:
+    """`Broker.stop` ends every task and connection; a leaked task fails the test by itself."""
+    sink, before = Sink(), asyncio.all_tasks()
+    broker = bus.broker(Metrics())
+    await broker.start(sink)
+    await broker.subscribe("room")
+    await broker.publish(Direction.TO, "room", "e", b"1")
+    await broker.stop()
+    assert broker.link == (False, "stopped")
+    assert asyncio.all_tasks() == before
+    assert not sink.gaps
+
+
+@only_those_that_can_be_cut
+async def test_stop_fails_what_is_waiting(bus: Bus) -> None:
+    """`Broker.stop`: messages not yet taken by the bus fail with `BusUnavailable`."""
+    broker = bus.broker(Metrics(), **FAST)
+    await broker.start(Sink())
+    if isinstance(bus, FakeBus):
+        bus.stuck = True
+    waiting = [broker.publish(Direction.TO, "room", "e", b"%d" % n) for n in range(3)]
+    await broker.stop()
+    answers = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all(isinstance(answer, BusUnavailable) for answer in answers), answers
+
+
+@only_those_that_can_be_cut
+async def test_stop_works_while_the_bus_is_away(bus: Bus) -> None:
+    broker = bus.broker(Metrics(), **FAST)
+    await broker.start(Sink())
+    await bus.cut()
+    await _expect_down(broker)
+    waiting = broker.publish(Direction.TO, "room", "e", b"1")
+    await broker.stop()
+    with pytest.raises(BusUnavailable):
+        await waiting
+    await bus.heal()
+
+
+async def test_broker_that_was_never_started_can_be_stopped(bus: Bus) -> None:
+    broker = bus.broker(Metrics())
+    assert broker.link == (False, "not started")
+    await broker.stop()
+
+
+async def test_too_many_messages_waiting_are_refused(bus: Bus) -> None:
+    """Setting ``redis.publish_queue_max``."""
+    broker = bus.broker(Metrics(), publish_queue_max=2)
+    await broker.start(Sink())
+    answers = await asyncio.gather(
+        *[broker.publish(Direction.TO, "room", "e", b"1") for _ in range(5)], return_exceptions=True
+    )
+    await broker.stop()
+    assert [type(answer) for answer in answers] == [type(None)] * 2 + [BusUnavailable] * 3
+    assert "too many" in str(answers[-1])
+
+
+# What only the broadcaster adapter has to see to; the fake does it on demand.
+
+only_fake = pytest.mark.parametrize("bus", ["fake"], indirect=True)
+
+
+@only_fake
+async def test_deaf_bus_is_found_out_by_its_probe(connect: Connect, bus: FakeBus) -> None:
+    """asyncpg's listener waits for ever on a dead connection; the probe does not."""
+    pair = await connect(**FAST | {"ping_interval_s": 0.05, "ping_timeout_s": 0.2})
+    bus.deaf = True
+    await _expect_down(pair.hearer)
+    assert "probe" in pair.hearer.link.reason
+    bus.deaf = False
+    await eventually(lambda: pair.sink.gaps and pair.hearer.link.live and pair.speaker.link.live, "the bus to heal")
+    await pair.speaker.publish(Direction.TO, "room", "e", b"1")
+    await pair.sink.expect(("room", "e", b"1"))
+
+
+@only_fake
+async def test_stuck_bus_fails_messages_in_time_and_counts_as_lost(connect: Connect, bus: FakeBus) -> None:
+    """Guarantee: a message never stays pending for longer than the time limit, also those behind it in the queue."""
+    pair = await connect(**FAST, timeout_s=0.2)
+    bus.stuck = True
+    started = asyncio.get_running_loop().time()
+    waiting = [pair.hearer.publish(Direction.TO, "room", "e", b"%d" % n) for n in range(50)]
+    answers = await asyncio.gather(*waiting, return_exceptions=True)
+    assert all(isinstance(answer, BusUnavailable) for answer in answers)
+    assert asyncio.get_running_loop().time() - started < 5, "one limit for all, not one for each of the fifty"
+    bus.stuck = False
+    await eventually(lambda: pair.sink.gaps and pair.hearer.link.live, "the bus to heal")
+
+
+@only_fake
+async def test_message_the_bus_refuses_costs_nobody_else_anything(connect: Connect, bus: FakeBus) -> None:
+    pair = await connect(**FAST)
+    bus.refuses = lambda message: "bad" in message
+    bad = pair.hearer.publish(Direction.TO, "room", "e", b'"bad"')
+    good = pair.hearer.publish(Direction.TO, "room", "e", b'"good"')
+    with pytest.raises(BusUnavailable, match="does not take"):
+        await bad
+    await good
+    await pair.sink.expect(("room", "e", b'"good"'))
+    assert not pair.sink.gaps
+    assert pair.hearer.link.live
+
+
+@pytest.mark.parametrize("bus", ["postgres"], indirect=True)
+async def test_payload_too_large_for_postgres_is_refused_and_the_link_stays(connect: Connect) -> None:
+    """Postgres takes less than 8 000 bytes in one NOTIFY."""
+    pair = await connect(**FAST)
+    with pytest.raises(BusUnavailable, match="payload"):
+        await pair.speaker.publish(Direction.TO, "room", "e", b'"' + b"x" * 9000 + b'"')
+    await pair.speaker.publish(Direction.TO, "room", "e", b"1")
+    await pair.sink.expect(("room", "e", b"1"))
+    assert pair.speaker.link.live
+    assert not pair.sink.gaps
+
+
+@only_fake
+async def test_what_is_no_envelope_is_dropped_and_counted(connect: Connect, bus: FakeBus) -> None:
+    pair = await connect()
+    backend = bus.backends[0]
+    bad = (
+        "",
+        "{",
+        "[]",
+        '{"topic":"room"}',
+        '{"topic":"room","event":"e"}',
+        '{"topic":"room","event":"e","base64":"!"}',
+    )
+    for message in bad:
+        await backend.publish("to:room", message)
+    await backend.publish("to:room", '{"topic":"room","event":"e","payload":[1]}')
+    await pair.sink.expect(("room", "e", b"[1]"))
+    assert pair.metrics.dropped == {"no envelope": len(bad)}
+    assert pair.hearer.link.live
+
+
+@pytest.mark.parametrize("bus", ["fake kafka"], indirect=True)
+async def test_kafka_gets_channel_names_it_takes(connect: Connect, bus: FakeBus) -> None:
+    """Kafka takes 1 to 249 characters of ``[a-zA-Z0-9._-]``; a name that does not fit travels as a digest."""
+    pair = await connect()
+    for topic in ("room:1", "a.b", "a b", "ü", "x" * 255):
+        await pair.speaker.publish(Direction.TO, topic, "e", b"1")
+    await pair.speaker.publish(Direction.FROM, "room:1", "e", b"1")
+    names = [channel for channel, _ in bus.published]
+    assert names[0] == "to.room.1"
+    assert names[-1] == "from.room.1"
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert name.isascii()
+        assert len(name) <= 249
+        assert name.replace(".", "").replace("-", "").replace("_", "").isalnum()

