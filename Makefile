@@ -3,7 +3,7 @@
 
 ARGS ?=
 BIN := .venv/bin
-CODE := relay tests $(wildcard clients/python benchmarks)
+CODE := relay tests examples $(wildcard clients/python benchmarks)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # An environment that no longer runs (its Python is gone, or this folder was moved or copied) is made anew.
@@ -51,7 +51,7 @@ lock: .venv/.dev ## write the lock files anew; LOCK_ARGS=--upgrade takes the new
 
 clean: ## remove all that make and the tools made
 	rm -rf .venv build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -rf tests/js/node_modules
+	rm -rf tests/js/node_modules examples/node-plugin/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Two environments in one: `make run` needs a third of what `make test` needs, and the second includes the first.

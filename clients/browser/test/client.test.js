@@ -1,0 +1,418 @@
+import assert from "node:assert/strict";
+import { afterEach, beforeEach, mock, test } from "node:test";
+
+import { PushError, Socket } from "../relay.js";
+import { FakeWebSocket, bytes } from "./support.js";
+
+let socket;
+
+beforeEach(() => {
+  FakeWebSocket.made.length = 0;
+  mock.timers.enable({ apis: ["setTimeout"] });
+  socket = makeSocket();
+});
+
+afterEach(() => {
+  socket.disconnect();
+  mock.timers.reset();
+  delete globalThis.document;
+  delete globalThis.addEventListener;
+});
+
+function makeSocket(options = {}) {
+  const steady = { reconnectAfterMs: () => 100, rejoinAfterMs: () => 100 };
+  return new Socket("ws://relay.test/socket", { transport: FakeWebSocket, ...steady, ...options });
+}
+
+function connect() {
+  socket.connect();
+  FakeWebSocket.last.open();
+  return FakeWebSocket.last;
+}
+
+function join(wire, topic = "room:1") {
+  const channel = socket.channel(topic);
+  channel.join();
+  wire.reply(wire.take()[0], "ok");
+  return channel;
+}
+
+// Connecting.
+
+test("the URL has the parameters, nested ones as Phoenix reads them, and the version last", () => {
+  socket = makeSocket({ params: () => ({ a: { b: 1, c: [2] }, d: "é&", none: null }) });
+  assert.equal(
+    socket.endPointURL(),
+    "ws://relay.test/socket/websocket?a%5Bb%5D=1&a%5Bc%5D%5B0%5D=2&d=%C3%A9%26&vsn=2.0.0",
+  );
+});
+
+test("an http endpoint becomes ws and keeps its own query", () => {
+  socket = new Socket("https://relay.test/x/socket/?k=v");
+  assert.equal(socket.endPointURL(), "wss://relay.test/x/socket/websocket?k=v&vsn=2.0.0");
+});
+
+test("the token travels as a subprotocol and is asked anew on each connect", () => {
+  let count = 0;
+  socket = makeSocket({ authToken: () => `token${++count}` });
+  connect().end();
+  mock.timers.tick(100);
+  const tokens = FakeWebSocket.made.map(({ protocols }) => protocols);
+  assert.deepEqual(tokens, [
+    ["phoenix", "base64url.bearer.phx.dG9rZW4x"],
+    ["phoenix", "base64url.bearer.phx.dG9rZW4y"],
+  ]);
+});
+
+test("a token makes no slash and no padding, which a subprotocol cannot hold", () => {
+  socket = makeSocket({ authToken: "??????>" });
+  connect();
+  assert.equal(FakeWebSocket.last.protocols[1], "base64url.bearer.phx.Pz8_Pz8_Pg");
+});
+
+test("a lost connection is made again, and close code 1000 ends it for good", () => {
+  connect().end();
+  mock.timers.tick(100);
+  assert.equal(FakeWebSocket.made.length, 2);
+  FakeWebSocket.last.open();
+  FakeWebSocket.last.end(1000);
+  mock.timers.tick(100_000);
+  assert.equal(FakeWebSocket.made.length, 2);
+});
+
+test("the default back-off is random within a growing, capped window", () => {
+  const { reconnectAfterMs, rejoinAfterMs } = new Socket("ws://relay.test/socket");
+  mock.method(Math, "random", () => 0.5);
+  assert.deepEqual([1, 2, 5, 50].map(reconnectAfterMs), [500, 1000, 5000, 5000]);
+  assert.deepEqual([1, 2, 3, 9].map(rejoinAfterMs), [500, 1000, 2500, 5000]);
+  mock.restoreAll();
+});
+
+test("tries count up until a message comes, not merely an open connection", () => {
+  const tries = [];
+  socket = makeSocket({ reconnectAfterMs: (count) => tries.push(count) });
+  for (const isTalking of [false, false, true, false]) {
+    socket.connect();
+    FakeWebSocket.last.open();
+    if (isTalking) FakeWebSocket.last.receive([null, null, "t", "e", {}]);
+    FakeWebSocket.last.end();
+  }
+  assert.deepEqual(tries, [1, 2, 1, 2]);
+});
+
+test("a connection that does not open in time is given up and tried again", () => {
+  socket.connect();
+  mock.timers.tick(10_000);
+  assert.equal(FakeWebSocket.last.closedWith.reason, "connect timeout");
+  mock.timers.tick(100);
+  assert.equal(FakeWebSocket.made.length, 2);
+});
+
+test("a params function that throws stops no retry", () => {
+  let isBroken = false;
+  const errors = [];
+  socket = makeSocket({ params: () => (isBroken ? assert.fail("no token") : {}) });
+  socket.onError((error) => errors.push(error.message));
+  connect();
+  isBroken = true;
+  FakeWebSocket.last.end();
+  mock.timers.tick(100);
+  isBroken = false;
+  mock.timers.tick(100);
+  assert.deepEqual([errors, FakeWebSocket.made.length], [["no token"], 2]);
+});
+
+test("disconnect closes at once, calls back, and stays closed until connect", () => {
+  const seen = [];
+  socket.onClose(({ code, reason }) => seen.push([code, reason]));
+  const wire = connect();
+  socket.disconnect(() => seen.push("done"), 3000, "bye");
+  assert.deepEqual(seen, [[3000, "bye"], "done"]);
+  assert.deepEqual(wire.closedWith, { code: 3000, reason: "bye" });
+  mock.timers.tick(100_000);
+  assert.equal(FakeWebSocket.made.length, 1);
+  connect();
+  assert.ok(socket.isConnected());
+});
+
+test("callbacks are told, and no more after off", () => {
+  const seen = [];
+  const refs = [socket.onOpen(() => seen.push("open")), socket.onMessage(({ event }) => seen.push(event))];
+  const wire = connect();
+  wire.receive([null, null, "room:1", "new_msg", {}]);
+  socket.off(refs);
+  wire.receive([null, null, "room:1", "new_msg", {}]);
+  assert.deepEqual(seen, ["open", "new_msg"]);
+});
+
+test("a frame that cannot be decoded is an error of the socket, and nothing else", () => {
+  const errors = [];
+  socket.onError((error) => errors.push(error.name));
+  const wire = connect();
+  wire.receive("{");
+  wire.receive(bytes("09"));
+  assert.deepEqual(errors, ["SyntaxError", "TypeError"]);
+  assert.ok(socket.isConnected());
+});
+
+// Heartbeats.
+
+test("a heartbeat goes out each interval, and one without answer means a reconnect", () => {
+  const wire = connect();
+  for (let beat = 0; beat < 3; beat++) {
+    mock.timers.tick(30_000);
+    const [heartbeat] = wire.take();
+    assert.deepEqual([heartbeat[0], ...heartbeat.slice(2)], [null, "phoenix", "heartbeat", {}]);
+    wire.reply(heartbeat, "ok");
+  }
+  mock.timers.tick(30_000);
+  mock.timers.tick(10_000);
+  assert.deepEqual(wire.closedWith, { code: 1000, reason: "heartbeat timeout" });
+  mock.timers.tick(100);
+  assert.equal(FakeWebSocket.made.length, 2);
+});
+
+// The page and the network.
+
+function makePage() {
+  const page = new EventTarget();
+  const network = new EventTarget();
+  page.hidden = false;
+  globalThis.document = page;
+  globalThis.addEventListener = network.addEventListener.bind(network);
+  const turn = (hidden) => {
+    page.hidden = hidden;
+    page.dispatchEvent(new Event("visibilitychange"));
+  };
+  return { turn, network };
+}
+
+test("a hidden page does not reconnect, and does so at once when it is shown", () => {
+  const { turn } = makePage();
+  connect();
+  turn(true);
+  FakeWebSocket.last.end();
+  mock.timers.tick(100_000);
+  assert.equal(FakeWebSocket.made.length, 1);
+  turn(false);
+  assert.equal(FakeWebSocket.made.length, 2);
+});
+
+test("a page hidden while it waits to reconnect stops waiting", () => {
+  const { turn } = makePage();
+  connect().end();
+  turn(true);
+  mock.timers.tick(100_000);
+  assert.equal(FakeWebSocket.made.length, 1);
+});
+
+test("a network that is back reconnects at once; one that goes is probed", () => {
+  const { network } = makePage();
+  const wire = connect();
+  network.dispatchEvent(new Event("offline"));
+  assert.equal(wire.take()[0][3], "heartbeat");
+  mock.timers.tick(10_000);
+  assert.equal(wire.closedWith.reason, "heartbeat timeout");
+  network.dispatchEvent(new Event("online"));
+  assert.equal(FakeWebSocket.made.length, 2);
+});
+
+test("after disconnect the page and the network are no longer followed", () => {
+  const { turn, network } = makePage();
+  connect();
+  socket.disconnect();
+  turn(false);
+  network.dispatchEvent(new Event("online"));
+  assert.equal(FakeWebSocket.made.length, 1);
+});
+
+// Joining.
+
+test("a join made before the connection is sent when it opens, with join_ref equal to ref", () => {
+  const channel = socket.channel("room:1", { token: "x" });
+  channel.join();
+  const [[joinRef, ref, ...rest]] = connect().take();
+  assert.equal(joinRef, ref);
+  assert.deepEqual(rest, ["room:1", "phx_join", { token: "x" }]);
+});
+
+test("an awaited join gives the response; receive is called again on each rejoin", async () => {
+  const wire = connect();
+  const channel = socket.channel("room:1");
+  let count = 0;
+  const push = channel.join().receive("ok", () => count++);
+  wire.reply(wire.take()[0], "ok", { n: 1 });
+  assert.deepEqual(await push, { n: 1 });
+  wire.receive([channel.joinRef(), channel.joinRef(), "room:1", "phx_error", {}]);
+  mock.timers.tick(100);
+  wire.reply(wire.take()[0], "ok");
+  assert.deepEqual([channel.state, count], ["joined", 2]);
+});
+
+test("a refused join rejects with the reason and is tried again with new params", async () => {
+  let count = 0;
+  const wire = connect();
+  const push = socket.channel("room:1", () => ({ try: ++count })).join();
+  wire.reply(wire.take()[0], "error", { reason: "not yours" });
+  await assert.rejects(push.then(), (error) => {
+    assert.ok(error instanceof PushError);
+    assert.deepEqual([error.status, error.reason, error.response], ["error", "not yours", { reason: "not yours" }]);
+    return /phx_join on "room:1": not yours/.test(error.message);
+  });
+  mock.timers.tick(100);
+  assert.deepEqual(wire.take()[0][4], { try: 2 });
+});
+
+test("a join without an answer is undone by a leave, then tried again", () => {
+  const wire = connect();
+  let timeouts = 0;
+  const channel = socket.channel("room:1");
+  channel.join(500).receive("timeout", () => timeouts++);
+  const [first] = wire.take();
+  mock.timers.tick(500);
+  const [leave] = wire.take();
+  assert.deepEqual([leave[0], leave[3], channel.state, timeouts], [first[0], "phx_leave", "errored", 1]);
+  wire.reply(first, "ok"); // too late
+  assert.equal(channel.state, "errored");
+  mock.timers.tick(100);
+  assert.equal(wire.take()[0][3], "phx_join");
+});
+
+test("a channel is joined once", () => {
+  const channel = join(connect());
+  assert.throws(() => channel.join(), /joined before/);
+});
+
+test("a second channel on a topic takes it over from the first", () => {
+  const wire = connect();
+  const first = join(wire);
+  socket.channel("room:1").join();
+  const [leave, again] = wire.take();
+  assert.deepEqual([leave[3], again[3], first.state], ["phx_leave", "phx_join", "leaving"]);
+  wire.reply(leave, "ok");
+  assert.equal(first.state, "closed");
+});
+
+test("after a lost connection every channel is joined again", () => {
+  const errors = [];
+  const wire = connect();
+  const channel = join(wire);
+  channel.onError(({ source, code }) => errors.push([source, code]));
+  wire.end(1012);
+  assert.deepEqual([channel.state, errors], ["errored", [["transport", 1012]]]);
+  mock.timers.tick(100);
+  FakeWebSocket.last.open();
+  assert.equal(FakeWebSocket.last.take()[0][3], "phx_join");
+});
+
+test("phx_close ends a channel without a rejoin", () => {
+  const wire = connect();
+  const channel = join(wire);
+  let closed = 0;
+  channel.onClose(() => closed++);
+  wire.receive([channel.joinRef(), channel.joinRef(), "room:1", "phx_close", {}]);
+  mock.timers.tick(50);
+  assert.deepEqual([channel.state, closed, socket.channels, wire.take()], ["closed", 1, [], []]);
+});
+
+test("leave is answered, then the channel is gone; unconnected it is gone at once", async () => {
+  const wire = connect();
+  const channel = join(wire);
+  const push = channel.leave();
+  wire.reply(wire.take()[0], "ok");
+  await push;
+  assert.equal(channel.state, "closed");
+  const other = join(wire, "room:2");
+  wire.end();
+  await other.leave();
+  assert.deepEqual([other.state, socket.channels], ["closed", []]);
+});
+
+// Events and pushes.
+
+test("events reach their callbacks until off; those meant for an earlier join do not", () => {
+  const wire = connect();
+  const channel = join(wire);
+  const seen = [];
+  const ref = channel.on("new_msg", (payload) => seen.push(["first", payload]));
+  channel.on("new_msg", (payload) => seen.push(["second", payload]));
+  wire.receive([null, null, "room:1", "new_msg", 1]);
+  channel.off("new_msg", ref);
+  wire.receive([channel.joinRef(), null, "room:1", "new_msg", 2]);
+  wire.receive(["0", null, "room:1", "new_msg", 3]);
+  wire.receive([null, null, "room:2", "new_msg", 4]);
+  channel.off("new_msg");
+  wire.receive([null, null, "room:1", "new_msg", 5]);
+  assert.deepEqual(seen, [["first", 1], ["second", 1], ["second", 2]]);
+});
+
+test("a push is settled by its own reply, whatever the order", async () => {
+  const wire = connect();
+  const channel = join(wire);
+  const [first, second] = [channel.push("a"), channel.push("b", { n: 1 })];
+  const [a, b] = wire.take();
+  assert.deepEqual(b.slice(2), ["room:1", "b", { n: 1 }]);
+  wire.reply(b, "ok", "B");
+  wire.reply(a, "later", "A");
+  assert.equal(await second, "B");
+  assert.deepEqual(await first.catch(({ status, response }) => [status, response]), ["later", "A"]);
+  let isOver = false;
+  await second.finally(() => (isOver = true));
+  assert.ok(isOver);
+});
+
+test("bytes are pushed and answered in binary frames", async () => {
+  const wire = connect();
+  const channel = join(wire);
+  const push = channel.push("raw", new Uint8Array([7]));
+  const frame = new Uint8Array(wire.sent.pop());
+  assert.equal(frame[0], 0);
+  assert.equal(frame.at(-1), 7);
+  const names = [channel.joinRef(), push.ref, "room:1", "ok"];
+  const head = [1, ...names.map((name) => name.length)];
+  wire.receive(Uint8Array.from([...head, ...Buffer.from(names.join("")), 8]).buffer);
+  assert.deepEqual(await push, Uint8Array.of(8).buffer);
+});
+
+test("a push made while not joined waits for the join, or for its timeout", async () => {
+  const channel = socket.channel("room:1");
+  assert.throws(() => channel.push("early"), /before join/);
+  channel.join();
+  const late = channel.push("late", {}, 50);
+  const kept = channel.push("kept");
+  mock.timers.tick(50);
+  await assert.rejects(late.then(), { status: "timeout" });
+  const wire = connect();
+  wire.reply(wire.take()[0], "ok");
+  const sent = wire.take();
+  assert.deepEqual(sent.map((message) => message[3]), ["kept"]);
+  wire.reply(sent[0], "ok");
+  await kept;
+});
+
+test("iterating gives every event in order, counts the lost, and ends with the channel", async () => {
+  const wire = connect();
+  const channel = join(wire);
+  const stream = channel.events({ limit: 2 });
+  for (const n of [1, 2, 3]) wire.receive([null, null, "room:1", "n", n]);
+  assert.deepEqual(await stream.next(), { value: { event: "n", payload: 2, lost: 1 }, done: false });
+  assert.equal(stream.lost, 1);
+  wire.receive([channel.joinRef(), channel.joinRef(), "room:1", "phx_close", {}]);
+  const rest = [];
+  for await (const { payload } of stream) rest.push(payload);
+  assert.deepEqual(rest, [3]);
+  for await (const _ of channel) assert.fail("a closed channel has no events");
+});
+
+test("an iteration that waits is woken by an event, and leaves nothing behind when broken off", async () => {
+  const wire = connect();
+  const channel = join(wire);
+  setImmediate(() => wire.receive([null, null, "room:1", "n", 1]));
+  for await (const { payload, lost } of channel) {
+    assert.deepEqual([payload, lost], [1, 0]);
+    break;
+  }
+  const [one, two] = [channel.events(), channel.events()].map((stream) => stream.next());
+  wire.receive([null, null, "room:1", "n", 2]);
+  assert.deepEqual((await Promise.all([one, two])).map(({ value }) => value.payload), [2, 2]);
+});

@@ -1,0 +1,254 @@
+"""`Relay`: the ASGI application, and what a team's own code and its plugins call.
+
+Owns the face of the relay: settings, plugins, routes, and the start and stop of the engine behind it.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from pydantic import ValidationError
+from starlette._utils import get_route_path
+from starlette.applications import Starlette
+from starlette.routing import BaseRoute, Mount
+
+from relay import hooks, pages, transport
+from relay.brokers.base import Direction, Link
+from relay.config import EMBEDDED, Config, explain, load
+from relay.engine import Engine
+from relay.errors import ConfigError, RelayError
+from relay.handshake import Refused
+from relay.metrics import Metrics
+from relay.plugins import Plugin, system
+from relay.plugins.loader import Loaded, load_plugins
+from relay.socket import Socket
+from relay.topics import is_event, is_topic
+from relay.transport import ReceiveCallable, Scope, SendCallable
+
+if TYPE_CHECKING:
+    from relay.proxy import Proxy
+
+_logger = logging.getLogger("relay")
+
+
+class Relay:
+    """A relay as an ASGI application: serve it alone, or mount it into another.
+
+    Args: config: settings as a tree; or give single ones by name, ``Relay(redis_url="redis://…")``.
+          extra_plugins: the team's own, besides those that are found; they are called first.
+
+    Raises: ConfigError: no bus is configured, a setting makes no sense, or a plugin cannot be loaded.
+    """
+
+    def __init__(
+        self, config: Config | None = None, *, extra_plugins: tuple[Plugin, ...] = (), **settings: Any
+    ) -> None:
+        try:
+            self.config: Config = config if config is not None else Config(**settings)
+        except ValidationError as error:
+            raise ConfigError(*explain(error, [("Relay", settings)])) from None
+        if not self.config.redis_url and not self.config.broadcast_url:
+            raise ConfigError(
+                'redis_url: expected where to hear events: redis_url="redis://localhost:6379", '
+                f'redis_url="{EMBEDDED}" for a server of the relay\'s own, or broadcast_url="memory://"'
+            )
+        self.metrics: Metrics = Metrics()
+        builtins = (system.plugin,) if self.config.system_topic else ()
+        self.plugins: Loaded = load_plugins(self.config.plugins, (*extra_plugins, *builtins))
+        self._engine: Engine | None = None
+        self._starting = asyncio.Lock()
+        self._proxies = self._make_proxies()
+        self._http = Starlette(routes=self._routes())
+        self._socket_paths = frozenset(f"{path}/websocket" for path in self.config.socket_paths)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Relay":
+        """Make a relay from a TOML file and ``RELAY_…`` variables. Raises ConfigError."""
+        return cls(load(path))
+
+    def _make_proxies(self) -> "list[Proxy]":
+        if not self.config.proxy:
+            return []
+        from relay.proxy import Proxy
+
+        return [Proxy(entry) for entry in self.config.proxy]
+
+    def _routes(self) -> list[BaseRoute]:
+        routes: list[BaseRoute] = []
+        for proxy in self._proxies:
+            routes += proxy.routes
+        if self.config.rest.path:
+            from relay.rest import make_rest
+
+            routes.append(Mount(self.config.rest.path, make_rest(self)))
+        return routes + pages.routes(self.config, self.metrics, lambda: self.link, lambda: self.publish_command)
+
+    # Lifetime.
+
+    async def start(self) -> None:
+        """Start all parts. A bus that is away does not fail the start: readiness says so, and the relay goes on trying.
+
+        Raises: ConfigError: the embedded server or a plugin cannot be started.
+        """
+        async with self._starting:
+            if self._engine is None:
+                engine = Engine(self.config, self.metrics, self.plugins.hooks, self)
+                self._engine = engine  # plugins may use the relay while they start
+                try:
+                    await engine.start()
+                except BaseException:
+                    self._engine = None
+                    raise
+
+    async def stop(self) -> None:
+        """Close all sockets with 1012 (come back), and stop all parts."""
+        engine = self._engine
+        if engine is not None:
+            try:
+                await engine.stop()
+            finally:
+                self._engine = None
+                self._starting = asyncio.Lock()  # the next start may be in another event loop
+                for proxy in self._proxies:
+                    await proxy.close()
+
+    @asynccontextmanager
+    async def lifespan(self, app: object = None) -> AsyncIterator[None]:
+        """Run the relay for the duration of a block; fits Starlette's ``lifespan=``."""
+        await self.start()
+        try:
+            yield
+        finally:
+            await self.stop()
+
+    def install(self, app: Any, path: str = "/relay", *, plugin_routes_in_app: bool = False) -> None:
+        """Mount the relay into a Starlette or FastAPI app, and run it as long as that app runs.
+
+        Args: path: where; browsers then connect to ``<path>/socket``.
+              plugin_routes_in_app: give the plugins' REST routes to ``app``, a FastAPI, instead of the relay's own
+                  REST app, so that its dependencies, middleware and ``/docs`` serve them.
+        """
+        if plugin_routes_in_app:
+            from relay.rest import add_plugin_routes
+
+            add_plugin_routes(self.plugins, app)
+            self._http = Starlette(routes=self._routes_without_plugins())
+        app.mount(path, self)
+        inner = app.router.lifespan_context
+
+        @asynccontextmanager
+        async def lifespan(app: Any) -> AsyncIterator[Any]:
+            async with self.lifespan(), inner(app) as state:
+                yield state
+
+        app.router.lifespan_context = lifespan
+
+    def _routes_without_plugins(self) -> list[BaseRoute]:
+        plugins, self.plugins = self.plugins, Loaded(hooks=self.plugins.hooks)
+        try:
+            return self._routes()
+        finally:
+            self.plugins = plugins
+
+    @property
+    def engine(self) -> Engine:
+        """The running parts. Raises RelayError while the relay does not run."""
+        if self._engine is None:
+            raise RelayError(
+                "the relay is not running: expected its lifespan (`async with relay.lifespan():`) or start() first"
+            )
+        return self._engine
+
+    # What code beside it calls: the team's own, plugins, REST routes.
+
+    async def broadcast(self, topic: str, event: str, payload: object) -> None:
+        """Send an event to all subscribers of a topic, on every node.
+
+        Args:   payload: what JSON can say, or ``bytes`` for a binary event.
+        Raises: ValueError: a topic or an event that cannot be; BusUnavailable: the bus did not take it.
+        """
+        await self.engine.node.publish(Direction.TO, *_checked(topic, event), hooks.to_payload(payload))
+
+    def broadcast_here(self, topic: str, event: str, payload: object) -> bool:
+        """Send an event to this process's own subscribers, past the bus; False where nobody has joined."""
+        return self.engine.node.broadcast_here(*_checked(topic, event), hooks.to_payload(payload))
+
+    def socket(self, socket_id: str) -> Socket | None:
+        """A socket of this process by its id; None where there is none."""
+        return self.engine.sockets.get(socket_id)
+
+    def disconnect(self, socket_id: str, reason: str = "") -> bool:
+        """Close a socket of this process with 1001; False where there is none."""
+        found = self.socket(socket_id)
+        if found is not None:
+            found.disconnect(reason)
+        return found is not None
+
+    @property
+    def topics(self) -> dict[str, int]:
+        """Topics joined in this process, with the number of their subscribers."""
+        return self.engine.hub.topics()
+
+    @property
+    def link(self) -> Link:
+        """State of the link to the bus."""
+        return Link(False, "the relay is not running") if self._engine is None else self._engine.broker.link
+
+    @property
+    def publish_command(self) -> str:
+        """A command that publishes an event to this relay, to be pasted into a shell; holds no secret."""
+        config = self.config if self._engine is None else self._engine.config
+        if is_shareable(config.redis_url):
+            return pages.publish_line(config.redis_url, config.redis.to_prefix)
+        return """relay publish room:1 new_msg '{"text":"hi"}'"""
+
+    # ASGI.
+
+    async def __call__(self, scope: Scope, receive: ReceiveCallable, send: SendCallable) -> None:
+        """Serve one lifespan, HTTP request or WebSocket."""
+        if scope["type"] == "lifespan":
+            await self._serve_lifespan(receive, send)
+            return
+        if self._engine is None:
+            # Starlette runs no lifespan of a mounted app: the first request finds the relay asleep.
+            _logger.warning("started by the first request; `relay.install(app)` starts it with your app")
+            await self.start()
+        if scope["type"] == "http":
+            await self._http(scope, receive, send)
+        elif get_route_path(scope) in self._socket_paths:
+            await self.engine.serve_socket(scope, receive, send)
+        else:
+            known = ", ".join(sorted(self._socket_paths))
+            self.metrics.refused["handshake: path"] += 1
+            await transport.refuse(scope, receive, send, Refused(404, f"no socket here; expected {known}", "path"))
+
+    async def _serve_lifespan(self, receive: ReceiveCallable, send: SendCallable) -> None:
+        _ = await receive()
+        try:
+            await self.start()
+        except Exception as error:
+            if not isinstance(error, ConfigError):
+                _logger.exception("the relay cannot start")
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+        await send({"type": "lifespan.startup.complete"})
+        _ = await receive()
+        await self.stop()
+        await send({"type": "lifespan.shutdown.complete"})
+
+
+def _checked(topic: str, event: str) -> tuple[str, str]:
+    if not is_topic(topic) or not is_event(event):
+        raise ValueError(f"expected a topic of 1 to 255 bytes and an event without colon, got {topic!r}, {event!r}")
+    return topic, event
+
+
+def is_shareable(redis_url: str) -> bool:
+    """Whether an address may be shown to people: on this machine, and without credentials."""
+    parts = urlsplit(redis_url)
+    loopback = parts.hostname in ("127.0.0.1", "::1", "localhost")
+    return parts.scheme == "redis" and loopback and "@" not in parts.netloc and not parts.query

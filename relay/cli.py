@@ -1,0 +1,327 @@
+"""The command line: ``relay serve``, ``publish``, ``plugins`` and ``new-plugin``.
+
+Owns the words on the terminal and the exit codes; leaves the work to the modules below it. Exit codes: 0
+done, 1 failed, 2 wrong usage or settings.
+"""
+
+import asyncio
+import json
+import logging
+import logging.config
+import os
+import signal
+import socket as sockets
+import sys
+import threading
+import time
+import traceback
+import webbrowser
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+from urllib.error import HTTPError, URLError
+from urllib.request import urlopen
+
+import typer
+
+from relay import __version__, runfile
+from relay.config import CONFIG_VARIABLE, EMBEDDED, Config, load
+from relay.errors import BusUnavailable, ConfigError
+from relay.topics import is_event, is_topic
+
+app: typer.Typer = typer.Typer(
+    name="relay",
+    help="Redis channels to WebSocket topics, in the manner of Phoenix Channels.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML file with settings.")]
+RedisUrl = Annotated[str | None, typer.Option(metavar="URL", help="Redis to use, e.g. redis://localhost:6379.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except ConfigError as error:
+        for problem in error.problems:
+            print(f"relay: {problem}", file=sys.stderr)  # noqa: T201 - the terminal is what this module is for
+        sys.exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def serve(
+    application: Annotated[
+        str | None, typer.Argument(metavar="MODULE:APP", help="Your own ASGI app, with a relay installed in it.")
+    ] = None,
+    config: ConfigFile = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.  [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one.  [default: 8000]")] = None,
+    redis_url: RedisUrl = None,
+    workers: Annotated[int | None, typer.Option(help="Processes to serve with.  [default: 1]")] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+) -> None:
+    """Serve browsers: a relay alone, or your own app with the server settings a relay wants.
+
+    Alone, and without a Redis in the settings, a Valkey server of the relay's own is started, and ended with it.
+    """
+    settings = load(config, {"host": host, "port": port, "redis_url": redis_url, "workers": workers})
+    settings.check_exposure()
+    code = 0
+    with ExitStack() as stack:
+        stack.enter_context(_stop_on_sigterm())
+        if application is not None:
+            sys.path.insert(0, "")  # as `python -m uvicorn` does
+            _check_import(application)
+        listener = _listen(settings)
+        stack.callback(listener.close)
+        settings = settings.model_copy(update={"port": listener.getsockname()[1]})
+        embedded = application is None and (
+            settings.redis_url == EMBEDDED or not (settings.redis_url or settings.broadcast_url)
+        )
+        if embedded:
+            from relay.brokers.embedded import EmbeddedValkey
+
+            valkey = EmbeddedValkey()
+            stack.callback(valkey.stop)
+            settings = settings.model_copy(update={"redis_url": valkey.url})
+        stack.enter_context(runfile.announce(_page_url(settings), settings.redis_url if embedded else None))
+        if application is not None:
+            _when_ready(settings, lambda: typer.echo(f"{application} is ready at {_page_url(settings)}"))
+        else:
+            _when_ready(settings, lambda: _greet(settings, embedded, open_page))
+        code = _run(settings, application, config, listener)
+    sys.exit(code)
+
+
+def _run(settings: Config, application: str | None, file: Path | None, listener: sockets.socket) -> int:
+    """Run Uvicorn until it is stopped; one process here, or several under its supervisor."""
+    import uvicorn
+    from uvicorn.supervisors import Multiprocess
+
+    options: dict[str, Any] = {
+        "ws": "relay.server:RelayWebSocketProtocol",
+        "ws_max_size": settings.limits.frame_max_bytes,
+        # Heartbeats prove life already, one coarse sweep finds idle sockets; a ping per socket doubled the CPU.
+        "ws_ping_interval": None,
+        "ws_per_message_deflate": False,
+        "access_log": False,
+        "log_config": _logging(settings.log_level),
+        "timeout_graceful_shutdown": round(settings.limits.close_timeout_s) + 1,
+        "server_header": False,
+        "lifespan": "on" if application is None else "auto",
+    }
+    if settings.workers == 1:
+        from relay.app import Relay
+
+        server = uvicorn.Server(uvicorn.Config(application or Relay(settings), **options))
+        server.run(sockets=[listener])
+        return 0 if server.started else 3
+    # The workers read the same sources again; what this process has decided travels as variables.
+    os.environ.update(RELAY_HOST=settings.host, RELAY_PORT=str(settings.port))
+    if file is not None:
+        os.environ[CONFIG_VARIABLE] = str(file)
+    if application is None:  # somebody's own app configures its relay itself
+        os.environ["RELAY_REDIS_URL"] = settings.redis_url
+        application, options["factory"] = "relay.cli:_worker_app", True
+    config = uvicorn.Config(application, workers=settings.workers, **options)
+    Multiprocess(config, sockets=[listener]).run()
+    return 0
+
+
+def _check_import(application: str) -> None:
+    """Import somebody's app here, where what is wrong with it can be said in one line. Raises ConfigError."""
+    from uvicorn.importer import ImportFromStringError, import_from_string
+
+    try:
+        import_from_string(application)
+    except ConfigError:
+        raise  # of the relay in it, which says all
+    except ImportFromStringError as error:
+        raise ConfigError(f"MODULE:APP: {error}") from None
+    except Exception as error:  # an import may raise anything
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError(
+            f"MODULE:APP: {application} cannot be imported: {reason} ({place.filename}, line {place.lineno})"
+        ) from None
+
+
+def _worker_app() -> Any:
+    from relay.app import Relay
+
+    return Relay(load())
+
+
+def _listen(settings: Config) -> sockets.socket:
+    """Bind the address before anything else is started. Raises ConfigError where that fails."""
+    family = sockets.AF_INET6 if ":" in settings.host else sockets.AF_INET
+    listener = sockets.socket(family)
+    listener.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"port: cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose another with --port"
+        ) from None
+    listener.set_inheritable(True)
+    return listener
+
+
+@contextmanager
+def _stop_on_sigterm() -> Iterator[None]:
+    """Turn a SIGTERM that comes outside of Uvicorn's own handling into an orderly exit."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        sys.exit(0)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass  # Uvicorn has shut down in good order and raises the signal again
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _page_url(settings: Config) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"http://{host}:{settings.port}/"
+
+
+def _when_ready(settings: Config, then: Any) -> None:
+    """Call ``then`` in a thread once the relay answers."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            try:
+                urlopen(_page_url(settings) + "health", timeout=1).close()
+            except HTTPError:
+                then()  # somebody's own app, without this route
+                return
+            except (URLError, OSError):
+                time.sleep(0.05)
+            else:
+                then()
+                return
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _greet(settings: Config, embedded: bool, open_page: bool) -> None:
+    from relay.app import is_shareable
+    from relay.pages import publish_line
+
+    page = _page_url(settings)
+    paths = [f"ws{page.removeprefix('http').rstrip('/')}{path}/websocket" for path in settings.socket_paths]
+    lines = [f"relay {__version__} is ready"]
+    if settings.page:
+        lines.append(f"  page     {page}")
+    lines += [f"  socket   {path}" for path in paths]
+    if embedded:
+        lines.append(f"  redis    {settings.redis_url}  (a Valkey of the relay's own; it ends with the relay)")
+    if is_shareable(settings.redis_url):
+        lines.append(f"  publish  {publish_line(settings.redis_url, settings.redis.to_prefix)}")
+        if embedded:
+            lines.append("""           or, without redis-cli:  relay publish room:1 new_msg '{"text":"hi"}'""")
+    typer.echo("\n".join(lines))
+    if open_page:
+        webbrowser.open(page)
+
+
+def _logging(level: str) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"line": {"format": "%(asctime)s %(levelname)-7s %(name)s: %(message)s"}},
+        "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+        "loggers": {
+            "relay": {"handlers": ["stderr"], "level": level.upper(), "propagate": False},
+            # Uvicorn's own lines about its start and stop say nothing that ours do not.
+            "uvicorn": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
+        },
+    }
+
+
+@app.command()
+def publish(
+    topic: Annotated[str, typer.Argument(help="Topic, e.g. room:1.")],
+    event: Annotated[str, typer.Argument(help="Event, e.g. new_msg.")],
+    payload: Annotated[str, typer.Argument(metavar="JSON", help='Payload, e.g. \'{"text":"hi"}\'.')],
+    config: ConfigFile = None,
+    redis_url: RedisUrl = None,
+) -> None:
+    """Publish one event, to the configured Redis or to the embedded server of a relay running on this machine."""
+    if not is_topic(topic):
+        raise ConfigError(f"TOPIC: expected 1 to 255 bytes without control characters, got {topic!r}")
+    if not is_event(event):
+        raise ConfigError(f"EVENT: expected 1 to 255 bytes without colon, not phx_…, got {event!r}")
+    try:
+        json.loads(payload)
+    except ValueError as error:
+        raise ConfigError(f"JSON: {error}; got {payload!r}") from None
+    settings = load(config, {"redis_url": redis_url})
+    if not settings.redis_url or settings.redis_url == EMBEDDED:
+        running = runfile.newest()
+        if running is None:
+            raise ConfigError("no Redis is configured and no relay with an embedded one runs here; give --redis-url")
+        settings = settings.model_copy(update={"redis_url": running})
+    try:
+        heard = asyncio.run(_publish(settings, topic, event, payload.encode()))
+    except BusUnavailable as error:
+        typer.echo(f"relay: not published: {error}", err=True)
+        raise typer.Exit(1) from None
+    typer.echo(f"published to {topic}; {heard} relay{'' if heard == 1 else 's'} listening")
+
+
+async def _publish(settings: Config, topic: str, event: str, payload: bytes) -> int:
+    from relay.brokers.redis import publish_once
+
+    return await publish_once(settings, topic, event, payload)
+
+
+@app.command()
+def plugins(config: ConfigFile = None) -> None:
+    """List the plugins that were found: where, what each registers, and what failed."""
+    from relay.plugins import system
+    from relay.plugins.loader import load_plugins
+
+    settings = load(config)
+    lenient = settings.plugins.model_copy(update={"on_error": "skip"})
+    logging.getLogger("relay.plugins").setLevel(logging.CRITICAL)  # what failed is part of the list
+    loaded = load_plugins(lenient, (system.plugin,) if settings.system_topic else ())
+    for found in loaded.found:
+        typer.echo(f"{found.name}  ({found.source})")
+        for line in found.registers():
+            typer.echo(f"  {line}")
+        if found.fault:
+            typer.echo(f"  FAILED  {found.fault}")
+    if any(found.fault for found in loaded.found):
+        raise typer.Exit(1)
+
+
+@app.command("new-plugin")
+def new_plugin(
+    name: Annotated[str, typer.Argument(help="Name of the plugin: letters, digits and _.")],
+    directory: Annotated[Path, typer.Option("--in", metavar="DIR", help="Where to put it.")] = Path("plugins"),
+) -> None:
+    """Write a small plugin with a test: a package, ready to run."""
+    from relay.scaffold import write_plugin
+
+    folder = write_plugin(name, directory)
+    typer.echo(f"wrote {folder}/")
+    typer.echo(f"""try it:   RELAY_PLUGINS__PATHS='["{directory}"]' relay serve""")
+    typer.echo(f"test it:  pytest {folder}")

@@ -1,0 +1,149 @@
+"""The parts of a started relay, bound to one event loop: made at its start, let go at its stop.
+
+Owns their lifetime and order; `relay.app` is the face that people see.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from contextlib import suppress
+
+from relay import socket as sockets
+from relay.brokers.base import Broker
+from relay.brokers.embedded import EmbeddedValkey
+from relay.calling import HandlerFailed, is_being_cancelled
+from relay.config import EMBEDDED, Config
+from relay.errors import CloseCode, ConfigError
+from relay.hooks import Hook, Hooks
+from relay.hub import Hub
+from relay.metrics import Metrics
+from relay.node import Node
+from relay.socket import Socket
+from relay.transport import ReceiveCallable, Scope, SendCallable
+
+_logger = logging.getLogger("relay")
+
+_SERVICE_BACKOFF_S = 1.0
+_SERVICE_BACKOFF_MAX_S = 30.0
+
+
+class Engine:
+    """A running relay.
+
+    Args: owner: what handlers are given as ``relay``.
+    """
+
+    def __init__(self, config: Config, metrics: Metrics, hooks: Hooks, owner: object) -> None:
+        self._metrics = metrics
+        self._hooks = hooks
+        self._owner = owner
+        self._embedded: EmbeddedValkey | None = None
+        if config.redis_url == EMBEDDED:
+            self._embedded = EmbeddedValkey()
+            config = config.model_copy(update={"redis_url": self._embedded.url})
+        self.config = config
+        self.broker: Broker = _make_broker(config, metrics, hooks)
+        loop = asyncio.get_running_loop()
+        self.hub: Hub = Hub(metrics, lambda topic: config.topic(topic).overflow, loop.call_soon)
+        self.node: Node = Node(config, self.broker, self.hub, metrics, hooks, owner)
+        self.sockets: dict[str, Socket] = {}
+        self._no_sockets = asyncio.Event()
+        self._no_sockets.set()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Hear the bus, then start the plugins. Raises ConfigError where one of them fails to start."""
+        try:
+            await self.node.start()
+            for hook in self._hooks.startup:
+                try:
+                    await self.node.caller.call(hook, self._owner)
+                except HandlerFailed as error:
+                    raise ConfigError(f"plugin {hook.plugin} failed to start: its on_startup {error}") from error
+        except BaseException:
+            await self.stop()
+            raise
+        self._tasks.append(asyncio.create_task(self._sweep()))
+        self._tasks += [asyncio.create_task(self._run_service(hook)) for hook in self._hooks.services]
+
+    async def stop(self) -> None:
+        """Close all sockets with 1012 (come back), then stop the plugins, then the bus."""
+        for socket in self.sockets.values():
+            socket.close(CloseCode.RESTART, "the relay is restarting")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.config.limits.close_timeout_s):
+                await self._no_sockets.wait()
+        await self.node.finish(self.config.limits.close_timeout_s)
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:  # a service that does not heed its cancellation is left behind
+            _ = await asyncio.wait(self._tasks, timeout=self.config.limits.close_timeout_s)
+        for hook in self._hooks.shutdown:
+            with suppress(HandlerFailed):  # logged and counted there
+                await self.node.caller.call(hook, self._owner)
+        await self.node.stop()
+        if self._embedded is not None:
+            await asyncio.to_thread(self._embedded.stop)
+
+    async def serve_socket(self, scope: Scope, receive: ReceiveCallable, send: SendCallable) -> None:
+        """Serve one ``websocket`` scope from handshake to end."""
+        socket = await sockets.accept(
+            scope, receive, send, config=self.config, node=self.node, hub=self.hub, metrics=self._metrics
+        )
+        if socket is None:
+            return
+        self.sockets[socket.id] = socket
+        self._no_sockets.clear()
+        try:
+            await socket.run()
+        finally:
+            del self.sockets[socket.id]
+            if not self.sockets:
+                self._no_sockets.set()
+
+    async def _sweep(self) -> None:
+        """Close idle sockets. One coarse look at all of them costs less than a timer for each."""
+        timeout_s = self.config.limits.idle_timeout_s
+        while True:
+            await asyncio.sleep(timeout_s / 8)
+            now = time.monotonic()
+            for socket in self.sockets.values():
+                if socket.idle_s(now) > timeout_s:
+                    self._metrics.refused["idle"] += 1
+                    socket.close(CloseCode.GOING_AWAY, f"idle for {timeout_s:g} s; send heartbeats")
+
+    async def _run_service(self, hook: Hook) -> None:
+        """Run a plugin's service as long as the relay runs; when it ends or raises, start it again after a while."""
+        wait_s = _SERVICE_BACKOFF_S
+        while True:
+            started = time.monotonic()
+            try:
+                self._metrics.plugin_calls[hook.plugin] += 1
+                await hook.function(self._owner)
+                if is_being_cancelled():
+                    return
+                _logger.warning("plugin %s: service %s has ended; starting it again", hook.plugin, hook.name)
+            except (Exception, SystemExit, asyncio.CancelledError) as error:
+                if is_being_cancelled():  # by stop(); an error then is one of its cleaning up
+                    if not isinstance(error, asyncio.CancelledError):
+                        _ = self.node.caller.failed(hook, "(a service) raised at its end:", error)
+                    return
+                _ = self.node.caller.failed(hook, f"(a service) raised; starting it again in {wait_s:g} s:", error)
+            if time.monotonic() - started > _SERVICE_BACKOFF_MAX_S:
+                wait_s = _SERVICE_BACKOFF_S
+            await asyncio.sleep(random.uniform(wait_s / 2, wait_s))
+            wait_s = min(2 * wait_s, _SERVICE_BACKOFF_MAX_S)
+
+
+def _make_broker(config: Config, metrics: Metrics, hooks: Hooks) -> Broker:
+    # Imported here: a relay on Redis needs no broadcaster, and the other way round.
+    if config.broadcast_url:
+        if hooks.redis:
+            raise ConfigError(f"plugin {hooks.redis[0].plugin} listens with on_redis, which needs redis_url")
+        from relay.brokers.broadcaster import BroadcasterBroker
+
+        return BroadcasterBroker(config, metrics)
+    from relay.brokers.redis import RedisBroker
+
+    return RedisBroker(config, metrics, [hook.topic for hook in hooks.redis])

@@ -1,0 +1,110 @@
+"""What the relay answers over plain HTTP: health, readiness, metrics, the page and the browser client.
+
+Owns these few routes; must not know sockets or Redis.
+"""
+
+import html
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from relay import __version__
+from relay.brokers.base import Link
+from relay.config import Config
+from relay.metrics import Metrics
+
+_STATIC = Path(__file__).parent / "static"
+_CLIENT = "relay.js"
+
+# Nothing from elsewhere, nothing inline; sockets to this very place.
+_POLICY = "default-src 'self'; connect-src 'self' ws: wss:; base-uri 'none'; frame-ancestors 'self'; form-action 'none'"
+
+
+class _Static(StaticFiles):
+    """The package's own files; in a source checkout the browser client is still where it is developed."""
+
+    def __init__(self) -> None:
+        super().__init__(directory=_STATIC)
+        source = _STATIC.parents[1] / "clients" / "browser"
+        if not (_STATIC / _CLIENT).exists() and (source / _CLIENT).exists():
+            self.all_directories.append(source)
+
+
+class _Figures(Collector):
+    """Shows `Metrics` to prometheus-client; the totals themselves stay plain integers on the hot paths."""
+
+    def __init__(self, metrics: Metrics, link: Callable[[], Link]) -> None:
+        self._metrics = metrics
+        self._link = link
+
+    def collect(self) -> Iterator[Metric]:
+        for name, value in self._metrics.totals().items():
+            if isinstance(value, dict):
+                family = CounterMetricFamily(f"relay_{name}", f"{name} by reason", labels=["reason"])
+                for reason, total in value.items():
+                    family.add_metric([str(reason)], total)
+                yield family
+            elif name == "sockets":
+                yield GaugeMetricFamily("relay_sockets", "sockets open now", value)
+            else:
+                yield CounterMetricFamily(f"relay_{name}", name.replace("_", " "), value)
+        yield GaugeMetricFamily("relay_link_live", "1 while the subscription to the bus is live", self._link().live)
+
+
+def routes(
+    config: Config, metrics: Metrics, link: Callable[[], Link], publish_command: Callable[[], str]
+) -> list[BaseRoute]:
+    """Make the HTTP routes.
+
+    Args: link: the broker's state, asked anew for each request.
+          publish_command: a line to paste, for the page.
+    """
+    registry = CollectorRegistry()
+    registry.register(_Figures(metrics, link))
+
+    async def health(request: Request) -> Response:
+        """The process lives."""
+        return JSONResponse({"status": "ok", "version": __version__, "sockets": metrics.sockets})
+
+    async def ready(request: Request) -> Response:
+        """The subscription is live; 503 with the reason when it is not."""
+        state = link()
+        if state.live:
+            return JSONResponse({"status": "ready"})
+        return JSONResponse({"status": "not ready", "reason": state.reason}, status_code=503)
+
+    async def prometheus(request: Request) -> Response:
+        """All counters, in Prometheus's text format."""
+        return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def page(request: Request) -> Response:
+        """The page that lets people try the relay."""
+        if not request.url.path.endswith("/"):  # mounted: without the slash its relative addresses would miss
+            return RedirectResponse(request.url.replace(path=request.url.path + "/"))
+        text = (_STATIC / "index.html").read_text(encoding="utf-8")
+        for name, value in (
+            ("socket_path", config.socket_paths[0].lstrip("/")),
+            ("publish_command", publish_command()),
+            ("version", __version__),
+        ):
+            text = text.replace(f"{{{{{name}}}}}", html.escape(value))
+        return HTMLResponse(text, headers={"content-security-policy": _POLICY, "x-content-type-options": "nosniff"})
+
+    static = Mount("/static", _Static())
+    common: list[BaseRoute] = [Route("/health", health), Route("/ready", ready), Route("/metrics", prometheus), static]
+    return [*common, Route("/", page)] if config.page else common
+
+
+def publish_line(redis_url: str, to_prefix: str) -> str:
+    """A command that publishes one event, to be pasted into a shell; shows the URL, which must hold no secret."""
+    channel, payload = shlex.quote(f"{to_prefix}room:1:new_msg"), shlex.quote('{"text":"hi"}')
+    return f"redis-cli -u {redis_url} PUBLISH {channel} {payload}"

@@ -1,0 +1,155 @@
+"""Finding plugins and importing them: entry points, directories, built-ins.
+
+Owns the order in which plugins are loaded: built-ins, then entry points by name, then each directory of
+``plugins.paths`` in the order given, its packages by name.
+"""
+
+import importlib
+import importlib.util
+import logging
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from relay.config import PluginsConfig
+from relay.errors import ConfigError
+from relay.hooks import Hooks, HookTable
+from relay.plugins import Plugin
+
+_logger = logging.getLogger("relay.plugins")
+
+ENTRY_POINTS = "relay.plugins"
+
+
+@dataclass
+class Found:
+    """One plugin that was found, loaded or not."""
+
+    name: str
+    source: str
+    """Where: ``built-in``, an entry point's value, or a path."""
+    plugin: Plugin | None = None
+    register: Callable[[Any], object] | None = None
+    """Its ``register_plugin(app)``, if it has one."""
+    fault: str = ""
+    """Why it could not be imported, in one line; empty when it was."""
+
+    def registers(self) -> list[str]:
+        """What it adds, in words: ``on_push room:* new_msg``."""
+        lines = []
+        if self.plugin is not None:
+            for kind, hooks in self.plugin.hooks.entries.items():
+                for hook in hooks:
+                    what = "service" if kind == "services" else f"on_{kind}"
+                    patterns = {"push": f"{hook.topic} {hook.event}", "event": f"{hook.topic} {hook.event}"}
+                    shown = patterns.get(kind, hook.topic if kind in ("join", "leave", "redis") else "")
+                    lines.append(f"{what} {shown} → {hook.name}".replace("  ", " "))
+            for router in self.plugin.routers:
+                lines += [f"route {router_path(route)}" for route in router.routes]
+        if self.register is not None:
+            lines.append("register_plugin(app)")
+        return lines
+
+
+def router_path(route: Any) -> str:
+    """A route's path with its methods, for people."""
+    return " ".join([",".join(sorted(getattr(route, "methods", None) or ())), route.path]).strip()
+
+
+@dataclass
+class Loaded:
+    """All plugins, and their hooks in the order they are called."""
+
+    found: list[Found] = field(default_factory=list)
+    hooks: Hooks = Hooks()
+
+
+def load_plugins(config: PluginsConfig, builtins: tuple[Plugin, ...] = ()) -> Loaded:
+    """Find and import all plugins.
+
+    Raises: ConfigError: one cannot be imported, with its name and reason, unless ``on_error`` is ``skip``.
+    """
+    found = [Found(plugin.name, "built-in", plugin) for plugin in builtins]
+    for name, source, load in _candidates(config):
+        entry = Found(name, source)
+        try:
+            _examine(entry, load())
+        except (Exception, SystemExit) as error:  # a plugin's import may raise anything
+            entry.fault = f"{type(error).__name__}: {error}"
+            if config.on_error == "stop":
+                shown = "".join(traceback.format_exception(error)).rstrip()
+                raise ConfigError(f"plugin {name} ({source}) cannot be loaded: {entry.fault}\n{shown}") from error
+            _logger.error("plugin %s (%s) cannot be loaded, going on without: %s", name, source, entry.fault)
+        found.append(entry)
+    table = HookTable()
+    for entry in found:
+        for kind, hooks in entry.plugin.hooks.entries.items() if entry.plugin else ():
+            for hook in hooks:
+                table.add(kind, hook)
+    return Loaded(found, table.freeze())
+
+
+def _candidates(config: PluginsConfig) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """Name, source and import of each plugin there is, without importing any."""
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
+        if entry.name not in config.disabled:
+            yield entry.name, f"entry point {entry.value}", entry.load
+    for directory in config.paths:
+        if not directory.is_dir():
+            raise ConfigError(f"plugins.paths: {directory} is not a directory")
+        for path in sorted(directory.glob("*/__init__.py")):
+            name = path.parent.name
+            if not name.startswith(".") and name not in config.disabled:
+                yield name, str(path.parent), lambda path=path: _import_package(path)  # type: ignore[misc]
+
+
+def _import_package(init: Path) -> ModuleType:
+    """Import a package by its path, under a name of its own: one called ``json`` hides nobody else's."""
+    name = f"relay_plugin_{init.parent.name}"
+    if not name.replace("-", "_").isidentifier():
+        raise ImportError("expected a folder's name of letters, digits, - and _")
+    spec = importlib.util.spec_from_file_location(name, init, submodule_search_locations=[str(init.parent)])
+    assert spec is not None and spec.loader is not None, "a file that ends in .py has a loader"
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@dataclass
+class _Registration:
+    """A plugin's ``register_plugin``, whose faults name the plugin. Raises ConfigError."""
+
+    entry: Found
+    register: Callable[[Any], object]
+
+    def __call__(self, app: Any) -> None:
+        try:
+            _ = self.register(app)
+        except Exception as error:  # it may raise anything
+            fault = f"its register_plugin raised {type(error).__name__}: {error}"
+            raise ConfigError(f"plugin {self.entry.name} ({self.entry.source}): {fault}") from error
+
+
+def _examine(entry: Found, thing: object) -> None:
+    """Take out of a module, or of what an entry point names, what makes it a plugin."""
+    if isinstance(thing, Plugin):
+        entry.plugin = thing
+        return
+    plugin = getattr(thing, "plugin", None)
+    register = getattr(thing, "register_plugin", None)
+    if isinstance(plugin, Plugin):
+        entry.plugin = plugin
+    if callable(register):
+        entry.register = _Registration(entry, register)
+    if entry.plugin is None and entry.register is None:
+        raise ImportError('expected `plugin = Plugin("name")` or `def register_plugin(app)` in it, found neither')

@@ -1,0 +1,297 @@
+"""The REST interface: publish, look at topics and sockets, send sockets away; and the plugins' own routes.
+
+Owns the routes under ``rest.path``; must not know how events travel. Errors are problem details (RFC 9457),
+``application/problem+json``. With an API key set, clients send it as ``Authorization: Bearer <key>`` or
+``X-API-Key: <key>``; with none set, only clients on this machine are answered.
+"""
+
+import hmac
+import ipaddress
+import json
+from collections.abc import Callable, Coroutine
+from http import HTTPStatus
+from http.client import responses as phrases
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+
+from fastapi import APIRouter, FastAPI, HTTPException, Path, Request, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from fastapi.security import APIKeyHeader, HTTPBearer
+from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
+from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.responses import Response
+
+from relay import __version__
+from relay.errors import BusUnavailable
+from relay.handshake import is_allowed_origin
+from relay.plugins.loader import Loaded
+from relay.topics import is_event, is_topic
+
+if TYPE_CHECKING:
+    from relay.app import Relay
+
+
+# What a schema can say of names; `relay.topics` says all.
+_TOPIC = r"^[^\x00-\x1f\x7f-\x9f]*$"
+_EVENT = r"^[^:\x00-\x1f\x7f-\x9f]*$"
+
+
+class Problem(BaseModel):
+    """What is wrong, as RFC 9457 has it."""
+
+    title: str
+    status: int
+    detail: str
+
+
+class Event(BaseModel, extra="forbid"):
+    """One event to publish."""
+
+    topic: str = Field(examples=["room:1"], min_length=1, max_length=255, pattern=_TOPIC)
+    event: str = Field(examples=["new_msg"], min_length=1, max_length=255, pattern=_EVENT)
+    payload: JsonValue = Field(default_factory=dict, examples=[{"text": "hi"}])
+
+
+class Events(BaseModel, extra="forbid"):
+    """Several events to publish, in this order."""
+
+    events: list[Event] = Field(min_length=1, max_length=1000)
+
+
+def _kind_of_body(body: object) -> str:
+    return "Events" if isinstance(body, dict) and "events" in body else "Event"
+
+
+# Told apart by one key, so that an error speaks of the form that was meant, and not of both.
+EventOrEvents = Annotated[
+    Annotated[Event, Tag("Event")] | Annotated[Events, Tag("Events")], Discriminator(_kind_of_body)
+]
+
+
+class Published(BaseModel):
+    """How many events the bus has taken."""
+
+    published: int
+
+
+class Topic(BaseModel):
+    """A topic joined in this process."""
+
+    topic: str
+    sockets: int
+
+
+class TopicDetails(Topic):
+    """A topic with its traffic and the ids of its sockets."""
+
+    events: int
+    events_per_s: float
+    socket_ids: list[str]
+
+
+class SocketDetails(BaseModel):
+    """A socket of this process."""
+
+    id: str
+    address: str | None
+    version: int = Field(description="of the protocol: 1 or 2")
+    path: str = Field(description='how frames are written: "direct" to the transport, or "portable" through ASGI')
+    topics: list[str]
+
+
+def _described(status: int, description: str) -> dict[int | str, dict[str, Any]]:
+    # Not as FastAPI's `model`, which it would describe as application/json.
+    content = {"application/problem+json": {"schema": Problem.model_json_schema()}}
+    return {status: {"description": description, "content": content}}
+
+
+_PROBLEMS = {
+    **_described(401, "An API key is expected"),
+    **_described(403, "Only clients on this machine are answered, since no API key is set"),
+    **_described(422, "The request is not as described"),
+}
+_NOT_FOUND = _described(404, "There is no such thing here")
+_NOT_PUBLISHED = {
+    **_described(400, "The body cannot be read"),
+    **_described(413, "A payload is larger than the relay delivers"),
+    **_described(503, "The bus did not take it"),
+}
+
+TopicName = Annotated[str, Path(description="topic; may contain colons and slashes")]
+SocketId = Annotated[str, Path(description="id of a socket, as its topics list it")]
+
+
+def make_rest(relay: "Relay") -> FastAPI:
+    """Make the REST app of a relay, with the routes of its plugins."""
+    app = FastAPI(
+        title="relay",
+        version=__version__,
+        description="Publish events, and see and manage topics and sockets. Topics and sockets are those of the "
+        "process that answers; events reach the subscribers of all.",
+        # Addresses in the schema are relative to where the app is mounted; FastAPI finds that out by itself.
+        redirect_slashes=False,
+    )
+    app.add_exception_handler(RequestValidationError, _invalid_request)
+    app.add_exception_handler(StarletteHTTPException, _http_problem)
+    app.add_exception_handler(Exception, _internal_error)
+    app.include_router(_routes(relay))
+    add_plugin_routes(relay.plugins, app)
+    return app
+
+
+def add_plugin_routes(plugins: Loaded, app: FastAPI) -> None:
+    """Give the REST routes of all plugins to an app: their routers, and what their ``register_plugin`` does."""
+    for found in plugins.found:
+        for router in found.plugin.routers if found.plugin else ():
+            app.include_router(router)
+        if found.register is not None:
+            found.register(app)
+
+
+def _routes(relay: "Relay") -> APIRouter:
+    class Route(APIRoute):
+        """Asks who is there before anything else; FastAPI's dependencies would have read the body by then."""
+
+        def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+            handle = super().get_route_handler()
+
+            async def authorize_and_handle(request: Request) -> Response:
+                _authorize(request, relay.config.rest.api_key)
+                return await handle(request)
+
+            return authorize_and_handle
+
+    # These only describe the two headers, for the schema and the button "Authorize" of /docs.
+    schemes = (HTTPBearer(auto_error=False), APIKeyHeader(name="X-API-Key", auto_error=False))
+    described = [Security(scheme) for scheme in schemes if relay.config.rest.api_key]
+    router = APIRouter(tags=["relay"], route_class=Route, dependencies=described, responses=_PROBLEMS)
+
+    @router.post("/publish", responses=_NOT_PUBLISHED)
+    async def publish(body: EventOrEvents) -> Published:
+        """Publish one event, or several in order. Either all of them can be published, or nothing is."""
+        events = body.events if isinstance(body, Events) else [body]
+        for event in events:
+            _check(event, relay.config.limits.payload_max_bytes)
+        try:
+            for event in events:
+                await relay.broadcast(event.topic, event.event, event.payload)
+        except BusUnavailable as error:
+            raise HTTPException(503, f"bus unavailable: {error}") from None
+        return Published(published=len(events))
+
+    @router.get("/topics")
+    async def topics() -> list[Topic]:
+        """All topics joined in this process."""
+        return [Topic(topic=topic, sockets=sockets) for topic, sockets in sorted(relay.topics.items())]
+
+    @router.delete("/topics/{topic:path}/sockets/{socket_id}", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_FOUND)
+    async def remove_from_topic(topic: TopicName, socket_id: SocketId) -> Response:
+        """Take a socket out of a topic with ``phx_close``: its client does not rejoin by itself."""
+        socket = relay.socket(socket_id)
+        if socket is None or not socket.leave(topic):
+            raise HTTPException(404, f"socket {socket_id!r} has not joined {topic!r} here")
+        return Response(status_code=HTTPStatus.NO_CONTENT)
+
+    @router.get("/topics/{topic:path}", responses=_NOT_FOUND)
+    async def topic(topic: TopicName) -> TopicDetails:
+        """One topic: its sockets, and the events it had since its first subscriber came."""
+        traffic = relay.engine.hub.traffic(topic)
+        if traffic is None:
+            raise HTTPException(404, f"nobody has joined {topic!r} here")
+        ids = [socket.id for socket in relay.engine.sockets.values() if socket.subscription(topic)]
+        return TopicDetails(
+            topic=topic,
+            sockets=len(ids),
+            events=traffic.events,
+            events_per_s=round(traffic.events_per_s, 2),
+            socket_ids=ids,
+        )
+
+    @router.get("/sockets/{socket_id}", responses=_NOT_FOUND)
+    async def socket(socket_id: SocketId) -> SocketDetails:
+        """One socket."""
+        found = relay.socket(socket_id)
+        if found is None:
+            raise HTTPException(404, f"no socket {socket_id!r} here")
+        return SocketDetails(
+            id=found.id, address=found.address, version=found.version, path=found.path, topics=list(found.topics)
+        )
+
+    @router.delete("/sockets/{socket_id}", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_FOUND)
+    async def disconnect(socket_id: SocketId) -> Response:
+        """Close a socket with 1001; its client reconnects unless it is kept out."""
+        if not relay.disconnect(socket_id):
+            raise HTTPException(404, f"no socket {socket_id!r} here")
+        return Response(status_code=HTTPStatus.NO_CONTENT)
+
+    return router
+
+
+def _check(event: Event, payload_max_bytes: int) -> None:
+    """Let an event pass that can be delivered. Raises HTTPException."""
+    if not is_topic(event.topic) or not is_event(event.event):
+        raise HTTPException(422, f"topic {event.topic!r} or event {event.event!r} cannot be")
+    try:
+        size = len(json.dumps(event.payload, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode())
+    except ValueError:  # Python reads NaN, Infinity and halves of surrogate pairs as JSON
+        raise HTTPException(422, f"payload of {event.event!r}: holds what JSON cannot say, in UTF-8") from None
+    if size > payload_max_bytes:
+        raise HTTPException(413, f"payload of {event.event!r}: {size} bytes; expected at most {payload_max_bytes}")
+
+
+def _authorize(request: Request, api_key: str) -> None:
+    """Let a request pass. Raises HTTPException."""
+    if api_key:
+        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+        given = bearer if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+        if not hmac.compare_digest(given.encode("latin-1"), api_key.encode()):
+            raise HTTPException(401, "expected the API key", headers={"WWW-Authenticate": "Bearer"})
+        return
+    # `Host` too: behind a proxy on this machine all clients come from here, and under a name that its owner
+    # points here (DNS rebinding) any page of the web does.
+    asked = request.headers.get("host", "")
+    forwarded = any(name in request.headers for name in ("forwarded", "x-forwarded-for", "x-real-ip"))
+    if not _is_loopback(request.client.host if request.client else "") or not _is_loopback(asked) or forwarded:
+        raise HTTPException(403, "only clients on this machine are answered; set rest.api_key to let others in")
+    # A page from elsewhere, open in a browser on this machine, is not a client on this machine.
+    origin = request.headers.get("origin")
+    if origin is not None and not is_allowed_origin(origin, asked, "same"):
+        raise HTTPException(403, "pages of other origins are not answered; set rest.api_key")
+
+
+def _is_loopback(authority: str) -> bool:
+    """Say whether ``host``, ``host:port`` or an address without brackets names this machine."""
+    try:
+        if authority.count(":") > 1 and not authority.startswith("["):
+            authority = f"[{authority}]"
+        host = urlsplit(f"//{authority}").hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    problem = Problem(title=phrases.get(status, "Error"), status=status, detail=detail)
+    return JSONResponse(problem.model_dump(), status, headers, media_type="application/problem+json")
+
+
+async def _invalid_request(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError), "registered for no other"
+    # Where and what, never the input: it may hold anything.
+    detail = "; ".join(f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors())
+    content_type = request.headers.get("content-type", "none")
+    if not content_type.split(";")[0].strip().endswith("json") and error.body:
+        detail += f"; expected content-type application/json, got {content_type}"
+    return _problem(422, detail)
+
+
+async def _http_problem(request: Request, error: Exception) -> Response:
+    assert isinstance(error, StarletteHTTPException), "registered for no other"
+    return _problem(error.status_code, str(error.detail), dict(error.headers or {}))
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    # Starlette raises it again for the server's log; the client learns nothing about the inside.
+    return _problem(500, "internal error")

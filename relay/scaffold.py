@@ -1,0 +1,86 @@
+"""A first plugin to go on from: what ``relay new-plugin`` writes.
+
+Owns the text of that package; must not know how plugins are loaded.
+"""
+
+from pathlib import Path
+
+from relay.errors import ConfigError
+
+_PLUGIN = '''"""A plugin of the relay: what it does, in one line."""
+
+from fastapi import APIRouter
+
+from relay import Join, Plugin, Push, Refused
+
+plugin = Plugin("{name}")
+router = APIRouter(prefix="/{name}", tags=["{name}"])
+plugin.include_router(router)
+
+
+@plugin.on_join("{name}:*")
+async def welcome(join: Join) -> dict[str, str]:
+    """Allow everybody, and greet them in the join reply."""
+    return {{"welcome": join.topic}}
+
+
+@plugin.on_push("{name}:*", "say")
+async def say(push: Push) -> dict[str, int]:
+    """Send what one says to everybody on the topic; the returned value is the reply."""
+    text = push.payload.get("text") if isinstance(push.payload, dict) else None
+    if not text:
+        raise Refused("nothing to say")
+    await push.broadcast("said", {{"text": text}})
+    return {{"length": len(text)}}
+
+
+@router.get("/")
+async def about() -> dict[str, str]:
+    """A REST route, at /api/{name}/."""
+    return {{"plugin": "{name}"}}
+'''
+
+_TEST = '''"""Runs the plugin in a relay of its own: no server and no Redis needed."""
+
+import json
+from pathlib import Path
+
+from starlette.testclient import TestClient
+
+from relay import Relay
+
+HERE = Path(__file__).parent
+
+
+def test_what_one_says_reaches_the_topic() -> None:
+    relay = Relay(broadcast_url="memory://", plugins={{"paths": [HERE.parent]}})
+    with TestClient(relay, client=("127.0.0.1", 50000)) as client:
+        with client.websocket_connect("/socket/websocket?vsn=2.0.0") as socket:
+            socket.send_text(json.dumps(["1", "1", "{name}:1", "phx_join", {{}}]))
+            assert socket.receive_json()[4] == {{"status": "ok", "response": {{"welcome": "{name}:1"}}}}
+
+            socket.send_text(json.dumps(["1", "2", "{name}:1", "say", {{"text": "hi"}}]))
+            heard = [socket.receive_json(), socket.receive_json()]
+            assert [None, None, "{name}:1", "said", {{"text": "hi"}}] in heard
+            assert ["1", "2", "{name}:1", "phx_reply", {{"status": "ok", "response": {{"length": 2}}}}] in heard
+
+            socket.send_text(json.dumps(["1", "3", "{name}:1", "say", {{}}]))
+            assert socket.receive_json()[4] == {{"status": "error", "response": {{"reason": "nothing to say"}}}}
+        assert client.get("/api/{name}/").json() == {{"plugin": "{name}"}}
+'''
+
+
+def write_plugin(name: str, directory: Path) -> Path:
+    """Write the package ``<directory>/<name>``. Returns its folder; raises ConfigError where it cannot be."""
+    if not name.isidentifier() or not name.isascii():
+        raise ConfigError(f"NAME: expected letters, digits and _, not beginning with a digit, got {name!r}")
+    folder = directory / name
+    try:
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").write_text(_PLUGIN.format(name=name), encoding="utf-8")
+        (folder / f"test_{name}.py").write_text(_TEST.format(name=name), encoding="utf-8")
+    except FileExistsError:
+        raise ConfigError(f"NAME: {folder} exists already") from None
+    except OSError as error:
+        raise ConfigError(f"NAME: {folder} cannot be written: {error.strerror}") from None
+    return folder

@@ -1,0 +1,110 @@
+"""Our Uvicorn protocol class: an ASGI extension that writes ready frames to the transport.
+
+Owns what is particular to Uvicorn; must not know what the frames say. ``relay serve`` uses it by itself, a
+team's own server by one line::
+
+    uvicorn.run(app, ws="relay.server:RelayWebSocketProtocol", ws_ping_interval=None)
+
+The extension (`relay.frames`) goes past ASGI's ``send``: a frame that is encoded once, header included, is
+written to each socket in one synchronous call.
+"""
+
+import logging
+from asyncio import BaseTransport
+from time import monotonic
+from typing import Any, cast
+
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.frames import Frame
+
+from relay.frames import EXTENSION, FrameWriter
+
+
+class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
+    """Uvicorn's own class, with the extension in its scope and without secrets in its log."""
+
+    frame_writer: FrameWriter | None = None
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        """Learn the transport; log nothing below a warning.
+
+        Uvicorn logs each handshake with its query string, where tokens travel; the relay logs its own line.
+        """
+        super().connection_made(transport)
+        self.logger: logging.Logger = cast(logging.Logger, _quiet)
+        self.conn.debug = False  # websockets would log every header and frame
+
+    def handle_connect(self, event: Any) -> None:
+        """Offer the extension to the application."""
+        super().handle_connect(event)
+        if hasattr(self, "scope"):  # absent where the handshake was answered with an error
+            self.frame_writer = FrameWriter(self.transport)
+            extensions = cast(dict[str, Any], self.scope["extensions"])
+            extensions[EXTENSION] = self.frame_writer
+
+    def pause_writing(self) -> None:
+        """Tell both paths that the transport's buffer is full."""
+        super().pause_writing()
+        if self.frame_writer is not None:
+            self.frame_writer.pause()
+
+    def resume_writing(self) -> None:
+        """Tell both paths that the transport's buffer has drained."""
+        super().resume_writing()
+        if self.frame_writer is not None:
+            self.frame_writer.resume()
+
+    def handle_ping(self) -> None:
+        """Answer, and note the sign of life."""
+        super().handle_ping()
+        if self.frame_writer is not None:
+            self.frame_writer.last_ping = monotonic()
+
+    def handle_close(self, event: Frame) -> None:
+        """End the extension before the close frame is answered."""
+        self._end_writer()
+        super().handle_close(event)
+
+    def handle_parser_exception(self) -> None:
+        """End the extension before the close frame that tells what was wrong with the client's bytes."""
+        self._end_writer()
+        super().handle_parser_exception()
+
+    def shutdown(self) -> None:
+        """End the extension before the close frame 1012 (Service Restart)."""
+        self._end_writer()
+        super().shutdown()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the extension; the transport is gone."""
+        self._end_writer()
+        super().connection_lost(exc)
+
+    async def send(self, message: Any) -> None:
+        """End the extension before the application's own close frame, after pressure has gone."""
+        if message["type"] == "websocket.close":
+            await self.writable.wait()
+            self._end_writer()
+        await super().send(message)
+        if message["type"] == "websocket.accept":
+            # The handshake is over; its headers would stay for the life of the socket, 2 kB of them.
+            del self.request, self.response
+        if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
+            self.handshake_complete = True  # or Uvicorn logs an error, as if the handshake had not been answered
+
+    def _end_writer(self) -> None:
+        if self.frame_writer is not None:
+            self.frame_writer.end()
+
+
+class _QuietLogger(logging.LoggerAdapter[logging.Logger]):
+    """Passes on what matters: warnings and errors, except a traceback for a client's bad UTF-8."""
+
+    level = logging.WARNING
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        if level >= logging.WARNING and msg != "Invalid UTF-8 sequence received from client.":
+            super().log(level, msg, *args, **kwargs)
+
+
+_quiet = _QuietLogger(logging.getLogger("uvicorn.error"), {})

@@ -1,0 +1,400 @@
+"""One client connection with its protocol state: what its messages ask for, and what is sent to it.
+
+Owns a socket's life between handshake and end; must not know Redis or the other sockets.
+
+Messages of one topic are handled strictly in order; a topic that has to wait (for a broker, a plugin) holds
+up neither the socket's other topics nor its heartbeats.
+"""
+
+import asyncio
+import uuid
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from functools import partial
+from itertools import count
+from typing import Any
+from urllib.parse import parse_qsl
+
+from relay import handshake, hooks, transport, wire
+from relay.brokers.base import Direction
+from relay.calling import HandlerFailed
+from relay.config import Config
+from relay.errors import BusUnavailable, CloseCode, Reason, WireError
+from relay.handshake import Handshake, Refused
+from relay.hooks import Hook
+from relay.hub import Hub
+from relay.lanes import Lanes, Rest
+from relay.metrics import Metrics
+from relay.node import Node
+from relay.outbox import Overflow
+from relay.protocol import Join, Leave, Protocol, Push, Send, Subscription
+from relay.transport import Connection, ReceiveCallable, Scope, SendCallable
+from relay.wire import EMPTY, Frame, Message, Payload, Version
+
+# Ids are unique among all nodes: a random part for the process, then a number.
+_PROCESS = uuid.uuid4().hex[:8]
+_numbers = count(1)
+
+
+class Socket:
+    """One client connection; the hub knows it as a subscriber, plugins as `relay.hooks.Socket`."""
+
+    __slots__ = (
+        "_config",
+        "_connection",
+        "_ended",
+        "_hub",
+        "_known",
+        "_lanes",
+        "_last_push",
+        "_metrics",
+        "_node",
+        "_protocol",
+        "_query",
+        "address",
+        "claims",
+        "id",
+        "send_event",
+        "version",
+    )
+
+    def __init__(
+        self,
+        shake: Handshake,
+        scope: Scope,
+        connection: Connection,
+        *,
+        config: Config,
+        node: Node,
+        hub: Hub,
+        metrics: Metrics,
+    ) -> None:
+        self.id: str = connection.id
+        client = scope.get("client")
+        self.address: str | None = client[0] if client else None
+        self.claims: Mapping[str, Any] = {}
+        self._query: bytes = scope["query_string"]
+        self.version: Version = shake.version
+        self._config = config
+        self._node = node
+        self._hub = hub
+        self._metrics = metrics
+        self._connection = connection
+        # The hub calls this for each event: one call fewer for each subscriber.
+        self.send_event: Callable[[Frame, str, str, Overflow], None] = connection.send_event
+        limits = config.limits
+        self._protocol = Protocol(
+            shake.version, topics_max=limits.topics_per_socket, payload_max_bytes=limits.payload_max_bytes
+        )
+        self._lanes = Lanes()
+        # The newest unanswered push of each topic: a leave waits for it, so that its reply comes first.
+        self._last_push: dict[str, asyncio.Future[None]] = {}
+        # Joins that plugins have allowed, by topic, and whose end they are still to be told.
+        self._known: dict[str, Subscription] = {}
+        self._ended = False
+
+    # Its life.
+
+    async def run(self) -> None:
+        """Serve the socket until it is closed by either side."""
+        connection, lanes, busy = self._connection, self._lanes, self._config.limits.pushes_in_flight
+        self._metrics.sockets += 1
+        self._metrics.sockets_opened += 1
+        try:
+            while (frame := await connection.receive()) is not None:
+                try:
+                    message = wire.decode(frame, self.version)
+                except WireError as error:
+                    connection.reject(error.code, str(error))
+                    continue
+                lanes.run(message.topic, partial(self._handle, message))
+                if lanes.pending >= busy:
+                    await lanes.wait_below(busy)
+        except asyncio.CancelledError:
+            if not connection.has_given_up():  # any other cancellation goes on its way
+                raise
+        finally:
+            self._ended = True
+            self._metrics.sockets -= 1
+            for subscription in tuple(self._protocol.subscriptions.values()):
+                self._unsubscribe(subscription)
+            connection.end()
+            # What plugins have begun, or are still to hear of, is not cut off by a client that has gone.
+            self._node.see_out(lanes)
+
+    def close(self, code: int, reason: str) -> None:
+        """Close the socket after what is already queued for it."""
+        self._connection.close(code, reason)
+
+    def idle_s(self, now: float) -> float:
+        """Seconds since the client's last message or ping, at the monotonic time ``now``."""
+        return self._connection.idle_s(now)
+
+    # What the client sent.
+
+    def _handle(self, message: Message) -> Rest:
+        """Do what a message asks for; the coroutine returned, if any, is what is left to wait for."""
+        match self._protocol.receive(message):
+            case Send(frame, refused):
+                if refused is not None:
+                    self._metrics.refused[refused] += 1
+                self._connection.send_control(frame)
+            case Join() as join:
+                return self._join(join)
+            case Leave() as leave:
+                return self._leave(leave)
+            case Push() as push:
+                return self._push(push)
+            case None:
+                self._metrics.refused["stale join_ref"] += 1
+        return None
+
+    def _join(self, join: Join) -> Rest:
+        reason = self._node.refuse_join()
+        if reason is not None:
+            self._refuse_join(join, reason)
+            return None
+        topic = join.subscription.topic
+        found = tuple(hooks.matching(self._node.hooks.join, topic))
+        return self._ask_to_join(join, found) if found or topic in self._known else self._enter(join, EMPTY)
+
+    async def _ask_to_join(self, join: Join, found: tuple[Hook, ...]) -> None:
+        """Have handlers decide on a join, once they know of the end of the one before it."""
+        topic = join.subscription.topic
+        if topic in self._known and (told := self._tell_left(self._known[topic])) is not None:
+            await told
+        request = hooks.Join(self, topic, join.params)
+        response: dict[str, Any] = {}
+        for hook in found:
+            try:
+                await self._node.caller.ask(hook, request, partial(hooks.add_response, response))
+            except hooks.Refused as refusal:
+                self._refuse_join(join, refusal.reason, refusal.response)
+                return
+            except HandlerFailed:
+                self._refuse_join(join, Reason.JOIN_CRASHED)
+                return
+        if (rest := self._enter(join, hooks.to_payload(response))) is not None:
+            await rest
+
+    def _enter(self, join: Join, response: Payload) -> Rest:
+        """Reply and subscribe, as soon as the broker hears the topic."""
+
+        if self._node.hooks.leave:
+            self._known[join.subscription.topic] = join.subscription
+
+        def enter() -> None:
+            if self._ended:
+                self._unsubscribe(join.subscription)
+                return
+            _ = self._last_push.pop(join.subscription.topic, None)  # of what this join replaces
+            for frame in self._protocol.accept(join, response):
+                self._connection.send_control(frame)
+            _ = self._hub.add(join.subscription.topic, self)
+            self._metrics.joins += 1
+
+        hearing = self._node.join(join.subscription.topic, enter)
+        return None if hearing is None else self._enter_later(join, hearing)
+
+    async def _enter_later(self, join: Join, hearing: Coroutine[None, None, None]) -> None:
+        try:
+            await hearing
+        except BusUnavailable:
+            self._unsubscribe(join.subscription)  # allowed, and come to nothing
+            self._refuse_join(join, Reason.BUS_UNAVAILABLE)
+
+    def _refuse_join(self, join: Join, reason: str, response: Payload | None = None) -> None:
+        self._count_refusal(reason)
+        if join.replaces is not None:
+            self._unsubscribe(join.replaces)
+        for frame in self._protocol.refuse(join, response or wire.json_payload({"reason": reason})):
+            self._connection.send_control(frame)
+
+    def _leave(self, leave: Leave) -> Rest:
+        pushed = self._last_push.get(leave.subscription.topic)
+        if pushed is not None:
+            return self._leave_after(pushed, leave)
+        if self._protocol.has(leave.subscription):  # else it was ended from this side while the leave waited
+            self._unsubscribe(leave.subscription)
+            for frame in self._protocol.leave(leave):
+                self._connection.send_control(frame)
+        return None
+
+    async def _leave_after(self, pushed: asyncio.Future[None], leave: Leave) -> None:
+        _ = await asyncio.wait((pushed,))
+        _ = self._leave(leave)
+
+    def _push(self, push: Push) -> Rest:
+        topic = push.subscription.topic
+        self._metrics.pushes_in += 1
+        if not self._config.topic(topic).push:
+            self._refuse_push(push, Reason.PUSH_NOT_ALLOWED)
+            return None
+        found = tuple(hooks.matching(self._node.hooks.push, topic, push.event))
+        if found:
+            return self._ask_plugins(push, found)
+        if not self._node.can_publish:
+            self._refuse_push(push, Reason.BUS_UNAVAILABLE)
+            return None
+        self._lanes.pending += 1
+        future = self._node.publish(Direction.FROM, topic, push.event, push.payload)
+        self._last_push[topic] = future
+        future.add_done_callback(partial(self._pushed, push))
+        return None
+
+    def _pushed(self, push: Push, future: asyncio.Future[None]) -> None:
+        """Answer a push: ok only now that the bus has taken it."""
+        self._lanes.done()
+        if self._last_push.get(push.subscription.topic) is future:
+            del self._last_push[push.subscription.topic]
+        if future.cancelled() or future.exception() is not None:
+            self._refuse_push(push, Reason.BUS_UNAVAILABLE)
+            return
+        self._metrics.pushes_out += 1
+        self._reply(push, "ok", EMPTY)
+
+    async def _ask_plugins(self, push: Push, found: tuple[Hook, ...]) -> None:
+        """Have handlers deal with a push, then pass it on to the bus unless one of them stopped it."""
+        topic = push.subscription.topic
+        reply, broadcast = partial(self._reply_for_plugin, push), partial(self._broadcast, topic)
+        request = hooks.Push(self, topic, push.event, push.payload, reply, broadcast)
+        answer: Payload | None = None
+        for hook in found:
+            try:
+                value = await self._node.caller.ask(hook, request, hooks.to_response)
+                answer = value if answer is None else answer
+            except hooks.Refused as refusal:
+                self._count_refusal(refusal.reason)
+                self._reply(push, "error", refusal.response)
+                return
+            except HandlerFailed:
+                self._refuse_push(push, Reason.INTERNAL)
+                return
+        if request.forwarded and not await self._forward(push):
+            self._refuse_push(push, Reason.BUS_UNAVAILABLE)
+        elif answer is not None:
+            self._reply(push, "ok", answer)
+        elif not request.replied:
+            self._reply(push, "ok", EMPTY)
+
+    async def _forward(self, push: Push) -> bool:
+        if not self._node.can_publish:
+            return False
+        try:
+            await self._node.publish(Direction.FROM, push.subscription.topic, push.event, push.payload)
+        except BusUnavailable:
+            return False
+        self._metrics.pushes_out += 1
+        return True
+
+    def _refuse_push(self, push: Push, reason: Reason) -> None:
+        self._count_refusal(reason)
+        self._reply(push, "error", wire.json_payload({"reason": reason}))
+
+    def _count_refusal(self, reason: str) -> None:
+        # A plugin's own words are as many as it likes; the counter's labels must not be.
+        self._metrics.refused[reason if reason in _REASONS else "by a plugin"] += 1
+
+    def _reply(self, push: Push, status: str, response: Payload) -> None:
+        frame = self._protocol.reply(push, status, response)
+        if frame is not None:
+            self._connection.send_control(frame)
+
+    def _unsubscribe(self, subscription: Subscription) -> None:
+        """Deliver nothing more; plugins hear of the end after what is under way on the topic."""
+        topic = subscription.topic
+        _ = self._last_push.pop(topic, None)
+        if self._hub.remove(topic, self):
+            self._node.left(topic)
+        self._lanes.run(topic, partial(self._tell_left, subscription))
+
+    def _tell_left(self, subscription: Subscription) -> Rest:
+        if self._known.get(subscription.topic) is not subscription:
+            return None
+        del self._known[subscription.topic]
+        return self._node.tell_left(self, subscription.topic)
+
+    # What others send through it: the node's side.
+
+    def subscription(self, topic: str) -> Subscription | None:
+        """What this socket has joined under ``topic``."""
+        return self._protocol.subscriptions.get(topic)
+
+    @property
+    def topics(self) -> tuple[str, ...]:
+        """All topics this socket has joined."""
+        return tuple(self._protocol.subscriptions)
+
+    @property
+    def path(self) -> str:
+        """How frames are written: ``direct`` to the transport, or ``portable`` through ASGI."""
+        return self._connection.path
+
+    def fail(self, subscription: Subscription, reason: Reason | None) -> bool:
+        """End a subscription with ``phx_error`` (rejoin) or ``phx_close`` (do not); False where it has ended."""
+        frame = self._protocol.end(subscription, reason)
+        if frame is None:
+            return False
+        self._unsubscribe(subscription)
+        self._connection.send_control(frame)
+        return True
+
+    # What plugins see; see `relay.hooks.Socket`. Handlers may run in threads.
+
+    @property
+    def query(self) -> Mapping[str, str]:
+        """The query of the upgrade request: phoenix.js's ``params``."""
+        return dict(parse_qsl(self._query.decode("latin-1"), keep_blank_values=True))
+
+    def push(self, topic: str, event: str, payload: object) -> bool:
+        """Send an event to this socket alone; False where it has not joined ``topic``."""
+        hooks.check_event(event)
+        subscription = self.subscription(topic)
+        if subscription is None:
+            return False
+        frame = wire.encode_push(self.version, subscription.join_ref, topic, event, hooks.to_payload(payload))
+        self._node.call_in_loop(partial(self._connection.send_control, frame))
+        return True
+
+    def leave(self, topic: str) -> bool:
+        """End its subscription with ``phx_close``; False where it has none."""
+        if (subscription := self.subscription(topic)) is not None:
+            self._node.call_in_loop(partial(self.fail, subscription, None))
+        return subscription is not None
+
+    def disconnect(self, reason: str = "") -> None:
+        """Close the socket with 1001."""
+        text = (reason or "disconnected by the server").encode()[:123].decode(errors="ignore")
+        self._node.call_in_loop(partial(self.close, CloseCode.GOING_AWAY, text))
+
+    def _reply_for_plugin(self, push: Push, status: str, response: object) -> None:
+        self._node.call_in_loop(partial(self._reply, push, status, hooks.to_payload(response)))
+
+    def _broadcast(self, topic: str, event: str, payload: object, to_all: bool) -> Awaitable[None]:
+        hooks.check_event(event)
+        data = hooks.to_payload(payload)
+        return self._node.in_loop(self._node.broadcast(topic, event, data, skip=None if to_all else self))
+
+
+_REASONS = frozenset(Reason)
+
+
+async def accept(
+    scope: Scope,
+    receive: ReceiveCallable,
+    send: SendCallable,
+    *,
+    config: Config,
+    node: Node,
+    hub: Hub,
+    metrics: Metrics,
+) -> Socket | None:
+    """Do the handshake of a ``websocket`` scope; None where it was refused."""
+    shake = handshake.check(scope, config.origins)
+    if isinstance(shake, Refused):
+        metrics.refused[f"handshake: {shake.kind}"] += 1
+        transport.throttle.warning(shake.kind, "handshake refused: %s", shake.text)
+        await transport.refuse(scope, receive, send, shake)
+        return None
+    await transport.accept(receive, send, shake.subprotocol)
+    connection = Connection(f"{_PROCESS}-{next(_numbers)}", scope, receive, send, config.limits, metrics)
+    return Socket(shake, scope, connection, config=config, node=node, hub=hub, metrics=metrics)

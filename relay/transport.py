@@ -1,0 +1,307 @@
+"""One WebSocket as frames in and frames out: the handshake, reading, and the two ways to write.
+
+Owns the connection and its outbox; must not know messages, topics' subscribers or Redis.
+
+A frame is written straight to the transport where the server offers that (`relay.frames`), else through
+ASGI's ``send`` by a task of the connection's own. Under pressure both queue in the outbox.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, TypeAlias
+
+from relay.config import LimitsConfig
+from relay.errors import CloseCode
+from relay.frames import EXTENSION, FrameWriter
+from relay.handshake import Refused
+from relay.logs import Throttle
+from relay.metrics import Metrics
+from relay.outbox import Outbox, Overflow
+from relay.wire import Frame
+
+_logger = logging.getLogger("relay.socket")
+throttle: Throttle = Throttle(_logger)
+
+Scope: TypeAlias = MutableMapping[str, Any]
+ReceiveCallable: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
+SendCallable: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+_FOUND_BY_SERVER = (CloseCode.PROTOCOL_ERROR, CloseCode.INVALID_PAYLOAD, CloseCode.TOO_BIG)
+"""Codes of a disconnect that say that the server closed for a frame which it could not read, or not hold."""
+
+
+class Connection:
+    """An accepted WebSocket, used by one task: the one that made it and reads from it.
+
+    Args: id: for the log.
+    """
+
+    __slots__ = (
+        "_close",
+        "_closer",
+        "_closing",
+        "_drained",
+        "_ended",
+        "_last_received",
+        "_limits",
+        "_main",
+        "_metrics",
+        "_outbox",
+        "_receive",
+        "_receiving",
+        "_send",
+        "_wake",
+        "_writer",
+        "_writing",
+        "id",
+    )
+
+    def __init__(
+        self,
+        id: str,
+        scope: Scope,
+        receive: ReceiveCallable,
+        send: SendCallable,
+        limits: LimitsConfig,
+        metrics: Metrics,
+    ) -> None:
+        self.id: str = id
+        self._receive = receive
+        self._send = send
+        self._limits = limits
+        self._metrics = metrics
+        self._outbox = Outbox(limits.outbox_max_bytes)
+        self._last_received = time.monotonic()
+        # Set by close(), and by the end whatever its cause.
+        self._close: tuple[int, str] | None = None
+        self._ended = False
+        self._main = asyncio.current_task()
+        self._closer: asyncio.Task[None] | None = None
+        # The portable path's pending receive, and what is set once the close has been sent.
+        self._receiving: asyncio.Future[MutableMapping[str, Any]] | None = None
+        self._closing: asyncio.Event | None = None
+        # Resolved once the outbox is empty, for a close that waits for it.
+        self._drained: asyncio.Future[None] | None = None
+        # The portable path's task, and what wakes it.
+        self._writing: asyncio.Task[None] | None = None
+        self._wake: asyncio.Future[None] | None = None
+        self._writer: FrameWriter | None = (scope.get("extensions") or {}).get(EXTENSION)
+        if self._writer is not None:
+            self._writer.on_resume = self._flush
+            self._writer.ready = True
+        else:
+            self._writing = asyncio.create_task(self._write())
+
+    @property
+    def path(self) -> str:
+        """How frames are written: ``direct`` to the transport, or ``portable`` through ASGI."""
+        return "portable" if self._writer is None else "direct"
+
+    # Reading.
+
+    async def receive(self) -> str | bytes | None:
+        """The next frame, ``str`` for text, ``bytes`` for binary; None once the connection has ended."""
+        limit = self._limits.frame_max_bytes
+        while True:
+            event = await self._next_event()
+            if event["type"] == "websocket.disconnect":
+                code = event.get("code")
+                if self._close is None and code in _FOUND_BY_SERVER:
+                    self._metrics.malformed[str(code)] += 1
+                _logger.debug("socket %s: disconnected, code %s", self.id, code)
+                return None
+            self._last_received = time.monotonic()
+            if self._close is not None:
+                continue  # what comes after our close is not for us any more
+            frame: str | bytes = event["bytes"] if event.get("text") is None else event["text"]
+            if len(frame) <= limit and (isinstance(frame, bytes) or frame.isascii() or _size(frame) <= limit):
+                return frame
+            self.reject(CloseCode.TOO_BIG, f"expected frames of at most {limit} bytes")
+
+    def has_given_up(self) -> bool:
+        """Say whether a cancellation of the reading task is our own: its client did not answer a close."""
+        return self._close is not None and self._main is not None and self._main.uncancel() == 0
+
+    async def _next_event(self) -> MutableMapping[str, Any]:
+        """Receive through ASGI; on the portable path so that `_finish` can interrupt it.
+
+        Granian (2.8) loses a close that is sent while a receive is pending.
+        """
+        if self._writer is not None:
+            return await self._receive()
+        while True:
+            if self._closing is not None:
+                await self._closing.wait()
+            # A task of our own, since what `receive` returns need not be a coroutine.
+            self._receiving = asyncio.ensure_future(_received(self._receive))
+            try:
+                return await self._receiving
+            except asyncio.CancelledError:
+                if self._closing is None or self._main is None or self._main.cancelling():
+                    raise
+
+    def idle_s(self, now: float) -> float:
+        """Seconds since the client's last message or ping, at the monotonic time ``now``."""
+        pinged = self._writer.last_ping if self._writer is not None else 0.0
+        return now - max(self._last_received, pinged)
+
+    # Writing.
+
+    def send_event(self, frame: Frame, topic: str, event: str, overflow: Overflow) -> None:
+        """Write an event's frame, or queue it as its topic's policy says. Never blocks, never raises."""
+        writer = self._writer
+        if writer is not None and writer.ready:
+            writer.write(frame.wire)
+            return
+        if self._close is not None or self._ended:
+            self._metrics.dropped["socket closed"] += 1
+            return
+        dropped = self._outbox.add_event(frame, topic, event, overflow)
+        if dropped is None:
+            self._metrics.dropped["slow reader disconnected"] += 1 + self._outbox.clear()
+            throttle.warning(
+                "slow", "socket %s: reads too slowly for topic %r, outbox full; closed with 1013", self.id, topic
+            )
+            self.close(CloseCode.SLOW_READER, "outbox full: this client reads too slowly")
+            return
+        if dropped:
+            self._metrics.dropped[f"slow reader, {overflow}"] += dropped
+        self._wake_writer()
+
+    def send_control(self, frame: Frame) -> None:
+        """Write a reply, a close or an error; never dropped, whatever the pressure."""
+        writer = self._writer
+        if writer is not None and writer.ready:
+            writer.write(frame.wire)
+        elif not self._ended:
+            self._outbox.add_control(frame)
+            self._wake_writer()
+
+    def _wake_writer(self) -> None:
+        """See to it that what was queued is sent."""
+        if self._writer is None:
+            _resolve(self._wake)
+        elif not self._writer.paused:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write what is queued to the transport, as far as its buffer takes it."""
+        writer, outbox = self._writer, self._outbox
+        assert writer is not None, "the portable path has a task for this"
+        while outbox and not writer.paused and writer.open:
+            writer.write(outbox.pop().wire)
+        writer.ready = writer.open and not writer.paused and self._close is None
+        if not outbox:
+            _resolve(self._drained)
+
+    async def _write(self) -> None:
+        """Send the outbox through ASGI, frame by frame: the path that works on any server."""
+        outbox, send = self._outbox, self._send
+        try:
+            while True:
+                while outbox:
+                    frame = outbox.pop()
+                    if frame.is_text:
+                        await send({"type": "websocket.send", "text": frame.text})
+                    else:
+                        await send({"type": "websocket.send", "bytes": frame.data})
+                _resolve(self._drained)
+                self._wake = asyncio.get_running_loop().create_future()
+                await self._wake
+        except Exception as error:
+            # The client is gone; what `send` raises then differs from server to server. The reader sees the end.
+            _logger.debug("socket %s: cannot be written to: %r", self.id, error)
+
+    # Closing.
+
+    def reject(self, code: CloseCode, reason: str) -> None:
+        """Count a frame that cannot be understood, and close."""
+        self._metrics.malformed[str(int(code))] += 1
+        throttle.warning("malformed", "socket %s: closed with %d: %s", self.id, code, reason)
+        self.close(code, reason)
+
+    def close(self, code: int, reason: str) -> None:
+        """Close after what is already queued; cut the client off if it does not answer in time.
+
+        Args: reason: at most 123 bytes; shown to the client.
+        """
+        if self._close is None and not self._ended:
+            self._close = (code, reason)
+            if self._writer is not None:
+                self._writer.ready = False
+            self._closer = asyncio.create_task(self._finish(code, reason))
+
+    async def _finish(self, code: int, reason: str) -> None:
+        try:
+            async with asyncio.timeout(self._limits.close_timeout_s):
+                while self._outbox:
+                    self._drained = asyncio.get_running_loop().create_future()
+                    self._wake_writer()
+                    await self._drained
+                await self._send_close(code, reason)
+        except Exception as error:
+            # Timed out, or the client is gone: whatever `send` raises for that differs from server to server.
+            _logger.debug("socket %s: not closed in good order: %r", self.id, error)
+        else:
+            # The server tells of the client's answer by a disconnect, which ends the reader, and this task with it.
+            await asyncio.sleep(self._limits.close_timeout_s)
+        if self._writer is not None:
+            self._writer.abort()
+        if self._main is not None:
+            self._main.cancel()
+
+    async def _send_close(self, code: int, reason: str) -> None:
+        if self._writer is None:
+            self._closing = asyncio.Event()
+            if self._receiving is not None:
+                self._receiving.cancel()
+                await asyncio.wait((self._receiving,))
+        try:
+            await self._send({"type": "websocket.close", "code": code, "reason": reason})
+        finally:
+            if self._closing is not None:
+                self._closing.set()
+
+    def end(self) -> None:
+        """Let go of the connection; called once by its reader, when nothing more can be received."""
+        self._ended = True
+        if lost := self._outbox.clear():
+            self._metrics.dropped["socket closed"] += lost
+        for task in (self._closer, self._writing):
+            if task is not None:
+                task.cancel()
+        if self._writer is not None:
+            self._writer.on_resume = None
+
+
+def _size(text: str) -> int:
+    return len(text.encode(errors="surrogatepass"))
+
+
+async def _received(receive: ReceiveCallable) -> MutableMapping[str, Any]:
+    return await receive()
+
+
+def _resolve(future: asyncio.Future[None] | None) -> None:
+    """Wake whoever waits for ``future``, if anybody does."""
+    if future is not None and not future.done():
+        future.set_result(None)
+
+
+async def accept(receive: ReceiveCallable, send: SendCallable, subprotocol: str | None) -> None:
+    """Answer an upgrade request with 101."""
+    await receive()
+    await send({"type": "websocket.accept", "subprotocol": subprotocol})
+
+
+async def refuse(scope: Scope, receive: ReceiveCallable, send: SendCallable, refused: Refused) -> None:
+    """Answer an upgrade request with an HTTP error: the ASGI denial response where the server has it, else 403."""
+    await receive()
+    if "websocket.http.response" not in (scope.get("extensions") or {}):
+        await send({"type": "websocket.close", "code": 1008, "reason": refused.text})
+        return
+    headers = [(b"content-type", b"text/plain; charset=utf-8")]
+    await send({"type": "websocket.http.response.start", "status": refused.status, "headers": headers})
+    await send({"type": "websocket.http.response.body", "body": f"{refused.text}\n".encode()})

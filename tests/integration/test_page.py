@@ -1,0 +1,37 @@
+"""The relay's page in a real browser, and the pictures of it.
+
+``TESTS_SCREENSHOTS=docs/images make test ARGS="-k test_page"`` keeps the pictures in that folder.
+"""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support.node import need_browser, run_checks
+from tests.support.process import RelayProcess
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("page", ["--width=1280"]),
+        ("page-dark", ["--width=1280", "--dark"]),
+        ("page-phone", ["--width=390", "--height=844"]),
+    ],
+)
+def test_the_page_connects_and_shows_what_happens(
+    relay: RelayProcess, tmp_path: Path, name: str, flags: list[str]
+) -> None:
+    """No error on the console, no request to another host, nothing wider than the window."""
+    need_browser()
+    kept = os.environ.get("TESTS_SCREENSHOTS")
+    folder = Path(kept or tmp_path).resolve()
+    if kept:
+        flags = [*flags, "--story"]
+    folder.mkdir(parents=True, exist_ok=True)
+    picture = folder / f"{name}.png"
+    run_checks("page-chromium.mjs", relay.http, str(picture), *flags, redis_url=relay.redis_url)
+    assert picture.read_bytes().startswith(PNG)

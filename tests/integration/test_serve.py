@@ -1,0 +1,267 @@
+"""``relay serve`` as a process: what it prints, what it answers, and that nothing is left of it when it ends."""
+
+import asyncio
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from redis.asyncio import Redis
+
+from relay import __version__
+from tests.support.client import Client
+from tests.support.process import RelayProcess, Valkey, launched, wait_for
+from tests.support.serving import eventually, figure, heard_on, http_get
+
+ROOT = Path(__file__).parents[2]
+
+
+def relay_command(relay: RelayProcess, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``relay`` where it finds this relay and no other."""
+    command = [sys.executable, "-m", "relay", *arguments]
+    return subprocess.run(command, env=relay.environ, cwd=ROOT, capture_output=True, text=True, timeout=30)
+
+
+def port_is_closed(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def redis_port(relay: RelayProcess) -> int:
+    return int(relay.redis_url.rpartition(":")[2])
+
+
+def announced(relay: RelayProcess) -> list[Path]:
+    """What ``relay publish`` finds it by."""
+    return list(Path(relay.environ["XDG_RUNTIME_DIR"]).rglob("*.json"))
+
+
+# What it says and answers.
+
+
+def test_greeting_names_every_address(relay: RelayProcess) -> None:
+    port = relay.http.rpartition(":")[2]
+    lines = relay.output[relay.output.index("relay " + __version__) :].splitlines()
+    assert lines[0] == f"relay {__version__} is ready"
+    assert lines[1] == f"  page     http://127.0.0.1:{port}/"
+    assert lines[2] == f"  socket   ws://127.0.0.1:{port}/socket/websocket"
+    assert re.fullmatch(r"  redis    redis://127\.0\.0\.1:\d+  \(a Valkey of the relay's own; .*\)", lines[3])
+    assert lines[4].startswith("  publish  redis-cli -u redis://127.0.0.1:")
+    assert "relay publish room:1 new_msg" in lines[5]
+
+
+async def test_printed_line_publishes(relay: RelayProcess) -> None:
+    line = next(line for line in relay.output.splitlines() if line.startswith("  publish"))
+    program, flag, url, *words = shlex.split(line.removeprefix("  publish"))
+    assert (program, flag) == ("redis-cli", "-u")
+    async with Client.connect(relay.ws) as client, Redis.from_url(url) as redis:
+        await client.join("room:1")
+        execute: Any = redis.execute_command
+        assert await execute(*words) == 1
+        await client.expect_event("room:1", "new_msg", {"text": "hi"})
+
+
+async def test_relay_publish_finds_the_running_relay(relay: RelayProcess) -> None:
+    async with Client.connect(relay.ws) as client:
+        await client.join("room:found")
+        ran = await asyncio.to_thread(relay_command, relay, "publish", "room:found", "new_msg", '{"text": "hi"}')
+        assert (ran.returncode, ran.stderr) == (0, "")
+        assert ran.stdout == "published to room:found; 1 relay listening\n"
+        await client.expect_event("room:found", "new_msg", {"text": "hi"})
+
+
+async def test_push_comes_out_on_the_embedded_redis(relay: RelayProcess) -> None:
+    async with Client.connect(relay.ws) as client, heard_on(relay.redis_url, "from:room:out:*") as heard:
+        join_ref = await client.join("room:out")
+        assert await client.push(join_ref, "room:out", "shout", {"text": "hi"}) == {"status": "ok", "response": {}}
+        assert await heard() == ("from:room:out:shout", b'{"text": "hi"}')
+
+
+async def test_health_ready_and_metrics_answer(relay: RelayProcess) -> None:
+    status, body = await http_get(f"{relay.http}/health")
+    assert status == 200
+    assert json.loads(body)["status"] == "ok"
+    assert await http_get(f"{relay.http}/ready") == (200, '{"status":"ready"}')
+    status, body = await http_get(f"{relay.http}/metrics")
+    assert status == 200
+    assert figure(body, "relay_link_live") == 1
+
+
+async def test_page_and_browser_client_are_served(relay: RelayProcess) -> None:
+    status, page = await http_get(f"{relay.http}/")
+    assert status == 200
+    assert page.lstrip().lower().startswith("<!doctype html>")
+    assert relay.redis_url in page, "the page says how to publish"
+    assert "{{" not in page
+    status, client = await http_get(f"{relay.http}/static/relay.js")
+    assert status == 200
+    assert "export" in client
+    assert (await http_get(f"{relay.http}/static/nothing.js"))[0] == 404
+    assert (await http_get(f"{relay.http}/nothing"))[0] == 404
+
+
+async def test_topic_system_tells_the_hosts_figures(relay: RelayProcess) -> None:
+    async with Client.connect(relay.ws) as client:
+        await client.join("system")
+        _, _, topic, event, figures = await client.receive()
+        assert (topic, event) == ("system", "stats")
+        assert figures["sockets"] >= 1
+        assert 0 < figures["memory_percent"] < 100
+
+
+async def test_frame_limit_holds_in_the_server(relay: RelayProcess) -> None:
+    async with Client.connect(relay.ws) as client:
+        await client.send_raw("[" + " " * 1_048_576)
+        assert (await client.expect_closed())[0] == 1009
+
+
+def test_another_redis_is_used_and_its_password_not_shown() -> None:
+    with Valkey("--requirepass", "pass-word") as server:
+        with RelayProcess("--redis-url", f"redis://:pass-word@127.0.0.1:{server.port}") as relay:
+            assert "  redis " not in relay.output
+            assert "  publish " not in relay.output
+            assert relay.children() == []
+            page = asyncio.run(http_get(f"{relay.http}/"))[1]
+            ready = asyncio.run(http_get(f"{relay.http}/ready"))
+        assert ready == (200, '{"status":"ready"}')
+        assert "pass-word" not in relay.output + page
+
+
+def test_variables_and_flags_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "relay.toml"
+    path.write_text('socket_paths = ["/file"]\npage = false\nlog_level = "error"\nport = 1\n')
+    with RelayProcess("--config", str(path), environ={"RELAY_SOCKET_PATHS": '["/variable"]'}) as relay:
+        assert "/variable/websocket" in relay.output
+        assert "  page " not in relay.output
+        http = "http" + relay.ws.removeprefix("ws").removesuffix("/variable")
+        assert asyncio.run(http_get(f"{http}/"))[0] == 404
+
+
+def test_listening_beyond_this_machine_works_once_it_is_asked_for() -> None:
+    with RelayProcess("--host", "0.0.0.0", environ={"RELAY_ANONYMOUS": "true"}) as relay:
+        port = int(relay.http.rpartition(":")[2])
+        assert asyncio.run(http_get(f"http://127.0.0.1:{port}/ready"))[0] == 200
+
+
+# How it ends.
+
+
+@pytest.mark.parametrize(
+    ("workers", "number", "group"),
+    [
+        pytest.param(1, signal.SIGTERM, False, id="SIGTERM"),
+        pytest.param(1, signal.SIGTERM, True, id="SIGTERM to all"),
+        pytest.param(1, signal.SIGINT, True, id="Ctrl-C"),
+        pytest.param(2, signal.SIGTERM, False, id="2 workers, SIGTERM"),
+        pytest.param(2, signal.SIGINT, True, id="2 workers, Ctrl-C"),
+    ],
+)
+async def test_nothing_is_left_when_it_ends(workers: int, number: signal.Signals, group: bool) -> None:
+    """Clients are told to come back, the embedded server ends too, and the exit code is 0."""
+    with RelayProcess("--workers", str(workers)) as relay:
+        port = redis_port(relay)
+        async with Redis.from_url(relay.redis_url) as redis:
+            server = (await redis.info("server"))["process_id"]
+        assert server in [child.pid for child in relay.children()]
+        async with Client.connect(relay.ws) as client:
+            await client.join("room:1")
+            code = await asyncio.to_thread(relay.stop, number, group=group)
+            assert (await client.expect_closed())[0] == 1012
+        assert code == 0, relay.output
+        wait_for(relay.nothing_is_left, "all processes to end")
+        assert not psutil.pid_exists(server)
+        assert port_is_closed(port)
+        assert "Traceback" not in relay.output
+        assert "ERROR" not in relay.output
+        assert announced(relay) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_nothing_is_left_when_it_is_stopped_while_it_starts(number: signal.Signals) -> None:
+    """The signal comes as soon as the embedded server runs, before the relay is ready."""
+    with launched() as relay:
+        wait_for(relay.children, "the embedded server")
+        assert relay.stop(number, group=True) == 0, relay.output
+        wait_for(relay.nothing_is_left, "all processes to end")
+        assert relay.output == ""
+
+
+def test_port_that_is_taken_stops_the_start_and_leaves_nothing() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with launched("--port", str(port)) as relay:
+            assert relay.wait() == 2
+            (line,) = relay.output.splitlines()
+            assert line.startswith(f"relay: port: cannot listen on 127.0.0.1:{port} ")
+            wait_for(relay.nothing_is_left, "all processes to end")
+            assert announced(relay) == []
+
+
+async def test_two_workers_share_one_server_and_both_serve() -> None:
+    with RelayProcess("--workers", "2") as relay:
+        port = int(relay.http.rpartition(":")[2])
+
+        def serving() -> set[int]:
+            """Workers that have a client."""
+            return {
+                child.pid
+                for child in relay.children()
+                for connection in child.net_connections("tcp")
+                if connection.status == psutil.CONN_ESTABLISHED and connection.laddr.port == port
+            }
+
+        servers = [child for child in relay.children() if "valkey" in child.name()]
+        assert len(servers) == 1
+        async with AsyncExitStack() as stack, Redis.from_url(relay.redis_url) as redis:
+            async with asyncio.timeout(20):
+                while await redis.publish("to:nobody:e", "{}") < 2:  # noqa: ASYNC110 - the second may start later
+                    await asyncio.sleep(0.01)
+            clients: list[Client] = []
+            while len(serving()) < 2:
+                assert len(clients) < 200, "one worker takes all clients"
+                clients.append(await stack.enter_async_context(Client.connect(relay.ws)))
+                await clients[-1].join("room:1")
+            assert await redis.publish("to:room:1:new_msg", '{"n":1}') == 2
+            for client in clients:
+                await client.expect_event("room:1", "new_msg", {"n": 1})
+            # A push of one worker's client is heard where all pushes are heard.
+            async with heard_on(relay.redis_url, "from:*") as heard:
+                for client in (clients[0], clients[-1]):
+                    await client.push(None, "room:1", "shout", 1)
+                    assert await heard() == ("from:room:1:shout", b"1")
+
+
+async def test_worker_that_dies_is_replaced() -> None:
+    """Uvicorn's supervisor does it; the embedded server is not the worker's and stays."""
+    with RelayProcess("--workers", "2") as relay:
+        async with Redis.from_url(relay.redis_url) as redis:
+            server = (await redis.info("server"))["process_id"]
+            workers = _workers(relay, server)
+            os.kill(workers[0], signal.SIGKILL)
+            await eventually(lambda: len(set(_workers(relay, server)) - set(workers)) == 1, "another in its place")
+            assert len(_workers(relay, server)) == 2
+            assert (await redis.info("server"))["process_id"] == server
+        async with Client.connect(relay.ws) as client:
+            await client.expect_alive()
+
+
+def _workers(relay: RelayProcess, server: int) -> list[int]:
+    """The processes that serve, without their supervisor and its helpers."""
+    return [
+        child.pid
+        for child in relay.children()
+        if child.pid != server
+        and child.status() != psutil.STATUS_ZOMBIE
+        and "resource_tracker" not in str(child.cmdline())
+    ]

@@ -1,0 +1,264 @@
+"""Plugins are found in three ways, loaded in a known order, and named when they fail."""
+
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from fastapi import APIRouter, FastAPI
+
+from relay.config import PluginsConfig
+from relay.errors import ConfigError
+from relay.plugins import Plugin
+from relay.plugins.loader import Found, Loaded, load_plugins
+
+PLUGIN = """
+from relay import Plugin
+
+plugin = Plugin("{name}")
+
+@plugin.on_push("{name}:*", "say")
+def say(push): ...
+"""
+
+
+def write(folder: Path, name: str, text: str | None = None) -> Path:
+    package = folder / name
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(PLUGIN.format(name=name) if text is None else text)
+    return package
+
+
+def load(*paths: Path, builtins: tuple[Plugin, ...] = (), **settings: Any) -> Loaded:
+    return load_plugins(PluginsConfig(paths=paths, **settings), builtins)
+
+
+@pytest.fixture(autouse=True)
+def leave_no_modules() -> Iterator[None]:
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith(("relay_plugin_", "entry_")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on ``sys.path`` with a distribution whose entry points are two plugins and a broken one."""
+    folder = tmp_path / "site"
+    info = folder / "some_plugins-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-plugins\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[relay.plugins]\nzeta = entry_zeta\nalpha = entry_alpha:chat\n\n[other]\nx = y\n"
+    )
+    (folder / "entry_zeta.py").write_text(PLUGIN.format(name="zeta"))
+    (folder / "entry_alpha.py").write_text(PLUGIN.format(name="alpha") + "\nchat = plugin\n")
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
+
+
+# Finding.
+
+
+def test_without_any_plugin_nothing_is_loaded() -> None:
+    loaded = load()
+    assert loaded.found == []
+    assert loaded.hooks.push == ()
+
+
+def test_plugins_come_from_built_ins_then_entry_points_then_directories(installed: Path, tmp_path: Path) -> None:
+    """In this order their handlers are called."""
+    for folder, name in (("two", "b"), ("one", "d"), ("one", "c")):
+        write(tmp_path / folder, name)
+    builtin = Plugin("builtin")
+    builtin.on_push()(print)
+    loaded = load(tmp_path / "two", tmp_path / "one", builtins=(builtin,))
+    names = ["builtin", "alpha", "zeta", "b", "c", "d"]
+    assert [found.name for found in loaded.found] == names
+    assert [hook.plugin for hook in loaded.hooks.push] == names
+    assert [found.source for found in loaded.found] == [
+        "built-in",
+        "entry point entry_alpha:chat",
+        "entry point entry_zeta",
+        str(tmp_path / "two" / "b"),
+        str(tmp_path / "one" / "c"),
+        str(tmp_path / "one" / "d"),
+    ]
+    assert not any(found.fault for found in loaded.found)
+
+
+def test_disabled_plugins_are_not_even_imported(installed: Path, tmp_path: Path) -> None:
+    write(tmp_path / "plugins", "broken", "raise RuntimeError")
+    loaded = load(tmp_path / "plugins", disabled=("broken", "zeta"))
+    assert [found.name for found in loaded.found] == ["alpha"]
+    assert "entry_zeta" not in sys.modules
+
+
+def test_only_packages_of_a_directory_are_plugins(tmp_path: Path) -> None:
+    write(tmp_path, "chat")
+    write(tmp_path, ".hidden", "raise RuntimeError")
+    (tmp_path / "module.py").write_text("raise RuntimeError")
+    (tmp_path / "folder").mkdir()
+    assert [found.name for found in load(tmp_path).found] == ["chat"]
+
+
+def test_directory_that_is_none_stops_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"plugins\.paths: .*nowhere is not a directory"):
+        load(tmp_path / "nowhere")
+
+
+def test_package_is_imported_under_a_name_of_its_own(tmp_path: Path) -> None:
+    """One called ``json`` hides nobody else's; its own parts are imported as those of any package."""
+    package = write(tmp_path, "json", "from json import dumps\nfrom .parts import plugin\ntext = dumps({})\n")
+    (package / "parts.py").write_text("from relay import Plugin\nplugin = Plugin('parts')\n")
+    [found] = load(tmp_path).found
+    assert found.plugin is not None
+    assert found.plugin.name == "parts"
+    import json
+
+    assert "plugins" not in str(json.__file__)
+    assert isinstance(sys.modules["relay_plugin_json.parts"], ModuleType)
+
+
+def test_folder_may_have_a_hyphen_in_its_name(tmp_path: Path) -> None:
+    package = write(tmp_path, "my-chat", "from .parts import plugin")
+    (package / "parts.py").write_text("from relay import Plugin\nplugin = Plugin('my-chat')\n")
+    assert [found.name for found in load(tmp_path).found] == ["my-chat"]
+
+
+def test_each_relay_has_plugins_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path, "chat")
+    one, two = load(tmp_path), load(tmp_path)
+    assert one.found[0].plugin is not two.found[0].plugin
+
+
+def test_register_plugin_may_stand_alone_or_beside_a_plugin(tmp_path: Path) -> None:
+    write(tmp_path, "alone", "def register_plugin(app): app.append('alone')")
+    write(tmp_path, "both", PLUGIN.format(name="both") + "\ndef register_plugin(app): app.append('both')")
+    alone, both = load(tmp_path).found
+    assert alone.plugin is None
+    assert both.plugin is not None
+    app: list[str] = []
+    for found in (alone, both):
+        assert found.register is not None
+        found.register(app)
+    assert app == ["alone", "both"]
+
+
+# Failing.
+
+FAULTS = {
+    "raises": ("raise RuntimeError('no database')", "RuntimeError: no database"),
+    "ends": ("import sys\nsys.exit('usage')", "SystemExit: usage"),
+    "misspelt": ("def register_plugin(app:", "SyntaxError: "),
+    "lacks": ("import no_such_module_anywhere", "ModuleNotFoundError: No module named 'no_such_module_anywhere'"),
+    "empty": ("", 'ImportError: expected `plugin = Plugin("name")` or `def register_plugin(app)` in it, found neither'),
+    "mistaken": ("plugin = 'chat'", "ImportError: expected `plugin = "),
+    "not.a.name": ("", "ImportError: expected a folder's name of letters, digits, - and _"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_plugin_that_cannot_be_imported_stops_the_start_with_its_name_and_reason(tmp_path: Path, name: str) -> None:
+    text, reason = FAULTS[name]
+    package = write(tmp_path, name, text)
+    with pytest.raises(ConfigError) as raised:
+        load(tmp_path)
+    message = str(raised.value)
+    assert message.startswith(f"plugin {name} ({package}) cannot be loaded: {reason}")
+    assert "Traceback (most recent call last):" in message
+
+
+def test_half_imported_package_is_forgotten(tmp_path: Path) -> None:
+    write(tmp_path, "broken", "half = 1\nraise RuntimeError")
+    load(tmp_path, on_error="skip")
+    assert "relay_plugin_broken" not in sys.modules
+
+
+def test_on_error_skip_goes_on_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, (text, _) in FAULTS.items():
+        write(tmp_path, name, text)
+    write(tmp_path, "works")
+    loaded = load(tmp_path, on_error="skip")
+    assert {found.name for found in loaded.found if found.fault} == set(FAULTS)
+    assert [hook.plugin for hook in loaded.hooks.push] == ["works"]
+    for found in loaded.found:
+        if found.fault:
+            assert found.fault.startswith(FAULTS[found.name][1])
+            assert found.registers() == []
+    errors = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(errors) == len(FAULTS)
+    assert any("raises" in text and "RuntimeError: no database" in text for text in errors)
+
+
+def test_entry_point_that_fails_is_named_too(installed: Path) -> None:
+    (installed / "entry_zeta.py").write_text("raise RuntimeError('boom')")
+    with pytest.raises(
+        ConfigError, match=r"plugin zeta \(entry point entry_zeta\) cannot be loaded: RuntimeError: boom"
+    ):
+        load()
+
+
+def test_register_plugin_that_raises_is_named_too(tmp_path: Path) -> None:
+    package = write(tmp_path, "chat", "def register_plugin(app): app.no_such_method()")
+    [found] = load(tmp_path).found
+    assert found.register is not None
+    with pytest.raises(ConfigError) as raised:
+        found.register(FastAPI())
+    assert str(raised.value).startswith(f"plugin chat ({package}): its register_plugin raised AttributeError: ")
+
+
+# Listing.
+
+
+def test_list_says_what_each_plugin_registers() -> None:
+    plugin = Plugin("chat")
+    router = APIRouter(prefix="/chat")
+    plugin.include_router(router)
+
+    @router.get("/rooms")
+    async def rooms() -> None: ...
+
+    router.mount("/files", FastAPI())
+
+    @plugin.on_join("room:*")
+    def join(join: object) -> None: ...
+
+    @plugin.on_leave("room:*")
+    def leave(leave: object) -> None: ...
+
+    @plugin.on_push("room:*", "say")
+    def say(push: object) -> None: ...
+
+    @plugin.on_event("room:*")
+    def change(event: Any) -> Any: ...
+
+    @plugin.on_redis("feed*")
+    def feed(message: object, relay: object) -> None: ...
+
+    @plugin.service
+    async def clock(relay: object) -> None: ...
+
+    @plugin.on_startup
+    def begin(relay: object) -> None: ...
+
+    lines = [
+        line.replace(f"{test_list_says_what_each_plugin_registers.__name__}.<locals>.", "")
+        for line in Found("chat", "built-in", plugin, print).registers()
+    ]
+    assert lines == [
+        "on_join room:* → join",
+        "on_leave room:* → leave",
+        "on_push room:* say → say",
+        "on_event room:* * → change",
+        "on_redis feed* → feed",
+        "service → clock",
+        "on_startup → begin",
+        "route GET /chat/rooms",
+        "route /files",
+        "register_plugin(app)",
+    ]

@@ -1,0 +1,401 @@
+"""REST in one process and without a server: who is answered, what is refused with which reason, and the schema.
+
+What sockets see of it is in ``tests/integration/test_rest.py``.
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+import schemathesis
+from fastapi import APIRouter, HTTPException
+from hypothesis import HealthCheck, given, settings
+from schemathesis.config import SchemathesisConfig
+from schemathesis.core.result import Ok
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+from starlette.applications import Starlette
+
+from relay import BusUnavailable, Plugin, Relay
+
+KEY = "s3cret-kéy"
+EVENT = {"topic": "room:1", "event": "new_msg", "payload": {"text": "hi"}}
+
+WRITES = [
+    ("POST", "/publish", EVENT),
+    ("DELETE", "/sockets/none", None),
+    ("DELETE", "/topics/room:1/sockets/none", None),
+]
+READS = [("GET", "/topics", None), ("GET", "/topics/room:1", None), ("GET", "/sockets/none", None)]
+ROUTES = [*WRITES, *READS]
+
+
+@asynccontextmanager
+async def rest(
+    *plugins: Plugin, client: str | None = "127.0.0.1", host: str = "localhost", **options: Any
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a relay's REST app, asked for from ``client`` under the name ``host``."""
+    relay = Relay(broadcast_url="memory://", system_topic=False, extra_plugins=plugins, **options)
+    async with relay.lifespan(), asking(relay, client=client, host=host) as asker:
+        yield asker
+
+
+@asynccontextmanager
+async def asking(
+    app: Any, *, client: str | None = "127.0.0.1", host: str = "localhost"
+) -> AsyncIterator[httpx.AsyncClient]:
+    # httpx's own stub has no word for a client without address, which servers on a Unix socket report.
+    address: Any = None if client is None else (client, 50000)
+    transport = httpx.ASGITransport(app=app, client=address, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url=f"http://{host}/api") as asker:
+        yield asker
+
+
+def reason(response: httpx.Response, status: int) -> str:
+    """The detail of a problem, which must be a whole one (RFC 9457)."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    problem = response.json()
+    assert sorted(problem) == ["detail", "status", "title"]
+    assert problem["status"] == status
+    assert problem["title"]
+    assert isinstance(problem["detail"], str)
+    return problem["detail"]
+
+
+# Who is answered.
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ROUTES)
+async def test_with_a_key_each_route_asks_for_it(method: str, path: str, body: Any) -> None:
+    async with rest(rest={"api_key": KEY}, client="192.0.2.1", host="relay.example.org") as ask:
+        encoded = KEY.encode()
+        for name, value in (
+            (b"x-other", encoded),
+            (b"authorization", b"Bearer wrong"),
+            (b"authorization", b"Bearer"),
+            (b"authorization", b"Basic " + encoded),
+            (b"authorization", b"Bearer " + encoded + b"x"),
+            (b"x-api-key", b"wrong"),
+            (b"x-api-key", b""),
+            (b"x-api-key", b"\xff"),
+        ):
+            refused = await ask.request(method, path, json=body, headers=[(name, value)])
+            assert reason(refused, 401) == "expected the API key"
+            assert refused.headers["www-authenticate"] == "Bearer"
+        for name, value in ((b"authorization", b"bearer " + encoded), (b"x-api-key", encoded)):
+            passed = await ask.request(method, path, json=body, headers=[(name, value)])
+            assert passed.status_code in (200, 404)
+
+
+async def test_key_is_asked_for_before_the_body_is_read() -> None:
+    """Anybody could have the relay read and check whatever they like."""
+
+    async def body() -> AsyncIterator[bytes]:
+        raise AssertionError("the body was read")
+        yield b""
+
+    async with rest(rest={"api_key": KEY}) as ask:
+        refused = await ask.post("/publish", content=body(), headers={"content-type": "application/json"})
+        assert reason(refused, 401) == "expected the API key"
+
+
+@pytest.mark.parametrize(("method", "path", "body"), ROUTES)
+@pytest.mark.parametrize("client", ["192.0.2.1", "10.0.0.1", "2001:db8::1", "testclient", "", None])
+async def test_without_a_key_only_this_machine_is_answered(
+    method: str, path: str, body: Any, client: str | None
+) -> None:
+    async with rest(client=client) as ask:
+        refused = await ask.request(method, path, json=body)
+        assert reason(refused, 403).startswith("only clients on this machine are answered")
+
+
+@pytest.mark.parametrize("client", ["127.0.0.1", "127.8.8.8", "::1"])
+@pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1:8000", "[::1]:8000"])
+async def test_without_a_key_this_machine_is_answered(client: str, host: str) -> None:
+    async with rest(client=client, host=host) as ask:
+        for method, path, body in ROUTES:
+            assert (await ask.request(method, path, json=body)).status_code in (200, 404)
+
+
+@pytest.mark.parametrize("host", ["relay.example.org", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil"])
+async def test_without_a_key_only_names_of_this_machine_are_answered(host: str) -> None:
+    """Else a page whose own name points to 127.0.0.1 would be let in (DNS rebinding), and all clients of a proxy."""
+    async with rest(host=host) as ask:
+        refused = await ask.post("/publish", json=EVENT, headers={"origin": f"http://{host}"})
+        assert reason(refused, 403).startswith("only clients on this machine")
+
+
+@pytest.mark.parametrize("name", ["x-forwarded-for", "forwarded", "x-real-ip"])
+async def test_without_a_key_nobody_is_answered_through_a_proxy(name: str) -> None:
+    async with rest() as ask:
+        refused = await ask.get("/topics", headers={name: "for=192.0.2.1"})
+        assert reason(refused, 403).startswith("only clients on this machine")
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://localhost:9999", "http://[", "no url"])
+async def test_without_a_key_pages_of_other_origins_are_not_answered(origin: str) -> None:
+    """A browser on this machine is on this machine; the page it shows is not."""
+    async with rest(host="localhost:8000") as ask:
+        refused = await ask.post("/publish", json=EVENT, headers={"origin": origin})
+        assert reason(refused, 403).startswith("pages of other origins")
+        passed = await ask.post("/publish", json=EVENT, headers={"origin": "http://localhost:8000"})
+        assert passed.status_code == 200
+
+
+async def test_with_a_key_the_origin_does_not_matter() -> None:
+    async with rest(rest={"api_key": "k"}) as ask:
+        headers = {"x-api-key": "k", "origin": "https://elsewhere.example"}
+        assert (await ask.post("/publish", json=EVENT, headers=headers)).json() == {"published": 1}
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({}, "body.Event.topic: Field required; body.Event.event: Field required"),
+        ({"topic": "room:1"}, "body.Event.event: Field required"),
+        ({**EVENT, "extra": 1}, "body.Event.extra: Extra inputs are not permitted"),
+        ({**EVENT, "topic": 5}, "body.Event.topic: Input should be a valid string"),
+        ({**EVENT, "topic": ""}, "body.Event.topic: String should have at least 1 character"),
+        ({**EVENT, "topic": "phoenix"}, "topic 'phoenix' or event 'new_msg' cannot be"),
+        ({**EVENT, "topic": "é" * 128}, f"topic '{'é' * 128}' or event 'new_msg' cannot be"),
+        ({**EVENT, "event": "a:b"}, "body.Event.event: String should match pattern"),
+        ({**EVENT, "event": "phx_close"}, "topic 'room:1' or event 'phx_close' cannot be"),
+        ({"events": []}, "body.Events.events: List should have at least 1 item"),
+        ({"events": [EVENT] * 1001}, "body.Events.events: List should have at most 1000 items"),
+        ({"events": [EVENT, {"topic": "a"}]}, "body.Events.events.1.event: Field required"),
+        ([EVENT], "body.Event: Input should be a valid dictionary"),
+        (None, "body.Event: Input should be a valid dictionary"),
+    ],
+)
+async def test_request_that_makes_no_sense_is_refused_with_where_and_why(body: Any, said: str) -> None:
+    async with rest() as ask:
+        # Not `json=`, for which None is no body at all.
+        refused = await ask.post("/publish", content=_json(body), headers={"content-type": "application/json"})
+        assert reason(refused, 422).startswith(said)
+
+
+def _json(value: Any) -> bytes:
+    return httpx.Request("POST", "http://localhost", json=value).content if value is not None else b"null"
+
+
+@pytest.mark.parametrize("payload", ['"\\ud800"', "NaN", "-Infinity", "1e999", '{"\\udfff": 1}'])
+async def test_payload_that_json_cannot_say_is_refused(payload: str) -> None:
+    """Python's parser takes them for JSON; no client does."""
+    async with rest() as ask:
+        body = f'{{"topic": "room:1", "event": "new_msg", "payload": {payload}}}'
+        refused = await ask.post("/publish", content=body, headers={"content-type": "application/json"})
+        assert reason(refused, 422) == "payload of 'new_msg': holds what JSON cannot say, in UTF-8"
+
+
+@pytest.mark.parametrize("content", [b"\xff", b"[" * 100_000])
+async def test_body_that_cannot_be_read_is_refused(content: bytes) -> None:
+    async with rest() as ask:
+        refused = await ask.post("/publish", content=content, headers={"content-type": "application/json"})
+        assert reason(refused, 400) == "There was an error parsing the body"
+
+
+async def test_body_that_is_no_json_is_refused() -> None:
+    async with rest() as ask:
+        refused = await ask.post("/publish", content=b"{no", headers={"content-type": "application/json"})
+        assert reason(refused, 422).startswith("body.1: JSON decode error")
+
+
+async def test_body_of_another_type_is_refused_with_a_hint() -> None:
+    """It is what ``curl -d`` sends without ``-H``, and what a form on any page may send."""
+    async with rest() as ask:
+        content = b'{"topic": "room:1", "event": "new_msg"}'
+        refused = await ask.post(
+            "/publish", content=content, headers={"content-type": "application/x-www-form-urlencoded"}
+        )
+        expected = "; expected content-type application/json, got application/x-www-form-urlencoded"
+        assert reason(refused, 422).endswith(expected)
+
+
+async def test_payload_larger_than_any_relay_delivers_is_refused() -> None:
+    async with rest(limits={"payload_max_bytes": 10}) as ask:
+        assert (await ask.post("/publish", json={**EVENT, "payload": "12345678"})).status_code == 200
+        refused = await ask.post("/publish", json={**EVENT, "payload": "éééé+"})
+        assert reason(refused, 413) == "payload of 'new_msg': 11 bytes; expected at most 10"
+
+
+async def test_batch_is_published_as_a_whole_or_not_at_all() -> None:
+    relay = Relay(broadcast_url="memory://", system_topic=False)
+    published: list[tuple[str, str, object]] = []
+
+    async def broadcast(topic: str, event: str, payload: object) -> None:
+        published.append((topic, event, payload))
+
+    relay.broadcast = broadcast  # type: ignore[method-assign]
+    async with relay.lifespan(), asking(relay) as ask:
+        events = [{"topic": "t", "event": f"e{number}", "payload": number} for number in range(5)]
+        for wrong in ({"event": "é" * 128}, {"topic": "phoenix"}, {"event": "phx_join"}):
+            reason(await ask.post("/publish", json={"events": [*events, {**EVENT, **wrong}]}), 422)
+        assert published == []
+        assert (await ask.post("/publish", json={"events": events})).json() == {"published": 5}
+        assert published == [("t", f"e{number}", number) for number in range(5)]
+
+
+async def test_payload_left_out_is_an_empty_object() -> None:
+    relay = Relay(broadcast_url="memory://", system_topic=False)
+    published: list[object] = []
+
+    async def broadcast(topic: str, event: str, payload: object) -> None:
+        published.append(payload)
+
+    relay.broadcast = broadcast  # type: ignore[method-assign]
+    async with relay.lifespan(), asking(relay) as ask:
+        for event in ({"topic": "t", "event": "e"}, {"topic": "t", "event": "e", "payload": None}):
+            assert (await ask.post("/publish", json=event)).status_code == 200
+    assert published == [{}, None]
+
+
+async def test_bus_that_is_away_is_told_with_503() -> None:
+    relay = Relay(broadcast_url="memory://", system_topic=False)
+
+    async def broadcast(topic: str, event: str, payload: object) -> None:
+        raise BusUnavailable("connection refused")
+
+    relay.broadcast = broadcast  # type: ignore[method-assign]
+    async with relay.lifespan(), asking(relay) as ask:
+        assert reason(await ask.post("/publish", json=EVENT), 503) == "bus unavailable: connection refused"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "said"),
+    [
+        ("GET", "/topics/room:1", "nobody has joined 'room:1' here"),
+        ("GET", "/topics/a%2Fb%20c%25/%C3%BC", "nobody has joined 'a/b c%/ü' here"),
+        ("GET", "/sockets/none", "no socket 'none' here"),
+        ("DELETE", "/sockets/none", "no socket 'none' here"),
+        ("DELETE", "/topics/a/sockets/b/sockets/none", "socket 'none' has not joined 'a/sockets/b' here"),
+        ("GET", "/nowhere", "Not Found"),
+    ],
+)
+async def test_what_is_not_there_is_told_with_404(method: str, path: str, said: str) -> None:
+    async with rest() as ask:
+        assert reason(await ask.request(method, path), 404) == said
+
+
+@pytest.mark.parametrize(("method", "path"), [("PUT", "/topics"), ("GET", "/publish"), ("PATCH", "/sockets/none")])
+async def test_method_that_is_not_there_is_told_with_405(method: str, path: str) -> None:
+    async with rest() as ask:
+        refused = await ask.request(method, path)
+        assert reason(refused, 405) == "Method Not Allowed"
+        assert refused.headers["allow"]
+
+
+# Plugins' routes.
+
+
+def _plugin() -> Plugin:
+    plugin, router = Plugin("example"), APIRouter(prefix="/example", tags=["example"])
+
+    @router.get("/{what}")
+    async def get(what: str) -> dict[str, str]:
+        if what == "odd":
+            raise HTTPException(499, "odd")
+        if what == "broken":
+            raise RuntimeError("the database's password is hunter2")
+        return {"example": what}
+
+    plugin.include_router(router)
+    return plugin
+
+
+async def test_routes_of_plugins_are_open_to_all_and_in_the_schema() -> None:
+    """A plugin's author decides who is answered; `docs/rest.md` says so."""
+    async with rest(_plugin(), rest={"api_key": KEY}, client="192.0.2.1") as ask:
+        assert (await ask.get("/example/1")).json() == {"example": "1"}
+        assert "/example/{what}" in (await ask.get("/openapi.json")).json()["paths"]
+
+
+async def test_errors_of_plugins_are_problems_too_and_tell_nothing() -> None:
+    async with rest(_plugin()) as ask:
+        assert reason(await ask.get("/example/odd"), 499) == "odd"
+        assert reason(await ask.get("/example/broken"), 500) == "internal error"
+
+
+# Where it is.
+
+
+async def test_path_is_a_setting() -> None:
+    async with rest(rest={"path": "/manage/v1/"}) as ask:
+        ask.base_url = httpx.URL("http://localhost")
+        assert (await ask.get("/manage/v1/topics")).json() == []
+        assert (await ask.get("/api/topics")).status_code == 404
+
+
+async def test_empty_path_turns_it_off() -> None:
+    async with rest(rest={"path": ""}) as ask:
+        ask.base_url = httpx.URL("http://localhost")
+        for path in ("/api/topics", "/topics", "/api/docs", "/docs", "/openapi.json", "/publish"):
+            assert (await ask.get(path)).status_code == 404
+        assert (await ask.get("/health")).status_code == 200
+
+
+@pytest.mark.parametrize("prefix", ["", "/relay", "/deep/down/relay"])
+async def test_docs_and_schema_work_under_a_prefix(prefix: str) -> None:
+    """The page names the schema by its whole path, and the schema the server that "Try it out" asks."""
+    relay = Relay(broadcast_url="memory://", system_topic=False)
+    app = Starlette()
+    app.mount(prefix or "/", relay)
+    async with relay.lifespan(), asking(app) as ask:
+        ask.base_url = httpx.URL("http://localhost")
+        page = await ask.get(f"{prefix}/api/docs")
+        assert page.status_code == 200
+        assert f"'{prefix}/api/openapi.json'" in page.text
+        schema = (await ask.get(f"{prefix}/api/openapi.json")).json()
+        (server,) = schema["servers"]
+        assert server["url"] == f"{prefix}/api"
+        assert (await ask.get(server["url"] + "/topics")).json() == []
+        assert sorted(schema["paths"]) == [
+            "/publish",
+            "/sockets/{socket_id}",
+            "/topics",
+            "/topics/{topic}",
+            "/topics/{topic}/sockets/{socket_id}",
+        ]
+
+
+async def test_schema_asks_for_the_key_where_there_is_one() -> None:
+    """Swagger shows its button "Authorize" for these."""
+    async with rest(rest={"api_key": KEY}) as ask:
+        schema = (await ask.get("/openapi.json")).json()
+        assert schema["paths"]["/topics"]["get"]["security"] == [{"HTTPBearer": []}, {"APIKeyHeader": []}]
+        assert KEY not in str(schema)
+    async with rest() as ask:
+        assert "security" not in (await ask.get("/openapi.json")).json()["paths"]["/topics"]["get"]
+
+
+# The schema holds.
+
+
+@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: str(mode.value))
+def test_schema_holds_for_whatever_is_asked(mode: GenerationMode) -> None:
+    """Schemathesis: no 5xx, and each answer has a status, a content type and a body as the schema says."""
+    relay = Relay(broadcast_url="memory://", system_topic=False, rest={"api_key": "k"})
+    keys = {"APIKeyHeader": {"api_key": "k"}}
+    config = SchemathesisConfig.from_dict({"auth": {"openapi": keys}})
+    schema = schemathesis.openapi.from_asgi("/api/openapi.json", relay, config=config)
+    asked = 0
+    for result in schema.get_all_operations():
+        assert isinstance(result, Ok), result
+
+        @given(result.ok().as_strategy(generation_mode=mode))
+        @settings(
+            max_examples=25, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+        )
+        def ask(case: Any) -> None:
+            nonlocal asked
+            asked += 1
+            # A schema cannot count bytes, which is how long a name may be.
+            case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+        ask()
+    assert asked > 50, "it has asked for next to nothing"
