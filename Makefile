@@ -46,6 +46,12 @@ cover: .venv/.dev ## run every test and say which branches none of them took
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
+bench: .venv/.dev ## measure what a delivered frame costs (3 minutes); `make bench-full` takes longer and writes the docs
+	$(BIN)/python -m benchmarks $(ARGS)
+
+bench-full: .venv/.dev
+	$(BIN)/python -m benchmarks --full $(ARGS)
+
 lock: .venv/.dev ## write the lock files anew; LOCK_ARGS=--upgrade takes the newest versions
 	tools/lock.sh
 

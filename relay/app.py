@@ -5,6 +5,7 @@ Owns the face of the relay: settings, plugins, routes, and the start and stop of
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -85,6 +86,10 @@ class Relay:
             from relay.rest import make_rest
 
             routes.append(Mount(self.config.rest.path, make_rest(self)))
+        for mount in routes:
+            if isinstance(mount, Mount):
+                # Or a newline (%0A) would be no part of a path, and what is mounted would not be asked.
+                mount.path_regex = re.compile(mount.path_regex.pattern, re.DOTALL)
         return routes + pages.routes(self.config, self.metrics, lambda: self.link, lambda: self.publish_command)
 
     # Lifetime.

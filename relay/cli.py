@@ -9,6 +9,7 @@ import json
 import logging
 import logging.config
 import os
+import shutil
 import signal
 import socket as sockets
 import sys
@@ -236,10 +237,20 @@ def _greet(settings: Config, embedded: bool, open_page: bool) -> None:
     if is_shareable(settings.redis_url):
         lines.append(f"  publish  {publish_line(settings.redis_url, settings.redis.to_prefix)}")
         if embedded:
-            lines.append("""           or, without redis-cli:  relay publish room:1 new_msg '{"text":"hi"}'""")
+            lines.append(
+                f"""           or, without redis-cli:  {_own_name()} publish room:1 new_msg '{{"text":"hi"}}'"""
+            )
     typer.echo("\n".join(lines))
     if open_page:
         webbrowser.open(page)
+
+
+def _own_name() -> str:
+    """How this command is called from here: by its name, or by its path where that is not on the search path."""
+    if shutil.which("relay"):
+        return "relay"
+    own = Path(sys.argv[0])
+    return os.path.relpath(own) if own.name == "relay" else "python -m relay"
 
 
 def _logging(level: str) -> dict[str, Any]:

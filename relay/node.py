@@ -42,8 +42,7 @@ class _Done:
     """Something to await that has happened."""
 
     def __await__(self) -> Generator[None, None, None]:
-        return
-        yield
+        yield from ()
 
 
 class Node:

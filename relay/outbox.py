@@ -3,7 +3,8 @@
 Owns the frames of one socket that its reader was too slow for, and the policies for what to do when they
 grow too many; must not know transports or the hub.
 
-Replies, ``phx_close`` and ``phx_error`` are control frames: never dropped, and not counted against the bound.
+Replies, ``phx_close`` and ``phx_error`` are control frames: never dropped. They have a bound of their own, past which
+the socket must be closed: a client that asks and never reads.
 """
 
 from collections import deque
@@ -34,14 +35,15 @@ class _Entry:
 class Outbox:
     """Frames waiting for one socket, oldest first.
 
-    Args: max_bytes: bound of all waiting events together.
+    Args: max_bytes: bound of all waiting events together, and of all waiting control frames.
     """
 
-    __slots__ = ("_entries", "_latest", "event_bytes", "max_bytes")
+    __slots__ = ("_entries", "_latest", "control_bytes", "event_bytes", "max_bytes")
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes: int = max_bytes
         self.event_bytes: int = 0
+        self.control_bytes: int = 0
         self._entries: deque[_Entry] = deque()
         # The waiting event of each (topic, event) under the policy `latest`.
         self._latest: dict[tuple[str, str], _Entry] = {}
@@ -49,9 +51,11 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add_control(self, frame: Frame) -> None:
-        """Queue a reply, a close or an error."""
+    def add_control(self, frame: Frame) -> bool:
+        """Queue a reply, a close or an error; False where that exceeds the bound: the socket must be closed."""
         self._entries.append(_Entry(frame, None))
+        self.control_bytes += frame.size
+        return self.control_bytes <= self.max_bytes
 
     def add_event(self, frame: Frame, topic: str, event: str, overflow: Overflow) -> int | None:
         """Queue an event, and make room for it as its topic's policy says.
@@ -97,11 +101,13 @@ class Outbox:
         events = sum(entry.key is not None for entry in self._entries)
         self._entries.clear()
         self._latest.clear()
-        self.event_bytes = 0
+        self.event_bytes = self.control_bytes = 0
         return events
 
     def _forget(self, entry: _Entry) -> None:
-        if entry.key is not None:
+        if entry.key is None:
+            self.control_bytes -= entry.frame.size
+        else:
             self.event_bytes -= entry.frame.size
             if self._latest.get(entry.key) is entry:
                 del self._latest[entry.key]

@@ -49,9 +49,10 @@ class _Figures(Collector):
     def collect(self) -> Iterator[Metric]:
         for name, value in self._metrics.totals().items():
             if isinstance(value, dict):
-                family = CounterMetricFamily(f"relay_{name}", f"{name} by reason", labels=["reason"])
-                for reason, total in value.items():
-                    family.add_metric([str(reason)], total)
+                label = "plugin" if name.startswith("plugin_") else "reason"
+                family = CounterMetricFamily(f"relay_{name}", f"{name} by {label}", labels=[label])
+                for which, total in value.items():
+                    family.add_metric([str(which)], total)
                 yield family
             elif name == "sockets":
                 yield GaugeMetricFamily("relay_sockets", "sockets open now", value)

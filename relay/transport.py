@@ -72,7 +72,8 @@ class Connection:
         self._send = send
         self._limits = limits
         self._metrics = metrics
-        self._outbox = Outbox(limits.outbox_max_bytes)
+        # Made when there is pressure for the first time: most sockets never have any, and it takes 1 kB.
+        self._outbox: Outbox | None = None
         self._last_received = time.monotonic()
         # Set by close(), and by the end whatever its cause.
         self._close: tuple[int, str] | None = None
@@ -158,9 +159,10 @@ class Connection:
         if self._close is not None or self._ended:
             self._metrics.dropped["socket closed"] += 1
             return
-        dropped = self._outbox.add_event(frame, topic, event, overflow)
+        outbox = self._queue()
+        dropped = outbox.add_event(frame, topic, event, overflow)
         if dropped is None:
-            self._metrics.dropped["slow reader disconnected"] += 1 + self._outbox.clear()
+            self._metrics.dropped["slow reader disconnected"] += 1 + outbox.clear()
             throttle.warning(
                 "slow", "socket %s: reads too slowly for topic %r, outbox full; closed with 1013", self.id, topic
             )
@@ -176,8 +178,14 @@ class Connection:
         if writer is not None and writer.ready:
             writer.write(frame.wire)
         elif not self._ended:
-            self._outbox.add_control(frame)
+            if not self._queue().add_control(frame):
+                self.close(CloseCode.SLOW_READER, "outbox full: this client sends and does not read")
             self._wake_writer()
+
+    def _queue(self) -> Outbox:
+        if self._outbox is None:
+            self._outbox = Outbox(self._limits.outbox_max_bytes)
+        return self._outbox
 
     def _wake_writer(self) -> None:
         """See to it that what was queued is sent."""
@@ -198,7 +206,7 @@ class Connection:
 
     async def _write(self) -> None:
         """Send the outbox through ASGI, frame by frame: the path that works on any server."""
-        outbox, send = self._outbox, self._send
+        outbox, send = self._queue(), self._send
         try:
             while True:
                 while outbox:
@@ -267,7 +275,7 @@ class Connection:
     def end(self) -> None:
         """Let go of the connection; called once by its reader, when nothing more can be received."""
         self._ended = True
-        if lost := self._outbox.clear():
+        if self._outbox is not None and (lost := self._outbox.clear()):
             self._metrics.dropped["socket closed"] += lost
         for task in (self._closer, self._writing):
             if task is not None:

@@ -17,7 +17,7 @@ from tests.support.process import RelayProcess, Valkey
 from tests.support.serving import Served, serve
 
 NO_SKIP = "TESTS_NO_SKIP"
-_TIMEOUT_S = 60.0
+_TIMEOUT_S = 120.0
 
 # A slow machine is no failure; what hangs is cut by the test's own time limit.
 settings.register_profile("relay", deadline=None)

@@ -195,12 +195,13 @@ async def test_handler_given_up_before_its_turn_is_not_called(monkeypatch: pytes
 
 
 async def test_threads_are_reused_and_end_with_the_caller() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     async with calls() as (caller, _):
         for _ in range(5):
             await caller.call(hook(plain), "hi")
-        assert threading.active_count() == before + 1
-    await eventually(lambda: threading.active_count() == before, "the threads to end")
+        [thread] = set(threading.enumerate()) - before
+        assert thread.name == "relay-plugin"
+    await eventually(lambda: not thread.is_alive(), "the thread to end")
 
 
 def test_hanging_handler_does_not_keep_the_process_alive() -> None:

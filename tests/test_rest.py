@@ -275,6 +275,8 @@ async def test_bus_that_is_away_is_told_with_503() -> None:
         ("DELETE", "/sockets/none", "no socket 'none' here"),
         ("DELETE", "/topics/a/sockets/b/sockets/none", "socket 'none' has not joined 'a/sockets/b' here"),
         ("GET", "/nowhere", "Not Found"),
+        ("GET", "/topics/a%0Ab", "Not Found"),
+        ("GET", "/topics/a%0A", "nobody has joined 'a' here"),
     ],
 )
 async def test_what_is_not_there_is_told_with_404(method: str, path: str, said: str) -> None:

@@ -167,6 +167,7 @@ class RedisBroker:
         pattern = (glob_escape(self._redis.to_prefix) + "*").encode()
         # One command for all, so that live means all of them.
         unconfirmed = 1 + len(self._patterns)
+        also_raw = pattern.decode() in self._patterns  # Redis tells of one pattern once, whoever asked for it
         writer.write(hiredis.pack_command(("PSUBSCRIBE", pattern, *self._patterns)))  # type: ignore[arg-type]  # its stub forgets tuple[str, ...]
         while True:
             self._waiting_since = self._clock()
@@ -186,7 +187,7 @@ class RedisBroker:
                         self._metrics.dropped["channel names no event"] += 1
                     else:
                         events.append((*names, reply[3]))
-                elif reply[0] == b"pmessage":
+                if reply[0] == b"pmessage" and (also_raw or reply[1] != pattern):
                     sink.receive_message(reply[1].decode(), reply[2].decode(errors="replace"), reply[3])
                 elif reply[0] == b"psubscribe":
                     unconfirmed -= 1

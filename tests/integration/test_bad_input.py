@@ -334,7 +334,7 @@ async def test_published_payload_that_is_no_json_arrives_as_bytes(
         await client.expect_alive()
 
 
-@pytest.mark.parametrize("payload", [b" {} ", b"\n[1,\t2]\r\n", b"1e999", b'{"a":1,"a":2}', b"null"])
+@pytest.mark.parametrize("payload", [b" {} ", b"\n[1,\t2]\r\n", b'"\\ud800"', b"1e999", b'{"a":1,"a":2}', b"null"])
 async def test_published_payload_that_is_json_arrives_verbatim(
     served: Served, connect: Connect, redis: Redis, payload: bytes
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import pytest
 from broadcaster import BroadcastBackend
 from broadcaster import Event as Published
+from redis.asyncio import Redis
 
 from relay.brokers.base import Broker, Direction, Event
 from relay.brokers.broadcaster import BroadcasterBroker
@@ -74,6 +75,10 @@ class RedisBus:
 
     def __init__(self, server: Valkey) -> None:
         self._server = server
+
+    @property
+    def url(self) -> str:
+        return self._server.url
 
     def broker(self, metrics: Metrics, **settings: Any) -> Broker:
         return RedisBroker(Config(redis_url=self._server.url, redis=settings), metrics)
@@ -612,3 +617,19 @@ async def test_kafka_gets_channel_names_it_takes(connect: Connect, bus: FakeBus)
         assert name.isascii()
         assert len(name) <= 249
         assert name.replace(".", "").replace("-", "").replace("_", "").isalnum()
+
+
+# What only Redis has.
+
+
+@pytest.mark.parametrize("bus", ["valkey", *_REDIS], indirect=True)
+async def test_redis_channels_of_others_are_heard_beside_the_events(bus: RedisBus) -> None:
+    """`Sink.receive_message`: each pattern is told apart, also one that covers the relay's own channels."""
+    sink, patterns = Sink(), ("raw:*", "*:room:*")
+    broker = RedisBroker(Config(redis_url=bus.url), Metrics(), patterns)
+    async with started(broker, sink), Redis.from_url(bus.url) as redis:
+        assert await redis.publish("raw:1", b"\xff") == 1
+        assert await redis.publish("to:room:e", "1") == 2
+        await sink.expect(("room", "e", b"1"))
+        await eventually(lambda: len(sink.messages) == 2, "the raw messages")
+    assert sink.messages == [("raw:*", "raw:1", b"\xff"), ("*:room:*", "to:room:e", b"1")]

@@ -23,7 +23,7 @@ from tests.support.serving import Served, eventually, figure, http_get
 Connect = Callable[..., Awaitable[Client]]
 ServeRelay = Callable[..., Awaitable[Served]]
 
-SWARM_DEADLINE_S = 50
+SWARM_DEADLINE_S = 100
 
 
 class Swarm:

@@ -22,7 +22,20 @@ import pytest
 from fastapi import APIRouter, Depends, FastAPI, HTTPException
 from redis.asyncio import Redis
 
-from relay import ConfigError, Event, Join, Leave, Plugin, Push, RedisMessage, Refused, Relay, engine, node
+from relay import (
+    BusUnavailable,
+    ConfigError,
+    Event,
+    Join,
+    Leave,
+    Plugin,
+    Push,
+    RedisMessage,
+    Refused,
+    Relay,
+    engine,
+    node,
+)
 from relay.hooks import Socket
 from tests.support.client import Client
 from tests.support.process import RelayProcess, Valkey
@@ -440,6 +453,26 @@ async def test_push_is_not_acknowledged_while_the_bus_is_away(connect: Connect) 
     assert called == ["say"]
 
 
+async def test_handled_push_that_the_bus_does_not_take_is_not_acknowledged(
+    serve_plugin: ServePlugin, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The link is live, and this one message fails: Redis is out of memory, say."""
+    plugin = Plugin("p")
+    plugin.on_push()(lambda push: "handled")
+    served = await serve_plugin(plugin)
+    client = await connect(served)
+    join_ref = await client.join("room:1")
+
+    def publish(*message: object) -> asyncio.Future[None]:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future.set_exception(BusUnavailable("OOM"))
+        return future
+
+    monkeypatch.setattr(served.relay.engine.broker, "publish", publish)
+    refusal = {"status": "error", "response": {"reason": "bus unavailable"}}
+    assert await client.push(join_ref, "room:1", "say") == refusal
+
+
 # What a handler, a service and a route can send.
 
 
@@ -475,6 +508,25 @@ async def test_broadcasts_reach_all_subscribers_or_all_others(
     await eve.expect_alive()
 
 
+async def test_plain_function_may_have_an_event_loop_of_its_own(serve_plugin: ServePlugin, connect: Connect) -> None:
+    plugin = Plugin("p")
+
+    @plugin.on_push("*", "shout")
+    def shout(push: Push) -> str:
+        async def shout() -> str:
+            await push.broadcast_from("said", {})
+            return "said"
+
+        return asyncio.run(shout())
+
+    served = await serve_plugin(plugin)
+    ada, bob = await connect(served), await connect(served)
+    join_ref = await ada.join("room:own")
+    await bob.join("room:own")
+    assert await ada.push(join_ref, "room:own", "shout") == ok("said")
+    await bob.expect_event("room:own", "said", {})
+
+
 async def test_broadcast_that_cannot_be_is_the_handlers_fault(
     serve_plugin: ServePlugin, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -502,23 +554,23 @@ async def test_broadcast_that_cannot_be_is_the_handlers_fault(
 
 
 async def test_broadcast_while_the_bus_is_away_raises_in_the_handler(connect: Connect, both: Both) -> None:
-    from relay import BusUnavailable
-
     plugin, caught = Plugin("p"), []
 
     async def shout(push: Push) -> None:
         push.stop()
-        try:
-            await push.broadcast_from("said", {})
-        except BusUnavailable as error:
-            caught.append(str(error))
+        for broadcast in (push.broadcast, push.broadcast_from):
+            try:
+                await broadcast("said", {})
+            except BusUnavailable as error:
+                caught.append(str(error))
 
     def shout_plainly(push: Push) -> None:
         push.stop()
-        try:
-            _ = push.broadcast_from("said", {})
-        except BusUnavailable as error:
-            caught.append(str(error))
+        for broadcast in (push.broadcast, push.broadcast_from):
+            try:
+                _ = broadcast("said", {})
+            except BusUnavailable as error:
+                caught.append(str(error))
 
     is_plain = both(shout_plainly) is shout_plainly
     plugin.on_push()(shout_plainly if is_plain else shout)
@@ -529,7 +581,7 @@ async def test_broadcast_while_the_bus_is_away_raises_in_the_handler(connect: Co
             own.kill()
             await eventually(lambda: not relay.link.live, "the link to break")
             assert await client.push(join_ref, "room:1", "shout") == ok()
-    assert len(caught) == 1
+    assert len(caught) == 2
 
 
 async def test_broadcast_from_passes_over_its_sender_alone_among_equal_payloads(
@@ -900,6 +952,23 @@ async def test_join_that_was_allowed_in_vain_is_left_too(serve_plugin: ServePlug
     assert served.relay.topics == {}
 
 
+async def test_join_that_the_bus_does_not_take_is_left_too(
+    serve_plugin: ServePlugin, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin, log = Plugin("p"), []
+    plugin.on_join()(lambda join: log.append("allowed"))
+    plugin.on_leave()(lambda leave: log.append("left"))
+    served = await serve_plugin(plugin, broadcast_url="memory://")
+    client = await connect(served)
+
+    async def subscribe(topic: str) -> None:
+        raise BusUnavailable("no")
+
+    monkeypatch.setattr(served.relay.engine.broker, "subscribe", subscribe)
+    assert (await ask_to_join(client, "room:1"))[1] == {"status": "error", "response": {"reason": "bus unavailable"}}
+    await eventually(lambda: log == ["allowed", "left"], "on_leave")
+
+
 async def test_on_leave_is_not_called_for_a_join_that_was_refused(serve_plugin: ServePlugin, connect: Connect) -> None:
     plugin, left = Plugin("p"), []
 
@@ -1147,6 +1216,24 @@ async def test_foreign_messages_are_handled_in_order_by_each_handler(
     assert heard == [("test-order-a", number) for number in range(20)]
     assert sorted(noted) == sorted([*range(20), *range(20)])
     assert served.relay.metrics.plugin_errors == {"p": 1}
+
+
+async def test_relays_own_channels_can_be_listened_to_as_well(
+    serve_plugin: ServePlugin, connect: Connect, redis: Redis
+) -> None:
+    """Redis tells of a pattern once, whoever of one connection asked for it."""
+    plugin, heard = Plugin("p"), []
+
+    @plugin.on_redis("to:*")
+    async def note(message: RedisMessage, relay: Relay) -> None:
+        if message.channel == "to:own:1:e":
+            heard.append(message.data)
+
+    client = await connect(await serve_plugin(plugin))
+    await client.join("own:1")
+    await redis.publish("to:own:1:e", "1")
+    await client.expect_event("own:1", "e", 1)
+    await eventually(lambda: heard == [b"1"], "the raw message")
 
 
 async def test_messages_too_many_for_a_slow_handler_are_dropped_and_counted(

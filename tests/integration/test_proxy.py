@@ -147,6 +147,8 @@ async def test_neighbours_of_the_prefix_are_not_forwarded(served: Served, upstre
         b"//evil.example/x",
         b"/http://evil.example/x",
         b"/%FF",
+        b"/a%0Ab",
+        b"/a%0A",
         b"/...",
         b"/.well-known/x",
         b"/x?q=%2F%20+&q=2&empty=&=&%FF",

@@ -114,7 +114,8 @@ async def test_payload_of_a_push_may_be_any_json(served: Served, valkey: Valkey,
     client = await connect(served)
     join_ref = await client.join("room:any")
     async with heard_on(valkey.url, "from:room:any:*") as heard:
-        for payload in ({}, [], 5, "text", None, True, {"deep": [[[1]]]}):
+        payloads: tuple[Any, ...] = ({}, [], 5, "text", None, True, {"deep": [[[1]]]})
+        for payload in payloads:
             await client.send(join_ref, "1", "room:any", "shout", payload)
             assert await client.receive() == client.reply(join_ref, "1", "room:any")
             assert await heard() == ("from:room:any:shout", json.dumps(payload).encode())

@@ -1,0 +1,42 @@
+"""A client that sends and never reads: what is owed to it is bounded too."""
+
+import asyncio
+import socket
+
+from relay import Relay
+from tests.support.process import Valkey
+from tests.support.serving import eventually, serve
+
+UPGRADE = (
+    b"GET /socket/websocket?vsn=2.0.0 HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+)
+
+
+def masked(text: bytes) -> bytes:
+    """A text frame from a client, with a mask of zeros (RFC 6455, section 5.3)."""
+    assert len(text) < 126
+    return bytes((0x81, 0x80 | len(text), 0, 0, 0, 0)) + text
+
+
+async def test_client_that_sends_and_never_reads_is_closed(valkey: Valkey, direct: bool) -> None:
+    limits = {"outbox_max_bytes": 100_000, "close_timeout_s": 0.2}
+    relay = Relay(redis_url=valkey.url, system_topic=False, limits=limits)
+    heartbeats = masked(b'[null,"1","phoenix","heartbeat",{}]') * 1000
+    async with serve(relay, direct=direct) as served:
+        loop = asyncio.get_running_loop()
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.setblocking(False)
+            await loop.sock_connect(client, ("127.0.0.1", served.port))
+            await loop.sock_sendall(client, UPGRADE)
+
+            async def flood() -> None:
+                while relay.engine.sockets or not relay.metrics.sockets_opened:
+                    await loop.sock_sendall(client, heartbeats)
+
+            flooding = asyncio.create_task(flood())
+            await eventually(lambda: relay.metrics.sockets_opened, "the socket to open")
+            await eventually(lambda: not relay.engine.sockets, "the socket to be given up")
+            flooding.cancel()
+            _ = await asyncio.gather(flooding, return_exceptions=True)
