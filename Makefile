@@ -22,7 +22,7 @@ run: .venv/.run ## start the relay with its own Valkey; ARGS go to `relay serve`
 
 test: check ## check, then run every test; ARGS go to pytest
 	@tools/browser.sh
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 check: .venv/.dev ## format, lint, types and spelling
 	$(BIN)/ruff format --check .

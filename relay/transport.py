@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 from relay.config import LimitsConfig
@@ -30,6 +31,10 @@ SendCallable: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _FOUND_BY_SERVER = (CloseCode.PROTOCOL_ERROR, CloseCode.INVALID_PAYLOAD, CloseCode.TOO_BIG)
 """Codes of a disconnect that say that the server closed for a frame which it could not read, or not hold."""
+
+
+_HEAD_START_S = 0.5
+"""Seconds for the server to take a close before it is asked for more messages; see `Connection._next_event`."""
 
 
 class Connection:
@@ -134,7 +139,9 @@ class Connection:
             return await self._receive()
         while True:
             if self._closing is not None:
-                await self._closing.wait()
+                with suppress(TimeoutError):  # while it shuts down, Granian takes no close, and says so only here
+                    async with asyncio.timeout(_HEAD_START_S):
+                        await self._closing.wait()
             # A task of our own, since what `receive` returns need not be a coroutine.
             self._receiving = asyncio.ensure_future(_received(self._receive))
             try:

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,15 @@ def test_listening_beyond_this_machine_works_once_it_is_asked_for() -> None:
     with RelayProcess("--host", "0.0.0.0", environ={"RELAY_ANONYMOUS": "true"}) as relay:
         port = int(relay.http.rpartition(":")[2])
         assert asyncio.run(http_get(f"http://127.0.0.1:{port}/ready"))[0] == 200
+
+
+def test_relays_started_at_once_do_not_meet_on_a_port() -> None:
+    """Each has an embedded server of its own."""
+    with ExitStack() as stack:
+        relays = [stack.enter_context(launched()) for _ in range(4)]
+        for relay in relays:
+            relay.wait_until_ready()
+        assert len({redis_port(relay) for relay in relays}) == 4
 
 
 # How it ends.

@@ -137,6 +137,10 @@ class RelayProcess:
     def start(self) -> None:
         """Start, and wait for the lines that say it is ready."""
         self.launch()
+        self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        """Wait for the whole greeting."""
         assert self._ready.wait(DEADLINE_S), f"relay serve did not get ready:\n{self.output}"
         assert "is ready" in self.output, f"relay serve ended:\n{self.output}"
         wait_for(lambda: self._find("socket") is not None, "the address of the socket")
