@@ -46,7 +46,9 @@ from tests.support.process import Postgres, Valkey, free_port, wait_for
 from tests.support.serving import serve
 
 REPOSITORY = Path(__file__).parents[1]
-PAGES = [path for name in ("plugins", "redis", "mounting", "rest") if (path := REPOSITORY / "docs" / f"{name}.md").exists()]
+PAGES = [
+    path for name in ("plugins", "redis", "mounting", "rest") if (path := REPOSITORY / "docs" / f"{name}.md").exists()
+]
 LANGUAGES = ("python", "console", "js", "toml", "sql")
 PATIENCE_S = 30.0
 

@@ -19,7 +19,7 @@ class Heard:
 
     def __init__(self, url: str) -> None:
         self._redis: Any = redis.Redis.from_url(url)
-        self._pubsub: Any = self._redis.pubsub()
+        self._pubsub: Any = self._redis.pubsub()  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
         self._pubsub.psubscribe("from:*")
         self._next()  # the confirmation: from here on nothing is missed
 

@@ -1,0 +1,141 @@
+"""What issue 4 asks for, point by point, held against the rows of one run.
+
+Owns the targets; must not know how anything was measured. A figure that falls short stays as it is, and so does a point
+that this run could not judge.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from benchmarks.scenarios import BROADCASTER, DIRECT, FLOOR, POLICIES, PORTABLE, SOCKETIO, TANGRAM, Row
+
+YES, NO, UNKNOWN = "reached", "not reached", "not judged"
+
+
+@dataclass
+class Point:
+    """One line: which of the ten, what is asked, what came."""
+
+    number: int
+    what: str
+    target: str
+    got: str
+    verdict: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class _Rows:
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
+
+    def find(self, scenario: str, server: str) -> Row | None:
+        """The row of a scenario, by its beginning."""
+        return next((row for row in self._rows if row.scenario.startswith(scenario) and row.server == server), None)
+
+    def value(self, scenario: str, server: str, field: str = "cpu_us") -> float | None:
+        """One figure of it."""
+        row = self.find(scenario, server)
+        found: float | None = None if row is None else getattr(row, field)
+        return found
+
+
+def judge(rows: Sequence[Row]) -> list[Point]:
+    """All points that can be measured today."""
+    table = _Rows(rows)
+    points: list[Point] = []
+
+    def ratio(number: int, what: str, limit: float, mine: tuple[str, str], other: tuple[str, str], of: str) -> None:
+        value, base = table.value(*mine), table.value(*other)
+        if value is None or base is None:
+            points.append(Point(number, what, f"≤ {limit:g}× {of}", "–", UNKNOWN))
+        else:
+            got = value / base
+            verdict = YES if got <= limit else NO
+            points.append(
+                Point(number, what, f"≤ {limit:g}× {of}", f"{got:.2f}× ({value:.1f} / {base:.1f} µs)", verdict)
+            )
+
+    def most(number: int, what: str, limit: float, unit: str, value: float | None) -> None:
+        got = "–" if value is None else f"{value:.1f} {unit}"
+        verdict = UNKNOWN if value is None else YES if value <= limit else NO
+        points.append(Point(number, what, f"≤ {limit:g} {unit}", got, verdict))
+
+    small, fast, big = "fan-out, 500 sockets, 20/s", "fan-out, 500 sockets, 200/s", "fan-out, 10000 sockets, 5/s"
+    ratio(1, "500 sockets, 20/s", 1.4, (small, DIRECT), (small, FLOOR), "floor")
+    ratio(1, "the same", 0.45, (small, DIRECT), (small, TANGRAM), "tangram")
+    ratio(1, "the same", 0.15, (small, DIRECT), (small, SOCKETIO), "python-socketio")
+    ratio(1, "500 sockets, 200/s", 1.1, (fast, DIRECT), (fast, FLOOR), "floor")
+    ratio(1, "10 000 sockets, 5/s", 1.5, (big, DIRECT), (big, FLOOR), "floor")
+    most(1, "heartbeat replies meanwhile, p99", 50, "ms", table.value("heartbeat replies", DIRECT, "p99_ms"))
+    ratio(2, "portable path, 500 sockets, 20/s", 2.6, (small, PORTABLE), (small, FLOOR), "floor")
+    points.append(Point(3, "which path serves", "by itself", "see the tests of both paths", UNKNOWN))
+    unheard = table.find("events nobody has joined", DIRECT)
+    most(4, "event nobody has joined, 200 000/s", 3, "µs", None if unheard is None else unheard.cpu_us)
+    lost = unheard is None or " 0 of " not in f" {unheard.note.split(', ')[-1]}"
+    points.append(Point(4, "of them lost", "none", "–" if unheard is None else unheard.note, NO if lost else YES))
+    most(4, "1 000 topics, one socket on each", 25, "µs", table.value("1000 topics", DIRECT))
+    join = table.find("connect and join, 10000", DIRECT)
+    most(5, "connect and join, 10 000 in a burst", 500, "µs", None if join is None else join.cpu_us)
+    most(6, "memory of a joined idle socket", 20, "kB", None if join is None else join.memory_kb)
+    most(7, "push with its reply", 60, "µs", table.value("push with reply", DIRECT))
+    alone = table.value("slow readers: none", DIRECT, "p99_ms")
+    for policy in POLICIES:
+        slow = table.find(f"slow readers: 10 of 1000, 50/s, {policy}", DIRECT)
+        if slow is None or slow.p99_ms is None or not alone:
+            points.append(Point(8, f"p99 with 10 slow readers, {policy}", "≤ 1.3×", "–", UNKNOWN))
+            continue
+        got = slow.p99_ms / alone
+        text = f"{got:.2f}× ({slow.p99_ms:.1f} / {alone:.1f} ms); {slow.note}"
+        good = got <= 1.3 and "NOT" not in slow.note
+        points.append(Point(8, f"p99 with 10 slow readers, {policy}", "≤ 1.3×, all counted", text, YES if good else NO))
+    points.append(Point(9, "compression", "≤ 0.5× bytes, ≤ 1.2× CPU", "does not exist yet: left out", UNKNOWN))
+    points.append(Point(10, "growth in sockets and topics", "drawn", _growth(rows), YES))
+    one, two = table.find("1 worker,", DIRECT), table.find("2 workers,", DIRECT)
+    if one is None or two is None or not one.per_s or not two.per_s:
+        points.append(Point(10, "two workers", "≥ 1.8×", "–", UNKNOWN))
+    else:
+        got = two.per_s / one.per_s
+        verdict = YES if got >= 1.8 else UNKNOWN if "no room" in two.note else NO
+        points.append(Point(10, "two workers", "≥ 1.8× one's load", f"{got:.2f}×; {two.note}".rstrip("; "), verdict))
+    return points
+
+
+def _growth(rows: Sequence[Row]) -> str:
+    parts = []
+    for title, curve in (("sockets", sockets_curve(rows, DIRECT)), ("topics", topics_curve(rows))):
+        if curve:
+            steps = ", ".join(f"{size}: {value:.1f}" for size, value in curve)
+            parts.append(f"µs by {title}: {steps}")
+    return "; ".join(parts)
+
+
+def _curve(rows: Sequence[Row], server: str, size_of: Callable[[Row], int | None]) -> list[tuple[int, float]]:
+    found = {size: row.cpu_us for row in rows if row.server == server and (size := size_of(row)) and row.cpu_us}
+    return sorted(found.items())
+
+
+def sockets_curve(rows: Sequence[Row], server: str) -> list[tuple[int, float]]:
+    """CPU per delivery by number of sockets, of the runs of `many_sockets`."""
+
+    def size_of(row: Row) -> int | None:
+        words = row.scenario.split(" ")
+        return int(words[1]) if words[0] == "fan-out," and words[1] != "500" else None
+
+    return _curve(rows, server, size_of)
+
+
+def topics_curve(rows: Sequence[Row]) -> list[tuple[int, float]]:
+    """CPU per event by number of topics."""
+
+    def size_of(row: Row) -> int | None:
+        words = row.scenario.split(" ")
+        return int(words[0]) if words[1] == "topics," else None
+
+    return _curve(rows, DIRECT, size_of)
+
+
+PEERS = (TANGRAM, SOCKETIO, BROADCASTER)
