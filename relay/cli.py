@@ -280,8 +280,8 @@ def _logging(level: str) -> dict[str, Any]:
 
 @app.command()
 def publish(
-    topic: Annotated[str, typer.Argument(help="Topic, e.g. room:1.")],
-    event: Annotated[str, typer.Argument(help="Event, e.g. new_msg.")],
+    topic: Annotated[str, typer.Argument(metavar="TOPIC", help="Topic, e.g. room:1.")],
+    event: Annotated[str, typer.Argument(metavar="EVENT", help="Event, e.g. new_msg.")],
     payload: Annotated[str, typer.Argument(metavar="JSON", help='Payload, e.g. \'{"text":"hi"}\'.')],
     config: ConfigFile = None,
     redis_url: RedisUrl = None,

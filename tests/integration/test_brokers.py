@@ -7,7 +7,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
@@ -194,7 +193,10 @@ class FakeBackend(BroadcastBackend):
 # Which buses there are.
 
 _REDIS = {f"redis-server {path}" if number else "redis-server": path for number, path in enumerate(redis_servers())}
-CAN_BE_CUT = ["valkey", *_REDIS, "postgres", "fake", "fake kafka"]
+_PROGRAMS = Postgres.find()
+# Where there is none, one test alone is skipped for it, and says so in one line.
+_POSTGRES = ["postgres"] if _PROGRAMS else []
+CAN_BE_CUT = ["valkey", *_REDIS, *_POSTGRES, "fake", "fake kafka"]
 ALL = [*CAN_BE_CUT, "memory"]
 
 
@@ -216,10 +218,9 @@ def servers() -> Iterator[Callable[[str], Valkey | Postgres]]:
 
 def _make_server(name: str) -> Valkey | Postgres:
     if name == "postgres":
-        folder: Path | None = Postgres.find()
-        if folder is None:
-            pytest.skip("no Postgres on this machine: neither /usr/lib/postgresql/*/bin nor PATH has its initdb")
-        return Postgres(folder)
+        if _PROGRAMS is None:
+            pytest.skip("no Postgres on this machine: initdb is in no /usr/lib/postgresql/*/bin nor on PATH")
+        return Postgres(_PROGRAMS)
     return Valkey(binary=_REDIS.get(name))
 
 

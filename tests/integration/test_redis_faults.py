@@ -256,6 +256,33 @@ async def test_killed_subscription_is_a_gap(
     await expect_working(served, server, client)
 
 
+async def test_fault_of_our_own_is_a_gap_and_leaves_nobody_deaf(
+    serve_relay: ServeRelay,
+    connect: Connect,
+    server: Valkey,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served = await serve_relay(redis_url=server.url, redis=FAST)
+    client = await connect(served)
+    join_ref = await client.join("room:1")
+
+    async def fail(events: object) -> None:
+        raise ZeroDivisionError("a mistake")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(served.relay.engine.node, "receive_events", fail)
+        async with Redis.from_url(server.url) as redis:
+            await redis.publish("to:room:1:new_msg", "1")
+        await eventually(lambda: not served.relay.link.live or served.relay.metrics.gaps, "the fault to be noticed")
+    await expect_told(client, ("room:1", join_ref))
+    assert served.relay.metrics.gaps == 1
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.ERROR] == [
+        "the Redis listener failed"
+    ]
+    await expect_working(served, server, client)
+
+
 async def test_cut_output_buffer_is_a_gap_and_nothing_comes_twice(
     serve_relay: ServeRelay, connect: Connect, server: Valkey, caplog: pytest.LogCaptureFixture
 ) -> None:
