@@ -56,7 +56,7 @@ def test_help_names_the_commands_and_their_options(run: Run) -> None:
     for command, words in (
         ((), ("serve", "publish")),
         (("serve",), ("--config", "--host", "--port", "--redis-url", "--workers", "--open")),
-        (("publish",), ("topic", "event", "JSON", "--config", "--redis-url")),
+        (("publish",), ("TOPIC", "EVENT", "JSON", "--config", "--redis-url")),
     ):
         shown = run(*command, "--help").out
         assert [word for word in words if word not in shown] == []

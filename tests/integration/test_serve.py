@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import AsyncExitStack, ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -267,10 +267,10 @@ async def test_worker_that_dies_is_replaced() -> None:
 
 def _workers(relay: RelayProcess, server: int) -> list[int]:
     """The processes that serve, without their supervisor and its helpers."""
-    return [
-        child.pid
-        for child in relay.children()
-        if child.pid != server
-        and child.status() != psutil.STATUS_ZOMBIE
-        and "resource_tracker" not in str(child.cmdline())
-    ]
+    found = []
+    for child in relay.children():
+        with suppress(psutil.NoSuchProcess):  # ended between one look and the next
+            is_zombie = child.status() == psutil.STATUS_ZOMBIE
+            if child.pid != server and not is_zombie and "resource_tracker" not in str(child.cmdline()):
+                found.append(child.pid)
+    return found
