@@ -77,9 +77,15 @@ def serve(
     """Serve browsers: a relay alone, or your own app with the server settings a relay wants.
 
     Alone, and without a Redis in the settings, a Valkey server of the relay's own is started, and ended with it.
+
+    Your own app makes its relay itself: of the settings here, only those of the server serve it (host, port, workers,
+    anonymous, log_level, limits.frame_max_bytes).
     """
+    if application is not None and redis_url is not None:
+        raise ConfigError(f"command line: --redis-url: {application} makes its relay itself; give it to Relay() there")
     settings = load(config, {"host": host, "port": port, "redis_url": redis_url, "workers": workers})
     settings.check_exposure()
+    logging.config.dictConfig(_logging(settings.log_level))
     code = 0
     with ExitStack() as stack:
         stack.enter_context(_stop_on_sigterm())
@@ -148,7 +154,7 @@ def _check_import(application: str) -> None:
     from uvicorn.importer import ImportFromStringError, import_from_string
 
     try:
-        import_from_string(application)
+        app = import_from_string(application)
     except ConfigError:
         raise  # of the relay in it, which says all
     except ImportFromStringError as error:
@@ -156,9 +162,10 @@ def _check_import(application: str) -> None:
     except Exception as error:  # an import may raise anything
         place = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ConfigError(
-            f"MODULE:APP: {application} cannot be imported: {reason} ({place.filename}, line {place.lineno})"
-        ) from None
+        where = "" if place.filename.startswith("<") else f" ({place.filename}, line {place.lineno})"
+        raise ConfigError(f"MODULE:APP: {application} cannot be imported: {reason}{where}") from None
+    if not callable(app):
+        raise ConfigError(f"MODULE:APP: expected an ASGI app, got {app!r} for {application}")
 
 
 def _collect_rarely() -> None:
@@ -248,9 +255,9 @@ def _greet(settings: Config, embedded: bool, open_page: bool) -> None:
     if is_shareable(settings.redis_url):
         lines.append(f"  publish  {publish_line(settings.redis_url, settings.redis.to_prefix)}")
         if embedded:
-            lines.append(
-                f"""           or, without redis-cli:  {_own_name()} publish room:1 new_msg '{{"text":"hi"}}'"""
-            )
+            # With the address: another relay may be started here meanwhile, and `publish` takes the newest.
+            own = f"{_own_name()} publish --redis-url {settings.redis_url}"
+            lines.append(f"""           or, without redis-cli:  {own} room:1 new_msg '{{"text":"hi"}}'""")
     typer.echo("\n".join(lines))
     if open_page:
         webbrowser.open(page)

@@ -206,3 +206,18 @@ def test_publishing_to_a_redis_that_hangs_is_exit_code_1(run: Run, tmp_path: Pat
         server.resume()
     assert ran.code == 1
     assert len(ran.err.splitlines()) == 1
+
+
+def test_redis_for_somebodys_own_app_is_refused(run: Run) -> None:
+    """The app makes its relay itself: a setting that nothing would heed is not taken in silence."""
+    ran = run("serve", "main:app", "--redis-url", "redis://localhost:1")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == "relay: command line: --redis-url: main:app makes its relay itself; give it to Relay() there\n"
+
+
+def test_what_is_no_app_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "no_app_here.py").write_text("app = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    ran = run("serve", "no_app_here:app", "--port", "0")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == "relay: MODULE:APP: expected an ASGI app, got 3 for no_app_here:app\n"

@@ -56,7 +56,7 @@ def test_greeting_names_every_address(relay: RelayProcess) -> None:
     assert lines[2] == f"  socket   ws://127.0.0.1:{port}/socket/websocket"
     assert re.fullmatch(r"  redis    redis://127\.0\.0\.1:\d+  \(a Valkey of the relay's own; .*\)", lines[3])
     assert lines[4].startswith("  publish  redis-cli -u redis://127.0.0.1:")
-    assert "relay publish room:1 new_msg" in lines[5]
+    assert f"relay publish --redis-url {relay.redis_url} room:1 new_msg" in lines[5]
 
 
 async def test_printed_line_publishes(relay: RelayProcess) -> None:
