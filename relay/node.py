@@ -34,8 +34,12 @@ _logger = logging.getLogger("relay.node")
 
 _NO_HOOKS = Hooks()
 
-_EVENTS_WAITING = 1000
-"""Events that may wait for plugins before the bus is read no further."""
+_EVENTS_WAITING = 10_000
+"""Events of one topic, or messages for one on_redis handler, that may wait for a plugin; further ones are dropped.
+
+More than one read from Redis brings, so that a handler which keeps up loses none. To read the bus no further
+instead would make everybody wait for one handler.
+"""
 
 
 class _Done:
@@ -145,6 +149,9 @@ class Node:
             elif (fault := self._fault(event, data)) is not None:
                 metrics.dropped[fault] += 1
                 self._throttle.warning(fault, "event on topic %r dropped: %s", topic, fault)
+            elif filtered and self._lanes.waiting(topic) >= _EVENTS_WAITING:
+                metrics.dropped["on_event handler too slow"] += 1
+                self._throttle.warning("on_event", "plugins are too slow for the events of topic %r: dropped", topic)
             elif filtered:
                 self._lanes.run(topic, partial(self._filter, topic, event, check_payload(data), skip))
             else:
@@ -152,8 +159,6 @@ class Node:
         while hub.busy:
             self._hub_idle.clear()
             await self._hub_idle.wait()
-        if self._lanes.pending >= _EVENTS_WAITING:
-            await self._lanes.wait_below(_EVENTS_WAITING)
 
     def _filter(self, topic: str, name: str, data: Payload, skip: Subscriber | None) -> Rest:
         """Pass an event through the handlers for it and deliver what is left of it."""

@@ -1147,26 +1147,60 @@ async def test_event_handler_that_hangs_is_cut_and_its_topic_goes_on(
     assert served.relay.metrics.dropped == {"by a plugin": 1}
 
 
-async def test_bus_is_read_no_further_while_too_many_events_wait(
-    serve_plugin: ServePlugin, connect: Connect, redis: Redis, monkeypatch: pytest.MonkeyPatch
+async def test_events_too_many_for_a_hanging_handler_are_dropped_and_counted_and_hold_up_no_other_topic(
+    serve_plugin: ServePlugin,
+    connect: Connect,
+    redis: Redis,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(node, "_EVENTS_WAITING", 3)
     plugin, gate = Plugin("p"), asyncio.Event()
 
-    @plugin.on_event("room:*")
+    @plugin.on_event("stuck:*")
     async def wait(event: Event) -> Event:
         await gate.wait()
         return event
 
     served = await serve_plugin(plugin)
     client = await connect(served)
-    await client.join("room:1")
+    await client.join("stuck:1")
+    await client.join("free:1")
     for number in range(10):
-        await redis.publish("to:room:1:n", str(number))
-    assert served.relay.metrics.events_in < 10
+        await redis.publish("to:stuck:1:n", str(number))
+    for number in range(10):
+        await redis.publish("to:free:1:n", str(number))
+    for number in range(10):
+        await client.expect_event("free:1", "n", number)
+    assert served.relay.metrics.dropped == {"on_event handler too slow": 6}
+    assert "too slow for the events of topic 'stuck:1'" in caplog.text
     gate.set()
-    for number in range(10):
-        await client.expect_event("room:1", "n", number)
+    for number in range(4):
+        await client.expect_event("stuck:1", "n", number)
+    await client.expect_alive()
+
+
+async def test_handler_that_keeps_up_loses_none_of_a_burst(
+    serve_plugin: ServePlugin, connect: Connect, redis: Redis
+) -> None:
+    """One read from Redis brings some thousand small events at once, all before the handler's first turn."""
+    plugin = Plugin("p")
+
+    @plugin.on_event("burst:*")
+    async def pass_on(event: Event) -> Event:
+        await asyncio.sleep(0)
+        return event
+
+    served = await serve_plugin(plugin)
+    client = await connect(served)
+    await client.join("burst:1")
+    async with redis.pipeline(transaction=False) as pipeline:
+        for number in range(5000):
+            _ = pipeline.publish("to:burst:1:n", number)
+        await pipeline.execute()
+    for number in range(5000):
+        await client.expect_event("burst:1", "n", number)
+    assert served.relay.metrics.dropped == {}
 
 
 # Foreign Redis channels.
