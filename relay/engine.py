@@ -7,22 +7,29 @@ import asyncio
 import logging
 import random
 import time
+import uuid
 from contextlib import suppress
+from itertools import count
 
-from relay import socket as sockets
+from relay import handshake, transport
 from relay.brokers.base import Broker
 from relay.brokers.embedded import EmbeddedValkey
 from relay.calling import HandlerFailed, is_being_cancelled
 from relay.config import EMBEDDED, Config
 from relay.errors import CloseCode, ConfigError
+from relay.handshake import Refused
 from relay.hooks import Hook, Hooks
 from relay.hub import Hub
 from relay.metrics import Metrics
 from relay.node import Node
 from relay.socket import Socket
-from relay.transport import ReceiveCallable, Scope, SendCallable
+from relay.transport import Connection, ReceiveCallable, Scope, SendCallable
 
 _logger = logging.getLogger("relay")
+
+# Ids of sockets are unique among all nodes: a random part for the process, then a number.
+_PROCESS = uuid.uuid4().hex[:8]
+_numbers = count(1)
 
 _SERVICE_BACKOFF_S = 1.0
 _SERVICE_BACKOFF_MAX_S = 30.0
@@ -88,9 +95,7 @@ class Engine:
 
     async def serve_socket(self, scope: Scope, receive: ReceiveCallable, send: SendCallable) -> None:
         """Serve one ``websocket`` scope from handshake to end."""
-        socket = await sockets.accept(
-            scope, receive, send, config=self.config, node=self.node, hub=self.hub, metrics=self._metrics
-        )
+        socket = await self._accept(scope, receive, send)
         if socket is None:
             return
         self.sockets[socket.id] = socket
@@ -101,6 +106,19 @@ class Engine:
             del self.sockets[socket.id]
             if not self.sockets:
                 self._no_sockets.set()
+
+    async def _accept(self, scope: Scope, receive: ReceiveCallable, send: SendCallable) -> Socket | None:
+        """Do the handshake of a ``websocket`` scope; None where it was refused."""
+        config, metrics = self.config, self._metrics
+        shake = handshake.check(scope, config.origins)
+        if isinstance(shake, Refused):
+            metrics.refused[f"handshake: {shake.kind}"] += 1
+            transport.throttle.warning(shake.kind, "handshake refused: %s", shake.text)
+            await transport.refuse(scope, receive, send, shake)
+            return None
+        await transport.accept(receive, send, shake.subprotocol)
+        connection = Connection(f"{_PROCESS}-{next(_numbers)}", scope, receive, send, config.limits, metrics)
+        return Socket(shake, scope, connection, config=config, node=self.node, hub=self.hub, metrics=metrics)
 
     async def _sweep(self) -> None:
         """Close idle sockets. One coarse look at all of them costs less than a timer for each."""

@@ -7,19 +7,17 @@ up neither the socket's other topics nor its heartbeats.
 """
 
 import asyncio
-import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
-from itertools import count
 from typing import Any
 from urllib.parse import parse_qsl
 
-from relay import handshake, hooks, transport, wire
+from relay import hooks, wire
 from relay.brokers.base import Direction
 from relay.calling import HandlerFailed
 from relay.config import Config
 from relay.errors import BusUnavailable, CloseCode, Reason, WireError
-from relay.handshake import Handshake, Refused
+from relay.handshake import Handshake
 from relay.hooks import Hook
 from relay.hub import Hub
 from relay.lanes import Lanes, Rest
@@ -27,12 +25,8 @@ from relay.metrics import Metrics
 from relay.node import Node
 from relay.outbox import Overflow
 from relay.protocol import Join, Leave, Protocol, Push, Send, Subscription
-from relay.transport import Connection, ReceiveCallable, Scope, SendCallable
+from relay.transport import Connection, Scope
 from relay.wire import EMPTY, Frame, Message, Payload, Version
-
-# Ids are unique among all nodes: a random part for the process, then a number.
-_PROCESS = uuid.uuid4().hex[:8]
-_numbers = count(1)
 
 
 class Socket:
@@ -376,25 +370,3 @@ class Socket:
 
 
 _REASONS = frozenset(Reason)
-
-
-async def accept(
-    scope: Scope,
-    receive: ReceiveCallable,
-    send: SendCallable,
-    *,
-    config: Config,
-    node: Node,
-    hub: Hub,
-    metrics: Metrics,
-) -> Socket | None:
-    """Do the handshake of a ``websocket`` scope; None where it was refused."""
-    shake = handshake.check(scope, config.origins)
-    if isinstance(shake, Refused):
-        metrics.refused[f"handshake: {shake.kind}"] += 1
-        transport.throttle.warning(shake.kind, "handshake refused: %s", shake.text)
-        await transport.refuse(scope, receive, send, shake)
-        return None
-    await transport.accept(receive, send, shake.subprotocol)
-    connection = Connection(f"{_PROCESS}-{next(_numbers)}", scope, receive, send, config.limits, metrics)
-    return Socket(shake, scope, connection, config=config, node=node, hub=hub, metrics=metrics)

@@ -92,7 +92,7 @@ ASYNCIO_IN_THE_CORE = {"brokers.base": "the future that `publish` returns"}
 
 # Modules hold constants only; these alone hold more.
 STATE = {
-    ("socket", "_numbers"): "ids are unique in the process, whichever relay counts",
+    ("engine", "_numbers"): "ids are unique in the process, whichever relay counts",
 }
 
 
