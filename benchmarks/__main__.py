@@ -12,10 +12,13 @@ import time
 from pathlib import Path
 
 from benchmarks import report
+from benchmarks.compression import compression
 from benchmarks.load import LoadError, Publisher
 from benchmarks.points import judge
 from benchmarks.scenarios import SCENARIOS, Bench, Plan, Row
 from benchmarks.servers import HERE, Cores, valkey
+
+_ALL = (*SCENARIOS, compression)
 
 _ROOM = 500
 """File descriptors beside the sockets."""
@@ -25,7 +28,7 @@ def main() -> int:
     """Run the scenarios; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="What a delivered frame costs.")
     parser.add_argument("--full", action="store_true", help="the long form, which writes docs/performance.md")
-    names = [scenario.__name__ for scenario in SCENARIOS]
+    names = [scenario.__name__ for scenario in _ALL]
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--docs", action="store_true", help="write docs/performance.md also from the quick form")
     arguments = parser.parse_args()
@@ -45,7 +48,7 @@ def main() -> int:
     began, neighbours = time.monotonic(), report.Neighbours()
     gc.disable()  # a collection would be taken for latency
     with valkey(cores) as port:
-        for scenario in SCENARIOS:
+        for scenario in _ALL:
             if arguments.only and scenario.__name__ not in arguments.only:
                 continue
             publisher = Publisher(port)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from benchmarks.compression import COMPRESSED, PLAIN
 from benchmarks.scenarios import BROADCASTER, DIRECT, FLOOR, POLICIES, PORTABLE, SOCKETIO, TANGRAM, Row
 
 YES, NO, UNKNOWN = "reached", "not reached", "not judged"
@@ -92,7 +93,7 @@ def judge(rows: Sequence[Row]) -> list[Point]:
         text = f"{got:.2f}× ({slow.p99_ms:.1f} / {alone:.1f} ms); {slow.note}"
         good = got <= 1.3 and "NOT" not in slow.note
         points.append(Point(8, f"p99 with 10 slow readers, {policy}", "≤ 1.3×, all counted", text, YES if good else NO))
-    points.append(Point(9, "compression", "≤ 0.5× bytes, ≤ 1.2× CPU", "does not exist yet: left out", UNKNOWN))
+    points += _compression(table)
     points.append(Point(10, "growth in sockets and topics", "drawn", _growth(rows), YES))
     one, two = table.find("1 worker,", DIRECT), table.find("2 workers,", DIRECT)
     if one is None or two is None or not one.per_s or not two.per_s:
@@ -101,6 +102,21 @@ def judge(rows: Sequence[Row]) -> list[Point]:
         got = two.per_s / one.per_s
         verdict = YES if got >= 1.8 else UNKNOWN if "no room" in two.note else NO
         points.append(Point(10, "two workers", "≥ 1.8× one's load", f"{got:.2f}×; {two.note}".rstrip("; "), verdict))
+    return points
+
+
+def _compression(table: _Rows) -> list[Point]:
+    plain, compressed = table.find("telemetry", PLAIN), table.find("telemetry", COMPRESSED)
+    targets = (("bytes on the wire", 0.5, "wire_bytes", "{:.0f} bytes"), ("CPU", 1.2, "cpu_us", "{:.1f} µs"))
+    points: list[Point] = []
+    for what, limit, field, form in targets:
+        value, base = (None if found is None else getattr(found, field) for found in (compressed, plain))
+        if not value or not base:
+            points.append(Point(9, f"compression: {what}", f"≤ {limit:g}× plain", "–", UNKNOWN))
+            continue
+        text = f"{value / base:.2f}× ({form.format(value)} / {form.format(base)})"
+        verdict = YES if value / base <= limit else NO
+        points.append(Point(9, f"compression: {what}", f"≤ {limit:g}× plain", text, verdict))
     return points
 
 

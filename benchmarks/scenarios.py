@@ -88,6 +88,7 @@ class Row:
     server_busy: float | None = None
     load_busy: float | None = None
     per_s: float | None = None
+    wire_bytes: int | None = None
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def serve(
     Alone, and without a Redis in the settings, a Valkey server of the relay's own is started, and ended with it.
 
     Your own app makes its relay itself: of the settings here, only those of the server serve it (host, port, workers,
-    anonymous, log_level, limits.frame_max_bytes).
+    anonymous, log_level, compression, limits.frame_max_bytes).
     """
     if application is not None and redis_url is not None:
         raise ConfigError(f"command line: --redis-url: {application} makes its relay itself; give it to Relay() there")
@@ -123,7 +123,7 @@ def _run(settings: Config, application: str | None, file: Path | None, listener:
         "ws_max_size": settings.limits.frame_max_bytes,
         # Heartbeats prove life already, one coarse sweep finds idle sockets; a ping per socket doubled the CPU.
         "ws_ping_interval": None,
-        "ws_per_message_deflate": False,
+        "ws_per_message_deflate": settings.compression,
         "access_log": False,
         "log_config": _logging(settings.log_level),
         "timeout_graceful_shutdown": round(settings.limits.close_timeout_s) + 1,

@@ -145,6 +145,7 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
         "same",
         description='pages that may connect: "same" host, "any", or a list of "https://example.org", "//*.example.org"',
     )
+    compression: bool = Field(False, description="compress events for clients that offer it, once for all of them")
     page: bool = Field(True, description="show the page at / that lets people try the relay")
     system_topic: bool = Field(True, description='send host figures to subscribers of topic "system" each second')
     rejoins_per_s: Positive = Field(1000, description="after a gap: subscriptions asked to rejoin per second")

@@ -117,7 +117,9 @@ class Engine:
             await transport.refuse(scope, receive, send, shake)
             return None
         await transport.accept(receive, send, shake.subprotocol)
-        connection = Connection(f"{_PROCESS}-{next(_numbers)}", scope, receive, send, config.limits, metrics)
+        connection = Connection(
+            f"{_PROCESS}-{next(_numbers)}", scope, receive, send, config.limits, metrics, config.compression
+        )
         return Socket(shake, scope, connection, config=config, node=self.node, hub=self.hub, metrics=metrics)
 
     async def _sweep(self) -> None:

@@ -6,43 +6,64 @@ offers it as ``scope["extensions"]["relay.frames"]``; where it is absent, the po
 
 from asyncio import Transport
 from collections.abc import Callable
+from typing import Protocol
 
 EXTENSION = "relay.frames"
+
+
+class WriterOwner(Protocol):
+    """The socket whose frames are written."""
+
+    def flush(self) -> None:
+        """Write what waits: the buffer has drained."""
+
+    def readiness_changed(self) -> None:
+        """Learn that ``ready`` is another than before."""
 
 
 class FrameWriter:
     """Writes frames of one socket, header included, straight to its transport.
 
-    ``ready`` is the socket's: it says that the next frame may be written without queueing. The server only
+    Args: deflates: whether the client takes frames compressed by `relay.wire.Frame.deflated`.
+
+    ``ready`` says that the next frame may be written without queueing. The socket's owner gives it; the server only
     takes it away, when the transport's buffer is full or the socket is closing.
     """
 
-    __slots__ = ("abort", "last_ping", "on_resume", "open", "paused", "ready", "write")
+    __slots__ = ("abort", "deflates", "last_ping", "open", "owner", "paused", "ready", "write")
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, deflates: bool = False) -> None:
         self.write: Callable[[bytes], object] = transport.write
-        """Write one frame. Never blocks; where that fills the buffer, ``paused`` is set on return."""
+        """Write one frame, or several. Never blocks; where that fills the buffer, ``paused`` is set on return."""
         self.abort: Callable[[], object] = transport.abort
         """Cut the connection at once; what is buffered is lost."""
+        self.deflates: bool = deflates
         self.open: bool = True
         self.paused: bool = False
         self.ready: bool = False
         self.last_ping: float = 0.0
         """When the client last sent a WebSocket ping, in monotonic seconds; 0 for never."""
-        self.on_resume: Callable[[], None] | None = None
-        """Called when the buffer has drained after ``paused``."""
+        self.owner: WriterOwner | None = None
+
+    def set_ready(self, ready: bool) -> None:
+        """Say whether the next frame may be written at once; the owner learns of a change."""
+        if ready is not self.ready:
+            self.ready = ready
+            if self.owner is not None:
+                self.owner.readiness_changed()
 
     def pause(self) -> None:
         """The transport's buffer is full."""
         self.paused = True
-        self.ready = False
+        self.set_ready(False)
 
     def resume(self) -> None:
         """The transport's buffer has drained."""
         self.paused = False
-        if self.open and self.on_resume is not None:
-            self.on_resume()
+        if self.open and self.owner is not None:
+            self.owner.flush()
 
     def end(self) -> None:
         """Take the socket out of use: nothing may follow a close frame."""
-        self.open = self.ready = False
+        self.open = False
+        self.set_ready(False)

@@ -6,6 +6,7 @@ Owns what the broker is asked for; must not know transports or the wire's frames
 import asyncio
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from contextlib import suppress
@@ -22,7 +23,7 @@ from relay.hooks import Event as HookedEvent
 from relay.hooks import Hook, Hooks, RedisMessage, matching
 from relay.hooks import Leave as HookedLeave
 from relay.hooks import Socket as HookedSocket
-from relay.hub import Hub, Subscriber
+from relay.hub import JOINED_MAX_BYTES, Hub, Subscriber
 from relay.lanes import Lanes, Rest
 from relay.logs import Throttle
 from relay.metrics import Metrics
@@ -42,6 +43,16 @@ instead would make everybody wait for one handler.
 """
 
 
+# A fan-out that took long is followed by a rest, so that what comes meanwhile is delivered together, with one write for
+# each socket. At 500 sockets and 200 events/s that halves the cost of a delivery, for at most 10 ms more until it
+# arrives; a fan-out that takes a smaller share of the time is not delayed, since no event comes during its rest.
+_REST_FROM_S = 0.001
+_REST_TIMES = 3
+_REST_MAX_S = 0.01
+_REST_BELOW_EVENTS = 8
+"""A batch of more events than this was joined enough: under full load nobody rests."""
+
+
 class _Done:
     """Something to await that has happened."""
 
@@ -57,6 +68,7 @@ class Node:
           hub: who is to hear them here.
           hooks: the plugins' handlers.
           relay: what handlers of raw Redis messages are given beside the message.
+          clock, sleep: monotonic seconds, and what waits for some.
     """
 
     def __init__(
@@ -67,7 +79,11 @@ class Node:
         metrics: Metrics,
         hooks: Hooks = _NO_HOOKS,
         relay: object = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        self._clock = clock
+        self._sleep = sleep
         self.hooks = hooks
         self.caller: Caller = Caller(metrics, config.plugins.timeout_s)
         self._relay = relay
@@ -141,7 +157,11 @@ class Node:
     async def receive_events(self, events: Sequence[Event]) -> None:
         """Deliver a batch to the local subscribers; returns when the hub can take more."""
         hub, metrics, filtered = self._hub, self._metrics, bool(self.hooks.event)
+        began = self._clock()
         metrics.events_in += len(events)
+        # Events of one topic that follow each other go to its sockets in one piece.
+        run: list[tuple[str, Payload]] = []
+        run_topic, run_bytes = "", 0
         for topic, event, data in events:
             skip = self._take_skip(topic, event, data) if self._skips else None
             if topic not in hub:
@@ -155,10 +175,23 @@ class Node:
             elif filtered:
                 self._lanes.run(topic, partial(self._filter, topic, event, check_payload(data), skip))
             else:
-                hub.fan_out(topic, event, check_payload(data), skip)
+                run_bytes += len(data)
+                if run and (topic != run_topic or skip is not None or run_bytes > JOINED_MAX_BYTES):
+                    hub.fan_out_all(run_topic, run)
+                    run, run_bytes = [], len(data)
+                run_topic = topic
+                if skip is None:
+                    run.append((event, check_payload(data)))
+                else:
+                    hub.fan_out(topic, event, check_payload(data), skip)
+        if run:
+            hub.fan_out_all(run_topic, run)
         while hub.busy:
             self._hub_idle.clear()
             await self._hub_idle.wait()
+        spent_s = self._clock() - began
+        if spent_s > _REST_FROM_S and len(events) < _REST_BELOW_EVENTS:
+            await self._sleep(min(_REST_TIMES * spent_s, _REST_MAX_S))
 
     def _filter(self, topic: str, name: str, data: Payload, skip: Subscriber | None) -> Rest:
         """Pass an event through the handlers for it and deliver what is left of it."""

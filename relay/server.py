@@ -15,15 +15,27 @@ from time import monotonic
 from typing import Any, cast
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.extensions.permessage_deflate import PerMessageDeflate, ServerPerMessageDeflateFactory
 from websockets.frames import Frame
+from websockets.server import ServerProtocol
 
 from relay.frames import EXTENSION, FrameWriter
+from relay.wire import DEFLATE_WINDOW_BITS
+
+# Without contexts on the client's side too: each would hold 7 kB here.
+_DEFLATE = ServerPerMessageDeflateFactory(server_no_context_takeover=True, client_no_context_takeover=True)
 
 
 class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     """Uvicorn's own class, with the extension in its scope and without secrets in its log."""
 
     frame_writer: FrameWriter | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Offer compression, where it is on, without a context: with one, no frame could serve two sockets."""
+        super().__init__(*args, **kwargs)
+        if self.config.ws_per_message_deflate:
+            self.conn.available_extensions = [_DEFLATE]
 
     def connection_made(self, transport: BaseTransport) -> None:
         """Learn the transport; log nothing below a warning.
@@ -38,7 +50,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         """Offer the extension to the application."""
         super().handle_connect(event)
         if hasattr(self, "scope"):  # absent where the handshake was answered with an error
-            self.frame_writer = FrameWriter(self.transport)
+            self.frame_writer = FrameWriter(self.transport, _deflates(self.conn))
             extensions = cast(dict[str, Any], self.scope["extensions"])
             extensions[EXTENSION] = self.frame_writer
 
@@ -95,6 +107,14 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     def _end_writer(self) -> None:
         if self.frame_writer is not None:
             self.frame_writer.end()
+
+
+def _deflates(conn: ServerProtocol) -> bool:
+    """Say whether the client takes what `relay.wire.Frame.deflated` makes: it may have asked for a smaller window."""
+    return any(
+        isinstance(extension, PerMessageDeflate) and extension.local_max_window_bits >= DEFLATE_WINDOW_BITS
+        for extension in conn.extensions
+    )
 
 
 class _QuietLogger(logging.LoggerAdapter[logging.Logger]):

@@ -75,6 +75,7 @@ class Socket:
         self._connection = connection
         # The hub calls this for each event: one call fewer for each subscriber.
         self.send_event: Callable[[Frame, str, str, Overflow], None] = connection.send_event
+        connection.on_readiness = self._readiness_changed
         limits = config.limits
         self._protocol = Protocol(
             shake.version, topics_max=limits.topics_per_socket, payload_max_bytes=limits.payload_max_bytes
@@ -307,7 +308,19 @@ class Socket:
         del self._known[subscription.topic]
         return self._node.tell_left(self, subscription.topic)
 
-    # What others send through it: the node's side.
+    # What others send through it: the node's side, and the hub's.
+
+    @property
+    def deflates(self) -> bool:
+        """Whether its events are written compressed."""
+        return self._connection.deflates
+
+    def direct_write(self) -> Callable[[bytes], object] | None:
+        """What writes frames to it as they are; None where they go through `send_event`."""
+        return self._connection.direct_write()
+
+    def _readiness_changed(self) -> None:
+        self._hub.refresh(self._protocol.subscriptions)
 
     def subscription(self, topic: str) -> Subscription | None:
         """What this socket has joined under ``topic``."""

@@ -41,12 +41,14 @@ class Connection:
     """An accepted WebSocket, used by one task: the one that made it and reads from it.
 
     Args: id: for the log.
+          compression: whether frames of events are compressed for a client that negotiated it.
     """
 
     __slots__ = (
         "_close",
         "_closer",
         "_closing",
+        "_deflates",
         "_drained",
         "_ended",
         "_last_received",
@@ -61,6 +63,7 @@ class Connection:
         "_writer",
         "_writing",
         "id",
+        "on_readiness",
     )
 
     def __init__(
@@ -71,6 +74,7 @@ class Connection:
         send: SendCallable,
         limits: LimitsConfig,
         metrics: Metrics,
+        compression: bool = False,
     ) -> None:
         self.id: str = id
         self._receive = receive
@@ -90,13 +94,17 @@ class Connection:
         self._closing: asyncio.Event | None = None
         # Resolved once the outbox is empty, for a close that waits for it.
         self._drained: asyncio.Future[None] | None = None
-        # The portable path's task, and what wakes it.
+        # The portable path's task, and what it waits for when it has nothing to do: an event's frame, or None to
+        # look into the outbox. A frame that is handed over so is spared the queue; most are.
         self._writing: asyncio.Task[None] | None = None
-        self._wake: asyncio.Future[None] | None = None
+        self._wake: asyncio.Future[Frame | None] | None = None
+        self.on_readiness: Callable[[], None] = _nothing
+        """Called when `direct_write` would answer otherwise than before."""
         self._writer: FrameWriter | None = (scope.get("extensions") or {}).get(EXTENSION)
+        self._deflates = compression and self._writer is not None and self._writer.deflates
         if self._writer is not None:
-            self._writer.on_resume = self._flush
-            self._writer.ready = True
+            self._writer.owner = self
+            self._writer.set_ready(self._writer.open and not self._writer.paused)
         else:
             self._writing = asyncio.create_task(self._write())
 
@@ -157,14 +165,30 @@ class Connection:
 
     # Writing.
 
+    @property
+    def deflates(self) -> bool:
+        """Whether events are written as `relay.wire.Frame.deflated`."""
+        return self._deflates
+
+    def direct_write(self) -> Callable[[bytes], object] | None:
+        """What writes frames to this socket as they are, header included; None where they must be queued."""
+        return self._writer.write if self._writer is not None and self._writer.ready else None
+
+    def readiness_changed(self) -> None:
+        """Learn from the server that `direct_write` would answer otherwise than before."""
+        self.on_readiness()
+
     def send_event(self, frame: Frame, topic: str, event: str, overflow: Overflow) -> None:
         """Write an event's frame, or queue it as its topic's policy says. Never blocks, never raises."""
         writer = self._writer
         if writer is not None and writer.ready:
-            writer.write(frame.wire)
+            writer.write(frame.deflated if self._deflates else frame.wire)
             return
         if self._close is not None or self._ended:
             self._metrics.dropped["socket closed"] += 1
+            return
+        if self._wake is not None and not self._wake.done():
+            self._wake.set_result(frame)
             return
         outbox = self._queue()
         dropped = outbox.add_event(frame, topic, event, overflow)
@@ -197,34 +221,35 @@ class Connection:
     def _wake_writer(self) -> None:
         """See to it that what was queued is sent."""
         if self._writer is None:
-            _resolve(self._wake)
+            if self._wake is not None and not self._wake.done():
+                self._wake.set_result(None)
         elif not self._writer.paused:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         """Write what is queued to the transport, as far as its buffer takes it."""
         writer, outbox = self._writer, self._outbox
         assert writer is not None, "the portable path has a task for this"
         while outbox and not writer.paused and writer.open:
-            writer.write(outbox.pop().wire)
-        writer.ready = writer.open and not writer.paused and self._close is None
+            frame = outbox.pop()
+            writer.write(frame.deflated if self._deflates else frame.wire)
+        writer.set_ready(writer.open and not writer.paused and self._close is None)
         if not outbox:
             _resolve(self._drained)
 
     async def _write(self) -> None:
-        """Send the outbox through ASGI, frame by frame: the path that works on any server."""
-        outbox, send = self._queue(), self._send
+        """Send through ASGI, frame by frame: the path that works on any server."""
+        outbox, send, loop = self._queue(), self._send, asyncio.get_running_loop()
         try:
             while True:
                 while outbox:
-                    frame = outbox.pop()
-                    if frame.is_text:
-                        await send({"type": "websocket.send", "text": frame.text})
-                    else:
-                        await send({"type": "websocket.send", "bytes": frame.data})
+                    await send(_message(outbox.pop()))
+                self._wake = loop.create_future()
                 _resolve(self._drained)
-                self._wake = asyncio.get_running_loop().create_future()
-                await self._wake
+                frame = await self._wake
+                self._wake = None
+                if frame is not None:
+                    await send(_message(frame))
         except Exception as error:
             # The client is gone; what `send` raises then differs from server to server. The reader sees the end.
             _logger.debug("socket %s: cannot be written to: %r", self.id, error)
@@ -245,13 +270,13 @@ class Connection:
         if self._close is None and not self._ended:
             self._close = (code, reason)
             if self._writer is not None:
-                self._writer.ready = False
+                self._writer.set_ready(False)
             self._closer = asyncio.create_task(self._finish(code, reason))
 
     async def _finish(self, code: int, reason: str) -> None:
         try:
             async with asyncio.timeout(self._limits.close_timeout_s):
-                while self._outbox:
+                while self._outbox or self._is_sending():
                     self._drained = asyncio.get_running_loop().create_future()
                     self._wake_writer()
                     await self._drained
@@ -266,6 +291,10 @@ class Connection:
             self._writer.abort()
         if self._main is not None:
             self._main.cancel()
+
+    def _is_sending(self) -> bool:
+        """Whether the portable path has a frame under way."""
+        return self._writing is not None and not self._writing.done() and (self._wake is None or self._wake.done())
 
     async def _send_close(self, code: int, reason: str) -> None:
         if self._writer is None:
@@ -282,17 +311,31 @@ class Connection:
     def end(self) -> None:
         """Let go of the connection; called once by its reader, when nothing more can be received."""
         self._ended = True
+        wake = self._wake
+        if wake is not None and wake.done() and not wake.cancelled() and wake.result() is not None:
+            self._metrics.dropped["socket closed"] += 1
         if self._outbox is not None and (lost := self._outbox.clear()):
             self._metrics.dropped["socket closed"] += lost
         for task in (self._closer, self._writing):
             if task is not None:
                 task.cancel()
         if self._writer is not None:
-            self._writer.on_resume = None
+            self._writer.owner = None
+        self.on_readiness = _nothing
+
+
+def _nothing() -> None:
+    """Nobody has asked to be told."""
 
 
 def _size(text: str) -> int:
     return len(text.encode(errors="surrogatepass"))
+
+
+def _message(frame: Frame) -> MutableMapping[str, Any]:
+    if frame.is_text:
+        return {"type": "websocket.send", "text": frame.text}
+    return {"type": "websocket.send", "bytes": frame.data}
 
 
 async def _received(receive: ReceiveCallable) -> MutableMapping[str, Any]:

@@ -49,20 +49,44 @@ def test_writer_waits_for_its_socket_to_be_ready(writer: FrameWriter) -> None:
     assert (writer.open, writer.paused, writer.ready, writer.last_ping) == (True, False, False, 0.0)
 
 
+class Owner:
+    """Notes what it is told, and how the writer was then: whether paused, and whether ready."""
+
+    def __init__(self, writer: FrameWriter) -> None:
+        self.told: list[tuple[str, bool, bool]] = []
+        self._writer = writer
+        writer.owner = self
+
+    def flush(self) -> None:
+        self.told.append(("flush", self._writer.paused, self._writer.ready))
+
+    def readiness_changed(self) -> None:
+        self.told.append(("changed", self._writer.paused, self._writer.ready))
+
+
 def test_full_buffer_takes_readiness_away(writer: FrameWriter) -> None:
-    writer.ready = True
+    writer.set_ready(True)
     writer.pause()
     assert (writer.paused, writer.ready, writer.open) == (True, False, True)
 
 
+def test_owner_learns_of_each_change_of_readiness_once(writer: FrameWriter) -> None:
+    """Whoever writes without asking each time relies on it."""
+    owner = Owner(writer)
+    writer.set_ready(True)
+    writer.set_ready(True)
+    writer.pause()
+    writer.pause()
+    writer.end()
+    assert owner.told == [("changed", False, True), ("changed", True, False)]
+
+
 def test_drained_buffer_leaves_readiness_to_the_socket(writer: FrameWriter) -> None:
     """It has an outbox to send first."""
-    calls: list[tuple[bool, bool]] = []
-    writer.on_resume = lambda: calls.append((writer.paused, writer.ready))
-    writer.ready = True
+    owner = Owner(writer)
     writer.pause()
     writer.resume()
-    assert calls == [(False, False)]
+    assert owner.told == [("flush", False, False)]
 
 
 def test_drained_buffer_wakes_nobody_where_nobody_listens(writer: FrameWriter) -> None:
@@ -73,17 +97,16 @@ def test_drained_buffer_wakes_nobody_where_nobody_listens(writer: FrameWriter) -
 
 def test_ended_writer_is_neither_open_nor_ready(writer: FrameWriter) -> None:
     """The next event must not be written behind the close frame."""
-    writer.ready = True
+    writer.set_ready(True)
     writer.end()
     assert (writer.open, writer.ready) == (False, False)
 
 
 def test_nothing_follows_a_close_frame(writer: FrameWriter) -> None:
     """Source: RFC 6455, section 5.5.1."""
-    calls: list[str] = []
-    writer.on_resume = lambda: calls.append("resumed")
-    writer.ready = True
+    writer.set_ready(True)
     writer.pause()
+    owner = Owner(writer)
     writer.end()
     writer.resume()
-    assert (writer.open, writer.ready, calls) == (False, False, [])
+    assert (writer.open, writer.ready, owner.told) == (False, False, [])

@@ -1,5 +1,6 @@
 """`relay.hub`: who is subscribed, and the sliced loop, with a clock and an event loop that the test turns by hand."""
 
+import zlib
 from collections import deque
 from collections.abc import Callable
 
@@ -46,11 +47,40 @@ class Loop:
         return turns
 
 
-class Reader:
-    """A subscriber that notes what it is sent; each write takes ``cost_s`` of the loop's time."""
+def read_frames(data: bytes) -> list[Frame]:
+    """Take what was written apart again: RFC 6455, section 5.2, and RFC 7692 where RSV1 is set."""
+    found: list[Frame] = []
+    while data:
+        size, begin = data[1], 2
+        if size > 125:
+            begin = 4 if size == 126 else 10
+            size = int.from_bytes(data[2:begin])
+        first, body, data = data[0], data[begin : begin + size], data[begin + size :]
+        assert len(body) == size, "a whole frame"
+        if first & 0x40:
+            body = zlib.decompressobj(wbits=-15).decompress(body + b"\x00\x00\xff\xff")
+        found.append(Frame(body, first & 0x0F == 1))
+    return found
 
-    def __init__(self, loop: Loop, version: Version = Version.V2, cost_s: float = 0.0) -> None:
+
+class Reader:
+    """A subscriber that notes what it is sent; each write takes ``cost_s`` of the loop's time.
+
+    One that is ``ready`` takes bytes by `direct_write`, as the direct path does; else frames come by `send_event`.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        version: Version = Version.V2,
+        cost_s: float = 0.0,
+        ready: bool = False,
+        deflates: bool = False,
+    ) -> None:
         self.version = version
+        self.ready = ready
+        self.deflates = deflates
+        self.wire: list[bytes] = []
         self.got: list[Frame] = []
         self.policies: list[Overflow] = []
         self.on_event: Callable[[], None] = lambda: None
@@ -60,6 +90,15 @@ class Reader:
     def send_event(self, frame: Frame, topic: str, event: str, overflow: Overflow) -> None:
         self.got.append(frame)
         self.policies.append(overflow)
+        self._loop.now += self._cost_s
+        self.on_event()
+
+    def direct_write(self) -> Callable[[bytes], object] | None:
+        return self._write if self.ready else None
+
+    def _write(self, data: bytes) -> None:
+        self.wire.append(data)
+        self.got += read_frames(data)
         self._loop.now += self._cost_s
         self.on_event()
 
@@ -77,7 +116,10 @@ class Reader:
 class Fixture:
     """A hub with its surroundings."""
 
-    def __init__(self, overflow_of: Callable[[str], Overflow] = lambda topic: Overflow.DISCONNECT) -> None:
+    def __init__(
+        self, overflow_of: Callable[[str], Overflow] = lambda topic: Overflow.DISCONNECT, ready: bool = False
+    ) -> None:
+        self.ready = ready
         self.loop = Loop()
         self.metrics = Metrics()
         self.hub = Hub(self.metrics, overflow_of, self.loop.call_soon, self.loop.clock)
@@ -89,7 +131,7 @@ class Fixture:
         self.hub.on_idle = count
 
     def reader(self, *topics: str, version: Version = Version.V2, cost_s: float = 0.0) -> Reader:
-        reader = Reader(self.loop, version, cost_s)
+        reader = Reader(self.loop, version, cost_s, self.ready)
         for topic in topics:
             self.hub.add(topic, reader)
         return reader
@@ -99,9 +141,10 @@ class Fixture:
         return [self.reader("t", cost_s=SLICE_S) for _ in range(count)]
 
 
-@pytest.fixture
-def fixture() -> Fixture:
-    return Fixture()
+@pytest.fixture(params=[False, True], ids=["queued", "ready"])
+def fixture(request: pytest.FixtureRequest) -> Fixture:
+    """All subscribers not ready, or all ready: the two ways that the loop takes."""
+    return Fixture(ready=request.param)
 
 
 def text(event: str, payload: Payload = EMPTY) -> str:
@@ -192,11 +235,70 @@ def test_event_is_encoded_once_for_each_version_that_somebody_speaks(
     readers = [fixture.reader("t") for _ in range(100)]
     fixture.hub.fan_out("t", "e", EMPTY)
     assert encoded == [Version.V2]
-    assert all(reader.got[0] is readers[0].got[0] for reader in readers)
+    written = [(reader.wire or reader.got)[0] for reader in readers]
+    assert all(one is written[0] for one in written)
     old = fixture.reader("t", version=Version.V1)
     fixture.hub.fan_out("t", "e", EMPTY)
     assert sorted(encoded) == [Version.V1, Version.V2, Version.V2]
     assert old.texts == ['{"topic":"t","event":"e","ref":null,"payload":{}}']
+
+
+def test_ready_and_queued_subscribers_get_the_same(fixture: Fixture) -> None:
+    one, two = fixture.reader("t"), fixture.reader("t")
+    two.ready = not one.ready
+    for event in ("a", "b"):
+        fixture.hub.fan_out("t", event, EMPTY)
+    assert one.texts == two.texts == [text("a"), text("b")]
+    assert sorted((len(one.wire), len(two.wire))) == [0, 2]
+
+
+def test_events_of_a_topic_that_come_together_are_one_write(fixture: Fixture) -> None:
+    reader, old = fixture.reader("t"), fixture.reader("t", version=Version.V1)
+    assert fixture.hub.fan_out_all("t", [("a", EMPTY), ("b", json_payload({"x": "y" * 200})), ("c", b"bytes")]) is True
+    assert len(reader.wire) == (1 if fixture.ready else 0)
+    assert [frame.is_text for frame in reader.got] == [True, True, False]
+    assert reader.texts[:2] == [text("a"), text("b", json_payload({"x": "y" * 200}))]
+    assert len(old.got) == 3
+    assert (fixture.metrics.deliveries, fixture.hub.traffic("t")) == (6, (3, 0.0))
+
+
+def test_compressed_and_plain_subscribers_get_the_same(fixture: Fixture) -> None:
+    """A frame is compressed once, and only for those that negotiated it."""
+    payload = json_payload({"value": "telemetry " * 50})
+    plain, one, two = (fixture.reader() for _ in range(3))
+    one.deflates = two.deflates = True
+    for reader in (plain, one, two):
+        fixture.hub.add("t", reader)
+    fixture.hub.fan_out("t", "e", payload)
+    assert plain.texts == one.texts == two.texts == [text("e", payload)]
+    if fixture.ready:
+        assert one.wire[0] is two.wire[0]
+        assert len(one.wire[0]) < len(plain.wire[0]) / 2
+
+
+def test_one_that_is_no_longer_ready_is_queued_for_from_the_next_event_on(fixture: Fixture) -> None:
+    one, two = fixture.reader("t"), fixture.reader("t")
+    for _ in range(2):
+        fixture.hub.fan_out("t", "e", EMPTY)
+    one.ready = not one.ready
+    fixture.hub.refresh(["t", "nobody has joined this"])
+    for _ in range(3):
+        fixture.hub.fan_out("t", "e", EMPTY)
+    assert len(one.got) == len(two.got) == 5
+    assert (len(one.wire), len(two.wire)) == ((2, 5) if fixture.ready else (3, 0))
+
+
+def test_one_that_fills_up_in_mid_delivery_is_queued_for(fixture: Fixture) -> None:
+    """What was put off finds each subscriber as it is then."""
+    readers = fixture.slow_readers(3 * STEP)
+    fixture.hub.fan_out("t", "e", EMPTY)
+    last = readers[-1]
+    last.ready = False
+    fixture.hub.refresh(["t"])
+    fixture.loop.run()
+    assert (last.wire, last.texts) == ([], [text("e")])
+    assert all(len(reader.got) == 1 for reader in readers)
+    assert fixture.metrics.deliveries == 3 * STEP
 
 
 def test_one_subscriber_can_be_left_out(fixture: Fixture) -> None:
@@ -284,7 +386,9 @@ def test_one_that_leaves_in_mid_delivery_gets_nothing_more(fixture: Fixture) -> 
     assert fixture.metrics.deliveries == 2 * STEP - 1
 
 
-def test_one_that_leaves_because_of_anothers_event_gets_nothing_more(fixture: Fixture) -> None:
+def test_one_that_leaves_because_of_anothers_event_gets_nothing_more() -> None:
+    """A write to a transport that is ready makes nobody leave: the event loop takes no turn in it."""
+    fixture = Fixture()
     one, two = fixture.reader("t"), fixture.reader("t")
 
     def leave() -> None:
@@ -326,25 +430,29 @@ def test_hub_is_quiet_where_nobody_listens_for_idle() -> None:
 
 
 step = st.one_of(
-    st.tuples(st.just("fan_out"), st.sampled_from("tu"), st.just(0)),
-    st.tuples(st.sampled_from(["add", "remove"]), st.sampled_from("tu"), st.integers(0, 79)),
+    st.tuples(st.just("fan_out"), st.sampled_from("tu"), st.integers(1, 3)),
+    st.tuples(st.sampled_from(["add", "remove", "ready"]), st.sampled_from("tu"), st.integers(0, 79)),
     st.tuples(st.just("turn"), st.just(""), st.just(0)),
 )
 
 
-@given(st.lists(step, max_size=40), st.sampled_from([0.0, SLICE_S / 40, SLICE_S]))
+@given(st.lists(step, max_size=40), st.sampled_from([0.0, SLICE_S / 40, SLICE_S]), st.booleans())
 def test_every_subscriber_hears_its_topics_in_order_whatever_happens(
-    steps: list[tuple[str, str, int]], cost_s: float
+    steps: list[tuple[str, str, int]], cost_s: float, ready: bool
 ) -> None:
     """Who stays joined hears every event in order; who comes and goes hears none twice, and none out of order."""
-    fixture = Fixture()
+    fixture = Fixture(ready=ready)
     readers = [fixture.reader("t", "u", cost_s=cost_s) for _ in range(80)]
     steady = set(range(80)) - {number for name, _, number in steps if name == "remove"}
     events: list[tuple[str, int]] = []
     for name, topic, number in steps:
         if name == "fan_out":
-            if fixture.hub.fan_out(topic, f"e{len(events)}", EMPTY):
-                events.append((topic, len(events)))
+            together = range(len(events), len(events) + number)
+            if fixture.hub.fan_out_all(topic, [(f"e{event}", EMPTY) for event in together]):
+                events += [(topic, event) for event in together]
+        elif name == "ready":
+            readers[number].ready = not readers[number].ready
+            fixture.hub.refresh("tu")
         elif name == "add":
             fixture.hub.add(topic, readers[number])
         elif name == "remove":

@@ -2,6 +2,8 @@
 
 import base64
 import json
+import random
+import zlib
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -565,6 +567,34 @@ def test_frame_is_made_once_for_all_sockets() -> None:
     assert frame.wire is frame.wire
     assert frame.text is frame.text
     assert frame.text == '[null,null,"t","é",{}]'
+
+
+def inflate(wire: bytes) -> tuple[int, bytes]:
+    """The first byte and the message of one frame, as RFC 7692, section 7.2.2, takes it apart."""
+    size, begin = wire[1], 2
+    if size > 125:
+        begin = 4 if size == 126 else 10
+        size = int.from_bytes(wire[2:begin])
+    assert len(wire) == begin + size, "one whole frame, not masked"
+    return wire[0], zlib.decompressobj(wbits=-12).decompress(wire[begin:] + b"\x00\x00\xff\xff")
+
+
+@pytest.mark.parametrize("size", [128, 500, 5000, 200_000, 8_000_000])
+@pytest.mark.parametrize("is_text", [True, False])
+def test_deflated_is_what_a_client_that_negotiated_it_expects(size: int, is_text: bool) -> None:
+    """Source: RFC 7692, section 6 (RSV1 beside FIN and opcode) and 7.2.1; a window of 4 kB."""
+    data = (b'{"icao24":"3c6500","lat":48.1}' * (size // 30 + 1))[:size]
+    frame = Frame(data, is_text)
+    assert inflate(frame.deflated) == (0xC1 if is_text else 0xC2, data)
+    assert len(frame.deflated) < size
+    assert frame.deflated is frame.deflated, "once for all sockets"
+
+
+@pytest.mark.parametrize("data", [b"", b"x" * 127, random.Random(1).randbytes(1000)])
+def test_what_deflating_does_not_shorten_is_sent_as_it_is(data: bytes) -> None:
+    """Source: RFC 7692, section 6: an endpoint may leave any message uncompressed."""
+    frame = Frame(data, False)
+    assert frame.deflated == frame.wire
 
 
 def test_frame_shows_what_it_holds() -> None:

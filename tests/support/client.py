@@ -115,13 +115,18 @@ class RawSocket:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._received = bytearray()
+        self.head = ""
+        """The server's answer to the upgrade request."""
 
     @classmethod
     @asynccontextmanager
     async def connect(
-        cls, url: str, *, vsn: str = "2.0.0", receive_buffer: int | None = None
+        cls, url: str, *, vsn: str = "2.0.0", receive_buffer: int | None = None, extensions: str = ""
     ) -> AsyncIterator["RawSocket"]:
-        """Connect to ``<url>/websocket``; a small ``receive_buffer`` (bytes) lets pressure arrive early."""
+        """Connect to ``<url>/websocket``; a small ``receive_buffer`` (bytes) lets pressure arrive early.
+
+        Args: extensions: those to offer, as the header says it.
+        """
         parts = urlsplit(url)
         with socket.socket() as connection:
             connection.setblocking(False)
@@ -132,10 +137,11 @@ class RawSocket:
             await self.send_bytes(
                 f"GET {parts.path}/websocket?vsn={vsn} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
                 "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
+                "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+                f"{f'Sec-WebSocket-Extensions: {extensions}' + chr(13) + chr(10) if extensions else ''}\r\n".encode()
             )
-            head = await self._read_past(b"\r\n\r\n")
-            assert head.startswith(b"HTTP/1.1 101 "), head
+            self.head = (await self._read_past(b"\r\n\r\n")).decode()
+            assert self.head.startswith("HTTP/1.1 101 "), self.head
             yield self
 
     async def send_bytes(self, data: bytes) -> None:
@@ -148,11 +154,16 @@ class RawSocket:
 
     async def read_frame(self) -> tuple[int, bytes]:
         """The next frame: opcode and payload. Raises EOFError where the server has cut the connection."""
+        first, payload = await self.read_frame_as_it_is()
+        return first & 0x0F, payload
+
+    async def read_frame_as_it_is(self) -> tuple[int, bytes]:
+        """The next frame: its whole first byte, and its payload, compressed or not."""
         head = await self._read(2)
         size = head[1]
         if size >= 126:
             size = int.from_bytes(await self._read(2 if size == 126 else 8))
-        return head[0] & 0x0F, await self._read(size)
+        return head[0], await self._read(size)
 
     async def read_message(self) -> Any:
         """The next frame, which must be text, decoded."""
