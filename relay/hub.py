@@ -130,17 +130,19 @@ class _Delivery:
         """One frame for each event."""
         frames = self.frames.get(version)
         if frames is None:
-            frames = self.frames[version] = [
-                encode_broadcast(version, self.topic_name, event, payload) for event, payload in self.events
-            ]
+            frames = self.frames[version] = _encode(version, self.topic_name, self.events)
         return frames
 
-    def joined(self, group: _Group) -> bytes:
-        """All frames as the group's sockets take them, in one piece."""
-        frames = self.encoded(group.version)
-        if len(frames) == 1:
-            return frames[0].deflated if group.deflates else frames[0].wire
-        return b"".join([frame.deflated if group.deflates else frame.wire for frame in frames])
+
+def _encode(version: Version, topic: str, events: Sequence[tuple[str, Payload]]) -> list[Frame]:
+    return [encode_broadcast(version, topic, event, payload) for event, payload in events]
+
+
+def _join(frames: Sequence[Frame], deflates: bool) -> bytes:
+    """All frames in one piece, as sockets that deflate take them, or as others do."""
+    if len(frames) == 1:
+        return frames[0].deflated if deflates else frames[0].wire
+    return b"".join([frame.deflated if deflates else frame.wire for frame in frames])
 
 
 class Hub:
@@ -247,12 +249,22 @@ class Hub:
         entry = self._topics.get(topic)
         if entry is None:
             return False
-        delivery = _Delivery(topic, entry, events, skip)
         now = self._clock()
         if now - entry.mark[0] >= 1:
             entry.rate = (entry.events - entry.mark[1]) / (now - entry.mark[0])
             entry.mark = (now, entry.events)
         entry.events += len(events)
+        groups = entry.sort()
+        if len(groups) == 1 and len(groups[0].members) <= _CHECK_EVERY and not self._deliveries and skip is None:
+            # Most topics have few subscribers, all alike: no need to remember how far this came.
+            _, writes, version, deflates = groups[0]
+            if writes is not None:
+                data = _join(_encode(version, topic, events), deflates)
+                for write in writes:
+                    write(data)
+                self._metrics.deliveries += len(writes) * len(events)
+                return True
+        delivery = _Delivery(topic, entry, events, skip)
         if self._deliveries:
             self._deliveries.append(delivery)
         elif not self._deliver(delivery, now + SLICE_S):
@@ -278,7 +290,9 @@ class Hub:
             # What has changed since the groups were made may have changed for any member. Within one turn nothing
             # does, but for a socket that a write has filled: it is not met again.
             if group.writes is not None and delivery.skip is None and delivery.topic.groups is delivery.groups:
-                done = self._write(delivery, group.writes, delivery.joined(group), deadline)
+                done = self._write(
+                    delivery, group.writes, _join(delivery.encoded(group.version), group.deflates), deadline
+                )
             else:
                 done = self._send(delivery, group, deadline)
             if not done:
