@@ -9,6 +9,7 @@ The extension (`relay.frames`) goes past ASGI's ``send``: a frame that is encode
 written to each socket in one synchronous call.
 """
 
+import asyncio
 import logging
 from asyncio import BaseTransport
 from time import monotonic
@@ -32,8 +33,14 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     frame_writer: FrameWriter | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Offer compression, where it is on, without a context: with one, no frame could serve two sockets."""
+        """Offer compression, where it is on, without a context: with one, no frame could serve two sockets.
+
+        What Uvicorn uses of a queue and an event for each socket takes less here than asyncio's own, which hold four
+        deques: 3 kB of 20.
+        """
         super().__init__(*args, **kwargs)
+        self.queue = cast("asyncio.Queue[Any]", _Inbox())
+        self.writable = cast(asyncio.Event, _Gate())
         if self.config.ws_per_message_deflate:
             self.conn.available_extensions = [_DEFLATE]
 
@@ -107,6 +114,72 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     def _end_writer(self) -> None:
         if self.frame_writer is not None:
             self.frame_writer.end()
+
+
+class _Waiting:
+    """Whoever waits for something to happen; nearly always nobody, or one."""
+
+    __slots__ = ("_futures",)
+
+    def __init__(self) -> None:
+        self._futures: list[asyncio.Future[None]] = []
+
+    async def _wait(self) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._futures.append(future)
+        try:
+            await future
+        finally:
+            self._futures.remove(future)
+
+    def _wake(self) -> None:
+        for future in self._futures:
+            if not future.done():
+                future.set_result(None)
+
+
+class _Inbox(_Waiting):
+    """Messages for the application, in the manner of `asyncio.Queue`."""
+
+    __slots__ = ("_messages",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A list: it holds no more than one read from the transport brings, since reading is paused until it is empty.
+        self._messages: list[Any] = []
+
+    def put_nowait(self, message: Any) -> None:
+        self._messages.append(message)
+        self._wake()
+
+    async def get(self) -> Any:
+        while not self._messages:
+            await self._wait()
+        return self._messages.pop(0)
+
+    def empty(self) -> bool:
+        return not self._messages
+
+
+class _Gate(_Waiting):
+    """Open or closed, in the manner of `asyncio.Event`; open at first."""
+
+    __slots__ = ("_open",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._open = True
+
+    def set(self) -> None:
+        self._open = True
+        self._wake()
+
+    def clear(self) -> None:
+        self._open = False
+
+    async def wait(self) -> None:
+        while not self._open:
+            await self._wait()
 
 
 def _deflates(conn: ServerProtocol) -> bool:
