@@ -17,13 +17,14 @@ from starlette._utils import get_route_path
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Mount
 
-from relay import hooks, pages, transport
+from relay import hooks, pages, upgrade
+from relay.addresses import look_behind_proxies, parse_networks
 from relay.brokers.base import Direction, Link
 from relay.config import EMBEDDED, Config, explain, load
 from relay.engine import Engine
 from relay.errors import ConfigError, RelayError
 from relay.handshake import Refused
-from relay.metrics import Metrics
+from relay.metrics import REFUSED_STATE, Metrics
 from relay.plugins import Plugin, system
 from relay.plugins.loader import Loaded, load_plugins
 from relay.socket import Socket
@@ -60,6 +61,7 @@ class Relay:
         self.metrics: Metrics = Metrics()
         builtins = (system.plugin,) if self.config.system_topic else ()
         self.plugins: Loaded = load_plugins(self.config.plugins, (*extra_plugins, *builtins))
+        self._trusted_proxies = parse_networks(self.config.trusted_proxies)
         self._engine: Engine | None = None
         self._starting = asyncio.Lock()
         self._proxies = self._make_proxies()
@@ -216,8 +218,10 @@ class Relay:
     async def __call__(self, scope: Scope, receive: ReceiveCallable, send: SendCallable) -> None:
         """Serve one lifespan, HTTP request or WebSocket."""
         if scope["type"] == "lifespan":
+            scope.get("state", {})[REFUSED_STATE] = self.metrics.refused
             await self._serve_lifespan(receive, send)
             return
+        scope = look_behind_proxies(scope, self._trusted_proxies)
         if self._engine is None:
             # Starlette runs no lifespan of a mounted app: the first request finds the relay asleep.
             _logger.warning("started by the first request; `relay.install(app)` starts it with your app")
@@ -229,7 +233,7 @@ class Relay:
         else:
             known = ", ".join(sorted(self._socket_paths))
             self.metrics.refused["handshake: path"] += 1
-            await transport.refuse(scope, receive, send, Refused(404, f"no socket here; expected {known}", "path"))
+            await upgrade.refuse(scope, receive, send, Refused(404, f"no socket here; expected {known}", "path"))
 
     async def _serve_lifespan(self, receive: ReceiveCallable, send: SendCallable) -> None:
         _ = await receive()

@@ -20,6 +20,7 @@ import traceback
 import webbrowser
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -79,7 +80,7 @@ def serve(
     Alone, and without a Redis in the settings, a Valkey server of the relay's own is started, and ended with it.
 
     Your own app makes its relay itself: of the settings here, only those of the server serve it (host, port, workers,
-    anonymous, log_level, compression, limits.frame_max_bytes).
+    anonymous, log_level, compression, trusted_proxies, limits.frame_max_bytes, limits.handshake_timeout_s).
     """
     if application is not None and redis_url is not None:
         raise ConfigError(f"command line: --redis-url: {application} makes its relay itself; give it to Relay() there")
@@ -118,12 +119,18 @@ def _run(settings: Config, application: str | None, file: Path | None, listener:
     import uvicorn
     from uvicorn.supervisors import Multiprocess
 
+    from relay.server_http import RelayHTTPProtocol
+
     options: dict[str, Any] = {
         "ws": "relay.server:RelayWebSocketProtocol",
         "ws_max_size": settings.limits.frame_max_bytes,
         # Heartbeats prove life already, one coarse sweep finds idle sockets; a ping per socket doubled the CPU.
         "ws_ping_interval": None,
         "ws_per_message_deflate": settings.compression,
+        "http": partial(RelayHTTPProtocol, handshake_timeout_s=settings.limits.handshake_timeout_s),
+        # The relay looks behind proxies itself, mounted or not; somebody's own app still has it done by the server.
+        "proxy_headers": application is not None,
+        "forwarded_allow_ips": list(settings.trusted_proxies) or None,
         "access_log": False,
         "log_config": _logging(settings.log_level),
         "timeout_graceful_shutdown": round(settings.limits.close_timeout_s) + 1,

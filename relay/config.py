@@ -22,8 +22,9 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from relay.addresses import parse_networks
 from relay.errors import ConfigError
-from relay.outbox import Overflow
+from relay.outbox import Overflow, Policy
 
 ENV_PREFIX = "RELAY_"
 CONFIG_VARIABLE = "RELAY_CONFIG"
@@ -37,6 +38,10 @@ _BROADCAST_SCHEMES = ("memory", "postgres", "postgresql", "kafka")
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+# Of these, zero means none: the limit is off.
+OrOff = Annotated[int, Field(ge=0)]
+SecondsOrOff = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class OnGap(StrEnum):
@@ -70,7 +75,7 @@ class RedisConfig(_Table):
 
 
 class LimitsConfig(_Table):
-    """How much one client may ask for."""
+    """How much clients may ask for. Where zero is allowed, it turns the limit off; docs/limits.md has the reasons."""
 
     frame_max_bytes: Positive = Field(1_048_576, description="largest frame from a client, in bytes")
     payload_max_bytes: Positive = Field(1_048_576, description="largest payload of an event or a push, in bytes")
@@ -78,9 +83,30 @@ class LimitsConfig(_Table):
     outbox_max_bytes: Positive = Field(
         2_097_152, description="events waiting for one slow socket, in bytes; more than payload_max_bytes"
     )
+    outboxes_max_bytes: OrOff = Field(
+        268_435_456,
+        description="what waits for all slow sockets together, in bytes; the largest goes first; 0: no bound",
+    )
     pushes_in_flight: Positive = Field(256, description="messages of one socket under way before it is read no further")
+    joins_per_s: OrOff = Field(20, description="joins of one socket per second, for long; 0: no bound")
+    joins_burst: Positive = Field(200, description="joins one socket may send at once, after a pause")
+    pushes_per_s: OrOff = Field(100, description="pushes of one socket per second, for long; 0: no bound")
+    pushes_burst: Positive = Field(500, description="pushes one socket may send at once, after a pause")
+    rate_limited_max: OrOff = Field(
+        1000, description='messages over the rate before the socket is closed; 0: it is only answered "rate limited"'
+    )
+    sockets_per_address: OrOff = Field(1000, description="sockets of one client address; 0: no bound")
+    sockets_max: OrOff = Field(50_000, description="sockets in one process; 0: no bound")
+    handshakes_per_s: OrOff = Field(1000, description="handshakes per second in one process; 0: no bound")
+    handshake_timeout_s: SecondsOrOff = Field(
+        10.0, description="seconds for a request's head to arrive; 0: no bound; under relay serve"
+    )
+    first_join_timeout_s: SecondsOrOff = Field(
+        300.0, description="seconds until a socket has joined a topic, or it is closed; 0: no bound"
+    )
     idle_timeout_s: Seconds = Field(60.0, description="seconds without a message or ping before a socket is closed")
     close_timeout_s: Seconds = Field(5.0, description="seconds for a client to answer a close, then it is cut off")
+    body_max_bytes: Positive = Field(8_388_608, description="largest body of a REST request, in bytes")
 
 
 class PluginsConfig(_Table):
@@ -125,8 +151,24 @@ class TopicConfig(_Table):
         "*", min_length=1, description="pattern of topics: * any text, ? one character, [abc] one of these"
     )
     overflow: Overflow = Field(Overflow.DISCONNECT, description='slow reader: "disconnect", "drop-oldest" or "latest"')
+    latest_key: str = Field(
+        "",
+        description='with "latest": keep one event for each value of this key in the payload; "": for each event name',
+    )
+    tell_dropped: bool = Field(False, description='tell a slow reader what it missed, by the event "relay:dropped"')
     on_gap: OnGap = Field(OnGap.REJOIN, description='events may have been missed: "rejoin" or "ignore"')
     push: bool = Field(True, description="whether browsers may push here")
+
+    @model_validator(mode="after")
+    def _key_of_the_latest(self) -> "TopicConfig":
+        if self.latest_key and self.overflow is not Overflow.LATEST:
+            raise ValueError('latest_key is for overflow = "latest" alone')
+        return self
+
+    @property
+    def policy(self) -> Policy:
+        """What to do with events that a slow reader's outbox has no room for."""
+        return Policy(self.overflow, self.latest_key, self.tell_dropped, self.match)
 
 
 class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True):
@@ -146,6 +188,9 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
         description='pages that may connect: "same" host, "any", or a list of "https://example.org", "//*.example.org"',
     )
     compression: bool = Field(False, description="compress events for clients that offer it, once for all of them")
+    trusted_proxies: tuple[str, ...] = Field(
+        (), description='addresses or networks of proxies whose X-Forwarded-For is believed, such as "10.0.0.0/8"'
+    )
     page: bool = Field(True, description="show the page at / that lets people try the relay")
     system_topic: bool = Field(True, description='send host figures to subscribers of topic "system" each second')
     rejoins_per_s: Positive = Field(1000, description="after a gap: subscriptions asked to rejoin per second")
@@ -201,6 +246,12 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
             if not parts.netloc or parts.path not in ("", "/"):
                 raise ValueError('expected "https://host[:port]", "//host" or "//*.host" in each place')
         return origins
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
+        _ = parse_networks(proxies)
+        return proxies
 
     @model_validator(mode="after")
     def _one_bus(self) -> "Config":
@@ -312,7 +363,7 @@ def _explain(problem: ErrorDetails, sources: list[tuple[str, dict[str, Any]]]) -
         text = "expected a table"
     # A URL may hold a password, also where it stands at the wrong key; and a whole table says nothing.
     came = repr(problem["input"])
-    secret = key.endswith(("_url", "_key")) or "@" in came or isinstance(problem["input"], dict | Config)
+    secret = key.endswith(("_url", "api_key")) or "@" in came or isinstance(problem["input"], dict | Config)
     shown = "" if secret else f", got {came}"
     return ": ".join(filter(None, (where, key, text[:1].lower() + text[1:] + shown)))
 

@@ -5,13 +5,15 @@ Owns their lifetime and order; `relay.app` is the face that people see.
 
 import asyncio
 import logging
+import math
 import random
 import time
 import uuid
 from contextlib import suppress
 from itertools import count
 
-from relay import handshake, transport
+from relay import handshake, transport, upgrade
+from relay.addresses import counted_as
 from relay.brokers.base import Broker
 from relay.brokers.embedded import EmbeddedValkey
 from relay.calling import HandlerFailed, is_being_cancelled
@@ -20,8 +22,10 @@ from relay.errors import CloseCode, ConfigError
 from relay.handshake import Refused
 from relay.hooks import Hook, Hooks
 from relay.hub import Hub
+from relay.limits import Admission
 from relay.metrics import Metrics
 from relay.node import Node
+from relay.outbox import Outboxes
 from relay.socket import Socket
 from relay.transport import Connection, ReceiveCallable, Scope, SendCallable
 
@@ -45,6 +49,14 @@ class Engine:
         self._metrics = metrics
         self._hooks = hooks
         self._owner = owner
+        limits = config.limits
+        self._outboxes = Outboxes(limits.outboxes_max_bytes, metrics)
+        self._admission = Admission(
+            sockets_max=limits.sockets_max,
+            sockets_per_address=limits.sockets_per_address,
+            handshakes_per_s=limits.handshakes_per_s,
+            now=time.monotonic(),
+        )
         self._embedded: EmbeddedValkey | None = None
         if config.redis_url == EMBEDDED:
             self._embedded = EmbeddedValkey()
@@ -52,7 +64,7 @@ class Engine:
         self.config = config
         self.broker: Broker = _make_broker(config, metrics, hooks)
         loop = asyncio.get_running_loop()
-        self.hub: Hub = Hub(metrics, lambda topic: config.topic(topic).overflow, loop.call_soon)
+        self.hub: Hub = Hub(metrics, lambda topic: config.topic(topic).policy, loop.call_soon)
         self.node: Node = Node(config, self.broker, self.hub, metrics, hooks, owner)
         self.sockets: dict[str, Socket] = {}
         self._no_sockets = asyncio.Event()
@@ -95,9 +107,20 @@ class Engine:
 
     async def serve_socket(self, scope: Scope, receive: ReceiveCallable, send: SendCallable) -> None:
         """Serve one ``websocket`` scope from handshake to end."""
-        socket = await self._accept(scope, receive, send)
-        if socket is None:
+        client = scope.get("client")
+        address = counted_as(client[0]) if client else None
+        refused = self._admission.enter(address, time.monotonic())
+        if refused is not None:
+            await self._refuse(scope, receive, send, refused)
             return
+        try:
+            socket = await self._accept(scope, receive, send)
+            if socket is not None:
+                await self._run(socket)
+        finally:
+            self._admission.leave(address)
+
+    async def _run(self, socket: Socket) -> None:
         self.sockets[socket.id] = socket
         self._no_sockets.clear()
         try:
@@ -107,31 +130,40 @@ class Engine:
             if not self.sockets:
                 self._no_sockets.set()
 
+    async def _refuse(self, scope: Scope, receive: ReceiveCallable, send: SendCallable, refused: Refused) -> None:
+        self._metrics.refused[f"handshake: {refused.kind}"] += 1
+        hint = ""
+        if refused.status == 429 and any(name == b"x-forwarded-for" for name, _ in scope["headers"]):
+            hint = "; it came with X-Forwarded-For: is this a proxy that `trusted_proxies` should name?"
+        transport.throttle.warning(refused.kind, "handshake refused: %s%s", refused.text, hint)
+        await upgrade.refuse(scope, receive, send, refused)
+
     async def _accept(self, scope: Scope, receive: ReceiveCallable, send: SendCallable) -> Socket | None:
         """Do the handshake of a ``websocket`` scope; None where it was refused."""
         config, metrics = self.config, self._metrics
         shake = handshake.check(scope, config.origins)
         if isinstance(shake, Refused):
-            metrics.refused[f"handshake: {shake.kind}"] += 1
-            transport.throttle.warning(shake.kind, "handshake refused: %s", shake.text)
-            await transport.refuse(scope, receive, send, shake)
+            await self._refuse(scope, receive, send, shake)
             return None
-        await transport.accept(receive, send, shake.subprotocol)
-        connection = Connection(
-            f"{_PROCESS}-{next(_numbers)}", scope, receive, send, config.limits, metrics, config.compression
-        )
+        await upgrade.accept(receive, send, shake.subprotocol)
+        name, compression = f"{_PROCESS}-{next(_numbers)}", config.compression
+        connection = Connection(name, scope, receive, send, config.limits, metrics, compression, self._outboxes)
         return Socket(shake, scope, connection, config=config, node=self.node, hub=self.hub, metrics=metrics)
 
     async def _sweep(self) -> None:
         """Close idle sockets. One coarse look at all of them costs less than a timer for each."""
-        timeout_s = self.config.limits.idle_timeout_s
+        limits = self.config.limits
+        timeout_s, join_s = limits.idle_timeout_s, limits.first_join_timeout_s or math.inf
         while True:
-            await asyncio.sleep(timeout_s / 8)
+            await asyncio.sleep(min(timeout_s, join_s) / 8)
             now = time.monotonic()
             for socket in self.sockets.values():
                 if socket.idle_s(now) > timeout_s:
                     self._metrics.refused["idle"] += 1
                     socket.close(CloseCode.GOING_AWAY, f"idle for {timeout_s:g} s; send heartbeats")
+                elif now - socket.joinless_since > join_s:
+                    self._metrics.refused["no join in time"] += 1
+                    socket.close(CloseCode.POLICY_VIOLATION, f"no topic joined within {join_s:g} s")
 
     async def _run_service(self, hook: Hook) -> None:
         """Run a plugin's service as long as the relay runs; when it ends or raises, start it again after a while."""

@@ -26,6 +26,7 @@ class Reason(StrEnum):
     INVALID_EVENT = "invalid event"
     PAYLOAD_TOO_LARGE = "payload too large"
     PUSH_NOT_ALLOWED = "push not allowed"
+    RATE_LIMITED = "rate limited"
     BUS_UNAVAILABLE = "bus unavailable"
     EVENTS_MISSED = "events may have been missed"
     INTERNAL = "internal error"
@@ -45,12 +46,14 @@ class CloseCode(IntEnum):
     """A frame of a kind this socket does not speak."""
     INVALID_PAYLOAD = 1007
     """Not UTF-8, not JSON, or not a message of the negotiated version."""
+    POLICY_VIOLATION = 1008
+    """Messages over the rate for long, or no topic joined in time."""
     TOO_BIG = 1009
     """A frame over ``limits.frame_max_bytes``."""
     RESTART = 1012
     """The relay is shutting down; come back."""
     SLOW_READER = 1013
-    """The socket's outbox is full and its topic's policy is ``disconnect``."""
+    """The socket's outbox is full and its topic's policy is ``disconnect``, or it is the largest of too many."""
 
 
 class RelayError(Exception):

@@ -26,6 +26,8 @@ class Refused(NamedTuple):
     status: int
     text: str
     kind: str
+    retry_after_s: int = 0
+    """Seconds after which to try again, where that makes sense."""
 
 
 class Handshake(NamedTuple):

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 from relay.errors import Reason
 from relay.metrics import Metrics
-from relay.outbox import Overflow
+from relay.outbox import Policy
 from relay.protocol import Subscription
 from relay.wire import Frame, Payload, Version, encode_broadcast
 
@@ -47,7 +47,7 @@ class Subscriber(Protocol):
         When the answer changes, the hub must be told by `Hub.refresh`.
         """
 
-    def send_event(self, frame: Frame, topic: str, event: str, overflow: Overflow) -> None:
+    def send_event(self, frame: Frame, topic: str, event: str, policy: Policy) -> None:
         """Write an event's frame, or queue it. Never blocks, never raises."""
 
     def subscription(self, topic: str) -> Subscription | None:
@@ -75,10 +75,10 @@ class _Group(NamedTuple):
 
 
 class _Topic:
-    __slots__ = ("events", "groups", "mark", "overflow", "rate", "subscribers")
+    __slots__ = ("events", "groups", "mark", "policy", "rate", "subscribers")
 
-    def __init__(self, overflow: Overflow, now: float) -> None:
-        self.overflow = overflow
+    def __init__(self, policy: Policy, now: float) -> None:
+        self.policy = policy
         self.events = 0
         # Rate of the last full second with events, and when and at how many events the present one began.
         self.rate = 0.0
@@ -149,7 +149,7 @@ class Hub:
     """Registry of subscribers by topic, and fan-out to them.
 
     Args: metrics: counts deliveries.
-          overflow_of: the overflow policy of a topic, asked once when its first subscriber comes.
+          policy_of: the policy of a topic for slow readers, asked once when its first subscriber comes.
           call_soon: puts a callable off to the event loop's next turn.
           clock: monotonic seconds.
     """
@@ -157,12 +157,12 @@ class Hub:
     def __init__(
         self,
         metrics: Metrics,
-        overflow_of: Callable[[str], Overflow],
+        policy_of: Callable[[str], Policy],
         call_soon: Callable[[Callable[[], None]], object],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._metrics = metrics
-        self._overflow_of = overflow_of
+        self._policy_of = policy_of
         self._call_soon = call_soon
         self._clock = clock
         self._topics: dict[str, _Topic] = {}
@@ -177,7 +177,7 @@ class Hub:
         entry = self._topics.get(topic)
         first = entry is None
         if entry is None:
-            entry = self._topics[topic] = _Topic(self._overflow_of(topic), self._clock())
+            entry = self._topics[topic] = _Topic(self._policy_of(topic), self._clock())
         entry.subscribers[subscriber] = None
         entry.groups = None
         return first
@@ -319,7 +319,7 @@ class Hub:
 
     def _send(self, delivery: _Delivery, group: _Group, deadline: float) -> bool:
         """Send to each socket by itself, as it is now; the events of each one after the other."""
-        topic, overflow, skip = delivery.topic_name, delivery.topic.overflow, delivery.skip
+        topic, policy, skip = delivery.topic_name, delivery.topic.policy, delivery.skip
         members, still_here = group.members, delivery.topic.subscribers
         frames = delivery.encoded(group.version)
         count, position, delivered = len(members), delivery.position, 0
@@ -328,7 +328,7 @@ class Hub:
                 # One that left while the delivery was put off has been told phx_close: nothing may follow it.
                 if subscriber in still_here and subscriber is not skip:
                     for (event, _), frame in zip(delivery.events, frames, strict=True):
-                        subscriber.send_event(frame, topic, event, overflow)
+                        subscriber.send_event(frame, topic, event, policy)
                     delivered += len(frames)
             position = min(position + _CHECK_EVERY, count)
             if position < count and self._clock() >= deadline:

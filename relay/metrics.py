@@ -7,6 +7,9 @@ that is not counted is a bug.
 from collections import Counter
 from dataclasses import dataclass, field
 
+REFUSED_STATE = "relay.refused"
+"""Where a server finds `Metrics.refused` in the lifespan's state, for what it refuses by itself."""
+
 
 @dataclass(slots=True)
 class Metrics:
@@ -28,12 +31,16 @@ class Metrics:
     """Sockets open now."""
     sockets_opened: int = 0
     """Sockets ever opened."""
+    outbox_bytes: int = 0
+    """Bytes waiting in the outboxes of all sockets now."""
     gaps: int = 0
     """Times the broker's link was interrupted, so that events may have been missed."""
     rejoins_asked: int = 0
     """Subscriptions told by ``phx_error`` to rejoin after a gap."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Events not delivered, by reason."""
+    dropped_topics: Counter[str] = field(default_factory=Counter)
+    """Of those, events that slow readers missed, by the pattern in ``[[topics]]`` that their topic matches."""
     refused: Counter[str] = field(default_factory=Counter)
     """Handshakes, joins and pushes refused, by reason."""
     plugin_calls: Counter[str] = field(default_factory=Counter)

@@ -7,10 +7,13 @@ Replies, ``phx_close`` and ``phx_error`` are control frames: never dropped. They
 the socket must be closed: a client that asks and never reads.
 """
 
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
+from relay.metrics import Metrics
 from relay.wire import Frame
 
 
@@ -25,45 +28,150 @@ class Overflow(StrEnum):
     """Keep one waiting event per topic and event name, the newest. For values that replace each other."""
 
 
+class Policy(NamedTuple):
+    """What a topic's settings say of slow readers."""
+
+    overflow: Overflow = Overflow.DISCONNECT
+    latest_key: str = ""
+    """With ``latest``: keep one waiting event for each value of this key in the payload; of those without, and where
+    this is empty, for each event name."""
+    tell_dropped: bool = False
+    """Tell the client how many of the topic's events it missed, before the next of them."""
+    match: str = "*"
+    """The pattern in ``[[topics]]`` that these settings stand under; what is dropped is counted by it."""
+
+
+_Key = tuple[str, str, bytes | None]
+"""Topic, event, and the value of the topic's ``latest_key``."""
+
+
 @dataclass(eq=False, slots=True)
 class _Entry:
     frame: Frame
-    key: tuple[str, str] | None
-    """(topic, event) of an event; None for a control frame."""
+    key: _Key | None
+    """Of an event; None for a control frame."""
+    match: str
+    """The pattern that its topic's policy stands under."""
+
+
+class Outboxes:
+    """All outboxes of a relay: a bound for their bytes together, past which the largest goes first.
+
+    A frame that waits for many sockets counts as often as it waits, though it is held once.
+
+    Args: max_bytes: the bound; 0 for none.
+          metrics: ``outbox_bytes`` there is the sum.
+    """
+
+    __slots__ = ("_members", "_metrics", "max_bytes")
+
+    def __init__(self, max_bytes: int, metrics: Metrics) -> None:
+        self.max_bytes: int = max_bytes
+        self._metrics = metrics
+        # Those in which something waits, and what to call when one has to go.
+        self._members: dict[Outbox, Callable[[], object]] = {}
+
+    def add(self, outbox: "Outbox", size: int, give_up: Callable[[], object]) -> None:
+        """Count bytes that came into an outbox; past the bound, have the largest emptied by its ``give_up``."""
+        self._members[outbox] = give_up
+        self._metrics.outbox_bytes += size
+        while 0 < self.max_bytes < self._metrics.outbox_bytes:
+            largest = max(self._members, key=lambda member: member.waiting_bytes)
+            _ = self._members[largest]()
+            assert largest not in self._members, "an outbox that is given up is emptied"
+
+    def remove(self, outbox: "Outbox", size: int) -> None:
+        """Count bytes that left an outbox."""
+        self._metrics.outbox_bytes -= size
+        if not outbox.waiting_bytes:
+            _ = self._members.pop(outbox, None)
 
 
 class Outbox:
     """Frames waiting for one socket, oldest first.
 
     Args: max_bytes: bound of all waiting events together, and of all waiting control frames.
+          outboxes: what it is counted in, if any.
+          give_up: has to empty it, when all of them hold too much and this one most.
+          tell_dropped: makes the frame that tells of so many events of a topic that were dropped.
     """
 
-    __slots__ = ("_entries", "_latest", "control_bytes", "event_bytes", "max_bytes")
+    __slots__ = (
+        "_entries",
+        "_give_up",
+        "_latest",
+        "_outboxes",
+        "_tell_dropped",
+        "_untold",
+        "control_bytes",
+        "dropped",
+        "event_bytes",
+        "max_bytes",
+    )
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(
+        self,
+        max_bytes: int,
+        outboxes: Outboxes | None = None,
+        give_up: Callable[[], object] = lambda: None,
+        tell_dropped: Callable[[str, int], Frame] | None = None,
+    ) -> None:
         self.max_bytes: int = max_bytes
         self.event_bytes: int = 0
         self.control_bytes: int = 0
+        self.dropped: int = 0
+        """Events dropped since the socket opened."""
+        self._outboxes = outboxes
+        self._give_up = give_up
+        self._tell_dropped = tell_dropped
         self._entries: deque[_Entry] = deque()
-        # The waiting event of each (topic, event) under the policy `latest`.
-        self._latest: dict[tuple[str, str], _Entry] = {}
+        # The waiting event of each key under the policy `latest`.
+        self._latest: dict[_Key, _Entry] = {}
+        # How many events of which topics were dropped that the client wants to be told of.
+        self._untold: dict[str, int] = {}
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._entries) + len(self._untold)
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes of all waiting frames."""
+        return self.event_bytes + self.control_bytes
 
     def add_control(self, frame: Frame) -> bool:
         """Queue a reply, a close or an error; False where that exceeds the bound: the socket must be closed."""
-        self._entries.append(_Entry(frame, None))
+        self._entries.append(_Entry(frame, None, ""))
         self.control_bytes += frame.size
-        return self.control_bytes <= self.max_bytes
+        fits = self.control_bytes <= self.max_bytes
+        self._count(frame.size)
+        return fits
 
-    def add_event(self, frame: Frame, topic: str, event: str, overflow: Overflow) -> int | None:
+    def add_event(self, frame: Frame, topic: str, event: str, policy: Policy) -> int | None:
         """Queue an event, and make room for it as its topic's policy says.
 
         Returns: how many events were dropped (the new one, where it alone exceeds the bound), or None:
                  the socket must be closed, and the event was not queued.
         """
-        key = (topic, event)
+        before = self.event_bytes
+        dropped = self._add_event(frame, topic, event, policy)
+        if dropped:
+            self.dropped += dropped
+            if policy.tell_dropped and self._tell_dropped is not None:
+                self._untold[topic] = self._untold.get(topic, 0) + dropped
+        self._count(self.event_bytes - before)
+        return dropped
+
+    def _count(self, size: int) -> None:
+        if self._outboxes is not None:
+            if size > 0:
+                self._outboxes.add(self, size, self._give_up)
+            elif size < 0:
+                self._outboxes.remove(self, -size)
+
+    def _add_event(self, frame: Frame, topic: str, event: str, policy: Policy) -> int | None:
+        overflow = policy.overflow
+        value = frame.payload_value(policy.latest_key) if policy.latest_key else None
+        key = (topic, event, value)
         waiting = self._latest.get(key) if overflow is Overflow.LATEST else None
         if waiting is not None and self.event_bytes - waiting.frame.size + frame.size <= self.max_bytes:
             # The newer value takes the older one's place in the queue: O(1), and it arrives no later.
@@ -83,7 +191,7 @@ class Outbox:
             dropped += self._make_room(topic, frame.size)
             if self.event_bytes + frame.size > self.max_bytes:
                 return dropped + 1  # the outbox is full of other topics' events
-        entry = _Entry(frame, key)
+        entry = _Entry(frame, key, policy.match)
         self._entries.append(entry)
         self.event_bytes += frame.size
         if overflow is Overflow.LATEST:
@@ -91,17 +199,40 @@ class Outbox:
         return dropped
 
     def pop(self) -> Frame:
-        """Take the oldest frame. Raises IndexError when there is none."""
+        """Take the oldest frame, or what is to be told before it. Raises IndexError when there is none."""
+        if self._untold and (told := self._pop_untold()) is not None:
+            return told
         entry = self._entries.popleft()
         self._forget(entry)
+        self._count(-entry.frame.size)
         return entry.frame
 
-    def clear(self) -> int:
-        """Drop everything, for a socket that is gone. Returns how many events were among it."""
-        events = sum(entry.key is not None for entry in self._entries)
+    def _pop_untold(self) -> Frame | None:
+        """What the client has to know before the next frame: of that frame's topic, or, after the last one, of any."""
+        assert self._tell_dropped is not None, "else nothing is kept to be told"
+        if self._entries:
+            key = self._entries[0].key
+            if key is None or key[0] not in self._untold:
+                return None
+            topic = key[0]
+        else:
+            topic = next(iter(self._untold))
+        return self._tell_dropped(topic, self._untold.pop(topic))
+
+    def forget_dropped(self, topic: str) -> None:
+        """Tell nothing of ``topic`` any more: the subscription that missed something has ended."""
+        _ = self._untold.pop(topic, None)
+
+    def clear(self) -> Counter[str]:
+        """Drop everything, for a socket that is gone. Returns how many events were among it, by `Policy.match`."""
+        events = Counter(entry.match for entry in self._entries if entry.key is not None)
+        self.dropped += events.total()
+        size = self.waiting_bytes
         self._entries.clear()
         self._latest.clear()
+        self._untold.clear()
         self.event_bytes = self.control_bytes = 0
+        self._count(-size)
         return events
 
     def _forget(self, entry: _Entry) -> None:

@@ -25,6 +25,10 @@ from relay.metrics import Metrics
 _STATIC = Path(__file__).parent / "static"
 _CLIENT = "relay.js"
 
+# What is no sum, with its meaning; and what a counter is kept by, where that is no reason.
+_GAUGES = {"sockets": "sockets open now", "outbox_bytes": "bytes waiting for slow readers now"}
+_LABELS = {"plugin_calls": "plugin", "plugin_errors": "plugin", "dropped_topics": "match"}
+
 # Nothing from elsewhere, nothing inline; sockets to this very place.
 _POLICY = "default-src 'self'; connect-src 'self' ws: wss:; base-uri 'none'; frame-ancestors 'self'; form-action 'none'"
 
@@ -49,13 +53,13 @@ class _Figures(Collector):
     def collect(self) -> Iterator[Metric]:
         for name, value in self._metrics.totals().items():
             if isinstance(value, dict):
-                label = "plugin" if name.startswith("plugin_") else "reason"
+                label = _LABELS.get(name, "reason")
                 family = CounterMetricFamily(f"relay_{name}", f"{name} by {label}", labels=[label])
                 for which, total in value.items():
                     family.add_metric([str(which)], total)
                 yield family
-            elif name == "sockets":
-                yield GaugeMetricFamily("relay_sockets", "sockets open now", value)
+            elif name in _GAUGES:
+                yield GaugeMetricFamily(f"relay_{name}", _GAUGES[name], value)
             else:
                 yield CounterMetricFamily(f"relay_{name}", name.replace("_", " "), value)
         yield GaugeMetricFamily("relay_link_live", "1 while the subscription to the bus is live", self._link().live)

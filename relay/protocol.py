@@ -25,6 +25,9 @@ from relay import topics, wire
 from relay.errors import Reason
 from relay.wire import EMPTY, Frame, Message, Payload, Ref, Version
 
+DROPPED_EVENT = "relay:dropped"
+"""Tells a slow reader what it missed; nobody else can send it, since no event from the bus has a colon."""
+
 
 @dataclass(eq=False, slots=True)
 class Subscription:
@@ -104,7 +107,7 @@ class Protocol:
         Returns: the action, or None for a message under an outdated ``join_ref``: dropped without an answer.
         """
         topic, event = message.topic, message.event
-        if topic == topics.PROTOCOL_TOPIC and event == "heartbeat":
+        if _is_heartbeat(message):
             return Send(wire.encode_reply(self.version, None, message.ref, topic, "ok", EMPTY))
         current = self.subscriptions.get(topic)
         if event == "phx_join":
@@ -138,6 +141,15 @@ class Protocol:
         if payload_size(message.payload) > self._payload_max_bytes:
             return self._error(current.join_ref, message, Reason.PAYLOAD_TOO_LARGE)
         return Push(current, message.ref, message.event, message.payload)
+
+    def refuse_unheard(self, message: Message, reason: Reason) -> Send | None:
+        """Answer a message that is not dealt with at all; None for one that has to be.
+
+        To refuse a leave would keep what the client gives up, and to refuse a heartbeat cut off one that is alive.
+        """
+        if message.event == "phx_leave" or _is_heartbeat(message):
+            return None
+        return self._error(message.join_ref, message, reason)
 
     def _error(self, join_ref: Ref, message: Message, reason: Reason) -> Send:
         response = wire.json_payload({"reason": reason})
@@ -196,9 +208,19 @@ class Protocol:
             return wire.encode_close(self.version, subscription.join_ref, subscription.topic)
         return wire.encode_error(self.version, subscription.join_ref, subscription.topic, error)
 
+    def tell_dropped(self, topic: str, count: int) -> Frame:
+        """Tell of so many events that the client reads too slowly for, under the ``join_ref`` that is in force."""
+        subscription = self.subscriptions.get(topic)
+        join_ref = None if subscription is None else subscription.join_ref
+        return wire.encode_push(self.version, join_ref, topic, DROPPED_EVENT, wire.json_payload({"dropped": count}))
+
     def has(self, subscription: Subscription) -> bool:
         """Say whether this very subscription is still in force."""
         return self.subscriptions.get(subscription.topic) is subscription
+
+
+def _is_heartbeat(message: Message) -> bool:
+    return message.topic == topics.PROTOCOL_TOPIC and message.event == "heartbeat"
 
 
 def payload_size(payload: Payload) -> int:

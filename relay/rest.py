@@ -8,7 +8,7 @@ Owns the routes under ``rest.path``; must not know how events travel. Errors are
 import hmac
 import ipaddress
 import json
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from http import HTTPStatus
 from http.client import responses as phrases
 from typing import TYPE_CHECKING, Annotated, Any
@@ -99,6 +99,8 @@ class SocketDetails(BaseModel):
     version: int = Field(description="of the protocol: 1 or 2")
     path: str = Field(description='how frames are written: "direct" to the transport, or "portable" through ASGI')
     topics: list[str]
+    outbox_bytes: int = Field(description="waiting, because it reads too slowly")
+    dropped: int = Field(description="events it missed, because it reads too slowly")
 
 
 def _described(status: int, description: str) -> dict[int | str, dict[str, Any]]:
@@ -115,12 +117,34 @@ _PROBLEMS = {
 _NOT_FOUND = _described(404, "There is no such thing here")
 _NOT_PUBLISHED = {
     **_described(400, "The body cannot be read"),
-    **_described(413, "A payload is larger than the relay delivers"),
+    **_described(413, "The body is larger than the relay reads, or a payload larger than it delivers"),
     **_described(503, "The bus did not take it"),
 }
 
 TopicName = Annotated[str, Path(description="topic; may contain colons and slashes")]
 SocketId = Annotated[str, Path(description="id of a socket, as its topics list it")]
+
+
+class _Bounded(Request):
+    """A request whose body is read no further than to a bound. Raises HTTPException where it is longer."""
+
+    def __init__(self, request: Request, max_bytes: int) -> None:
+        super().__init__(request.scope, request.receive)
+        self._max_bytes = max_bytes
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """The body, piece by piece."""
+        declared = self.headers.get("content-length", "")
+        size = int(declared) if declared.isdecimal() else 0
+        if size <= self._max_bytes:
+            size = 0
+            async for chunk in super().stream():
+                size += len(chunk)
+                if size > self._max_bytes:
+                    break
+                yield chunk
+        if size > self._max_bytes:
+            raise HTTPException(413, f"body: expected at most {self._max_bytes} bytes")
 
 
 def make_rest(relay: "Relay") -> FastAPI:
@@ -159,7 +183,7 @@ def _routes(relay: "Relay") -> APIRouter:
 
             async def authorize_and_handle(request: Request) -> Response:
                 _authorize(request, relay.config.rest.api_key)
-                return await handle(request)
+                return await handle(_Bounded(request, relay.config.limits.body_max_bytes))
 
             return authorize_and_handle
 
@@ -216,7 +240,13 @@ def _routes(relay: "Relay") -> APIRouter:
         if found is None:
             raise HTTPException(404, f"no socket {socket_id!r} here")
         return SocketDetails(
-            id=found.id, address=found.address, version=found.version, path=found.path, topics=list(found.topics)
+            id=found.id,
+            address=found.address,
+            version=found.version,
+            path=found.path,
+            topics=list(found.topics),
+            outbox_bytes=found.pressure[0],
+            dropped=found.pressure[1],
         )
 
     @router.delete("/sockets/{socket_id}", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_FOUND)

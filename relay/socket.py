@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl
 
-from relay import hooks, wire
+from relay import excess, hooks, wire
 from relay.brokers.base import Direction
 from relay.calling import HandlerFailed
 from relay.config import Config
@@ -21,9 +21,10 @@ from relay.handshake import Handshake
 from relay.hooks import Hook
 from relay.hub import Hub
 from relay.lanes import Lanes, Rest
+from relay.limits import Pace
 from relay.metrics import Metrics
 from relay.node import Node
-from relay.outbox import Overflow
+from relay.outbox import Policy
 from relay.protocol import Join, Leave, Protocol, Push, Send, Subscription
 from relay.transport import Connection, Scope
 from relay.wire import EMPTY, Frame, Message, Payload, Version
@@ -47,6 +48,7 @@ class Socket:
         "address",
         "claims",
         "id",
+        "joinless_since",
         "send_event",
         "version",
     )
@@ -74,12 +76,15 @@ class Socket:
         self._metrics = metrics
         self._connection = connection
         # The hub calls this for each event: one call fewer for each subscriber.
-        self.send_event: Callable[[Frame, str, str, Overflow], None] = connection.send_event
+        self.send_event: Callable[[Frame, str, str, Policy], None] = connection.send_event
         connection.on_readiness = self._readiness_changed
         limits = config.limits
+        self.joinless_since: float = connection.last_received
+        """When it was opened, in monotonic seconds; infinite once it has joined a topic."""
         self._protocol = Protocol(
             shake.version, topics_max=limits.topics_per_socket, payload_max_bytes=limits.payload_max_bytes
         )
+        connection.tell_dropped = self._protocol.tell_dropped
         self._lanes = Lanes()
         # The newest unanswered push of each topic: a leave waits for it, so that its reply comes first.
         self._last_push: dict[str, asyncio.Future[None]] = {}
@@ -92,6 +97,8 @@ class Socket:
     async def run(self) -> None:
         """Serve the socket until it is closed by either side."""
         connection, lanes, busy = self._connection, self._lanes, self._config.limits.pushes_in_flight
+        pace = Pace(self._config.limits, connection.last_received)
+        turn_away = partial(excess.turn_away, pace, self._protocol, connection, self._metrics)
         self._metrics.sockets += 1
         self._metrics.sockets_opened += 1
         try:
@@ -100,6 +107,8 @@ class Socket:
                     message = wire.decode(frame, self.version)
                 except WireError as error:
                     connection.reject(error.code, str(error))
+                    continue
+                if not pace.allows(message.event, connection.last_received) and turn_away(message):
                     continue
                 lanes.run(message.topic, partial(self._handle, message))
                 if lanes.pending >= busy:
@@ -173,7 +182,6 @@ class Socket:
 
     def _enter(self, join: Join, response: Payload) -> Rest:
         """Reply and subscribe, as soon as the broker hears the topic."""
-
         if self._node.hooks.leave:
             self._known[join.subscription.topic] = join.subscription
 
@@ -185,6 +193,7 @@ class Socket:
             for frame in self._protocol.accept(join, response):
                 self._connection.send_control(frame)
             _ = self._hub.add(join.subscription.topic, self)
+            self.joinless_since = float("inf")
             self._metrics.joins += 1
 
         hearing = self._node.join(join.subscription.topic, enter)
@@ -298,6 +307,7 @@ class Socket:
         """Deliver nothing more; plugins hear of the end after what is under way on the topic."""
         topic = subscription.topic
         _ = self._last_push.pop(topic, None)
+        self._connection.forget_dropped(topic)
         if self._hub.remove(topic, self):
             self._node.left(topic)
         self._lanes.run(topic, partial(self._tell_left, subscription))
@@ -335,6 +345,11 @@ class Socket:
     def path(self) -> str:
         """How frames are written: ``direct`` to the transport, or ``portable`` through ASGI."""
         return self._connection.path
+
+    @property
+    def pressure(self) -> tuple[int, int]:
+        """How slowly it reads: bytes that wait for it, and events it has missed."""
+        return self._connection.waiting_bytes, self._connection.dropped
 
     def fail(self, subscription: Subscription, reason: Reason | None) -> bool:
         """End a subscription with ``phx_error`` (rejoin) or ``phx_close`` (do not); False where it has ended."""

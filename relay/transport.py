@@ -1,4 +1,4 @@
-"""One WebSocket as frames in and frames out: the handshake, reading, and the two ways to write.
+"""One WebSocket as frames in and frames out: reading, and the two ways to write.
 
 Owns the connection and its outbox; must not know messages, topics' subscribers or Redis.
 
@@ -9,6 +9,7 @@ ASGI's ``send`` by a task of the connection's own. Under pressure both queue in 
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import Any, TypeAlias
@@ -16,10 +17,9 @@ from typing import Any, TypeAlias
 from relay.config import LimitsConfig
 from relay.errors import CloseCode
 from relay.frames import EXTENSION, FrameWriter
-from relay.handshake import Refused
 from relay.logs import Throttle
 from relay.metrics import Metrics
-from relay.outbox import Outbox, Overflow
+from relay.outbox import Outbox, Outboxes, Policy
 from relay.wire import Frame
 
 _logger = logging.getLogger("relay.socket")
@@ -42,6 +42,7 @@ class Connection:
 
     Args: id: for the log.
           compression: whether frames of events are compressed for a client that negotiated it.
+          outboxes: what its outbox is counted in.
     """
 
     __slots__ = (
@@ -51,11 +52,11 @@ class Connection:
         "_deflates",
         "_drained",
         "_ended",
-        "_last_received",
         "_limits",
         "_main",
         "_metrics",
         "_outbox",
+        "_outboxes",
         "_receive",
         "_receiving",
         "_send",
@@ -63,7 +64,9 @@ class Connection:
         "_writer",
         "_writing",
         "id",
+        "last_received",
         "on_readiness",
+        "tell_dropped",
     )
 
     def __init__(
@@ -75,15 +78,20 @@ class Connection:
         limits: LimitsConfig,
         metrics: Metrics,
         compression: bool = False,
+        outboxes: Outboxes | None = None,
     ) -> None:
         self.id: str = id
         self._receive = receive
         self._send = send
         self._limits = limits
         self._metrics = metrics
+        self._outboxes = outboxes
+        self.tell_dropped: Callable[[str, int], Frame] | None = None
+        """Makes the frame that tells the client of so many events of a topic that were dropped."""
         # Made when there is pressure for the first time: most sockets never have any, and it takes 1 kB.
         self._outbox: Outbox | None = None
-        self._last_received = time.monotonic()
+        self.last_received: float = time.monotonic()
+        """When the client last sent a message, in monotonic seconds."""
         # Set by close(), and by the end whatever its cause.
         self._close: tuple[int, str] | None = None
         self._ended = False
@@ -126,7 +134,7 @@ class Connection:
                     self._metrics.malformed[str(code)] += 1
                 _logger.debug("socket %s: disconnected, code %s", self.id, code)
                 return None
-            self._last_received = time.monotonic()
+            self.last_received = time.monotonic()
             if self._close is not None:
                 continue  # what comes after our close is not for us any more
             frame: str | bytes = event["bytes"] if event.get("text") is None else event["text"]
@@ -161,7 +169,7 @@ class Connection:
     def idle_s(self, now: float) -> float:
         """Seconds since the client's last message or ping, at the monotonic time ``now``."""
         pinged = self._writer.last_ping if self._writer is not None else 0.0
-        return now - max(self._last_received, pinged)
+        return now - max(self.last_received, pinged)
 
     # Writing.
 
@@ -178,7 +186,7 @@ class Connection:
         """Learn from the server that `direct_write` would answer otherwise than before."""
         self.on_readiness()
 
-    def send_event(self, frame: Frame, topic: str, event: str, overflow: Overflow) -> None:
+    def send_event(self, frame: Frame, topic: str, event: str, policy: Policy) -> None:
         """Write an event's frame, or queue it as its topic's policy says. Never blocks, never raises."""
         writer = self._writer
         if writer is not None and writer.ready:
@@ -191,16 +199,17 @@ class Connection:
             self._wake.set_result(frame)
             return
         outbox = self._queue()
-        dropped = outbox.add_event(frame, topic, event, overflow)
+        dropped = outbox.add_event(frame, topic, event, policy)
         if dropped is None:
-            self._metrics.dropped["slow reader disconnected"] += 1 + outbox.clear()
+            self._lose(outbox, "slow reader disconnected", Counter((policy.match,)))
             throttle.warning(
                 "slow", "socket %s: reads too slowly for topic %r, outbox full; closed with 1013", self.id, topic
             )
             self.close(CloseCode.SLOW_READER, "outbox full: this client reads too slowly")
             return
         if dropped:
-            self._metrics.dropped[f"slow reader, {overflow}"] += dropped
+            self._metrics.dropped[f"slow reader, {policy.overflow}"] += dropped
+            self._metrics.dropped_topics[policy.match] += dropped
         self._wake_writer()
 
     def send_control(self, frame: Frame) -> None:
@@ -209,14 +218,47 @@ class Connection:
         if writer is not None and writer.ready:
             writer.write(frame.wire)
         elif not self._ended:
-            if not self._queue().add_control(frame):
+            if not self._queue().add_control(frame) and self._close is None:
+                self._metrics.refused["sends and does not read"] += 1
                 self.close(CloseCode.SLOW_READER, "outbox full: this client sends and does not read")
             self._wake_writer()
 
     def _queue(self) -> Outbox:
         if self._outbox is None:
-            self._outbox = Outbox(self._limits.outbox_max_bytes)
+            self._outbox = Outbox(
+                self._limits.outbox_max_bytes, self._outboxes, self._give_up_outbox, self.tell_dropped
+            )
         return self._outbox
+
+    def _lose(self, outbox: Outbox, reason: str, more: Counter[str] | None = None) -> None:
+        """Empty the outbox of a socket that is closed, and count what was in it, and ``more``."""
+        lost = outbox.clear() + (more or Counter())
+        if lost:
+            self._metrics.dropped[reason] += lost.total()
+            self._metrics.dropped_topics += lost
+
+    def _give_up_outbox(self) -> None:
+        """Empty the outbox and close: all outboxes together hold too much, and this one holds most."""
+        assert self._outbox is not None, "it is the largest"
+        self._lose(self._outbox, "outboxes full")
+        self._metrics.refused["outboxes full"] += 1
+        throttle.warning("outboxes", "socket %s: the largest outbox of too many; closed with 1013", self.id)
+        self.close(CloseCode.SLOW_READER, "this client reads too slowly, and too much waits for all such")
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Bytes that wait in its outbox."""
+        return 0 if self._outbox is None else self._outbox.waiting_bytes
+
+    @property
+    def dropped(self) -> int:
+        """Events that were dropped from its outbox since it opened."""
+        return 0 if self._outbox is None else self._outbox.dropped
+
+    def forget_dropped(self, topic: str) -> None:
+        """Tell nothing of what was dropped on ``topic``: the subscription that missed it has ended."""
+        if self._outbox is not None:
+            self._outbox.forget_dropped(topic)
 
     def _wake_writer(self) -> None:
         """See to it that what was queued is sent."""
@@ -314,8 +356,8 @@ class Connection:
         wake = self._wake
         if wake is not None and wake.done() and not wake.cancelled() and wake.result() is not None:
             self._metrics.dropped["socket closed"] += 1
-        if self._outbox is not None and (lost := self._outbox.clear()):
-            self._metrics.dropped["socket closed"] += lost
+        if self._outbox:
+            self._lose(self._outbox, "socket closed")
         for task in (self._closer, self._writing):
             if task is not None:
                 task.cancel()
@@ -346,20 +388,3 @@ def _resolve(future: asyncio.Future[None] | None) -> None:
     """Wake whoever waits for ``future``, if anybody does."""
     if future is not None and not future.done():
         future.set_result(None)
-
-
-async def accept(receive: ReceiveCallable, send: SendCallable, subprotocol: str | None) -> None:
-    """Answer an upgrade request with 101."""
-    await receive()
-    await send({"type": "websocket.accept", "subprotocol": subprotocol})
-
-
-async def refuse(scope: Scope, receive: ReceiveCallable, send: SendCallable, refused: Refused) -> None:
-    """Answer an upgrade request with an HTTP error: the ASGI denial response where the server has it, else 403."""
-    await receive()
-    if "websocket.http.response" not in (scope.get("extensions") or {}):
-        await send({"type": "websocket.close", "code": 1008, "reason": refused.text})
-        return
-    headers = [(b"content-type", b"text/plain; charset=utf-8")]
-    await send({"type": "websocket.http.response.start", "status": refused.status, "headers": headers})
-    await send({"type": "websocket.http.response.body", "body": f"{refused.text}\n".encode()})

@@ -92,6 +92,34 @@ _check_json = msgspec.json.Decoder(msgspec.Raw).decode
 _encode = msgspec.json.Encoder().encode
 
 
+class _PayloadV2(msgspec.Struct, array_like=True, gc=False):
+    join_ref: msgspec.Raw
+    ref: msgspec.Raw
+    topic: msgspec.Raw
+    event: msgspec.Raw
+    payload: dict[str, msgspec.Raw]
+
+
+class _PayloadV1(msgspec.Struct, gc=False):
+    payload: dict[str, msgspec.Raw]
+
+
+_decode_payload_v2 = msgspec.json.Decoder(_PayloadV2).decode
+_decode_payload_v1 = msgspec.json.Decoder(_PayloadV1).decode
+
+
+def _find_value(frame: "Frame", key: str) -> bytes | None:
+    """Look into a frame of our own making."""
+    if not frame.is_text:
+        return None
+    try:
+        decode = _decode_payload_v2 if frame.data.startswith(b"[") else _decode_payload_v1
+        value = decode(frame.data).payload.get(key)
+    except msgspec.DecodeError:  # the payload is no object
+        return None
+    return None if value is None else bytes(value)
+
+
 class Frame:
     """One encoded frame, ready for any number of sockets.
 
@@ -99,7 +127,7 @@ class Frame:
           is_text: a text frame (opcode 1) rather than a binary one (opcode 2).
     """
 
-    __slots__ = ("_deflated", "_text", "_wire", "data", "is_text", "size")
+    __slots__ = ("_deflated", "_text", "_value", "_wire", "data", "is_text", "size")
 
     def __init__(self, data: bytes, is_text: bool) -> None:
         self.data: bytes = data
@@ -108,6 +136,17 @@ class Frame:
         self._wire: bytes | None = None
         self._deflated: bytes | None = None
         self._text: str | None = None
+        # Set when asked for: (key, its value in the payload).
+        self._value: tuple[str, bytes | None] | None = None
+
+    def payload_value(self, key: str) -> bytes | None:
+        """The value under ``key`` in the payload of a text frame, as JSON; None where there is none.
+
+        Only a slow reader's outbox asks for it; it is found once for all sockets.
+        """
+        if self._value is None or self._value[0] != key:
+            self._value = (key, _find_value(self, key))
+        return self._value[1]
 
     @property
     def text(self) -> str:

@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from relay.config import Config, LimitsConfig, OnGap, ProxyConfig, RedisConfig, RestConfig, TopicConfig, load
 from relay.errors import ConfigError
-from relay.outbox import Overflow
+from relay.outbox import Overflow, Policy
 
 EXAMPLE = Path(__file__).parents[1] / "config" / "relay.toml"
 SECRET = "hunter2"
@@ -366,13 +366,42 @@ LEAVES = dict(leaves(Config))
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in LEAVES if re.search("_url$|key$|secret|password|token$|target$", name)]
+    "name", [name for name in LEAVES if re.search("_url$|api_key$|secret|password|token$|target$", name)]
 )
 def test_setting_that_holds_a_secret_is_not_shown(name: str) -> None:
     assert LEAVES[name].repr is False
 
 
 # Rules.
+
+
+def test_latest_key_is_for_the_policy_latest_alone() -> None:
+    topic = TopicConfig(match="aircraft:*", overflow=Overflow.LATEST, latest_key="icao24", tell_dropped=True)
+    assert topic.policy == Policy(Overflow.LATEST, "icao24", True, "aircraft:*")
+    with pytest.raises(ValidationError, match="latest_key"):
+        TopicConfig(latest_key="icao24")
+
+
+@pytest.mark.parametrize("networks", [("nonsense",), ("10.0.0.1/8",), ("",)])
+def test_trusted_proxies_are_addresses_or_networks(networks: tuple[str, ...]) -> None:
+    good = ("127.0.0.1", "10.0.0.0/8", "fd00::/8")
+    assert Config(trusted_proxies=good).trusted_proxies == good
+    with pytest.raises(ValidationError, match="trusted_proxies"):
+        Config(trusted_proxies=networks)
+
+
+LIMITS_THAT_CAN_BE_OFF = [
+    name for name, field in LimitsConfig.model_fields.items() if "0:" in (field.description or "")
+]
+
+
+@pytest.mark.parametrize("name", LimitsConfig.model_fields)
+def test_zero_turns_a_limit_off_where_that_is_said(name: str) -> None:
+    if name in LIMITS_THAT_CAN_BE_OFF:
+        assert getattr(LimitsConfig(**{name: 0}), name) == 0
+    else:
+        with pytest.raises(ValidationError):
+            LimitsConfig(**{name: 0})
 
 
 @pytest.mark.parametrize(

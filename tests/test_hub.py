@@ -12,7 +12,7 @@ from relay import hub as hub_module
 from relay.errors import Reason
 from relay.hub import SLICE_S, Hub
 from relay.metrics import Metrics
-from relay.outbox import Overflow
+from relay.outbox import Overflow, Policy
 from relay.protocol import Subscription
 from relay.wire import EMPTY, Frame, Payload, Version, encode_broadcast, json_payload
 
@@ -82,14 +82,14 @@ class Reader:
         self.deflates = deflates
         self.wire: list[bytes] = []
         self.got: list[Frame] = []
-        self.policies: list[Overflow] = []
+        self.policies: list[Policy] = []
         self.on_event: Callable[[], None] = lambda: None
         self._loop = loop
         self._cost_s = cost_s
 
-    def send_event(self, frame: Frame, topic: str, event: str, overflow: Overflow) -> None:
+    def send_event(self, frame: Frame, topic: str, event: str, policy: Policy) -> None:
         self.got.append(frame)
-        self.policies.append(overflow)
+        self.policies.append(policy)
         self._loop.now += self._cost_s
         self.on_event()
 
@@ -116,13 +116,11 @@ class Reader:
 class Fixture:
     """A hub with its surroundings."""
 
-    def __init__(
-        self, overflow_of: Callable[[str], Overflow] = lambda topic: Overflow.DISCONNECT, ready: bool = False
-    ) -> None:
+    def __init__(self, policy_of: Callable[[str], Policy] = lambda topic: Policy(), ready: bool = False) -> None:
         self.ready = ready
         self.loop = Loop()
         self.metrics = Metrics()
-        self.hub = Hub(self.metrics, overflow_of, self.loop.call_soon, self.loop.clock)
+        self.hub = Hub(self.metrics, policy_of, self.loop.call_soon, self.loop.clock)
         self.idle = 0
 
         def count() -> None:
@@ -192,16 +190,16 @@ def test_topic_is_forgotten_with_its_last_subscriber(fixture: Fixture) -> None:
 def test_policy_is_asked_for_once_when_the_first_subscriber_comes() -> None:
     asked: list[str] = []
 
-    def overflow_of(topic: str) -> Overflow:
+    def policy_of(topic: str) -> Policy:
         asked.append(topic)
-        return Overflow.LATEST
+        return Policy(Overflow.LATEST)
 
-    fixture = Fixture(overflow_of)
+    fixture = Fixture(policy_of)
     one, _two = fixture.reader("t"), fixture.reader("t")
     fixture.hub.fan_out("t", "e", EMPTY)
     fixture.hub.fan_out("t", "e", EMPTY)
     assert asked == ["t"]
-    assert one.policies == [Overflow.LATEST, Overflow.LATEST]
+    assert one.policies == [Policy(Overflow.LATEST)] * 2
 
 
 # Delivering.
@@ -421,7 +419,7 @@ def test_one_that_joins_in_mid_delivery_gets_the_next_event_only(fixture: Fixtur
 
 def test_hub_is_quiet_where_nobody_listens_for_idle() -> None:
     loop = Loop()
-    hub = Hub(Metrics(), lambda topic: Overflow.DISCONNECT, loop.call_soon, loop.clock)
+    hub = Hub(Metrics(), lambda topic: Policy(), loop.call_soon, loop.clock)
     for _ in range(2 * STEP):
         hub.add("t", Reader(loop, cost_s=SLICE_S))
     hub.fan_out("t", "e", EMPTY)

@@ -11,7 +11,7 @@ from relay.errors import Reason
 from relay.hub import JOINED_MAX_BYTES, Hub
 from relay.metrics import Metrics
 from relay.node import Node
-from relay.outbox import Overflow
+from relay.outbox import Policy
 from relay.protocol import Subscription
 from relay.wire import Frame, Version, json_payload
 
@@ -55,7 +55,7 @@ class Reader:
         self.writes.append(data)
         self._world.now += self._cost_s
 
-    def send_event(self, frame: Frame, topic: str, event: str, overflow: Overflow) -> None:
+    def send_event(self, frame: Frame, topic: str, event: str, policy: Policy) -> None:
         self._write(frame.wire)  # the hub sends so to each where somebody is left out
 
     def subscription(self, topic: str) -> Subscription | None:
@@ -77,7 +77,7 @@ class World:
         self.rests: list[float] = []
         self.metrics = Metrics()
         self.hub = Hub(
-            self.metrics, lambda topic: Overflow.DISCONNECT, asyncio.get_running_loop().call_soon, lambda: self.now
+            self.metrics, lambda topic: Policy(), asyncio.get_running_loop().call_soon, lambda: self.now
         )
         self.bus = Bus()
         self.node = Node(Config(), self.bus, self.hub, self.metrics, clock=lambda: self.now, sleep=self._sleep)

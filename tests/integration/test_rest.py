@@ -157,6 +157,8 @@ async def test_socket_tells_who_and_how(served: Served, connect: Connect, direct
         "version": 1,
         "path": "direct" if direct else "portable",
         "topics": ["room:1", "room:2"],
+        "outbox_bytes": 0,
+        "dropped": 0,
     }
 
 

@@ -364,9 +364,9 @@ async def test_burst_of_join_pushes_and_leave_is_answered_in_order(serve_relay: 
 
 
 async def test_many_pushes_are_published_and_answered_in_order(
-    served: Served, valkey: Valkey, connect: Connect, vsn: str
+    serve_relay: ServeRelay, valkey: Valkey, connect: Connect, vsn: str
 ) -> None:
-    client = await connect(served, vsn=vsn)
+    client = await connect(await serve_relay(limits={"pushes_per_s": 0}), vsn=vsn)
     join_ref = await client.join("room:many")
     async with heard_on(valkey.url, "from:room:many:*") as heard:
 

@@ -1,0 +1,25 @@
+"""What becomes of a socket's message over its rate.
+
+Owns the answer and its counting; must not know the clock, nor what the message asks for.
+"""
+
+from relay.errors import CloseCode, Reason
+from relay.limits import Pace
+from relay.metrics import Metrics
+from relay.protocol import Protocol
+from relay.transport import Connection
+from relay.wire import Message
+
+
+def turn_away(pace: Pace, protocol: Protocol, connection: Connection, metrics: Metrics, message: Message) -> bool:
+    """Refuse a message over the rate, or close the socket; False where it has to be dealt with all the same."""
+    if pace.is_exhausted:
+        metrics.refused["rate limited for long"] += 1
+        connection.close(CloseCode.POLICY_VIOLATION, "rate limited for long: this client asks for too much")
+        return True
+    refusal = protocol.refuse_unheard(message, Reason.RATE_LIMITED)
+    if refusal is not None:
+        metrics.refused[Reason.RATE_LIMITED] += 1
+        if message.ref is not None:  # else it asks for no answer
+            connection.send_control(refusal.frame)
+    return refusal is not None

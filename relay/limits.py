@@ -1,0 +1,111 @@
+"""How much clients may ask for: token buckets, and who may come in.
+
+Owns the counting; must not know transports or the clock: the time is passed in, in monotonic seconds.
+"""
+
+import math
+
+from relay.config import LimitsConfig
+from relay.handshake import Refused
+
+
+class Bucket:
+    """A token bucket: so many at once, and so many a second for long.
+
+    Args: per_s: tokens that come in each second.
+          burst: tokens it holds, and starts with.
+          now: the time.
+    """
+
+    __slots__ = ("_burst", "_last", "_per_s", "_tokens", "excess")
+
+    def __init__(self, per_s: float, burst: float, now: float) -> None:
+        self._per_s = per_s
+        self._burst = burst
+        self._tokens = burst
+        self._last = now
+        self.excess: int = 0
+        """Tokens asked for in vain since it was last full."""
+
+    def take(self, now: float) -> bool:
+        """Take a token; False where there is none."""
+        tokens = self._tokens + (now - self._last) * self._per_s
+        self._last = now
+        if tokens >= self._burst:
+            tokens = self._burst
+            self.excess = 0
+        if tokens < 1:
+            self._tokens = tokens
+            self.excess += 1
+            return False
+        self._tokens = tokens - 1
+        return True
+
+
+class Pace:
+    """One socket's joins and pushes against the rates that the settings allow it."""
+
+    __slots__ = ("_excess_max", "_joins", "_pushes")
+
+    def __init__(self, limits: LimitsConfig, now: float) -> None:
+        self._joins = Bucket(limits.joins_per_s, limits.joins_burst, now) if limits.joins_per_s else None
+        self._pushes = Bucket(limits.pushes_per_s, limits.pushes_burst, now) if limits.pushes_per_s else None
+        self._excess_max = limits.rate_limited_max or math.inf
+
+    def allows(self, event: str, now: float) -> bool:
+        """Take one message into account, and say whether it is within its rate. All but joins count as pushes."""
+        bucket = self._joins if event == "phx_join" else self._pushes
+        return bucket is None or bucket.take(now)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether so many messages were over the rate, without a pause, that the socket is to be closed."""
+        return any(bucket is not None and bucket.excess > self._excess_max for bucket in (self._joins, self._pushes))
+
+
+class Admission:
+    """Counts who is in, and says who may still come. Zero turns a limit off.
+
+    Args: sockets_max: sockets in all.
+          sockets_per_address: sockets of one address.
+          handshakes_per_s: handshakes in all, per second; as many may come at once.
+          now: the time.
+    """
+
+    __slots__ = ("_addresses", "_handshakes", "_sockets_max", "_sockets_per_address", "sockets")
+
+    def __init__(self, *, sockets_max: int, sockets_per_address: int, handshakes_per_s: int, now: float) -> None:
+        self.sockets: int = 0
+        self._sockets_max = sockets_max
+        self._sockets_per_address = sockets_per_address
+        self._handshakes = Bucket(handshakes_per_s, handshakes_per_s, now) if handshakes_per_s else None
+        self._addresses: dict[str, int] = {}
+
+    def enter(self, address: str | None, now: float) -> Refused | None:
+        """Let a client in, who must `leave` later, or say why not.
+
+        Args: address: what it is counted by; None is not counted.
+        """
+        if self._handshakes is not None and not self._handshakes.take(now):
+            return Refused(503, "too many handshakes at once; try again", "handshakes per second", 1)
+        if 0 < self._sockets_max <= self.sockets:
+            return Refused(503, "no room for another socket; try again later", "sockets in all", 10)
+        if address is not None:
+            count = self._addresses.get(address, 0)
+            if 0 < self._sockets_per_address <= count:
+                return Refused(429, "too many sockets of this address", "sockets per address", 10)
+            self._addresses[address] = count + 1
+        self.sockets += 1
+        return None
+
+    def leave(self, address: str | None) -> None:
+        """Count one that was let in as gone."""
+        self.sockets -= 1
+        if address is not None:
+            self._addresses[address] -= 1
+            if not self._addresses[address]:
+                del self._addresses[address]
+
+    def __len__(self) -> int:
+        """Addresses that have a socket."""
+        return len(self._addresses)

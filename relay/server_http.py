@@ -1,0 +1,91 @@
+"""Our Uvicorn protocol class for HTTP: cuts off a client that does not send the head of its request in time.
+
+Owns what is particular to Uvicorn's httptools protocol; must not know what is asked for. ``relay serve`` uses it by
+itself, a team's own server by one line::
+
+    uvicorn.run(app, http="relay.server_http:RelayHTTPProtocol", ws="relay.server:RelayWebSocketProtocol")
+
+Uvicorn gives a client all the time it wants, and any number of bytes: a few thousand that send a byte a minute
+(slowloris) would take all of a process's files.
+"""
+
+import logging
+from asyncio import TimerHandle, Transport
+from collections import Counter
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from relay.logs import Throttle
+from relay.metrics import REFUSED_STATE
+
+HEAD_MAX_BYTES = 65_536
+"""Largest head of a request: its first line and its headers."""
+
+_throttle = Throttle(logging.getLogger("relay.server"))
+
+
+class RelayHTTPProtocol(HttpToolsProtocol):
+    """Uvicorn's own class, with a bound for the head of a request: in time, and in bytes.
+
+    Args: handshake_timeout_s: seconds for the head to arrive, from the connection or the request's first byte on; 0:
+              no bound.
+    """
+
+    def __init__(self, *args: Any, handshake_timeout_s: float = 10.0, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._timeout_s = handshake_timeout_s
+        # While a head is awaited: what cuts the connection, and the bytes that came.
+        self._cutter: TimerHandle | None = None
+        self._in_head = True
+        self._head_bytes = 0
+
+    def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
+        """Begin to wait for a head."""
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Read on, unless the head has grown too large."""
+        super().data_received(data)
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > HEAD_MAX_BYTES:
+                self._cut("handshake: head too large", f"more than {HEAD_MAX_BYTES} bytes of head")
+
+    def on_message_begin(self) -> None:
+        """Begin to wait for the head of a further request on this connection."""
+        super().on_message_begin()
+        if not self._in_head:
+            self._await_head()
+
+    def on_headers_complete(self) -> None:
+        """Wait no longer: the head is there."""
+        self._stop_waiting()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no longer: the client is gone."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        self._in_head = True
+        self._head_bytes = 0
+        if self._timeout_s:
+            reason = f"no whole head within {self._timeout_s:g} s"
+            self._cutter = self.loop.call_later(self._timeout_s, self._cut, "handshake: too slow", reason)
+
+    def _stop_waiting(self) -> None:
+        self._in_head = False
+        if self._cutter is not None:
+            self._cutter.cancel()
+            self._cutter = None
+
+    def _cut(self, kind: str, reason: str) -> None:
+        self._stop_waiting()
+        counter = self.app_state.get(REFUSED_STATE)  # absent where a team's own app is served
+        if isinstance(counter, Counter):
+            counter[kind] += 1
+        _throttle.warning(kind, "connection cut: %s", reason)
+        self.transport.close()

@@ -1,0 +1,134 @@
+"""`relay.limits`: token buckets, one socket's pace, and who may come in."""
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.config import LimitsConfig
+from relay.limits import Admission, Bucket, Pace
+
+# Buckets.
+
+
+def test_bucket_gives_its_burst_at_once_and_then_its_rate() -> None:
+    bucket = Bucket(8, 3, now=100.0)
+    assert [bucket.take(100.0) for _ in range(5)] == [True, True, True, False, False]
+    assert [bucket.take(100.125), bucket.take(100.125)] == [True, False]
+    assert [bucket.take(100.4) for _ in range(3)] == [True, True, False]
+
+
+def test_bucket_never_holds_more_than_its_burst() -> None:
+    bucket = Bucket(10, 3, now=0.0)
+    assert [bucket.take(1e6) for _ in range(4)] == [True, True, True, False]
+
+
+def test_excess_adds_up_until_the_bucket_is_full_again() -> None:
+    bucket = Bucket(10, 2, now=0.0)
+    for _ in range(5):
+        bucket.take(0.0)
+    assert bucket.excess == 3
+    assert bucket.take(0.1)
+    assert bucket.excess == 3, "one token is no pause"
+    assert bucket.take(0.5)
+    assert bucket.excess == 0
+
+
+@given(st.lists(st.floats(0, 0.5), max_size=200), st.integers(1, 50), st.integers(1, 20))
+def test_bucket_never_gives_more_than_burst_and_rate_allow(pauses: list[float], per_s: int, burst: int) -> None:
+    bucket = Bucket(per_s, burst, now=0.0)
+    times = list(itertools.accumulate(pauses))
+    taken = sum(bucket.take(now) for now in times)
+    assert taken <= burst + per_s * (times[-1] if times else 0) + 1e-6
+
+
+# The pace of one socket.
+
+
+def test_joins_and_pushes_have_rates_of_their_own() -> None:
+    pace = Pace(LimitsConfig(joins_per_s=1, joins_burst=1, pushes_per_s=1, pushes_burst=2), 0.0)
+    assert [pace.allows("phx_join", 0.0), pace.allows("phx_join", 0.0)] == [True, False]
+    assert [pace.allows(event, 0.0) for event in ("shout", "heartbeat", "phx_leave")] == [True, True, False]
+
+
+def test_zero_lets_any_number_pass() -> None:
+    pace = Pace(LimitsConfig(joins_per_s=0, joins_burst=1, pushes_per_s=0, pushes_burst=1), 0.0)
+    assert all(pace.allows(event, 0.0) for event in ("phx_join", "shout") * 100)
+    assert not pace.is_exhausted
+
+
+@pytest.mark.parametrize("event", ["phx_join", "shout"])
+def test_pace_is_exhausted_past_so_many_messages_over_the_rate(event: str) -> None:
+    limits = LimitsConfig(joins_per_s=1, joins_burst=1, pushes_per_s=1, pushes_burst=1, rate_limited_max=3)
+    pace = Pace(limits, 0.0)
+    exhausted = []
+    for _ in range(5):
+        pace.allows(event, 0.0)
+        exhausted.append(pace.is_exhausted)
+    assert exhausted == [False, False, False, False, True]
+    pace.allows(event, 10.0)
+    assert not pace.is_exhausted
+
+
+def test_pace_is_never_exhausted_where_that_is_off() -> None:
+    pace = Pace(LimitsConfig(pushes_per_s=1, pushes_burst=1, rate_limited_max=0), 0.0)
+    for _ in range(10_000):
+        pace.allows("shout", 0.0)
+    assert not pace.is_exhausted
+
+
+# Who may come in.
+
+
+def admission(sockets_max: int = 0, sockets_per_address: int = 0, handshakes_per_s: int = 0) -> Admission:
+    return Admission(
+        sockets_max=sockets_max, sockets_per_address=sockets_per_address, handshakes_per_s=handshakes_per_s, now=0.0
+    )
+
+
+def kind(admission: Admission, address: str | None, now: float = 0.0) -> tuple[int, str] | None:
+    refused = admission.enter(address, now)
+    assert refused is None or refused.retry_after_s > 0
+    return None if refused is None else (refused.status, refused.kind)
+
+
+def test_sockets_in_all_are_bounded() -> None:
+    full = admission(sockets_max=2)
+    assert [kind(full, "a"), kind(full, None), kind(full, "b")] == [None, None, (503, "sockets in all")]
+    full.leave("a")
+    assert kind(full, "b") is None
+
+
+def test_sockets_of_one_address_are_bounded() -> None:
+    doors = admission(sockets_per_address=2)
+    assert [kind(doors, "a"), kind(doors, "a"), kind(doors, "b")] == [None, None, None]
+    assert kind(doors, "a") == (429, "sockets per address")
+    doors.leave("a")
+    assert kind(doors, "a") is None
+
+
+def test_those_without_an_address_are_not_counted_by_it() -> None:
+    doors = admission(sockets_per_address=1)
+    assert [kind(doors, None) for _ in range(3)] == [None] * 3
+
+
+def test_handshakes_are_bounded_in_their_rate() -> None:
+    doors = admission(handshakes_per_s=2)
+    assert [kind(doors, "a") for _ in range(3)] == [None, None, (503, "handshakes per second")]
+    assert kind(doors, "a", now=0.5) is None
+
+
+def test_zero_lets_everybody_in() -> None:
+    doors = admission()
+    assert [kind(doors, "a") for _ in range(5000)] == [None] * 5000
+
+
+def test_addresses_that_have_left_are_forgotten() -> None:
+    """Or an attacker with many of them would fill the memory."""
+    doors = admission(sockets_max=1)
+    for number in range(100):
+        assert kind(doors, f"a{number}") is None
+        assert kind(doors, f"b{number}") is not None
+        doors.leave(f"a{number}")
+    assert (len(doors), doors.sockets) == (0, 0)
