@@ -26,6 +26,7 @@ from starlette.responses import Response
 from relay import __version__
 from relay.errors import BusUnavailable
 from relay.handshake import is_allowed_origin
+from relay.metrics import Metrics
 from relay.plugins.loader import Loaded
 from relay.topics import is_event, is_topic
 
@@ -128,8 +129,9 @@ SocketId = Annotated[str, Path(description="id of a socket, as its topics list i
 class _Bounded(Request):
     """A request whose body is read no further than to a bound. Raises HTTPException where it is longer."""
 
-    def __init__(self, request: Request, max_bytes: int) -> None:
+    def __init__(self, request: Request, max_bytes: int, metrics: Metrics) -> None:
         super().__init__(request.scope, request.receive)
+        self._metrics = metrics
         self._max_bytes = max_bytes
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
@@ -144,6 +146,7 @@ class _Bounded(Request):
                     break
                 yield chunk
         if size > self._max_bytes:
+            self._metrics.refused["rest: body too large"] += 1
             raise HTTPException(413, f"body: expected at most {self._max_bytes} bytes")
 
 
@@ -183,7 +186,7 @@ def _routes(relay: "Relay") -> APIRouter:
 
             async def authorize_and_handle(request: Request) -> Response:
                 _authorize(request, relay.config.rest.api_key)
-                return await handle(_Bounded(request, relay.config.limits.body_max_bytes))
+                return await handle(_Bounded(request, relay.config.limits.body_max_bytes, relay.metrics))
 
             return authorize_and_handle
 

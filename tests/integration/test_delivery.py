@@ -146,11 +146,11 @@ OUTBOX = 100_000
 def serve_slow(serve_relay: ServeRelay) -> ServeRelay:
     """A relay whose sockets are soon under pressure, with a policy for topic ``flood``."""
 
-    async def serve_slow(overflow: str, **limits: Any) -> Served:
+    async def serve_slow(overflow: str, topic: dict[str, Any] | None = None, **limits: Any) -> Served:
         return await serve_relay(
             server={"send_buffer": 8192},
             limits={"outbox_max_bytes": OUTBOX, "close_timeout_s": 5.0} | limits,
-            topics=[{"match": "flood", "overflow": overflow}],
+            topics=[{"match": "flood", "overflow": overflow, **(topic or {})}],
         )
 
     return serve_slow
@@ -229,6 +229,80 @@ async def test_latest_keeps_one_event_of_each_name(serve_slow: ServeRelay, redis
         assert dropped > 0
         assert await counts(served, "slow reader, latest") == [dropped]
         assert served.relay.metrics.dropped.total() == dropped
+
+
+async def test_latest_keeps_one_event_for_each_value_of_a_key(
+    serve_slow: ServeRelay, redis: Redis, connect: Connect
+) -> None:
+    served = await serve_slow("latest", {"latest_key": "icao24"})
+    fast = await connect(served)
+    await fast.join("flood")
+    async with slow_reader(served) as slow:
+        for number in range(COUNT):
+            event = {"icao24": "abc"[number % 3], "n": number, "more": "x" * SIZE}
+            await redis.publish("to:flood:position", json.dumps(event))
+            assert (await fast.receive())[4] == event
+        await slow.send_frame(TEXT, b'[null,"now","phoenix","heartbeat",{}]')
+        received = []
+        while (message := await slow.read_message())[1] != "now":
+            received.append((message[4]["icao24"], message[4]["n"]))
+    assert sorted(received[-3:]) == [("a", COUNT - 3), ("b", COUNT - 2), ("c", COUNT - 1)]
+    assert [number for _, number in received[:-3]] == list(range(len(received) - 3))
+    assert await counts(served, "slow reader, latest") == [COUNT - len(received)]
+
+
+async def test_slow_reader_is_told_what_it_missed(serve_slow: ServeRelay, redis: Redis, connect: Connect) -> None:
+    """Right where it is missing: before the next event of the topic, under the subscription's ``join_ref``."""
+    served = await serve_slow("drop-oldest", {"tell_dropped": True})
+    fast = await connect(served)
+    await fast.join("flood")
+    async with slow_reader(served) as slow:
+        await flood(redis, fast)
+        (socket,) = (socket for socket in served.relay.engine.sockets.values() if socket.pressure[0])
+        _, shown = await http_get(f"{served.http}/api/sockets/{socket.id}")
+        await slow.send_frame(TEXT, b'[null,"now","phoenix","heartbeat",{}]')
+        expected = missed = 0
+        while (message := await slow.read_message())[1] != "now":
+            if message[3] == "relay:dropped":
+                assert message[:3] == ["1", None, "flood"]
+                missed += message[4]["dropped"]
+                expected += message[4]["dropped"]
+            else:
+                assert message[4][0] == expected, "events and what is told of them make up what was sent, in order"
+                expected += 1
+        assert expected == COUNT
+        assert missed > 0
+    assert json.loads(shown)["dropped"] == missed
+    assert OUTBOX / 2 < json.loads(shown)["outbox_bytes"] <= OUTBOX
+    _, metrics = await http_get(f"{served.http}/metrics")
+    assert figure(metrics, "relay_dropped_topics_total", match="flood") == missed
+    await fast.expect_alive()
+
+
+async def test_largest_outbox_goes_first_when_all_hold_too_much(
+    serve_slow: ServeRelay, redis: Redis, connect: Connect
+) -> None:
+    served = await serve_slow("drop-oldest", outboxes_max_bytes=2 * OUTBOX - 20_000)
+    fast = await connect(served)
+    await fast.join("flood")
+    async with slow_reader(served) as one, slow_reader(served) as other:
+        await flood(redis, fast)
+        assert served.relay.metrics.refused == {"outboxes full": 1}
+        assert served.relay.metrics.outbox_bytes <= OUTBOX
+        endings = []
+        for slow in (one, other):
+            await slow.send_frame(TEXT, b'[null,"now","phoenix","heartbeat",{}]')
+            while (frame := await slow.read_frame())[0] == TEXT and b'"now"' not in frame[1]:
+                pass
+            endings.append(frame)
+        (closed,) = (payload for opcode, payload in endings if opcode != TEXT)
+        assert closed[:2] == (1013).to_bytes(2)
+        assert b"too much waits" in closed
+        (lost,) = await counts(served, "outboxes full")
+        assert lost > 0
+    await eventually(lambda: served.relay.metrics.sockets == 1, "the slow sockets to end")
+    assert served.relay.metrics.outbox_bytes == 0
+    await fast.expect_alive()
 
 
 async def test_disconnect_closes_the_slow_socket_alone(serve_slow: ServeRelay, redis: Redis, connect: Connect) -> None:

@@ -1,0 +1,315 @@
+"""How much one client may ask for, through real sockets: each limit refuses with its reason, and is counted.
+
+What is said of each limit to users is in ``docs/limits.md``, whose tables name these tests.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+
+import httpx2 as httpx
+import pytest
+import websockets
+from websockets.exceptions import InvalidStatus
+
+from relay.logs import Throttle
+from relay.server_http import HEAD_MAX_BYTES, RelayHTTPProtocol
+from tests.support.client import Client
+from tests.support.process import RelayProcess
+from tests.support.serving import Served, eventually, figure, http_get
+
+Connect = Callable[..., Awaitable[Client]]
+ServeRelay = Callable[..., Awaitable[Served]]
+
+
+async def counted(served: Served, reason: str) -> float:
+    """How often something was refused for ``reason``, as ``/metrics`` has it."""
+    _, metrics = await http_get(f"{served.http}/metrics")
+    return figure(metrics, "relay_refused_total", reason=reason)
+
+
+# Joins and pushes per second.
+
+
+async def test_pushes_over_the_rate_are_answered_and_go_nowhere(serve_relay: ServeRelay, connect: Connect) -> None:
+    served = await serve_relay(limits={"pushes_per_s": 1, "pushes_burst": 3})
+    client, other = await connect(served), await connect(served)
+    join_ref, other_ref = await client.join("room:1"), await other.join("room:1")
+    for number in range(5):
+        await client.send(join_ref, str(number), "room:1", "shout", {})
+    answers = sorted([await client.receive() for _ in range(5)], key=lambda message: message[1])
+    assert answers[:3] == [client.reply(join_ref, str(number), "room:1") for number in range(3)]
+    assert answers[3:] == [client.refusal(join_ref, str(number), "room:1", "rate limited") for number in (3, 4)]
+    assert served.relay.metrics.pushes_out == 3
+    assert await counted(served, "rate limited") == 2
+    # Nobody else is concerned.
+    assert (await other.push(other_ref, "room:1", "shout"))["status"] == "ok"
+
+
+async def test_joins_over_the_rate_are_answered_and_change_nothing(serve_relay: ServeRelay, connect: Connect) -> None:
+    served = await serve_relay(limits={"joins_per_s": 1, "joins_burst": 2})
+    client = await connect(served)
+    await client.join("room:1")
+    await client.join("room:2")
+    await client.send("9", "9", "room:3", "phx_join", {})
+    assert await client.receive() == client.refusal("9", "9", "room:3", "rate limited")
+    assert served.relay.topics == {"room:1": 1, "room:2": 1}
+    assert await counted(served, "rate limited") == 1
+
+
+async def test_leaves_and_heartbeats_are_never_refused(serve_relay: ServeRelay, connect: Connect) -> None:
+    served = await serve_relay(limits={"pushes_per_s": 1, "pushes_burst": 1})
+    client = await connect(served)
+    join_ref = await client.join("room:1")
+    for _ in range(3):
+        await client.expect_alive()
+    await client.send(join_ref, "9", "room:1", "phx_leave", {})
+    assert await client.receive() == client.reply(join_ref, "9", "room:1")
+    assert served.relay.topics == {}
+
+
+@pytest.mark.parametrize("what", ["shout", "heartbeat"])
+async def test_socket_over_its_rate_for_long_is_closed(serve_relay: ServeRelay, connect: Connect, what: str) -> None:
+    """1008, and not 1000: phoenix.js comes back, with an empty slate."""
+    served = await serve_relay(limits={"pushes_per_s": 1, "pushes_burst": 1, "rate_limited_max": 10})
+    client = await connect(served)
+    await client.join("room:1")
+    for number in range(12):
+        await client.send(None, str(number), "room:1" if what == "shout" else "phoenix", what, {})
+    assert await client.expect_closed() == (1008, "rate limited for long: this client asks for too much")
+    assert await counted(served, "rate limited for long") == 1
+
+
+async def test_a_page_with_a_hundred_topics_is_not_limited_by_default(served: Served, connect: Connect) -> None:
+    """phoenix.js joins all its channels again after each reconnect, and pushes what it kept for them."""
+    client = await connect(served)
+    for number in range(100):
+        await client.push(await client.join(f"room:{number}"), f"room:{number}", "shout")
+    assert served.relay.metrics.refused == {}
+
+
+# Who may come in.
+
+
+async def refusal(served: Served, **headers: str) -> tuple[int, str, str]:
+    """Status, Retry-After and text of a handshake that must be refused."""
+    with pytest.raises(InvalidStatus) as caught:
+        async with websockets.connect(f"{served.ws}/websocket?vsn=2.0.0", additional_headers=headers):
+            pass
+    response = caught.value.response
+    return response.status_code, response.headers.get("Retry-After", ""), (response.body or b"").decode().strip()
+
+
+async def test_one_address_may_have_so_many_sockets(serve_relay: ServeRelay) -> None:
+    served = await serve_relay(limits={"sockets_per_address": 2})
+    async with Client.connect(served.ws):
+        async with Client.connect(served.ws) as second:
+            assert await refusal(served) == (429, "10", "too many sockets of this address")
+            await second.expect_alive()
+        await eventually(lambda: served.relay.metrics.sockets == 1, "the second socket to end")
+        async with Client.connect(served.ws) as third:
+            await third.expect_alive()
+    assert await counted(served, "handshake: sockets per address") == 1
+
+
+async def test_all_sockets_together_are_bounded(serve_relay: ServeRelay) -> None:
+    served = await serve_relay(limits={"sockets_max": 1})
+    async with Client.connect(served.ws):
+        assert await refusal(served) == (503, "10", "no room for another socket; try again later")
+    await eventually(lambda: served.relay.metrics.sockets == 0, "the socket to end")
+    async with Client.connect(served.ws) as client:
+        await client.expect_alive()
+    assert await counted(served, "handshake: sockets in all") == 1
+
+
+async def test_handshakes_are_bounded_in_their_rate(serve_relay: ServeRelay) -> None:
+    served = await serve_relay(limits={"handshakes_per_s": 1})
+    async with Client.connect(served.ws):
+        assert await refusal(served) == (503, "1", "too many handshakes at once; try again")
+    assert await counted(served, "handshake: handshakes per second") == 1
+
+
+async def test_refused_handshakes_hold_no_place(serve_relay: ServeRelay) -> None:
+    """One that fails for its origin, or whatever else, must not be counted as a socket for ever."""
+    served = await serve_relay(limits={"sockets_max": 1})
+    for _ in range(3):
+        assert (await refusal(served, Origin="http://evil.example"))[0] == 403
+    async with Client.connect(served.ws) as client:
+        await client.expect_alive()
+
+
+# Behind a proxy.
+
+
+@pytest.mark.parametrize("proxy_headers", [False, True], ids=["alone", "with Uvicorn's own proxy_headers"])
+async def test_clients_behind_a_trusted_proxy_are_counted_one_by_one(
+    serve_relay: ServeRelay, connect: Connect, proxy_headers: bool
+) -> None:
+    served = await serve_relay(
+        server={"proxy_headers": proxy_headers}, limits={"sockets_per_address": 1}, trusted_proxies=["127.0.0.1"]
+    )
+    client = await connect(served, additional_headers={"X-Forwarded-For": "1.2.3.4"})
+    await client.join("room:1")
+    await connect(served, additional_headers={"X-Forwarded-For": "1.2.3.5"})
+    assert [socket.address for socket in served.relay.engine.sockets.values()] == ["1.2.3.4", "1.2.3.5"]
+    # What the client wrote into the header itself stands on the left, and does not help.
+    assert (await refusal(served, **{"X-Forwarded-For": "6.6.6.6, 1.2.3.4"}))[0] == 429
+
+
+async def test_clients_of_one_ipv6_network_are_counted_together(serve_relay: ServeRelay, connect: Connect) -> None:
+    served = await serve_relay(
+        server={"proxy_headers": False}, limits={"sockets_per_address": 1}, trusted_proxies=["127.0.0.0/8"]
+    )
+    await connect(served, additional_headers={"X-Forwarded-For": "2001:db8:1:2::3"})
+    assert (await refusal(served, **{"X-Forwarded-For": "2001:db8:1:2:ffff::4"}))[0] == 429
+    await connect(served, additional_headers={"X-Forwarded-For": "2001:db8:1:3::3"})
+
+
+async def test_forwarded_addresses_of_anybody_else_are_ignored(
+    serve_relay: ServeRelay, connect: Connect, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.transport.throttle", Throttle(logging.getLogger("relay.socket")))
+    served = await serve_relay(
+        server={"proxy_headers": False}, limits={"sockets_per_address": 1}, trusted_proxies=["10.0.0.0/8"]
+    )
+    await connect(served, additional_headers={"X-Forwarded-For": "1.2.3.4"})
+    assert (await refusal(served, **{"X-Forwarded-For": "1.2.3.5"}))[0] == 429
+    assert [socket.address for socket in served.relay.engine.sockets.values()] == ["127.0.0.1"]
+    assert "is this a proxy that `trusted_proxies` should name?" in caplog.text
+
+
+# Time.
+
+
+async def test_socket_that_joins_nothing_is_closed(serve_relay: ServeRelay, connect: Connect) -> None:
+    served = await serve_relay(limits={"first_join_timeout_s": 0.4})
+    joined, idle = await connect(served), await connect(served)
+    join_ref = await joined.join("room:1")
+    await joined.send(join_ref, "9", "room:1", "phx_leave", {})
+    assert await idle.expect_closed() == (1008, "no topic joined within 0.4 s")
+    assert await counted(served, "no join in time") == 1
+    assert [await joined.receive(), await joined.receive()][0] == joined.reply(join_ref, "9", "room:1")
+    await joined.expect_alive()
+
+
+@asynccontextmanager
+async def connection(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+
+
+async def drip(writer: asyncio.StreamWriter, data: bytes) -> None:
+    """Send a byte at a time, until the server has enough of it."""
+    try:
+        for at in range(len(data)):
+            writer.write(data[at : at + 1])
+            await writer.drain()
+            await asyncio.sleep(0.02)
+    except ConnectionError:
+        pass
+
+
+SLOWLY = b"GET /socket/websocket?vsn=2.0.0 HTTP/1.1\r\nHost: localhost\r\nX-Padding: " + b"x" * 10_000
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET / HT", SLOWLY], ids=["nothing", "a part", "byte by byte"])
+async def test_request_whose_head_does_not_come_is_cut(serve_relay: ServeRelay, sent: bytes) -> None:
+    """Slowloris: it would hold a place for ever, and cost its sender next to nothing."""
+    served = await serve_relay(server={"http": partial(RelayHTTPProtocol, handshake_timeout_s=0.3)})
+    async with connection(served.port) as (reader, writer), asyncio.timeout(20):
+        dripping = asyncio.create_task(drip(writer, sent))
+        assert await reader.read() == b""
+        dripping.cancel()
+        await asyncio.wait((dripping,))
+    assert await counted(served, "handshake: too slow") == 1
+
+
+async def test_further_request_on_a_connection_is_cut_too(serve_relay: ServeRelay) -> None:
+    served = await serve_relay(server={"http": partial(RelayHTTPProtocol, handshake_timeout_s=0.3)})
+    async with connection(served.port) as (reader, writer), asyncio.timeout(20):
+        writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        dripping = asyncio.create_task(drip(writer, SLOWLY))
+        assert (await reader.read()).startswith(b'{"status"')
+        dripping.cancel()
+        await asyncio.wait((dripping,))
+    assert await counted(served, "handshake: too slow") == 1
+
+
+async def test_socket_outlives_the_time_for_its_handshake(serve_relay: ServeRelay, connect: Connect) -> None:
+    """A connection that is cut later shows that the time has passed."""
+    served = await serve_relay(server={"http": partial(RelayHTTPProtocol, handshake_timeout_s=0.3)})
+    client = await connect(served)
+    async with connection(served.port) as (reader, _), asyncio.timeout(20):
+        assert await reader.read() == b""
+    await client.expect_alive()
+
+
+async def test_no_time_limit_where_it_is_zero(serve_relay: ServeRelay) -> None:
+    served = await serve_relay(server={"http": partial(RelayHTTPProtocol, handshake_timeout_s=0)})
+    async with connection(served.port) as (reader, writer), asyncio.timeout(20):
+        writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\n")
+        await writer.drain()
+        writer.write(b"\r\n")
+        assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+
+
+async def test_request_with_a_head_without_end_is_cut(serve_relay: ServeRelay) -> None:
+    served = await serve_relay(server={"http": RelayHTTPProtocol})
+    async with connection(served.port) as (reader, writer), asyncio.timeout(20):
+        writer.write(b"GET / HTTP/1.1\r\nX-Padding: " + b"x" * (HEAD_MAX_BYTES + 1))
+        try:
+            assert await reader.read() == b""
+        except ConnectionError:
+            pass  # cut with bytes of ours unread
+    assert await counted(served, "handshake: head too large") == 1
+
+
+async def test_relay_serve_cuts_slow_handshakes_and_looks_behind_proxies_itself() -> None:
+    environ = {
+        "RELAY_LIMITS__HANDSHAKE_TIMEOUT_S": "0.3",
+        "RELAY_LIMITS__SOCKETS_PER_ADDRESS": "1",
+        "RELAY_TRUSTED_PROXIES": '["127.0.0.1"]',
+    }
+    with RelayProcess(environ=environ) as relay:
+        address = f"{relay.ws}/websocket?vsn=2.0.0"
+        first, second = ({"X-Forwarded-For": f"6.6.6.6, 1.2.3.{number}"} for number in (4, 5))
+        async with (
+            websockets.connect(address, additional_headers=first),
+            websockets.connect(address, additional_headers=second),
+        ):
+            with pytest.raises(InvalidStatus) as caught:
+                await websockets.connect(address, additional_headers=first)
+            assert caught.value.response.status_code == 429
+            async with connection(int(relay.http.rsplit(":", 1)[1])) as (reader, _), asyncio.timeout(20):
+                assert await reader.read() == b""
+        _, metrics = await http_get(f"{relay.http}/metrics")
+    assert figure(metrics, "relay_refused_total", reason="handshake: too slow") == 1
+
+
+# REST.
+
+
+@pytest.mark.parametrize("declared", [True, False], ids=["with its length", "in chunks"])
+async def test_rest_body_over_the_bound_is_refused(serve_relay: ServeRelay, declared: bool) -> None:
+    served = await serve_relay(limits={"body_max_bytes": 2000})
+    body = b'{"topic": "room:1", "event": "new", "payload": "%s"}'
+
+    async def chunks(data: bytes) -> AsyncIterator[bytes]:
+        for start in range(0, len(data), 500):
+            yield data[start : start + 500]
+
+    headers = {"content-type": "application/json"}
+    async with httpx.AsyncClient(base_url=f"{served.http}/api", trust_env=False, headers=headers) as client:
+        answers = []
+        for size in (1900, 2000):
+            data = body % (b"x" * size)
+            answers.append(await client.post("/publish", content=data if declared else chunks(data)))
+    assert [answer.status_code for answer in answers] == [200, 413]
+    assert answers[1].json()["detail"] == "body: expected at most 2000 bytes"
+    assert await counted(served, "rest: body too large") == 1
