@@ -76,9 +76,7 @@ class World:
         self.now = 1000.0
         self.rests: list[float] = []
         self.metrics = Metrics()
-        self.hub = Hub(
-            self.metrics, lambda topic: Policy(), asyncio.get_running_loop().call_soon, lambda: self.now
-        )
+        self.hub = Hub(self.metrics, lambda topic: Policy(), asyncio.get_running_loop().call_soon, lambda: self.now)
         self.bus = Bus()
         self.node = Node(Config(), self.bus, self.hub, self.metrics, clock=lambda: self.now, sleep=self._sleep)
 

@@ -44,6 +44,8 @@ async def test_pushes_over_the_rate_are_answered_and_go_nowhere(serve_relay: Ser
     assert answers[3:] == [client.refusal(join_ref, str(number), "room:1", "rate limited") for number in (3, 4)]
     assert served.relay.metrics.pushes_out == 3
     assert await counted(served, "rate limited") == 2
+    await client.send(join_ref, None, "room:1", "shout", {})
+    await client.expect_alive()  # that one asked for no answer
     # Nobody else is concerned.
     assert (await other.push(other_ref, "room:1", "shout"))["status"] == "ok"
 
