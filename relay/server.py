@@ -74,10 +74,16 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             self.frame_writer.resume()
 
     def handle_ping(self) -> None:
-        """Answer, and note the sign of life."""
-        super().handle_ping()
+        """Answer, and note the sign of life; while the client reads nothing, answers to it must not pile up.
+
+        Source: RFC 6455, section 5.5.3 – of pings not yet answered, all but the newest may be passed over.
+        """
         if self.frame_writer is not None:
             self.frame_writer.last_ping = monotonic()
+        if self.writable.is_set():
+            super().handle_ping()
+        else:
+            _ = self.conn.data_to_send()
 
     def handle_close(self, event: Frame) -> None:
         """End the extension before the close frame is answered."""

@@ -4,6 +4,7 @@ import asyncio
 import socket
 
 from relay import Relay
+from tests.support.client import PING, PONG, TEXT, RawSocket, client_frame
 from tests.support.process import Valkey
 from tests.support.serving import eventually, serve
 
@@ -41,3 +42,26 @@ async def test_client_that_sends_and_never_reads_is_closed(valkey: Valkey, direc
             flooding.cancel()
             _ = await asyncio.gather(flooding, return_exceptions=True)
         assert relay.metrics.refused["sends and does not read"] == 1
+
+
+async def test_answers_to_pings_do_not_pile_up(valkey: Valkey) -> None:
+    """On servers other than ours this is the server's affair."""
+    relay = Relay(redis_url=valkey.url, system_topic=False)
+    count = 40_000
+    pings = client_frame(PING, b"x" * 125) * (count // 10)
+    async with serve(relay, send_buffer=8192) as served:
+        async with RawSocket.connect(served.ws, receive_buffer=4096) as client:
+            (socket,) = relay.engine.sockets.values()
+            writer = socket._connection._writer
+            assert writer is not None
+            for _ in range(10):
+                await client.send_bytes(pings)
+            last = client_frame(TEXT, b'[null,"last","phoenix","heartbeat",{}]')
+            await client.send_bytes(last)
+            await eventually(lambda: socket.pressure[0], "all pings to be read")
+            transport = getattr(writer.write, "__self__")  # noqa: B009 - mypy knows no such attribute
+            assert transport.get_write_buffer_size() < 500_000, "its bound, and the answers to what one read brings"
+            # It is served as ever once it reads.
+            while (frame := await client.read_frame())[0] == PONG:
+                pass
+            assert b'"last"' in frame[1]
