@@ -38,7 +38,7 @@ import asyncpg
 import pytest
 
 from relay import Config, Relay
-from relay.config import load
+from relay.config import LimitsConfig, load
 from relay.plugins import Plugin
 from tests.support.client import Client
 from tests.support.node import SCRIPTS, need_node
@@ -96,6 +96,57 @@ def test_every_block_of_the_page_works(page: Path, tmp_path: Path, valkey: Valke
         for block in blocks:
             story.tell(block)
         story.finish()
+
+
+PROMISES = [
+    path for name in ("limits", "security", "reliability") if (path := REPOSITORY / "docs" / f"{name}.md").exists()
+]
+"""Pages whose tables name, row by row, the tests that prove what stands there."""
+
+
+def tables_of(page: Path) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Each table of a page: its header's cells, and those of its rows."""
+    for table in re.findall(r"(?:^\|.*\|\n)+", page.read_text("utf-8"), re.MULTILINE):
+        header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        yield header, rows
+
+
+def names_of_tests() -> set[str]:
+    """All tests of this repository, by name alone and behind their file, ``tests/test_x.py::test_y``."""
+    found = set()
+    for path in (REPOSITORY / "tests").rglob("test_*.py"):
+        file = path.relative_to(REPOSITORY).as_posix()
+        names = re.findall(r"^(?:async )?def (test_\w+)", path.read_text("utf-8"), re.MULTILINE)
+        found |= {file, *names, *(f"{file}::{name}" for name in names)}
+    return found
+
+
+@pytest.mark.parametrize("page", PROMISES, ids=lambda page: page.stem)
+def test_every_test_that_a_page_names_exists(page: Path) -> None:
+    """Wherever on the page it stands; one that is renamed must be renamed there too."""
+    named = set(re.findall(r"(?:[\w/]+/test_\w+\.py(?:::test_\w+)?|\btest_\w+\b(?!\.py))", page.read_text("utf-8")))
+    assert named
+    assert named - names_of_tests() == set()
+
+
+@pytest.mark.parametrize("page", PROMISES, ids=lambda page: page.stem)
+def test_every_row_of_a_table_with_tests_names_one(page: Path) -> None:
+    rows = 0
+    for header, cells in tables_of(page):
+        if any(name.lower() in ("test", "tests", "proof", "proved by") for name in header):
+            for row in cells:
+                assert len(row) == len(header), row
+                assert "test_" in row[-1], row
+                rows += 1
+    assert rows
+
+
+def test_page_on_limits_has_every_limit_and_its_default() -> None:
+    text = (REPOSITORY / "docs" / "limits.md").read_text("utf-8")
+    for name in LimitsConfig.model_fields:
+        assert f"`{name}`" in text, name
+    for name in ("overflow", "latest_key", "tell_dropped", "trusted_proxies"):
+        assert f"`{name}" in text, name
 
 
 async def test_sql_of_the_pages_reaches_browsers() -> None:

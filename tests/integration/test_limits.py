@@ -14,6 +14,7 @@ import pytest
 import websockets
 from websockets.exceptions import InvalidStatus
 
+from relay import Plugin, Push
 from relay.logs import Throttle
 from relay.server_http import HEAD_MAX_BYTES, RelayHTTPProtocol
 from tests.support.client import Client
@@ -90,6 +91,26 @@ async def test_a_page_with_a_hundred_topics_is_not_limited_by_default(served: Se
     for number in range(100):
         await client.push(await client.join(f"room:{number}"), f"room:{number}", "shout")
     assert served.relay.metrics.refused == {}
+
+
+async def test_socket_is_read_no_further_while_too_much_is_under_way(serve_relay: ServeRelay, connect: Connect) -> None:
+    plugin, gate = Plugin("slow"), asyncio.Event()
+
+    @plugin.on_push("room:*")
+    async def wait(push: Push) -> None:
+        await gate.wait()
+
+    served = await serve_relay(extra_plugins=(plugin,), limits={"pushes_in_flight": 2})
+    client, other = await connect(served), await connect(served)
+    join_refs = [await client.join(f"room:{number}") for number in range(3)]
+    for number, join_ref in enumerate(join_refs):
+        await client.send(join_ref, str(number), f"room:{number}", "shout", {})
+    await eventually(lambda: served.relay.metrics.pushes_in == 2, "two pushes to be under way")
+    for _ in range(10):
+        await other.expect_alive()
+    assert served.relay.metrics.pushes_in == 2
+    gate.set()
+    assert sorted([(await client.receive())[1] for _ in range(3)]) == ["0", "1", "2"]
 
 
 # Who may come in.
