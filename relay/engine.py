@@ -159,11 +159,11 @@ class Engine:
             now = time.monotonic()
             for socket in self.sockets.values():
                 if socket.idle_s(now) > timeout_s:
-                    self._metrics.refused["idle"] += 1
-                    socket.close(CloseCode.GOING_AWAY, f"idle for {timeout_s:g} s; send heartbeats")
+                    if socket.close(CloseCode.GOING_AWAY, f"idle for {timeout_s:g} s; send heartbeats"):
+                        self._metrics.refused["idle"] += 1
                 elif now - socket.joinless_since > join_s:
-                    self._metrics.refused["no join in time"] += 1
-                    socket.close(CloseCode.POLICY_VIOLATION, f"no topic joined within {join_s:g} s")
+                    if socket.close(CloseCode.POLICY_VIOLATION, f"no topic joined within {join_s:g} s"):
+                        self._metrics.refused["no join in time"] += 1
 
     async def _run_service(self, hook: Hook) -> None:
         """Run a plugin's service as long as the relay runs; when it ends or raises, start it again after a while."""

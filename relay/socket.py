@@ -125,9 +125,9 @@ class Socket:
             # What plugins have begun, or are still to hear of, is not cut off by a client that has gone.
             self._node.see_out(lanes)
 
-    def close(self, code: int, reason: str) -> None:
-        """Close the socket after what is already queued for it."""
-        self._connection.close(code, reason)
+    def close(self, code: int, reason: str) -> bool:
+        """Close the socket after what is already queued for it; False where it was closed already."""
+        return self._connection.close(code, reason)
 
     def idle_s(self, now: float) -> float:
         """Seconds since the client's last message or ping, at the monotonic time ``now``."""

@@ -304,16 +304,19 @@ class Connection:
         throttle.warning("malformed", "socket %s: closed with %d: %s", self.id, code, reason)
         self.close(code, reason)
 
-    def close(self, code: int, reason: str) -> None:
+    def close(self, code: int, reason: str) -> bool:
         """Close after what is already queued; cut the client off if it does not answer in time.
 
-        Args: reason: at most 123 bytes; shown to the client.
+        Args:    reason: at most 123 bytes; shown to the client.
+        Returns: whether it was still open.
         """
-        if self._close is None and not self._ended:
+        is_open = self._close is None and not self._ended
+        if is_open:
             self._close = (code, reason)
             if self._writer is not None:
                 self._writer.set_ready(False)
             self._closer = asyncio.create_task(self._finish(code, reason))
+        return is_open
 
     async def _finish(self, code: int, reason: str) -> None:
         try:
