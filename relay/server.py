@@ -78,9 +78,10 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
 
         Source: RFC 6455, section 5.5.3 – of pings not yet answered, all but the newest may be passed over.
         """
-        if self.frame_writer is not None:
-            self.frame_writer.last_ping = monotonic()
-        if self.writable.is_set():
+        writer = self.frame_writer
+        if writer is not None:
+            writer.last_ping = monotonic()
+        if writer is None or not writer.paused:
             super().handle_ping()
         else:
             _ = self.conn.data_to_send()
