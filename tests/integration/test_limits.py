@@ -315,6 +315,16 @@ async def test_relay_serve_cuts_slow_handshakes_and_looks_behind_proxies_itself(
     assert figure(metrics, "relay_refused_total", reason="handshake: too slow") == 1
 
 
+async def test_relay_serve_believes_no_proxy_by_default() -> None:
+    """Uvicorn alone would believe whoever calls from this machine."""
+    with RelayProcess(environ={"RELAY_LIMITS__SOCKETS_PER_ADDRESS": "1"}) as relay:
+        address = f"{relay.ws}/websocket?vsn=2.0.0"
+        async with websockets.connect(address, additional_headers={"X-Forwarded-For": "1.2.3.4"}):
+            with pytest.raises(InvalidStatus) as caught:
+                await websockets.connect(address, additional_headers={"X-Forwarded-For": "1.2.3.5"})
+            assert caught.value.response.status_code == 429
+
+
 # REST.
 
 
