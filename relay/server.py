@@ -39,8 +39,8 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         deques: 3 kB of 20.
         """
         super().__init__(*args, **kwargs)
-        self.queue = cast("asyncio.Queue[Any]", _Inbox())
-        self.writable = cast(asyncio.Event, _Gate())
+        self.queue: asyncio.Queue[Any] = cast("asyncio.Queue[Any]", _Inbox())
+        self.writable: asyncio.Event = cast(asyncio.Event, _Gate())
         if self.config.ws_per_message_deflate:
             self.conn.available_extensions = [_DEFLATE]
 
