@@ -47,7 +47,9 @@ from tests.support.serving import serve
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [
-    path for name in ("plugins", "redis", "mounting", "rest") if (path := REPOSITORY / "docs" / f"{name}.md").exists()
+    path
+    for name in ("docs/plugins", "docs/redis", "docs/mounting", "docs/rest", "clients/python/README")
+    if (path := REPOSITORY / f"{name}.md").exists()
 ]
 LANGUAGES = ("python", "console", "js", "toml", "sql")
 PATIENCE_S = 30.0

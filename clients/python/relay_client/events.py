@@ -1,0 +1,119 @@
+"""What a loop over a topic gets, and the bounded queue it gets it from."""
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias
+
+from relay_client.errors import QueueOverflow
+
+Overflow: TypeAlias = Literal["drop-oldest", "latest", "raise"]
+"""What happens when a loop is slower than its events.
+
+``drop-oldest``: the oldest waiting event makes room. ``latest``: of each event name only the newest waits.
+``raise``: the loop gets what waits, then `QueueOverflow`.
+"""
+
+REJOINED = "relay_client:rejoined"
+"""The event that stands where the topic was lost and joined again: what was sent meanwhile is missing.
+
+Its payload is ``{"reason": why it was lost, "response": the new join's}``.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One event of a topic, or `REJOINED`.
+
+    Attributes: payload: decoded JSON, or bytes.
+                ref: null unless the server says otherwise.
+                dropped: how many events this loop lost directly before this one, because it was too slow.
+    """
+
+    topic: str
+    event: str
+    payload: Any
+    ref: str | int | None = None
+    dropped: int = 0
+
+
+class EventQueue:
+    """At most ``limit`` events, in order, and what to do with more. `REJOINED` takes no room and is never dropped.
+
+    Attributes: dropped: how many events were dropped so far.
+    """
+
+    def __init__(self, topic: str, limit: int, overflow: Overflow) -> None:
+        if limit < 1:
+            raise ValueError(f"limit: expected 1 or more, got {limit}")
+        if overflow not in ("drop-oldest", "latest", "raise"):
+            raise ValueError(f"overflow: expected drop-oldest, latest or raise, got {overflow!r}")
+        self.dropped = 0
+        self._topic = topic
+        self._limit = limit
+        self._overflow = overflow
+        self._waiting: deque[Event] = deque()
+        self._events = 0  # of those waiting, without `REJOINED`
+        self._gap = 0  # dropped since the last `get`
+        self._is_over = False
+        self._error: BaseException | None = None
+        self._wake = asyncio.Event()
+
+    def put(self, event: Event) -> None:
+        """Add an event, or `REJOINED`; after the end nothing is added any more, and counted as dropped."""
+        if event.event == REJOINED:
+            if not self._is_over:
+                self._mark(event)
+            return
+        if not self._is_over and self._overflow == "raise" and self._events == self._limit:
+            self.end(QueueOverflow(self._topic, self._limit))
+        if self._is_over:
+            self.dropped += 1
+            return
+        if self._overflow == "latest":
+            older = next((index for index, waiting in enumerate(self._waiting) if waiting.event == event.event), None)
+            if older is not None:
+                self._drop(older)
+        if self._events == self._limit:
+            self._drop(1 if self._waiting[0].event == REJOINED else 0)
+        self._waiting.append(event)
+        self._events += 1
+        self._wake.set()
+
+    def _mark(self, event: Event) -> None:
+        # Never two in a row, so that there are never more of them than events.
+        if self._waiting and self._waiting[-1].event == REJOINED:
+            self._waiting.pop()
+        self._waiting.append(event)
+        self._wake.set()
+
+    def _drop(self, index: int) -> None:
+        del self._waiting[index]
+        around = [self._waiting[place].event for place in (index - 1, index) if 0 <= place < len(self._waiting)]
+        if around == [REJOINED, REJOINED]:
+            del self._waiting[index - 1]
+        self._events -= 1
+        self.dropped += 1
+        self._gap += 1
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Add nothing any more; whoever waits gets what is left, and then ``error``, or the end of its loop."""
+        if not self._is_over:
+            self._is_over, self._error = True, error
+            self._wake.set()
+
+    async def get(self) -> Event:
+        """The next event; waits for it.
+
+        Raises: StopAsyncIteration: the queue has ended. QueueOverflow, or what else it ended with.
+        """
+        while not self._waiting:
+            if self._is_over:
+                raise self._error or StopAsyncIteration
+            self._wake.clear()
+            await self._wake.wait()
+        event = self._waiting.popleft()
+        self._events -= event.event != REJOINED
+        if self._gap:
+            event, self._gap = replace(event, dropped=self._gap), 0
+        return event

@@ -1,0 +1,259 @@
+"""One connection to the server, kept until its ``async with`` block is left, and the topics joined over it."""
+
+import asyncio
+import base64
+import random
+from collections.abc import Callable, Mapping
+from types import TracebackType
+from typing import Any, Self
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+
+import websockets
+from websockets.asyncio.client import ClientConnection
+from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.typing import Subprotocol
+
+from relay_client.channel import Channel
+from relay_client.errors import ConnectError, PushError
+from relay_client.events import EventQueue, Overflow
+from relay_client.link import Fresh, Link, log, value_of
+from relay_client.wire import VSN, Message, decode
+
+NORMAL = 1000
+"""The close code that means: do not come back."""
+
+CLOSE_TIMEOUT_S = 1.0
+"""How long the server may take to answer a close."""
+
+TURN_FRAMES = 100
+"""After so many frames the loops over the topics get their turn, however many more have arrived."""
+
+
+def reconnect_s(tries: int) -> float:
+    """Seconds before try number ``tries``: anything within a window that grows from 1 s to 10 s.
+
+    The whole window is random: a restarted server meets its clients spread over it, and not in waves.
+    """
+    return random.uniform(0, min(10.0, 0.5 * 2 ** min(tries, 10)))
+
+
+def rejoin_s(tries: int) -> float:
+    """The same for a topic that is joined again: within 1, 2, 5, then 10 s."""
+    return random.uniform(0, (1.0, 2.0, 5.0, 10.0)[min(tries, 4) - 1])
+
+
+class Socket:
+    """A connection: made on entering, once, and made again whenever it is lost, unless the server closes it with 1000.
+
+    Args:       url: of the socket, without ``/websocket``: ``ws://localhost:8000/socket``.
+                token: a secret, sent beside the subprotocol; a function, sync or async, is asked anew on each connect.
+                params: for the URL; or a function, likewise.
+                timeout_s: for a connection, a join, or the reply to a push.
+                heartbeat_s: between heartbeats; one that is not answered in time means a new connection.
+                reconnect_s: seconds to wait before the n-th try (n from 1) to connect again.
+                rejoin_s: the same for a topic that is joined again over a connection that holds.
+                options: further ones of ``websockets.connect``: ``ssl``, ``additional_headers``, ``max_size``, …
+    Attributes: reconnects: how often it was made again.
+                undecodable: how many frames came that are none of Phoenix's V2; each is logged.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: Fresh[str | None] = None,
+        params: Fresh[Mapping[str, str] | None] = None,
+        timeout_s: float = 10.0,
+        heartbeat_s: float = 30.0,
+        reconnect_s: Callable[[int], float] = reconnect_s,
+        rejoin_s: Callable[[int], float] = rejoin_s,
+        **options: Any,
+    ) -> None:
+        if not (urlsplit(url).hostname and urlsplit(url).scheme in ("ws", "wss", "http", "https")):
+            raise ValueError("url: expected ws://host/path or wss://host/path")
+        self.reconnects = 0
+        self.undecodable = 0
+        self._url = url
+        self._token = token
+        self._params = params
+        self._timeout_s = timeout_s
+        self._heartbeat_s = heartbeat_s
+        self._reconnect_s = reconnect_s
+        self._rejoin_s = rejoin_s
+        self._options = options
+        self._tries = 0
+        self._link = Link()
+        self._channels: dict[str, Channel] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a connection at this moment."""
+        return self._link.is_open
+
+    def join(
+        self,
+        topic: str,
+        params: Fresh[Mapping[str, Any]] | None = None,
+        *,
+        limit: int = 1000,
+        overflow: Overflow = "drop-oldest",
+    ) -> Channel:
+        """A topic, to be joined by ``async with``; a topic is joined once per socket at a time.
+
+        Args: params: sent with the join; a function, sync or async, is asked anew on each join and rejoin.
+              limit: how many events may wait for the loop.
+              overflow: what happens with more: see `Overflow`.
+        """
+        return Channel(
+            self._link,
+            self._channels,
+            topic,
+            {} if params is None else params,
+            queue=EventQueue(topic, limit, overflow),
+            timeout_s=self._timeout_s,
+            rejoin_s=self._rejoin_s,
+        )
+
+    async def __aenter__(self) -> Self:
+        """Connect. Raises ConnectError at the first failure: what never worked is not tried for ever."""
+        if self._task is not None:
+            raise RuntimeError("a socket is entered once: connect() makes another")
+        first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._task = asyncio.create_task(self._keep_connected(first))
+        try:
+            await first
+        except BaseException:
+            await self.__aexit__(None, None, None)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close, and end every loop over a topic."""
+        assert self._task is not None, "it was entered"
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    async def _dial(self) -> ClientConnection:
+        token, params = await value_of(self._token), await value_of(self._params)
+        scheme, host, path, query, _ = urlsplit(self._url)
+        fields = [*parse_qsl(query, keep_blank_values=True), *(params or {}).items(), ("vsn", VSN)]
+        path = path.rstrip("/") + "/websocket"
+        options = {"ping_interval": None, "max_size": None, "close_timeout": CLOSE_TIMEOUT_S, **self._options}
+        try:
+            return await websockets.connect(
+                urlunsplit((scheme.replace("http", "ws"), host, path, urlencode(fields), "")),
+                subprotocols=_subprotocols(token),
+                open_timeout=self._timeout_s,
+                **options,
+            )
+        except InvalidStatus as error:
+            body = (error.response.body or b"")[:200].decode(errors="replace").strip()
+            why = f"HTTP {error.response.status_code}" + (f": {body}" if body else "")
+        except TimeoutError:
+            why = f"no answer within {self._timeout_s:g} s"
+        except (OSError, WebSocketException) as error:
+            why = str(error) or type(error).__name__
+        # Without query, user or cause, each of which may hold a secret.
+        raise ConnectError(f"{scheme}://{host.rpartition('@')[2]}{path}", why)
+
+    async def _keep_connected(self, first: asyncio.Future[None]) -> None:
+        try:
+            connection = await self._dial()
+        except Exception as error:
+            if not first.done():
+                first.set_exception(error)
+            return
+        self._link.open(connection)
+        if not first.done():
+            first.set_result(None)
+        fault = None
+        try:
+            while await self._serve(connection):
+                connection = await self._redial()
+                self.reconnects += 1
+        except Exception as error:  # of our own, or of `reconnect_s`: every loop over a topic raises it
+            fault = error
+        finally:
+            self._link.is_over = True
+            for channel in list(self._channels.values()):
+                channel.end(fault)
+
+    async def _redial(self) -> ClientConnection:
+        while True:
+            self._tries += 1
+            await asyncio.sleep(self._reconnect_s(self._tries))
+            try:
+                return await self._dial()
+            except ConnectError as error:
+                log.warning("not connected again, try %d: %s", self._tries, error)
+            except Exception as error:  # token and params are anybody's code
+                log.warning("not connected again, try %d: %r", self._tries, error)
+
+    async def _serve(self, connection: ClientConnection) -> bool:
+        """Use a connection until it is lost; returns whether another is to be made."""
+        self._link.open(connection)
+        heart = asyncio.create_task(self._beat(connection))
+        try:
+            await self._read(connection)
+        finally:
+            heart.cancel()
+            self._link.lose()
+            for channel in self._channels.values():
+                channel.lose("connection lost")
+            await asyncio.wait([heart])
+            await connection.close()
+        log.info("connection lost: %s %s", connection.close_code, connection.close_reason)
+        return connection.close_code != NORMAL
+
+    async def _read(self, connection: ClientConnection) -> None:
+        count = 0
+        try:
+            while True:
+                self._receive(await connection.recv())
+                count += 1
+                if count % TURN_FRAMES == 0:
+                    await asyncio.sleep(0)
+        except ConnectionClosed:
+            return
+
+    def _receive(self, frame: str | bytes) -> None:
+        try:
+            message = decode(frame)
+        except ValueError as error:
+            self.undecodable += 1
+            log.warning("a frame was not understood and is lost: %s", error)
+            return
+        self._tries = 0  # not before: a server may accept and close at once, again and again
+        channel = self._channels.get(message.topic)
+        if channel is not None:
+            channel.receive(message)
+        if message.event == "phx_reply":
+            self._link.settle(message)
+
+    async def _beat(self, connection: ClientConnection) -> None:
+        while True:
+            await asyncio.sleep(self._heartbeat_s)
+            message = Message(None, self._link.next_ref(), "phoenix", "heartbeat", {})
+            try:
+                await self._link.ask(message, min(self._timeout_s, self._heartbeat_s))
+            except PushError as error:
+                if error.status == "timeout":
+                    log.warning("a heartbeat was not answered: the connection is given up")
+                    connection.transport.abort()
+                    return
+
+
+connect = Socket
+"""``async with connect("ws://localhost:8000/socket") as socket:`` connects, and closes in the end."""
+
+
+def _subprotocols(token: str | None) -> list[Subprotocol] | None:
+    """The token travels beside the subprotocol, as phoenix.js sends it, so that it stays out of the URL."""
+    if not token:
+        return None
+    # A slash is not allowed in the name of a subprotocol, so that one letter is taken from the URL alphabet.
+    text = base64.b64encode(token.encode(), altchars=b"+_").rstrip(b"=").decode()
+    return [Subprotocol("phoenix"), Subprotocol("base64url.bearer.phx." + text)]

@@ -1,0 +1,97 @@
+"""Frames of Phoenix Channels V2, to and from messages. It does no I/O.
+
+Source: Phoenix 1.9, ``v2_json_serializer.ex`` and ``assets/js/phoenix/serializer.js``.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+VSN = "2.0.0"
+
+PUSH, REPLY, BROADCAST = 0, 1, 2
+"""First byte of a binary frame."""
+
+Ref: TypeAlias = str | int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """The five fields of one frame; ``payload`` is decoded JSON, or bytes where the frame is binary.
+
+    Of a ``phx_reply`` it is ``{"status": str, "response": …}``, and the response may be bytes.
+    """
+
+    join_ref: Ref
+    ref: Ref
+    topic: str
+    event: str
+    payload: Any
+
+
+def encode(message: Message) -> str | bytes:
+    """To a text frame, or, where the payload is bytes, to ``00 jl rl tl el join_ref ref topic event payload``.
+
+    Raises: ValueError: a name is over 255 bytes in a binary frame, or the payload has no JSON (``nan``).
+            TypeError: the payload is nothing that JSON knows.
+    """
+    join_ref, ref, topic, event, payload = (getattr(message, name) for name in Message.__slots__)
+    if not isinstance(payload, bytes | bytearray | memoryview):
+        fields = [join_ref, ref, topic, event, payload]
+        return json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    names = [("" if name is None else str(name)).encode() for name in (join_ref, ref, topic, event)]
+    if max(map(len, names)) > 255:
+        raise ValueError("expected names of up to 255 bytes in a binary frame")
+    return bytes((PUSH, *map(len, names))) + b"".join(names) + bytes(payload)
+
+
+def decode(frame: str | bytes) -> Message:
+    """From a text frame, or from a binary push, reply or broadcast.
+
+    Raises: ValueError: it is none.
+    """
+    message = _decode_text(frame) if isinstance(frame, str) else _decode_binary(frame)
+    if message.event == "phx_reply":
+        reply = message.payload
+        if not (isinstance(reply, dict) and isinstance(reply.get("status"), str) and "response" in reply):
+            raise ValueError("expected status and response in a reply")
+    return message
+
+
+def _decode_text(frame: str) -> Message:
+    try:
+        fields = json.loads(frame)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not (isinstance(fields, list) and len(fields) >= 5):
+        raise ValueError("expected [join_ref, ref, topic, event, payload]")
+    join_ref, ref, topic, event, payload = fields[:5]
+    if not (isinstance(join_ref, Ref) and isinstance(ref, Ref) and isinstance(topic, str) and isinstance(event, str)):
+        raise ValueError("expected refs and names that are strings")
+    return Message(join_ref, ref, topic, event, payload)
+
+
+def _decode_binary(frame: bytes) -> Message:
+    kind = frame[0] if frame else None
+    if kind == PUSH:
+        (join_ref, topic, event), payload = _split(frame, 3)
+        return Message(join_ref or None, None, topic, event, payload)
+    if kind == REPLY:
+        (join_ref, ref, topic, status), response = _split(frame, 4)
+        return Message(join_ref or None, ref or None, topic, "phx_reply", {"status": status, "response": response})
+    if kind == BROADCAST:
+        (topic, event), payload = _split(frame, 2)
+        return Message(None, None, topic, event, payload)
+    raise ValueError(f"binary frame of unknown kind {kind}")
+
+
+def _split(frame: bytes, count: int) -> tuple[list[str], bytes]:
+    """``count`` names, their lengths before them, and the rest."""
+    end = 1 + count
+    names = []
+    for length in frame[1:end]:
+        names.append(frame[end : end + length].decode())
+        end += length
+    if len(names) < count or end > len(frame):
+        raise ValueError("binary frame cut short")
+    return names, frame[end:]
