@@ -522,10 +522,7 @@ export class Socket {
     }
     this.#tries = 0; // not before: a server may accept and close at once, again and again
     this.#tell("message", message);
-    if (message.topic === "phoenix") {
-      if (message.ref === this.#heartbeatRef) this.#beatLater();
-      return;
-    }
+    if (message.topic === "phoenix" && message.ref === this.#heartbeatRef) this.#beatLater();
     for (const channel of [...this.channels]) if (channel.topic === message.topic) channel._receive(message);
   }
 

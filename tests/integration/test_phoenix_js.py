@@ -1,4 +1,4 @@
-"""The published phoenix client, in Node and in a real browser, against ``relay serve``."""
+"""The published phoenix client, and the relay's own in its place, in Node and in a real browser, on ``relay serve``."""
 
 import contextlib
 import time
@@ -11,7 +11,7 @@ import redis
 from tests.support.node import need_browser, need_node, run_checks
 from tests.support.process import RelayProcess
 
-CLIENTS = ["phoenix-1.8", "phoenix-1.7", "phoenix-1.6"]
+CLIENTS = ["phoenix-1.8", "phoenix-1.7", "phoenix-1.6", "relay"]
 
 
 class Heard:
@@ -56,7 +56,7 @@ def heard(relay: RelayProcess) -> Iterator[Heard]:
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_the_published_client_works_in_node(relay: RelayProcess, heard: Heard, client: str) -> None:
+def test_the_client_works_in_node(relay: RelayProcess, heard: Heard, client: str) -> None:
     """Joins, pushes, broadcasts, binaries, leaves, heartbeats and rejoins, as ``phoenix-node.mjs`` lists them."""
     need_node()
     run_checks("phoenix-node.mjs", client, relay.ws, redis_url=relay.redis_url)
@@ -74,7 +74,7 @@ def test_the_published_client_works_in_node(relay: RelayProcess, heard: Heard, c
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_the_published_client_works_in_a_browser(relay: RelayProcess, heard: Heard, client: str) -> None:
+def test_the_client_works_in_a_browser(relay: RelayProcess, heard: Heard, client: str) -> None:
     """A Redis publish reaches a page in Chromium, and the page's push comes out on Redis."""
     need_browser()
     run_checks("phoenix-chromium.mjs", relay.http, client, "-", redis_url=relay.redis_url)

@@ -1,5 +1,5 @@
-// The published browser build of the phoenix client against a relay, in a real browser.
-//   node phoenix-chromium.mjs <relay http url> <alias of the phoenix package> <screenshot path or ->
+// The published browser build of the phoenix client against a relay, in a real browser; or the relay's own in its place.
+//   node phoenix-chromium.mjs <relay http url> <alias of the phoenix package, or relay> <screenshot path or ->
 
 import { fileURLToPath } from "node:url"
 import { inBrowser } from "./chromium.mjs"
@@ -13,7 +13,8 @@ await inBrowser(origin, async (page, faults) => {
     // /health answers JSON: a page without scripts or a content policy, on the relay's own origin.
     const response = await page.goto(`${origin}/health`)
     equal(response.status(), 200, "status of /health")
-    await page.addScriptTag({ path: build })
+    if (alias === "relay") await page.evaluate(async () => { window.Phoenix = await import("/static/relay.js") })
+    else await page.addScriptTag({ path: build })
   })
 
   await check("joins from the browser", async () => {

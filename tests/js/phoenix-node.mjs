@@ -1,5 +1,5 @@
-// The published phoenix client against a relay, in Node over `ws`.
-//   node phoenix-node.mjs <alias of the phoenix package> <socket url>
+// The published phoenix client against a relay, in Node over `ws`; or the relay's own, which can take its place.
+//   node phoenix-node.mjs <alias of the phoenix package, or relay> <socket url>
 // What must come from outside is published by the test that runs this: see report.mjs.
 
 import net from "node:net"
@@ -7,7 +7,7 @@ import WebSocket from "ws"
 import { check, equal, failures, say, within } from "./report.mjs"
 
 const [alias, url] = process.argv.slice(2)
-const phoenix = await import(alias)
+const phoenix = await import(alias === "relay" ? "../../clients/browser/relay.js" : alias)
 const Socket = phoenix.Socket ?? phoenix.default.Socket
 
 const text = bytes => new TextDecoder().decode(bytes)
@@ -100,7 +100,7 @@ await check("topics may hold colons and any letters", async () => {
   equal(await arrived, { gleis: "7½" }, "the event")
   equal(text(await raw), "no JSON: é", "the bytes")
   // Before 1.8.7 the client itself wrote such a header wrongly.
-  if (alias === "phoenix-1.8") await answer(channel.push("octets-é", bytes("xyz")), "the binary push")
+  if (alias === "phoenix-1.8" || alias === "relay") await answer(channel.push("octets-é", bytes("xyz")), "the binary push")
   await answer(channel.leave(), "the leave")
 })
 

@@ -2,19 +2,20 @@ import assert from "node:assert/strict";
 import { afterEach, beforeEach, mock, test } from "node:test";
 
 import { PushError, Socket } from "../relay.js";
-import { FakeWebSocket, bytes } from "./support.js";
+import { Clock, FakeWebSocket, bytes } from "./support.js";
 
+const clock = new Clock();
 let socket;
 
 beforeEach(() => {
   FakeWebSocket.made.length = 0;
-  mock.timers.enable({ apis: ["setTimeout"] });
+  clock.install();
   socket = makeSocket();
 });
 
 afterEach(() => {
   socket.disconnect();
-  mock.timers.reset();
+  clock.remove();
   delete globalThis.document;
   delete globalThis.addEventListener;
 });
@@ -56,7 +57,7 @@ test("the token travels as a subprotocol and is asked anew on each connect", () 
   let count = 0;
   socket = makeSocket({ authToken: () => `token${++count}` });
   connect().end();
-  mock.timers.tick(100);
+  clock.tick(100);
   const tokens = FakeWebSocket.made.map(({ protocols }) => protocols);
   assert.deepEqual(tokens, [
     ["phoenix", "base64url.bearer.phx.dG9rZW4x"],
@@ -72,11 +73,11 @@ test("a token makes no slash and no padding, which a subprotocol cannot hold", (
 
 test("a lost connection is made again, and close code 1000 ends it for good", () => {
   connect().end();
-  mock.timers.tick(100);
+  clock.tick(100);
   assert.equal(FakeWebSocket.made.length, 2);
   FakeWebSocket.last.open();
   FakeWebSocket.last.end(1000);
-  mock.timers.tick(100_000);
+  clock.tick(100_000);
   assert.equal(FakeWebSocket.made.length, 2);
 });
 
@@ -102,9 +103,9 @@ test("tries count up until a message comes, not merely an open connection", () =
 
 test("a connection that does not open in time is given up and tried again", () => {
   socket.connect();
-  mock.timers.tick(10_000);
+  clock.tick(10_000);
   assert.equal(FakeWebSocket.last.closedWith.reason, "connect timeout");
-  mock.timers.tick(100);
+  clock.tick(100);
   assert.equal(FakeWebSocket.made.length, 2);
 });
 
@@ -116,9 +117,9 @@ test("a params function that throws stops no retry", () => {
   connect();
   isBroken = true;
   FakeWebSocket.last.end();
-  mock.timers.tick(100);
+  clock.tick(100);
   isBroken = false;
-  mock.timers.tick(100);
+  clock.tick(100);
   assert.deepEqual([errors, FakeWebSocket.made.length], [["no token"], 2]);
 });
 
@@ -129,7 +130,7 @@ test("disconnect closes at once, calls back, and stays closed until connect", ()
   socket.disconnect(() => seen.push("done"), 3000, "bye");
   assert.deepEqual(seen, [[3000, "bye"], "done"]);
   assert.deepEqual(wire.closedWith, { code: 3000, reason: "bye" });
-  mock.timers.tick(100_000);
+  clock.tick(100_000);
   assert.equal(FakeWebSocket.made.length, 1);
   connect();
   assert.ok(socket.isConnected());
@@ -160,15 +161,15 @@ test("a frame that cannot be decoded is an error of the socket, and nothing else
 test("a heartbeat goes out each interval, and one without answer means a reconnect", () => {
   const wire = connect();
   for (let beat = 0; beat < 3; beat++) {
-    mock.timers.tick(30_000);
+    clock.tick(30_000);
     const [heartbeat] = wire.take();
     assert.deepEqual([heartbeat[0], ...heartbeat.slice(2)], [null, "phoenix", "heartbeat", {}]);
     wire.reply(heartbeat, "ok");
   }
-  mock.timers.tick(30_000);
-  mock.timers.tick(10_000);
+  clock.tick(30_000);
+  clock.tick(10_000);
   assert.deepEqual(wire.closedWith, { code: 1000, reason: "heartbeat timeout" });
-  mock.timers.tick(100);
+  clock.tick(100);
   assert.equal(FakeWebSocket.made.length, 2);
 });
 
@@ -192,7 +193,7 @@ test("a hidden page does not reconnect, and does so at once when it is shown", (
   connect();
   turn(true);
   FakeWebSocket.last.end();
-  mock.timers.tick(100_000);
+  clock.tick(100_000);
   assert.equal(FakeWebSocket.made.length, 1);
   turn(false);
   assert.equal(FakeWebSocket.made.length, 2);
@@ -202,7 +203,7 @@ test("a page hidden while it waits to reconnect stops waiting", () => {
   const { turn } = makePage();
   connect().end();
   turn(true);
-  mock.timers.tick(100_000);
+  clock.tick(100_000);
   assert.equal(FakeWebSocket.made.length, 1);
 });
 
@@ -211,7 +212,7 @@ test("a network that is back reconnects at once; one that goes is probed", () =>
   const wire = connect();
   network.dispatchEvent(new Event("offline"));
   assert.equal(wire.take()[0][3], "heartbeat");
-  mock.timers.tick(10_000);
+  clock.tick(10_000);
   assert.equal(wire.closedWith.reason, "heartbeat timeout");
   network.dispatchEvent(new Event("online"));
   assert.equal(FakeWebSocket.made.length, 2);
@@ -244,7 +245,7 @@ test("an awaited join gives the response; receive is called again on each rejoin
   wire.reply(wire.take()[0], "ok", { n: 1 });
   assert.deepEqual(await push, { n: 1 });
   wire.receive([channel.joinRef(), channel.joinRef(), "room:1", "phx_error", {}]);
-  mock.timers.tick(100);
+  clock.tick(100);
   wire.reply(wire.take()[0], "ok");
   assert.deepEqual([channel.state, count], ["joined", 2]);
 });
@@ -259,7 +260,7 @@ test("a refused join rejects with the reason and is tried again with new params"
     assert.deepEqual([error.status, error.reason, error.response], ["error", "not yours", { reason: "not yours" }]);
     return /phx_join on "room:1": not yours/.test(error.message);
   });
-  mock.timers.tick(100);
+  clock.tick(100);
   assert.deepEqual(wire.take()[0][4], { try: 2 });
 });
 
@@ -269,12 +270,12 @@ test("a join without an answer is undone by a leave, then tried again", () => {
   const channel = socket.channel("room:1");
   channel.join(500).receive("timeout", () => timeouts++);
   const [first] = wire.take();
-  mock.timers.tick(500);
+  clock.tick(500);
   const [leave] = wire.take();
   assert.deepEqual([leave[0], leave[3], channel.state, timeouts], [first[0], "phx_leave", "errored", 1]);
   wire.reply(first, "ok"); // too late
   assert.equal(channel.state, "errored");
-  mock.timers.tick(100);
+  clock.tick(100);
   assert.equal(wire.take()[0][3], "phx_join");
 });
 
@@ -300,7 +301,7 @@ test("after a lost connection every channel is joined again", () => {
   channel.onError(({ source, code }) => errors.push([source, code]));
   wire.end(1012);
   assert.deepEqual([channel.state, errors], ["errored", [["transport", 1012]]]);
-  mock.timers.tick(100);
+  clock.tick(100);
   FakeWebSocket.last.open();
   assert.equal(FakeWebSocket.last.take()[0][3], "phx_join");
 });
@@ -311,7 +312,7 @@ test("phx_close ends a channel without a rejoin", () => {
   let closed = 0;
   channel.onClose(() => closed++);
   wire.receive([channel.joinRef(), channel.joinRef(), "room:1", "phx_close", {}]);
-  mock.timers.tick(50);
+  clock.tick(50);
   assert.deepEqual([channel.state, closed, socket.channels, wire.take()], ["closed", 1, [], []]);
 });
 
@@ -380,7 +381,7 @@ test("a push made while not joined waits for the join, or for its timeout", asyn
   channel.join();
   const late = channel.push("late", {}, 50);
   const kept = channel.push("kept");
-  mock.timers.tick(50);
+  clock.tick(50);
   await assert.rejects(late.then(), { status: "timeout" });
   const wire = connect();
   wire.reply(wire.take()[0], "ok");

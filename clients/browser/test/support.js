@@ -50,6 +50,40 @@ export class FakeWebSocket {
   }
 }
 
+/** Stands in for `setTimeout` and goes when told to; Node's own, `mock.timers`, differs from version to version. */
+export class Clock {
+  #real = { setTimeout, clearTimeout };
+  #timers = new Map();
+  #now = 0;
+  #last = 0;
+
+  install() {
+    globalThis.setTimeout = (call, ms = 0) => {
+      this.#timers.set(++this.#last, { call, at: this.#now + ms });
+      return this.#last;
+    };
+    globalThis.clearTimeout = (timer) => this.#timers.delete(timer);
+  }
+
+  remove() {
+    Object.assign(globalThis, this.#real);
+    this.#timers.clear();
+  }
+
+  tick(ms) {
+    const end = this.#now + ms;
+    for (;;) {
+      const due = [...this.#timers].filter(([, { at }]) => at <= end).sort(([, one], [, other]) => one.at - other.at);
+      if (!due.length) break;
+      const [[timer, { call, at }]] = due;
+      this.#timers.delete(timer);
+      this.#now = at;
+      call();
+    }
+    this.#now = end;
+  }
+}
+
 export function bytes(hex) {
   return Uint8Array.from(Buffer.from(hex, "hex")).buffer;
 }

@@ -1,0 +1,53 @@
+"""The browser client: its own tests, its size, and a relay, in Node and in a real browser.
+
+That it and the published ``phoenix`` take each other's place is in ``test_phoenix_js.py``, which runs with both.
+"""
+
+import gzip
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.node import DEADLINE_S, need_browser, need_node, run_checks
+from tests.support.process import RelayProcess
+
+FOLDER = Path(__file__).parents[2] / "clients" / "browser"
+
+
+def test_its_own_tests_pass_in_node() -> None:
+    """The wire vectors among them. Source: ``clients/browser/test``."""
+    need_node()
+    ran = subprocess.run(
+        ["node", "--test"], cwd=FOLDER, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    counts = dict(re.findall(r"^\W*(pass|fail|skipped) (\d+)$", ran.stdout, re.MULTILINE))
+    assert int(counts["pass"]) > 70
+    assert (counts["fail"], counts["skipped"]) == ("0", "0")
+
+
+def test_it_is_under_6_kb_gzipped() -> None:
+    assert len(gzip.compress((FOLDER / "relay.js").read_bytes(), 9, mtime=0)) < 6000
+
+
+def test_it_is_one_module_without_dependencies() -> None:
+    package = json.loads((FOLDER / "package.json").read_text("utf-8"))
+    assert {"dependencies", "peerDependencies"} & package.keys() == set()
+    assert not re.search(r"^import\b|\bimport\(|\brequire\(", (FOLDER / "relay.js").read_text("utf-8"), re.MULTILINE)
+    assert all((FOLDER / name).exists() for name in package["files"])
+
+
+@pytest.mark.parametrize("name", ["Socket", "Channel", "Push", "PushError", "encode", "decode"])
+def test_declaration_names_what_the_module_exports(name: str) -> None:
+    pattern = rf"^export (class|function) {name}\b"
+    for file in ("relay.js", "relay.d.ts"):
+        assert re.search(pattern, (FOLDER / file).read_text("utf-8"), re.MULTILINE), file
+
+
+def test_it_works_in_a_browser(relay: RelayProcess) -> None:
+    """The wire vectors, ``await`` and ``for await``, a hidden page, a network that goes and comes."""
+    need_browser()
+    run_checks("client-chromium.mjs", relay.http, redis_url=relay.redis_url)
