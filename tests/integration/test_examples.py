@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from redis.asyncio import Redis
 
 from relay import Relay
 from tests.support.client import Client
-from tests.support.node import need_browser, need_node, run_checks
+from tests.support.node import SCRIPTS, need_browser, need_node, run_checks
 from tests.support.process import RelayProcess, Valkey, free_port, wait_for
 from tests.support.serving import heard_on, http_get, serve
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 NODE_PLUGIN = EXAMPLES / "node-plugin"
+VITE = EXAMPLES / "vite"
 
 
 @pytest.fixture(scope="module")
@@ -220,12 +221,13 @@ def kept_picture(tmp_path: Path, name: str) -> Path:
 
 
 @contextmanager
-def node_plugin(redis_url: str, port: int) -> Iterator[None]:
-    """``npm start`` in the plugin's folder, but without npm between it and us."""
+def node_process(command: list[str], folder: Path, ready: str, **environ: str) -> Iterator[None]:
+    """A command that is ended afterwards, and that has said ``ready`` before; it may not end by itself."""
     process = subprocess.Popen(
-        ["node", "plugin.js"],
-        cwd=NODE_PLUGIN,
-        env={**os.environ, "REDIS_URL": redis_url, "PORT": str(port)},
+        command,
+        cwd=folder,
+        env={**os.environ, "NO_COLOR": "1", **environ},
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -235,8 +237,7 @@ def node_plugin(redis_url: str, port: int) -> Iterator[None]:
     reader = threading.Thread(target=said.extend, args=(process.stdout,), daemon=True)
     reader.start()
     try:
-        ready = f"serving http://127.0.0.1:{port}\n"
-        wait_for(lambda: ready in said or process.poll() is not None, "the plugin")
+        wait_for(lambda: any(ready in line for line in said) or process.poll() is not None, ready)
         assert process.poll() is None, said
         yield
         assert process.poll() is None, said
@@ -245,6 +246,12 @@ def node_plugin(redis_url: str, port: int) -> Iterator[None]:
         process.wait()
         reader.join(5)
         process.stdout.close()
+
+
+def node_plugin(redis_url: str, port: int) -> AbstractContextManager[None]:
+    """``npm start`` in the plugin's folder, but without npm between it and us."""
+    ready = f"serving http://127.0.0.1:{port}\n"
+    return node_process(["node", "plugin.js"], NODE_PLUGIN, ready, REDIS_URL=redis_url, PORT=str(port))
 
 
 @pytest.fixture(scope="module")
@@ -288,3 +295,34 @@ async def test_a_plugin_in_node_answers_pushes_and_serves_a_route(
 
             assert await http_get(f"{relay.http}/api/node-plugin/") == (200, '{"plugin":"node","answered":4}')
             assert await http_get(f"{relay.http}/api/node-plugin/x?y=1") == (404, '{"error":"no /x?y=1 here"}')
+
+
+# Vite's dev server before all of them.
+
+
+def test_a_page_served_by_vite_reaches_the_relay_and_a_plugin(
+    node_packages: None, valkey: Valkey, tmp_path: Path
+) -> None:
+    """The proxy lines of ``vite.config.js``, with only their addresses changed, in a real browser."""
+    need_browser()
+    folder = tmp_path / "vite"
+    shutil.copytree(VITE, folder, ignore=shutil.ignore_patterns("node_modules", "package-lock.json"))
+    packages = folder / "node_modules"
+    packages.mkdir()
+    for name, installed in (("vite", "vite"), ("phoenix", "phoenix-1.8")):
+        (packages / name).symlink_to(SCRIPTS / "node_modules" / installed)
+    port, plugin_port = free_port(), free_port()
+    with (
+        RelayProcess("--redis-url", valkey.url) as relay,
+        node_plugin(valkey.url, plugin_port),
+    ):
+        config = folder / "vite.config.js"
+        text = config.read_text("utf-8")
+        for address, own in (("http://127.0.0.1:8000", relay.http), ("127.0.0.1:8001", f"127.0.0.1:{plugin_port}")):
+            assert address in text
+            text = text.replace(address, own)
+        config.write_text(text, "utf-8")
+        # As `npm run dev`, but on a port of the test's choice, or not at all.
+        vite = ["node", "node_modules/vite/bin/vite.js", "--host", "127.0.0.1", "--port", str(port), "--strictPort"]
+        with node_process(vite, folder, f"http://127.0.0.1:{port}/"):
+            run_checks("vite-chromium.mjs", f"http://127.0.0.1:{port}")
