@@ -1,4 +1,4 @@
-"""The command line: ``relay serve``, ``publish``, ``plugins`` and ``new-plugin``.
+"""The command line: ``relay serve``, ``publish``, ``plugins`` and ``new-plugin``; those of `relay.commands` besides.
 
 Owns the words on the terminal and the exit codes; leaves the work to the modules below it. Exit codes: 0
 done, 1 failed, 2 wrong usage or settings.
@@ -30,6 +30,7 @@ from urllib.request import urlopen
 import typer
 
 from relay import __version__, runfile
+from relay.commands.client import listen, push, topics
 from relay.config import CONFIG_VARIABLE, EMBEDDED, Config, load
 from relay.errors import BusUnavailable, ConfigError
 from relay.topics import is_event, is_topic
@@ -41,6 +42,9 @@ app: typer.Typer = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+for _command in (listen, push, topics):
+    app.command()(_command)
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML file with settings.")]
 RedisUrl = Annotated[str | None, typer.Option(metavar="URL", help="Redis to use, e.g. redis://localhost:6379.")]

@@ -54,8 +54,11 @@ def test_module_is_the_command() -> None:
 
 def test_help_names_the_commands_and_their_options(run: Run) -> None:
     for command, words in (
-        ((), ("serve", "publish")),
+        ((), ("serve", "publish", "listen", "push", "topics")),
         (("serve",), ("--config", "--host", "--port", "--redis-url", "--workers", "--open")),
+        (("listen",), ("TOPIC", "--config", "--url", "--token", "--params", "--count")),
+        (("push",), ("TOPIC", "EVENT", "JSON", "--config", "--url", "--token", "--params")),
+        (("topics",), ("--config", "--url")),
         (("publish",), ("TOPIC", "EVENT", "JSON", "--config", "--redis-url")),
     ):
         shown = run(*command, "--help").out

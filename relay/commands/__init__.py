@@ -1,0 +1,1 @@
+"""Commands of ``relay`` that have a module of their own."""

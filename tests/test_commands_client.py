@@ -1,0 +1,212 @@
+"""``relay listen``, ``push`` and ``topics``, as processes against ``relay serve``, on a terminal and piped."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
+
+import pytest
+import redis
+
+from tests.support.process import DEADLINE_S, RelayProcess, Valkey, free_port, wait_for
+
+ROOT = Path(__file__).parents[1]
+
+
+def relay_command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "relay", *arguments]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        relay_command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+    )
+
+
+class Listening:
+    """A running ``relay listen``, joined; its output goes to a pipe, or to a terminal of its own."""
+
+    def __init__(self, relay: RelayProcess, topic: str, *arguments: str, terminal: bool = False) -> None:
+        self._ours, theirs = pty.openpty() if terminal else os.pipe()
+        self.process = subprocess.Popen(
+            relay_command("listen", topic, "--url", relay.ws, *arguments),
+            cwd=ROOT,
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "200"},
+            stdin=subprocess.DEVNULL,
+            stdout=theirs,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        os.close(theirs)
+        self._pieces: list[bytes] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        wait_for(lambda: topic in joined(relay) or self.process.poll() is not None, "the join")
+
+    def _read(self) -> None:
+        try:
+            while piece := os.read(self._ours, 65536):
+                self._pieces.append(piece)
+        except OSError:  # how a terminal ends
+            pass
+
+    @property
+    def output(self) -> str:
+        return b"".join(self._pieces).decode()
+
+    def end(self, *, code: int) -> str:
+        """Wait for the end; returns what was said on standard error."""
+        _, errors = self.process.communicate(timeout=DEADLINE_S)
+        self._reader.join(DEADLINE_S)
+        assert self.process.returncode == code, errors
+        return errors
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.communicate()
+        self._reader.join(DEADLINE_S)
+        os.close(self._ours)
+
+
+@contextmanager
+def listening(*arguments: Any, **options: Any) -> Iterator[Listening]:
+    it = Listening(*arguments, **options)
+    try:
+        yield it
+    finally:
+        it.close()
+
+
+def joined(relay: RelayProcess) -> dict[str, int]:
+    with urlopen(f"{relay.http}/api/topics", timeout=DEADLINE_S) as response:
+        return {one["topic"]: one["sockets"] for one in json.load(response)}
+
+
+def publish(relay: RelayProcess, redis_channel: str, *payloads: bytes) -> None:
+    with redis.Redis.from_url(relay.redis_url) as client, client.pipeline(transaction=False) as pipeline:
+        for payload in payloads:
+            pipeline.publish(redis_channel, payload)
+        pipeline.execute()
+
+
+def test_listen_piped_is_a_line_of_json_each(relay: RelayProcess) -> None:
+    with listening(relay, "cli:piped", "--count", "2") as it:
+        publish(relay, "to:cli:piped:new_msg", '{"text":"hï"}'.encode())
+        publish(relay, "to:cli:piped:raw", b"\0\xff")
+        assert it.end(code=0) == ""
+        assert [json.loads(line) for line in it.output.splitlines()] == [
+            {"topic": "cli:piped", "event": "new_msg", "payload": {"text": "hï"}},
+            {"topic": "cli:piped", "event": "raw", "payload_base64": "AP8="},
+        ]
+
+
+def test_listen_on_a_terminal_is_for_reading_and_shows_rates_when_there_is_too_much(relay: RelayProcess) -> None:
+    with listening(relay, "cli:terminal", terminal=True) as it:
+        publish(relay, "to:cli:terminal:new_msg", '{"text":"hi \u009b31m"}'.encode())
+        wait_for(lambda: "new_msg" in it.output, "the event")
+        assert '{"text": "hi \\x9b31m"}' in it.output, "and nothing in it steers the terminal"
+        publish(relay, "to:cli:terminal:tick", *(str(number).encode() for number in range(500)))
+        wait_for(lambda: "not shown" in it.output, "the rates")
+        assert "events/s" in it.output and it.output.count("tick") < 100
+        it.process.send_signal(signal.SIGINT)
+        assert it.end(code=0) == "listening to cli:terminal; Ctrl+C ends\n"
+
+
+def test_listen_says_a_gap_and_joins_again() -> None:
+    with Valkey() as own, RelayProcess("--redis-url", own.url) as relay:
+        with listening(relay, "cli:gap", "--count", "1") as it:
+            own.kill()
+            own.start()
+
+            def is_over() -> bool:
+                with redis.Redis.from_url(own.url) as client:
+                    client.publish("to:cli:gap:n", "7")
+                return it.process.poll() is not None
+
+            wait_for(is_over, "an event after the gap")
+            assert it.end(code=0) == "relay: cli:gap: events may have been missed; joining again\n"
+            assert json.loads(it.output)["payload"] == 7
+
+
+def test_listen_ends_when_the_relay_does(valkey: Valkey) -> None:
+    with RelayProcess("--redis-url", valkey.url) as relay, listening(relay, "cli:lost") as it:
+        assert relay.stop() == 0
+        assert it.end(code=1).startswith(f"relay: {relay.ws}/websocket: connection lost: 1012")
+
+
+def test_push_shows_the_reply(relay: RelayProcess) -> None:
+    ran = run("push", "cli:push", "new_msg", '{"text":"hi"}', "--url", relay.ws, "--token", "t")
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "{}\n", "")
+
+
+def test_refusal_is_exit_code_1_with_the_reason(valkey: Valkey, tmp_path: Path) -> None:
+    config = tmp_path / "relay.toml"
+    config.write_text('[[topics]]\nmatch = "*"\npush = false\n')
+    with RelayProcess("--redis-url", valkey.url, "--config", str(config)) as relay:
+        ran = run("push", "cli:refused", "e", "{}", "--url", relay.ws)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr == "relay: e on cli:refused: push not allowed\n"
+
+
+def test_wrong_address_is_exit_code_1_with_what_the_server_said(relay: RelayProcess) -> None:
+    ran = run("push", "t", "e", "{}", "--url", f"{relay.ws}/nowhere", "--token", "hidden")
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr.startswith(f"relay: {relay.ws}/nowhere/websocket: HTTP 404")
+    assert "hidden" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    "command", [("listen", "t"), ("push", "t", "e", "{}"), ("topics",)], ids=["listen", "push", "topics"]
+)
+def test_nobody_there_is_exit_code_1_in_one_line(command: tuple[str, ...]) -> None:
+    url = f"{'http' if command[0] == 'topics' else 'ws'}://127.0.0.1:{free_port()}/x"
+    ran = run(*command, "--url", url)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith(f"relay: {url}")
+
+
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        (("listen", ""), "TOPIC"),
+        (("listen", "t", "--params", "{"), "--params"),
+        (("listen", "t", "--url", "http://x"), "--url"),
+        (("push", "t", "a:b", "{}"), "EVENT"),
+        (("push", "t", "e", "{"), "JSON"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2_in_one_line(command: tuple[str, ...], word: str) -> None:
+    ran = run(*command)
+    assert (ran.returncode, ran.stdout) == (2, "")
+    (line,) = ran.stderr.splitlines()
+    assert line.startswith(f"relay: {word}: ")
+
+
+def test_topics_are_listed_with_their_sockets_and_the_key_of_the_settings(valkey: Valkey, tmp_path: Path) -> None:
+    port = free_port()
+    config = tmp_path / "relay.toml"
+    config.write_text(f"port = {port}\nredis_url = '{valkey.url}'\n[rest]\napi_key = 'a key'\n")
+    with RelayProcess("--config", str(config), "--port", str(port)) as relay:
+        ran = run("topics", "--config", str(config))
+        assert (ran.returncode, ran.stderr) == (0, "")
+        assert [json.loads(line)["topic"] for line in ran.stdout.splitlines()] == []
+        assert run("topics", "--url", f"{relay.http}/api").stderr == f"relay: {relay.http}/api: HTTP 401 Unauthorized\n"
+        joining = relay_command("listen", "cli:listed", "--config", str(config), "--count", "1")
+        process = subprocess.Popen(joining, cwd=ROOT, stdout=subprocess.DEVNULL)
+        try:
+            wait_for(lambda: run("topics", "--config", str(config)).stdout, "the join")
+            ran = run("topics", "--config", str(config))
+            assert json.loads(ran.stdout) == {"topic": "cli:listed", "sockets": 1}
+        finally:
+            process.terminate()
+            process.wait()
