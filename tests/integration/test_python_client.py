@@ -439,6 +439,19 @@ async def test_pushes_wait_for_the_join_and_fail_when_the_connection_is_lost() -
         assert refused.value.status == "timeout"
 
 
+async def test_join_just_when_the_connection_is_lost_comes_after_the_next_one(served: Served) -> None:
+    """At each turn of the loop around the loss; one where the join did not let the socket see it hung for ever."""
+    async with quickly(served.ws) as socket:
+        for turns in range(8):
+            await eventually(lambda: socket.is_connected, "a connection")
+            assert socket._link._connection is not None
+            socket._link._connection.transport.abort()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            async with socket.join("python:just") as room:
+                assert room.is_joined
+
+
 async def test_frame_that_is_none_is_counted_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:
     async def script(server: Answering) -> None:
         join = await server.hear("phx_join")

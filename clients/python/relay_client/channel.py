@@ -182,6 +182,7 @@ class Channel:
             except Exception as error:  # params are anybody's code
                 self._join_ref = None
                 if isinstance(error, PushError) and error.status == "disconnected":
+                    await asyncio.sleep(0)  # the socket may not have seen it yet, and must have its turn
                     continue
                 if not answer.done():
                     answer.set_exception(error)
