@@ -196,11 +196,11 @@ class _Client:
         raise Failed(f"{event} on {self.topic}: {response.get('reason') if isinstance(response, dict) else response}")
 
     async def receive(self) -> tuple[str | None, str, Any]:
-        """Ref, event and payload of the next message."""
-        frame = await self.connection.recv()
-        if isinstance(frame, str):
-            _, ref, _, event, payload = json.loads(frame)[:5]
-            return ref, event, payload
+        """Ref, event and payload of the next message; one that is meant for an earlier join is left out."""
+        while isinstance(frame := await self.connection.recv(), str):
+            join_ref, ref, _, event, payload = json.loads(frame)[:5]
+            if join_ref in (None, self.join_ref):
+                return ref, event, payload
         # 0: push, 1: reply, 2: event; so many lengths follow, and then as many names.
         lengths = frame[1 : 1 + (3, 4, 2)[frame[0]]]
         end, names = 1 + len(lengths), []
