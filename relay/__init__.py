@@ -24,11 +24,13 @@ __all__ = [
     "RedisMessage",
     "Refused",
     "Relay",
+    "UpgradeRequest",
     "__version__",
 ]
 
 if TYPE_CHECKING:
     from relay.app import Relay
+    from relay.auth import UpgradeRequest
     from relay.config import Config
     from relay.errors import BusUnavailable, ConfigError
     from relay.hooks import Event, Join, Leave, Push, RedisMessage, Refused
@@ -41,6 +43,7 @@ _HOMES = {
     "ConfigError": "relay.errors",
     **dict.fromkeys(("Event", "Join", "Leave", "Push", "RedisMessage", "Refused"), "relay.hooks"),
     "Plugin": "relay.plugins",
+    "UpgradeRequest": "relay.auth",
 }
 
 

@@ -6,10 +6,10 @@ Owns the face of the relay: settings, plugins, routes, and the start and stop of
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 from urllib.parse import urlsplit
 
 from pydantic import ValidationError
@@ -19,6 +19,7 @@ from starlette.routing import BaseRoute, Mount
 
 from relay import hooks, pages, upgrade
 from relay.addresses import look_behind_proxies, parse_networks
+from relay.auth import Authenticate
 from relay.brokers.base import Direction, Link
 from relay.config import EMBEDDED, Config, explain, load
 from relay.engine import Engine
@@ -28,6 +29,7 @@ from relay.metrics import REFUSED_STATE, Metrics
 from relay.plugins import Plugin, system
 from relay.plugins.loader import Loaded, load_plugins
 from relay.socket import Socket
+from relay.tokens import Key, load_keys
 from relay.topics import is_event, is_topic
 from relay.transport import ReceiveCallable, Scope, SendCallable
 
@@ -42,12 +44,19 @@ class Relay:
 
     Args: config: settings as a tree; or give single ones by name, ``Relay(redis_url="redis://…")``.
           extra_plugins: the team's own, besides those that are found; they are called first.
+          authenticate: says who gets in: given an `UpgradeRequest`, it returns a mapping with ``sub``, or None for an
+              anonymous client, or raises `Refused`. A coroutine function, or a plain one, which runs in a thread.
 
     Raises: ConfigError: no bus is configured, a setting makes no sense, or a plugin cannot be loaded.
     """
 
     def __init__(
-        self, config: Config | None = None, *, extra_plugins: tuple[Plugin, ...] = (), **settings: Any
+        self,
+        config: Config | None = None,
+        *,
+        extra_plugins: tuple[Plugin, ...] = (),
+        authenticate: Authenticate | None = None,
+        **settings: Any,
     ) -> None:
         try:
             self.config: Config = config if config is not None else Config(**settings)
@@ -58,6 +67,8 @@ class Relay:
                 'redis_url: expected where to hear events: redis_url="redis://localhost:6379", '
                 f'redis_url="{EMBEDDED}" for a server of the relay\'s own, or broadcast_url="memory://"'
             )
+        self.keys: tuple[Key, ...] = load_keys(self.config.auth)
+        self._authenticate = authenticate
         self.metrics: Metrics = Metrics()
         builtins = (system.plugin,) if self.config.system_topic else ()
         self.plugins: Loaded = load_plugins(self.config.plugins, (*extra_plugins, *builtins))
@@ -69,9 +80,14 @@ class Relay:
         self._socket_paths = frozenset(f"{path}/websocket" for path in self.config.socket_paths)
 
     @classmethod
-    def from_file(cls, path: str | Path) -> "Relay":
+    def from_file(cls, path: str | Path, *, authenticate: Authenticate | None = None) -> "Relay":
         """Make a relay from a TOML file and ``RELAY_…`` variables. Raises ConfigError."""
-        return cls(load(path))
+        return cls(load(path), authenticate=authenticate)
+
+    @property
+    def authenticates(self) -> bool:
+        """Whether it asks who somebody is, by keys or by a function."""
+        return self.config.auth.has_keys or self._authenticate is not None
 
     def _make_proxies(self) -> "list[Proxy]":
         if not self.config.proxy:
@@ -88,6 +104,10 @@ class Relay:
             from relay.rest import make_rest
 
             routes.append(Mount(self.config.rest.path, make_rest(self)))
+        if self.config.auth.tangram:
+            from relay.rest import token_route
+
+            routes.append(token_route(self))
         for mount in routes:
             if isinstance(mount, Mount):
                 # Or a newline (%0A) would be no part of a path, and what is mounted would not be asked.
@@ -103,7 +123,9 @@ class Relay:
         """
         async with self._starting:
             if self._engine is None:
-                engine = Engine(self.config, self.metrics, self.plugins.hooks, self)
+                engine = Engine(
+                    self.config, self.metrics, self.plugins.hooks, self, authenticate=self._authenticate, keys=self.keys
+                )
                 self._engine = engine  # plugins may use the relay while they start
                 try:
                     await engine.start()
@@ -188,12 +210,33 @@ class Relay:
         """A socket of this process by its id; None where there is none."""
         return self.engine.sockets.get(socket_id)
 
-    def disconnect(self, socket_id: str, reason: str = "") -> bool:
-        """Close a socket of this process with 1001; False where there is none."""
-        found = self.socket(socket_id)
+    @overload
+    def disconnect(self, socket_id: str, reason: str = "") -> bool: ...
+
+    @overload
+    def disconnect(self, *, user: str, reason: str = "") -> Awaitable[None]: ...
+
+    def disconnect(
+        self, socket_id: str | None = None, reason: str = "", *, user: str | None = None
+    ) -> bool | Awaitable[None]:
+        """Close a socket of this process with 1001, False where there is none; or all sockets of a user.
+
+        ``await relay.disconnect(user="alice")`` reaches every node; BusUnavailable: only this one. A client comes back
+        unless it is kept out: revoke its token first, or let ``authenticate`` refuse it.
+        """
+        if user is not None:
+            return self.engine.order("disconnect", user, reason=reason)
+        found = self.socket(socket_id or "")
         if found is not None:
             found.disconnect(reason)
         return found is not None
+
+    def kick(self, topic: str, *, user: str) -> Awaitable[None]:
+        """Take a user out of a topic with ``phx_close``, on every node: the client does not rejoin by itself.
+
+        BusUnavailable: only on this one.
+        """
+        return self.engine.order("kick", user, topic)
 
     @property
     def topics(self) -> dict[str, int]:

@@ -30,6 +30,8 @@ from urllib.request import urlopen
 import typer
 
 from relay import __version__, runfile
+from relay.commands import ConfigFile, RedisUrl
+from relay.commands.auth import check, token
 from relay.commands.client import listen, push, topics
 from relay.config import CONFIG_VARIABLE, EMBEDDED, Config, load
 from relay.errors import BusUnavailable, ConfigError
@@ -43,11 +45,8 @@ app: typer.Typer = typer.Typer(
     add_completion=False,
 )
 
-for _command in (listen, push, topics):
+for _command in (listen, push, topics, token, check):
     app.command()(_command)
-
-ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML file with settings.")]
-RedisUrl = Annotated[str | None, typer.Option(metavar="URL", help="Redis to use, e.g. redis://localhost:6379.")]
 
 
 def main() -> None:
@@ -89,14 +88,18 @@ def serve(
     if application is not None and redis_url is not None:
         raise ConfigError(f"command line: --redis-url: {application} makes its relay itself; give it to Relay() there")
     settings = load(config, {"host": host, "port": port, "redis_url": redis_url, "workers": workers})
-    settings.check_exposure()
+    if application is None:
+        from relay.tokens import load_keys
+
+        settings.check_exposure()
+        _ = load_keys(settings.auth)  # what is wrong with them is said here, once for all workers
     logging.config.dictConfig(_logging(settings.log_level))
     code = 0
     with ExitStack() as stack:
         stack.enter_context(_stop_on_sigterm())
         if application is not None:
             sys.path.insert(0, "")  # as `python -m uvicorn` does
-            _check_import(application)
+            settings.check_exposure(authenticates=_authenticates(_import(application)))
         listener = _listen(settings)
         stack.callback(listener.close)
         settings = settings.model_copy(update={"port": listener.getsockname()[1]})
@@ -160,7 +163,16 @@ def _run(settings: Config, application: str | None, file: Path | None, listener:
     return 0
 
 
-def _check_import(application: str) -> None:
+def _authenticates(app: Any) -> bool:
+    """Whether the relays in somebody's app, of which there must be some in plain sight, ask who somebody is."""
+    from relay.app import Relay
+
+    apps = [app, *(getattr(route, "app", None) for route in getattr(app, "routes", ()))]
+    relays = [found for found in apps if isinstance(found, Relay)]
+    return bool(relays) and all(relay.authenticates or relay.config.anonymous for relay in relays)
+
+
+def _import(application: str) -> Any:
     """Import somebody's app here, where what is wrong with it can be said in one line. Raises ConfigError."""
     from uvicorn.importer import ImportFromStringError, import_from_string
 
@@ -177,6 +189,7 @@ def _check_import(application: str) -> None:
         raise ConfigError(f"MODULE:APP: {application} cannot be imported: {reason}{where}") from None
     if not callable(app):
         raise ConfigError(f"MODULE:APP: expected an ASGI app, got {app!r} for {application}")
+    return app
 
 
 def _collect_rarely() -> None:

@@ -4,6 +4,7 @@ Owns every setting with its unit and default; must not know who uses it. ``confi
 """
 
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
@@ -23,6 +24,7 @@ from pydantic_settings import (
 )
 
 from relay.addresses import parse_networks
+from relay.auth_config import AuthConfig, Seconds, Table
 from relay.errors import ConfigError
 from relay.outbox import Overflow, Policy
 
@@ -36,8 +38,10 @@ EMBEDDED = "embedded"
 _REDIS_SCHEMES = ("redis", "rediss", "unix")
 _BROADCAST_SCHEMES = ("memory", "postgres", "postgresql", "kafka")
 
+_SECRET = re.compile(r"(^|[._])(url|keys?)(\.|$)")
+"""Settings whose values are not repeated."""
+
 Positive = Annotated[int, Field(gt=0)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 # Of these, zero means none: the limit is off.
 OrOff = Annotated[int, Field(ge=0)]
@@ -51,11 +55,7 @@ class OnGap(StrEnum):
     IGNORE = "ignore"
 
 
-class _Table(BaseModel, extra="forbid", frozen=True):
-    """Unknown keys are refused, and nothing changes after the start."""
-
-
-class RedisConfig(_Table):
+class RedisConfig(Table):
     """The link to Redis."""
 
     to_prefix: str = Field("to:", min_length=1, description="Redis channels towards browsers start with this")
@@ -66,15 +66,21 @@ class RedisConfig(_Table):
     backoff_min_s: Seconds = Field(0.1, description="seconds to the first new attempt, at most")
     backoff_max_s: Seconds = Field(5.0, description="seconds between two attempts, at most")
     publish_queue_max: Positive = Field(10_000, description="messages waiting for Redis before pushes are refused")
+    control_channel: str = Field(
+        "relay:control", description='Redis channel by which nodes tell each other to send users away; "" for none'
+    )
 
     @model_validator(mode="after")
     def _prefixes_differ(self) -> "RedisConfig":
         if self.to_prefix.startswith(self.from_prefix) or self.from_prefix.startswith(self.to_prefix):
             raise ValueError("to_prefix and from_prefix must not begin alike, or the relay would hear its own pushes")
+        if self.control_channel.startswith((self.to_prefix, self.from_prefix)):
+            # What starts with from_prefix is named by browsers.
+            raise ValueError("control_channel must not begin with to_prefix or from_prefix")
         return self
 
 
-class LimitsConfig(_Table):
+class LimitsConfig(Table):
     """How much clients may ask for. Where zero is allowed, it turns the limit off; docs/limits.md has the reasons."""
 
     frame_max_bytes: Positive = Field(1_048_576, description="largest frame from a client, in bytes")
@@ -109,7 +115,7 @@ class LimitsConfig(_Table):
     body_max_bytes: Positive = Field(8_388_608, description="largest body of a REST request, in bytes")
 
 
-class PluginsConfig(_Table):
+class PluginsConfig(Table):
     """Where plugins come from, and how long their handlers may take."""
 
     paths: tuple[Path, ...] = Field((), description="directories whose packages are plugins")
@@ -120,7 +126,7 @@ class PluginsConfig(_Table):
     timeout_s: Seconds = Field(10.0, description="seconds until a handler is given up")
 
 
-class RestConfig(_Table):
+class RestConfig(Table):
     """The REST interface."""
 
     path: str = Field("/api", description='where it is mounted; "" turns it off')
@@ -136,7 +142,7 @@ class RestConfig(_Table):
         return path.rstrip("/")
 
 
-class ProxyConfig(_Table):
+class ProxyConfig(Table):
     """A prefix that another process serves."""
 
     prefix: str = Field(min_length=2, pattern="^/", description="path that is forwarded, with all below it")
@@ -144,7 +150,7 @@ class ProxyConfig(_Table):
     strip_prefix: bool = Field(True, description="leave the prefix out of the forwarded path")
 
 
-class TopicConfig(_Table):
+class TopicConfig(Table):
     """Settings of the topics that ``match``; the first entry that matches is used."""
 
     match: str = Field(
@@ -174,10 +180,12 @@ class TopicConfig(_Table):
 class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True):
     """All settings of a relay. Unknown keys are refused."""
 
-    host: str = Field("127.0.0.1", description="address to listen on; others than loopback need anonymous = true")
+    host: str = Field(
+        "127.0.0.1", description="address to listen on; others than loopback need auth, or anonymous = true"
+    )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     workers: Positive = Field(1, description="processes to serve with")
-    anonymous: bool = Field(False, description="let anybody connect, also from other machines")
+    anonymous: bool = Field(False, description="let anybody connect without a token, also from other machines")
     redis_url: str = Field("", repr=False, description='redis://, rediss:// or unix:// address, or "embedded"')
     broadcast_url: str = Field(
         "", repr=False, description="instead of Redis: memory://, postgres:// or kafka:// address"
@@ -196,6 +204,7 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     rejoins_per_s: Positive = Field(1000, description="after a gap: subscriptions asked to rejoin per second")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity of log lines")
     redis: RedisConfig = RedisConfig()
+    auth: AuthConfig = AuthConfig()
     limits: LimitsConfig = LimitsConfig()
     plugins: PluginsConfig = PluginsConfig()
     rest: RestConfig = RestConfig()
@@ -268,12 +277,21 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
                 return entry
         return _DEFAULT_TOPIC
 
-    def check_exposure(self) -> None:
-        """Refuse to listen beyond this machine while anybody may connect. Raises ConfigError."""
-        if self.host not in ("127.0.0.1", "::1", "localhost") and not self.anonymous:
+    @property
+    def is_exposed(self) -> bool:
+        """Whether other machines can reach it."""
+        return self.host not in ("127.0.0.1", "::1", "localhost")
+
+    def check_exposure(self, *, authenticates: bool = False) -> None:
+        """Refuse to listen beyond this machine while anybody may connect. Raises ConfigError.
+
+        Args: authenticates: a function of somebody's own app says who gets in.
+        """
+        if self.is_exposed and not (self.anonymous or self.auth.has_keys or authenticates):
             raise ConfigError(
-                f"host: {self.host} can be reached from other machines, and anybody could connect; "
-                "set anonymous = true (or RELAY_ANONYMOUS=true) if that is meant"
+                f"host: {self.host} can be reached from other machines, and anybody could connect; set auth.keys or "
+                "auth.jwks_url to let in whoever has a token, or give your app's relay authenticate=…, or set "
+                "anonymous = true (or RELAY_ANONYMOUS=true) if anybody is meant"
             )
 
 
@@ -363,7 +381,7 @@ def _explain(problem: ErrorDetails, sources: list[tuple[str, dict[str, Any]]]) -
         text = "expected a table"
     # A URL may hold a password, also where it stands at the wrong key; and a whole table says nothing.
     came = repr(problem["input"])
-    secret = key.endswith(("_url", "api_key")) or "@" in came or isinstance(problem["input"], dict | Config)
+    secret = _SECRET.search(key) or "@" in came or isinstance(problem["input"], dict | Config)
     shown = "" if secret else f", got {came}"
     return ": ".join(filter(None, (where, key, text[:1].lower() + text[1:] + shown)))
 

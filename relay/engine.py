@@ -9,16 +9,21 @@ import math
 import random
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import count
+from typing import Literal
 
-from relay import handshake, transport, upgrade
+from relay import control, handshake, transport, upgrade
+from relay.access import Access
 from relay.addresses import counted_as
+from relay.auth import Auth, Authenticate
 from relay.brokers.base import Broker
 from relay.brokers.embedded import EmbeddedValkey
 from relay.calling import HandlerFailed, is_being_cancelled
 from relay.config import EMBEDDED, Config
-from relay.errors import CloseCode, ConfigError
+from relay.errors import CloseCode, ConfigError, NotAdmitted
 from relay.handshake import Refused
 from relay.hooks import Hook, Hooks
 from relay.hub import Hub
@@ -27,6 +32,7 @@ from relay.metrics import Metrics
 from relay.node import Node
 from relay.outbox import Outboxes
 from relay.socket import Socket
+from relay.tokens import Key, Verifier
 from relay.transport import Connection, ReceiveCallable, Scope, SendCallable
 
 _logger = logging.getLogger("relay")
@@ -43,9 +49,19 @@ class Engine:
     """A running relay.
 
     Args: owner: what handlers are given as ``relay``.
+          authenticate: the team's own say in who gets in.
+          keys: the static keys of tokens.
     """
 
-    def __init__(self, config: Config, metrics: Metrics, hooks: Hooks, owner: object) -> None:
+    def __init__(
+        self,
+        config: Config,
+        metrics: Metrics,
+        hooks: Hooks,
+        owner: object,
+        authenticate: Authenticate | None = None,
+        keys: tuple[Key, ...] = (),
+    ) -> None:
         self._metrics = metrics
         self._hooks = hooks
         self._owner = owner
@@ -66,6 +82,13 @@ class Engine:
         loop = asyncio.get_running_loop()
         self.hub: Hub = Hub(metrics, lambda topic: config.topic(topic).policy, loop.call_soon)
         self.node: Node = Node(config, self.broker, self.hub, metrics, hooks, owner)
+        self._name = uuid.uuid4().hex[:8]
+        self.node.on_order = self._receive_order
+        self._verifier = Verifier(config.auth, keys) if config.auth.has_keys else None
+        self._auth: Auth | None = None
+        if self._verifier or authenticate or config.auth.anonymous or config.auth.authenticated:
+            verify = self._verifier.verify if self._verifier else None
+            self._auth = Auth(config, self.node.caller, verify, authenticate)
         self.sockets: dict[str, Socket] = {}
         self._no_sockets = asyncio.Event()
         self._no_sockets.set()
@@ -74,6 +97,8 @@ class Engine:
     async def start(self) -> None:
         """Hear the bus, then start the plugins. Raises ConfigError where one of them fails to start."""
         try:
+            if self._verifier is not None:
+                self._verifier.start()
             await self.node.start()
             for hook in self._hooks.startup:
                 try:
@@ -102,6 +127,8 @@ class Engine:
             with suppress(HandlerFailed):  # logged and counted there
                 await self.node.caller.call(hook, self._owner)
         await self.node.stop()
+        if self._verifier is not None:
+            await self._verifier.close()
         if self._embedded is not None:
             await asyncio.to_thread(self._embedded.stop)
 
@@ -142,13 +169,47 @@ class Engine:
         """Do the handshake of a ``websocket`` scope; None where it was refused."""
         config, metrics = self.config, self._metrics
         shake = handshake.check(scope, config.origins)
+        access: Callable[..., Access] | None = None
+        if self._auth is not None and not isinstance(shake, Refused):
+            try:
+                access = partial(Access, self._auth, await self._auth.admit(scope, shake.auth_token))
+            except NotAdmitted as error:
+                shake = Refused(error.status, str(error), error.kind)
         if isinstance(shake, Refused):
             await self._refuse(scope, receive, send, shake)
             return None
         await upgrade.accept(receive, send, shake.subprotocol)
         name, compression = f"{_PROCESS}-{next(_numbers)}", config.compression
         connection = Connection(name, scope, receive, send, config.limits, metrics, compression, self._outboxes)
-        return Socket(shake, scope, connection, config=config, node=self.node, hub=self.hub, metrics=metrics)
+        return Socket(
+            shake,
+            scope,
+            connection,
+            config=config,
+            node=self.node,
+            hub=self.hub,
+            metrics=metrics,
+            access=access,
+        )
+
+    # Sending users away.
+
+    def order(
+        self, do: Literal["disconnect", "kick"], user: str, topic: str = "", reason: str = ""
+    ) -> asyncio.Future[None]:
+        """Send a user away here and on all other nodes; the future fails with BusUnavailable where they do not hear."""
+        order = control.Order(do, user, self._name, topic, reason)
+        self._carry_out(order)
+        return self.node.publish_order(order)
+
+    def _receive_order(self, order: control.Order) -> None:
+        if order.sender != self._name:  # else it has come back to us
+            self._carry_out(order)
+
+    def _carry_out(self, order: control.Order) -> None:
+        for socket in tuple(self.sockets.values()):
+            if socket.access is not None:
+                self._metrics.sent_away += socket.access.send_away(order.user, order.topic, order.reason)
 
     async def _sweep(self) -> None:
         """Close idle sockets. One coarse look at all of them costs less than a timer for each."""

@@ -7,6 +7,7 @@ Exceptions::
     RelayError
     ├── ConfigError        the settings do not make sense; the start is stopped
     ├── WireError          a client's frame cannot be decoded; carries the close code
+    ├── NotAdmitted        a client has not proved who it is
     └── BusUnavailable     the broker did not take a message
 """
 
@@ -26,6 +27,11 @@ class Reason(StrEnum):
     INVALID_EVENT = "invalid event"
     PAYLOAD_TOO_LARGE = "payload too large"
     PUSH_NOT_ALLOWED = "push not allowed"
+    UNAUTHORIZED = "unauthorized"
+    INVALID_TOKEN = "invalid token"
+    TOKEN_EXPIRED = "token expired"
+    ANOTHER_USER = "token of another user"
+    AUTH_UNAVAILABLE = "authentication unavailable"
     RATE_LIMITED = "rate limited"
     BUS_UNAVAILABLE = "bus unavailable"
     EVENTS_MISSED = "events may have been missed"
@@ -47,7 +53,7 @@ class CloseCode(IntEnum):
     INVALID_PAYLOAD = 1007
     """Not UTF-8, not JSON, or not a message of the negotiated version."""
     POLICY_VIOLATION = 1008
-    """Messages over the rate for long, or no topic joined in time."""
+    """Messages over the rate for long, no topic joined in time, or an expired token that was not renewed in time."""
     TOO_BIG = 1009
     """A frame over ``limits.frame_max_bytes``."""
     RESTART = 1012
@@ -81,6 +87,20 @@ class WireError(RelayError):
     def __init__(self, code: CloseCode, text: str) -> None:
         self.code = code
         super().__init__(text.encode()[:123].decode(errors="ignore"))
+
+
+class NotAdmitted(RelayError):
+    """A client has not proved who it is, or may not come in.
+
+    ``status`` and ``kind`` are for a handshake: HTTP status, and a short word for the counter. ``reason`` is for a
+    join or a renewal. ``str(error)`` says what is wrong, and never repeats a token.
+    """
+
+    def __init__(self, status: int, kind: str, text: str, reason: Reason = Reason.INVALID_TOKEN) -> None:
+        self.status = status
+        self.kind = kind
+        self.reason = reason
+        super().__init__(text)
 
 
 class BusUnavailable(RelayError):

@@ -84,6 +84,24 @@ def token_from(offered: Iterable[str]) -> str | None:
         raise ValueError("not base64") from error
 
 
+def find_token(scope: Mapping[str, Any], auth_token: str | None) -> str | None:
+    """Find the token of an upgrade request; the first that is there counts, whatever the others say.
+
+    In this order: phoenix.js's ``authToken`` (a subprotocol), ``params.token`` (the query), ``Authorization: Bearer``,
+    and ``userToken`` in the query, which is tangram's.
+    """
+    if auth_token:
+        return auth_token
+    query = parse_qs(scope["query_string"].decode("latin-1"))
+    if "token" in query:
+        return str(query["token"][-1])
+    for name, value in scope["headers"]:
+        scheme, _, credentials = value.decode("latin-1").partition(" ")
+        if name == b"authorization" and scheme.lower() == "bearer" and credentials.strip():
+            return str(credentials.strip())
+    return str(query["userToken"][-1]) if "userToken" in query else None
+
+
 def is_allowed_origin(origin: str, host: str, origins: str | tuple[str, ...]) -> bool:
     """Say whether a page from ``origin`` may connect to a relay asked for under ``host``.
 

@@ -57,6 +57,10 @@ class Socket(Protocol):
         """The query of the upgrade request: phoenix.js's ``params``."""
 
     @property
+    def user(self) -> str | None:
+        """Whose it is: the subject of its token; None for an anonymous one."""
+
+    @property
     def claims(self) -> Mapping[str, Any]:
         """What the client has proved about itself; empty for an anonymous one."""
 

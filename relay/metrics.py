@@ -37,6 +37,8 @@ class Metrics:
     """Times the broker's link was interrupted, so that events may have been missed."""
     rejoins_asked: int = 0
     """Subscriptions told by ``phx_error`` to rejoin after a gap."""
+    sent_away: int = 0
+    """Sockets and subscriptions ended because their user was disconnected or kicked."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Events not delivered, by reason."""
     dropped_topics: Counter[str] = field(default_factory=Counter)

@@ -14,10 +14,11 @@ from functools import partial
 from inspect import iscoroutinefunction
 from weakref import WeakValueDictionary
 
-from relay import topics
+from relay import control, topics
 from relay.brokers.base import Broker, Direction, Event
 from relay.calling import Caller, HandlerFailed
 from relay.config import Config, OnGap
+from relay.control import Order
 from relay.errors import BusUnavailable, Reason
 from relay.hooks import Event as HookedEvent
 from relay.hooks import Hook, Hooks, RedisMessage, matching
@@ -86,6 +87,8 @@ class Node:
         self._sleep = sleep
         self.hooks = hooks
         self.caller: Caller = Caller(metrics, config.plugins.timeout_s)
+        self.on_order: Callable[[Order], None] = lambda order: None
+        """Called for each order of another node."""
         self._relay = relay
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
@@ -242,6 +245,15 @@ class Node:
                 else:
                     self._lanes.run(hook, partial(self._call_redis_hook, hook, message))
 
+    def receive_control(self, data: bytes) -> None:
+        """Take an order from another node; what is none is dropped."""
+        order = control.decode(data)
+        if order is None:
+            self._metrics.dropped["control message not understood"] += 1
+            self._throttle.warning("control", "a message on the control channel was not understood: dropped")
+        else:
+            self.on_order(order)
+
     async def _call_redis_hook(self, hook: Hook, message: RedisMessage) -> None:
         with suppress(HandlerFailed):  # logged and counted there
             await self.caller.call(hook, message, self._relay)
@@ -363,6 +375,12 @@ class Node:
     def publish(self, direction: Direction, topic: str, event: str, payload: Payload) -> asyncio.Future[None]:
         """Publish one message on the bus; see `Broker.publish`."""
         future = self._broker.publish(direction, topic, event, bytes(payload))
+        future.add_done_callback(self._log_failure)
+        return future
+
+    def publish_order(self, order: Order) -> asyncio.Future[None]:
+        """Tell all nodes to send a user away; see `Broker.publish_control`."""
+        future = self._broker.publish_control(control.encode(order))
         future.add_done_callback(self._log_failure)
         return future
 

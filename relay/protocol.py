@@ -23,6 +23,7 @@ import msgspec
 
 from relay import topics, wire
 from relay.errors import Reason
+from relay.rights import Identity
 from relay.wire import EMPTY, Frame, Message, Payload, Ref, Version
 
 DROPPED_EVENT = "relay:dropped"
@@ -36,6 +37,10 @@ class Subscription:
     topic: str
     join_ref: Ref
     """The join's ``join_ref``, or its ``ref`` where the client gave none."""
+    may_push: bool = True
+    """Whether the client has the right to push here; decided once, when it joins."""
+    identity: Identity | None = None
+    """Whose token opened it, where the join brought one of its own; else it is the socket's."""
 
 
 @dataclass(slots=True)

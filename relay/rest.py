@@ -8,7 +8,9 @@ Owns the routes under ``rest.path``; must not know how events travel. Errors are
 import hmac
 import ipaddress
 import json
-from collections.abc import AsyncGenerator, Callable, Coroutine
+import secrets
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from http import HTTPStatus
 from http.client import responses as phrases
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,15 +21,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
-from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag
+from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
+from starlette.routing import Route
 
 from relay import __version__
 from relay.errors import BusUnavailable
 from relay.handshake import is_allowed_origin
 from relay.metrics import Metrics
 from relay.plugins.loader import Loaded
+from relay.tokens import sign
 from relay.topics import is_event, is_topic
 
 if TYPE_CHECKING:
@@ -98,6 +102,7 @@ class SocketDetails(BaseModel):
     id: str
     address: str | None
     version: int = Field(description="of the protocol: 1 or 2")
+    user: str | None = Field(description="the subject of its token; null for an anonymous one")
     path: str = Field(description='how frames are written: "direct" to the transport, or "portable" through ASGI')
     topics: list[str]
     outbox_bytes: int = Field(description="waiting, because it reads too slowly")
@@ -116,6 +121,10 @@ _PROBLEMS = {
     **_described(422, "The request is not as described"),
 }
 _NOT_FOUND = _described(404, "There is no such thing here")
+_NOT_TOLD = {
+    **_described(404, "A name with a line break in it has no route"),
+    **_described(503, "It was done here, and the bus did not take it to the other nodes"),
+}
 _NOT_PUBLISHED = {
     **_described(400, "The body cannot be read"),
     **_described(413, "The body is larger than the relay reads, or a payload larger than it delivers"),
@@ -123,6 +132,9 @@ _NOT_PUBLISHED = {
 }
 
 TopicName = Annotated[str, Path(description="topic; may contain colons and slashes")]
+UserName = Annotated[
+    str, Path(min_length=1, description="the subject of tokens, or what `authenticate` returns as `sub`")
+]
 SocketId = Annotated[str, Path(description="id of a socket, as its topics list it")]
 
 
@@ -178,7 +190,7 @@ def add_plugin_routes(plugins: Loaded, app: FastAPI) -> None:
 
 
 def _routes(relay: "Relay") -> APIRouter:
-    class Route(APIRoute):
+    class GuardedRoute(APIRoute):
         """Asks who is there before anything else; FastAPI's dependencies would have read the body by then."""
 
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -193,7 +205,7 @@ def _routes(relay: "Relay") -> APIRouter:
     # These only describe the two headers, for the schema and the button "Authorize" of /docs.
     schemes = (HTTPBearer(auto_error=False), APIKeyHeader(name="X-API-Key", auto_error=False))
     described = [Security(scheme) for scheme in schemes if relay.config.rest.api_key]
-    router = APIRouter(tags=["relay"], route_class=Route, dependencies=described, responses=_PROBLEMS)
+    router = APIRouter(tags=["relay"], route_class=GuardedRoute, dependencies=described, responses=_PROBLEMS)
 
     @router.post("/publish", responses=_NOT_PUBLISHED)
     async def publish(body: EventOrEvents) -> Published:
@@ -246,6 +258,7 @@ def _routes(relay: "Relay") -> APIRouter:
             id=found.id,
             address=found.address,
             version=found.version,
+            user=found.user,
             path=found.path,
             topics=list(found.topics),
             outbox_bytes=found.pressure[0],
@@ -259,7 +272,58 @@ def _routes(relay: "Relay") -> APIRouter:
             raise HTTPException(404, f"no socket {socket_id!r} here")
         return Response(status_code=HTTPStatus.NO_CONTENT)
 
+    @router.delete("/users/{user:path}", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_TOLD)
+    async def disconnect_user(user: UserName) -> Response:
+        """Close all sockets of a user with 1001, on every node; whether there are any is not known here."""
+        return await _told(relay.disconnect(user=user))
+
+    @router.delete("/topics/{topic:path}/users/{user:path}", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_TOLD)
+    async def kick(topic: TopicName, user: UserName) -> Response:
+        """Take a user out of a topic with ``phx_close``, on every node; whether it is there is not known here."""
+        return await _told(relay.kick(topic, user=user))
+
     return router
+
+
+async def _told(order: Awaitable[None]) -> Response:
+    try:
+        await order
+    except BusUnavailable as error:
+        raise HTTPException(503, f"done here, and not told to the other nodes: bus unavailable: {error}") from None
+    return Response(status_code=HTTPStatus.NO_CONTENT)
+
+
+class TokenRequest(BaseModel):
+    """Who asks for a token, in tangram's words."""
+
+    channel: str = Field(min_length=1, max_length=255)
+    id: str | None = Field(None, min_length=1, max_length=255)
+
+
+def token_route(relay: "Relay") -> Route:
+    """``POST /token``, as tangram has it: ``{"channel", "id"?}`` is answered by ``{"channel", "id", "token"}``.
+
+    The token opens that one topic. Whoever may use the REST interface may have one, and nobody else.
+    """
+    key = next(key for key in relay.keys if key.algorithm == "HS256")
+
+    async def make_token(request: Request) -> Response:
+        try:
+            _authorize(request, relay.config.rest.api_key)
+            asked = TokenRequest.model_validate_json(await request.body())
+        except HTTPException as error:
+            return await _http_problem(request, error)
+        except ValidationError as error:
+            problems = error.errors(include_input=False, include_url=False)
+            return _problem(422, "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in problems))
+        auth = relay.config.auth
+        claims: dict[str, Any] = {"id": asked.id or secrets.token_hex(4), "channel": asked.channel}
+        claims["exp"] = int(time.time() + auth.tangram_ttl_s)
+        expected = {"iss": auth.issuer, "aud": next(iter(auth.audience), "")}
+        token = sign(claims | {name: value for name, value in expected.items() if value}, key)
+        return JSONResponse({"channel": asked.channel, "id": claims["id"], "token": token})
+
+    return Route("/token", make_token, methods=["POST"])
 
 
 def _check(event: Event, payload_max_bytes: int) -> None:

@@ -7,12 +7,14 @@ up neither the socket's other topics nor its heartbeats.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl
 
 from relay import excess, hooks, wire
+from relay.access import RENEWAL, Access, Decision
+from relay.asking import ask_about_join, ask_about_push, renew
 from relay.brokers.base import Direction
 from relay.calling import HandlerFailed
 from relay.config import Config
@@ -45,8 +47,8 @@ class Socket:
         "_node",
         "_protocol",
         "_query",
+        "access",
         "address",
-        "claims",
         "id",
         "joinless_since",
         "send_event",
@@ -63,11 +65,11 @@ class Socket:
         node: Node,
         hub: Hub,
         metrics: Metrics,
+        access: Callable[..., Access] | None = None,
     ) -> None:
         self.id: str = connection.id
         client = scope.get("client")
         self.address: str | None = client[0] if client else None
-        self.claims: Mapping[str, Any] = {}
         self._query: bytes = scope["query_string"]
         self.version: Version = shake.version
         self._config = config
@@ -91,6 +93,9 @@ class Socket:
         # Joins that plugins have allowed, by topic, and whose end they are still to be told.
         self._known: dict[str, Subscription] = {}
         self._ended = False
+        self.access: Access | None = None
+        if access is not None:
+            self.access = access(self._protocol.subscriptions, self.fail, self.close, self._count_refusal)
 
     # Its life.
 
@@ -119,6 +124,8 @@ class Socket:
         finally:
             self._ended = True
             self._metrics.sockets -= 1
+            if self.access is not None:
+                self.access.end()
             for subscription in tuple(self._protocol.subscriptions.values()):
                 self._unsubscribe(subscription)
             connection.end()
@@ -154,6 +161,19 @@ class Socket:
 
     def _join(self, join: Join) -> Rest:
         reason = self._node.refuse_join()
+        if reason is None and self.access is not None:
+            admitted = self.access.admit(join.subscription, join.params)
+            if callable(admitted):
+                return self._join_later(join, admitted)
+            reason = admitted
+        return self._admitted(join, reason)
+
+    async def _join_later(self, join: Join, decide: Decision) -> None:
+        if (rest := self._admitted(join, await decide())) is not None:
+            await rest
+
+    def _admitted(self, join: Join, reason: Reason | None) -> Rest:
+        """Go on with a join that has the right to be, unless there is a ``reason`` why not."""
         if reason is not None:
             self._refuse_join(join, reason)
             return None
@@ -166,19 +186,15 @@ class Socket:
         topic = join.subscription.topic
         if topic in self._known and (told := self._tell_left(self._known[topic])) is not None:
             await told
-        request = hooks.Join(self, topic, join.params)
-        response: dict[str, Any] = {}
-        for hook in found:
-            try:
-                await self._node.caller.ask(hook, request, partial(hooks.add_response, response))
-            except hooks.Refused as refusal:
-                self._refuse_join(join, refusal.reason, refusal.response)
-                return
-            except HandlerFailed:
-                self._refuse_join(join, Reason.JOIN_CRASHED)
-                return
-        if (rest := self._enter(join, hooks.to_payload(response))) is not None:
-            await rest
+        try:
+            response = await ask_about_join(self._node, hooks.Join(self, topic, join.params), found)
+        except hooks.Refused as refusal:
+            self._refuse_join(join, refusal.reason, refusal.response)
+        except HandlerFailed:
+            self._refuse_join(join, Reason.JOIN_CRASHED)
+        else:
+            if (rest := self._enter(join, response)) is not None:
+                await rest
 
     def _enter(self, join: Join, response: Payload) -> Rest:
         """Reply and subscribe, as soon as the broker hears the topic."""
@@ -188,6 +204,11 @@ class Socket:
         def enter() -> None:
             if self._ended:
                 self._unsubscribe(join.subscription)
+                return
+            # Again, since handlers and the broker may have taken their time.
+            if self.access is not None and (reason := self.access.judge(join.subscription)) is not None:
+                self._unsubscribe(join.subscription)
+                self._refuse_join(join, reason)
                 return
             _ = self._last_push.pop(join.subscription.topic, None)  # of what this join replaces
             for frame in self._protocol.accept(join, response):
@@ -230,14 +251,19 @@ class Socket:
     def _push(self, push: Push) -> Rest:
         topic = push.subscription.topic
         self._metrics.pushes_in += 1
+        if push.event == RENEWAL:
+            return renew(self, self.access, push)  # whatever becomes of it: a token is for nobody else to see
+        if not push.subscription.may_push:
+            self.refuse_push(push, Reason.UNAUTHORIZED)
+            return None
         if not self._config.topic(topic).push:
-            self._refuse_push(push, Reason.PUSH_NOT_ALLOWED)
+            self.refuse_push(push, Reason.PUSH_NOT_ALLOWED)
             return None
         found = tuple(hooks.matching(self._node.hooks.push, topic, push.event))
         if found:
-            return self._ask_plugins(push, found)
+            return ask_about_push(self, self._node, self._metrics, push, found)
         if not self._node.can_publish:
-            self._refuse_push(push, Reason.BUS_UNAVAILABLE)
+            self.refuse_push(push, Reason.BUS_UNAVAILABLE)
             return None
         self._lanes.pending += 1
         future = self._node.publish(Direction.FROM, topic, push.event, push.payload)
@@ -251,54 +277,22 @@ class Socket:
         if self._last_push.get(push.subscription.topic) is future:
             del self._last_push[push.subscription.topic]
         if future.cancelled() or future.exception() is not None:
-            self._refuse_push(push, Reason.BUS_UNAVAILABLE)
+            self.refuse_push(push, Reason.BUS_UNAVAILABLE)
             return
         self._metrics.pushes_out += 1
-        self._reply(push, "ok", EMPTY)
+        self.reply(push, "ok", EMPTY)
 
-    async def _ask_plugins(self, push: Push, found: tuple[Hook, ...]) -> None:
-        """Have handlers deal with a push, then pass it on to the bus unless one of them stopped it."""
-        topic = push.subscription.topic
-        reply, broadcast = partial(self._reply_for_plugin, push), partial(self._broadcast, topic)
-        request = hooks.Push(self, topic, push.event, push.payload, reply, broadcast)
-        answer: Payload | None = None
-        for hook in found:
-            try:
-                value = await self._node.caller.ask(hook, request, hooks.to_response)
-                answer = value if answer is None else answer
-            except hooks.Refused as refusal:
-                self._count_refusal(refusal.reason)
-                self._reply(push, "error", refusal.response)
-                return
-            except HandlerFailed:
-                self._refuse_push(push, Reason.INTERNAL)
-                return
-        if request.forwarded and not await self._forward(push):
-            self._refuse_push(push, Reason.BUS_UNAVAILABLE)
-        elif answer is not None:
-            self._reply(push, "ok", answer)
-        elif not request.replied:
-            self._reply(push, "ok", EMPTY)
-
-    async def _forward(self, push: Push) -> bool:
-        if not self._node.can_publish:
-            return False
-        try:
-            await self._node.publish(Direction.FROM, push.subscription.topic, push.event, push.payload)
-        except BusUnavailable:
-            return False
-        self._metrics.pushes_out += 1
-        return True
-
-    def _refuse_push(self, push: Push, reason: Reason) -> None:
+    def refuse_push(self, push: Push, reason: str, response: Payload | None = None) -> None:
+        """Answer a push with an error, and count it."""
         self._count_refusal(reason)
-        self._reply(push, "error", wire.json_payload({"reason": reason}))
+        self.reply(push, "error", response or wire.json_payload({"reason": reason}))
 
     def _count_refusal(self, reason: str) -> None:
         # A plugin's own words are as many as it likes; the counter's labels must not be.
         self._metrics.refused[reason if reason in _REASONS else "by a plugin"] += 1
 
-    def _reply(self, push: Push, status: str, response: Payload) -> None:
+    def reply(self, push: Push, status: str, response: Payload) -> None:
+        """Answer a push; nothing where its subscription has ended, or it asked for no answer."""
         frame = self._protocol.reply(push, status, response)
         if frame is not None:
             self._connection.send_control(frame)
@@ -363,6 +357,16 @@ class Socket:
     # What plugins see; see `relay.hooks.Socket`. Handlers may run in threads.
 
     @property
+    def user(self) -> str | None:
+        """Whose socket it is: the subject of its token; None for an anonymous one."""
+        return None if self.access is None else self.access.identity.user
+
+    @property
+    def claims(self) -> Mapping[str, Any]:
+        """What the client has proved about itself; empty for an anonymous one."""
+        return {} if self.access is None else self.access.identity.claims
+
+    @property
     def query(self) -> Mapping[str, str]:
         """The query of the upgrade request: phoenix.js's ``params``."""
         return dict(parse_qsl(self._query.decode("latin-1"), keep_blank_values=True))
@@ -387,14 +391,6 @@ class Socket:
         """Close the socket with 1001."""
         text = (reason or "disconnected by the server").encode()[:123].decode(errors="ignore")
         self._node.call_in_loop(partial(self.close, CloseCode.GOING_AWAY, text))
-
-    def _reply_for_plugin(self, push: Push, status: str, response: object) -> None:
-        self._node.call_in_loop(partial(self._reply, push, status, hooks.to_payload(response)))
-
-    def _broadcast(self, topic: str, event: str, payload: object, to_all: bool) -> Awaitable[None]:
-        hooks.check_event(event)
-        data = hooks.to_payload(payload)
-        return self._node.in_loop(self._node.broadcast(topic, event, data, skip=None if to_all else self))
 
 
 _REASONS = frozenset(Reason)

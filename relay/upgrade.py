@@ -20,6 +20,8 @@ async def refuse(scope: Scope, receive: ReceiveCallable, send: SendCallable, ref
         await send({"type": "websocket.close", "code": 1008, "reason": refused.text})
         return
     headers = [(b"content-type", b"text/plain; charset=utf-8")]
+    if refused.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
     if refused.retry_after_s:
         headers.append((b"retry-after", str(refused.retry_after_s).encode()))
     await send({"type": "websocket.http.response.start", "status": refused.status, "headers": headers})

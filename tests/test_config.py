@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from relay.auth_config import AuthConfig, GrantConfig, KeyConfig
 from relay.config import Config, LimitsConfig, OnGap, ProxyConfig, RedisConfig, RestConfig, TopicConfig, load
 from relay.errors import ConfigError
 from relay.outbox import Overflow, Policy
@@ -429,6 +430,23 @@ def test_only_redis_can_be_embedded() -> None:
         Config(broadcast_url="embedded")
 
 
+@pytest.mark.parametrize("channel", ["from:room:1:x", "to:room:1:x", "from:"])
+def test_browsers_cannot_name_the_control_channel(channel: str) -> None:
+    """A push is published on what starts with ``from_prefix``; the rest of that name is the browser's."""
+    with pytest.raises(ValidationError, match="control_channel"):
+        RedisConfig(control_channel=channel)
+    assert RedisConfig(control_channel="").control_channel == ""
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_listening_to_other_machines_is_fine_where_somebody_asks_who_it_is(host: str) -> None:
+    Config(host=host, auth=AuthConfig(keys=(KeyConfig(key="x"),))).check_exposure()
+    Config(host=host, auth=AuthConfig(jwks_url="https://login.example.org/jwks")).check_exposure()
+    Config(host=host).check_exposure(authenticates=True)
+    with pytest.raises(ConfigError, match="auth.keys"):
+        Config(host=host, auth=AuthConfig(anonymous=(GrantConfig(match="*", rights=("join",)),))).check_exposure()
+
+
 def test_socket_paths_lose_their_last_slash() -> None:
     assert Config(socket_paths=("/socket/", "/a/b")).socket_paths == ("/socket", "/a/b")
 
@@ -571,5 +589,5 @@ def test_example_names_no_setting_that_does_not_exist() -> None:
 def test_example_is_short_of_nothing_when_uncommented(tmp_path: Path) -> None:
     """What stands there in comments is right too."""
     path = tmp_path / "relay.toml"
-    path.write_text(re.sub(r"^# (\[\[\w+\]\]$|\w+ = )", r"\1", TEXT, flags=re.MULTILINE), encoding="utf-8")
+    path.write_text(re.sub(r"^# (\[\[[\w.]+\]\]$|\w+ = )", r"\1", TEXT, flags=re.MULTILINE), encoding="utf-8")
     load(path)

@@ -48,7 +48,7 @@ from tests.support.serving import serve
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [
     path
-    for name in ("docs/plugins", "docs/redis", "docs/mounting", "docs/rest", "clients/python/README")
+    for name in ("docs/plugins", "docs/redis", "docs/mounting", "docs/rest", "docs/security", "clients/python/README")
     if (path := REPOSITORY / f"{name}.md").exists()
 ]
 LANGUAGES = ("python", "console", "js", "toml", "sql")
@@ -166,6 +166,17 @@ async def test_sql_of_the_pages_reaches_browsers() -> None:
                 await connection.execute(statement)
                 await client.expect_event("room:1", "new_msg", {"text": "hi"})
             await connection.close()
+
+
+def test_every_row_of_the_threat_model_names_a_test_that_exists() -> None:
+    text = (REPOSITORY / "docs" / "security.md").read_text("utf-8").partition("## Threat model")[2]
+    rows = re.findall(r"^\|(?! ?-|.*\| Test \|$)(.+)\|$", text, re.MULTILINE)
+    assert len(rows) >= 20
+    for row in rows:
+        named = re.findall(r"`([\w/]+\.py)::(\w+)`", row)
+        assert named, f"no test: {row}"
+        for file, name in named:
+            assert f"def {name}(" in (REPOSITORY / "tests" / file).read_text("utf-8"), f"{file}::{name}"
 
 
 def test_page_on_plugins_shows_every_hook_with_its_signature() -> None:

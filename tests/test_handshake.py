@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.handshake import Handshake, Refused, check, is_allowed_origin, token_from
+from relay.handshake import Handshake, Refused, check, find_token, is_allowed_origin, token_from
 from relay.wire import Version
 
 PREFIX = "base64url.bearer.phx."
@@ -228,3 +228,28 @@ def test_checks_come_in_phoenixs_order() -> None:
     assert refused(check(scope("vsn=9", subprotocols=["chat"]), "same"))[1] == "subprotocol"
     assert refused(check(scope("vsn=9", subprotocols=["phoenix", f"{PREFIX}!"]), "same"))[1] == "token encoding"
     assert refused(check(scope("vsn=9", subprotocols=["phoenix"]), "same"))[1] == "version"
+
+
+@pytest.mark.parametrize(
+    ("query", "headers", "auth_token", "found"),
+    [
+        ("", {}, None, None),
+        ("token=b&userToken=d", {"authorization": "Bearer c"}, "a", "a"),
+        ("token=b&userToken=d", {"authorization": "Bearer c"}, None, "b"),
+        ("token=b&userToken=d", {"authorization": "Bearer c"}, "", "b"),
+        ("token=&userToken=d", {"authorization": "bearer  c "}, None, "c"),
+        ("userToken=d", {"authorization": "Basic c"}, None, "d"),
+        ("userToken=d", {"authorization": "Bearer"}, None, "d"),
+        ("token=b1&token=b2", {}, None, "b2"),
+        ("token=%C3%A9%00", {}, None, "é\0"),
+        ("Token=b", {}, None, None),
+    ],
+)
+def test_first_token_that_is_there_counts(
+    query: str, headers: dict[str, str], auth_token: str | None, found: str | None
+) -> None:
+    scope = {
+        "query_string": query.encode(),
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }
+    assert find_token(scope, auth_token) == found

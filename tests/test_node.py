@@ -30,6 +30,9 @@ class Bus(Broker):
     async def subscribe(self, topic: str) -> None: ...
     async def unsubscribe(self, topic: str) -> None: ...
 
+    def publish_control(self, data: bytes) -> "asyncio.Future[None]":
+        raise AssertionError("nobody orders")
+
     def publish(self, direction: Direction, topic: str, event: str, payload: bytes) -> asyncio.Future[None]:
         self.published.append((topic, event, payload))
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()

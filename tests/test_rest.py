@@ -362,6 +362,8 @@ async def test_docs_and_schema_work_under_a_prefix(prefix: str) -> None:
             "/topics",
             "/topics/{topic}",
             "/topics/{topic}/sockets/{socket_id}",
+            "/topics/{topic}/users/{user}",
+            "/users/{user}",
         ]
 
 

@@ -43,6 +43,9 @@ class Sink(Protocol):
     def receive_message(self, pattern: str, channel: str, data: bytes) -> None:
         """Take a message on a raw Redis channel that matched one of the further patterns."""
 
+    def receive_control(self, data: bytes) -> None:
+        """Take what a node has published by `Broker.publish_control`; its own too."""
+
     def receive_gap(self, reason: str) -> None:
         """Learn that events may have been missed; hearing has been restored."""
 
@@ -77,3 +80,6 @@ class Broker(Protocol):
 
         Returns: a future that is done when the bus has taken it, or fails with `BusUnavailable`.
         """
+
+    def publish_control(self, data: bytes) -> "asyncio.Future[None]":
+        """Publish a message for all nodes, this one too; see `publish`. Text, since not every bus carries bytes."""

@@ -113,6 +113,8 @@ class BroadcasterBroker:
         self._scheme = urlsplit(config.broadcast_url).scheme
         self._probe_channel = f"relay.probe.{uuid.uuid4().hex}"
         self._probe_heard = 0.0
+        control = config.redis.control_channel
+        self._control_channel = bus_channel("", control, kafka=self._scheme == "kafka") if control else ""
         self._backend: BroadcastBackend | None = None
         self._wanted: set[str] = set()
         self._link = Link(False, "not started")
@@ -167,12 +169,23 @@ class BroadcasterBroker:
 
     def publish(self, direction: Direction, topic: str, event: str, payload: bytes) -> asyncio.Future[None]:
         """Publish an envelope on the topic's bus channel."""
+        return self._put(self._channel(direction, topic), pack(topic, event, payload))
+
+    def publish_control(self, data: bytes) -> asyncio.Future[None]:
+        """Publish on the control channel; without one it is done at once, and reaches nobody else."""
+        if self._control_channel:
+            return self._put(self._control_channel, data.decode())
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future.set_result(None)
+        return future
+
+    def _put(self, channel: str, text: str) -> asyncio.Future[None]:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if not self._link.live:  # it would wait for as long as the bus is away
             future.set_exception(BusUnavailable(self._link.reason))
             return future
         try:
-            self._outgoing.put_nowait((self._channel(direction, topic), pack(topic, event, payload), future))
+            self._outgoing.put_nowait((channel, text, future))
         except asyncio.QueueFull:
             future.set_exception(BusUnavailable("too many messages are waiting for the bus"))
         return future
@@ -220,7 +233,7 @@ class BroadcasterBroker:
         backend = self._make()
         await backend.connect()
         try:
-            for channel in (self._probe_channel, *sorted(self._wanted)):
+            for channel in filter(None, (self._probe_channel, self._control_channel, *sorted(self._wanted))):
                 await backend.subscribe(channel)
         except BaseException:
             await backend.disconnect()
@@ -247,6 +260,9 @@ class BroadcasterBroker:
             received = await backend.next_published()
             if received.channel == self._probe_channel:
                 self._probe_heard = self._clock()
+                continue
+            if received.channel == self._control_channel:
+                sink.receive_control(received.message.encode())
                 continue
             try:
                 event = unpack(received.message)

@@ -165,10 +165,12 @@ class RedisBroker:
         prefix = self._redis.to_prefix.encode()
         parser = hiredis.Reader()
         pattern = (glob_escape(self._redis.to_prefix) + "*").encode()
+        control = glob_escape(self._redis.control_channel).encode()
         # One command for all, so that live means all of them.
-        unconfirmed = 1 + len(self._patterns)
-        also_raw = pattern.decode() in self._patterns  # Redis tells of one pattern once, whoever asked for it
-        writer.write(hiredis.pack_command(("PSUBSCRIBE", pattern, *self._patterns)))  # type: ignore[arg-type]  # its stub forgets tuple[str, ...]
+        patterns = (pattern, *((control,) if control else ()), *self._patterns)
+        unconfirmed = len(patterns)
+        raw = {raw.encode() for raw in self._patterns}  # Redis tells of one pattern once, whoever asked for it
+        writer.write(hiredis.pack_command(("PSUBSCRIBE", *patterns)))
         while True:
             self._waiting_since = self._clock()
             data = await reader.read(_READ_BYTES)
@@ -187,7 +189,9 @@ class RedisBroker:
                         self._metrics.dropped["channel names no event"] += 1
                     else:
                         events.append((*names, reply[3]))
-                if reply[0] == b"pmessage" and (also_raw or reply[1] != pattern):
+                elif reply[0] == b"pmessage" and reply[1] == control:
+                    sink.receive_control(reply[3])
+                if reply[0] == b"pmessage" and reply[1] in raw:
                     sink.receive_message(reply[1].decode(), reply[2].decode(errors="replace"), reply[3])
                 elif reply[0] == b"psubscribe":
                     unconfirmed -= 1
@@ -221,6 +225,14 @@ class RedisBroker:
         """``PUBLISH <prefix><topic>:<event> <payload>``; calls made in one turn of the loop share a round trip."""
         prefix = self._redis.to_prefix if direction is Direction.TO else self._redis.from_prefix
         return self._publisher.publish(to_redis_channel(prefix, topic, event), payload)
+
+    def publish_control(self, data: bytes) -> asyncio.Future[None]:
+        """``PUBLISH <control channel> <data>``; without such a channel it is done at once, and reaches nobody else."""
+        if self._redis.control_channel:
+            return self._publisher.publish(self._redis.control_channel.encode(), data)
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future.set_result(None)
+        return future
 
 
 class _Publisher:

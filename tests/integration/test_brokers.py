@@ -33,6 +33,7 @@ class Sink:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.gaps: list[str] = []
+        self.orders: list[bytes] = []
         self.messages: list[tuple[str, str, bytes]] = []
         self.room = asyncio.Event()
         self.room.set()
@@ -43,6 +44,9 @@ class Sink:
 
     def receive_message(self, pattern: str, channel: str, data: bytes) -> None:
         self.messages.append((pattern, channel, data))
+
+    def receive_control(self, data: bytes) -> None:
+        self.orders.append(data)
 
     def receive_gap(self, reason: str) -> None:
         self.gaps.append(reason)
@@ -463,6 +467,27 @@ async def test_topics_joined_and_left_while_the_bus_is_away(connect: Connect, bu
     for topic in ("room", "new"):
         await pair.speaker.publish(Direction.TO, topic, "e", b"1")
     await pair.sink.expect(("room", "e", b"1"), ("new", "e", b"1"))
+
+
+# Orders among nodes.
+
+
+async def test_message_on_the_control_channel_reaches_all_and_is_no_event(connect: Connect) -> None:
+    pair = await connect()
+    await pair.speaker.publish_control(b'{"do":"x"}')
+    await pair.hearer.publish_control(b'{"do":"y"}')
+    await eventually(lambda: len(pair.sink.orders) >= 2, "both messages")
+    assert sorted(pair.sink.orders) == [b'{"do":"x"}', b'{"do":"y"}']
+    await pair.speaker.publish(Direction.TO, "room", "e", b"1")
+    await pair.sink.expect(("room", "e", b"1"))
+
+
+async def test_without_a_control_channel_orders_stay_here(connect: Connect) -> None:
+    pair = await connect(control_channel="")
+    await pair.speaker.publish_control(b"{}")
+    await pair.speaker.publish(Direction.TO, "room", "e", b"1")
+    await pair.sink.expect(("room", "e", b"1"))
+    assert pair.sink.orders == []
 
 
 # The end.

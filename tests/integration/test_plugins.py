@@ -1525,5 +1525,5 @@ def test_socket_given_to_handlers_is_what_the_types_say() -> None:
     from relay.socket import Socket as RealSocket
 
     promised = {name for name in dir(Socket) if not name.startswith("_")}
-    assert promised == {"address", "claims", "disconnect", "id", "leave", "push", "query"}
+    assert promised == {"address", "claims", "disconnect", "id", "leave", "push", "query", "user"}
     assert promised <= set(dir(RealSocket))

@@ -155,6 +155,7 @@ async def test_socket_tells_who_and_how(served: Served, connect: Connect, direct
         "id": socket_id,
         "address": "127.0.0.1",
         "version": 1,
+        "user": None,
         "path": "direct" if direct else "portable",
         "topics": ["room:1", "room:2"],
         "outbox_bytes": 0,

@@ -1,0 +1,243 @@
+"""What one socket may do, and until when: rights on its topics, expiry and renewal.
+
+Owns a socket's identity and the timer of its end; must not know frames, Redis or how an identity is proved.
+
+At its expiry each topic gets a ``phx_error``: the client rejoins, and phoenix.js asks its params function anew. A token
+in those params, or in an ``access_token`` event, renews; a socket that has not been renewed after the grace is closed,
+and phoenix.js connects anew with a new ``authToken``.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
+from typing import TypeAlias
+
+import msgspec
+
+from relay.auth import Auth
+from relay.errors import CloseCode, NotAdmitted, Reason
+from relay.protocol import Subscription
+from relay.rights import Identity, Right
+from relay.wire import Payload
+
+RENEWAL = "access_token"
+"""The event that renews, and the key in its payload, or in a join's params, under which the new token stands."""
+
+Decision: TypeAlias = Callable[[], Coroutine[None, None, Reason | None]]
+"""Says why a join is refused, or None. No coroutine yet: one that is never awaited is a warning."""
+
+_WAIT_MAX_S = 86_400.0
+
+
+class _Tokens(msgspec.Struct):
+    token: str | None = None
+    access_token: str | None = None
+
+
+_decode = msgspec.json.Decoder(_Tokens).decode
+_NONE = _Tokens()
+
+
+def tokens_in(payload: Payload) -> tuple[str | None, str | None]:
+    """``token`` and ``access_token`` of a join's params or a renewal's payload, where they stand there as text."""
+    if not isinstance(payload, msgspec.Raw) or b"token" not in bytes(payload):
+        return None, None
+    try:
+        found = _decode(payload)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        return None, None
+    return found.token or None, found.access_token or None
+
+
+class Access:
+    """One socket's access.
+
+    Args: subscriptions: what the socket has joined, kept up to date by its owner.
+          fail: ends a subscription: with a reason by ``phx_error``, without one by ``phx_close``.
+          close: closes the socket.
+          count: counts a refusal.
+    """
+
+    __slots__ = (
+        "_auth",
+        "_clock",
+        "_close",
+        "_closes_at",
+        "_count",
+        "_ended",
+        "_fail",
+        "_subscriptions",
+        "_timer",
+        "identity",
+    )
+
+    def __init__(
+        self,
+        auth: Auth,
+        identity: Identity,
+        subscriptions: Mapping[str, Subscription],
+        fail: Callable[[Subscription, Reason | None], object],
+        close: Callable[[int, str], object],
+        count: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.identity: Identity = identity
+        self._auth = auth
+        self._subscriptions = subscriptions
+        self._fail = fail
+        self._close = close
+        self._count = count
+        self._clock = clock
+        # Set while the identity has expired and is not renewed yet.
+        self._closes_at: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._ended = False
+        self._set_timer()
+
+    # Joins.
+
+    def admit(self, subscription: Subscription, params: Payload) -> Reason | None | Decision:
+        """Decide on a join: why it is refused, or None; or what decides, where it brings a token."""
+        token, access_token = tokens_in(params)
+        if (token is None and access_token is None) or not self._auth.checks_tokens:
+            return self.judge(subscription)
+        return partial(self._admit_with, subscription, token, access_token)
+
+    async def _admit_with(
+        self, subscription: Subscription, token: str | None, access_token: str | None
+    ) -> Reason | None:
+        if access_token is not None and (reason := await self.renew(access_token)) is not None:
+            return reason
+        if token is not None:
+            try:
+                identity = await self._auth.identify(token)
+            except NotAdmitted as error:
+                return error.reason
+            if self.identity.is_expired(self._clock()) and _same_user(identity, self.identity):
+                self._take(identity)
+            else:
+                subscription.identity = identity
+        return self.judge(subscription)
+
+    def judge(self, subscription: Subscription) -> Reason | None:
+        """Settle a subscription's rights as they are now: why it may not be, or None."""
+        identity = subscription.identity or self.identity
+        if identity.is_expired(self._clock()):
+            return Reason.TOKEN_EXPIRED
+        rights = identity.rights.on(subscription.topic)
+        if not rights & Right.JOIN:
+            return Reason.UNAUTHORIZED
+        subscription.may_push = bool(rights & Right.PUSH)
+        if subscription.identity is not None:
+            self._set_timer(subscription.identity.expires_at)
+        return None
+
+    # Renewal.
+
+    async def renew(self, token: str | None, subscription: Subscription | None = None) -> Reason | None:
+        """Take a new token of the same user: why it is refused, or None.
+
+        Args: subscription: renew this one alone where it has been opened by a token of its own.
+        """
+        if token is None:
+            return Reason.INVALID_TOKEN
+        try:
+            identity = await self._auth.identify(token)
+        except NotAdmitted as error:
+            return error.reason
+        own = subscription is not None and subscription.identity is not None
+        held = subscription.identity if subscription is not None and subscription.identity else self.identity
+        if not _same_user(identity, held):
+            return Reason.ANOTHER_USER
+        if own and subscription is not None:
+            subscription.identity = identity
+            self._settle(subscription)
+        else:
+            self._take(identity)
+        return None
+
+    def _take(self, identity: Identity) -> None:
+        """Go on under a new identity; topics that it does not allow are closed."""
+        self.identity = identity
+        self._closes_at = None
+        self._set_timer()
+        for subscription in tuple(self._subscriptions.values()):
+            if subscription.identity is None:
+                self._settle(subscription)
+
+    def _settle(self, subscription: Subscription) -> None:
+        if (reason := self.judge(subscription)) is not None:
+            self._count(reason)
+            self._fail(subscription, None)
+
+    # Expiry.
+
+    def _set_timer(self, also_at: float | None = None) -> None:
+        """Look again at the next time at which something expires."""
+        if self._ended:
+            return
+        now = self._clock()
+        times = [self._closes_at or self.identity.expires_at, also_at]
+        times += [each.identity.expires_at for each in self._subscriptions.values() if each.identity is not None]
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if at := [time for time in times if time is not None]:
+            # Rounded up by the least the loop can tell, and never so far ahead that it cannot.
+            delay_s = min(max(min(at) - now, 0.0) + 0.001, _WAIT_MAX_S)
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._look)
+
+    def _look(self) -> None:
+        """End what has expired."""
+        self._timer = None
+        now = self._clock()
+        if self.identity.is_expired(now) and self._closes_at is None:
+            assert self.identity.expires_at is not None, "it has expired"
+            self._closes_at = self.identity.expires_at + self._auth.grace_s
+        for subscription in tuple(self._subscriptions.values()):
+            own = subscription.identity
+            # Those of the same user too, whatever their own token says: their rejoin is what renews the socket.
+            mine = own is None or _same_user(own, self.identity)
+            if (mine and self._closes_at is not None) or (own is not None and own.is_expired(now)):
+                self._count(Reason.TOKEN_EXPIRED)
+                self._fail(subscription, Reason.TOKEN_EXPIRED)
+        if self._closes_at is not None and now >= self._closes_at:
+            self._close(CloseCode.POLICY_VIOLATION, "the token has expired; come back with a new one")
+        else:
+            self._set_timer()
+
+    # Orders.
+
+    def send_away(self, user: str, topic: str, reason: str) -> int:
+        """Close the socket if it is this user's, or with a ``topic`` that one alone; returns how much was ended.
+
+        A topic that was opened by a token of its own is that token's user's.
+        """
+        if not topic and self.identity.user == user:
+            text = (reason or "disconnected by the server").encode()[:123].decode(errors="ignore")
+            self._close(CloseCode.GOING_AWAY, text)
+            return 1
+        ended = 0
+        for subscription in tuple(self._subscriptions.values()):
+            owner = (subscription.identity or self.identity).user
+            if owner == user and topic in ("", subscription.topic):
+                self._fail(subscription, None)
+                ended += 1
+        return ended
+
+    def end(self) -> None:
+        """Let go of the socket."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._ended = True
+        self._fail = self._close = self._count = _nothing
+
+
+def _same_user(one: Identity, other: Identity) -> bool:
+    return one.user is not None and one.user == other.user
+
+
+def _nothing(*_: object) -> None:
+    return None

@@ -1,0 +1,91 @@
+"""Asking a plugin's handlers about a join or a push, in their order; and the one push that no handler sees.
+
+Owns what follows from their answers; leaves to the socket how it is said on the wire.
+"""
+
+from collections.abc import Awaitable
+from functools import partial
+from typing import Any, Protocol
+
+from relay import hooks
+from relay.access import Access, tokens_in
+from relay.brokers.base import Direction
+from relay.calling import HandlerFailed
+from relay.errors import BusUnavailable, Reason
+from relay.hooks import Hook
+from relay.hub import Subscriber
+from relay.metrics import Metrics
+from relay.node import Node
+from relay.protocol import Push
+from relay.wire import EMPTY, Payload
+
+
+class Asker(hooks.Socket, Subscriber, Protocol):
+    """What a socket offers while a push of its own is dealt with."""
+
+    def reply(self, push: Push, status: str, response: Payload) -> None:
+        """Answer a push."""
+
+    def refuse_push(self, push: Push, reason: str, response: Payload | None = None) -> None:
+        """Answer a push with an error, and count it."""
+
+
+async def ask_about_join(node: Node, request: hooks.Join, found: tuple[Hook, ...]) -> Payload:
+    """What the join's reply says once all handlers allow it. Raises Refused, HandlerFailed."""
+    response: dict[str, Any] = {}
+    for hook in found:
+        await node.caller.ask(hook, request, partial(hooks.add_response, response))
+    return hooks.to_payload(response)
+
+
+async def ask_about_push(socket: Asker, node: Node, metrics: Metrics, push: Push, found: tuple[Hook, ...]) -> None:
+    """Have handlers deal with a push, then pass it on to the bus unless one of them stopped it."""
+    topic = push.subscription.topic
+
+    def reply(status: str, response: object) -> None:  # handlers may run in threads
+        node.call_in_loop(partial(socket.reply, push, status, hooks.to_payload(response)))
+
+    def broadcast(event: str, payload: object, to_all: bool) -> Awaitable[None]:
+        hooks.check_event(event)
+        data = hooks.to_payload(payload)
+        return node.in_loop(node.broadcast(topic, event, data, skip=None if to_all else socket))
+
+    request = hooks.Push(socket, topic, push.event, push.payload, reply, broadcast)
+    answer: Payload | None = None
+    for hook in found:
+        try:
+            value = await node.caller.ask(hook, request, hooks.to_response)
+            answer = value if answer is None else answer
+        except hooks.Refused as refusal:
+            socket.refuse_push(push, refusal.reason, refusal.response)
+            return
+        except HandlerFailed:
+            socket.refuse_push(push, Reason.INTERNAL)
+            return
+    if request.forwarded and not await _forward(node, metrics, push):
+        socket.refuse_push(push, Reason.BUS_UNAVAILABLE)
+    elif answer is not None:
+        socket.reply(push, "ok", answer)
+    elif not request.replied:
+        socket.reply(push, "ok", EMPTY)
+
+
+async def renew(socket: Asker, access: Access | None, push: Push) -> None:
+    """Take the token that a push brings for the one that was given before."""
+    _, token = tokens_in(push.payload)
+    reason = None if access is None else await access.renew(token, push.subscription)
+    if reason is None:
+        socket.reply(push, "ok", EMPTY)
+    else:
+        socket.refuse_push(push, reason)
+
+
+async def _forward(node: Node, metrics: Metrics, push: Push) -> bool:
+    if not node.can_publish:
+        return False
+    try:
+        await node.publish(Direction.FROM, push.subscription.topic, push.event, push.payload)
+    except BusUnavailable:
+        return False
+    metrics.pushes_out += 1
+    return True

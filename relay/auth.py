@@ -1,0 +1,163 @@
+"""Who gets in: what an upgrade request, or a token that comes later, proves of its sender.
+
+Owns the decision, and the identity that follows from it; must not know sockets or how tokens are checked.
+"""
+
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeAlias
+
+from starlette.authentication import AuthCredentials, UnauthenticatedUser
+from starlette.requests import HTTPConnection
+
+from relay.calling import Caller, HandlerFailed
+from relay.config import Config
+from relay.errors import NotAdmitted, Reason
+from relay.handshake import find_token
+from relay.hooks import Hook, Refused
+from relay.rights import ALL, Grant, Identity, Rights, bind, escape, parse_claim
+
+Claims: TypeAlias = Mapping[str, Any]
+Verify: TypeAlias = Callable[[str], Awaitable[Claims]]
+
+
+class UpgradeRequest(HTTPConnection):
+    """What an ``authenticate`` function is given: the request that asks for a socket, as Starlette has it.
+
+    Of Starlette's: ``headers``, ``cookies``, ``query_params``, ``client``; ``session`` and ``user`` where a middleware
+    around the relay puts them there. When a socket renews its token, only ``token`` and ``claims`` are there, and all
+    else is empty: a session may have ended since the handshake.
+    """
+
+    def __init__(self, scope: Any, token: str | None, claims: Claims | None) -> None:
+        super().__init__(scope)
+        self.token: str | None = token
+        """The token that came along; a secret."""
+        self.claims: Claims | None = claims
+        """What that token says, where keys to check it are configured."""
+
+
+Authenticate: TypeAlias = Callable[[UpgradeRequest], Claims | Awaitable[Claims | None] | None]
+
+
+class Auth:
+    """Decides who gets in.
+
+    Args: config: ``auth`` and ``anonymous`` are used.
+          verify: checks a token; None where no keys are configured.
+          function: the team's own, in a hook; asked after the token was checked.
+          clock: monotonic seconds, by which tokens expire.
+          wall: seconds since 1970, by which tokens say so.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        caller: Caller,
+        verify: Verify | None = None,
+        function: Authenticate | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._settings = config.auth
+        self._caller = caller
+        self._verify = verify
+        self._hook = None if function is None else Hook("authenticate", function)
+        self._clock = clock
+        self._wall = wall
+        self._lets_anonymous_in = config.anonymous or not (verify or function)
+        self._granted = tuple(entry.grant for entry in config.auth.authenticated)
+        self._anonymous = Identity(None, Rights(bind(tuple(entry.grant for entry in config.auth.anonymous), None)))
+
+    @property
+    def checks_tokens(self) -> bool:
+        """Whether a token that comes later proves anything."""
+        return self._verify is not None or self._hook is not None
+
+    @property
+    def grace_s(self) -> float:
+        """Seconds in which an expired identity can be renewed."""
+        return self._settings.expiry_grace_s
+
+    async def admit(self, scope: Mapping[str, Any], auth_token: str | None) -> Identity:
+        """Say who sends an upgrade request. Raises NotAdmitted."""
+        identity = await self._identify(scope, find_token(scope, auth_token))
+        if identity is not None:
+            return identity
+        if not self._lets_anonymous_in:
+            raise NotAdmitted(401, "no token", "expected a token; the setting `anonymous` would do without")
+        return self._anonymous
+
+    async def identify(self, token: str) -> Identity:
+        """Say whose token it is that came later. Raises NotAdmitted."""
+        identity = await self._identify(_bare_scope(), token)
+        if identity is None:
+            raise NotAdmitted(401, "token", "nothing here checks tokens")
+        return identity
+
+    async def _identify(self, scope: Mapping[str, Any], token: str | None) -> Identity | None:
+        claims = await self._verify(token) if self._verify is not None and token is not None else None
+        expiry = [] if claims is None else [claims.get("exp")]
+        if self._hook is not None:
+            request = UpgradeRequest(scope, token, claims)
+            try:
+                answer = await self._caller.ask(self._hook, request, _checked)
+            except Refused as refusal:
+                raise NotAdmitted(403, "by authenticate", refusal.reason, Reason.UNAUTHORIZED) from None
+            except HandlerFailed:  # logged and counted there
+                raise NotAdmitted(
+                    503, "authenticate failed", "authentication has failed; try again", Reason.AUTH_UNAVAILABLE
+                ) from None
+            if answer is not None:
+                claims = answer
+                expiry.append(claims.get("exp"))
+        return None if claims is None else self._identity(claims, expiry)
+
+    def _identity(self, claims: Claims, expiry: list[Any]) -> Identity:
+        try:
+            user, grants = self._read(claims)
+            # Of a token and a function that adds to it, whichever ends first.
+            ends = min((float(at) for at in expiry if at is not None), default=None)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise NotAdmitted(401, "token claims", f"the token's claims are malformed: {error}") from None
+        expires_at = None
+        if ends is not None:
+            expires_at = self._clock() + ends + self._settings.leeway_s - self._wall()
+            if expires_at <= self._clock():
+                raise NotAdmitted(401, "token expired", "the token has expired", Reason.TOKEN_EXPIRED)
+        return Identity(user, Rights(bind(self._granted, user), bind(grants, user)), dict(claims), expires_at)
+
+    def _read(self, claims: Claims) -> tuple[str | None, tuple[Grant, ...]]:
+        """The user, and what the claims grant. Raises ValueError."""
+        subject = claims.get("sub")
+        channel = claims.get("channel") if self._settings.tangram else None
+        if isinstance(channel, str) and channel and subject is None:
+            return _user(claims.get("id")), (Grant(escape(channel), ALL),)
+        claim = self._settings.rights_claim
+        try:
+            return _user(subject), parse_claim(claims.get(claim))
+        except ValueError as error:
+            raise ValueError(f"{claim}: {error}") from None
+
+
+def _bare_scope() -> dict[str, Any]:
+    """A request that holds nothing: nobody is logged in."""
+    scope: dict[str, Any] = {"type": "websocket", "path": "", "query_string": b"", "headers": [], "session": {}}
+    return scope | {"user": UnauthenticatedUser(), "auth": AuthCredentials()}
+
+
+def _user(subject: object) -> str | None:
+    if subject is None or (isinstance(subject, str | int) and not isinstance(subject, bool) and subject != ""):
+        return None if subject is None else str(subject)
+    raise ValueError("expected a user's name as text or as a number")
+
+
+def _checked(answer: Any) -> Claims | None:
+    """Take what an ``authenticate`` function returned. Raises TypeError: True is no proof of anything."""
+    if answer is None:
+        return None
+    if not isinstance(answer, Mapping):
+        raise TypeError(f'expected a mapping with "sub", or None, got a {type(answer).__name__}')
+    if not isinstance(answer.get("sub"), str | int) or answer["sub"] == "":
+        raise TypeError('expected "sub" as text or as a number')
+    return answer

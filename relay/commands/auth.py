@@ -1,0 +1,214 @@
+"""``relay token`` makes a token; ``relay check`` says in plain words who may do what.
+
+Owns these two commands' words and exit codes.
+"""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+
+from relay.auth_config import GrantConfig
+from relay.commands import ConfigFile
+from relay.config import EMBEDDED, Config, load
+from relay.errors import ConfigError
+from relay.rights import Right, names_of, parse_claim
+
+if TYPE_CHECKING:
+    from relay.tokens import Key
+
+_DURATION = re.compile(r"(\d+)([smhd]?)")
+_UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+_SECRET_MIN_BYTES = 32
+"""RFC 7518, section 3.2: a secret for HS256 has 256 bits at least."""
+
+
+# relay token.
+
+
+def token(
+    sub: Annotated[str, typer.Option(metavar="USER", help="Whose it is.")],
+    topic: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN:RIGHTS", help="What it opens, e.g. room:*:join,push; repeatable."),
+    ] = None,
+    ttl: Annotated[str, typer.Option(metavar="TIME", help="How long it is good: 30s, 15m, 1h, 7d.")] = "1h",
+    claim: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="A further claim, JSON or else text; repeatable.")
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            envvar="RELAY_TOKEN_KEY",
+            help="A secret, or file:/path of one or of a private key.  [default: the first of auth.keys that signs]",
+        ),
+    ] = None,
+    config: ConfigFile = None,
+) -> None:
+    """Make a token and print it, alone on its line."""
+    from relay.tokens import load_keys, read_key, sign
+
+    auth = load(config).auth
+    claims: dict[str, Any] = {"sub": sub, "iat": int(time.time())}
+    claims["exp"] = claims["iat"] + _seconds(ttl)
+    if auth.issuer:
+        claims["iss"] = auth.issuer
+    if auth.audience:
+        claims["aud"] = auth.audience[0]
+    try:
+        grants = parse_claim(topic or ())
+    except ValueError as error:
+        raise ConfigError(f"--topic: {error}") from None
+    if grants:
+        claims[auth.rights_claim] = {grant.pattern: names_of(grant.rights) for grant in grants}
+    for entry in claim or ():
+        name, equals, value = entry.partition("=")
+        if not name or not equals:
+            raise ConfigError(f"--claim: expected NAME=VALUE, got {entry!r}")
+        claims[name] = _json_or_text(value)
+    keys = load_keys(auth) if key is None else (read_key(key, "", "--key"),)
+    typer.echo(sign(claims, _signing(keys)))
+
+
+def _signing(keys: "tuple[Key, ...]") -> "Key":
+    for key in keys:
+        if key.private is not None:
+            return key
+    raise ConfigError("--key: expected a secret or a private key, or one among auth.keys; a public key signs nothing")
+
+
+def _seconds(text: str) -> int:
+    found = _DURATION.fullmatch(text)
+    if not found or not int(found[1]):
+        raise ConfigError(f"--ttl: expected a time such as 30s, 15m, 1h or 7d, got {text!r}")
+    return int(found[1]) * _UNITS_S[found[2]]
+
+
+def _json_or_text(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+# relay check.
+
+
+def check(config: ConfigFile = None) -> None:
+    """Say in plain words who may connect and do what, and warn.
+
+    Exit codes: 0 no warning, 1 warnings, 2 bad settings.
+    """
+    from relay.tokens import load_keys
+
+    settings = load(config)
+    keys = load_keys(settings.auth)
+    for line in _facts(settings, keys):
+        typer.echo(line)
+    warnings = list(_warnings(settings, keys))
+    for warning in warnings:
+        typer.echo(f"warning: {warning}")
+    if warnings:
+        raise typer.Exit(1)
+
+
+def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[str]:
+    auth = config.auth
+    reach = "other machines can reach it" if config.is_exposed else "only this machine can reach it"
+    yield f"address    {config.host}:{config.port}; {reach}"
+    yield f"sockets    {', '.join(config.socket_paths)}"
+    yield f"bus        {_bus(config)}"
+    pages = {"same": "those of the relay's own host and port", "any": "those of any host"}
+    yield f"pages      {pages[config.origins] if isinstance(config.origins, str) else ', '.join(config.origins)}"
+    yield f"connect    {_who_connects(config)}"
+    if auth.has_keys:
+        yield f"tokens     {_tokens(config, keys)}"
+    limited = bool(auth.has_keys or auth.anonymous or auth.authenticated)
+    if not limited:
+        yield "rights     everybody who connects may join every topic and push to it"
+    else:
+        if config.anonymous or not auth.has_keys:
+            yield from _rights("without a token", auth.anonymous)
+        yield from _rights("with a token", auth.authenticated)
+        yield f'rights     with a token besides: what its claim "{auth.rights_claim}" says'
+        if auth.tangram:
+            yield "rights     with a token of tangram's: everything on the one topic that it names"
+    for entry in config.topics:
+        if not entry.push:
+            yield f"rights     nobody may push to {entry.match}, whatever a token says"
+    yield f"rest       {_rest(config)}"
+    if config.is_exposed:
+        yield "note: the relay speaks no TLS; without a proxy that does, tokens can be read on their way"
+
+
+def _bus(config: Config) -> str:
+    url = config.redis_url or config.broadcast_url
+    if not url or url == EMBEDDED:
+        return "a Valkey of the relay's own"
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.hostname or ''}{parts.path if parts.scheme == 'unix' else ''}"
+
+
+def _who_connects(config: Config) -> str:
+    if config.auth.has_keys:
+        return "whoever has a token" + (", and whoever has none" if config.anonymous else "")
+    if config.anonymous or not config.is_exposed:
+        return "anybody" if config.is_exposed else "anybody on this machine"
+    return "nobody: `relay serve` refuses to start; set auth.keys or auth.jwks_url, or anonymous = true"
+
+
+def _tokens(config: Config, keys: "tuple[Key, ...]") -> str:
+    auth = config.auth
+    said = [f"signed with {' or '.join(auth.algorithms)}", f"{len(keys)} key{'' if len(keys) == 1 else 's'} here"]
+    if auth.jwks_url:
+        said.append(f"those published at {urlsplit(auth.jwks_url).hostname}")
+    said.append(f"issuer {auth.issuer}" if auth.issuer else "any issuer")
+    said.append(f"audience {' or '.join(auth.audience)}" if auth.audience else "no audience")
+    return "; ".join(said)
+
+
+def _rights(who: str, grants: tuple[GrantConfig, ...]) -> Iterator[str]:
+    if not grants:
+        yield f"rights     {who}: none"
+    for grant in grants:
+        yield f"rights     {who}: {', '.join(names_of(grant.grant.rights)) or 'nothing'} on {grant.match}"
+
+
+def _rest(config: Config) -> str:
+    if not config.rest.path:
+        return "off"
+    return f"{config.rest.path}, for {'whoever has the key' if config.rest.api_key else 'programs on this machine'}"
+
+
+def _warnings(config: Config, keys: "tuple[Key, ...]") -> Iterator[str]:
+    auth = config.auth
+    if config.is_exposed and not auth.has_keys and not config.anonymous:
+        yield "relay serve refuses this address: anybody could connect; an app of your own may give authenticate=…"
+    if config.is_exposed and config.anonymous and not auth.has_keys:
+        yield "anybody can connect, from any machine (anonymous = true, and no keys)"
+    if config.origins == "any":
+        yield 'origins = "any": pages of any site may connect; where authenticate= reads cookies, as their visitor'
+    for at, key in enumerate(keys):
+        if key.algorithm == "HS256" and len(key.public) < _SECRET_MIN_BYTES:
+            yield f"auth.keys.{at}: a secret of {len(key.public)} bytes can be guessed; expected {_SECRET_MIN_BYTES}"
+    if auth.has_keys and not auth.require_expiry:
+        yield "auth.require_expiry = false: a stolen token without expiry is good for ever"
+    parts = urlsplit(auth.jwks_url)
+    if parts.scheme == "http" and parts.hostname not in ("127.0.0.1", "::1", "localhost"):
+        yield "auth.jwks_url is not https: whoever sits in between can give keys of their own"
+    if auth.has_keys and not (auth.issuer or auth.audience) and auth.jwks_url:
+        yield "neither auth.issuer nor auth.audience is set: a token made for another service is good here too"
+    opened = [entry for entry in auth.anonymous if entry.match == "*" and entry.grant.rights & Right.PUSH]
+    if opened and config.anonymous:
+        yield "whoever has no token may push to every topic (auth.anonymous)"
+    if config.redis_url.startswith("redis://") and not _is_here(config.redis_url):
+        yield "redis_url is not rediss://: events and its password travel in the clear"
+
+
+def _is_here(url: str) -> bool:
+    return urlsplit(url).hostname in ("127.0.0.1", "::1", "localhost", None)

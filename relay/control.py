@@ -1,0 +1,38 @@
+"""What nodes tell each other beside events: to send a user away.
+
+Owns the words of these orders on the bus; must not know how they travel or who carries them out. One is a JSON object::
+
+    {"do": "disconnect", "user": "alice", "reason": "banned", "sender": "6f1c2a9e"}
+    {"do": "kick", "user": "alice", "topic": "room:1", "sender": "6f1c2a9e"}
+"""
+
+from typing import Literal
+
+import msgspec
+
+
+class Order(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One order. Whoever gives it has carried it out already where it is, under the name ``sender``."""
+
+    do: Literal["disconnect", "kick"]
+    user: str
+    sender: str
+    topic: str = ""
+    reason: str = ""
+
+
+_decode = msgspec.json.Decoder(Order).decode
+
+
+def encode(order: Order) -> bytes:
+    """Write an order."""
+    return msgspec.json.encode(order)
+
+
+def decode(data: bytes) -> Order | None:
+    """Read an order; None for what is none, or is one that this version does not know."""
+    try:
+        order = _decode(data)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        return None
+    return None if not order.user or (order.do == "kick" and not order.topic) else order

@@ -1,0 +1,255 @@
+"""``relay token`` and ``relay check``: their words and exit codes."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jwt
+import pytest
+
+from relay.auth_config import AuthConfig
+from relay.cli import main
+from relay.tokens import Verifier, load_keys
+from tests.support.keys import EC_PRIVATE, EC_PUBLIC, RSA_PRIVATE, RSA_PUBLIC, SECRET
+from tests.support.process import RelayProcess
+from tests.support.servers import AppServer
+
+
+class Command:
+    """Runs ``relay`` in this process, with a settings file."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
+        self.file = folder / "relay.toml"
+
+    def __call__(self, *arguments: str, settings: str = "") -> tuple[int, str, str]:
+        """Exit code, standard output, standard error."""
+        self.file.write_text(settings, "utf-8")
+        self._monkeypatch.setattr(sys, "argv", ["relay", *arguments, "--config", str(self.file)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out, err = self._capsys.readouterr()
+        return (caught.value.code if isinstance(caught.value.code, int) else 0), out, err
+
+
+@pytest.fixture
+def relay(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
+    monkeypatch.setenv("COLUMNS", "200")
+    return Command(monkeypatch, capsys, tmp_path)
+
+
+def claims_of(made: str, key: str = SECRET) -> dict[str, Any]:
+    claims: dict[str, Any] = jwt.decode(made, key, ["HS256", "RS256", "ES256"], options={"verify_aud": False})
+    return claims
+
+
+# relay token.
+
+
+def test_token_is_printed_alone_and_says_what_was_asked_for(relay: Command) -> None:
+    arguments = (
+        "--topic",
+        "room:*:join,push",
+        "--topic",
+        "news:join",
+        "--ttl",
+        "2h",
+        "--claim",
+        "n=1",
+        "--claim",
+        "w=x=y",
+    )
+    code, out, err = relay("token", "--sub", "alice", *arguments, settings=f'[auth]\nkeys = ["{SECRET}"]')
+    assert (code, err, out.count("\n")) == (0, "", 1)
+    claims = claims_of(out.strip())
+    assert abs(claims.pop("exp") - time.time() - 7200) < 60 and abs(claims.pop("iat") - time.time()) < 60
+    topics = {"room:*": ["join", "push"], "news": ["join"]}
+    assert claims == {"sub": "alice", "topics": topics, "n": 1, "w": "x=y"}
+
+
+async def test_token_fits_the_settings_it_is_made_under(relay: Command) -> None:
+    text = (
+        f'[auth]\nissuer = "us"\naudience = ["relay", "x"]\nrights_claim = "may"\nkeys = [{{key="{SECRET}", kid="k"}}]'
+    )
+    _, out, _ = relay("token", "--sub", "alice", "--topic", "a:join", settings=text)
+    config = AuthConfig(issuer="us", audience=("relay",), keys=({"key": SECRET, "kid": "k"},))
+    claims = await Verifier(config, load_keys(config)).verify(out.strip())
+    assert (claims["may"], jwt.get_unverified_header(out.strip())["kid"]) == ({"a": ["join"]}, "k")
+
+
+@pytest.mark.parametrize(("private", "public"), [(RSA_PRIVATE, RSA_PUBLIC), (EC_PRIVATE, EC_PUBLIC), (SECRET, SECRET)])
+def test_token_is_signed_with_the_key_in_a_file(relay: Command, tmp_path: Path, private: str, public: str) -> None:
+    path = tmp_path / "key"
+    path.write_text(private)
+    _, out, _ = relay("token", "--sub", "alice", "--key", f"file:{path}")
+    assert claims_of(out.strip(), public)["sub"] == "alice"
+
+
+def test_key_may_come_from_the_environment(relay: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that it is in no list of processes."""
+    monkeypatch.setenv("RELAY_AUTH__KEYS", f'["{SECRET}"]')
+    _, out, _ = relay("token", "--sub", "alice")
+    assert claims_of(out.strip())["sub"] == "alice"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "word"),
+    [
+        ((), "", "--key"),
+        ((), f"[auth]\nkeys = ['''{RSA_PUBLIC}''']", "--key: expected a secret or a private key"),
+        (("--key", "file:/nowhere"), "", "--key: /nowhere: cannot be read"),
+        (("--key", SECRET, "--ttl", "soon"), "", "--ttl"),
+        (("--key", SECRET, "--ttl", "0h"), "", "--ttl"),
+        (("--key", SECRET, "--topic", "room"), "", "--topic: expected pattern:rights"),
+        (("--key", SECRET, "--topic", "room:rule"), "", "--topic: expected join, push or presence"),
+        (("--key", SECRET, "--claim", "x"), "", "--claim"),
+    ],
+)
+def test_what_makes_no_token_is_said_in_one_line(
+    relay: Command, arguments: tuple[str, ...], settings: str, word: str
+) -> None:
+    code, out, err = relay("token", "--sub", "alice", *arguments, settings=settings)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert word in err and SECRET not in err
+
+
+# relay check.
+
+
+def lines(out: str) -> list[str]:
+    return [" ".join(line.split()) for line in out.splitlines()]
+
+
+def test_check_of_no_settings_says_that_all_is_open_on_this_machine(relay: Command) -> None:
+    code, out, _ = relay("check")
+    assert code == 0
+    assert lines(out) == [
+        "address 127.0.0.1:8000; only this machine can reach it",
+        "sockets /socket",
+        "bus a Valkey of the relay's own",
+        "pages those of the relay's own host and port",
+        "connect anybody on this machine",
+        "rights everybody who connects may join every topic and push to it",
+        "rest /api, for programs on this machine",
+    ]
+
+
+def test_check_says_who_may_do_what_and_shows_no_secret(relay: Command) -> None:
+    code, out, _ = relay(
+        "check",
+        settings=f"""
+host = "0.0.0.0"
+anonymous = true
+redis_url = "rediss://user:hunter2@redis.example.org:6380"
+origins = ["https://example.org"]
+[rest]
+api_key = "hunter2"
+[auth]
+keys = ["{SECRET}"]
+issuer = "https://login.example.org"
+tangram = true
+[[auth.anonymous]]
+match = "public:*"
+rights = ["join"]
+[[auth.authenticated]]
+match = "user:{{sub}}"
+rights = ["join", "push"]
+[[topics]]
+match = "news:*"
+push = false
+""",
+    )
+    assert code == 0
+    assert lines(out) == [
+        "address 0.0.0.0:8000; other machines can reach it",
+        "sockets /socket",
+        "bus rediss://redis.example.org",
+        "pages https://example.org",
+        "connect whoever has a token, and whoever has none",
+        "tokens signed with HS256 or RS256 or ES256; 1 key here; issuer https://login.example.org; no audience",
+        "rights without a token: join on public:*",
+        "rights with a token: join, push on user:{sub}",
+        'rights with a token besides: what its claim "topics" says',
+        "rights with a token of tangram's: everything on the one topic that it names",
+        "rights nobody may push to news:*, whatever a token says",
+        "rest /api, for whoever has the key",
+        "note: the relay speaks no TLS; without a proxy that does, tokens can be read on their way",
+    ]
+    assert "hunter2" not in out and SECRET not in out
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ('host = "0.0.0.0"', "refuses this address"),
+        ('host = "0.0.0.0"\nanonymous = true', "anybody can connect, from any machine"),
+        ('origins = "any"', "pages of any site"),
+        ('[auth]\nkeys = ["hunter2"]', "auth.keys.0: a secret of 7 bytes"),
+        (f'[auth]\nrequire_expiry = false\nkeys = ["{SECRET}"]', "without expiry is good for ever"),
+        ('[auth]\nissuer = "x"\njwks_url = "http://login.example.org/jwks"', "not https"),
+        ('[auth]\njwks_url = "https://login.example.org/jwks"', "made for another service"),
+        ('anonymous = true\n[[auth.anonymous]]\nmatch = "*"\nrights = ["push"]', "push to every topic"),
+        ('redis_url = "redis://redis.example.org"', "not rediss://"),
+    ],
+)
+def test_check_warns(relay: Command, settings: str, word: str) -> None:
+    code, out, _ = relay("check", settings=settings)
+    assert code == 1
+    (warning,) = [line for line in out.splitlines() if line.startswith("warning: ")]
+    assert word in warning and "hunter2" not in out
+
+
+@pytest.mark.parametrize("settings", ['[auth]\nkeys = ["file:/nowhere"]', "[auth]\nkey = 1", "[auth]\nkeys = [7]"])
+def test_check_of_bad_settings_is_exit_code_2(relay: Command, settings: str) -> None:
+    code, out, err = relay("check", settings=settings)
+    assert (code, out) == (2, "")
+    assert "auth.key" in err
+
+
+APP = """
+from fastapi import FastAPI
+from relay import Relay
+
+app = FastAPI()
+relay = Relay(broadcast_url="memory://", {settings})
+relay.install(app)
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_served"),
+    [
+        ("", False),
+        ("authenticate=lambda request: None", True),
+        ("anonymous=True", True),
+        ("auth={'keys': ['x']}", True),
+    ],
+)
+def test_app_may_be_reached_from_other_machines_once_its_relay_says_who_gets_in(settings: str, is_served: bool) -> None:
+    server = AppServer("relay", APP.format(settings=settings), "--host", "0.0.0.0")
+    if is_served:
+        with server:
+            assert server.process is not None and server.process.poll() is None
+    else:
+        server.start(wait=False)
+        try:
+            assert server.wait() == 2
+            assert "authenticate=" in server.output and "anonymous = true" in server.output
+        finally:
+            server.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_key_that_cannot_be_read_stops_the_start(relay: Command, workers: str) -> None:
+    code, out, err = relay("serve", "--port", "0", "--workers", workers, settings='[auth]\nkeys = ["file:/nowhere"]')
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "auth.keys.0: /nowhere" in err
+
+
+@pytest.mark.parametrize("url", ["", "https://login.example.org/jwks"])
+def test_relay_with_keys_may_be_reached_from_other_machines(url: str) -> None:
+    keys = {"RELAY_AUTH__JWKS_URL": url} if url else {"RELAY_AUTH__KEYS": f'["{SECRET}"]'}
+    with RelayProcess("--host", "0.0.0.0", environ=keys) as relay:
+        assert "is ready" in relay.output
