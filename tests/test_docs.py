@@ -168,17 +168,6 @@ async def test_sql_of_the_pages_reaches_browsers() -> None:
             await connection.close()
 
 
-def test_every_row_of_the_threat_model_names_a_test_that_exists() -> None:
-    text = (REPOSITORY / "docs" / "security.md").read_text("utf-8").partition("## Threat model")[2]
-    rows = re.findall(r"^\|(?! ?-|.*\| Test \|$)(.+)\|$", text, re.MULTILINE)
-    assert len(rows) >= 20
-    for row in rows:
-        named = re.findall(r"`([\w/]+\.py)::(\w+)`", row)
-        assert named, f"no test: {row}"
-        for file, name in named:
-            assert f"def {name}(" in (REPOSITORY / "tests" / file).read_text("utf-8"), f"{file}::{name}"
-
-
 def test_page_on_plugins_shows_every_hook_with_its_signature() -> None:
     """A hook that is added, renamed or changed must be described."""
     text = (REPOSITORY / "docs" / "plugins.md").read_text("utf-8")
