@@ -112,7 +112,9 @@ class Relay:
             if isinstance(mount, Mount):
                 # Or a newline (%0A) would be no part of a path, and what is mounted would not be asked.
                 mount.path_regex = re.compile(mount.path_regex.pattern, re.DOTALL)
-        return routes + pages.routes(self.config, self.metrics, lambda: self.link, lambda: self.publish_command)
+        return routes + pages.routes(
+            self.config, self.metrics, lambda: self.link, self._refusal, lambda: self.publish_command
+        )
 
     # Lifetime.
 
@@ -247,6 +249,12 @@ class Relay:
     def link(self) -> Link:
         """State of the link to the bus."""
         return Link(False, "the relay is not running") if self._engine is None else self._engine.broker.link
+
+    def _refusal(self) -> str:
+        """Say why nobody should be sent here; empty when all is well."""
+        if self._engine is not None and self._engine.is_draining:
+            return "the relay is restarting"
+        return "" if self.link.live else self.link.reason
 
     @property
     def publish_command(self) -> str:

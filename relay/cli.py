@@ -124,8 +124,8 @@ def serve(
 def _run(settings: Config, application: str | None, file: Path | None, listener: sockets.socket) -> int:
     """Run Uvicorn until it is stopped; one process here, or several under its supervisor."""
     import uvicorn
-    from uvicorn.supervisors import Multiprocess
 
+    from relay import serving
     from relay.server_http import RelayHTTPProtocol
 
     options: dict[str, Any] = {
@@ -148,9 +148,7 @@ def _run(settings: Config, application: str | None, file: Path | None, listener:
     if settings.workers == 1:
         from relay.app import Relay
 
-        server = uvicorn.Server(uvicorn.Config(application or Relay(settings), **options))
-        server.run(sockets=[listener])
-        return 0 if server.started else 3
+        return serving.run(uvicorn.Config(application or Relay(settings), **options), listener)
     # The workers read the same sources again; what this process has decided travels as variables.
     os.environ.update(RELAY_HOST=settings.host, RELAY_PORT=str(settings.port))
     if file is not None:
@@ -158,9 +156,7 @@ def _run(settings: Config, application: str | None, file: Path | None, listener:
     if application is None:  # somebody's own app configures its relay itself
         os.environ["RELAY_REDIS_URL"] = settings.redis_url
         application, options["factory"] = "relay.cli:_worker_app", True
-    config = uvicorn.Config(application, workers=settings.workers, **options)
-    Multiprocess(config, sockets=[listener]).run()
-    return 0
+    return serving.run(uvicorn.Config(application, workers=settings.workers, **options), listener)
 
 
 def _authenticates(app: Any) -> bool:

@@ -25,6 +25,7 @@ from pydantic_settings import (
 
 from relay.addresses import parse_networks
 from relay.auth_config import AuthConfig, Seconds, Table
+from relay.brokers.address import SENTINEL_SCHEMES, parse_sentinel
 from relay.errors import ConfigError
 from relay.outbox import Overflow, Policy
 
@@ -35,7 +36,7 @@ CONFIG_VARIABLE = "RELAY_CONFIG"
 EMBEDDED = "embedded"
 """The value of ``redis_url`` that asks for a Valkey of the relay's own."""
 
-_REDIS_SCHEMES = ("redis", "rediss", "unix")
+_REDIS_SCHEMES = ("redis", "rediss", "unix", *SENTINEL_SCHEMES)
 _BROADCAST_SCHEMES = ("memory", "postgres", "postgresql", "kafka")
 
 _SECRET = re.compile(r"(^|[._])(url|keys?)(\.|$)")
@@ -113,6 +114,8 @@ class LimitsConfig(Table):
     idle_timeout_s: Seconds = Field(60.0, description="seconds without a message or ping before a socket is closed")
     close_timeout_s: Seconds = Field(5.0, description="seconds for a client to answer a close, then it is cut off")
     body_max_bytes: Positive = Field(8_388_608, description="largest body of a REST request, in bytes")
+    drain_per_s: Positive = Field(1000, description="at the relay's end: sockets closed per second")
+    drain_timeout_s: Seconds = Field(20.0, description="seconds until all are; the pace is raised where it must be")
 
 
 class PluginsConfig(Table):
@@ -186,7 +189,7 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     workers: Positive = Field(1, description="processes to serve with")
     anonymous: bool = Field(False, description="let anybody connect without a token, also from other machines")
-    redis_url: str = Field("", repr=False, description='redis://, rediss:// or unix:// address, or "embedded"')
+    redis_url: str = Field("", repr=False, description='redis://, rediss://, unix://, redis+sentinel://, or "embedded"')
     broadcast_url: str = Field(
         "", repr=False, description="instead of Redis: memory://, postgres:// or kafka:// address"
     )
@@ -229,9 +232,10 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
         if not url or (info.field_name == "redis_url" and url == EMBEDDED):
             return url
         allowed = _REDIS_SCHEMES if info.field_name == "redis_url" else _BROADCAST_SCHEMES
+        sentinel = parse_sentinel(url)
         try:
             parts = urlsplit(url)
-            _ = parts.port  # raises ValueError for a port that is no number
+            _ = sentinel or parts.port  # raises ValueError for a port that is no number
         except ValueError:
             # Not repeated: urllib quotes what it could not read, which may be a part of the password.
             raise ValueError("expected scheme://user:password@host:port, special characters written as %XX") from None

@@ -24,6 +24,7 @@ from relay.brokers.embedded import EmbeddedValkey
 from relay.calling import HandlerFailed, is_being_cancelled
 from relay.config import EMBEDDED, Config
 from relay.errors import CloseCode, ConfigError, NotAdmitted
+from relay.frames import EXTENSION, FrameWriter
 from relay.handshake import Refused
 from relay.hooks import Hook, Hooks
 from relay.hub import Hub
@@ -40,6 +41,12 @@ _logger = logging.getLogger("relay")
 # Ids of sockets are unique among all nodes: a random part for the process, then a number.
 _PROCESS = uuid.uuid4().hex[:8]
 _numbers = count(1)
+
+_STALL_S = 0.5
+"""Seconds the event loop may stand still before it is said. Heartbeats, limits and timers all wait meanwhile."""
+
+_DRAIN_STEP_S = 0.05
+"""Seconds between two portions of a drain."""
 
 _SERVICE_BACKOFF_S = 1.0
 _SERVICE_BACKOFF_MAX_S = 30.0
@@ -93,6 +100,8 @@ class Engine:
         self._no_sockets = asyncio.Event()
         self._no_sockets.set()
         self._tasks: list[asyncio.Task[None]] = []
+        self._draining: asyncio.Task[None] | None = None
+        self._on_shutdown = self.drain  # one for all sockets
 
     async def start(self) -> None:
         """Hear the bus, then start the plugins. Raises ConfigError where one of them fails to start."""
@@ -112,9 +121,10 @@ class Engine:
         self._tasks += [asyncio.create_task(self._run_service(hook)) for hook in self._hooks.services]
 
     async def stop(self) -> None:
-        """Close all sockets with 1012 (come back), then stop the plugins, then the bus."""
-        for socket in self.sockets.values():
-            socket.close(CloseCode.RESTART, "the relay is restarting")
+        """Drain, then stop the plugins, then the bus."""
+        self.drain()
+        assert self._draining is not None, "drain() has made it"
+        await self._draining
         with suppress(TimeoutError):
             async with asyncio.timeout(self.config.limits.close_timeout_s):
                 await self._no_sockets.wait()
@@ -132,8 +142,41 @@ class Engine:
         if self._embedded is not None:
             await asyncio.to_thread(self._embedded.stop)
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether the end has begun: no socket is taken any more."""
+        return self._draining is not None
+
+    def drain(self) -> None:
+        """Begin the end: refuse new sockets with 503, close those that are here with 1012 (come back), at a pace.
+
+        All at once would be back all at once, wherever they go. What is queued for a socket is sent before its close.
+        """
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        limits, waiting = self.config.limits, list(self.sockets.values())
+        if waiting:
+            _logger.info("ending: closing %d sockets", len(waiting))
+        per_s = max(limits.drain_per_s, len(waiting) / limits.drain_timeout_s)
+        portion = max(1, round(per_s * _DRAIN_STEP_S))
+        for start in range(0, len(waiting), portion):
+            if start:
+                await asyncio.sleep(max(_DRAIN_STEP_S, 1 / per_s))
+            for socket in waiting[start : start + portion]:
+                self._close_for_restart(socket)
+
+    def _close_for_restart(self, socket: Socket) -> None:
+        if socket.id in self.sockets:
+            self._metrics.drained += 1
+            socket.close(CloseCode.RESTART, "the relay is restarting")
+
     async def serve_socket(self, scope: Scope, receive: ReceiveCallable, send: SendCallable) -> None:
         """Serve one ``websocket`` scope from handshake to end."""
+        if self.is_draining:
+            await self._refuse(scope, receive, send, Refused(503, "the relay is restarting", "restarting"))
+            return
         client = scope.get("client")
         address = counted_as(client[0]) if client else None
         refused = self._admission.enter(address, time.monotonic())
@@ -150,6 +193,8 @@ class Engine:
     async def _run(self, socket: Socket) -> None:
         self.sockets[socket.id] = socket
         self._no_sockets.clear()
+        if self.is_draining:  # the end began during its handshake
+            self._close_for_restart(socket)
         try:
             await socket.run()
         finally:
@@ -179,6 +224,9 @@ class Engine:
             await self._refuse(scope, receive, send, shake)
             return None
         await upgrade.accept(receive, send, shake.subprotocol)
+        writer: FrameWriter | None = (scope.get("extensions") or {}).get(EXTENSION)
+        if writer is not None:
+            writer.on_shutdown = self._on_shutdown
         name, compression = f"{_PROCESS}-{next(_numbers)}", config.compression
         connection = Connection(name, scope, receive, send, config.limits, metrics, compression, self._outboxes)
         return Socket(
@@ -212,12 +260,29 @@ class Engine:
                 self._metrics.sent_away += socket.access.send_away(order.user, order.topic, order.reason)
 
     async def _sweep(self) -> None:
-        """Close idle sockets. One coarse look at all of them costs less than a timer for each."""
+        """Close idle sockets, and say when the loop has stood still.
+
+        One coarse look at all sockets costs less than a timer for each. After a standstill the look is put off:
+        heartbeats that came meanwhile have not been read yet.
+        """
         limits = self.config.limits
         timeout_s, join_s = limits.idle_timeout_s, limits.first_join_timeout_s or math.inf
+        look_s = min(timeout_s, join_s) / 8
+        pause_s = min(look_s, _STALL_S)
+        last = due = time.monotonic()
         while True:
-            await asyncio.sleep(min(timeout_s, join_s) / 8)
+            await asyncio.sleep(pause_s)
             now = time.monotonic()
+            late_s, last = now - last - pause_s, now
+            if late_s > _STALL_S:
+                self._metrics.stalls += 1
+                transport.throttle.warning(
+                    "stall", "the event loop stood still for %.1f s: a handler blocks, or the machine does", late_s
+                )
+                due = now + look_s
+            if now < due:
+                continue
+            due = now + look_s
             for socket in self.sockets.values():
                 if socket.idle_s(now) > timeout_s:
                     if socket.close(CloseCode.GOING_AWAY, f"idle for {timeout_s:g} s; send heartbeats"):

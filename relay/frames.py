@@ -30,7 +30,7 @@ class FrameWriter:
     takes it away, when the transport's buffer is full or the socket is closing.
     """
 
-    __slots__ = ("abort", "deflates", "last_ping", "open", "owner", "paused", "ready", "write")
+    __slots__ = ("abort", "deflates", "last_ping", "on_shutdown", "open", "owner", "paused", "ready", "write")
 
     def __init__(self, transport: Transport, deflates: bool = False) -> None:
         self.write: Callable[[bytes], object] = transport.write
@@ -43,6 +43,8 @@ class FrameWriter:
         self.ready: bool = False
         self.last_ping: float = 0.0
         """When the client last sent a WebSocket ping, in monotonic seconds; 0 for never."""
+        self.on_shutdown: Callable[[], object] | None = None
+        """Called when the server ends; whoever is called closes the socket in its own time."""
         self.owner: WriterOwner | None = None
 
     def set_ready(self, ready: bool) -> None:

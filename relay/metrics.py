@@ -39,6 +39,10 @@ class Metrics:
     """Subscriptions told by ``phx_error`` to rejoin after a gap."""
     sent_away: int = 0
     """Sockets and subscriptions ended because their user was disconnected or kicked."""
+    drained: int = 0
+    """Sockets closed with 1012 because the relay was ending."""
+    stalls: int = 0
+    """Times the event loop stood still for more than half a second: something in this process blocks it."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Events not delivered, by reason."""
     dropped_topics: Counter[str] = field(default_factory=Counter)

@@ -66,11 +66,16 @@ class _Figures(Collector):
 
 
 def routes(
-    config: Config, metrics: Metrics, link: Callable[[], Link], publish_command: Callable[[], str]
+    config: Config,
+    metrics: Metrics,
+    link: Callable[[], Link],
+    refusal: Callable[[], str],
+    publish_command: Callable[[], str],
 ) -> list[BaseRoute]:
     """Make the HTTP routes.
 
     Args: link: the broker's state, asked anew for each request.
+          refusal: why nobody should be sent here; empty when all is well.
           publish_command: a line to paste, for the page.
     """
     registry = CollectorRegistry()
@@ -81,11 +86,11 @@ def routes(
         return JSONResponse({"status": "ok", "version": __version__, "sockets": metrics.sockets})
 
     async def ready(request: Request) -> Response:
-        """The subscription is live; 503 with the reason when it is not."""
-        state = link()
-        if state.live:
+        """The subscription is live, and the relay does not end; 503 with the reason otherwise."""
+        reason = refusal()
+        if not reason:
             return JSONResponse({"status": "ready"})
-        return JSONResponse({"status": "not ready", "reason": state.reason}, status_code=503)
+        return JSONResponse({"status": "not ready", "reason": reason}, status_code=503)
 
     async def prometheus(request: Request) -> Response:
         """All counters, in Prometheus's text format."""

@@ -96,10 +96,19 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         self._end_writer()
         super().handle_parser_exception()
 
+    def drain(self) -> bool:
+        """Tell the relay that the server ends and that it is to close the socket; False where there is none."""
+        writer = self.frame_writer
+        if writer is None or writer.on_shutdown is None or not writer.open:
+            return False
+        writer.on_shutdown()
+        return True
+
     def shutdown(self) -> None:
-        """End the extension before the close frame 1012 (Service Restart)."""
-        self._end_writer()
-        super().shutdown()
+        """Let the relay close the socket, at its pace; one that no relay has taken is closed with 1012 here."""
+        if not self.drain():
+            self._end_writer()
+            super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the extension; the transport is gone."""

@@ -1,4 +1,5 @@
-"""Our Uvicorn protocol class for HTTP: cuts off a client that does not send the head of its request in time.
+"""Our Uvicorn protocol class for HTTP: cuts off a client that does not send the head of its request in time, and
+refuses who comes while file descriptors are scarce.
 
 Owns what is particular to Uvicorn's httptools protocol; must not know what is asked for. ``relay serve`` uses it by
 itself, a team's own server by one line::
@@ -10,6 +11,7 @@ Uvicorn gives a client all the time it wants, and any number of bytes: a few tho
 """
 
 import logging
+import sys
 from asyncio import TimerHandle, Transport
 from collections import Counter
 from typing import Any
@@ -19,8 +21,19 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from relay.logs import Throttle
 from relay.metrics import REFUSED_STATE
 
+if sys.platform != "win32":
+    import resource
+
 HEAD_MAX_BYTES = 65_536
 """Largest head of a request: its first line and its headers."""
+
+_RESERVE = 32
+"""File descriptors kept free: the link to Redis needs one to come back, and so does whoever looks into ``/ready``."""
+
+DESCRIPTORS_MAX = 1_048_576
+"""File descriptors a process is taken to have where it says that there is no bound."""
+
+_REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 _throttle = Throttle(logging.getLogger("relay.server"))
 
@@ -43,7 +56,13 @@ class RelayHTTPProtocol(HttpToolsProtocol):
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Begin to wait for a head."""
         super().connection_made(transport)
-        self._await_head()
+        # The kernel gives the lowest free number, so the number tells how many are taken.
+        taken, most = transport.get_extra_info("socket").fileno(), descriptors()
+        if taken >= most - min(_RESERVE, most // 4):
+            transport.write(_REFUSAL)
+            self._cut("file descriptors", f"{taken} of {most} file descriptors are taken")
+        else:
+            self._await_head()
 
     def data_received(self, data: bytes) -> None:
         """Read on, unless the head has grown too large."""
@@ -89,3 +108,12 @@ class RelayHTTPProtocol(HttpToolsProtocol):
             counter[kind] += 1
         _throttle.warning(kind, "connection cut: %s", reason)
         self.transport.close()
+
+
+def descriptors() -> int:
+    """How many file descriptors this process may have."""
+    if sys.platform != "win32":
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if soft != resource.RLIM_INFINITY:
+            return soft
+    return DESCRIPTORS_MAX

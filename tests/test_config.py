@@ -212,7 +212,19 @@ def test_unknown_key_is_named_with_its_file(write: Write, text: str, key: str) -
         ('origins = ["https://a:99999"]', "origins: port out of range 0-65535, got ['https://a:99999']"),
         ('[rest]\npath = "api"', 'rest.path: expected a path like "/api", or "" for none, got \'api\''),
         ('[rest]\npath = "/"', 'rest.path: expected a path like "/api", or "" for none, got \'/\''),
-        ('redis_url = "localhost:6379"', "redis_url: expected a URL that starts with redis:// or rediss:// or unix://"),
+        (
+            'redis_url = "localhost:6379"',
+            "redis_url: expected a URL that starts with redis:// or rediss:// or unix:// or redis+sentinel:// or "
+            "rediss+sentinel://",
+        ),
+        (
+            'redis_url = "redis+sentinel://h:26379"',
+            "redis_url: expected redis+sentinel://user:password@host:port,host:port/master/db",
+        ),
+        (
+            'redis_url = "redis+sentinel://:pass@h:x,i/mymaster"',
+            "redis_url: expected redis+sentinel://user:password@host:port,host:port/master/db",
+        ),
         (
             'broadcast_url = "redis://h"',
             "broadcast_url: expected a URL that starts with memory:// or postgres:// or postgresql:// or kafka://",

@@ -5,7 +5,7 @@ Owns the two connections to Redis and their supervision; must not know topics' s
 The subscription's bytes go through ``hiredis.Reader`` directly, 1.2 µs an event; redis-py's own listener
 takes 20 µs, and at 40 000 events/s Redis cut it off for its output buffer. Publishing writes each command at once
 and matches the replies in order, a third of the cost of redis-py's pipeline. redis-py makes both connections: URL,
-TLS, authentication.
+TLS, authentication, Sentinel.
 """
 
 import asyncio
@@ -19,11 +19,13 @@ from typing import Any
 
 import hiredis
 from redis.asyncio import ConnectionPool, Redis
-from redis.asyncio.connection import AbstractConnection
+from redis.asyncio.connection import AbstractConnection, parse_url
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from relay.brokers import address
 from relay.brokers.base import Direction, Event, Link, Sink
 from relay.config import Config, RedisConfig
 from relay.errors import BusUnavailable
@@ -58,17 +60,9 @@ class RedisBroker:
         self._redis = config.redis
         self._metrics = metrics
         self._clock = clock
-        settings: dict[str, Any] = {
-            "protocol": 2,
-            "socket_keepalive": True,
-            "socket_connect_timeout": config.redis.timeout_s,
-            "socket_timeout": config.redis.timeout_s,
-            # A retried PUBLISH could be delivered twice; a retried connect is our supervisor's business.
-            "retry": Retry(NoBackoff(), 0),
-        }
-        self._pool = ConnectionPool.from_url(config.redis_url, **settings)
+        self._pool, self._sentinels = _make_pool(config)
         self._publisher = _Publisher(self._pool, config.redis, clock)
-        self._address = _address(self._pool.connection_kwargs)
+        self._address = address.shown(config.redis_url)
         self._link = Link(False, "not started")
         self._listener: asyncio.Task[None] | None = None
         # When the reader began to wait for bytes; None while it is busy with what it has.
@@ -93,6 +87,8 @@ class RedisBroker:
             with suppress(asyncio.CancelledError):
                 await self._listener
         await self._publisher.stop()
+        for client in self._sentinels:
+            await client.aclose()
         self._link = Link(False, "stopped")
 
     async def subscribe(self, topic: str) -> None:
@@ -334,11 +330,31 @@ def _streams(connection: AbstractConnection) -> tuple[asyncio.StreamReader, asyn
     return reader, writer
 
 
-def _address(settings: dict[str, Any]) -> str:
-    """Where Redis is, for logs: never with user, password or query."""
-    if "path" in settings:
-        return f"unix://{settings['path']}"
-    return f"{settings.get('host', 'localhost')}:{settings.get('port', 6379)}"
+def _make_pool(config: Config) -> tuple[ConnectionPool, list[Redis]]:
+    """Make what connections come from, and the clients of Sentinels behind it, which are to be closed.
+
+    A connection to a master that Sentinels know asks them for its address each time it is made.
+    """
+    settings: dict[str, Any] = {
+        "protocol": 2,
+        "socket_keepalive": True,
+        "socket_connect_timeout": config.redis.timeout_s,
+        "socket_timeout": config.redis.timeout_s,
+        # A retried PUBLISH could be delivered twice; a retried connect is our supervisor's business.
+        "retry": Retry(NoBackoff(), 0),
+    }
+    found = address.parse_sentinel(config.redis_url)
+    if found is None:
+        return ConnectionPool.from_url(config.redis_url, **settings), []
+    options: dict[str, Any] = dict(parse_url(found.master_url))
+    for name in ("host", "port"):
+        options.pop(name, None)
+    tls = {"ssl": True} if options.pop("connection_class", None) is not None else {}
+    theirs = settings | tls | {name: value for name, value in options.items() if name.startswith("ssl_")}
+    theirs |= {"username": found.username, "password": found.password}
+    sentinel = Sentinel(found.hosts, sentinel_kwargs=theirs)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
+    pool: ConnectionPool = SentinelConnectionPool(found.service, sentinel, **(settings | tls | options))  # type: ignore[no-untyped-call]
+    return pool, sentinel.sentinels
 
 
 async def publish_once(config: Config, topic: str, event: str, payload: bytes) -> int:
@@ -347,11 +363,12 @@ async def publish_once(config: Config, topic: str, event: str, payload: bytes) -
     Returns: how many subscriptions took it: the relays that listen.
     Raises:  BusUnavailable: Redis did not take it.
     """
-    client = Redis.from_url(
-        config.redis_url, socket_connect_timeout=config.redis.timeout_s, socket_timeout=config.redis.timeout_s
-    )
+    pool, sentinels = _make_pool(config)
     try:
-        async with client:
+        async with Redis.from_pool(pool) as client:
             return int(await client.publish(to_redis_channel(config.redis.to_prefix, topic, event), payload))
     except (RedisError, OSError) as error:
         raise BusUnavailable(str(error)) from error
+    finally:
+        for sentinel in sentinels:
+            await sentinel.aclose()

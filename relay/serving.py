@@ -1,0 +1,112 @@
+"""Uvicorn's server as ``relay serve`` runs it: it drains before it ends, and outlives a lack of file descriptors.
+
+Owns what Uvicorn has no setting for; must not know what is served.
+"""
+
+import asyncio
+import logging
+import socket as sockets
+import sys
+from contextlib import suppress
+from typing import Any
+
+import uvicorn
+from uvicorn.supervisors import Multiprocess, multiprocess
+
+from relay.logs import Throttle
+from relay.server import RelayWebSocketProtocol
+from relay.server_http import DESCRIPTORS_MAX, descriptors
+
+if sys.platform != "win32":
+    import resource
+
+_LOOK_S = 0.05
+
+
+class Server(uvicorn.Server):
+    """Ends in three steps: the relay drains its sockets, at its pace; then nobody can connect; then all ends.
+
+    Uvicorn's own stops to listen first. Meanwhile a client is answered 503, which says why, and not by silence:
+    with several workers a connection would else wait for a process that takes none any more.
+    """
+
+    async def startup(self, sockets: list[sockets.socket] | None = None) -> None:
+        """Start as Uvicorn does, with a log that nobody can flood."""
+        throttle = Throttle(logging.getLogger("relay.server"), interval_s=1.0)
+        asyncio.get_running_loop().set_exception_handler(_exception_handler(throttle))
+        logging.getLogger("uvicorn.error").addFilter(_Fewer(throttle))
+        await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[sockets.socket] | None = None) -> None:
+        """Drain, then shut down as Uvicorn does."""
+        draining = {
+            connection
+            for connection in self.server_state.connections
+            if isinstance(connection, RelayWebSocketProtocol) and connection.drain()
+        }
+        while draining & self.server_state.connections and not self.force_exit:  # noqa: ASYNC110 - Uvicorn tells nobody
+            await asyncio.sleep(_LOOK_S)
+        await super().shutdown(sockets)
+
+
+class _Worker(multiprocess.Process):
+    """A worker with our server in it."""
+
+    @property
+    def server(self) -> uvicorn.Server:
+        if self._server is None:
+            self._server = Server(self.config)
+        return self._server
+
+
+class _Fewer(logging.Filter):
+    """Writes what Uvicorn says of each bad request at a sane rate: anybody can send thousands."""
+
+    _COMMON = ("Invalid HTTP request received.", "Unsupported upgrade request.")
+
+    def __init__(self, throttle: Throttle) -> None:
+        super().__init__()
+        self._throttle = throttle
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.msg not in self._COMMON:
+            return True
+        self._throttle.warning(str(record.msg), str(record.msg))
+        return False
+
+
+def _exception_handler(throttle: Throttle) -> Any:
+    """Make a handler of the event loop's complaints that writes the one about descriptors once a second at most.
+
+    asyncio's own loop utters it once for each place in the backlog, 2 048 lines in one go (Python 3.11 to 3.13).
+    """
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if "socket.accept() out of system resource" in context["message"]:
+            throttle.warning("accept", "no connection can be taken: %s", context.get("exception"))
+        else:
+            loop.default_exception_handler(context)
+
+    return handle
+
+
+def raise_descriptor_limit() -> None:
+    """Take as many file descriptors as are allowed: a socket takes one, and the soft limit is often 1 024."""
+    if sys.platform != "win32":
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        most = DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_MAX)
+        if descriptors() < most:
+            with suppress(ValueError, OSError):  # macOS has a limit below its hard limit
+                resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def run(config: uvicorn.Config, listener: sockets.socket) -> int:
+    """Serve until stopped, here or in workers; returns the exit code."""
+    raise_descriptor_limit()
+    if config.workers == 1:
+        server = Server(config)
+        server.run(sockets=[listener])
+        return 0 if server.started else 3
+    multiprocess.Process = _Worker  # type: ignore[misc]  # the supervisor has no other way to be given one
+    Multiprocess(config, sockets=[listener]).run()
+    return 0
