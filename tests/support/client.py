@@ -4,6 +4,7 @@ import asyncio
 import itertools
 import json
 import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -143,6 +144,11 @@ class RawSocket:
             self.head = (await self._read_past(b"\r\n\r\n")).decode()
             assert self.head.startswith("HTTP/1.1 101 "), self.head
             yield self
+
+    def reset(self) -> None:
+        """Cut the connection with a reset, RST, instead of an end, FIN."""
+        self._connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self._connection.close()
 
     async def send_bytes(self, data: bytes) -> None:
         """Send bytes as they are."""

@@ -1,0 +1,60 @@
+"""Two nodes behind a balancer are replaced one by one, under five hundred clients that come back as phoenix.js does."""
+
+import asyncio
+import time
+from contextlib import ExitStack
+
+from tests.support.faults import Proxy
+from tests.support.phoenix import most_within, phoenix_clients, until_joined
+from tests.support.process import RelayProcess, Valkey
+from tests.support.serving import eventually
+from tests.support.witness import Ticker
+
+CLIENTS = 500
+PACE = 150
+SETTINGS = {"RELAY_LIMITS__DRAIN_PER_S": str(PACE), "RELAY_SYSTEM_TOPIC": "false"}
+
+
+async def test_rolling_restart_brings_all_clients_back_in_time_and_at_the_pace_set() -> None:
+    """All are joined again within 15 s of each node's end, and no faster than nodes close them."""
+    with ExitStack() as stack:
+        server = stack.enter_context(Valkey())
+
+        def node() -> RelayProcess:
+            return stack.enter_context(RelayProcess("--redis-url", server.url, environ=SETTINGS))
+
+        nodes = [node(), node()]
+        async with (
+            Proxy.open(*(port_of(relay) for relay in nodes)) as balancer,
+            phoenix_clients(CLIENTS, balancer.port, "room:roll") as clients,
+            Ticker.run(server.url, "room:roll") as ticker,
+        ):
+            ticker.pace_s = 0.5
+            for turn in range(2):
+                began = time.monotonic()
+                before = sum(len(client.joined_at) for client in clients)
+                old = nodes[turn]
+                code = await asyncio.to_thread(old.stop)
+                assert code == 0, old.output
+                nodes[turn] = await asyncio.to_thread(node)
+                balancer.targets[turn] = port_of(nodes[turn])
+                await until_joined(clients, 15 - (time.monotonic() - began))
+                took_s = time.monotonic() - began
+                joins = [at for client in clients for at in client.joined_at if at >= began]
+                moved = sum(len(client.joined_at) for client in clients) - before
+                assert moved == len(joins)
+                assert CLIENTS / 4 < moved <= CLIENTS, "each comes back once at most"
+                assert took_s < 15
+                # Each comes back 10 ms after its close, or later, where it met the node that is ending.
+                assert most_within(joins, 1.0) < PACE * 1.5
+            assert {code for client in clients for code in client.codes} == {1012}
+            last = ticker.taken[-1]
+            await eventually(lambda: all(client.numbers[-1] >= last for client in clients), "events")
+            for client in clients:
+                assert client.numbers == sorted(set(client.numbers)), "in order, and nothing twice"
+        for relay in nodes:
+            assert "Traceback" not in relay.output
+
+
+def port_of(relay: RelayProcess) -> int:
+    return int(relay.http.rpartition(":")[2])
