@@ -12,7 +12,7 @@ $(shell rm -rf .venv)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check lint format install cover lock clean
+.PHONY: help run test check lint format install cover fuzz soak lock clean
 
 help: ## show these words
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1	/p' Makefile
@@ -51,6 +51,12 @@ bench: .venv/.dev ## measure what a delivered frame costs (3 minutes); `make ben
 
 bench-full: .venv/.dev
 	$(BIN)/python -m benchmarks --full $(ARGS)
+
+fuzz: .venv/.dev ## feed the decoder, the protocol and the HTTP side with nonsense, a minute each; TESTS_FUZZ_S=600 for longer
+	TESTS_FUZZ_S=$${TESTS_FUZZ_S:-60} $(BIN)/python -m pytest tests/integration/faults/test_fuzz.py -rP -o faulthandler_timeout=0 $(ARGS)
+
+soak: .venv/.dev ## half an hour of churn and faults; fails if memory grows by over 5 %; ARGS="--minutes 3" for less
+	$(BIN)/python -m tests.soak $(ARGS)
 
 lock: .venv/.dev ## write the lock files anew; LOCK_ARGS=--upgrade takes the newest versions
 	tools/lock.sh

@@ -11,7 +11,8 @@ from tests.support.serving import eventually
 from tests.support.witness import Ticker
 
 CLIENTS = 500
-PACE = 150
+PACE = 100
+WINDOW_S = 2.0
 SETTINGS = {"RELAY_LIMITS__DRAIN_PER_S": str(PACE), "RELAY_SYSTEM_TOPIC": "false"}
 
 
@@ -46,7 +47,8 @@ async def test_rolling_restart_brings_all_clients_back_in_time_and_at_the_pace_s
                 assert CLIENTS / 4 < moved <= CLIENTS, "each comes back once at most"
                 assert took_s < 15
                 # Each comes back 10 ms after its close, or later, where it met the node that is ending.
-                assert most_within(joins, 1.0) < PACE * 1.5
+                # The window and the allowance are for a test process that may itself stand still for a while.
+                assert most_within(joins, WINDOW_S) < PACE * WINDOW_S * 1.4
             assert {code for client in clients for code in client.codes} == {1012}
             last = ticker.taken[-1]
             await eventually(lambda: all(client.numbers[-1] >= last for client in clients), "events")
