@@ -24,6 +24,7 @@ from relay.brokers.base import Direction, Link
 from relay.config import EMBEDDED, Config, explain, load
 from relay.engine import Engine
 from relay.errors import ConfigError, RelayError
+from relay.figures import IDLE, Figures, State
 from relay.handshake import Refused
 from relay.metrics import REFUSED_STATE, Metrics
 from relay.plugins import Plugin, system
@@ -70,6 +71,7 @@ class Relay:
         self.keys: tuple[Key, ...] = load_keys(self.config.auth)
         self._authenticate = authenticate
         self.metrics: Metrics = Metrics()
+        self.figures: Figures = Figures(self.metrics, self._state, self.config.metrics.folder)
         builtins = (system.plugin,) if self.config.system_topic else ()
         self.plugins: Loaded = load_plugins(self.config.plugins, (*extra_plugins, *builtins))
         self._trusted_proxies = parse_networks(self.config.trusted_proxies)
@@ -113,7 +115,7 @@ class Relay:
                 # Or a newline (%0A) would be no part of a path, and what is mounted would not be asked.
                 mount.path_regex = re.compile(mount.path_regex.pattern, re.DOTALL)
         return routes + pages.routes(
-            self.config, self.metrics, lambda: self.link, self._refusal, lambda: self.publish_command
+            self.config, self.metrics, lambda: self.link, self._refusal, self.figures.text, lambda: self.publish_command
         )
 
     # Lifetime.
@@ -126,7 +128,13 @@ class Relay:
         async with self._starting:
             if self._engine is None:
                 engine = Engine(
-                    self.config, self.metrics, self.plugins.hooks, self, authenticate=self._authenticate, keys=self.keys
+                    self.config,
+                    self.metrics,
+                    self.plugins.hooks,
+                    self,
+                    self.figures,
+                    authenticate=self._authenticate,
+                    keys=self.keys,
                 )
                 self._engine = engine  # plugins may use the relay while they start
                 try:
@@ -255,6 +263,9 @@ class Relay:
         if self._engine is not None and self._engine.is_draining:
             return "the relay is restarting"
         return "" if self.link.live else self.link.reason
+
+    def _state(self) -> State:
+        return IDLE if self._engine is None else self._engine.state
 
     @property
     def publish_command(self) -> str:

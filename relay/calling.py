@@ -7,6 +7,7 @@ import asyncio
 import inspect
 import logging
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
@@ -69,6 +70,7 @@ class Caller:
 
     async def _call(self, hook: Hook, *arguments: object) -> Any:
         self._metrics.plugin_calls[hook.plugin] += 1
+        began = time.perf_counter()
         limit = asyncio.timeout(self._timeout_s)
         try:
             async with limit:
@@ -87,14 +89,19 @@ class Caller:
             raise self.failed(hook, "was cancelled by itself", error) from None
         except _FAULTS as error:
             raise self.failed(hook, "raised", error) from None
+        finally:
+            self._metrics.plugin_time[hook.plugin].observe(time.perf_counter() - began)
 
     def call_here(self, hook: Hook, *arguments: object) -> Any:
         """Call a plain function in the event loop, for hooks on the way of every event. Raises HandlerFailed."""
         self._metrics.plugin_calls[hook.plugin] += 1
+        began = time.perf_counter()
         try:
             return hook.function(*arguments)
         except _FAULTS as error:
             raise self.failed(hook, "raised", error) from None
+        finally:
+            self._metrics.plugin_time[hook.plugin].observe(time.perf_counter() - began)
 
     def failed(self, hook: Hook, what: str, error: BaseException) -> HandlerFailed:
         """Log and count a handler's fault."""

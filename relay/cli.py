@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Annotated, Any
 from urllib.error import HTTPError, URLError
@@ -153,10 +154,14 @@ def _run(settings: Config, application: str | None, file: Path | None, listener:
     os.environ.update(RELAY_HOST=settings.host, RELAY_PORT=str(settings.port))
     if file is not None:
         os.environ[CONFIG_VARIABLE] = str(file)
-    if application is None:  # somebody's own app configures its relay itself
-        os.environ["RELAY_REDIS_URL"] = settings.redis_url
-        application, options["factory"] = "relay.cli:_worker_app", True
-    return serving.run(uvicorn.Config(application, workers=settings.workers, **options), listener)
+    with ExitStack() as stack:
+        if application is None:  # somebody's own app configures its relay itself
+            os.environ["RELAY_REDIS_URL"] = settings.redis_url
+            if not settings.metrics.folder:
+                folder = stack.enter_context(TemporaryDirectory(prefix="relay-"))
+                os.environ["RELAY_METRICS__FOLDER"] = folder
+            application, options["factory"] = "relay.cli:_worker_app", True
+        return serving.run(uvicorn.Config(application, workers=settings.workers, **options), listener)
 
 
 def _authenticates(app: Any) -> bool:

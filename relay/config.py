@@ -28,6 +28,7 @@ from relay.auth_config import AuthConfig, Seconds, Table
 from relay.brokers.address import SENTINEL_SCHEMES, parse_sentinel
 from relay.errors import ConfigError
 from relay.outbox import Overflow, Policy
+from relay.web_config import MetricsConfig, ProxyConfig, RestConfig
 
 ENV_PREFIX = "RELAY_"
 CONFIG_VARIABLE = "RELAY_CONFIG"
@@ -129,30 +130,6 @@ class PluginsConfig(Table):
     timeout_s: Seconds = Field(10.0, description="seconds until a handler is given up")
 
 
-class RestConfig(Table):
-    """The REST interface."""
-
-    path: str = Field("/api", description='where it is mounted; "" turns it off')
-    api_key: str = Field(
-        "", repr=False, description="asked for from all clients; without one, only loopback is answered"
-    )
-
-    @field_validator("path")
-    @classmethod
-    def _clean_path(cls, path: str) -> str:
-        if path and (not path.startswith("/") or not path.rstrip("/")):
-            raise ValueError('expected a path like "/api", or "" for none')
-        return path.rstrip("/")
-
-
-class ProxyConfig(Table):
-    """A prefix that another process serves."""
-
-    prefix: str = Field(min_length=2, pattern="^/", description="path that is forwarded, with all below it")
-    target: str = Field(pattern="^https?://", repr=False, description="where to, for example http://127.0.0.1:8001")
-    strip_prefix: bool = Field(True, description="leave the prefix out of the forwarded path")
-
-
 class TopicConfig(Table):
     """Settings of the topics that ``match``; the first entry that matches is used."""
 
@@ -211,6 +188,7 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     limits: LimitsConfig = LimitsConfig()
     plugins: PluginsConfig = PluginsConfig()
     rest: RestConfig = RestConfig()
+    metrics: MetricsConfig = MetricsConfig()
     proxy: tuple[ProxyConfig, ...] = ()
     topics: tuple[TopicConfig, ...] = ()
 

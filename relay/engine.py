@@ -9,6 +9,7 @@ import math
 import random
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -24,6 +25,7 @@ from relay.brokers.embedded import EmbeddedValkey
 from relay.calling import HandlerFailed, is_being_cancelled
 from relay.config import EMBEDDED, Config
 from relay.errors import CloseCode, ConfigError, NotAdmitted
+from relay.figures import WRITE_INTERVAL_S, Figures, State
 from relay.frames import EXTENSION, FrameWriter
 from relay.handshake import Refused
 from relay.hooks import Hook, Hooks
@@ -56,6 +58,7 @@ class Engine:
     """A running relay.
 
     Args: owner: what handlers are given as ``relay``.
+          figures: written for the other workers while this one runs.
           authenticate: the team's own say in who gets in.
           keys: the static keys of tokens.
     """
@@ -66,10 +69,12 @@ class Engine:
         metrics: Metrics,
         hooks: Hooks,
         owner: object,
+        figures: Figures,
         authenticate: Authenticate | None = None,
         keys: tuple[Key, ...] = (),
     ) -> None:
         self._metrics = metrics
+        self._figures = figures
         self._hooks = hooks
         self._owner = owner
         limits = config.limits
@@ -87,7 +92,9 @@ class Engine:
         self.config = config
         self.broker: Broker = _make_broker(config, metrics, hooks)
         loop = asyncio.get_running_loop()
-        self.hub: Hub = Hub(metrics, lambda topic: config.topic(topic).policy, loop.call_soon)
+        self.hub: Hub = Hub(
+            metrics, lambda topic: config.topic(topic).policy, loop.call_soon, label_of=config.metrics.label
+        )
         self.node: Node = Node(config, self.broker, self.hub, metrics, hooks, owner)
         self._name = uuid.uuid4().hex[:8]
         self.node.on_order = self._receive_order
@@ -118,6 +125,8 @@ class Engine:
             await self.stop()
             raise
         self._tasks.append(asyncio.create_task(self._sweep()))
+        if self.config.metrics.folder:
+            self._tasks.append(asyncio.create_task(self._write_figures()))
         self._tasks += [asyncio.create_task(self._run_service(hook)) for hook in self._hooks.services]
 
     async def stop(self) -> None:
@@ -139,6 +148,7 @@ class Engine:
         await self.node.stop()
         if self._verifier is not None:
             await self._verifier.close()
+        self._figures.write()
         if self._embedded is not None:
             await asyncio.to_thread(self._embedded.stop)
 
@@ -290,6 +300,18 @@ class Engine:
                 elif now - socket.joinless_since > join_s:
                     if socket.close(CloseCode.POLICY_VIOLATION, f"no topic joined within {join_s:g} s"):
                         self._metrics.refused["no join in time"] += 1
+
+    async def _write_figures(self) -> None:
+        while True:
+            self._figures.write()
+            await asyncio.sleep(WRITE_INTERVAL_S)
+
+    @property
+    def state(self) -> State:
+        """What this process holds at this moment."""
+        paths = Counter({"direct": 0, "portable": 0})
+        paths.update(socket.path for socket in self.sockets.values())
+        return State(paths, len(self.hub), self.broker.link.live)
 
     async def _run_service(self, hook: Hook) -> None:
         """Run a plugin's service as long as the relay runs; when it ends or raises, start it again after a while."""

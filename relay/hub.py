@@ -75,10 +75,12 @@ class _Group(NamedTuple):
 
 
 class _Topic:
-    __slots__ = ("events", "groups", "mark", "policy", "rate", "subscribers")
+    __slots__ = ("events", "groups", "label", "mark", "policy", "rate", "subscribers")
 
-    def __init__(self, policy: Policy, now: float) -> None:
+    def __init__(self, policy: Policy, label: str, now: float) -> None:
         self.policy = policy
+        # What its events are counted under besides; empty for most topics.
+        self.label = label
         self.events = 0
         # Rate of the last full second with events, and when and at how many events the present one began.
         self.rate = 0.0
@@ -110,12 +112,18 @@ class _Topic:
 class _Delivery:
     """Events of one topic on their way to the subscribers they found on their arrival."""
 
-    __slots__ = ("events", "frames", "group", "groups", "position", "skip", "topic", "topic_name")
+    __slots__ = ("came_at", "events", "frames", "group", "groups", "position", "skip", "topic", "topic_name")
 
     def __init__(
-        self, topic_name: str, topic: _Topic, events: Sequence[tuple[str, Payload]], skip: Subscriber | None
+        self,
+        topic_name: str,
+        topic: _Topic,
+        events: Sequence[tuple[str, Payload]],
+        skip: Subscriber | None,
+        now: float,
     ) -> None:
         self.skip = skip
+        self.came_at = now
         self.topic_name = topic_name
         self.topic = topic
         self.events = events
@@ -152,6 +160,8 @@ class Hub:
           policy_of: the policy of a topic for slow readers, asked once when its first subscriber comes.
           call_soon: puts a callable off to the event loop's next turn.
           clock: monotonic seconds.
+          label_of: what a topic's events are counted under besides, asked once when its first subscriber comes;
+              empty for nothing.
     """
 
     def __init__(
@@ -160,9 +170,11 @@ class Hub:
         policy_of: Callable[[str], Policy],
         call_soon: Callable[[Callable[[], None]], object],
         clock: Callable[[], float] = time.perf_counter,
+        label_of: Callable[[str], str] = lambda topic: "",
     ) -> None:
         self._metrics = metrics
         self._policy_of = policy_of
+        self._label_of = label_of
         self._call_soon = call_soon
         self._clock = clock
         self._topics: dict[str, _Topic] = {}
@@ -177,7 +189,7 @@ class Hub:
         entry = self._topics.get(topic)
         first = entry is None
         if entry is None:
-            entry = self._topics[topic] = _Topic(self._policy_of(topic), self._clock())
+            entry = self._topics[topic] = _Topic(self._policy_of(topic), self._label_of(topic), self._clock())
         entry.subscribers[subscriber] = None
         entry.groups = None
         return first
@@ -254,17 +266,21 @@ class Hub:
             entry.rate = (entry.events - entry.mark[1]) / (now - entry.mark[0])
             entry.mark = (now, entry.events)
         entry.events += len(events)
+        if entry.label:
+            self._metrics.topic_events[entry.label] += len(events)
         groups = entry.sort()
         if len(groups) == 1 and len(groups[0].members) <= _CHECK_EVERY and not self._deliveries and skip is None:
             # Most topics have few subscribers, all alike: no need to remember how far this came.
             _, writes, version, deflates = groups[0]
             if writes is not None:
-                data = _join(_encode(version, topic, events), deflates)
+                frames = _encode(version, topic, events)
+                data = _join(frames, deflates)
                 for write in writes:
                     write(data)
-                self._metrics.deliveries += len(writes) * len(events)
+                self._count(entry, frames, len(writes))
+                self._metrics.fan_out.observe(self._clock() - now, len(events))
                 return True
-        delivery = _Delivery(topic, entry, events, skip)
+        delivery = _Delivery(topic, entry, events, skip, now)
         if self._deliveries:
             self._deliveries.append(delivery)
         elif not self._deliver(delivery, now + SLICE_S):
@@ -290,21 +306,30 @@ class Hub:
             # What has changed since the groups were made may have changed for any member. Within one turn nothing
             # does, but for a socket that a write has filled: it is not met again.
             if group.writes is not None and delivery.skip is None and delivery.topic.groups is delivery.groups:
-                done = self._write(
-                    delivery, group.writes, _join(delivery.encoded(group.version), group.deflates), deadline
-                )
+                done = self._write(delivery, group.writes, group, deadline)
             else:
                 done = self._send(delivery, group, deadline)
             if not done:
                 return False
             delivery.group += 1
             delivery.position = 0
+        self._metrics.fan_out.observe(self._clock() - delivery.came_at, len(delivery.events))
         return True
 
+    def _count(self, entry: _Topic, frames: Sequence[Frame], sockets: int) -> None:
+        """Count frames that were delivered to so many sockets each."""
+        metrics = self._metrics
+        metrics.deliveries += sockets * len(frames)
+        metrics.delivered_bytes += sockets * (frames[0].size if len(frames) == 1 else sum(f.size for f in frames))
+        if entry.label:
+            metrics.topic_deliveries[entry.label] += sockets * len(frames)
+
     def _write(
-        self, delivery: _Delivery, writes: tuple[Callable[[bytes], object], ...], data: bytes, deadline: float
+        self, delivery: _Delivery, writes: tuple[Callable[[bytes], object], ...], group: _Group, deadline: float
     ) -> bool:
         """Write to the sockets that are ready; the loop that all is about."""
+        frames = delivery.encoded(group.version)
+        data = _join(frames, group.deflates)
         count, start = len(writes), delivery.position
         position = start
         while position < count:
@@ -313,7 +338,7 @@ class Hub:
             position = min(position + _CHECK_EVERY, count)
             if position < count and self._clock() >= deadline:
                 break
-        self._metrics.deliveries += (position - start) * len(delivery.events)
+        self._count(delivery.topic, frames, position - start)
         delivery.position = position
         return position == count
 
@@ -329,10 +354,10 @@ class Hub:
                 if subscriber in still_here and subscriber is not skip:
                     for (event, _), frame in zip(delivery.events, frames, strict=True):
                         subscriber.send_event(frame, topic, event, policy)
-                    delivered += len(frames)
+                    delivered += 1
             position = min(position + _CHECK_EVERY, count)
             if position < count and self._clock() >= deadline:
                 break
-        self._metrics.deliveries += delivered
+        self._count(delivery.topic, frames, delivered)
         delivery.position = position
         return position == count

@@ -1,14 +1,40 @@
 """Counters of one relay process, and the words to read them by.
 
-Owns the numbers; must not know how they are shown. Every drop, refusal and gap is counted here: a loss
-that is not counted is a bug.
+Owns the numbers; must not know how they are shown (`relay.figures` does). Every drop, refusal and gap is counted
+here: a loss that is not counted is a bug.
 """
 
-from collections import Counter
+from bisect import bisect_left
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 REFUSED_STATE = "relay.refused"
 """Where a server finds `Metrics.refused` in the lifespan's state, for what it refuses by itself."""
+
+BOUNDS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+"""Upper bounds of a histogram's buckets, in seconds; what takes longer has a bucket of its own."""
+
+
+class Histogram:
+    """How often something took how long."""
+
+    __slots__ = ("buckets", "sum_s")
+
+    def __init__(self) -> None:
+        self.buckets: list[int] = [0] * (len(BOUNDS_S) + 1)
+        """Observations that took no longer than the bound of the same place, and longer than the one before it."""
+        self.sum_s: float = 0.0
+        """Seconds of all observations together."""
+
+    def observe(self, duration_s: float, times: int = 1) -> None:
+        """Count an observation, or several alike."""
+        self.buckets[bisect_left(BOUNDS_S, duration_s)] += times
+        self.sum_s += duration_s * times
+
+    @property
+    def count(self) -> int:
+        """How many observations there were."""
+        return sum(self.buckets)
 
 
 @dataclass(slots=True)
@@ -21,6 +47,10 @@ class Metrics:
     """Of those, events on topics nobody here has joined."""
     deliveries: int = 0
     """Frames of events written, or queued, for a socket."""
+    delivered_bytes: int = 0
+    """Bytes of those frames, before compression and without their WebSocket headers."""
+    fan_out: Histogram = field(default_factory=Histogram)
+    """For each event, the time from its arrival at the hub to the last of its deliveries."""
     pushes_in: int = 0
     """Pushes received from clients."""
     pushes_out: int = 0
@@ -35,6 +65,8 @@ class Metrics:
     """Bytes waiting in the outboxes of all sockets now."""
     gaps: int = 0
     """Times the broker's link was interrupted, so that events may have been missed."""
+    link_lag_s: float = 0.0
+    """Seconds that the broker's link took to answer its last ping; 0 before the first, and where it has none."""
     rejoins_asked: int = 0
     """Subscriptions told by ``phx_error`` to rejoin after a gap."""
     sent_away: int = 0
@@ -49,17 +81,15 @@ class Metrics:
     """Of those, events that slow readers missed, by the pattern in ``[[topics]]`` that their topic matches."""
     refused: Counter[str] = field(default_factory=Counter)
     """Handshakes, joins and pushes refused, by reason."""
+    topic_events: Counter[str] = field(default_factory=Counter)
+    """Events that had a subscriber, by the pattern in ``metrics.topics`` that their topic matches first."""
+    topic_deliveries: Counter[str] = field(default_factory=Counter)
+    """Deliveries of those events, by the same pattern."""
     plugin_calls: Counter[str] = field(default_factory=Counter)
     """Handlers called, by plugin."""
     plugin_errors: Counter[str] = field(default_factory=Counter)
     """Handlers that raised or did not end in time, by plugin."""
+    plugin_time: defaultdict[str, Histogram] = field(default_factory=lambda: defaultdict(Histogram))
+    """How long handlers took, their waiting included, by plugin; services, which do not end, are not among them."""
     malformed: Counter[str] = field(default_factory=Counter)
     """Frames from clients that could not be understood, by close code."""
-
-    def totals(self) -> dict[str, int | dict[str, int]]:
-        """All counters by name, reasons as nested objects; what ``/health`` shows."""
-        return {
-            name: dict(value) if isinstance(value, Counter) else value
-            for name in self.__slots__
-            if (value := getattr(self, name)) is not None
-        }

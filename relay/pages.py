@@ -5,13 +5,9 @@ Owns these few routes; must not know sockets or Redis.
 
 import html
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import CONTENT_TYPE_LATEST
-from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
@@ -25,9 +21,7 @@ from relay.metrics import Metrics
 _STATIC = Path(__file__).parent / "static"
 _CLIENT = "relay.js"
 
-# What is no sum, with its meaning; and what a counter is kept by, where that is no reason.
-_GAUGES = {"sockets": "sockets open now", "outbox_bytes": "bytes waiting for slow readers now"}
-_LABELS = {"plugin_calls": "plugin", "plugin_errors": "plugin", "dropped_topics": "match"}
+_TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 
 # Nothing from elsewhere, nothing inline; sockets to this very place.
 _POLICY = "default-src 'self'; connect-src 'self' ws: wss:; base-uri 'none'; frame-ancestors 'self'; form-action 'none'"
@@ -43,43 +37,21 @@ class _Static(StaticFiles):
             self.all_directories.append(source)
 
 
-class _Figures(Collector):
-    """Shows `Metrics` to prometheus-client; the totals themselves stay plain integers on the hot paths."""
-
-    def __init__(self, metrics: Metrics, link: Callable[[], Link]) -> None:
-        self._metrics = metrics
-        self._link = link
-
-    def collect(self) -> Iterator[Metric]:
-        for name, value in self._metrics.totals().items():
-            if isinstance(value, dict):
-                label = _LABELS.get(name, "reason")
-                family = CounterMetricFamily(f"relay_{name}", f"{name} by {label}", labels=[label])
-                for which, total in value.items():
-                    family.add_metric([str(which)], total)
-                yield family
-            elif name in _GAUGES:
-                yield GaugeMetricFamily(f"relay_{name}", _GAUGES[name], value)
-            else:
-                yield CounterMetricFamily(f"relay_{name}", name.replace("_", " "), value)
-        yield GaugeMetricFamily("relay_link_live", "1 while the subscription to the bus is live", self._link().live)
-
-
 def routes(
     config: Config,
     metrics: Metrics,
     link: Callable[[], Link],
     refusal: Callable[[], str],
+    figures: Callable[[], bytes],
     publish_command: Callable[[], str],
 ) -> list[BaseRoute]:
     """Make the HTTP routes.
 
     Args: link: the broker's state, asked anew for each request.
           refusal: why nobody should be sent here; empty when all is well.
+          figures: all figures, in Prometheus's text format.
           publish_command: a line to paste, for the page.
     """
-    registry = CollectorRegistry()
-    registry.register(_Figures(metrics, link))
 
     async def health(request: Request) -> Response:
         """The process lives."""
@@ -93,8 +65,8 @@ def routes(
         return JSONResponse({"status": "not ready", "reason": reason}, status_code=503)
 
     async def prometheus(request: Request) -> Response:
-        """All counters, in Prometheus's text format."""
-        return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
+        """All figures, of all workers, in Prometheus's text format."""
+        return Response(figures(), headers={"content-type": _TEXT_FORMAT})
 
     async def page(request: Request) -> Response:
         """The page that lets people try the relay."""

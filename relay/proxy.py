@@ -14,9 +14,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 
-from relay.config import ProxyConfig
 from relay.logs import Throttle
 from relay.transport import ReceiveCallable, Scope, SendCallable
+from relay.web_config import ProxyConfig
 
 _throttle = Throttle(logging.getLogger("relay.proxy"))
 

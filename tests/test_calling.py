@@ -57,6 +57,20 @@ async def test_coroutine_function_runs_in_the_loop_and_plain_function_in_a_threa
         assert metrics.plugin_errors == {}
 
 
+async def test_time_of_handlers_is_counted_however_they_end() -> None:
+    async with calls(timeout_s=0.02) as (caller, metrics):
+        assert await caller.call(hook(coroutine), "hi")
+        caller.call_here(hook(plain), "hi")
+        with pytest.raises(HandlerFailed):
+            await caller.call(hook(raises(ValueError("no"))), "hi")
+        assert metrics.plugin_time["p"].sum_s < 0.02
+        with pytest.raises(HandlerFailed):
+            await caller.call(hook(asyncio.Event().wait, "slow"))
+        assert metrics.plugin_time["p"].count == 3
+        assert metrics.plugin_time["slow"].count == 1
+        assert metrics.plugin_time["slow"].sum_s >= 0.02
+
+
 def raises(error: BaseException) -> Callable[[object], None]:
     def handler(argument: object) -> None:
         raise error

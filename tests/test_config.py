@@ -13,9 +13,17 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from relay.auth_config import AuthConfig, GrantConfig, KeyConfig
-from relay.config import Config, LimitsConfig, OnGap, ProxyConfig, RedisConfig, RestConfig, TopicConfig, load
+from relay.config import (
+    Config,
+    LimitsConfig,
+    OnGap,
+    RedisConfig,
+    TopicConfig,
+    load,
+)
 from relay.errors import ConfigError
 from relay.outbox import Overflow, Policy
+from relay.web_config import MetricsConfig, ProxyConfig, RestConfig
 
 EXAMPLE = Path(__file__).parents[1] / "config" / "relay.toml"
 SECRET = "hunter2"
@@ -512,6 +520,11 @@ def test_topic_that_no_entry_matches_has_the_defaults() -> None:
     assert config.topic("b") == TopicConfig()
     defaults = TopicConfig()
     assert (defaults.overflow, defaults.on_gap, defaults.push) == (Overflow.DISCONNECT, OnGap.REJOIN, True)
+
+
+@pytest.mark.parametrize(("topic", "label"), [("aircraft:1", "aircraft:*"), ("a", "a*"), ("b", "")])
+def test_topic_counts_for_the_first_pattern_it_matches(topic: str, label: str) -> None:
+    assert MetricsConfig(topics=("aircraft:*", "a*", "aircraft:1")).label(topic) == label
 
 
 @pytest.mark.parametrize("name", LEAVES)

@@ -48,7 +48,16 @@ from tests.support.serving import serve
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [
     path
-    for name in ("docs/plugins", "docs/redis", "docs/mounting", "docs/rest", "docs/security", "clients/python/README")
+    for name in (
+        "docs/plugins",
+        "docs/redis",
+        "docs/mounting",
+        "docs/rest",
+        "docs/security",
+        "docs/metrics",
+        "docs/console",
+        "clients/python/README",
+    )
     if (path := REPOSITORY / f"{name}.md").exists()
 ]
 LANGUAGES = ("python", "console", "js", "toml", "sql")

@@ -23,6 +23,8 @@ HOUSE = {
     "edge": [
         "rest",
         "pages",
+        "figures",
+        "folder",
         "proxy",
         "socket",
         "upgrade",
@@ -53,6 +55,7 @@ HOUSE = {
         "hooks",
         "config",
         "addresses",
+        "web_config",
         "auth_config",
         "brokers.address",
         "outbox",
@@ -85,6 +88,7 @@ NEIGHBOURS = {
     ("server", "frames"): "the same, from its other side",
     ("proxy", "transport"): "the words of ASGI: Scope, ReceiveCallable, SendCallable",
     ("rest", "plugins.loader"): "what was loaded is listed, and the plugins' own routes are served",
+    ("figures", "folder"): "where the workers' figures meet, behind one interface",
     ("plugins.loader", "plugins"): "a package and its parts",
     ("plugins.system", "plugins"): "a built-in plugin is written as any other",
 }
@@ -92,7 +96,7 @@ NEIGHBOURS = {
 # What a room brings in from outside the standard library; what is not named here belongs to nobody.
 OUTSIDE = {
     "msgspec": {"wire", "protocol", "hooks", "control", "access", "tokens", "brokers.broadcaster"},
-    "pydantic": {"config", "auth_config", "app", "rest"},
+    "pydantic": {"config", "auth_config", "web_config", "app", "rest"},
     "pydantic_core": {"config"},
     "pydantic_settings": {"config"},
     "redis": {"brokers.redis"},
@@ -106,8 +110,8 @@ OUTSIDE = {
     "httpx2": {"proxy", "tokens"},
     "jwt": {"tokens"},
     "cryptography": {"tokens"},
-    "prometheus_client": {"pages"},
-    "psutil": {"plugins.system"},
+    "prometheus_client": {"figures"},
+    "psutil": {"figures", "plugins.system"},
     "rich": {"commands.client"},
     "typer": {"cli", "commands", "commands.auth", "commands.client"},
 }

@@ -503,3 +503,45 @@ def test_traffic_of_a_quiet_topic_fades(fixture: Fixture) -> None:
     assert fixture.hub.traffic("t") == (1, 0.25)
     fixture.loop.now += 96
     assert fixture.hub.traffic("t") == (1, 0.01)
+
+
+def test_bytes_delivered_are_counted_for_each_version(fixture: Fixture) -> None:
+    sender = fixture.reader("t")
+    readers = [fixture.reader("t"), fixture.reader("t", version=Version.V1), fixture.reader("t", version=Version.V1)]
+    fixture.hub.fan_out("t", "e", EMPTY, skip=sender)
+    assert fixture.metrics.delivered_bytes == sum(frame.size for reader in readers for frame in reader.got)
+    assert fixture.metrics.deliveries == 3
+
+
+def test_bytes_of_events_that_come_together_are_counted_as_of_each(fixture: Fixture) -> None:
+    reader = fixture.reader("t")
+    fixture.hub.fan_out_all("t", [("e", EMPTY), ("f", EMPTY)])
+    fixture.hub.fan_out("t", "e", EMPTY)
+    assert fixture.metrics.delivered_bytes == sum(frame.size for frame in reader.got)
+    assert fixture.metrics.deliveries == fixture.metrics.fan_out.count == 3
+
+
+@pytest.mark.parametrize("count", [1, STEP * 3])
+def test_fan_out_is_timed_from_arrival_to_last_delivery(fixture: Fixture, count: int) -> None:
+    """Once for each event, however many turns it takes."""
+    fixture.slow_readers(count)
+    fixture.hub.fan_out("t", "e", EMPTY)
+    fixture.loop.run()
+    assert fixture.metrics.fan_out.count == 1
+    assert fixture.metrics.fan_out.sum_s == pytest.approx(count * SLICE_S)
+
+
+def test_topics_with_a_label_are_counted_under_it(fixture: Fixture) -> None:
+    hub = Hub(
+        fixture.metrics,
+        lambda topic: Policy(),
+        fixture.loop.call_soon,
+        fixture.loop.clock,
+        lambda topic: "room:*" if topic.startswith("room:") else "",
+    )
+    for topic in ("room:1", "room:2", "other"):
+        for _ in range(2):
+            hub.add(topic, Reader(fixture.loop, ready=fixture.ready))
+        hub.fan_out(topic, "e", EMPTY)
+    assert fixture.metrics.topic_events == {"room:*": 2}
+    assert fixture.metrics.topic_deliveries == {"room:*": 4}

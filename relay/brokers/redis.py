@@ -67,6 +67,8 @@ class RedisBroker:
         self._listener: asyncio.Task[None] | None = None
         # When the reader began to wait for bytes; None while it is busy with what it has.
         self._waiting_since: float | None = None
+        # When the subscription was last pinged, while the answer is still to come.
+        self._pinged_at: float | None = None
         self._fault = ""
 
     @property
@@ -189,6 +191,9 @@ class RedisBroker:
                     sink.receive_control(reply[3])
                 if reply[0] == b"pmessage" and reply[1] in raw:
                     sink.receive_message(reply[1].decode(), reply[2].decode(errors="replace"), reply[3])
+                elif reply[0] == b"pong" and self._pinged_at is not None:
+                    self._metrics.link_lag_s = self._clock() - self._pinged_at
+                    self._pinged_at = None
                 elif reply[0] == b"psubscribe":
                     unconfirmed -= 1
                     if not unconfirmed:
@@ -197,23 +202,26 @@ class RedisBroker:
                 await sink.receive_events(events)
 
     async def _watch(self, connection: AbstractConnection) -> None:
-        """Ping a silent connection, and abort it when nothing comes back: a dead peer sends no FIN."""
+        """Ping the connection, and abort it when nothing comes back: a dead peer sends no FIN.
+
+        A busy connection is pinged too: how long the answer takes is the lag of the events beside it.
+        """
         _, writer = _streams(connection)
-        pinged_at: float | None = None
+        self._pinged_at = None
         while True:
-            await asyncio.sleep(self._redis.ping_interval_s / 2 if pinged_at is None else self._redis.ping_timeout_s)
-            since = self._waiting_since
-            if since is None:
-                pinged_at = None  # busy with what has come: alive
-            elif pinged_at is not None and since <= pinged_at:
+            await asyncio.sleep(self._redis.ping_interval_s / 2)
+            looked_at = self._clock()
+            if self._pinged_at is None:
+                writer.write(hiredis.pack_command(("PING",)))
+                self._pinged_at = looked_at
+            await asyncio.sleep(self._redis.ping_timeout_s)
+            since = self._waiting_since  # None: busy with what has come, so alive
+            if since is not None and since <= looked_at:
                 self._fault = f"no answer to PING within {self._redis.ping_timeout_s:g} s"
                 writer.transport.abort()
                 return
-            elif self._clock() - since >= self._redis.ping_interval_s / 2:
-                writer.write(hiredis.pack_command(("PING",)))
-                pinged_at = self._clock()
-            else:
-                pinged_at = None
+            if self._pinged_at is not None:  # the answer is still behind the events
+                self._metrics.link_lag_s = self._clock() - self._pinged_at
 
     # Publishing.
 

@@ -659,3 +659,20 @@ async def test_redis_channels_of_others_are_heard_beside_the_events(bus: RedisBu
         await sink.expect(("room", "e", b"1"))
         await eventually(lambda: len(sink.messages) == 2, "the raw messages")
     assert sink.messages == [("raw:*", "raw:1", b"\xff"), ("*:room:*", "to:room:e", b"1")]
+
+
+async def test_lag_of_the_link_is_measured_also_while_it_is_busy(valkey: Valkey) -> None:
+    """The answer to a PING waits behind the events; so the busiest link tells the most."""
+    metrics, sink = Metrics(), Sink()
+    broker = RedisBroker(Config(redis_url=valkey.url, redis=FAST | {"ping_timeout_s": 0.1}), metrics)
+    async with started(broker, sink):
+        await eventually(lambda: metrics.link_lag_s > 0, "the first answer")
+        assert metrics.link_lag_s < 5
+        metrics.link_lag_s = 0
+        sink.room.clear()  # the reader is stopped, as by a hub that has enough to do
+        await broker.publish(Direction.TO, "room", "e", b"1")
+        await eventually(lambda: metrics.link_lag_s > 0.1, "an answer that is overdue")
+        assert broker.link.live, "it is late, not lost"
+        sink.room.set()
+        await eventually(lambda: metrics.link_lag_s < 0.1, "the next answer")
+        assert not sink.gaps

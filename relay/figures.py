@@ -1,0 +1,275 @@
+"""What ``/metrics`` shows: every figure by its Prometheus name, of one process or of all workers together.
+
+Owns names, meanings and the text format; must not know sockets or the bus. ``docs/metrics.md`` holds the same table;
+a test compares the two.
+
+Each of several workers leaves its figures in a folder (`relay.folder`) once a second. Whichever of them is asked adds
+them all up. What a worker that has ended had counted stays in the sums, what it held (sockets, bytes) does not.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+
+import psutil
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from relay import __version__
+from relay.metrics import BOUNDS_S, Histogram, Metrics
+
+if TYPE_CHECKING:
+    from relay.folder import Folder
+
+WRITE_INTERVAL_S = 1.0
+"""Seconds between two writes of a worker's figures; what a worker has counted since is lost where it is killed."""
+
+
+class State(NamedTuple):
+    """What a process holds at this moment; everything else is in `Metrics`."""
+
+    sockets: Mapping[str, int]
+    """Sockets open, by how frames are written."""
+    topics: int
+    link_live: bool
+
+
+IDLE = State({}, 0, False)
+"""Of a relay that does not run."""
+
+
+Value: TypeAlias = float | list[float]
+"""A number, or a histogram: the counts of its buckets, then its sum in seconds."""
+
+Snapshot: TypeAlias = dict[str, dict[str, Value]]
+"""Values by figure and label; "" where a figure has no label."""
+
+Source: TypeAlias = Callable[[Metrics, State, psutil.Process], Mapping[str, float | Histogram]]
+
+
+class Figure(NamedTuple):
+    """One figure: its name (a counter's without ``_total``), what it means, and how it is read."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    meaning: str
+    label: str
+    read: Source
+    merge: Callable[[list[float]], float] = sum
+    """What makes one number of those of all workers."""
+
+    @property
+    def shown_name(self) -> str:
+        """The name as Prometheus has it."""
+        return f"{self.name}_total" if self.kind == "counter" else self.name
+
+
+def _of(field: str) -> Source:
+    """Read a field of `Metrics`."""
+
+    def read(metrics: Metrics, state: State, process: psutil.Process) -> Mapping[str, float | Histogram]:
+        value = getattr(metrics, field)
+        return value if isinstance(value, dict) else {"": value}
+
+    return read
+
+
+def _counter(field: str, meaning: str, label: str = "", name: str = "") -> Figure:
+    return Figure(f"relay_{name or field}", "counter", meaning, label, _of(field))
+
+
+FIGURES: tuple[Figure, ...] = (
+    Figure("relay_sockets", "gauge", "Sockets open now, by how frames are written.", "path", lambda m, s, p: s.sockets),
+    _counter("sockets_opened", "Sockets ever opened."),
+    Figure(
+        "relay_topics",
+        "gauge",
+        "Topics with at least one subscriber; a topic counts once for each worker.",
+        "",
+        lambda m, s, p: {"": s.topics},
+    ),
+    _counter("joins", "Joins accepted."),
+    _counter("pushes_in", "Pushes received from clients."),
+    _counter("pushes_out", "Of those, pushes that the bus has taken."),
+    _counter("events_in", "Events received from the bus; an event counts once for each worker."),
+    _counter("events_unheard", "Of those, events on topics that nobody has joined in that worker."),
+    _counter("deliveries", "Frames of events written, or queued, for a socket."),
+    _counter("delivered_bytes", "Bytes of those frames, before compression and without their WebSocket headers."),
+    Figure(
+        "relay_fan_out_seconds",
+        "histogram",
+        "For each event, the time from its arrival at the hub to the last of its deliveries.",
+        "",
+        _of("fan_out"),
+    ),
+    Figure(
+        "relay_outbox_bytes",
+        "gauge",
+        "Bytes waiting for sockets that read too slowly.",
+        "",
+        _of("outbox_bytes"),
+    ),
+    _counter("dropped", "Events not delivered, by reason.", "reason"),
+    _counter("dropped_topics", "Of those, events that slow readers missed, by pattern in `[[topics]]`.", "match"),
+    _counter("refused", "Handshakes, joins and pushes refused, and sockets sent away, by reason.", "reason"),
+    _counter("malformed", "Frames from clients that could not be understood, by close code.", "reason"),
+    _counter("gaps", "Times the link to the bus was interrupted, so that events may have been missed."),
+    _counter("rejoins_asked", "Subscriptions told to rejoin after a gap."),
+    _counter("sent_away", "Sockets and subscriptions ended for a user that was sent away."),
+    _counter("drained", "Sockets closed because the relay ends."),
+    _counter("stalls", "Times the event loop was blocked for too long."),
+    Figure(
+        "relay_link_live",
+        "gauge",
+        "1 while the subscription to the bus is live, in every worker.",
+        "",
+        lambda m, s, p: {"": s.link_live},
+        min,
+    ),
+    Figure(
+        "relay_link_lag_seconds",
+        "gauge",
+        "Time that the subscription's last ping took; 0 before the first, and on a bus that has none. "
+        "The slowest worker's.",
+        "",
+        _of("link_lag_s"),
+        max,
+    ),
+    _counter("topic_events", "Events that had a subscriber, by pattern in `metrics.topics`.", "topic"),
+    _counter("topic_deliveries", "Deliveries of those events, by the same pattern.", "topic"),
+    _counter("plugin_calls", "Handlers and services called, by plugin.", "plugin"),
+    _counter("plugin_errors", "Handlers that raised or did not end in time, by plugin.", "plugin"),
+    Figure(
+        "relay_plugin_seconds",
+        "histogram",
+        "How long handlers took, their waiting included, by plugin; services are not among them.",
+        "plugin",
+        _of("plugin_time"),
+    ),
+    Figure("relay_workers", "gauge", "Processes that these figures are of.", "", lambda m, s, p: {"": 1}),
+    Figure("relay_info", "gauge", "1, for the version that runs.", "version", lambda m, s, p: {__version__: 1}, max),
+    Figure(
+        "process_cpu_seconds",
+        "counter",
+        "Processor time, user and system.",
+        "",
+        lambda m, s, p: {"": sum(p.cpu_times()[:2])},
+    ),
+    Figure(
+        "process_resident_memory_bytes",
+        "gauge",
+        "Resident memory; what workers share counts once for each.",
+        "",
+        lambda m, s, p: {"": p.memory_info().rss},
+    ),
+    Figure("process_open_fds", "gauge", "Open file descriptors.", "", lambda m, s, p: {"": p.num_fds()}),
+    Figure(
+        "process_start_time_seconds",
+        "gauge",
+        "When the process started, in seconds since 1970; of workers, the first of those that run.",
+        "",
+        lambda m, s, p: {"": p.create_time()},
+        min,
+    ),
+)
+
+
+class Figures:
+    """The figures of one relay, and of its fellow workers.
+
+    Args: state: what the process holds, asked anew each time.
+          folder: where workers leave their figures for each other; empty for one process alone.
+    """
+
+    def __init__(self, metrics: Metrics, state: Callable[[], State], folder: str = "") -> None:
+        self._metrics = metrics
+        self._state = state
+        self._process = psutil.Process()
+        self._folder = _open(folder) if folder else None
+
+    def snapshot(self) -> Snapshot:
+        """The figures of this process, now."""
+        state = self._state()
+        return {
+            figure.name: {
+                str(label): [*value.buckets, value.sum_s] if isinstance(value, Histogram) else value
+                for label, value in figure.read(self._metrics, state, self._process).items()
+            }
+            for figure in FIGURES
+        }
+
+    def text(self) -> bytes:
+        """All figures in Prometheus's text format: of all workers, where there are several."""
+        snapshot = self.snapshot()
+        if self._folder is not None:
+            self._folder.write(snapshot)
+            snapshot = _merged(self._folder.read())
+        registry = CollectorRegistry()
+        registry.register(_Families(snapshot))
+        return generate_latest(registry)
+
+    def write(self) -> None:
+        """Leave the figures of this process for the others; nothing where it is alone."""
+        if self._folder is not None:
+            self._folder.write(self.snapshot())
+
+
+def _open(folder: str) -> "Folder":
+    from relay.folder import Folder  # locks files, which not every system can
+
+    return Folder(Path(folder), _counted)
+
+
+def _counted(snapshots: list[Snapshot]) -> Snapshot:
+    """What is left of workers that have ended: what they have counted, and nothing that they held."""
+    merged = _merged(snapshots)
+    return {figure.name: merged[figure.name] for figure in FIGURES if figure.kind != "gauge"}
+
+
+def _merged(snapshots: list[Snapshot]) -> Snapshot:
+    merged: Snapshot = {}
+    for figure in FIGURES:
+        found = [snapshot.get(figure.name, {}) for snapshot in snapshots]
+        labels = dict.fromkeys(label for values in found for label in values)
+        merged[figure.name] = {
+            label: _one(figure, [values[label] for values in found if label in values]) for label in labels
+        }
+    return merged
+
+
+def _one(figure: Figure, values: list[Value]) -> Value:
+    histograms = [value for value in values if isinstance(value, list)]
+    if histograms:
+        return [sum(parts) for parts in zip(*histograms, strict=True)]
+    return figure.merge([value for value in values if not isinstance(value, list)])
+
+
+class _Families(Collector):
+    """A snapshot, as prometheus-client wants it."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+
+    def collect(self) -> Iterator[Metric]:
+        for figure in FIGURES:
+            yield _family(figure, self._snapshot[figure.name])
+
+
+def _family(figure: Figure, values: Mapping[str, Value]) -> Metric:
+    names = [figure.label] if figure.label else []
+    if figure.kind == "histogram":
+        histogram = HistogramMetricFamily(figure.name, figure.meaning, labels=names)
+        for label, value in values.items():
+            assert isinstance(value, list), "a histogram has buckets"
+            *counts, sum_s = value
+            bounds = [*map(str, BOUNDS_S), "+Inf"]
+            so_far = [sum(counts[: place + 1]) for place in range(len(counts))]
+            histogram.add_metric([label] if names else [], list(zip(bounds, so_far, strict=True)), sum_s)
+        return histogram
+    make = CounterMetricFamily if figure.kind == "counter" else GaugeMetricFamily
+    family: CounterMetricFamily | GaugeMetricFamily = make(figure.name, figure.meaning, labels=names)
+    for label, value in values.items():
+        assert not isinstance(value, list), "a number"
+        family.add_metric([label] if names else [], value)
+    return family

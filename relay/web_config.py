@@ -1,0 +1,51 @@
+"""Settings of what is answered over plain HTTP: the tables ``[rest]``, ``[metrics]`` and ``[[proxy]]``.
+
+A part of `relay.config`, in a room of its own for its length. Owns these settings with their defaults; must not know
+who uses them.
+"""
+
+from fnmatch import fnmatchcase
+
+from pydantic import Field, field_validator
+
+from relay.auth_config import Table
+
+
+class RestConfig(Table):
+    """The REST interface."""
+
+    path: str = Field("/api", description='where it is mounted; "" turns it off')
+    api_key: str = Field(
+        "", repr=False, description="asked for from all clients; without one, only loopback is answered"
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _clean_path(cls, path: str) -> str:
+        if path and (not path.startswith("/") or not path.rstrip("/")):
+            raise ValueError('expected a path like "/api", or "" for none')
+        return path.rstrip("/")
+
+
+class ProxyConfig(Table):
+    """A prefix that another process serves."""
+
+    prefix: str = Field(min_length=2, pattern="^/", description="path that is forwarded, with all below it")
+    target: str = Field(pattern="^https?://", repr=False, description="where to, for example http://127.0.0.1:8001")
+    strip_prefix: bool = Field(True, description="leave the prefix out of the forwarded path")
+
+
+class MetricsConfig(Table):
+    """What ``/metrics`` tells."""
+
+    topics: tuple[str, ...] = Field(
+        (),
+        description="patterns of topics whose events are counted by pattern; a topic counts for the first it matches",
+    )
+    folder: str = Field(
+        "", description="where workers leave their figures for each other; `relay serve` makes one by itself"
+    )
+
+    def label(self, topic: str) -> str:
+        """The pattern that a topic's events are counted under; empty for none."""
+        return next((pattern for pattern in self.topics if fnmatchcase(topic, pattern)), "")
