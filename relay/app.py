@@ -17,11 +17,12 @@ from starlette._utils import get_route_path
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Mount
 
-from relay import hooks, pages, upgrade
+from relay import console, hooks, pages, upgrade
 from relay.addresses import look_behind_proxies, parse_networks
 from relay.auth import Authenticate
 from relay.brokers.base import Direction, Link
 from relay.config import EMBEDDED, Config, explain, load
+from relay.console import Console
 from relay.engine import Engine
 from relay.errors import ConfigError, RelayError
 from relay.figures import IDLE, Figures, State
@@ -77,6 +78,7 @@ class Relay:
         self._trusted_proxies = parse_networks(self.config.trusted_proxies)
         self._engine: Engine | None = None
         self._starting = asyncio.Lock()
+        self._console = Console(self) if self.config.console else None
         self._proxies = self._make_proxies()
         self._http = Starlette(routes=self._routes())
         self._socket_paths = frozenset(f"{path}/websocket" for path in self.config.socket_paths)
@@ -147,6 +149,8 @@ class Relay:
         """Close all sockets with 1012 (come back), and stop all parts."""
         engine = self._engine
         if engine is not None:
+            if self._console is not None:
+                self._console.close()
             try:
                 await engine.stop()
             finally:
@@ -292,6 +296,8 @@ class Relay:
             await self._http(scope, receive, send)
         elif get_route_path(scope) in self._socket_paths:
             await self.engine.serve_socket(scope, receive, send)
+        elif self._console is not None and get_route_path(scope) == console.SOCKET_PATH:
+            await self._console.serve(scope, receive, send)
         else:
             known = ", ".join(sorted(self._socket_paths))
             self.metrics.refused["handshake: path"] += 1

@@ -274,6 +274,8 @@ def _greet(settings: Config, embedded: bool, open_page: bool) -> None:
     lines = [f"relay {__version__} is ready"]
     if settings.page:
         lines.append(f"  page     {page}")
+    if settings.console:
+        lines.append(f"  console  {page}console")
     lines += [f"  socket   {path}" for path in paths]
     if embedded:
         lines.append(f"  redis    {settings.redis_url}  (a Valkey of the relay's own; it ends with the relay)")

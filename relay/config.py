@@ -180,6 +180,9 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
         (), description='addresses or networks of proxies whose X-Forwarded-For is believed, such as "10.0.0.0/8"'
     )
     page: bool = Field(True, description="show the page at / that lets people try the relay")
+    console: bool = Field(
+        True, description="show the console at /console; it asks for rest.api_key, or answers loopback alone"
+    )
     system_topic: bool = Field(True, description='send host figures to subscribers of topic "system" each second')
     rejoins_per_s: Positive = Field(1000, description="after a gap: subscriptions asked to rejoin per second")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity of log lines")

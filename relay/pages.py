@@ -1,4 +1,4 @@
-"""What the relay answers over plain HTTP: health, readiness, metrics, the page and the browser client.
+"""What the relay answers over plain HTTP: health, readiness, metrics, the pages and the browser client.
 
 Owns these few routes; must not know sockets or Redis.
 """
@@ -13,7 +13,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from relay import __version__
+from relay import __version__, operators
 from relay.brokers.base import Link
 from relay.config import Config
 from relay.metrics import Metrics
@@ -24,7 +24,16 @@ _CLIENT = "relay.js"
 _TEXT_FORMAT = "text/plain; version=0.0.4; charset=utf-8"
 
 # Nothing from elsewhere, nothing inline; sockets to this very place.
-_POLICY = "default-src 'self'; connect-src 'self' ws: wss:; base-uri 'none'; frame-ancestors 'self'; form-action 'none'"
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'; form-action 'none'; require-trusted-types-for 'script'"
+)
+_HEADERS = {
+    "content-security-policy": _POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
 
 
 class _Static(StaticFiles):
@@ -68,22 +77,41 @@ def routes(
         """All figures, of all workers, in Prometheus's text format."""
         return Response(figures(), headers={"content-type": _TEXT_FORMAT})
 
-    async def page(request: Request) -> Response:
-        """The page that lets people try the relay."""
-        if not request.url.path.endswith("/"):  # mounted: without the slash its relative addresses would miss
-            return RedirectResponse(request.url.replace(path=request.url.path + "/"))
-        text = (_STATIC / "index.html").read_text(encoding="utf-8")
+    def show(file: str) -> Response:
+        text = (_STATIC / file).read_text(encoding="utf-8")
         for name, value in (
             ("socket_path", config.socket_paths[0].lstrip("/")),
+            ("console", "console" if config.console else ""),
             ("publish_command", publish_command()),
             ("version", __version__),
         ):
             text = text.replace(f"{{{{{name}}}}}", html.escape(value))
-        return HTMLResponse(text, headers={"content-security-policy": _POLICY, "x-content-type-options": "nosniff"})
+        return HTMLResponse(text, headers=_HEADERS)
+
+    async def page(request: Request) -> Response:
+        """The page that lets people try the relay."""
+        if not request.url.path.endswith("/"):  # mounted: without the slash its relative addresses would miss
+            return RedirectResponse(request.url.replace(path=request.url.path + "/"))
+        return show("index.html")
+
+    async def console(request: Request) -> Response:
+        """The console: the page alone, which holds no data; those it asks for on a socket of its own."""
+        return show("console.html")
+
+    async def access(request: Request) -> Response:
+        """Whether the console's socket will let this client in: a browser is not told why a handshake fails."""
+        fault = operators.check(request.scope, operators.key_in(request.scope), config.rest.api_key)
+        return JSONResponse(
+            {"detail": "welcome"} if fault is None else {"detail": fault.text}, fault.status if fault else 200
+        )
 
     static = Mount("/static", _Static())
     common: list[BaseRoute] = [Route("/health", health), Route("/ready", ready), Route("/metrics", prometheus), static]
-    return [*common, Route("/", page)] if config.page else common
+    if config.page:
+        common.append(Route("/", page))
+    if config.console:
+        common += [Route("/console", console), Route("/console/access", access)]
+    return common
 
 
 def publish_line(redis_url: str, to_prefix: str) -> str:

@@ -5,8 +5,6 @@ Owns the routes under ``rest.path``; must not know how events travel. Errors are
 ``X-API-Key: <key>``; with none set, only clients on this machine are answered.
 """
 
-import hmac
-import ipaddress
 import json
 import secrets
 import time
@@ -14,7 +12,6 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from http import HTTPStatus
 from http.client import responses as phrases
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit
 
 from fastapi import APIRouter, FastAPI, HTTPException, Path, Request, Security
 from fastapi.exceptions import RequestValidationError
@@ -26,9 +23,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
 from starlette.routing import Route
 
-from relay import __version__
+from relay import __version__, operators
 from relay.errors import BusUnavailable
-from relay.handshake import is_allowed_origin
 from relay.metrics import Metrics
 from relay.plugins.loader import Loaded
 from relay.tokens import sign
@@ -340,33 +336,10 @@ def _check(event: Event, payload_max_bytes: int) -> None:
 
 def _authorize(request: Request, api_key: str) -> None:
     """Let a request pass. Raises HTTPException."""
-    if api_key:
-        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-        given = bearer if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
-        if not hmac.compare_digest(given.encode("latin-1"), api_key.encode()):
-            raise HTTPException(401, "expected the API key", headers={"WWW-Authenticate": "Bearer"})
-        return
-    # `Host` too: behind a proxy on this machine all clients come from here, and under a name that its owner
-    # points here (DNS rebinding) any page of the web does.
-    asked = request.headers.get("host", "")
-    forwarded = any(name in request.headers for name in ("forwarded", "x-forwarded-for", "x-real-ip"))
-    if not _is_loopback(request.client.host if request.client else "") or not _is_loopback(asked) or forwarded:
-        raise HTTPException(403, "only clients on this machine are answered; set rest.api_key to let others in")
-    # A page from elsewhere, open in a browser on this machine, is not a client on this machine.
-    origin = request.headers.get("origin")
-    if origin is not None and not is_allowed_origin(origin, asked, "same"):
-        raise HTTPException(403, "pages of other origins are not answered; set rest.api_key")
-
-
-def _is_loopback(authority: str) -> bool:
-    """Say whether ``host``, ``host:port`` or an address without brackets names this machine."""
-    try:
-        if authority.count(":") > 1 and not authority.startswith("["):
-            authority = f"[{authority}]"
-        host = urlsplit(f"//{authority}").hostname or ""
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    fault = operators.check(request.scope, operators.key_in(request.scope), api_key)
+    if fault is not None:
+        headers = {"WWW-Authenticate": "Bearer"} if fault.status == HTTPStatus.UNAUTHORIZED else None
+        raise HTTPException(fault.status, fault.text, headers=headers)
 
 
 def _problem(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:

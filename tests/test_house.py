@@ -22,6 +22,7 @@ HOUSE = {
     "entry": ["__main__", "cli", "commands.auth", "commands.client", "commands", "app", "engine"],
     "edge": [
         "rest",
+        "console",
         "pages",
         "figures",
         "folder",
@@ -51,6 +52,7 @@ HOUSE = {
     "core": [
         "protocol",
         "limits",
+        "operators",
         "handshake",
         "hooks",
         "config",
@@ -86,6 +88,8 @@ NEIGHBOURS = {
     ("serving", "server_http"): "how many file descriptors there are",
     ("serving", "server"): "Uvicorn's server and its protocol class",
     ("server", "frames"): "the same, from its other side",
+    ("console", "transport"): "it is a socket, and no client",
+    ("console", "upgrade"): "the same",
     ("proxy", "transport"): "the words of ASGI: Scope, ReceiveCallable, SendCallable",
     ("rest", "plugins.loader"): "what was loaded is listed, and the plugins' own routes are served",
     ("figures", "folder"): "where the workers' figures meet, behind one interface",

@@ -53,10 +53,11 @@ def test_greeting_names_every_address(relay: RelayProcess) -> None:
     lines = relay.output[relay.output.index("relay " + __version__) :].splitlines()
     assert lines[0] == f"relay {__version__} is ready"
     assert lines[1] == f"  page     http://127.0.0.1:{port}/"
-    assert lines[2] == f"  socket   ws://127.0.0.1:{port}/socket/websocket"
-    assert re.fullmatch(r"  redis    redis://127\.0\.0\.1:\d+  \(a Valkey of the relay's own; .*\)", lines[3])
-    assert lines[4].startswith("  publish  redis-cli -u redis://127.0.0.1:")
-    assert f"relay publish --redis-url {relay.redis_url} room:1 new_msg" in lines[5]
+    assert lines[2] == f"  console  http://127.0.0.1:{port}/console"
+    assert lines[3] == f"  socket   ws://127.0.0.1:{port}/socket/websocket"
+    assert re.fullmatch(r"  redis    redis://127\.0\.0\.1:\d+  \(a Valkey of the relay's own; .*\)", lines[4])
+    assert lines[5].startswith("  publish  redis-cli -u redis://127.0.0.1:")
+    assert f"relay publish --redis-url {relay.redis_url} room:1 new_msg" in lines[6]
 
 
 async def test_printed_line_publishes(relay: RelayProcess) -> None:

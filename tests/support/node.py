@@ -125,7 +125,9 @@ class Script:
             stream.close()
 
 
-def run_checks(name: str, *arguments: str, redis_url: str | None = None) -> dict[str, Any]:
+def run_checks(
+    name: str, *arguments: str, redis_url: str | None = None, deadline_s: float = DEADLINE_S
+) -> dict[str, Any]:
     """Run a script to its end and publish what it waits for; fails with every check that failed.
 
     Returns: the detail of each check, by the check's name.
@@ -138,7 +140,7 @@ def run_checks(name: str, *arguments: str, redis_url: str | None = None) -> dict
         if redis_url is not None:
             bus = stack.enter_context(contextlib.closing(redis.Redis.from_url(redis_url)))
         script = stack.enter_context(Script(name, *arguments))
-        for said in script.lines():
+        for said in script.lines(deadline_s):
             if "waiting" in said:
                 assert bus is not None, f"{name} waits for {said['waiting']}, and there is no Redis to publish to"
                 for message in said["publish"]:

@@ -1,0 +1,348 @@
+"""The console's own WebSocket: figures each second, topics, sockets, and the events of a topic as they pass.
+
+Owns what is told to operators, and what they may do; must not know how the page shows it.
+
+It speaks as all sockets do, over a path of its own, ``/console/socket/websocket``, with one topic, ``console``. It is
+no client of the relay: it counts as no socket, asks no plugin, needs no bus, so that it works when these do not. Who
+may connect is said by `relay.operators`; phoenix.js's ``authToken`` carries the API key.
+"""
+
+import asyncio
+import base64
+import heapq
+import logging
+import os
+import socket as sockets
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from relay import __version__, handshake, hooks, operators, upgrade, wire
+from relay.errors import BusUnavailable, CloseCode, Reason, WireError
+from relay.handshake import Refused
+from relay.metrics import BOUNDS_S
+from relay.outbox import Policy
+from relay.protocol import Join, Leave, Protocol, Push, Send, Subscription
+from relay.topics import is_topic
+from relay.transport import Connection, ReceiveCallable, Scope, SendCallable
+from relay.wire import Frame, Version
+
+if TYPE_CHECKING:
+    from relay.app import Relay
+
+_logger = logging.getLogger("relay.console")
+
+PATH = "/console"
+SOCKET_PATH = f"{PATH}/socket/websocket"
+TOPIC = "console"
+
+_INTERVAL_S = 1.0
+"""Seconds between two sets of figures."""
+_TAIL_INTERVAL_S = 0.2
+"""Seconds between two portions of a watched topic's events."""
+_TAIL_MAX = 50
+"""Events in one portion; further ones are counted, and not shown: nobody could read them."""
+_SHOWN_MAX_BYTES = 16_384
+"""Of a longer event the beginning is shown."""
+_LISTED_MAX = 200
+"""Topics, or sockets, in one answer."""
+
+
+class Console:
+    """What the operators of one relay see of this process."""
+
+    def __init__(self, relay: "Relay") -> None:
+        self._relay = relay
+        self._viewers: set[_Viewer] = set()
+        self._numbers = 0
+
+    async def serve(self, scope: Scope, receive: ReceiveCallable, send: SendCallable) -> None:
+        """Serve one ``websocket`` scope from handshake to end."""
+        relay = self._relay
+        # With a key no page can be made to connect in its user's name, so that any origin will do.
+        shake = handshake.check(scope, "any" if relay.config.rest.api_key else "same")
+        if not isinstance(shake, Refused):
+            fault = operators.check(scope, (shake.auth_token or "").encode(), relay.config.rest.api_key)
+            if fault is not None:
+                shake = Refused(fault.status, fault.text, "console")
+        if isinstance(shake, Refused):
+            relay.metrics.refused[f"handshake: {shake.kind}"] += 1
+            await upgrade.refuse(scope, receive, send, shake)
+            return
+        await upgrade.accept(receive, send, shake.subprotocol)
+        self._numbers += 1
+        connection = Connection(
+            f"console-{self._numbers}", scope, receive, send, relay.engine.config.limits, relay.metrics
+        )
+        viewer = _Viewer(relay, connection, shake.version, str((scope.get("client") or "?")[0]))
+        self._viewers.add(viewer)
+        try:
+            await viewer.run()
+        finally:
+            self._viewers.discard(viewer)
+
+    def close(self) -> None:
+        """Close all connections with 1012 (come back)."""
+        for viewer in self._viewers:
+            viewer.close()
+
+
+class _Tap:
+    """A subscriber of the hub that keeps what it is sent, as far as people can read it.
+
+    Args: topic: whose events.
+    """
+
+    version = Version.V2
+    deflates = False
+
+    def __init__(self, topic: str) -> None:
+        self.topic = topic
+        self.left_out = 0
+        self._events: list[dict[str, Any]] = []
+
+    def direct_write(self) -> None:
+        """Nothing that bytes could be written to."""
+
+    def send_event(self, frame: Frame, topic: str, event: str, policy: Policy) -> None:
+        """Keep an event, or count that it was left out."""
+        if len(self._events) >= _TAIL_MAX:
+            self.left_out += 1
+            return
+        kept = {"at_ms": round(time.time() * 1000), "event": event, "size": frame.size}
+        if frame.is_text:
+            kept["frame"] = frame.data[:_SHOWN_MAX_BYTES].decode(errors="ignore")
+        else:
+            kept["base64"] = base64.b64encode(frame.data[:_SHOWN_MAX_BYTES]).decode()
+        self._events.append(kept)
+
+    def take(self) -> list[dict[str, Any]]:
+        """What has come since the last time."""
+        events, self._events = self._events, []
+        return events
+
+    def subscription(self, topic: str) -> Subscription | None:
+        """Nothing that a gap could end."""
+        return None
+
+    def fail(self, subscription: Subscription, reason: Reason) -> bool:
+        """Nothing that could be ended."""
+        return False
+
+
+class _Viewer:
+    """One connection of an operator."""
+
+    def __init__(self, relay: "Relay", connection: Connection, version: Version, address: str) -> None:
+        self._relay = relay
+        self._connection = connection
+        self._version = version
+        self._address = address
+        limits = relay.engine.config.limits
+        self._protocol = Protocol(version, topics_max=1, payload_max_bytes=limits.payload_max_bytes)
+        self._tap: _Tap | None = None
+
+    async def run(self) -> None:
+        """Serve until the connection is closed by either side."""
+        connection = self._connection
+        telling = asyncio.create_task(self._tell())
+        try:
+            while (frame := await connection.receive()) is not None:
+                try:
+                    message = wire.decode(frame, self._version)
+                except WireError as error:
+                    connection.reject(error.code, str(error))
+                    continue
+                match self._protocol.receive(message):
+                    case Send(answer):
+                        connection.send_control(answer)
+                    case Join() as join if join.subscription.topic == TOPIC:
+                        self._send(*self._protocol.accept(join))
+                        self._tell_figures()
+                    case Join() as join:
+                        self._send(*self._protocol.refuse(join, wire.json_payload({"reason": "unmatched topic"})))
+                    case Leave() as leave:
+                        self._send(*self._protocol.leave(leave))
+                    case Push() as push:
+                        await self._answer(push)
+                    case None:
+                        pass
+        except asyncio.CancelledError:
+            if not connection.has_given_up():
+                raise
+        finally:
+            await self._watch(None)
+            connection.end()
+            telling.cancel()
+            with suppress(asyncio.CancelledError):
+                await telling
+
+    def close(self) -> None:
+        """Close the connection with 1012."""
+        self._connection.close(CloseCode.RESTART, "the relay is restarting")
+
+    def _send(self, *frames: Frame) -> None:
+        for frame in frames:
+            self._connection.send_control(frame)
+
+    def _tell_all(self, event: str, payload: object) -> None:
+        subscription = self._protocol.subscriptions.get(TOPIC)
+        if subscription is not None:
+            data = hooks.to_payload(payload)
+            self._send(wire.encode_push(self._version, subscription.join_ref, TOPIC, event, data))
+
+    async def _tell(self) -> None:
+        due = time.monotonic() + _INTERVAL_S
+        while True:
+            await asyncio.sleep(_TAIL_INTERVAL_S)
+            if self._tap is not None and (events := self._tap.take()):
+                left_out, self._tap.left_out = self._tap.left_out, 0
+                self._tell_all("events", {"topic": self._tap.topic, "events": events, "left_out": left_out})
+            if time.monotonic() >= due:
+                due += _INTERVAL_S
+                self._tell_figures()
+
+    def _tell_figures(self) -> None:
+        relay, link = self._relay, self._relay.link
+        self._tell_all(
+            "figures",
+            {
+                "node": f"{sockets.gethostname()}:{os.getpid()}",
+                "version": __version__,
+                "workers": relay.config.workers,
+                "at_ms": round(time.time() * 1000),
+                "link": {"live": link.live, "reason": link.reason},
+                "bounds_s": BOUNDS_S,
+                "figures": relay.figures.snapshot(),
+            },
+        )
+
+    # What operators ask for.
+
+    async def _answer(self, push: Push) -> None:
+        asked = hooks.to_payload(push.payload)
+        status, response = "ok", hooks.to_payload({})
+        try:
+            given = hooks.Event(TOPIC, push.event, asked).payload
+            if not isinstance(given, dict):
+                raise hooks.Refused("expected an object")
+            response = hooks.to_payload(await self._do(push.event, given))
+        except hooks.Refused as refused:
+            status, response = "error", refused.response
+        frame = self._protocol.reply(push, status, response)
+        if frame is not None:
+            self._send(frame)
+
+    async def _do(self, what: str, given: dict[str, Any]) -> object:
+        match what:
+            case "topics":
+                return self._topics(_text(given, "search"))
+            case "topic":
+                return self._topic(_text(given, "topic"))
+            case "watch":
+                await self._watch(_text(given, "topic") or None)
+                return {}
+            case "sockets":
+                return self._sockets(_text(given, "search"))
+            case "socket":
+                return self._socket(_text(given, "id"))
+            case "disconnect":
+                return self._disconnect(_text(given, "id"))
+            case "publish":
+                return await self._publish(_text(given, "topic"), _text(given, "event"), given.get("payload", {}))
+            case _:
+                raise hooks.Refused("unknown")
+
+    def _topics(self, search: str) -> object:
+        """Those whose names contain ``search``, the most joined first."""
+        hub, needle = self._relay.engine.hub, search.lower()
+        found = [(count, name) for name, count in hub.topics().items() if needle in name.lower()]
+        first = heapq.nsmallest(_LISTED_MAX, found, key=lambda one: (-one[0], one[1]))
+        return {"total": len(found), "topics": [self._row(name, count) for count, name in first]}
+
+    def _row(self, name: str, count: int) -> dict[str, Any]:
+        traffic = self._relay.engine.hub.traffic(name)
+        events, rate = traffic or (0, 0.0)
+        return {"topic": name, "sockets": count, "events": events, "events_per_s": round(rate, 2)}
+
+    def _topic(self, topic: str) -> object:
+        joined = [socket for socket in self._relay.engine.sockets.values() if socket.subscription(topic)]
+        ids = [{"id": socket.id, "address": socket.address} for socket in joined[:_LISTED_MAX]]
+        return {**self._row(topic, len(joined)), "joined": ids}
+
+    async def _watch(self, topic: str | None) -> None:
+        """Begin to tell the events of a topic, in place of those of another."""
+        engine = self._relay.engine
+        if self._tap is not None:
+            tap, self._tap = self._tap, None
+            if engine.hub.remove(tap.topic, tap):
+                engine.node.left(tap.topic)
+        if topic is None:
+            return
+        if not is_topic(topic):
+            raise hooks.Refused(f"no topic: {topic!r}")
+        tap = self._tap = _Tap(topic)
+
+        def enter() -> None:
+            engine.hub.add(topic, tap)
+
+        hearing = engine.node.join(topic, enter)
+        if hearing is not None:
+            try:
+                await hearing
+            except BusUnavailable as error:
+                self._tap = None
+                raise hooks.Refused(f"bus unavailable: {error}") from None
+
+    def _sockets(self, search: str) -> object:
+        """Those whose ids, addresses or topics contain ``search``, those with the most waiting for them first."""
+        needle = search.lower()
+        found = [
+            socket
+            for socket in self._relay.engine.sockets.values()
+            if not needle
+            or needle in socket.id
+            or needle in (socket.address or "")
+            or any(needle in topic.lower() for topic in socket.topics)
+        ]
+        first = heapq.nlargest(_LISTED_MAX, found, key=lambda socket: socket.pressure)
+        return {"total": len(found), "sockets": [self._socket(socket.id) for socket in first]}
+
+    def _socket(self, socket_id: str) -> object:
+        socket = self._relay.socket(socket_id)
+        if socket is None:
+            raise hooks.Refused(f"no socket {socket_id!r} here")
+        waiting_bytes, missed = socket.pressure
+        return {
+            "id": socket.id,
+            "address": socket.address,
+            "version": socket.version,
+            "path": socket.path,
+            "outbox_bytes": waiting_bytes,
+            "missed": missed,
+            "idle_s": round(socket.idle_s(time.monotonic()), 1),
+            "topics": socket.topics[:_LISTED_MAX],
+        }
+
+    def _disconnect(self, socket_id: str) -> object:
+        if not self._relay.disconnect(socket_id):
+            raise hooks.Refused(f"no socket {socket_id!r} here")
+        _logger.info("socket %s: disconnected at the console, by %s", socket_id, self._address)
+        return {}
+
+    async def _publish(self, topic: str, event: str, payload: object) -> object:
+        try:
+            await self._relay.broadcast(topic, event, payload)
+        except ValueError as error:
+            raise hooks.Refused(str(error)) from None
+        except BusUnavailable as error:
+            raise hooks.Refused(f"bus unavailable: {error}") from None
+        _logger.info("event %r published to topic %r at the console, by %s", event, topic, self._address)
+        return {}
+
+
+def _text(given: dict[str, Any], name: str) -> str:
+    value = given.get(name, "")
+    if not isinstance(value, str):
+        raise hooks.Refused(f"{name}: expected text")
+    return value

@@ -1,0 +1,316 @@
+"""The console's own socket: who gets in, what is told, what can be done; on both paths."""
+
+import base64
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+from websockets.asyncio.client import connect as connect_websocket
+from websockets.exceptions import InvalidStatus
+from websockets.typing import Origin, Subprotocol
+
+from relay.console import _LISTED_MAX, _SHOWN_MAX_BYTES, _TAIL_MAX, TOPIC
+from tests.support.client import Client
+from tests.support.process import Valkey
+from tests.support.serving import Served, eventually, figure, http_get
+
+Connect = Callable[..., Awaitable[Client]]
+ServeRelay = Callable[..., Awaitable[Served]]
+
+
+class Operator:
+    """A client of the console."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self._told: list[tuple[str, Any]] = []
+        self._refs = iter(range(100, 10_000))
+
+    async def ask(self, event: str, /, **payload: Any) -> Any:
+        """The reply's response; the status must be ok."""
+        reply = await self.push(event, payload)
+        assert reply["status"] == "ok", reply
+        return reply["response"]
+
+    async def push(self, event: str, payload: Any) -> Any:
+        """The payload of the reply."""
+        ref = str(next(self._refs))
+        await self.client.send(None, ref, TOPIC, event, payload)
+        while True:
+            _, came, topic, name, told = await self.client.receive()
+            assert topic == TOPIC
+            if name == "phx_reply" and came == ref:
+                return told
+            self._told.append((name, told))
+
+    async def hear(self, event: str) -> Any:
+        """The next payload of an event."""
+        while True:
+            for place, (name, payload) in enumerate(self._told):
+                if name == event:
+                    del self._told[place]
+                    return payload
+            _, _, _, name, payload = await self.client.receive()
+            self._told.append((name, payload))
+
+
+@asynccontextmanager
+async def operator(served: Served, join: bool = True) -> AsyncIterator[Operator]:
+    async with Client.connect(f"ws://127.0.0.1:{served.port}{served.prefix}/console/socket") as client:
+        if join:
+            await client.join(TOPIC)
+        yield Operator(client)
+
+
+async def status_of(served: Served, key: str = "", **headers: str) -> int:
+    """How a handshake ends."""
+    protocols = [Subprotocol("phoenix")]
+    if key:
+        token = base64.b64encode(key.encode()).decode().rstrip("=")
+        protocols.append(Subprotocol(f"base64url.bearer.phx.{token}"))
+    url = f"ws://127.0.0.1:{served.port}/console/socket/websocket?vsn=2.0.0"
+    origin = Origin(headers.pop("origin")) if "origin" in headers else None
+    try:
+        async with connect_websocket(
+            url,
+            subprotocols=protocols if key else None,
+            additional_headers=headers,
+            origin=origin,
+            proxy=None,
+        ):
+            return 101
+    except InvalidStatus as error:
+        return error.response.status_code
+
+
+# Who gets in.
+
+
+async def test_with_a_key_nobody_gets_in_without_it(serve_relay: ServeRelay) -> None:
+    served = await serve_relay(rest={"api_key": "sésame"})
+    assert await status_of(served, "sésame") == 101
+    assert await status_of(served, "sésame", origin="https://elsewhere.example") == 101
+    assert await status_of(served) == 401
+    assert await status_of(served, "sesame") == 401
+    assert (await http_get(f"{served.http}/console/access"))[0] == 401
+    assert served.relay.metrics.refused["handshake: console"] == 2
+
+
+async def test_without_a_key_only_this_machine_gets_in(serve_relay: ServeRelay) -> None:
+    """And no page of another origin, even where those may connect as clients."""
+    served = await serve_relay(origins="any")
+    assert await status_of(served) == 101
+    assert await status_of(served, origin=f"http://127.0.0.1:{served.port}") == 101
+    assert await status_of(served, origin="https://elsewhere.example") == 403
+    assert await status_of(served, **{"X-Forwarded-For": "1.2.3.4"}) == 403
+    status, body = await http_get(f"{served.http}/console/access")
+    assert (status, json.loads(body)) == (200, {"detail": "welcome"})
+
+
+async def test_console_that_is_turned_off_is_nowhere(serve_relay: ServeRelay) -> None:
+    served = await serve_relay(console=False)
+    assert await status_of(served) == 404
+    for path in ("/console", "/console/access"):
+        assert (await http_get(served.http + path))[0] == 404
+    assert 'href=""' in (await http_get(served.http + "/"))[1], "the page leads to it nowhere"
+
+
+async def test_page_of_the_console_holds_no_data_and_lets_nothing_in_from_elsewhere(serve_relay: ServeRelay) -> None:
+    served = await serve_relay(rest={"api_key": "k"})
+    status, page = await http_get(f"{served.http}/console")
+    assert status == 200
+    assert "://" not in page
+    assert "style=" not in page and "onclick" not in page
+    assert "{{" not in page
+
+
+# What is told.
+
+
+async def test_figures_come_at_once_and_then_each_second(served: Served, connect: Connect) -> None:
+    client = await connect(served)
+    await client.join("room:1")
+    async with operator(served) as watching:
+        first, second = await watching.hear("figures"), await watching.hear("figures")
+    assert 500 < second["at_ms"] - first["at_ms"] < 5000
+    assert first["figures"]["relay_joins"] == {"": 1}
+    assert sum(first["figures"]["relay_sockets"].values()) == 1, "the console is no client of the relay"
+    assert first["link"] == {"live": True, "reason": ""}
+    assert len(first["figures"]["relay_fan_out_seconds"][""]) == len(first["bounds_s"]) + 2
+
+
+async def test_nothing_is_told_before_the_join_nor_on_another_topic(served: Served) -> None:
+    async with operator(served) as watching, operator(served, join=False) as stranger:
+        client = stranger.client
+        await client.send("1", "1", "room:1", "phx_join", {})
+        assert await client.receive() == client.refusal("1", "1", "room:1", "unmatched topic")
+        await client.send(None, "2", TOPIC, "topics", {})
+        assert await client.receive() == client.refusal(None, "2", TOPIC, "unmatched topic")
+        for _ in range(3):
+            await watching.hear("figures")
+        await client.expect_alive()
+
+
+async def test_topics_and_sockets_are_listed_and_searched(served: Served, connect: Connect) -> None:
+    one, two = await connect(served), await connect(served)
+    for topic in ("room:1", "Room:2"):
+        await one.join(topic)
+    await two.join("room:1")
+    async with operator(served) as watching:
+        found = await watching.ask("topics")
+        assert [(row["topic"], row["sockets"]) for row in found["topics"]] == [("room:1", 2), ("Room:2", 1)]
+        found = await watching.ask("topics", search="m:2")
+        assert (found["total"], found["topics"][0]["topic"]) == (1, "Room:2")
+        details = await watching.ask("topic", topic="room:1")
+        assert (details["sockets"], len(details["joined"])) == (2, 2)
+        nobody = await watching.ask("topic", topic="nobody")
+        assert (nobody["sockets"], nobody["events_per_s"], nobody["joined"]) == (0, 0, [])
+        sockets = await watching.ask("sockets")
+        assert sockets["total"] == 2
+        assert (await watching.ask("sockets", search="room:2"))["total"] == 1
+        assert (await watching.ask("sockets", search="127.0.0.1"))["total"] == 2
+        (found,) = (await watching.ask("sockets", search="ROOM:2"))["sockets"]
+        assert found == await watching.ask("socket", id=found["id"]) | {"idle_s": found["idle_s"]}
+        assert found["topics"] == ["room:1", "Room:2"]
+
+
+async def test_lists_are_cut_where_nobody_could_read_them(serve_relay: ServeRelay, connect: Connect) -> None:
+    served = await serve_relay(limits={"topics_per_socket": 1000, "joins_per_s": 1000, "joins_burst": 1000})
+    client = await connect(served)
+    for number in range(_LISTED_MAX + 5):
+        await client.join(f"room:{number}")
+    async with operator(served) as watching:
+        found = await watching.ask("topics")
+        assert (found["total"], len(found["topics"])) == (_LISTED_MAX + 5, _LISTED_MAX)
+
+
+async def test_events_of_a_watched_topic_are_told_as_they_came(served: Served, redis: Redis) -> None:
+    async with operator(served) as watching:
+        await watching.ask("watch", topic="room:watched")
+        await redis.publish("to:room:watched:e", '{"n": 1.0}')
+        await redis.publish("to:room:watched:blob", b"\xff\x00")
+        await redis.publish("to:room:watched:long", json.dumps("x" * 2 * _SHOWN_MAX_BYTES))
+        events: list[Any] = []
+        while len(events) < 3:
+            told = await watching.hear("events")
+            assert (told["topic"], told["left_out"]) == ("room:watched", 0)
+            events += told["events"]
+        assert [event["event"] for event in events] == ["e", "blob", "long"]
+        assert events[0]["frame"] == '[null,null,"room:watched","e",{"n": 1.0}]'
+        assert base64.b64decode(events[1]["base64"]).endswith(b"blob\xff\x00")
+        assert len(events[2]["frame"]) == _SHOWN_MAX_BYTES < events[2]["size"]
+        await watching.ask("watch", topic="")
+        assert len(served.relay.engine.hub) == 0
+
+
+async def test_more_events_than_can_be_read_are_counted_and_left_out(served: Served, redis: Redis) -> None:
+    async with operator(served) as watching:
+        await watching.ask("watch", topic="room:flood")
+        pipeline = redis.pipeline(transaction=False)
+        for number in range(3 * _TAIL_MAX):
+            _ = pipeline.publish("to:room:flood:e", number)
+        await pipeline.execute()
+        shown = left_out = 0
+        while shown + left_out < 3 * _TAIL_MAX:
+            told = await watching.hear("events")
+            assert len(told["events"]) <= _TAIL_MAX
+            shown, left_out = shown + len(told["events"]), left_out + told["left_out"]
+        assert left_out > 0
+        assert shown + left_out == 3 * _TAIL_MAX
+
+
+async def test_watching_ends_with_the_connection(served: Served) -> None:
+    async with operator(served) as watching:
+        for topic in ("room:1", "room:2"):
+            await watching.ask("watch", topic=topic)
+        assert served.relay.topics == {"room:2": 1}
+    await eventually(lambda: served.relay.topics == {}, "the end of the watch")
+
+
+async def test_topic_is_watched_on_a_bus_that_must_be_asked_for_it(serve_relay: ServeRelay) -> None:
+    served = await serve_relay(broadcast_url="memory://")
+    async with operator(served) as watching:
+        await watching.ask("watch", topic="room:1")
+        await watching.ask("publish", topic="room:1", event="e", payload={"n": 1})
+        assert (await watching.hear("events"))["events"][0]["event"] == "e"
+
+
+# What can be done.
+
+
+async def test_event_is_published_to_all(served: Served, connect: Connect) -> None:
+    client = await connect(served)
+    await client.join("room:1")
+    async with operator(served) as watching:
+        assert await watching.ask("publish", topic="room:1", event="e", payload={"n": 1}) == {}
+        await client.expect_event("room:1", "e", {"n": 1})
+        await watching.ask("publish", topic="room:1", event="e")
+        await client.expect_event("room:1", "e", {})
+
+
+async def test_socket_is_disconnected(served: Served, connect: Connect) -> None:
+    client = await connect(served)
+    await client.join("room:1")
+    async with operator(served) as watching:
+        (socket,) = (await watching.ask("sockets"))["sockets"]
+        assert await watching.ask("disconnect", id=socket["id"]) == {}
+        assert await client.expect_closed() == (1001, "disconnected by the server")
+        gone = {"status": "error", "response": {"reason": f"no socket {socket['id']!r} here"}}
+        await eventually(lambda: not served.relay.engine.sockets, "its end")
+        assert await watching.push("disconnect", {"id": socket["id"]}) == gone
+        assert await watching.push("socket", {"id": socket["id"]}) == gone
+
+
+@pytest.mark.parametrize(
+    ("event", "payload", "reason"),
+    [
+        ("nonsense", {}, "unknown"),
+        ("topics", [], "expected an object"),
+        ("topics", {"search": 5}, "search: expected text"),
+        ("watch", {"topic": "a\nb"}, "no topic: 'a\\nb'"),
+        ("watch", {"topic": "phoenix"}, "no topic: 'phoenix'"),
+        (
+            "publish",
+            {"topic": "room:1", "event": "phx_close"},
+            "expected a topic of 1 to 255 bytes and an event without colon, got 'room:1', 'phx_close'",
+        ),
+    ],
+)
+async def test_what_cannot_be_done_is_said(served: Served, event: str, payload: Any, reason: str) -> None:
+    async with operator(served) as watching:
+        assert await watching.push(event, payload) == {"status": "error", "response": {"reason": reason}}
+        await watching.ask("topics")
+
+
+async def test_console_works_while_the_bus_is_away(serve_relay: ServeRelay) -> None:
+    """That is when it is needed most."""
+    with Valkey() as server:
+        served = await serve_relay(redis_url=server.url)
+        server.kill()
+        await eventually(lambda: not served.relay.link.live, "the link to be lost")
+        async with operator(served) as watching:
+            told = await watching.hear("figures")
+            assert not told["link"]["live"]
+            assert "no subscription" in told["link"]["reason"]
+            reply = await watching.push("publish", {"topic": "room:1", "event": "e"})
+            assert reply["response"]["reason"].startswith("bus unavailable: ")
+
+
+async def test_client_that_leaves_is_told_no_more_and_bad_frames_close_it(served: Served) -> None:
+    async with operator(served) as watching:
+        client = watching.client
+        await client.send("9", "9", TOPIC, "phx_leave", {})  # of another join: dropped
+        assert await watching.push("phx_leave", {}) == {"status": "ok", "response": {}}
+        await client.send_raw("{")
+        assert (await client.expect_closed())[0] == 1007
+    assert figure((await http_get(f"{served.http}/metrics"))[1], "relay_malformed_total", reason="1007") == 1
+
+
+async def test_console_is_closed_when_the_relay_stops(served: Served) -> None:
+    async with operator(served) as watching:
+        await watching.ask("topics")
+        await served.relay.stop()
+        assert (await watching.client.expect_closed())[0] == 1012

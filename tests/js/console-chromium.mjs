@@ -1,0 +1,218 @@
+// The console in a real browser: figures move, topics are searched and tailed, events are sent, sockets sent away.
+//   node console-chromium.mjs <relay http url> <topic> [--key=SECRET] [--dark] [--width=N] [--height=N]
+// Somebody has joined <topic>, once, and nobody else has joined any.
+
+import { inBrowser } from "./chromium.mjs"
+import { check, equal, failures, say, within } from "./report.mjs"
+
+const [origin, topic, ...flags] = process.argv.slice(2)
+const flag = name => flags.find(f => f.startsWith(`--${name}=`))?.split("=")[1]
+const looks = {
+  dark: flags.includes("--dark"), width: Number(flag("width") ?? 1280), height: Number(flag("height") ?? 860),
+}
+const key = flag("key")
+
+const publish = (event, payload) =>
+  say({ waiting: event, publish: [{ redis_channel: `to:${topic}:${event}`, payload: JSON.stringify(payload) }] })
+
+await inBrowser(origin, async (page, faults) => {
+  const text = selector => page.$eval(selector, element => element.textContent)
+  const until = (what, body, ...given) => within(page.waitForFunction(body, {}, ...given), what).then(() => null)
+  const shows = (selector, wanted) => until(
+    `${wanted} in ${selector}`, (s, w) => document.querySelector(s).textContent.includes(w), selector, wanted)
+  const focused = () => page.evaluate(() => document.activeElement.id)
+  const fits = () => page.evaluate(() => [document.documentElement.scrollWidth, innerWidth])
+    .then(([content, window]) => {
+      if (content > window) throw new Error(`the page is ${content} px wide, the window ${window} px`)
+    })
+
+  await check("the console opens", async () => {
+    const response = await page.goto(`${origin}/console`, { waitUntil: "load" })
+    equal(response.status(), 200, "status of /console")
+    const policy = response.headers()["content-security-policy"]
+    equal(/unsafe|\*|wss?:|https?:/.test(policy), false, `the policy names this place alone: ${policy}`)
+  })
+
+  if (key) {
+    await check("nothing is shown without the key", async () => {
+      await page.waitForSelector("#key:not([hidden])")
+      await page.type("#key-value", "wrong")
+      await page.keyboard.press("Enter")
+      await shows("#key-result", "not the key")
+      equal(await page.$$eval(".view:not([hidden])", views => views.length), 0, "views shown")
+      equal(await text("#figures"), await page.$$eval("#figures h2", all => all.map(h2 => `${h2.textContent}–`).join("")), "figures")
+    })
+    await check("the key opens it, and is kept in this tab alone", async () => {
+      faults.splice(0, faults.length, ...faults.filter(fault => !fault.includes("401"))) // as asked for
+      await page.type("#key-value", key)
+      await page.keyboard.press("Enter")
+      await within(page.waitForSelector("#state[data-state='live']"), "an open connection")
+      await page.reload()
+      await within(page.waitForSelector("#state[data-state='live']"), "an open connection after a reload")
+      equal(await page.evaluate(() => JSON.stringify(localStorage)), "{}", "what is kept beyond the tab")
+      equal((await page.cookies()).length, 0, "cookies")
+    })
+  }
+
+  await check("the console connects", () => within(page.waitForSelector("#state[data-state='live']"), "an open connection")
+    .then(() => null))
+
+  await check("figures move when events come", async () => {
+    const again = setInterval(() => publish("tick", { n: 1 }), 100)
+    await until("a rate of events", () => parseFloat(document.querySelector("[data-figure=in] b").textContent) > 0)
+      .finally(() => clearInterval(again))
+    await until("a line in a chart", () => document.querySelectorAll(".plot .line").length >= 5)
+    equal(Number(await text("[data-figure=sockets] b")), 1, "sockets")
+    await fits()
+  })
+
+  await check("a topic is found and opened by keys alone", async () => {
+    await page.keyboard.press("/")
+    equal(await focused(), "topic-search", "focus after /")
+    await page.keyboard.type(topic.slice(1, 8))
+    await within(page.waitForSelector(`#topic-list [data-key="${topic}"]`), "the topic in the list")
+    await page.keyboard.press("ArrowDown")
+    equal(await page.evaluate(() => document.activeElement.dataset.key), topic, "the row that has the focus")
+    await page.keyboard.press("Enter")
+    await shows("#topic-name", topic)
+    await shows("#joined-count", "1")
+    await fits()
+  })
+
+  await check("its events are tailed as they come", async () => {
+    publish("new_msg", { from: "Ada", text: "first", n: [1, 2.5, null, true] })
+    await shows("#tail", "first")
+    equal(await page.$$eval("#tail .key", keys => keys.map(key => key.textContent)), ['"from":', '"text":', '"n":'], "keys")
+    say({ waiting: "bytes", publish: [{ redis_channel: `to:${topic}:blob`, payload_base64: "/wD+" }] })
+    await shows("#tail", "ff 00 fe")
+    await fits()
+  })
+
+  await check("pause holds events back, and resume shows them", async () => {
+    await page.evaluate(() => document.activeElement.blur())
+    await page.keyboard.press("p")
+    publish("new_msg", { text: "while paused" })
+    await shows("#tail-count", "1 waiting")
+    equal((await text("#tail")).includes("while paused"), false, "shown while paused")
+    await page.keyboard.press("p")
+    await shows("#tail", "while paused")
+  })
+
+  await check("filter shows what matches and nothing else", async () => {
+    await page.keyboard.press("f")
+    equal(await focused(), "filter", "focus after f")
+    await page.keyboard.type("FIRST")
+    const visible = () => page.$$eval("#tail li:not([hidden])", rows => rows.map(row => row.dataset.text))
+    equal((await visible()).map(row => row.includes("first")), [true], "rows shown")
+    publish("new_msg", { text: "another" })
+    await shows("#tail-count", "1 of 4")
+    await page.keyboard.press("Escape")
+    equal((await visible()).length, 4, "rows shown once the filter is gone")
+    await page.keyboard.press("Escape")
+    equal(await focused(), "", "focus after the second Esc")
+  })
+
+  await check("an event can be copied", async () => {
+    await page.evaluate(() => { navigator.clipboard.writeText = text => { window.copied = text; return Promise.resolve() } })
+    await page.$eval("#tail li:last-child button", button => button.click())
+    await shows("#tail li:last-child button", "Copied")
+    equal(JSON.parse(await page.evaluate(() => window.copied)).text, "first", "what was copied")
+  })
+
+  await check("an event is published from here", async () => {
+    await page.$eval("#publish-payload", field => { field.value = "{" })
+    await page.click("#publish button:not([type])")
+    await shows("#publish-result", "Not JSON")
+    await page.$eval("#publish-payload", field => { field.value = '{"text": "from the console"}' })
+    await page.focus("#publish-payload")
+    await page.keyboard.down("Control")
+    await page.keyboard.press("Enter")
+    await page.keyboard.up("Control")
+    await within(page.waitForSelector("#publish-result[data-tone=ok]"), "the reply")
+    await shows("#tail", "from the console")
+  })
+
+  await check("a push is made as a client makes it", async () => {
+    await page.click("#push")
+    await within(page.waitForFunction(
+      () => /^ok in \d/.test(document.querySelector("#publish-result").textContent)), "the reply to the push")
+  })
+
+  await check("Tab goes through the page in its order", async () => {
+    await page.evaluate(() => { document.activeElement.blur(); scrollTo(0, 0) })
+    await page.focus("#filter")
+    const order = []
+    for (let n = 0; n < 4; n += 1) {
+      await page.keyboard.press("Tab")
+      order.push(await focused())
+    }
+    equal(order.slice(0, 3), ["pause", "clear", "tail"], "order of focus")
+  })
+
+  await check("a socket is looked at and disconnected", async () => {
+    await page.click("#joined .chip")
+    await shows("#socket-topics", topic)
+    await shows("#socket-facts", "127.0.0.1")
+    await fits()
+    await page.click("#disconnect")
+    await shows("#disconnect", "Really")
+    await page.click("#disconnect")
+    await until("its end in the list", () => document.querySelector("#socket-total").textContent === "0")
+    await shows("#socket-result", "gone")
+    await page.keyboard.press("Escape")
+    equal(await page.evaluate(() => location.hash), "#sockets", "view after Esc")
+  })
+
+  await check("views are a key away", async () => {
+    for (const [pressed, view] of [["1", "overview"], ["2", "topics"], ["3", "sockets"]]) {
+      await page.keyboard.press(pressed)
+      await within(page.waitForSelector(`#${view}:not([hidden])`), view)
+      await fits()
+    }
+  })
+
+  await check("light and dark can be chosen, and the choice stays", async () => {
+    const ground = () => page.evaluate(() => getComputedStyle(document.documentElement).backgroundColor)
+    const before = await ground()
+    await page.keyboard.press("t")
+    const after = await ground()
+    equal(before === after, false, "the same ground")
+    await page.reload()
+    equal(await ground(), after, "ground after a reload")
+    await page.keyboard.press("t")
+    equal(await ground(), before, "ground of the first choice")
+    await page.evaluate(() => localStorage.removeItem("relay-theme"))
+  })
+
+  await check("nothing went wrong in the browser", () => equal(faults, [], "faults"))
+
+  await check("the policy holds", async () => {
+    const ran = await page.evaluate(async () => {
+      const tried = []
+      const attempt = async (name, body) => { try { await body(); tried.push(name) } catch { /* as it should be */ } }
+      await attempt("handler", () => {
+        document.body.setAttribute("onclick", "window.inline = 1")
+        document.body.click()
+      })
+      const style = document.createElement("style")
+      style.textContent = "body { --injected: 1 }"
+      document.head.append(style)
+      await attempt("text as code", () => { setTimeout("window.inline = 1") }) // eval here is DevTools' own, and free
+      await attempt("html", () => { document.createElement("div").innerHTML = "<b>x</b>" })
+      await attempt("script", () => { const s = document.createElement("script"); s.text = "window.inline = 1"; document.body.append(s) })
+      await attempt("other host", () => fetch("http://127.0.0.2:9/", { mode: "no-cors" }))
+      await attempt("other socket", () => new Promise((resolve, reject) => {
+        const socket = new WebSocket("ws://127.0.0.2:9/")
+        document.addEventListener("securitypolicyviolation", reject, { once: true })
+        setTimeout(resolve, 1000)
+        socket.onerror = () => {}
+      }))
+      if (window.inline) tried.push("inline")
+      if (getComputedStyle(document.body).getPropertyValue("--injected")) tried.push("style")
+      return tried
+    })
+    equal(ran, [], "what the policy let pass")
+  })
+}, looks)
+
+process.exit(failures() ? 1 : 0)

@@ -1,0 +1,28 @@
+// Pictures of the console at work.
+//   node console-pictures.mjs <relay http url> <folder> <seconds to wait first> <topic to open>
+
+import { inBrowser } from "./chromium.mjs"
+import { check, equal, failures, within } from "./report.mjs"
+
+const [origin, folder, seconds, topic] = process.argv.slice(2)
+
+async function take(name, hash, { dark = false, width = 1280, height = 860 } = {}) {
+  await inBrowser(origin, async (page, faults) => {
+    await check(name, async () => {
+      await page.goto(`${origin}/console${hash}`, { waitUntil: "load" })
+      await within(page.waitForSelector("#state[data-state='live']"), "an open connection")
+      await new Promise(resolve => setTimeout(resolve, 1000 * seconds))
+      await within(page.waitForFunction(() => document.querySelectorAll(".view:not([hidden]) :is(.line, .log li, .item)").length >= 3), "figures")
+      await page.screenshot({ path: `${folder}/${name}.png` })
+      equal(faults, [], "faults")
+    })
+  }, { dark, width, height })
+}
+
+// Two at a time: a browser is heavy, and each waits for most of its time.
+await Promise.all([take("console-light", ""), take("console-dark", "", { dark: true })])
+await Promise.all([
+  take("console-narrow", "", { dark: true, width: 360, height: 780 }),
+  take("console-topic", `#topics/${topic}`),
+])
+process.exit(failures() ? 1 : 0)
