@@ -9,6 +9,7 @@ them all up. What a worker that has ended had counted stays in the sums, what it
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from resource import RLIMIT_NOFILE, getrlimit
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import psutil
@@ -164,6 +165,13 @@ FIGURES: tuple[Figure, ...] = (
         lambda m, s, p: {"": p.memory_info().rss},
     ),
     Figure("process_open_fds", "gauge", "Open file descriptors.", "", lambda m, s, p: {"": p.num_fds()}),
+    Figure(
+        "process_max_fds",
+        "gauge",
+        "File descriptors that it may have open; of workers, all together.",
+        "",
+        lambda m, s, p: {"": getrlimit(RLIMIT_NOFILE)[0]},
+    ),
     Figure(
         "process_start_time_seconds",
         "gauge",

@@ -1,0 +1,86 @@
+"""nginx and Caddy in front of a relay, with the files of ``config/``: names and ports are all that is changed."""
+
+import asyncio
+import json
+import os
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import websockets
+from websockets.exceptions import InvalidStatus
+
+from relay import Relay
+from tests.support.client import Client
+from tests.support.process import Valkey, free_port
+from tests.support.serving import http_get, serve
+
+CONFIG = Path(__file__).parents[2] / "config"
+
+
+def command(proxy: str, folder: Path, port: int, relay_port: int) -> list[str]:
+    """The proxy's file with its ports changed, and how it is run in the foreground."""
+    program = shutil.which(proxy) or shutil.which(proxy, path="/usr/sbin:/sbin")
+    if program is None:
+        pytest.skip(f"{proxy} is not installed")
+    if proxy == "caddy":
+        text = (CONFIG / "Caddyfile").read_text()
+        text = text.replace("relay.example.org {", f"http://127.0.0.1:{port} {{").replace(":8000", f":{relay_port}")
+        (folder / "Caddyfile").write_text("{\n\tadmin off\n}\n" + text)
+        return [program, "run", "--adapter", "caddyfile", "--config", str(folder / "Caddyfile")]
+    text = (CONFIG / "nginx.conf").read_text()
+    text = text.replace("listen 80;", f"listen 127.0.0.1:{port};").replace("127.0.0.1:8000", f"127.0.0.1:{relay_port}")
+    paths = "".join(
+        f"{name}_temp_path {folder}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    main = f"daemon off; pid {folder}/nginx.pid; error_log stderr; events {{}}"
+    (folder / "nginx.conf").write_text(f"{main}\nhttp {{ access_log off; {paths}\n{text}\n}}\n")
+    return [program, "-e", "stderr", "-p", str(folder), "-c", str(folder / "nginx.conf")]
+
+
+@asynccontextmanager
+async def behind(proxy: str, folder: Path, relay_port: int) -> AsyncIterator[int]:
+    """Run the proxy in front of a relay; gives its port."""
+    port = free_port()
+    environ = {**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
+    log = (folder / "log").open("wb")
+    process = await asyncio.create_subprocess_exec(
+        *command(proxy, folder, port, relay_port), env=environ, stdout=log, stderr=log
+    )
+    try:
+        async with asyncio.timeout(30):
+            while True:
+                assert process.returncode is None, (folder / "log").read_text()
+                try:
+                    if (await http_get(f"http://127.0.0.1:{port}/health"))[0] == 200:
+                        break
+                except OSError:
+                    await asyncio.sleep(0.02)
+        yield port
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.wait()
+        log.close()
+
+
+@pytest.mark.parametrize("proxy", ["nginx", "caddy"])
+async def test_relay_works_behind_a_proxy_with_our_file(proxy: str, tmp_path: Path, valkey: Valkey) -> None:
+    relay = Relay(redis_url=valkey.url, system_topic=False, trusted_proxies=["127.0.0.1"])
+    async with serve(relay) as served, behind(proxy, tmp_path, served.port) as port:
+        url = f"ws://127.0.0.1:{port}/socket"
+        # Another address of this machine, to be told from the proxy's own.
+        async with Client.connect(url, origin=f"http://127.0.0.1:{port}", local_addr=("127.0.0.2", 0)) as client:
+            await client.join("room:1")
+            assert [socket.address for socket in relay.engine.sockets.values()] == ["127.0.0.2"]
+            await relay.broadcast("room:1", "new_msg", {"text": "grüezi"})
+            assert (await client.receive())[3:] == ["new_msg", {"text": "grüezi"}]
+        with pytest.raises(InvalidStatus) as refused:
+            await websockets.connect(f"{url}/websocket?vsn=2.0.0", origin="https://elsewhere.example")  # type: ignore[arg-type]  # a NewType of str
+        assert refused.value.response.status_code == 403
+        status, text = await http_get(f"http://127.0.0.1:{port}/ready")
+        assert (status, json.loads(text)) == (200, {"status": "ready"})
+        for operators in ("/metrics", "/api/topics", "/api", "/console"):
+            assert (await http_get(f"http://127.0.0.1:{port}{operators}"))[0] == 404
