@@ -86,10 +86,10 @@ class LimitsConfig(Table):
     """How much clients may ask for. Where zero is allowed, it turns the limit off; docs/limits.md has the reasons."""
 
     frame_max_bytes: Positive = Field(1_048_576, description="largest frame from a client, in bytes")
-    payload_max_bytes: Positive = Field(1_048_576, description="largest payload of an event or a push, in bytes")
+    payload_max_bytes: Positive = Field(524_288, description="largest payload of an event or a push, in bytes")
     topics_per_socket: Positive = Field(100, description="topics one socket may have joined at a time")
     outbox_max_bytes: Positive = Field(
-        2_097_152, description="events waiting for one slow socket, in bytes; more than payload_max_bytes"
+        1_048_576, description="events waiting for one slow socket, in bytes; more than payload_max_bytes"
     )
     outboxes_max_bytes: OrOff = Field(
         268_435_456,

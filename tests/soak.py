@@ -149,8 +149,8 @@ async def watch(relay: RelayProcess, minutes: float, started: float) -> tuple[fl
     while (now := time.monotonic() - started) < minutes * 60:
         samples.append((now, process.memory_info().rss / 2**20))
         if now >= say * 60:
-            health = await asyncio.to_thread(lambda: urlopen(relay.http + "/metrics", timeout=30).read().decode())
-            sockets = next(line for line in health.splitlines() if line.startswith("relay_sockets "))
+            health = await asyncio.to_thread(lambda: urlopen(relay.http + "/health", timeout=30).read().decode())
+            sockets = f"{json.loads(health)['sockets']} sockets"
             sys.stdout.write(f"minute {say:3}  RSS {samples[-1][1]:7.1f} MiB  {sockets}  {dict(done)}\n")
             sys.stdout.flush()
             say += 1

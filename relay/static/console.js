@@ -3,8 +3,8 @@
 import { binaryTop, Chart } from "./charts.js";
 import { Socket } from "./relay.js";
 import {
-  byId, copy, create, formatBytes, formatCount, formatDuration, formatRate, prettyBytes, prettyJson, readPayload, reasonOf,
-  showResult, timeOf,
+  byId, copy, create, formatBytes, formatCount, formatDuration, formatRate, prettyBytes, prettyJson, readPayload,
+  readToken, reasonOf, showResult, timeOf,
 } from "./show.js";
 
 const KEPT = 301; // samples: five minutes
@@ -417,11 +417,14 @@ async function send(how) {
 const publish = (topic, event, payload) => channel.push("publish", { topic, event, payload });
 
 async function pushAsClient(topic, event, payload) {
-  const client = new Socket(document.querySelector('meta[name="relay-socket"]').content);
+  // With the token that was given on the page at /, if any; what the key opens is not what clients may do.
+  const client = new Socket(document.querySelector('meta[name="relay-socket"]').content, { authToken: readToken });
+  const reason = "the relay lets this client in with a token alone; its page at / asks for one";
+  const refused = new Promise((_, fail) => client.onClose(() => fail({ status: "refused", response: { reason } })));
   client.connect();
   try {
     const joined = client.channel(topic);
-    await joined.join();
+    await Promise.race([joined.join(), refused]);
     return await joined.push(event, payload);
   } finally {
     client.disconnect();

@@ -2,15 +2,15 @@
 
 import { Socket } from "./relay.js";
 import {
-  byId, copy, create, formatBytes, formatCount, formatDuration, formatRate, prettyBytes, prettyJson, readPayload, reasonOf,
-  showResult, timeOf,
+  byId, copy, create, formatBytes, formatCount, formatDuration, formatRate, keepToken, prettyBytes, prettyJson, readPayload,
+  readToken, reasonOf, showResult, timeOf,
 } from "./show.js";
 
 const SHOWN_MAX = 200; // rows in the list; older ones leave
 const HUES = 6; // topic-0 to topic-5 in base.css
 
 const socketPath = document.querySelector('meta[name="relay-socket"]').content;
-const socket = new Socket(socketPath);
+const socket = new Socket(socketPath, { authToken: readToken });
 const subscriptions = new Map(); // topic → {channel, hue, element}
 
 // Connection state.
@@ -25,12 +25,23 @@ function showState(state, text = state) {
 async function explainLoss() {
   showState("reconnecting");
   const isUp = await fetch(location.href, { method: "HEAD", cache: "no-store" }).then(() => true, () => false);
-  if (isUp && !socket.isConnected()) showState("refused", "refused, trying again");
+  if (!isUp || socket.isConnected()) return;
+  showState("refused", "refused, trying again");
+  byId("who").hidden = false;
+  if (readToken()) showResult(byId("who-result"), "bad", "With this token the relay lets nobody in.");
 }
+
+byId("who").addEventListener("submit", (submit) => {
+  submit.preventDefault();
+  keepToken(byId("token").value.trim());
+  showResult(byId("who-result"), "", "");
+  socket.disconnect(() => socket.connect());
+});
 
 let hasOpened = false; // since the last attempt
 socket.onOpen(() => {
   hasOpened = true;
+  byId("who").hidden = true;
   showState("live");
 });
 socket.onClose(({ code, reason }) => {

@@ -113,3 +113,11 @@ export async function copy(button, element) {
   button.textContent = isCopied ? "Copied" : "Selected";
   setTimeout(() => (button.textContent = label), 1500);
 }
+
+// What the pages send as `authToken`, where the relay asks for one; kept for this tab.
+
+const TOKEN = "relay-token";
+
+export const readToken = () => sessionStorage.getItem(TOKEN) ?? undefined;
+
+export const keepToken = (token) => sessionStorage.setItem(TOKEN, token);

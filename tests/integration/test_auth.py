@@ -572,6 +572,25 @@ async def test_rest_sends_users_away(serve_relay: ServeRelay, connect: Connect) 
         assert (await api.delete("/users/x", headers={"X-Forwarded-For": "1.2.3.4"})).status_code == 403
 
 
+async def test_user_is_sent_away_from_every_process(valkey: Valkey) -> None:
+    """Two workers and a relay of its own, on one Redis; whichever process is asked, all carry it out."""
+    environ = {"RELAY_AUTH__KEYS": json.dumps([SECRET])}
+    url = ("--redis-url", valkey.url)
+    with RelayProcess(*url, "--workers", "2", environ=environ) as two, RelayProcess(*url, environ=environ) as one:
+        async with AsyncExitStack() as stack, httpx.AsyncClient(trust_env=False) as api:
+            clients = [
+                await stack.enter_async_context(Client.connect(relay.ws, query=with_token(token("alice", ROOMS))))
+                for relay in (one, *[two] * 8)
+            ]
+            for client in clients:
+                await client.join("room:1")
+            bob = await stack.enter_async_context(Client.connect(two.ws, query=with_token(token("bob", ROOMS))))
+            assert (await api.delete(f"{two.http}/api/users/alice")).status_code == 204
+            for client in clients:
+                assert (await client.expect_closed())[0] == 1001
+            await bob.expect_alive()
+
+
 async def test_order_that_cannot_be_told_is_carried_out_here_and_said(connect: Connect, direct: bool) -> None:
     with Valkey() as own:
         relay = Relay(redis_url=own.url, system_topic=False, auth=AUTH)

@@ -21,6 +21,7 @@ Connect = Callable[..., Awaitable[Client]]
 ServeRelay = Callable[..., Awaitable[Served]]
 
 LIMIT = LimitsConfig().frame_max_bytes
+PAYLOAD_LIMIT = LimitsConfig().payload_max_bytes
 TOPIC = "room:1"
 
 OF_UVICORNS_OWN = (
@@ -376,7 +377,9 @@ async def test_published_event_without_a_usable_name_is_dropped_and_counted(
     await client.expect_alive()
 
 
-@pytest.mark.parametrize("payload", [b'"' + b"x" * LIMIT + b'"', b"\xff" * (LIMIT + 1), b" " * (3 * LIMIT)])
+@pytest.mark.parametrize(
+    "payload", [b'"' + b"x" * PAYLOAD_LIMIT + b'"', b"\xff" * (PAYLOAD_LIMIT + 1), b" " * (3 * PAYLOAD_LIMIT)]
+)
 async def test_published_payload_over_the_limit_is_dropped_and_counted(
     served: Served, connect: Connect, redis: Redis, payload: bytes
 ) -> None:
@@ -384,8 +387,8 @@ async def test_published_payload_over_the_limit_is_dropped_and_counted(
     await client.join(TOPIC)
     async with bystander(served, redis):
         await redis.publish(f"to:{TOPIC}:big", payload)
-        await redis.publish(f"to:{TOPIC}:after", b'"' + b"x" * (LIMIT - 2) + b'"')
-        await client.expect_event(TOPIC, "after", "x" * (LIMIT - 2))
+        await redis.publish(f"to:{TOPIC}:after", b'"' + b"x" * (PAYLOAD_LIMIT - 2) + b'"')
+        await client.expect_event(TOPIC, "after", "x" * (PAYLOAD_LIMIT - 2))
         assert await counted(served, "dropped", "payload too large") == 1
     await client.expect_alive()
 

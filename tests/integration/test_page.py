@@ -3,13 +3,15 @@
 ``TESTS_SCREENSHOTS=docs/images make test ARGS="-k test_page"`` keeps the pictures in that folder.
 """
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from tests.support.keys import OTHER_SECRET, SECRET, token
 from tests.support.node import need_browser, run_checks
-from tests.support.process import RelayProcess
+from tests.support.process import RelayProcess, Valkey
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -35,3 +37,11 @@ def test_the_page_connects_and_shows_what_happens(
     picture = folder / f"{name}.png"
     run_checks("page-chromium.mjs", relay.http, str(picture), *flags, redis_url=relay.redis_url)
     assert picture.read_bytes().startswith(PNG)
+
+
+def test_pages_of_a_relay_that_asks_for_tokens_ask_for_one(valkey: Valkey) -> None:
+    need_browser()
+    environ = {"RELAY_AUTH__KEYS": json.dumps([SECRET])}
+    made = token("ada", {"room:*": ["join", "push"]})
+    with RelayProcess("--redis-url", valkey.url, environ=environ) as relay:
+        run_checks("token-chromium.mjs", relay.http, made, token(key=OTHER_SECRET), redis_url=valkey.url)
