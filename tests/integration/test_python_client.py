@@ -439,6 +439,27 @@ async def test_pushes_wait_for_the_join_and_fail_when_the_connection_is_lost() -
         assert refused.value.status == "timeout"
 
 
+async def test_push_to_a_topic_that_crashes_fails_when_it_is_joined_again() -> None:
+    async def script(server: Answering) -> None:
+        join = await server.hear("phx_join")
+        await server.reply(join)
+        late, lost = await server.hear("late"), await server.hear("lost")
+        await server.say(join.join_ref, join.join_ref, "t", "phx_error", {})
+        await server.reply(late, response={"number": 1})
+        again = await server.hear("phx_join")
+        await server.reply(again)
+        await server.reply(lost)
+        await server.reply(await server.hear("next"), response={"number": 2})
+        await hold(server)
+
+    async with scripted(script) as url, quickly(url, timeout_s=600) as socket, socket.join("t") as room:
+        async with asyncio.timeout(20):
+            late, lost = await asyncio.gather(room.push("late"), room.push("lost"), return_exceptions=True)
+            assert late == {"number": 1}
+            assert isinstance(lost, PushError) and lost.status == "disconnected"
+            assert await room.push("next") == {"number": 2}
+
+
 async def test_join_just_when_the_connection_is_lost_comes_after_the_next_one(served: Served) -> None:
     """At each turn of the loop around the loss; one where the join did not let the socket see it hung for ever."""
     async with quickly(served.ws) as socket:

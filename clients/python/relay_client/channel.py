@@ -199,6 +199,7 @@ class Channel:
             await asyncio.sleep(self._rejoin_s(tries))
 
     async def _join(self) -> None:
+        self._link.fail("disconnected", self.topic)  # a reply to a push of the last join will not come any more
         params = await value_of(self._params)
         self._join_ref = self._link.next_ref()
         message = Message(self._join_ref, self._join_ref, self.topic, "phx_join", params)

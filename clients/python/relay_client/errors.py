@@ -25,7 +25,8 @@ class PushError(ClientError):
     """A push was not answered with ``ok``.
 
     Attributes: status: what the server answered, ``error`` as a rule; or, where it answered nothing: ``timeout``;
-                ``disconnected``, when the connection was lost meanwhile and nobody knows whether the push arrived;
+                ``disconnected``, when the connection or the topic was lost meanwhile and nobody knows whether the push
+                arrived;
                 ``closed``, when the topic, or the whole socket, is left or closed for good.
                 response: the reply's, bytes or decoded JSON; None where there was no reply.
     """
