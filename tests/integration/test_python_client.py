@@ -454,9 +454,9 @@ async def test_push_to_a_topic_that_crashes_fails_when_it_is_joined_again() -> N
 
     async with scripted(script) as url, quickly(url, timeout_s=600) as socket, socket.join("t") as room:
         async with asyncio.timeout(20):
-            late, lost = await asyncio.gather(room.push("late"), room.push("lost"), return_exceptions=True)
-            assert late == {"number": 1}
-            assert isinstance(lost, PushError) and lost.status == "disconnected"
+            replies = await asyncio.gather(room.push("late"), room.push("lost"), return_exceptions=True)
+            assert replies[0] == {"number": 1}
+            assert isinstance(replies[1], PushError) and replies[1].status == "disconnected"
             assert await room.push("next") == {"number": 2}
 
 
@@ -471,6 +471,22 @@ async def test_join_just_when_the_connection_is_lost_comes_after_the_next_one(se
                 await asyncio.sleep(0)
             async with socket.join("python:just") as room:
                 assert room.is_joined
+
+
+async def test_connection_is_closed_in_good_order_whatever_still_arrives() -> None:
+    async def script(server: Answering) -> None:
+        await server.reply(await server.hear("phx_join"))
+        await server.hear("phx_leave")
+        for number in range(1000):
+            await server.say(None, None, "t", "n", number)
+        await hold(server)
+
+    async with scripted(script) as url:
+        async with quickly(url) as socket:
+            connection = socket._link._connection
+            async with socket.join("t"):
+                pass
+        assert connection is not None and connection.close_code == 1000
 
 
 async def test_frame_that_is_none_is_counted_and_nothing_else(caplog: pytest.LogCaptureFixture) -> None:

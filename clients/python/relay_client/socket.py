@@ -4,6 +4,7 @@ import asyncio
 import base64
 import random
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
@@ -204,7 +205,7 @@ class Socket:
             for channel in self._channels.values():
                 channel.lose("connection lost")
             await asyncio.wait([heart])
-            await connection.close()
+            await _close(connection)
         log.info("connection lost: %s %s", connection.close_code, connection.close_reason)
         return connection.close_code != NORMAL
 
@@ -248,6 +249,15 @@ class Socket:
 
 connect = Socket
 """``async with connect("ws://localhost:8000/socket") as socket:`` connects, and closes in the end."""
+
+
+async def _close(connection: ClientConnection) -> None:
+    """Close, and read on meanwhile: the server's answer comes after all that it has sent before."""
+    async with asyncio.TaskGroup() as group:
+        group.create_task(connection.close())
+        with suppress(ConnectionClosed):
+            while True:
+                await connection.recv()
 
 
 def _subprotocols(token: str | None) -> list[Subprotocol] | None:
