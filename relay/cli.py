@@ -1,13 +1,10 @@
-"""The command line: ``relay serve``, ``publish``, ``plugins`` and ``new-plugin``; those of `relay.commands` besides.
+"""The command line: ``relay serve``, and the commands of `relay.commands`.
 
-Owns the words on the terminal and the exit codes; leaves the work to the modules below it. Exit codes: 0
+Owns what is said of wrong usage, and the exit codes; leaves the work to the modules below it. Exit codes: 0
 done, 1 failed, 2 wrong usage or settings.
 """
 
-import asyncio
 import gc
-import json
-import logging
 import logging.config
 import os
 import shutil
@@ -31,33 +28,52 @@ from urllib.request import urlopen
 import typer
 
 from relay import __version__, runfile
-from relay.commands import ConfigFile, RedisUrl
+from relay.commands import ConfigFile, RedisUrl, epilog
 from relay.commands.auth import check, token
+from relay.commands.bench import bench
 from relay.commands.client import listen, push, topics
+from relay.commands.plugins import new_plugin, plugins
+from relay.commands.publish import publish
 from relay.config import CONFIG_VARIABLE, EMBEDDED, Config, load
-from relay.errors import BusUnavailable, ConfigError
-from relay.topics import is_event, is_topic
+from relay.errors import ConfigError
 
 app: typer.Typer = typer.Typer(
     name="relay",
     help="Redis channels to WebSocket topics, in the manner of Phoenix Channels.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
-for _command in (listen, push, topics, token, check):
-    app.command()(_command)
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+"""What Typer raises for wrong usage; it exports no name for it."""
 
 
 def main() -> None:
     """Run the command line."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except ConfigError as error:
-        for problem in error.problems:
-            print(f"relay: {problem}", file=sys.stderr)  # noqa: T201 - the terminal is what this module is for
-        sys.exit(2)
+        _say(*error.problems)
+        code = 2
+    except UsageError as error:
+        code = _wrong_usage(error)
+    except typer.Abort:
+        code = 1
+    sys.exit(code)
+
+
+def _wrong_usage(error: Any) -> int:
+    """Say what is wrong in one line, and where to look it up; returns the exit code."""
+    if type(error).__name__ != "NoArgsIsHelpError":  # then the help has been shown
+        text = " ".join(error.format_message().split()).rstrip(".")
+        command = error.ctx.command_path if error.ctx else "relay"
+        _say(f"{text[:1].lower()}{text[1:]}; `{command} --help` shows how")
+    return 2
+
+
+def _say(*problems: str) -> None:
+    for problem in problems:
+        print(f"relay: {problem}", file=sys.stderr)  # noqa: T201 - the terminal is what this module is for
 
 
 @app.callback(invoke_without_command=True)
@@ -67,16 +83,20 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Show the v
         raise typer.Exit
 
 
-@app.command()
+@app.command(epilog=epilog("serve"))
 def serve(
     application: Annotated[
         str | None, typer.Argument(metavar="MODULE:APP", help="Your own ASGI app, with a relay installed in it.")
     ] = None,
     config: ConfigFile = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.  [default: 127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 picks a free one.  [default: 8000]")] = None,
+    host: Annotated[
+        str | None, typer.Option(metavar="HOST", help="Address to listen on.", show_default="127.0.0.1")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(metavar="PORT", help="Port to listen on; 0 picks a free one.", show_default="8000")
+    ] = None,
     redis_url: RedisUrl = None,
-    workers: Annotated[int | None, typer.Option(help="Processes to serve with.  [default: 1]")] = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="Processes to serve with.", show_default="1")] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Serve browsers: a relay alone, or your own app with the server settings a relay wants.
@@ -312,72 +332,15 @@ def _logging(level: str) -> dict[str, Any]:
     }
 
 
-@app.command()
-def publish(
-    topic: Annotated[str, typer.Argument(metavar="TOPIC", help="Topic, e.g. room:1.")],
-    event: Annotated[str, typer.Argument(metavar="EVENT", help="Event, e.g. new_msg.")],
-    payload: Annotated[str, typer.Argument(metavar="JSON", help='Payload, e.g. \'{"text":"hi"}\'.')],
-    config: ConfigFile = None,
-    redis_url: RedisUrl = None,
-) -> None:
-    """Publish one event, to the configured Redis or to the embedded server of a relay running on this machine."""
-    if not is_topic(topic):
-        raise ConfigError(f"TOPIC: expected 1 to 255 bytes without control characters, got {topic!r}")
-    if not is_event(event):
-        raise ConfigError(f"EVENT: expected 1 to 255 bytes without colon, not phx_…, got {event!r}")
-    try:
-        json.loads(payload)
-    except ValueError as error:
-        raise ConfigError(f"JSON: {error}; got {payload!r}") from None
-    settings = load(config, {"redis_url": redis_url})
-    if not settings.redis_url or settings.redis_url == EMBEDDED:
-        running = runfile.newest()
-        if running is None:
-            raise ConfigError("no Redis is configured and no relay with an embedded one runs here; give --redis-url")
-        settings = settings.model_copy(update={"redis_url": running})
-    try:
-        heard = asyncio.run(_publish(settings, topic, event, payload.encode()))
-    except BusUnavailable as error:
-        typer.echo(f"relay: not published: {error}", err=True)
-        raise typer.Exit(1) from None
-    typer.echo(f"published to {topic}; {heard} relay{'' if heard == 1 else 's'} listening")
-
-
-async def _publish(settings: Config, topic: str, event: str, payload: bytes) -> int:
-    from relay.brokers.redis import publish_once
-
-    return await publish_once(settings, topic, event, payload)
-
-
-@app.command()
-def plugins(config: ConfigFile = None) -> None:
-    """List the plugins that were found: where, what each registers, and what failed."""
-    from relay.plugins import system
-    from relay.plugins.loader import load_plugins
-
-    settings = load(config)
-    lenient = settings.plugins.model_copy(update={"on_error": "skip"})
-    logging.getLogger("relay.plugins").setLevel(logging.CRITICAL)  # what failed is part of the list
-    loaded = load_plugins(lenient, (system.plugin,) if settings.system_topic else ())
-    for found in loaded.found:
-        typer.echo(f"{found.name}  ({found.source})")
-        for line in found.registers():
-            typer.echo(f"  {line}")
-        if found.fault:
-            typer.echo(f"  FAILED  {found.fault}")
-    if any(found.fault for found in loaded.found):
-        raise typer.Exit(1)
-
-
-@app.command("new-plugin")
-def new_plugin(
-    name: Annotated[str, typer.Argument(help="Name of the plugin: letters, digits and _.")],
-    directory: Annotated[Path, typer.Option("--in", metavar="DIR", help="Where to put it.")] = Path("plugins"),
-) -> None:
-    """Write a small plugin with a test: a package, ready to run."""
-    from relay.scaffold import write_plugin
-
-    folder = write_plugin(name, directory)
-    typer.echo(f"wrote {folder}/")
-    typer.echo(f"""try it:   RELAY_PLUGINS__PATHS='["{directory}"]' relay serve""")
-    typer.echo(f"test it:  pytest {folder}")
+for _name, _command in (
+    ("publish", publish),
+    ("listen", listen),
+    ("push", push),
+    ("topics", topics),
+    ("bench", bench),
+    ("token", token),
+    ("check", check),
+    ("plugins", plugins),
+    ("new-plugin", new_plugin),
+):
+    app.command(_name, epilog=epilog(_name))(_command)

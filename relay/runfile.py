@@ -1,4 +1,4 @@
-"""Which relays with an embedded server run on this machine: one small file each, for ``relay publish``.
+"""Which relays with an embedded server run on this machine: one small file each, for ``relay publish`` and ``bench``.
 
 Owns those files, in a directory that only their user can read; must not know what a relay is.
 """
@@ -37,12 +37,22 @@ def announce(page_url: str, redis_url: str | None) -> Iterator[None]:
 
 
 def newest() -> str | None:
-    """The Redis URL of the relay started last; None where none runs. Files of relays that were killed are removed."""
-    found: list[tuple[float, str]] = []
+    """The Redis URL of the relay started last; None where none runs."""
+    found = [(started, redis_url) for started, _, redis_url in _running()]
+    return max(found)[1] if found else None
+
+
+def redis_of(page_url: str) -> str | None:
+    """The Redis URL of the relay with this page, as it was announced; None where it did not announce one."""
+    return next((redis_url for _, page, redis_url in _running() if page == page_url), None)
+
+
+def _running() -> Iterator[tuple[float, str, str]]:
+    """Start, page and Redis URL of each relay that runs. Files of relays that were killed are removed."""
     for path in _directory().glob("*.json"):
         try:
             os.kill(int(path.stem), 0)
-            found.append((path.stat().st_mtime, json.loads(path.read_text())["redis"]))
+            announced = json.loads(path.read_text())
+            yield path.stat().st_mtime, announced["page"], announced["redis"]
         except (ProcessLookupError, PermissionError, FileNotFoundError):  # its number may be somebody else's by now
             path.unlink(missing_ok=True)
-    return max(found)[1] if found else None

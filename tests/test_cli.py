@@ -1,14 +1,22 @@
 """The command line: its words and its exit codes. What ``relay serve`` does is in ``integration/test_serve.py``."""
 
+import json
+import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from relay import __version__
-from relay.cli import main
-from tests.support.process import Valkey, free_port
+from relay.cli import app, main
+from relay.commands import EXAMPLES
+from tests.support.cli_page import PAGE, page
+from tests.support.process import DEADLINE_S, Valkey, free_port
+from tests.support.terminal import run_on_terminal
 
 
 class Ran:
@@ -54,7 +62,8 @@ def test_module_is_the_command() -> None:
 
 def test_help_names_the_commands_and_their_options(run: Run) -> None:
     for command, words in (
-        ((), ("serve", "publish", "listen", "push", "topics")),
+        ((), ("serve", "publish", "listen", "push", "topics", "bench", "token", "check", "plugins", "new-plugin")),
+        (("bench",), ("URL", "--sockets", "--topics", "--rate", "--seconds", "--redis-url", "--token", "--json")),
         (("serve",), ("--config", "--host", "--port", "--redis-url", "--workers", "--open")),
         (("listen",), ("TOPIC", "--config", "--url", "--token", "--params", "--count")),
         (("push",), ("TOPIC", "EVENT", "JSON", "--config", "--url", "--token", "--params")),
@@ -66,13 +75,97 @@ def test_help_names_the_commands_and_their_options(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("nonsense",), ("serve", "--nonsense"), ("serve", "--port", "x"), ("publish", "t")]
+    ("arguments", "said", "command"),
+    [
+        (("nonsense",), "no such command 'nonsense'", "relay"),
+        (("serve", "--nonsense"), "no such option: --nonsense", "relay serve"),
+        (("serve", "--port", "x"), "invalid value for '--port': ", "relay serve"),
+        (("publish", "t"), "missing argument 'EVENT'", "relay publish"),
+    ],
 )
-def test_wrong_usage_is_exit_code_2(run: Run, arguments: tuple[str, ...]) -> None:
+def test_wrong_usage_is_exit_code_2_and_one_line_that_says_where_to_look(
+    run: Run, arguments: tuple[str, ...], said: str, command: str
+) -> None:
     ran = run(*arguments)
-    assert ran.code == 2
-    assert ran.err
-    assert "Traceback" not in ran.err
+    assert (ran.code, ran.out) == (2, "")
+    (line,) = ran.err.splitlines()
+    assert line.startswith(f"relay: {said}")
+    assert line.endswith(f"; `{command} --help` shows how")
+
+
+def test_no_arguments_show_the_help(run: Run) -> None:
+    ran = run()
+    assert (ran.code, ran.err) == (2, "")
+    assert "publish" in ran.out
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_help_of_each_command_teaches_by_examples_and_says_the_exit_codes(run: Run, name: str) -> None:
+    shown = run(name, "--help").out
+    for line in EXAMPLES[name]:
+        assert line in shown
+    assert "Exit codes: 0 done, 1 " in shown
+
+
+def test_examples_are_of_all_commands_and_name_options_that_there_are(run: Run) -> None:
+    commands: dict[str, Any] = vars(get_command(app))["commands"]
+    assert set(EXAMPLES) == set(commands)
+    for name, lines in EXAMPLES.items():
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        for line in lines:
+            program, command, *words = shlex.split(line.partition("|")[0])
+            assert (program, command) == ("relay", name)
+            assert {word for word in words if word.startswith("--")} <= known, line
+
+
+def test_page_on_the_command_line_is_up_to_date() -> None:
+    assert PAGE.read_text("utf-8") == page(), "run python -m tests.support.cli_page"
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("relay pu", {"publish", "push"}),
+        ("relay be", {"bench"}),
+        ("relay listen --co", {"--config", "--count"}),
+    ],
+)
+def test_shell_completion_offers_commands_and_options(typed: str, offered: set[str]) -> None:
+    words = typed.split()
+    asked = {"_RELAY_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(words) - 1)}
+    # By its name: what a shell asks is the installed command.
+    program = Path(sys.executable).with_name("relay")
+    ran = subprocess.run([program], env=os.environ | asked, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert (ran.returncode, set(ran.stdout.split()), ran.stderr) == (0, offered, "")
+
+
+def test_shell_completion_is_shown_for_a_shell(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    assert "_RELAY_COMPLETE=complete_bash" in run("--show-completion", "bash").out
+
+
+def test_plugins_piped_are_a_line_of_json_each(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "plugins" / "broken").mkdir(parents=True)
+    (tmp_path / "plugins" / "broken" / "__init__.py").write_text("1 / 0")
+    path = tmp_path / "relay.toml"
+    path.write_text(f"[plugins]\npaths = ['{tmp_path}/plugins']\n")
+    ran = run("plugins", "--config", str(path))
+    assert (ran.code, ran.err) == (1, "")
+    assert [json.loads(line) for line in ran.out.splitlines()] == [
+        {"name": "system", "source": "built-in", "registers": ["service → tell"], "fault": None},
+        {
+            "name": "broken",
+            "source": f"{tmp_path}/plugins/broken",
+            "registers": [],
+            "fault": "ZeroDivisionError: division by zero",
+        },
+    ]
+
+
+def test_publish_on_a_terminal_is_for_reading(valkey: Valkey) -> None:
+    command = [sys.executable, "-m", "relay", "publish", "room:cli", "e", "{}", "--redis-url", valkey.url]
+    code, printed = run_on_terminal(command, cwd=Path.cwd(), env=os.environ)
+    assert (code, printed) == (0, "published to room:cli; 0 relays listening\n")
 
 
 # Settings that make no sense: one line that names where, which and what was expected.
@@ -181,7 +274,7 @@ def test_publishing_without_redis_and_without_a_relay_is_said_in_one_line(run: R
 def test_publishing_to_redis_says_who_listens(run: Run, valkey: Valkey) -> None:
     ran = run("publish", "room:cli", "e", '{"a": 1}', "--redis-url", valkey.url)
     assert (ran.code, ran.err) == (0, "")
-    assert ran.out == "published to room:cli; 0 relays listening\n"
+    assert json.loads(ran.out) == {"topic": "room:cli", "event": "e", "relays": 0}
 
 
 def test_publishing_to_a_redis_that_is_away_is_exit_code_1(run: Run) -> None:

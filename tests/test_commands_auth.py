@@ -1,5 +1,7 @@
 """``relay token`` and ``relay check``: their words and exit codes."""
 
+import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ from relay.tokens import Verifier, load_keys
 from tests.support.keys import EC_PRIVATE, EC_PUBLIC, RSA_PRIVATE, RSA_PUBLIC, SECRET
 from tests.support.process import RelayProcess
 from tests.support.servers import AppServer
+from tests.support.terminal import run_on_terminal
 
 
 class Command:
@@ -119,7 +122,7 @@ def test_what_makes_no_token_is_said_in_one_line(
 
 
 def lines(out: str) -> list[str]:
-    return [" ".join(line.split()) for line in out.splitlines()]
+    return ["{about} {text}".format_map(json.loads(line)) for line in out.splitlines()]
 
 
 def test_check_of_no_settings_says_that_all_is_open_on_this_machine(relay: Command) -> None:
@@ -175,7 +178,7 @@ push = false
         "rights with a token of tangram's: everything on the one topic that it names",
         "rights nobody may push to news:*, whatever a token says",
         "rest /api, for whoever has the key",
-        "note: the relay speaks no TLS; without a proxy that does, tokens can be read on their way",
+        "note the relay speaks no TLS; without a proxy that does, tokens can be read on their way",
     ]
     assert "hunter2" not in out and SECRET not in out
 
@@ -197,8 +200,19 @@ push = false
 def test_check_warns(relay: Command, settings: str, word: str) -> None:
     code, out, _ = relay("check", settings=settings)
     assert code == 1
-    (warning,) = [line for line in out.splitlines() if line.startswith("warning: ")]
+    (warning,) = [line for line in lines(out) if line.startswith("warning ")]
     assert word in warning and "hunter2" not in out
+
+
+def test_check_on_a_terminal_is_for_reading(tmp_path: Path) -> None:
+    file = tmp_path / "relay.toml"
+    file.write_text('origins = "any"')
+    command = [sys.executable, "-m", "relay", "check", "--config", str(file)]
+    code, printed = run_on_terminal(command, cwd=tmp_path, env=os.environ | {"TERM": "dumb"})
+    assert code == 1
+    first, *_, last = printed.splitlines()
+    assert first == "address    127.0.0.1:8000; only this machine can reach it"
+    assert last.startswith('warning: origins = "any": ')
 
 
 @pytest.mark.parametrize("settings", ['[auth]\nkeys = ["file:/nowhere"]', "[auth]\nkey = 1", "[auth]\nkeys = [7]"])

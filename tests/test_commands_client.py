@@ -17,6 +17,7 @@ import pytest
 import redis
 
 from tests.support.process import DEADLINE_S, RelayProcess, Valkey, free_port, wait_for
+from tests.support.terminal import run_on_terminal
 
 ROOT = Path(__file__).parents[1]
 
@@ -157,6 +158,16 @@ def test_refusal_is_exit_code_1_with_the_reason(valkey: Valkey, tmp_path: Path) 
     assert ran.stderr == "relay: e on cli:refused: push not allowed\n"
 
 
+@pytest.mark.parametrize("command", [("listen", "secret"), ("push", "secret", "e", "{}")], ids=["listen", "push"])
+def test_refused_join_is_exit_code_1_with_the_reason(valkey: Valkey, tmp_path: Path, command: tuple[str, ...]) -> None:
+    config = tmp_path / "relay.toml"
+    config.write_text('[[auth.anonymous]]\nmatch = "open"\nrights = ["join"]\n')
+    with RelayProcess("--redis-url", valkey.url, "--config", str(config)) as relay:
+        ran = run(*command, "--url", relay.ws)
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert ran.stderr == "relay: phx_join on secret: unauthorized\n"
+
+
 def test_wrong_address_is_exit_code_1_with_what_the_server_said(relay: RelayProcess) -> None:
     ran = run("push", "t", "e", "{}", "--url", f"{relay.ws}/nowhere", "--token", "hidden")
     assert (ran.returncode, ran.stdout) == (1, "")
@@ -210,3 +221,14 @@ def test_topics_are_listed_with_their_sockets_and_the_key_of_the_settings(valkey
         finally:
             process.terminate()
             process.wait()
+
+
+def test_topics_on_a_terminal_are_a_table(relay: RelayProcess) -> None:
+    command = relay_command("topics", "--url", f"{relay.http}/api")
+    environ = {**os.environ, "TERM": "dumb", "COLUMNS": "80"}
+    with listening(relay, "cli:table:1"), listening(relay, "cli:table:1"), listening(relay, "cli:table:2"):
+        wait_for(lambda: joined(relay).get("cli:table:1") == 2, "both joins")
+        code, printed = run_on_terminal(command, cwd=ROOT, env=environ)
+    header, *rows = [line.split() for line in printed.splitlines()]
+    assert (code, header) == (0, ["topic", "sockets"])
+    assert [row for row in rows if row[0].startswith("cli:table")] == [["cli:table:1", "2"], ["cli:table:2", "1"]]

@@ -5,9 +5,10 @@ A page is one story in a fresh folder, with Redis behind it and one relay. Its l
 ``python``   A first line ``# some/file.py`` names a file: the block is written there. A block without one is added to
              the file of the last one that has one. On a page that has named none, it is executed, with ``await`` at
              its top level, in one namespace a page.
-``console``  Lines after ``$`` are typed. What is shown after them is compared with what comes: ``…`` is any text, or,
-             alone on a line, any lines. What serves (``relay serve``, ``uvicorn``, …) runs on until the page ends or
-             another is started; it is started anew when files have changed. Without one there is a ``relay serve``.
+``console``  Lines after ``$`` are typed, those of ``relay`` on a terminal. What is shown after them is compared with
+             what comes: ``…`` is any text, or, alone on a line, any lines. What serves (``relay serve``, ``uvicorn``,
+             …) runs on until the page ends or another is started; it is started anew when files have changed. Without
+             one there is a ``relay serve``.
 ``js``       Run in Node. What follows each ``// →`` must be printed, in any order, and nothing else (``a → b``: both).
              A script that says ``joined`` runs on then: what follows on the page may be what it waits for.
 ``toml``     Settings of the relay; a first line ``# some/file.toml`` names a file here too.
@@ -44,6 +45,7 @@ from tests.support.client import Client
 from tests.support.node import SCRIPTS, need_node
 from tests.support.process import Postgres, Valkey, free_port, wait_for
 from tests.support.serving import serve
+from tests.support.terminal import run_on_terminal
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [
@@ -312,19 +314,25 @@ class Story:
                 continue
             if arguments[0] in ("curl", "redis-cli") or arguments[:2] == ["relay", "publish"]:
                 self._need_server()
-            ended = subprocess.run(
-                arguments,
-                cwd=self._folder,
-                env=environ,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT if arguments[0] != "curl" else subprocess.DEVNULL,
-                text=True,
-                timeout=120,
-            )
-            if shown:
-                assert is_shown(shown, ended.stdout), f"{place}: {command}\n{ended.stdout}"
+            if arguments[0] == "relay":  # which prints something else where nobody reads along
+                terminal = environ | {"TERM": "dumb", "COLUMNS": "200"}
+                program = [str(self._bin / "relay"), *arguments[1:]]
+                code, printed = run_on_terminal(program, cwd=self._folder, env=terminal)
             else:
-                assert ended.returncode == 0, f"{place}: {command}\n{ended.stdout}"
+                ended = subprocess.run(
+                    arguments,
+                    cwd=self._folder,
+                    env=environ,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT if arguments[0] != "curl" else subprocess.DEVNULL,
+                    text=True,
+                    timeout=120,
+                )
+                code, printed = ended.returncode, ended.stdout
+            if shown:
+                assert is_shown(shown, printed), f"{place}: {command}\n{printed}"
+            else:
+                assert code == 0, f"{place}: {command}\n{printed}"
 
     def _need_server(self) -> None:
         if self._server is None:

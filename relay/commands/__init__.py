@@ -1,12 +1,80 @@
-"""Commands of ``relay``, a module for each group of them, and the options that several have.
+"""Commands of ``relay``, a module for each group of them, the options that several have, and what their help teaches.
 
-A module here holds plain functions with Typer's annotations, which `relay.cli` enters; it must not know the others.
+A module here holds plain functions with Typer's annotations, which `relay.cli` enters; it must not know the others, but
+for `link` and `terminal`, which have no commands.
 """
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from relay.errors import ConfigError
+from relay.topics import is_event, is_topic
+
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML file with settings.")]
+RelayFile = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="The relay's TOML file.")]
 RedisUrl = Annotated[str | None, typer.Option(metavar="URL", help="Redis to use, e.g. redis://localhost:6379.")]
+Topic = Annotated[str, typer.Argument(metavar="TOPIC", help="Topic, e.g. room:1.")]
+EventName = Annotated[str, typer.Argument(metavar="EVENT", help="Event, e.g. new_msg.")]
+Payload = Annotated[str, typer.Argument(metavar="JSON", help='Payload, e.g. \'{"text":"hi"}\'.')]
+Token = Annotated[str | None, typer.Option(metavar="TOKEN", help="Token to connect with, as authToken of phoenix.js.")]
+Params = Annotated[str, typer.Option(metavar="JSON", help="Payload of the join.")]
+
+EXAMPLES = {
+    "serve": (
+        "relay serve --open",
+        "relay serve --redis-url redis://localhost:6379 --workers 4",
+        "relay serve main:app",
+    ),
+    "publish": ("""relay publish room:1 new_msg '{"text":"hi"}'""",),
+    "listen": ("relay listen room:1", "relay listen room:1 --count 1 | jq .payload"),
+    "push": ("""relay push room:1 shout '{"text":"hi"}'""",),
+    "topics": ("relay topics", "relay topics --url https://example.org/api --config relay.toml"),
+    "bench": (
+        "relay bench ws://127.0.0.1:8000/socket",
+        "relay bench --sockets 500 --topics 50 --rate 1000 --seconds 30",
+    ),
+    "token": ("""relay token --sub alice --topic "room:*:join,push" --ttl 1h""",),
+    "check": ("relay check --config relay.toml",),
+    "plugins": ("relay plugins --config relay.toml",),
+    "new-plugin": ("relay new-plugin hello", "relay new-plugin hello --in plugins"),
+}
+"""What to type, for each command: its help and docs/cli.md show it, and a test reads each."""
+
+FAILED = {
+    "check": "there are warnings",
+    "bench": "refused, or an event was lost, came twice or out of order",
+    "plugins": "a plugin cannot be loaded",
+}
+"""Exit code 1, where there is more to it than "failed"."""
+
+
+def epilog(name: str) -> str:
+    """What stands under the help of a command: examples, and its exit codes."""
+    examples = "\n".join(f"  {line}" for line in EXAMPLES[name])
+    codes = f"Exit codes: 0 done, 1 {FAILED.get(name, 'failed')}, 2 wrong usage or settings."
+    return f"\b\nFor example:\n{examples}\n\n{codes}"
+
+
+def topic_of(text: str) -> str:
+    """A topic from the command line. Raises ConfigError."""
+    if not is_topic(text):
+        raise ConfigError(f"TOPIC: expected 1 to 255 bytes without control characters, got {text!r}")
+    return text
+
+
+def event_of(text: str) -> str:
+    """An event's name from the command line. Raises ConfigError."""
+    if not is_event(text):
+        raise ConfigError(f"EVENT: expected 1 to 255 bytes without colon, not phx_…, got {text!r}")
+    return text
+
+
+def json_of(name: str, text: str) -> Any:
+    """The value of JSON from the command line; ``name`` is that of the argument. Raises ConfigError."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}; got {text!r}") from None

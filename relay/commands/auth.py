@@ -14,6 +14,7 @@ import typer
 
 from relay.auth_config import GrantConfig
 from relay.commands import ConfigFile
+from relay.commands.terminal import console, is_terminal, print_lines
 from relay.config import EMBEDDED, Config, load
 from relay.errors import ConfigError
 from relay.rights import Right, names_of, parse_claim
@@ -45,7 +46,8 @@ def token(
         typer.Option(
             metavar="KEY",
             envvar="RELAY_TOKEN_KEY",
-            help="A secret, or file:/path of one or of a private key.  [default: the first of auth.keys that signs]",
+            help="A secret, or file:/path of one or of a private key.",
+            show_default="the first of auth.keys that signs",
         ),
     ] = None,
     config: ConfigFile = None,
@@ -100,50 +102,51 @@ def _json_or_text(value: str) -> Any:
 
 
 def check(config: ConfigFile = None) -> None:
-    """Say in plain words who may connect and do what, and warn.
-
-    Exit codes: 0 no warning, 1 warnings, 2 bad settings.
-    """
+    """Say in plain words who may connect and do what, and warn. Piped: a line of JSON each."""
     from relay.tokens import load_keys
 
     settings = load(config)
     keys = load_keys(settings.auth)
-    for line in _facts(settings, keys):
-        typer.echo(line)
-    warnings = list(_warnings(settings, keys))
-    for warning in warnings:
-        typer.echo(f"warning: {warning}")
+    warnings = [("warning", text) for text in _warnings(settings, keys)]
+    said = [*_facts(settings, keys), *warnings]
+    if not is_terminal():
+        print_lines({"about": about, "text": text} for about, text in said)
+    else:
+        screen = console()
+        for about, text in said:
+            style = {"warning": "bold yellow", "note": "yellow"}.get(about)
+            screen.print(f"{about}: {text}" if style else f"{about:<10} {text}", style=style)
     if warnings:
         raise typer.Exit(1)
 
 
-def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[str]:
+def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]:
     auth = config.auth
     reach = "other machines can reach it" if config.is_exposed else "only this machine can reach it"
-    yield f"address    {config.host}:{config.port}; {reach}"
-    yield f"sockets    {', '.join(config.socket_paths)}"
-    yield f"bus        {_bus(config)}"
+    yield "address", f"{config.host}:{config.port}; {reach}"
+    yield "sockets", ", ".join(config.socket_paths)
+    yield "bus", _bus(config)
     pages = {"same": "those of the relay's own host and port", "any": "those of any host"}
-    yield f"pages      {pages[config.origins] if isinstance(config.origins, str) else ', '.join(config.origins)}"
-    yield f"connect    {_who_connects(config)}"
+    yield "pages", pages[config.origins] if isinstance(config.origins, str) else ", ".join(config.origins)
+    yield "connect", _who_connects(config)
     if auth.has_keys:
-        yield f"tokens     {_tokens(config, keys)}"
+        yield "tokens", _tokens(config, keys)
     limited = bool(auth.has_keys or auth.anonymous or auth.authenticated)
     if not limited:
-        yield "rights     everybody who connects may join every topic and push to it"
+        yield "rights", "everybody who connects may join every topic and push to it"
     else:
         if config.anonymous or not auth.has_keys:
             yield from _rights("without a token", auth.anonymous)
         yield from _rights("with a token", auth.authenticated)
-        yield f'rights     with a token besides: what its claim "{auth.rights_claim}" says'
+        yield "rights", f'with a token besides: what its claim "{auth.rights_claim}" says'
         if auth.tangram:
-            yield "rights     with a token of tangram's: everything on the one topic that it names"
+            yield "rights", "with a token of tangram's: everything on the one topic that it names"
     for entry in config.topics:
         if not entry.push:
-            yield f"rights     nobody may push to {entry.match}, whatever a token says"
-    yield f"rest       {_rest(config)}"
+            yield "rights", f"nobody may push to {entry.match}, whatever a token says"
+    yield "rest", _rest(config)
     if config.is_exposed:
-        yield "note: the relay speaks no TLS; without a proxy that does, tokens can be read on their way"
+        yield "note", "the relay speaks no TLS; without a proxy that does, tokens can be read on their way"
 
 
 def _bus(config: Config) -> str:
@@ -172,11 +175,11 @@ def _tokens(config: Config, keys: "tuple[Key, ...]") -> str:
     return "; ".join(said)
 
 
-def _rights(who: str, grants: tuple[GrantConfig, ...]) -> Iterator[str]:
+def _rights(who: str, grants: tuple[GrantConfig, ...]) -> Iterator[tuple[str, str]]:
     if not grants:
-        yield f"rights     {who}: none"
+        yield "rights", f"{who}: none"
     for grant in grants:
-        yield f"rights     {who}: {', '.join(names_of(grant.grant.rights)) or 'nothing'} on {grant.match}"
+        yield "rights", f"{who}: {', '.join(names_of(grant.grant.rights)) or 'nothing'} on {grant.match}"
 
 
 def _rest(config: Config) -> str:

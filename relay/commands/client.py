@@ -7,30 +7,21 @@ piped, it is a line of JSON each. What goes wrong is said on standard error.
 import asyncio
 import base64
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, NoReturn
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from typing import Annotated, Any
 
 import typer
 from websockets.asyncio.client import ClientConnection
-from websockets.asyncio.client import connect as connect_websocket
-from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
-from websockets.typing import Subprotocol
 
-from relay.config import Config, load
-from relay.errors import ConfigError
-from relay.topics import is_event, is_topic
-
-TIMEOUT_S = 10.0
-"""For the connection, and for each reply."""
+from relay.commands import EventName, Params, Payload, RelayFile, Token, Topic, event_of, json_of, topic_of
+from relay.commands.link import TIMEOUT_S, ask_rest, connected, host_of, socket_url
+from relay.commands.terminal import Failed, console, fail, is_terminal, print_lines, printable
+from relay.config import load
 
 READABLE_PER_S = 20
 """With more events a second than this, a terminal shows rates instead."""
@@ -38,130 +29,74 @@ READABLE_PER_S = 20
 REJOIN_S = 1.0
 """Between a `phx_error` and the next join, and between joins."""
 
-Topic = Annotated[str, typer.Argument(metavar="TOPIC", help="Topic, e.g. room:1.")]
-File = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="The relay's TOML file.")]
 Url = Annotated[
-    str | None, typer.Option(metavar="URL", help="The relay's socket.  [default: ws://127.0.0.1:8000/socket]")
+    str | None, typer.Option(metavar="URL", help="The relay's socket.", show_default="ws://127.0.0.1:8000/socket")
 ]
-Token = Annotated[str | None, typer.Option(metavar="TOKEN", help="Token to connect with, as authToken of phoenix.js.")]
-Params = Annotated[str, typer.Option(metavar="JSON", help="Payload of the join.")]
-
-
-class Failed(Exception):
-    """What there is to say before exit code 1."""
 
 
 def listen(
     topic: Topic,
-    config: File = None,
+    config: RelayFile = None,
     url: Url = None,
     token: Token = None,
     params: Params = "{}",
     count: Annotated[int | None, typer.Option(min=1, metavar="N", help="End after so many events.")] = None,
 ) -> None:
     """Show the events of a topic as they come, until Ctrl+C; many at once as rates. Piped: a line of JSON each."""
-    address = _socket_url(load(config), url)
-    _run(_listen(address, token, _topic(topic), _json("--params", params), count))
+    address = socket_url(load(config), url)
+    _run(_listen(address, token, topic_of(topic), json_of("--params", params), count))
 
 
 def push(
     topic: Topic,
-    event: Annotated[str, typer.Argument(metavar="EVENT", help="Event, e.g. new_msg.")],
-    payload: Annotated[str, typer.Argument(metavar="JSON", help='Payload, e.g. \'{"text":"hi"}\'.')],
-    config: File = None,
+    event: EventName,
+    payload: Payload,
+    config: RelayFile = None,
     url: Url = None,
     token: Token = None,
     params: Params = "{}",
 ) -> None:
     """Join a topic as a browser does, push one event, and show the reply."""
-    if not is_event(event):
-        raise ConfigError(f"EVENT: expected 1 to 255 bytes without colon, not phx_…, got {event!r}")
-    address, value = _socket_url(load(config), url), _json("JSON", payload)
-    _run(_push(address, token, _topic(topic), event, value, _json("--params", params)))
+    name, value = event_of(event), json_of("JSON", payload)
+    address = socket_url(load(config), url)
+    _run(_push(address, token, topic_of(topic), name, value, json_of("--params", params)))
 
 
 def topics(
-    config: File = None,
+    config: RelayFile = None,
     url: Annotated[
-        str | None, typer.Option(metavar="URL", help="REST interface.  [default: http://127.0.0.1:8000/api]")
+        str | None, typer.Option(metavar="URL", help="REST interface.", show_default="http://127.0.0.1:8000/api")
     ] = None,
 ) -> None:
     """List the topics joined in a relay, and by how many sockets; the API key is that of the settings."""
     settings = load(config)
-    address = url or f"http://{_host(settings)}{settings.rest.path}"
-    request = Request(f"{address.rstrip('/')}/topics", headers={"Accept": "application/json"})
-    if settings.rest.api_key:
-        request.add_header("Authorization", f"Bearer {settings.rest.api_key}")
+    address = url or f"http://{host_of(settings)}{settings.rest.path}"
     try:
-        with urlopen(request, timeout=TIMEOUT_S) as response:
-            found = json.load(response)
-    except HTTPError as error:
-        error.close()
-        _fail(f"{address}: HTTP {error.code} {error.reason}")
-    except (URLError, OSError, ValueError) as error:
-        _fail(f"{address}: {getattr(error, 'reason', error)}")
-    if not sys.stdout.isatty():
-        for one in found:
-            typer.echo(json.dumps(one, ensure_ascii=False))
+        found = ask_rest(settings, address, "/topics")
+    except Failed as error:
+        fail(str(error))
+    if not is_terminal():
+        print_lines(found)
         return
-    from rich.console import Console
     from rich.table import Table
 
     table = Table("topic", "sockets", box=None)
     table.columns[1].justify = "right"
     for one in found:
         table.add_row(one["topic"], str(one["sockets"]))
-    Console(highlight=False, markup=False).print(table if found else "no topic is joined")
+    console().print(table if found else "no topic is joined")
 
 
-# Words from the command line.
-
-
-def _host(settings: Config) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-    return f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"
-
-
-def _socket_url(settings: Config, url: str | None) -> str:
-    url = url or f"ws://{_host(settings)}{settings.socket_paths[0]}"
-    if not url.startswith(("ws://", "wss://")):
-        raise ConfigError(f"--url: expected ws://… or wss://…, got {url!r}")
-    return f"{url.rstrip('/')}/websocket?vsn=2.0.0"
-
-
-def _topic(topic: str) -> str:
-    if not is_topic(topic):
-        raise ConfigError(f"TOPIC: expected 1 to 255 bytes without control characters, got {topic!r}")
-    return topic
-
-
-def _json(name: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}; got {text!r}") from None
-
-
-def _printable(text: str) -> str:
-    """Without what would steer a terminal, wherever the text came from."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
-def _fail(why: str) -> NoReturn:
-    typer.echo(f"relay: {_printable(why)}", err=True)
-    raise typer.Exit(1)
+# The client.
 
 
 def _run(work: Coroutine[Any, Any, None]) -> None:
     try:
         asyncio.run(work)
     except Failed as error:
-        _fail(str(error))
+        fail(str(error))
     except KeyboardInterrupt:
         raise typer.Exit(0) from None
-
-
-# The client.
 
 
 @dataclass
@@ -232,29 +167,10 @@ class _Client:
 
 @asynccontextmanager
 async def _joined(url: str, token: str | None, topic: str, params: Any) -> AsyncIterator[_Client]:
-    subprotocols = None
-    if token:
-        text = base64.b64encode(token.encode(), altchars=b"+_").rstrip(b"=").decode()
-        subprotocols = [Subprotocol("phoenix"), Subprotocol(f"base64url.bearer.phx.{text}")]
-    address = url.partition("?")[0]
-    try:
-        # Its pings keep the connection; a relay's own limit is on frames that come from clients.
-        async with connect_websocket(
-            url, subprotocols=subprotocols, open_timeout=TIMEOUT_S, max_size=None, close_timeout=1.0
-        ) as connection:
-            client = _Client(connection, topic, params)
-            await client.ask("phx_join", params)
-            yield client
-    except InvalidStatus as error:
-        body = (error.response.body or b"").decode(errors="replace").strip()
-        raise Failed(f"{address}: HTTP {error.response.status_code}{body and f': {body}'}") from None
-    except ConnectionClosed as error:
-        closed = error.rcvd
-        raise Failed(f"{address}: connection lost{f': {closed.code} {closed.reason}' if closed else ''}") from None
-    except TimeoutError:
-        raise Failed(f"{address}: no answer within {TIMEOUT_S:g} s") from None
-    except (OSError, WebSocketException) as error:
-        raise Failed(f"{address}: {error}") from None
+    async with connected(url, token) as connection:
+        client = _Client(connection, topic, params)
+        await client.ask("phx_join", params)
+        yield client
 
 
 async def _push(url: str, token: str | None, topic: str, event: str, payload: Any, params: Any) -> None:
@@ -265,7 +181,7 @@ async def _push(url: str, token: str | None, topic: str, event: str, payload: An
 async def _listen(url: str, token: str | None, topic: str, params: Any, count: int | None) -> None:
     async with _joined(url, token, topic, params) as client, AsyncExitStack() as stack:
         show: Callable[[str, Any], None] = partial(_show_line, topic)
-        if sys.stdout.isatty():
+        if is_terminal():
             typer.echo(f"listening to {topic}; Ctrl+C ends", err=True)
             show = (await stack.enter_async_context(_Screen())).show
         left = count
@@ -285,12 +201,12 @@ def _fields(payload: Any) -> dict[str, Any]:
 
 
 def _show_line(topic: str, event: str, payload: Any) -> None:
-    typer.echo(json.dumps({"topic": topic, "event": event, **_fields(payload)}, ensure_ascii=False))
+    print_lines([{"topic": topic, "event": event, **_fields(payload)}])
 
 
 def _show_json(value: Any) -> None:
     text = json.dumps(value if not isinstance(value, bytes) else _fields(value), ensure_ascii=False)
-    if not sys.stdout.isatty():
+    if not is_terminal():
         typer.echo(text)
         return
     from rich.console import Console
@@ -324,8 +240,8 @@ class _Screen:
         if self._counts.total() > READABLE_PER_S:
             return
         shown = f"{len(payload)} bytes" if isinstance(payload, bytes) else json.dumps(payload, ensure_ascii=False)
-        name = (_printable(event), "bold cyan")
-        self._console.print(Text.assemble((time.strftime("%H:%M:%S "), "dim"), name, " ", _printable(shown)))
+        name = (printable(event), "bold cyan")
+        self._console.print(Text.assemble((time.strftime("%H:%M:%S "), "dim"), name, " ", printable(shown)))
 
     async def _tick(self) -> None:
         while True:
@@ -335,7 +251,7 @@ class _Screen:
     def _summarise(self) -> None:
         total, elapsed = self._counts.total(), max(time.monotonic() - self._since, 0.001)
         if total > READABLE_PER_S:
-            most = (f"{_printable(event)} {number / elapsed:.0f}/s" for event, number in self._counts.most_common(5))
+            most = (f"{printable(event)} {number / elapsed:.0f}/s" for event, number in self._counts.most_common(5))
             text = f"{total / elapsed:.0f} events/s, {total - READABLE_PER_S} not shown: {', '.join(most)}"
             self._console.print(text, style="yellow", markup=False)
         self._since = time.monotonic()

@@ -76,7 +76,7 @@ async def test_relay_publish_finds_the_running_relay(relay: RelayProcess) -> Non
         await client.join("room:found")
         ran = await asyncio.to_thread(relay_command, relay, "publish", "room:found", "new_msg", '{"text": "hi"}')
         assert (ran.returncode, ran.stderr) == (0, "")
-        assert ran.stdout == "published to room:found; 1 relay listening\n"
+        assert json.loads(ran.stdout) == {"topic": "room:found", "event": "new_msg", "relays": 1}
         await client.expect_event("room:found", "new_msg", {"text": "hi"})
 
 

@@ -1,0 +1,41 @@
+"""``relay publish``: one event into Redis, as a backend does.
+
+Owns which Redis is meant; the publishing is that of `relay.brokers.redis`.
+"""
+
+import asyncio
+
+from relay import runfile
+from relay.commands import ConfigFile, EventName, Payload, RedisUrl, Topic, event_of, json_of, topic_of
+from relay.commands.terminal import console, fail, is_terminal, print_lines
+from relay.config import EMBEDDED, Config, load
+from relay.errors import BusUnavailable, ConfigError
+
+
+def publish(
+    topic: Topic, event: EventName, payload: Payload, config: ConfigFile = None, redis_url: RedisUrl = None
+) -> None:
+    """Publish one event, to the configured Redis or to the embedded server of a relay running on this machine."""
+    topic, event = topic_of(topic), event_of(event)
+    _ = json_of("JSON", payload)  # it is sent as it was written
+    settings = load(config, {"redis_url": redis_url})
+    if not settings.redis_url or settings.redis_url == EMBEDDED:
+        running = runfile.newest()
+        if running is None:
+            raise ConfigError("no Redis is configured and no relay with an embedded one runs here; give --redis-url")
+        settings = settings.model_copy(update={"redis_url": running})
+    try:
+        relays = asyncio.run(_publish(settings, topic, event, payload.encode()))
+    except BusUnavailable as error:
+        fail(f"not published: {error}")
+    if is_terminal():
+        console().print(f"published to {topic}; {relays} relay{'' if relays == 1 else 's'} listening")
+    else:
+        print_lines([{"topic": topic, "event": event, "relays": relays}])
+
+
+async def _publish(settings: Config, topic: str, event: str, payload: bytes) -> int:
+    from relay.brokers.redis import publishing
+
+    async with publishing(settings) as publish:
+        return await publish([(topic, event, payload)])

@@ -1,0 +1,47 @@
+"""What a command prints: for reading on a terminal, a line of JSON each when piped.
+
+Owns that difference, and the one line on standard error before exit code 1.
+"""
+
+import json
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Failed(Exception):
+    """What there is to say before exit code 1."""
+
+
+def is_terminal() -> bool:
+    """Whether somebody reads along."""
+    return sys.stdout.isatty()
+
+
+def console() -> "Console":
+    """The terminal, for text that is printed as it is."""
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, soft_wrap=True)
+
+
+def print_lines(values: Iterable[Any]) -> None:
+    """Print a line of JSON each."""
+    for value in values:
+        typer.echo(json.dumps(value, ensure_ascii=False))
+
+
+def printable(text: str) -> str:
+    """Without what would steer a terminal, wherever the text came from."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def fail(why: str) -> NoReturn:
+    """Say why in one line, and end with exit code 1."""
+    typer.echo(f"relay: {printable(why)}", err=True)
+    raise typer.Exit(1)
