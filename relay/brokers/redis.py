@@ -381,9 +381,14 @@ async def publishing(config: Config) -> AsyncIterator[Callable[[Sequence[tuple[s
                 for topic, event, payload in events:
                     _ = pipeline.publish(to_redis_channel(config.redis.to_prefix, topic, event), payload)
                 try:
-                    return int((await pipeline.execute())[-1])
+                    replies = await pipeline.execute()
                 except (RedisError, OSError) as error:
                     raise BusUnavailable(str(error)) from error
+                task = asyncio.current_task()
+                # Under Python 3.11 redis-py's `wait_for` loses a cancellation at times.
+                if task is not None and task.cancelling():
+                    raise asyncio.CancelledError
+                return int(replies[-1])
 
             yield publish
     finally:
