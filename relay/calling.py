@@ -9,15 +9,17 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import copy_context
 from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from relay.hooks import Hook, Refused
-from relay.logs import Throttle
+from relay.hooks import Hook, Join, Leave, Push, Refused
+from relay.logs import SUBJECT, Throttle
 from relay.metrics import Metrics
+from relay.tracing import Tracer
 
 T = TypeVar("T")
 
@@ -42,9 +44,10 @@ class Caller:
     Args: timeout_s: seconds until a handler is given up. A thread cannot be ended; what it returns is ignored.
     """
 
-    def __init__(self, metrics: Metrics, timeout_s: float) -> None:
+    def __init__(self, metrics: Metrics, timeout_s: float, tracer: Tracer | None = None) -> None:
         self._metrics = metrics
         self._timeout_s = timeout_s
+        self._tracer = tracer
         self._throttle = Throttle(_logger)
         # Each plugin has its own: one whose handlers hang in all of them is in nobody else's way.
         self._threads: defaultdict[str, _Threads] = defaultdict(_Threads)
@@ -55,20 +58,28 @@ class Caller:
         Args:   take: raises TypeError for an answer that will not do.
         Raises: Refused, which is an answer; HandlerFailed.
         """
-        answer = await self._call(hook, argument)
-        try:
-            return take(answer)
-        except TypeError as error:
-            raise self.failed(hook, "returned what cannot be sent", error) from None
+        with _about(argument):
+            answer = await self._call(hook, argument)
+            try:
+                return take(answer)
+            except TypeError as error:
+                raise self.failed(hook, "returned what cannot be sent", error) from None
 
     async def call(self, hook: Hook, *arguments: object) -> Any:
         """Call a handler that has nothing to refuse. Raises HandlerFailed."""
-        try:
-            return await self._call(hook, *arguments)
-        except Refused as error:
-            raise self.failed(hook, "raised Refused, which only on_join and on_push may", error) from None
+        with _about(*arguments[:1]):
+            try:
+                return await self._call(hook, *arguments)
+            except Refused as error:
+                raise self.failed(hook, "raised Refused, which only on_join and on_push may", error) from None
 
     async def _call(self, hook: Hook, *arguments: object) -> Any:
+        if self._tracer is None:
+            return await self._run(hook, *arguments)
+        with self._tracer.handler(hook.plugin, hook.name):
+            return await self._run(hook, *arguments)
+
+    async def _run(self, hook: Hook, *arguments: object) -> Any:
         self._metrics.plugin_calls[hook.plugin] += 1
         began = time.perf_counter()
         limit = asyncio.timeout(self._timeout_s)
@@ -76,7 +87,9 @@ class Caller:
             async with limit:
                 if inspect.iscoroutinefunction(hook.function):
                     return await hook.function(*arguments)
-                value = await self._threads[hook.plugin].run(partial(hook.function, *arguments))
+                # In the caller's context: what the function logs and traces there belongs to the same socket.
+                call = partial(copy_context().run, hook.function, *arguments)
+                value = await self._threads[hook.plugin].run(call)
                 return await value if inspect.isawaitable(value) else value
         except Refused:
             raise
@@ -114,6 +127,19 @@ class Caller:
         """End the threads that wait for work, and wait for none that hangs."""
         for threads in self._threads.values():
             threads.close()
+
+
+@contextmanager
+def _about(argument: object = None) -> Iterator[None]:
+    """Let lines of the log that are written meanwhile be about the socket of a join, a push or a leave."""
+    if not isinstance(argument, Join | Push | Leave):
+        yield
+        return
+    token = SUBJECT.set(argument.socket)
+    try:
+        yield
+    finally:
+        SUBJECT.reset(token)
 
 
 def is_being_cancelled() -> bool:

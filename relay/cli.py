@@ -104,7 +104,7 @@ def serve(
     Alone, and without a Redis in the settings, a Valkey server of the relay's own is started, and ended with it.
 
     Your own app makes its relay itself: of the settings here, only those of the server serve it (host, port, workers,
-    anonymous, log_level, compression, trusted_proxies, limits.frame_max_bytes, limits.handshake_timeout_s).
+    anonymous, log_level, log_format, compression, trusted_proxies, limits.frame_max_bytes, limits.handshake_timeout_s).
     """
     if application is not None and redis_url is not None:
         raise ConfigError(f"command line: --redis-url: {application} makes its relay itself; give it to Relay() there")
@@ -114,7 +114,7 @@ def serve(
 
         settings.check_exposure()
         _ = load_keys(settings.auth)  # what is wrong with them is said here, once for all workers
-    logging.config.dictConfig(_logging(settings.log_level))
+    logging.config.dictConfig(_logging(settings))
     code = 0
     with ExitStack() as stack:
         stack.enter_context(_stop_on_sigterm())
@@ -160,7 +160,7 @@ def _run(settings: Config, application: str | None, file: Path | None, listener:
         "proxy_headers": application is not None,
         "forwarded_allow_ips": list(settings.trusted_proxies) or None,
         "access_log": False,
-        "log_config": _logging(settings.log_level),
+        "log_config": _logging(settings),
         "timeout_graceful_shutdown": round(settings.limits.close_timeout_s) + 1,
         "server_header": False,
         "lifespan": "on" if application is None else "auto",
@@ -318,14 +318,14 @@ def _own_name() -> str:
     return os.path.relpath(own) if own.name == "relay" else "python -m relay"
 
 
-def _logging(level: str) -> dict[str, Any]:
+def _logging(settings: Config) -> dict[str, Any]:
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {"line": {"format": "%(asctime)s %(levelname)-7s %(name)s: %(message)s"}},
+        "formatters": {"line": {"()": f"relay.logs.{settings.log_format.capitalize()}Formatter"}},
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
         "loggers": {
-            "relay": {"handlers": ["stderr"], "level": level.upper(), "propagate": False},
+            "relay": {"handlers": ["stderr"], "level": settings.log_level.upper(), "propagate": False},
             # Uvicorn's own lines about its start and stop say nothing that ours do not.
             "uvicorn": {"handlers": ["stderr"], "level": "WARNING", "propagate": False},
         },

@@ -186,6 +186,8 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     system_topic: bool = Field(True, description='send host figures to subscribers of topic "system" each second')
     rejoins_per_s: Positive = Field(1000, description="after a gap: subscriptions asked to rejoin per second")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity of log lines")
+    log_format: Literal["text", "json"] = Field("text", description="log lines for people, or one JSON object each")
+    tracing: bool = Field(False, description="make OpenTelemetry spans; needs the extra `otel`")
     redis: RedisConfig = RedisConfig()
     auth: AuthConfig = AuthConfig()
     limits: LimitsConfig = LimitsConfig()

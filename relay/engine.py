@@ -30,12 +30,14 @@ from relay.frames import EXTENSION, FrameWriter
 from relay.handshake import Refused
 from relay.hooks import Hook, Hooks
 from relay.hub import Hub
+from relay.journal import Journal
 from relay.limits import Admission
 from relay.metrics import Metrics
 from relay.node import Node
 from relay.outbox import Outboxes
 from relay.socket import Socket
 from relay.tokens import Key, Verifier
+from relay.tracing import Trace, Tracer
 from relay.transport import Connection, ReceiveCallable, Scope, SendCallable
 
 _logger = logging.getLogger("relay")
@@ -73,6 +75,8 @@ class Engine:
         authenticate: Authenticate | None = None,
         keys: tuple[Key, ...] = (),
     ) -> None:
+        self._tracer = Tracer() if config.tracing else None  # first, since it may fail
+        self._journal = Journal()
         self._metrics = metrics
         self._figures = figures
         self._hooks = hooks
@@ -95,7 +99,7 @@ class Engine:
         self.hub: Hub = Hub(
             metrics, lambda topic: config.topic(topic).policy, loop.call_soon, label_of=config.metrics.label
         )
-        self.node: Node = Node(config, self.broker, self.hub, metrics, hooks, owner)
+        self.node: Node = Node(config, self.broker, self.hub, metrics, hooks, owner, self._tracer)
         self._name = uuid.uuid4().hex[:8]
         self.node.on_order = self._receive_order
         self._verifier = Verifier(config.auth, keys) if config.auth.has_keys else None
@@ -184,6 +188,16 @@ class Engine:
 
     async def serve_socket(self, scope: Scope, receive: ReceiveCallable, send: SendCallable) -> None:
         """Serve one ``websocket`` scope from handshake to end."""
+        trace = None if self._tracer is None else self._tracer.begin(scope)
+        try:
+            await self._serve_socket(scope, receive, send, trace)
+        finally:
+            if trace is not None:
+                trace.end_handshake()
+
+    async def _serve_socket(
+        self, scope: Scope, receive: ReceiveCallable, send: SendCallable, trace: Trace | None
+    ) -> None:
         if self.is_draining:
             await self._refuse(scope, receive, send, Refused(503, "the relay is restarting", "restarting"))
             return
@@ -194,8 +208,10 @@ class Engine:
             await self._refuse(scope, receive, send, refused)
             return
         try:
-            socket = await self._accept(scope, receive, send)
+            socket = await self._accept(scope, receive, send, trace)
             if socket is not None:
+                if trace is not None:
+                    trace.accepted(socket.id)
                 await self._run(socket)
         finally:
             self._admission.leave(address)
@@ -214,13 +230,20 @@ class Engine:
 
     async def _refuse(self, scope: Scope, receive: ReceiveCallable, send: SendCallable, refused: Refused) -> None:
         self._metrics.refused[f"handshake: {refused.kind}"] += 1
+        if self._tracer is not None:
+            self._tracer.note(refused.kind)
         hint = ""
         if refused.status == 429 and any(name == b"x-forwarded-for" for name, _ in scope["headers"]):
             hint = "; it came with X-Forwarded-For: is this a proxy that `trusted_proxies` should name?"
-        transport.throttle.warning(refused.kind, "handshake refused: %s%s", refused.text, hint)
+        address = (scope.get("client") or (None,))[0]
+        transport.throttle.warning(
+            refused.kind, "handshake refused: %s%s; address %s", refused.text, hint, address, address=address
+        )
         await upgrade.refuse(scope, receive, send, refused)
 
-    async def _accept(self, scope: Scope, receive: ReceiveCallable, send: SendCallable) -> Socket | None:
+    async def _accept(
+        self, scope: Scope, receive: ReceiveCallable, send: SendCallable, trace: Trace | None
+    ) -> Socket | None:
         """Do the handshake of a ``websocket`` scope; None where it was refused."""
         config, metrics = self.config, self._metrics
         shake = handshake.check(scope, config.origins)
@@ -247,7 +270,9 @@ class Engine:
             node=self.node,
             hub=self.hub,
             metrics=metrics,
+            journal=self._journal,
             access=access,
+            trace=trace,
         )
 
     # Sending users away.

@@ -4,14 +4,24 @@ Owns the answer and its counting; must not know the clock, nor what the message 
 """
 
 from relay.errors import CloseCode, Reason
+from relay.journal import Journal
 from relay.limits import Pace
+from relay.logs import Subject
 from relay.metrics import Metrics
 from relay.protocol import Protocol
 from relay.transport import Connection
 from relay.wire import Message
 
 
-def turn_away(pace: Pace, protocol: Protocol, connection: Connection, metrics: Metrics, message: Message) -> bool:
+def turn_away(
+    pace: Pace,
+    protocol: Protocol,
+    connection: Connection,
+    metrics: Metrics,
+    journal: Journal,
+    socket: Subject,
+    message: Message,
+) -> bool:
     """Refuse a message over the rate, or close the socket; False where it has to be dealt with all the same."""
     if pace.is_exhausted:
         metrics.refused["rate limited for long"] += 1
@@ -20,6 +30,7 @@ def turn_away(pace: Pace, protocol: Protocol, connection: Connection, metrics: M
     refusal = protocol.refuse_unheard(message, Reason.RATE_LIMITED)
     if refusal is not None:
         metrics.refused[Reason.RATE_LIMITED] += 1
+        journal.rate_limited(socket, message.topic, message.event)
         if message.ref is not None:  # else it asks for no answer
             connection.send_control(refusal.frame)
     return refusal is not None

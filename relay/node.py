@@ -29,6 +29,7 @@ from relay.lanes import Lanes, Rest
 from relay.logs import Throttle
 from relay.metrics import Metrics
 from relay.protocol import Subscription
+from relay.tracing import Tracer
 from relay.wire import Payload, check_payload
 
 _logger = logging.getLogger("relay.node")
@@ -68,6 +69,7 @@ class Node:
           hub: who is to hear them here.
           hooks: the plugins' handlers.
           relay: what handlers of raw Redis messages are given beside the message.
+          tracer: makes spans, where they are asked for.
           clock, sleep: monotonic seconds, and what waits for some.
     """
 
@@ -79,13 +81,15 @@ class Node:
         metrics: Metrics,
         hooks: Hooks = _NO_HOOKS,
         relay: object = None,
+        tracer: Tracer | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._clock = clock
         self._sleep = sleep
         self.hooks = hooks
-        self.caller: Caller = Caller(metrics, config.plugins.timeout_s)
+        self.caller: Caller = Caller(metrics, config.plugins.timeout_s, tracer)
+        self._publish = broker.publish if tracer is None else tracer.around(broker.publish)
         self.on_order: Callable[[Order], None] = lambda order: None
         """Called for each order of another node."""
         self._relay = relay
@@ -373,7 +377,7 @@ class Node:
 
     def publish(self, direction: Direction, topic: str, event: str, payload: Payload) -> asyncio.Future[None]:
         """Publish one message on the bus; see `Broker.publish`."""
-        future = self._broker.publish(direction, topic, event, bytes(payload))
+        future = self._publish(direction, topic, event, bytes(payload))
         future.add_done_callback(self._log_failure)
         return future
 

@@ -7,10 +7,9 @@ up neither the socket's other topics nor its heartbeats.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+import time
+from collections.abc import Callable, Coroutine
 from functools import partial
-from typing import Any
-from urllib.parse import parse_qsl
 
 from relay import excess, hooks, wire
 from relay.access import RENEWAL, Access, Decision
@@ -18,21 +17,24 @@ from relay.asking import ask_about_join, ask_about_push, renew
 from relay.brokers.base import Direction
 from relay.calling import HandlerFailed
 from relay.config import Config
-from relay.errors import BusUnavailable, CloseCode, Reason, WireError
+from relay.errors import BusUnavailable, Reason, WireError
+from relay.face import Face
 from relay.handshake import Handshake
 from relay.hooks import Hook
 from relay.hub import Hub
+from relay.journal import Journal, Totals
 from relay.lanes import Lanes, Rest
 from relay.limits import Pace
 from relay.metrics import Metrics
 from relay.node import Node
 from relay.outbox import Policy
 from relay.protocol import Join, Leave, Protocol, Push, Send, Subscription
+from relay.tracing import Trace
 from relay.transport import Connection, Scope
 from relay.wire import EMPTY, Frame, Message, Payload, Version
 
 
-class Socket:
+class Socket(Face):
     """One client connection; the hub knows it as a subscriber, plugins as `relay.hooks.Socket`."""
 
     __slots__ = (
@@ -40,13 +42,17 @@ class Socket:
         "_connection",
         "_ended",
         "_hub",
+        "_joins",
+        "_journal",
         "_known",
         "_lanes",
         "_last_push",
         "_metrics",
         "_node",
         "_protocol",
+        "_pushes",
         "_query",
+        "_trace",
         "access",
         "address",
         "id",
@@ -65,7 +71,9 @@ class Socket:
         node: Node,
         hub: Hub,
         metrics: Metrics,
+        journal: Journal,
         access: Callable[..., Access] | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self.id: str = connection.id
         client = scope.get("client")
@@ -76,6 +84,9 @@ class Socket:
         self._node = node
         self._hub = hub
         self._metrics = metrics
+        self._journal = journal
+        self._trace = trace
+        self._joins = self._pushes = 0
         self._connection = connection
         # The hub calls this for each event: one call fewer for each subscriber.
         self.send_event: Callable[[Frame, str, str, Policy], None] = connection.send_event
@@ -103,9 +114,13 @@ class Socket:
         """Serve the socket until it is closed by either side."""
         connection, lanes, busy = self._connection, self._lanes, self._config.limits.pushes_in_flight
         pace = Pace(self._config.limits, connection.last_received)
-        turn_away = partial(excess.turn_away, pace, self._protocol, connection, self._metrics)
+        turn_away = partial(excess.turn_away, pace, self._protocol, connection, self._metrics, self._journal, self)
+        # Chosen once: without tracing a message costs what it did.
+        handle = self._handle if self._trace is None else partial(self._trace.handle, self._handle)
+        opened = connection.last_received
         self._metrics.sockets += 1
         self._metrics.sockets_opened += 1
+        self._journal.connected(self)
         try:
             while (frame := await connection.receive()) is not None:
                 try:
@@ -115,7 +130,7 @@ class Socket:
                     continue
                 if not pace.allows(message.event, connection.last_received) and turn_away(message):
                     continue
-                lanes.run(message.topic, partial(self._handle, message))
+                lanes.run(message.topic, partial(handle, message))
                 if lanes.pending >= busy:
                     await lanes.wait_below(busy)
         except asyncio.CancelledError:
@@ -129,6 +144,8 @@ class Socket:
             for subscription in tuple(self._protocol.subscriptions.values()):
                 self._unsubscribe(subscription)
             connection.end()
+            totals = Totals(time.monotonic() - opened, self._joins, self._pushes, connection.dropped)
+            self._journal.disconnected(self, *connection.ending, totals)
             # What plugins have begun, or are still to hear of, is not cut off by a client that has gone.
             self._node.see_out(lanes)
 
@@ -147,7 +164,9 @@ class Socket:
         match self._protocol.receive(message):
             case Send(frame, refused):
                 if refused is not None:
-                    self._metrics.refused[refused] += 1
+                    self._count_refusal(refused)
+                    if message.event == "phx_join":
+                        self._journal.join_refused(self, message.topic, refused)
                 self._connection.send_control(frame)
             case Join() as join:
                 return self._join(join)
@@ -216,6 +235,7 @@ class Socket:
             _ = self._hub.add(join.subscription.topic, self)
             self.joinless_since = float("inf")
             self._metrics.joins += 1
+            self._joins += 1
 
         hearing = self._node.join(join.subscription.topic, enter)
         return None if hearing is None else self._enter_later(join, hearing)
@@ -229,6 +249,7 @@ class Socket:
 
     def _refuse_join(self, join: Join, reason: str, response: Payload | None = None) -> None:
         self._count_refusal(reason)
+        self._journal.join_refused(self, join.subscription.topic, reason)
         if join.replaces is not None:
             self._unsubscribe(join.replaces)
         for frame in self._protocol.refuse(join, response or wire.json_payload({"reason": reason})):
@@ -251,6 +272,7 @@ class Socket:
     def _push(self, push: Push) -> Rest:
         topic = push.subscription.topic
         self._metrics.pushes_in += 1
+        self._pushes += 1
         if push.event == RENEWAL:
             return renew(self, self.access, push)  # whatever becomes of it: a token is for nobody else to see
         if not push.subscription.may_push:
@@ -269,6 +291,8 @@ class Socket:
         future = self._node.publish(Direction.FROM, topic, push.event, push.payload)
         self._last_push[topic] = future
         future.add_done_callback(partial(self._pushed, push))
+        if self._trace is not None:
+            self._trace.until(future)
         return None
 
     def _pushed(self, push: Push, future: asyncio.Future[None]) -> None:
@@ -289,7 +313,10 @@ class Socket:
 
     def _count_refusal(self, reason: str) -> None:
         # A plugin's own words are as many as it likes; the counter's labels must not be.
-        self._metrics.refused[reason if reason in _REASONS else "by a plugin"] += 1
+        kind = reason if reason in _REASONS else "by a plugin"
+        self._metrics.refused[kind] += 1
+        if self._trace is not None:
+            self._trace.note(kind)
 
     def reply(self, push: Push, status: str, response: Payload) -> None:
         """Answer a push; nothing where its subscription has ended, or it asked for no answer."""
@@ -353,44 +380,6 @@ class Socket:
         self._unsubscribe(subscription)
         self._connection.send_control(frame)
         return True
-
-    # What plugins see; see `relay.hooks.Socket`. Handlers may run in threads.
-
-    @property
-    def user(self) -> str | None:
-        """Whose socket it is: the subject of its token; None for an anonymous one."""
-        return None if self.access is None else self.access.identity.user
-
-    @property
-    def claims(self) -> Mapping[str, Any]:
-        """What the client has proved about itself; empty for an anonymous one."""
-        return {} if self.access is None else self.access.identity.claims
-
-    @property
-    def query(self) -> Mapping[str, str]:
-        """The query of the upgrade request: phoenix.js's ``params``."""
-        return dict(parse_qsl(self._query.decode("latin-1"), keep_blank_values=True))
-
-    def push(self, topic: str, event: str, payload: object) -> bool:
-        """Send an event to this socket alone; False where it has not joined ``topic``."""
-        hooks.check_event(event)
-        subscription = self.subscription(topic)
-        if subscription is None:
-            return False
-        frame = wire.encode_push(self.version, subscription.join_ref, topic, event, hooks.to_payload(payload))
-        self._node.call_in_loop(partial(self._connection.send_control, frame))
-        return True
-
-    def leave(self, topic: str) -> bool:
-        """End its subscription with ``phx_close``; False where it has none."""
-        if (subscription := self.subscription(topic)) is not None:
-            self._node.call_in_loop(partial(self.fail, subscription, None))
-        return subscription is not None
-
-    def disconnect(self, reason: str = "") -> None:
-        """Close the socket with 1001."""
-        text = (reason or "disconnected by the server").encode()[:123].decode(errors="ignore")
-        self._node.call_in_loop(partial(self.close, CloseCode.GOING_AWAY, text))
 
 
 _REASONS = frozenset(Reason)

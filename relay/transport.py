@@ -32,7 +32,6 @@ SendCallable: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 _FOUND_BY_SERVER = (CloseCode.PROTOCOL_ERROR, CloseCode.INVALID_PAYLOAD, CloseCode.TOO_BIG)
 """Codes of a disconnect that say that the server closed for a frame which it could not read, or not hold."""
 
-
 _HEAD_START_S = 0.5
 """Seconds for the server to take a close before it is asked for more messages; see `Connection._next_event`."""
 
@@ -52,6 +51,7 @@ class Connection:
         "_deflates",
         "_drained",
         "_ended",
+        "_gone",
         "_limits",
         "_main",
         "_metrics",
@@ -95,6 +95,7 @@ class Connection:
         # Set by close(), and by the end whatever its cause.
         self._close: tuple[int, str] | None = None
         self._ended = False
+        self._gone: tuple[int | None, str] = (None, "")  # code and reason, as the server tells of the end
         self._main = asyncio.current_task()
         self._closer: asyncio.Task[None] | None = None
         # The portable path's pending receive, and what is set once the close has been sent.
@@ -121,6 +122,11 @@ class Connection:
         """How frames are written: ``direct`` to the transport, or ``portable`` through ASGI."""
         return "portable" if self._writer is None else "direct"
 
+    @property
+    def ending(self) -> tuple[int | None, str, str]:
+        """Close code, reason, and who closed: ``relay`` or ``client``. For one that has ended."""
+        return (*self._gone, "client") if self._close is None else (*self._close, "relay")
+
     # Reading.
 
     async def receive(self) -> str | bytes | None:
@@ -132,7 +138,7 @@ class Connection:
                 code = event.get("code")
                 if self._close is None and code in _FOUND_BY_SERVER:
                     self._metrics.malformed[str(code)] += 1
-                _logger.debug("socket %s: disconnected, code %s", self.id, code)
+                self._gone = (code, event.get("reason") or "")
                 return None
             self.last_received = time.monotonic()
             if self._close is not None:
@@ -202,9 +208,7 @@ class Connection:
         dropped = outbox.add_event(frame, topic, event, policy)
         if dropped is None:
             self._lose(outbox, "slow reader disconnected", Counter((policy.match,)))
-            throttle.warning(
-                "slow", "socket %s: reads too slowly for topic %r, outbox full; closed with 1013", self.id, topic
-            )
+            self._warn("slow", "reads too slowly for topic %r, outbox full; closed with 1013", topic)
             self.close(CloseCode.SLOW_READER, "outbox full: this client reads too slowly")
             return
         if dropped:
@@ -242,7 +246,7 @@ class Connection:
         assert self._outbox is not None, "it is the largest"
         self._lose(self._outbox, "outboxes full")
         self._metrics.refused["outboxes full"] += 1
-        throttle.warning("outboxes", "socket %s: the largest outbox of too many; closed with 1013", self.id)
+        self._warn("outboxes", "the largest outbox of too many; closed with 1013")
         self.close(CloseCode.SLOW_READER, "this client reads too slowly, and too much waits for all such")
 
     @property
@@ -294,15 +298,18 @@ class Connection:
                     await send(_message(frame))
         except Exception as error:
             # The client is gone; what `send` raises then differs from server to server. The reader sees the end.
-            _logger.debug("socket %s: cannot be written to: %r", self.id, error)
+            _logger.debug("socket %s: cannot be written to: %r", self.id, error, extra={"socket": self.id})
 
     # Closing.
 
     def reject(self, code: CloseCode, reason: str) -> None:
         """Count a frame that cannot be understood, and close."""
         self._metrics.malformed[str(int(code))] += 1
-        throttle.warning("malformed", "socket %s: closed with %d: %s", self.id, code, reason)
+        self._warn("malformed", "closed with %d: %s", code, reason)
         self.close(code, reason)
+
+    def _warn(self, kind: str, text: str, *args: object) -> None:
+        throttle.warning(kind, f"socket %s: {text}", self.id, *args, socket=self.id)
 
     def close(self, code: int, reason: str) -> bool:
         """Close after what is already queued; cut the client off if it does not answer in time.
@@ -328,7 +335,7 @@ class Connection:
                 await self._send_close(code, reason)
         except Exception as error:
             # Timed out, or the client is gone: whatever `send` raises for that differs from server to server.
-            _logger.debug("socket %s: not closed in good order: %r", self.id, error)
+            _logger.debug("socket %s: not closed in good order: %r", self.id, error, extra={"socket": self.id})
         else:
             # The server tells of the client's answer by a disconnect, which ends the reader, and this task with it.
             await asyncio.sleep(self._limits.close_timeout_s)

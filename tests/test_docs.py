@@ -58,6 +58,7 @@ PAGES = [
         "docs/security",
         "docs/metrics",
         "docs/console",
+        "docs/operations",
         "clients/python/README",
     )
     if (path := REPOSITORY / f"{name}.md").exists()

@@ -42,6 +42,7 @@ HOUSE = {
         "folder",
         "proxy",
         "socket",
+        "face",
         "upgrade",
         "excess",
         "asking",
@@ -62,7 +63,7 @@ HOUSE = {
         "brokers.embedded",
         "brokers",
     ],
-    "middle": ["node", "hub", "lanes", "auth", "calling"],
+    "middle": ["node", "hub", "auth", "calling", "tracing", "lanes"],
     "core": [
         "protocol",
         "limits",
@@ -80,6 +81,7 @@ HOUSE = {
         "topics",
         "control",
         "rights",
+        "journal",
         "logs",
         "metrics",
         "errors",
@@ -91,6 +93,9 @@ FLOOR = {room: floor for floor, rooms in HOUSE.items() for room in rooms}
 # Edge rooms never import each other, but for these.
 NEIGHBOURS = {
     ("socket", "access"): "what its client may do, and until when",
+    ("socket", "face"): "one socket in two rooms: the other is what plugins see",
+    ("face", "access"): "user and claims",
+    ("face", "transport"): "pushes and closes by plugins are written",
     ("asking", "access"): "a push may bring a new token",
     ("socket", "asking"): "what plugins say to its joins and pushes",
     ("rest", "tokens"): "tangram's `POST /token` makes one",
@@ -129,6 +134,7 @@ OUTSIDE = {
     "jwt": {"tokens"},
     "cryptography": {"tokens"},
     "prometheus_client": {"figures"},
+    "opentelemetry": {"tracing"},
     "psutil": {"figures", "plugins.system"},
     "rich": {"commands.bench", "commands.client", "commands.terminal"},
     "typer": {

@@ -1,11 +1,14 @@
 """`relay.logs`: at most one line of a kind in an interval, and none forgotten."""
 
 import inspect
+import json
 import logging
+import sys
+from typing import Any
 
 import pytest
 
-from relay.logs import Throttle
+from relay.logs import SUBJECT, JsonFormatter, TextFormatter, Throttle
 
 logger = logging.getLogger("relay.tests.logs")
 
@@ -84,3 +87,91 @@ def test_error_is_written_with_its_traceback_under_the_same_rule(
 def test_clock_is_monotonic_by_default() -> None:
     """A wall clock that is set back would silence the log."""
     assert inspect.signature(Throttle).parameters["clock"].default.__name__ == "monotonic"
+
+
+def test_so_many_lines_of_a_kind_are_written_in_an_interval(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    throttle = Throttle(logger, 1.0, clock, lines=3)
+    for number in range(10_000):
+        throttle.warning("storm", "line %d", number)
+    clock.now = 1.0
+    throttle.warning("storm", "line")
+    assert caplog.messages == ["line 0", "line 1", "line 2", "line (9997 more of this kind since the last line)"]
+
+
+class Somebody:
+    """A socket, as far as the log is concerned."""
+
+    def __init__(self, user: str | None = "ada") -> None:
+        self.id = "1f-7"
+        self.user = user
+        self.address = "10.0.0.1"
+
+
+def test_line_about_a_socket_names_it(throttle: Throttle, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger.name)
+    throttle.info("one", Somebody(), "joined %d topics", 3, topics=3)
+    throttle.info("two", Somebody(None), "left")
+    assert caplog.messages == [
+        "socket 1f-7: joined 3 topics; address 10.0.0.1, user 'ada'",
+        "socket 1f-7: left; address 10.0.0.1",
+    ]
+    fields = {"kind": "one", "socket": "1f-7", "user": "ada", "address": "10.0.0.1", "topics": 3}
+    assert vars(caplog.records[0]).items() >= fields.items()
+    assert not hasattr(caplog.records[1], "user")
+
+
+def test_line_that_nobody_reads_is_not_counted_as_left_out(
+    throttle: Throttle, caplog: pytest.LogCaptureFixture
+) -> None:
+    throttle.info("one", Somebody(), "unread")
+    caplog.set_level(logging.INFO, logger.name)
+    throttle.info("one", Somebody(), "read")
+    assert caplog.messages == ["socket 1f-7: read; address 10.0.0.1, user 'ada'"]
+
+
+def record(text: str, *args: object, **more: Any) -> logging.LogRecord:
+    return logger.makeRecord(
+        logger.name, logging.WARNING, "x.py", 1, text, args, more.pop("exc_info", None), extra=more
+    )
+
+
+def test_json_line_is_one_object_with_its_fields() -> None:
+    line = JsonFormatter().format(record("said %r\nand more", "\u2028", socket="1f-7", ids={1}, level="mine"))
+    assert "\n" not in line and line.isascii()
+    read = json.loads(line)
+    time = read.pop("time")
+    assert time.endswith("+00:00") and len(time) == len("2026-01-01T00:00:00.000+00:00")
+    assert read == {
+        "level": "warning",
+        "logger": "relay.tests.logs",
+        "message": "said '\\u2028'\nand more",
+        "socket": "1f-7",
+        "ids": "{1}",
+    }
+
+
+def test_json_line_holds_its_traceback() -> None:
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        line = JsonFormatter().format(record("failed", exc_info=sys.exc_info()))
+    assert "\n" not in line
+    assert json.loads(line)["exception"].endswith("\nValueError: broken")
+
+
+def test_lines_written_by_a_handler_are_about_its_socket() -> None:
+    token = SUBJECT.set(Somebody())
+    try:
+        read = json.loads(JsonFormatter().format(record("from a plugin")))
+        text = TextFormatter().format(record("from a plugin"))
+        other = json.loads(JsonFormatter().format(record("about another", socket="1f-8")))
+    finally:
+        SUBJECT.reset(token)
+    assert (read["socket"], read["user"], read["address"]) == ("1f-7", "ada", "10.0.0.1")
+    assert text.endswith(" WARNING relay.tests.logs: from a plugin [socket 1f-7]")
+    assert other["socket"] == "1f-8" and "user" not in other
+
+
+def test_text_line_names_the_socket_once() -> None:
+    assert TextFormatter().format(record("socket 1f-7: slow", socket="1f-7")).endswith(": socket 1f-7: slow")
+    assert TextFormatter().format(record("plain")).endswith(": plain")

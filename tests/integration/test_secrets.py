@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import pytest
 import redis
 from websockets.exceptions import InvalidStatus
 
@@ -60,7 +61,8 @@ class Monitor:
         return "\n".join(said)
 
 
-async def test_run_shows_none_of_the_secrets_it_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize("log_format", ["text", "json"])
+async def test_run_shows_none_of_the_secrets_it_used(tmp_path: Path, log_format: str) -> None:
     folder = tmp_path / "failing"
     folder.mkdir()
     (folder / "__init__.py").write_text(textwrap.dedent(PLUGIN))
@@ -72,6 +74,7 @@ async def test_run_shows_none_of_the_secrets_it_used(tmp_path: Path) -> None:
         url = f"redis://:{PASSWORD}@127.0.0.1:{valkey.port}"
         environ = {
             "RELAY_LOG_LEVEL": "debug",
+            "RELAY_LOG_FORMAT": log_format,
             "RELAY_REDIS_URL": url,
             "RELAY_REST__API_KEY": API_KEY,
             "RELAY_AUTH__KEYS": json.dumps([SECRET, f"file:{tmp_path}/private.pem"]),
@@ -128,7 +131,9 @@ async def test_run_shows_none_of_the_secrets_it_used(tmp_path: Path) -> None:
             valkey.kill()
             await asyncio.to_thread(wait_for, lambda: "is down" in process.output, "the loss of Redis to be told")
         output = process.output
-    assert "handshake refused" in output and "plugin failing" in output, "there was something to say"
+    for line in ("handshake refused", "plugin failing", ": connected", ": join of ", ": disconnected by the "):
+        assert line in output, "there was something to say"
+    assert ('{"' in output) == (log_format == "json")
     assert commands.count("from:room:1:shout") == 4 and "relay:control" in commands
     assert "access_token" not in commands
     secrets = [SECRET, OTHER_SECRET, PASSWORD, API_KEY, JWKS_PASSWORD, BAD, PEM_LINE]

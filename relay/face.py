@@ -1,0 +1,73 @@
+"""What plugins see of a socket; see `relay.hooks.Socket`. Handlers may run in threads.
+
+Owns the way from a handler's call to the event loop; must not know the socket's messages.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+from urllib.parse import parse_qsl
+
+from relay import hooks, wire
+from relay.access import Access
+from relay.errors import CloseCode, Reason
+from relay.node import Node
+from relay.protocol import Subscription
+from relay.transport import Connection
+from relay.wire import Version
+
+
+class Face:
+    """The part of a socket that handlers use. The names below are filled in by `relay.socket.Socket`."""
+
+    __slots__ = ()
+
+    _connection: Connection
+    _node: Node
+    _query: bytes
+    access: Access | None
+    version: Version
+
+    def subscription(self, topic: str) -> Subscription | None:
+        """What this socket has joined under ``topic``."""
+        raise NotImplementedError
+
+    def fail(self, subscription: Subscription, reason: Reason | None) -> bool:
+        """End a subscription with ``phx_error`` or ``phx_close``."""
+        raise NotImplementedError
+
+    @property
+    def user(self) -> str | None:
+        """Whose socket it is: the subject of its token; None for an anonymous one."""
+        return None if self.access is None else self.access.identity.user
+
+    @property
+    def claims(self) -> Mapping[str, Any]:
+        """What the client has proved about itself; empty for an anonymous one."""
+        return {} if self.access is None else self.access.identity.claims
+
+    @property
+    def query(self) -> Mapping[str, str]:
+        """The query of the upgrade request: phoenix.js's ``params``."""
+        return dict(parse_qsl(self._query.decode("latin-1"), keep_blank_values=True))
+
+    def push(self, topic: str, event: str, payload: object) -> bool:
+        """Send an event to this socket alone; False where it has not joined ``topic``."""
+        hooks.check_event(event)
+        subscription = self.subscription(topic)
+        if subscription is None:
+            return False
+        frame = wire.encode_push(self.version, subscription.join_ref, topic, event, hooks.to_payload(payload))
+        self._node.call_in_loop(partial(self._connection.send_control, frame))
+        return True
+
+    def leave(self, topic: str) -> bool:
+        """End its subscription with ``phx_close``; False where it has none."""
+        if (subscription := self.subscription(topic)) is not None:
+            self._node.call_in_loop(partial(self.fail, subscription, None))
+        return subscription is not None
+
+    def disconnect(self, reason: str = "") -> None:
+        """Close the socket with 1001."""
+        text = (reason or "disconnected by the server").encode()[:123].decode(errors="ignore")
+        self._node.call_in_loop(partial(self._connection.close, CloseCode.GOING_AWAY, text))

@@ -1,0 +1,76 @@
+"""The life of sockets in the log: a line when one connects, is refused a join, asks for too much, disconnects.
+
+Owns the words of these lines; must not know what led to them. Of each kind there are at most `LINES_PER_S`, so that
+a storm of clients does not fill a disk.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from relay.logs import Subject, Throttle
+
+LINES_PER_S = 10
+"""Lines of one kind in a second; the next one says how many were left out."""
+
+
+class Totals(NamedTuple):
+    """What a socket did until its end."""
+
+    open_s: float
+    joins: int
+    """Joins that were accepted."""
+    pushes: int
+    """Pushes that it sent, refused ones included."""
+    dropped: int
+    """Events that it missed because it read too slowly."""
+
+
+class Journal:
+    """Writes these lines, all under one logger, ``relay.socket``."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._throttle = Throttle(logging.getLogger("relay.socket"), 1.0, clock, LINES_PER_S)
+
+    def connected(self, socket: Subject) -> None:
+        """A handshake was accepted."""
+        self._throttle.info("connect", socket, "connected")
+
+    def join_refused(self, socket: Subject, topic: str, reason: str) -> None:
+        """A join was answered with an error."""
+        text = "join of %.255r refused: %.255s"
+        self._throttle.info("join refused", socket, text, topic, _line(reason), topic=topic[:255], reason=reason[:255])
+
+    def rate_limited(self, socket: Subject, topic: str, event: str) -> None:
+        """A message over the rate was turned away."""
+        text = "rate limited: %.255r on %.255r"
+        self._throttle.info("rate limited", socket, text, event, topic, topic=topic[:255])
+
+    def disconnected(self, socket: Subject, code: int | None, reason: str, by: str, totals: Totals) -> None:
+        """A socket has ended.
+
+        Args: code: of the close; None where there was none.
+              by: "client" or "relay".
+        """
+        self._throttle.info(
+            "disconnect",
+            socket,
+            "disconnected by the %s, code %s %.123r, after %.1f s; %d joins, %d pushes, %d events dropped",
+            by,
+            code,
+            reason,
+            *totals,
+            code=code,
+            reason=reason[:123],
+            by=by,
+            open_s=round(totals.open_s, 3),
+            joins=totals.joins,
+            pushes=totals.pushes,
+            dropped=totals.dropped,
+        )
+
+
+def _line(text: str) -> str:
+    """Without line breaks: a plugin's own words may have some."""
+    return " ".join(text.split())
