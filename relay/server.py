@@ -12,6 +12,7 @@ written to each socket in one synchronous call.
 import asyncio
 import logging
 from asyncio import BaseTransport
+from collections import Counter
 from time import monotonic
 from typing import Any, cast
 
@@ -20,8 +21,26 @@ from websockets.extensions.permessage_deflate import PerMessageDeflate, ServerPe
 from websockets.frames import Frame
 from websockets.server import ServerProtocol
 
+from relay.errors import CloseCode
 from relay.frames import EXTENSION, FrameWriter
+from relay.logs import Throttle
+from relay.metrics import REFUSED_STATE
 from relay.wire import DEFLATE_WINDOW_BITS
+
+_PIECE_BYTES = 4096
+"""Bytes parsed at a time."""
+
+# Pings, pongs and small fragments: so many at once, and so many per second on average. Browsers send none.
+_IDLE_FRAMES_MAX = 1000
+_IDLE_FRAMES_PER_S = 20
+_FRAGMENT_MIN_BYTES = 128
+
+_HEAD_REFUSAL = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\nContent-Type: text/plain\r\n\r\n"
+    b"expected lines of at most 8 KiB and at most 128 headers\n"
+)
+
+_throttle = Throttle(logging.getLogger("relay.server"))
 
 # Without contexts on the client's side too: each would hold 7 kB here.
 _DEFLATE = ServerPerMessageDeflateFactory(server_no_context_takeover=True, client_no_context_takeover=True)
@@ -41,6 +60,11 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         super().__init__(*args, **kwargs)
         self.queue: asyncio.Queue[Any] = cast("asyncio.Queue[Any]", _Inbox())
         self.writable: asyncio.Event = cast(asyncio.Event, _Gate())
+        # What was read from the transport and is not parsed yet, while the application has messages to take.
+        self._unparsed = b""
+        # How many frames that carry nothing may still come, and since when it is so many.
+        self._idle_frames = float(_IDLE_FRAMES_MAX)
+        self._idle_since = monotonic()
         if self.config.ws_per_message_deflate:
             self.conn.available_extensions = [_DEFLATE]
 
@@ -52,6 +76,36 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         super().connection_made(transport)
         self.logger: logging.Logger = cast(logging.Logger, _quiet)
         self.conn.debug = False  # websockets would log every header and frame
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came, a little at a time and no further than the application keeps up.
+
+        One read brings up to 256 kB: tens of thousands of frames, or, compressed, hundreds of MB.
+        """
+        self._unparsed = self._unparsed + data if self._unparsed else data
+        self._parse()
+        if self.conn.handshake_exc is not None and not self.handshake_initiated:
+            self._refuse_head()
+
+    def _parse(self) -> None:
+        while self._unparsed and not self.read_paused and not self.transport.is_closing():
+            piece, self._unparsed = self._unparsed[:_PIECE_BYTES], self._unparsed[_PIECE_BYTES:]
+            super().data_received(piece)
+
+    async def receive(self) -> Any:
+        """Hand over the next message, and parse on when it was the last."""
+        message = await super().receive()
+        if self._unparsed:
+            self._parse()
+        return message
+
+    def _refuse_head(self) -> None:
+        """Answer a request that Uvicorn's HTTP parser has taken and websockets has not; Uvicorn would let it hang."""
+        self.handshake_initiated = self.handshake_complete = self.close_sent = True
+        self._count("handshake: head too large")
+        _throttle.warning("head", "handshake refused: %s", self.conn.handshake_exc)
+        self.transport.write(_HEAD_REFUSAL)
+        self.transport.close()
 
     def handle_connect(self, event: Any) -> None:
         """Offer the extension to the application."""
@@ -78,6 +132,8 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
 
         Source: RFC 6455, section 5.5.3 – of pings not yet answered, all but the newest may be passed over.
         """
+        if not self._may_idle():
+            return
         writer = self.frame_writer
         if writer is not None:
             writer.last_ping = monotonic()
@@ -85,6 +141,36 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             super().handle_ping()
         else:
             _ = self.conn.data_to_send()
+
+    def handle_pong(self, event: Frame) -> None:
+        """Note the answer to a ping of the server's, if it is one."""
+        if self._may_idle():
+            super().handle_pong(event)
+
+    def handle_cont(self, event: Frame) -> None:
+        """Keep a fragment."""
+        if len(event.data) >= _FRAGMENT_MIN_BYTES or self._may_idle():
+            super().handle_cont(event)
+
+    def _may_idle(self) -> bool:
+        """Let a frame pass that carries nothing or next to it; close where they come without an end.
+
+        Such a frame costs as much as any, and no limit of the application's ever sees it.
+        """
+        if self.close_sent:
+            return False
+        now = monotonic()
+        more = (now - self._idle_since) * _IDLE_FRAMES_PER_S
+        self._idle_frames = min(float(_IDLE_FRAMES_MAX), self._idle_frames + more) - 1
+        self._idle_since = now
+        if self._idle_frames >= 0:
+            return True
+        self._count("empty frames")
+        _throttle.warning("idle frames", "socket closed with 1008: too many pings, pongs or small fragments")
+        self.frames = []
+        self.conn.fail(CloseCode.POLICY_VIOLATION, "too many pings, pongs or small fragments")
+        self.handle_parser_exception()
+        return False
 
     def handle_close(self, event: Frame) -> None:
         """End the extension before the close frame is answered."""
@@ -126,6 +212,11 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             del self.request, self.response
         if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
             self.handshake_complete = True  # or Uvicorn logs an error, as if the handshake had not been answered
+
+    def _count(self, kind: str) -> None:
+        counter = self.app_state.get(REFUSED_STATE)  # absent where a team's own app is served
+        if isinstance(counter, Counter):
+            counter[kind] += 1
 
     def _end_writer(self) -> None:
         if self.frame_writer is not None:

@@ -51,7 +51,9 @@ class RelayHTTPProtocol(HttpToolsProtocol):
         # While a head is awaited: what cuts the connection, and the bytes that came.
         self._cutter: TimerHandle | None = None
         self._in_head = True
+        # Bytes since the connection began, or the last that were of a body: a head, or trailers.
         self._head_bytes = 0
+        self._is_body = False
 
     def connection_made(self, transport: Transport) -> None:  # type: ignore[override]
         """Begin to wait for a head."""
@@ -65,35 +67,52 @@ class RelayHTTPProtocol(HttpToolsProtocol):
             self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        """Read on, unless the head has grown too large."""
+        """Read on, unless the head, or what follows the body, has grown too large."""
+        self._is_body = False
         super().data_received(data)
+        self._head_bytes = 0 if self._is_body else self._head_bytes + len(data)
+        if self._head_bytes > HEAD_MAX_BYTES and not self.transport.is_closing():
+            self._cut("handshake: head too large", f"more than {HEAD_MAX_BYTES} bytes of head, or behind a body")
+
+    def on_body(self, body: bytes) -> None:
+        """Learn that what came was not a head."""
+        self._is_body = True
+        super().on_body(body)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keep a header; one behind a body (a trailer) is nobody's, and Uvicorn would keep any number of them."""
         if self._in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > HEAD_MAX_BYTES:
-                self._cut("handshake: head too large", f"more than {HEAD_MAX_BYTES} bytes of head")
+            super().on_header(name, value)
 
     def on_message_begin(self) -> None:
-        """Begin to wait for the head of a further request on this connection."""
+        """Begin to wait for the whole of a head."""
         super().on_message_begin()
-        if not self._in_head:
-            self._await_head()
+        self._await_head()
 
     def on_headers_complete(self) -> None:
         """Wait no longer: the head is there."""
         self._stop_waiting()
         super().on_headers_complete()
 
+    def on_response_complete(self) -> None:
+        """Begin to wait for a further head; Uvicorn's own timer ends with the first byte that comes, whatever it is."""
+        is_next_here = bool(self.pipeline)
+        super().on_response_complete()
+        if not is_next_here and not self.transport.is_closing():
+            self._await_head(after_s=self.timeout_keep_alive)
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no longer: the client is gone."""
         self._stop_waiting()
         super().connection_lost(exc)
 
-    def _await_head(self) -> None:
+    def _await_head(self, after_s: float = 0.0) -> None:
+        self._stop_waiting()
         self._in_head = True
         self._head_bytes = 0
         if self._timeout_s:
             reason = f"no whole head within {self._timeout_s:g} s"
-            self._cutter = self.loop.call_later(self._timeout_s, self._cut, "handshake: too slow", reason)
+            self._cutter = self.loop.call_later(after_s + self._timeout_s, self._cut, "handshake: too slow", reason)
 
     def _stop_waiting(self) -> None:
         self._in_head = False
