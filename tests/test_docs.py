@@ -12,6 +12,7 @@ A page is one story in a fresh folder, with Redis behind it and one relay. Its l
 ``js``       Run in Node. What follows each ``// →`` must be printed, in any order, and nothing else (``a → b``: both).
              A script that says ``joined`` runs on then: what follows on the page may be what it waits for.
 ``toml``     Settings of the relay; a first line ``# some/file.toml`` names a file here too.
+``html``     A file, named by a first line ``<!-- some/file.html -->``.
 ``sql``      Run on Postgres, with a relay on it: browsers hear what it publishes.
 
 Addresses are the test's: ``127.0.0.1:8000`` and ``localhost:6379`` are replaced. ``pip install .`` registers the entry
@@ -31,18 +32,20 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import asyncpg
+import jwt
 import pytest
 
 from relay import Config, Relay
 from relay.config import LimitsConfig, load
 from relay.plugins import Plugin
 from tests.support.client import Client
-from tests.support.node import SCRIPTS, need_node
+from tests.support.node import SCRIPTS, need_browser, need_node, run_checks
 from tests.support.process import Postgres, Valkey, free_port, wait_for
 from tests.support.serving import serve
 from tests.support.terminal import run_on_terminal
@@ -51,6 +54,7 @@ REPOSITORY = Path(__file__).parents[1]
 PAGES = [
     path
     for name in (
+        "docs/tutorial",
         "docs/plugins",
         "docs/redis",
         "docs/mounting",
@@ -63,13 +67,13 @@ PAGES = [
     )
     if (path := REPOSITORY / f"{name}.md").exists()
 ]
-LANGUAGES = ("python", "console", "js", "toml", "sql")
+LANGUAGES = ("python", "console", "js", "html", "toml", "sql")
 PATIENCE_S = 30.0
 
 _BLOCK = re.compile(
     r"^(?P<why><!-- not run: .+ -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
-_FILE = re.compile(r"^# ([\w./-]+\.\w+)\n")
+_FILE = re.compile(r"^(?:# |<!-- )([\w./-]+\.\w+)(?: -->)?\n")
 _SERVERS = ("uvicorn", "hypercorn", "granian")
 
 
@@ -109,6 +113,27 @@ def test_every_block_of_the_page_works(page: Path, tmp_path: Path, valkey: Valke
     with Story(page, tmp_path, valkey) as story:
         for block in blocks:
             story.tell(block)
+        story.finish()
+
+
+def test_map_of_the_tutorial_moves_until_its_door_is_closed(tmp_path: Path, valkey: Valkey) -> None:
+    """Seen in a browser twice: before the block that asks for tokens, and at the end of the page."""
+    need_browser()
+    page = REPOSITORY / "docs" / "tutorial.md"
+    blocks = [block for block in blocks_of(page) if block.is_run]
+    closed = next(n for n, block in enumerate(blocks) if "[auth]" in block.text)
+    with Story(page, tmp_path, valkey) as story:
+        for block in blocks[:closed]:
+            story.tell(block)
+        passed = run_checks("tutorial-chromium.mjs", story.origin, redis_url=valkey.url)
+        assert "without a token nothing is shown" not in passed
+        for block in blocks[closed:]:
+            story.tell(block)
+        secret = (tmp_path / "reader" / "jwt-secret").read_text()
+        claims = {"sub": "alice", "topics": ["aircraft:*:join"], "exp": int(time.time()) + 600}
+        token = jwt.encode(claims, secret, algorithm="HS256")
+        passed = run_checks("tutorial-chromium.mjs", story.origin, token, redis_url=valkey.url)
+        assert {"without a token nothing is shown", "three aircraft fly"} <= set(passed)
         story.finish()
 
 
@@ -205,6 +230,7 @@ class Story:
         self._page = page
         self._valkey = valkey
         self._port = free_port()
+        self.origin = f"http://127.0.0.1:{self._port}"
         self._folder = folder / "reader"
         self._site = folder / "site"  # what `pip install .` installs into
         self._bin = folder / "bin"
@@ -261,6 +287,10 @@ class Story:
                 self._run_console(text, place)
             case "js":
                 self._run_js(text, place)
+            case "html":
+                file = self._named_file(text)
+                assert file is not None, f"{place}: expected <!-- name.html --> first"
+                file.write_text(text)
             case _:
                 assert block.language == "sql", "the others are refused by the test above"
 
@@ -514,9 +544,10 @@ def programs(name: str, *arguments: str) -> Iterator[str]:
     elif name == "redis-cli":
         import redis
 
-        assert arguments[1] == "PUBLISH", arguments
-        with redis.Redis.from_url(arguments[0]) as client:
-            yield f"(integer) {client.publish(arguments[2], arguments[3])}"
+        *address, command, channel, payload = arguments[1:]
+        assert (address[:1], command) in ((["-u"], "PUBLISH"), ([], "PUBLISH")), arguments
+        with redis.Redis.from_url(address[-1] if address else arguments[0]) as client:
+            yield f"(integer) {client.publish(channel, payload)}"
     else:
         from urllib.request import urlopen
 
