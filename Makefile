@@ -3,7 +3,7 @@
 
 ARGS ?=
 BIN := .venv/bin
-CODE := relay tests examples $(wildcard clients/python benchmarks)
+CODE := relay tests tools examples $(wildcard clients/python benchmarks)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # An environment that no longer runs (its Python is gone, or this folder was moved or copied) is made anew.
@@ -12,7 +12,7 @@ $(shell rm -rf .venv)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check lint format install cover fuzz soak lock clean
+.PHONY: help run test check lint format install cover docs fuzz soak lock clean
 
 help: ## show these words
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1	/p' Makefile
@@ -51,6 +51,9 @@ bench: .venv/.dev ## measure what a delivered frame costs (3 minutes); `make ben
 
 bench-full: .venv/.dev
 	$(BIN)/python -m benchmarks --full $(ARGS)
+
+docs: .venv/.dev ## build the documentation as a site, in build/docs
+	$(BIN)/python -m sphinx -q -W --keep-going docs build/docs
 
 fuzz: .venv/.dev ## feed the decoder, the protocol and the HTTP side with nonsense, a minute each; TESTS_FUZZ_S=600 for longer
 	TESTS_FUZZ_S=$${TESTS_FUZZ_S:-60} $(BIN)/python -m pytest tests/integration/faults/test_fuzz.py -rP -o faulthandler_timeout=0 $(ARGS)

@@ -1,0 +1,26 @@
+"""How Sphinx makes a site of this folder: ``make docs``. The pages are plain Markdown, and read well as they stand."""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+from relay import __version__  # noqa: E402 - the line above finds it
+from tools import reference  # noqa: E402
+
+project = "relay"
+author = "The relay authors"
+release = version = __version__
+extensions = ["myst_parser"]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["conf.py"]
+myst_heading_anchors = 4  # links to #headings, as forges make them
+myst_enable_extensions = ["html_image"]
+html_theme = "furo"
+html_title = f"relay {__version__}"
+html_favicon = "../relay/static/favicon.svg"
+html_copy_source = False
+html_show_sphinx = False
+
+reference.write(HERE / "reference")
