@@ -38,9 +38,9 @@ async def program(*command: str) -> AsyncIterator[Process]:
 
 
 async def until_figure(relay: RelayProcess, name: str, value: float, deadline_s: float = 20) -> str:
-    """Wait until one figure of ``/metrics`` has this value; returns them all."""
+    """Wait until one figure of ``/metrics``, of the direct path, has this value; returns them all."""
     async with asyncio.timeout(deadline_s):
-        while figure(metrics := (await http_get(f"{relay.http}/metrics"))[1], name) != value:  # noqa: ASYNC110 - another process's state
+        while figure(metrics := (await http_get(f"{relay.http}/metrics"))[1], name, path="direct") != value:  # noqa: ASYNC110 - another process's state
             await asyncio.sleep(0.05)
     return metrics
 

@@ -109,7 +109,8 @@ async def test_sigterm_under_load_drains_at_its_pace(workers: int) -> None:
 async def test_outbox_of_a_slow_reader_is_sent_before_the_close() -> None:
     """It reads only after the signal, and gets all that was queued, then 1012."""
     topics = '[{"match": "*", "overflow": "drop-oldest"}]'
-    with RelayProcess(environ={"RELAY_TOPICS": topics}) as relay:
+    environ = {"RELAY_TOPICS": topics, "RELAY_LIMITS__OUTBOX_MAX_BYTES": "2097152"}
+    with RelayProcess(environ=environ) as relay:
         async with RawSocket.connect(relay.ws, receive_buffer=4096) as slow, Client.connect(relay.ws) as fast:
             await slow.send_frame(TEXT, b'["1","1","room:slow","phx_join",{}]')
             await slow.read_message()
@@ -325,6 +326,7 @@ WALL_CLOCK = {
     "auth.py": "read once as a token is taken; from then on it expires by the other clock",
     "rest.py": "a token says the time of day at which it expires",
     "commands/auth.py": "the same",
+    "console.py": "the time of day that the page shows beside an event",
 }
 
 
