@@ -138,7 +138,7 @@ async def test_thousand_clients_that_vanish_at_once_cost_nobody_else() -> None:
             assert json.loads(answer)["sockets"] == 1
         assert figure(metrics, "relay_gaps_total") == 0
         lines = relay.output.splitlines()
-        assert len(lines) < 20, "a thousand ends are not a thousand lines"
+        assert len(lines) < 60, "a thousand ends are not a thousand lines"
         assert "Traceback" not in relay.output
 
 
