@@ -76,6 +76,8 @@ class Relay:
         builtins = (system.plugin,) if self.config.system_topic else ()
         self.plugins: Loaded = load_plugins(self.config.plugins, (*extra_plugins, *builtins))
         self._trusted_proxies = parse_networks(self.config.trusted_proxies)
+        self.is_alone: bool = False
+        """Set by ``relay serve``, which listens where the settings say: nothing stands around the relay."""
         self._engine: Engine | None = None
         self._starting = asyncio.Lock()
         self._console = Console(self) if self.config.console else None
@@ -137,6 +139,7 @@ class Relay:
                     self.figures,
                     authenticate=self._authenticate,
                     keys=self.keys,
+                    is_alone=self.is_alone,
                 )
                 self._engine = engine  # plugins may use the relay while they start
                 try:

@@ -147,9 +147,16 @@ def _bare_scope() -> dict[str, Any]:
 
 
 def _user(subject: object) -> str | None:
-    if subject is None or (isinstance(subject, str | int) and not isinstance(subject, bool) and subject != ""):
-        return None if subject is None else str(subject)
-    raise ValueError("expected a user's name as text or as a number")
+    if subject is None:
+        return None
+    if not isinstance(subject, str | int) or isinstance(subject, bool) or subject == "":
+        raise ValueError("expected a user's name as text or as a number")
+    user = str(subject)
+    try:
+        _ = user.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON's escapes can write
+        raise ValueError("expected a user's name that UTF-8 can say") from None
+    return user
 
 
 def _checked(answer: Any) -> Claims | None:

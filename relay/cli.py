@@ -167,9 +167,7 @@ def _run(settings: Config, application: str | None, file: Path | None, listener:
     }
     _collect_rarely()
     if settings.workers == 1:
-        from relay.app import Relay
-
-        return serving.run(uvicorn.Config(application or Relay(settings), **options), listener)
+        return serving.run(uvicorn.Config(application or _alone(settings), **options), listener)
     # The workers read the same sources again; what this process has decided travels as variables.
     os.environ.update(RELAY_HOST=settings.host, RELAY_PORT=str(settings.port))
     if file is not None:
@@ -222,10 +220,16 @@ def _collect_rarely() -> None:
 
 
 def _worker_app() -> Any:
+    _collect_rarely()
+    return _alone(load())
+
+
+def _alone(settings: Config) -> Any:
     from relay.app import Relay
 
-    _collect_rarely()
-    return Relay(load())
+    relay = Relay(settings)
+    relay.is_alone = True
+    return relay
 
 
 def _listen(settings: Config) -> sockets.socket:

@@ -68,6 +68,7 @@ class RedisConfig(Table):
     backoff_min_s: Seconds = Field(0.1, description="seconds to the first new attempt, at most")
     backoff_max_s: Seconds = Field(5.0, description="seconds between two attempts, at most")
     publish_queue_max: Positive = Field(10_000, description="messages waiting for Redis before pushes are refused")
+    publish_queue_max_bytes: Positive = Field(67_108_864, description="the same, in bytes of all of them together")
     control_channel: str = Field(
         "relay:control", description='Redis channel by which nodes tell each other to send users away; "" for none'
     )

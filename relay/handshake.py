@@ -8,6 +8,7 @@ Source: Phoenix 1.9, ``lib/phoenix/socket/transport.ex`` (origin) and ``transpor
 
 import base64
 import binascii
+import ipaddress
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
@@ -17,6 +18,7 @@ from relay.wire import Version
 
 SUBPROTOCOL = "phoenix"
 _TOKEN_PREFIX = "base64url.bearer.phx."
+_NO_HOST = frozenset("/#?@\\ \t")
 _DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 
@@ -40,13 +42,20 @@ class Handshake(NamedTuple):
     """phoenix.js's ``authToken``; a secret."""
 
 
-def check(scope: Mapping[str, Any], origins: str | tuple[str, ...]) -> Handshake | Refused:
+def check(
+    scope: Mapping[str, Any], origins: str | tuple[str, ...], *, loopback_only: bool = False
+) -> Handshake | Refused:
     """Check an upgrade request, in Phoenix's order.
 
     Args: scope: an ASGI ``websocket`` scope.
           origins: the setting of that name.
+          loopback_only: whether ``Host`` must name this machine.
     """
     headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+    if loopback_only and not is_loopback(headers.get(b"host", "")):
+        # Under a name that its owner points here (DNS rebinding) any page of the web would be of the same origin.
+        text = "this relay answers this machine alone; set anonymous, auth or origins to let others in"
+        return Refused(403, text, "not under a name of this machine")
     origin = headers.get(b"origin")
     if origin is not None and not is_allowed_origin(origin, headers.get(b"host", ""), origins):
         return Refused(
@@ -124,6 +133,20 @@ def is_allowed_origin(origin: str, host: str, origins: str | tuple[str, ...]) ->
     if isinstance(origins, str):
         return (asked.hostname, asked_port) == (came.hostname, came_port)
     return any(_matches(came.scheme, came.hostname, came_port, pattern) for pattern in origins)
+
+
+def is_loopback(authority: str) -> bool:
+    """Say whether ``host``, ``host:port`` or an address without brackets names this machine."""
+    # `urlsplit` would take what stands between them for the host.
+    if not _NO_HOST.isdisjoint(authority):
+        return False
+    try:
+        if authority.count(":") > 1 and not authority.startswith("["):
+            authority = f"[{authority}]"
+        host = urlsplit(f"//{authority}").hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _matches(scheme: str, hostname: str, port: int | None, pattern: str) -> bool:

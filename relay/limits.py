@@ -63,22 +63,58 @@ class Pace:
         return any(bucket is not None and bucket.excess > self._excess_max for bucket in (self._joins, self._pushes))
 
 
+_SHARES_MAX = 10_000
+"""Addresses whose handshakes are counted one by one; of more at once, the newest have only the rate of all."""
+
+
+class _Shares:
+    """A bucket for each address, forgotten once it is full again: a second after its last handshake at the soonest.
+
+    In two generations of a second: who knocks is in the younger one, the older one is dropped with all who did not.
+    """
+
+    __slots__ = ("_old", "_per_s", "_since", "_young")
+
+    def __init__(self, per_s: float, now: float) -> None:
+        self._per_s = per_s
+        self._since = now
+        self._young: dict[str, Bucket] = {}
+        self._old: dict[str, Bucket] = {}
+
+    def take(self, address: str, now: float) -> bool:
+        if now - self._since >= 1:
+            self._old, self._young, self._since = self._young, {}, now
+        bucket = self._young.get(address) or self._old.pop(address, None)
+        if bucket is None:
+            if len(self) >= _SHARES_MAX:
+                return True
+            bucket = Bucket(self._per_s, self._per_s, now)
+        self._young[address] = bucket
+        return bucket.take(now)
+
+    def __len__(self) -> int:
+        return len(self._young) + len(self._old)
+
+
 class Admission:
     """Counts who is in, and says who may still come. Zero turns a limit off.
 
     Args: sockets_max: sockets in all.
-          sockets_per_address: sockets of one address.
-          handshakes_per_s: handshakes in all, per second; as many may come at once.
+          sockets_per_address: sockets of one address; with zero, no address has a share of its own in handshakes.
+          handshakes_per_s: handshakes in all, per second; as many may come at once. One address may have a quarter of
+              them, or 10 where that is more.
           now: the time.
     """
 
-    __slots__ = ("_addresses", "_handshakes", "_sockets_max", "_sockets_per_address", "sockets")
+    __slots__ = ("_addresses", "_handshakes", "_shares", "_sockets_max", "_sockets_per_address", "sockets")
 
     def __init__(self, *, sockets_max: int, sockets_per_address: int, handshakes_per_s: int, now: float) -> None:
         self.sockets: int = 0
         self._sockets_max = sockets_max
         self._sockets_per_address = sockets_per_address
         self._handshakes = Bucket(handshakes_per_s, handshakes_per_s, now) if handshakes_per_s else None
+        shared = handshakes_per_s and sockets_per_address
+        self._shares = _Shares(max(10, handshakes_per_s / 4), now) if shared else None
         self._addresses: dict[str, int] = {}
 
     def enter(self, address: str | None, now: float) -> Refused | None:
@@ -86,6 +122,9 @@ class Admission:
 
         Args: address: what it is counted by; None is not counted.
         """
+        # First its own share, so that what is refused here takes nothing from the others.
+        if self._shares is not None and address is not None and not self._shares.take(address, now):
+            return Refused(429, "too many handshakes of this address at once; try again", "handshakes per address", 1)
         if self._handshakes is not None and not self._handshakes.take(now):
             return Refused(503, "too many handshakes at once; try again", "handshakes per second", 1)
         if 0 < self._sockets_max <= self.sockets:
@@ -107,5 +146,5 @@ class Admission:
                 del self._addresses[address]
 
     def __len__(self) -> int:
-        """Addresses that have a socket."""
-        return len(self._addresses)
+        """Addresses that are remembered: they have a socket, or have knocked in the last seconds."""
+        return len(self._addresses) + (len(self._shares) if self._shares is not None else 0)

@@ -4,12 +4,16 @@ Owns that decision, as a pure function of an ASGI scope; must not know what is t
 """
 
 import hmac
-import ipaddress
 from collections.abc import Mapping
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
-from relay.handshake import is_allowed_origin
+from relay.config import Config
+from relay.handshake import is_allowed_origin, is_loopback
+
+# What proxies write, most of them. One that writes nothing is not to be told from a client on this machine.
+_FORWARDED = frozenset(
+    b"forwarded via x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip cf-connecting-ip".split()
+)
 
 
 class NotAllowed(NamedTuple):
@@ -26,37 +30,31 @@ def key_in(scope: Mapping[str, Any]) -> bytes:
     return bearer if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
 
 
-def check(scope: Mapping[str, Any], given: bytes, api_key: str) -> NotAllowed | None:
+def check(scope: Mapping[str, Any], given: bytes, config: Config) -> NotAllowed | None:
     """Say why a request may not operate the relay; None where it may.
 
     Args: given: the key that it brings.
-          api_key: the setting of that name.
+          config: ``rest.api_key`` decides; without one, ``trusted_proxies`` and ``origins`` tell of a relay that
+              others reach, and whoever they are, they may come from this machine's own proxy.
     """
+    api_key = config.rest.api_key
     if api_key:
         if hmac.compare_digest(given, api_key.encode()):
             return None
         return NotAllowed(401, "expected the API key")
+    if config.trusted_proxies or config.origins != "same":
+        return NotAllowed(
+            403, "with trusted_proxies or origins set, nobody is answered without a key; set rest.api_key"
+        )
     headers = dict(scope["headers"])
     client = scope.get("client")
     # `Host` too: behind a proxy on this machine all clients come from here, and under a name that its owner
     # points here (DNS rebinding) any page of the web does.
     asked = headers.get(b"host", b"").decode("latin-1")
-    forwarded = any(name in headers for name in (b"forwarded", b"x-forwarded-for", b"x-real-ip"))
-    if not _is_loopback(client[0] if client else "") or not _is_loopback(asked) or forwarded:
+    if not is_loopback(client[0] if client else "") or not is_loopback(asked) or not _FORWARDED.isdisjoint(headers):
         return NotAllowed(403, "only clients on this machine are answered; set rest.api_key to let others in")
     # A page from elsewhere, open in a browser on this machine, is not a client on this machine.
     origin = headers.get(b"origin")
     if origin is not None and not is_allowed_origin(origin.decode("latin-1"), asked, "same"):
         return NotAllowed(403, "pages of other origins are not answered; set rest.api_key")
     return None
-
-
-def _is_loopback(authority: str) -> bool:
-    """Say whether ``host``, ``host:port`` or an address without brackets names this machine."""
-    try:
-        if authority.count(":") > 1 and not authority.startswith("["):
-            authority = f"[{authority}]"
-        host = urlsplit(f"//{authority}").hostname or ""
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

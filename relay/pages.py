@@ -100,7 +100,7 @@ def routes(
 
     async def access(request: Request) -> Response:
         """Whether the console's socket will let this client in: a browser is not told why a handshake fails."""
-        fault = operators.check(request.scope, operators.key_in(request.scope), config.rest.api_key)
+        fault = operators.check(request.scope, operators.key_in(request.scope), config)
         return JSONResponse(
             {"detail": "welcome"} if fault is None else {"detail": fault.text}, fault.status if fault else 200
         )

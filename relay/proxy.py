@@ -4,6 +4,7 @@ Owns HTTP forwarding over httpx2, streaming both ways; must not know what it car
 """
 
 import logging
+import re
 from collections.abc import AsyncIterator, Iterable
 from http import HTTPStatus
 from urllib.parse import quote, unquote_to_bytes
@@ -19,6 +20,9 @@ from relay.transport import ReceiveCallable, Scope, SendCallable
 from relay.web_config import ProxyConfig
 
 _throttle = Throttle(logging.getLogger("relay.proxy"))
+
+_SEGMENT = re.compile(rb"(?:^|[/\\])([^/\\;]*)")
+"""A part of a path, without its parameters."""
 
 # A stream may be silent for as long as it likes; only connecting has a limit.
 _TIMEOUT = httpx.Timeout(None, connect=5.0)
@@ -58,8 +62,8 @@ class Proxy:
         assert scope["type"] == "http", "the relay's sockets are dispatched before its routes"
         request = Request(scope, receive)
         mount, path = _split(scope)
-        if any(segment in (b".", b"..") for segment in unquote_to_bytes(path).split(b"/")):
-            # It could lead out of the target's own path.
+        if any(segment in (b".", b"..") for segment in _SEGMENT.findall(unquote_to_bytes(path))):
+            # It could lead out of the target's own path. Servers there are that take \ for /, or drop what follows a ;.
             await _problem(400, "expected a path without the segments . and ..")(scope, receive, send)
             return
         if self._transport is None:

@@ -24,6 +24,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from relay import __version__, operators
+from relay.config import Config
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
 from relay.plugins.loader import Loaded
@@ -193,7 +194,7 @@ def _routes(relay: "Relay") -> APIRouter:
             handle = super().get_route_handler()
 
             async def authorize_and_handle(request: Request) -> Response:
-                _authorize(request, relay.config.rest.api_key)
+                _authorize(request, relay.config)
                 return await handle(_Bounded(request, relay.config.limits.body_max_bytes, relay.metrics))
 
             return authorize_and_handle
@@ -305,7 +306,7 @@ def token_route(relay: "Relay") -> Route:
 
     async def make_token(request: Request) -> Response:
         try:
-            _authorize(request, relay.config.rest.api_key)
+            _authorize(request, relay.config)
             asked = TokenRequest.model_validate_json(await request.body())
         except HTTPException as error:
             return await _http_problem(request, error)
@@ -334,9 +335,9 @@ def _check(event: Event, payload_max_bytes: int) -> None:
         raise HTTPException(413, f"payload of {event.event!r}: {size} bytes; expected at most {payload_max_bytes}")
 
 
-def _authorize(request: Request, api_key: str) -> None:
+def _authorize(request: Request, config: Config) -> None:
     """Let a request pass. Raises HTTPException."""
-    fault = operators.check(request.scope, operators.key_in(request.scope), api_key)
+    fault = operators.check(request.scope, operators.key_in(request.scope), config)
     if fault is not None:
         headers = {"WWW-Authenticate": "Bearer"} if fault.status == HTTPStatus.UNAUTHORIZED else None
         raise HTTPException(fault.status, fault.text, headers=headers)

@@ -19,7 +19,9 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 _SUBJECT = "{sub}"
-_GLOB = re.compile(r"([*?[])")
+_GLOB = re.compile(r"[*?[]")
+_SPECIAL = re.compile(r"([*?[{])")
+"""What means more than itself in a pattern, ``{sub}`` included."""
 
 
 class Right(IntFlag):
@@ -130,7 +132,7 @@ def bind(grants: tuple[Grant, ...], user: str | None) -> tuple[Grant, ...]:
 
 def escape(text: str) -> str:
     """A pattern that matches ``text`` and nothing else."""
-    return _GLOB.sub(r"[\1]", text)
+    return _SPECIAL.sub(r"[\1]", text)
 
 
 def names_of(rights: Right) -> list[str]:

@@ -80,6 +80,7 @@ async def test_of_token_and_function_whichever_ends_first_counts() -> None:
         {"sub": "alice", "topics": {"*": ["all"]}},
         {"sub": ["alice"]},
         {"sub": True},
+        {"sub": "al\ud800ice"},
         {"sub": "alice", "exp": "soon"},
         {"sub": "alice", "exp": [1]},
     ],

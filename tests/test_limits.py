@@ -132,3 +132,47 @@ def test_addresses_that_have_left_are_forgotten() -> None:
         assert kind(doors, f"b{number}") is not None
         doors.leave(f"a{number}")
     assert (len(doors), doors.sockets) == (0, 0)
+
+
+def test_one_address_cannot_use_up_the_handshakes_of_all() -> None:
+    doors = admission(sockets_per_address=5000, handshakes_per_s=100)
+    outcomes = [kind(doors, "a") for _ in range(1000)]
+    assert outcomes == [None] * 25 + [(429, "handshakes per address")] * 975
+    assert [kind(doors, "b") for _ in range(25)] == [None] * 25
+    assert kind(doors, "a", now=0.5) is None, "its share comes in again"
+
+
+def test_share_of_an_address_is_ten_handshakes_at_least() -> None:
+    doors = admission(sockets_per_address=5000, handshakes_per_s=20)
+    assert [kind(doors, "a") for _ in range(11)] == [None] * 10 + [(429, "handshakes per address")]
+
+
+def test_no_address_has_a_share_where_addresses_are_not_counted() -> None:
+    doors = admission(sockets_per_address=0, handshakes_per_s=100)
+    assert [kind(doors, "a") for _ in range(100)] == [None] * 100
+
+
+def test_shares_are_forgotten_once_they_are_full_again() -> None:
+    doors = admission(sockets_per_address=10, handshakes_per_s=100_000)
+    for number in range(100):
+        assert kind(doors, str(number)) is None
+        doors.leave(str(number))
+    assert len(doors) == 100
+    for now in (1.5, 3.0):
+        assert kind(doors, "a", now) is None
+        doors.leave("a")
+    assert len(doors) == 1
+
+
+def test_share_is_not_refreshed_by_forgetting() -> None:
+    doors = admission(sockets_per_address=5000, handshakes_per_s=40)
+    entered = [kind(doors, "a", now=step / 100) is None for step in range(1000)]
+    assert sum(entered) <= 10 + 10 * 10
+
+
+def test_shares_are_bounded_in_number() -> None:
+    doors = admission(sockets_per_address=10, handshakes_per_s=100_000)
+    for number in range(10_500):
+        assert kind(doors, str(number)) is None
+        doors.leave(str(number))
+    assert len(doors) == 10_000

@@ -139,3 +139,12 @@ def test_identity_expires_on_the_monotonic_clock_and_shows_no_claims() -> None:
     assert [identity.is_expired(now) for now in (9.9, 10.0, 11.0)] == [False, True, True]
     assert not Identity(None, EVERYTHING).is_expired(1e9)
     assert "example.org" not in repr(identity)
+
+
+def test_pattern_of_one_topic_holds_no_place_for_the_user() -> None:
+    """tangram's token opens its channel and no other, whatever that is called."""
+    for topic in ("user:{sub}", "{sub}", "{", "a{sub}*"):
+        grants = (Grant(escape(topic), ALL),)
+        rights = Rights(bind(grants, "alice"))
+        assert rights.on(topic) == ALL
+        assert rights.on(topic.replace("{sub}", "alice").replace("{", "x")) == Right.NONE

@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+import time
 import zlib
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -735,3 +736,44 @@ def test_nothing_published_breaks_the_frame_around_it(data: bytes, version: Vers
     assert (seen["topic"], seen["event"]) == ("t", "e")
     if not is_strict_json(data):
         assert seen["payload"] == expected_payload(data, version)
+
+
+@pytest.mark.parametrize("unit", ["a", r"\\\\", r"\n", r"\u0061", r"\\ud800"])
+def test_half_a_pair_is_replaced_in_linear_time(unit: str) -> None:
+    """A frame of the largest size holds up the loop for milliseconds, whatever stands behind the half."""
+    body = r"\ud800" + unit * (1_000_000 // len(unit))
+    frame = f'["1","2","phoenix","heartbeat",{{"a":"{body}"}}]'
+    best = float("inf")
+    for _ in range(5):
+        began = time.process_time()
+        assert decode(frame, Version.V2).event == "heartbeat"
+        best = min(best, time.process_time() - began)
+    assert best < 0.03
+
+
+@given(st.lists(st.sampled_from(["\\\\", '\\"', r"\ud83d", r"\uDE00", r"\n", "ud83d", "a", "é"])))
+def test_halves_alone_are_replaced_wherever_they_stand(parts: list[str]) -> None:
+    text = f'"{"".join(parts)}"'
+    payload = bytes(decode(f'["1","2","t","e",{text}]', Version.V2).payload)
+    said = "".join("\ufffd" if 0xD800 <= ord(char) < 0xE000 else char for char in json.loads(text))
+    assert json.loads(payload) == said
+
+
+@pytest.mark.parametrize(
+    ("frame", "version"),
+    [
+        ('["{}","2","t","e",{{}}]', Version.V2),
+        ('["1","{}","t","e",{{}}]', Version.V2),
+        ('{{"topic":"t","event":"e","payload":{{}},"ref":"{}"}}', Version.V1),
+        ('{{"topic":"t","event":"e","payload":{{}},"ref":"1","join_ref":"{}"}}', Version.V1),
+    ],
+)
+def test_ref_of_more_than_255_bytes_is_refused(frame: str, version: Version) -> None:
+    """It is kept for as long as its topic is joined."""
+    for ref in ("a" * 255, "é" * 127):
+        message = decode(frame.format(ref), version)
+        assert ref in (message.join_ref, message.ref)
+    for ref in ("a" * 256, "é" * 128, "\U0001f600" * 64):
+        with pytest.raises(WireError, match="expected refs of at most 255 bytes") as caught:
+            decode(frame.format(ref), version)
+        assert caught.value.code == CloseCode.INVALID_PAYLOAD

@@ -122,6 +122,7 @@ class BroadcasterBroker:
         self._outgoing: asyncio.Queue[tuple[str, str, asyncio.Future[None]]] = asyncio.Queue(
             config.redis.publish_queue_max
         )
+        self._outgoing_bytes = 0
 
     @property
     def link(self) -> Link:
@@ -184,10 +185,12 @@ class BroadcasterBroker:
         if not self._link.live:  # it would wait for as long as the bus is away
             future.set_exception(BusUnavailable(self._link.reason))
             return future
-        try:
-            self._outgoing.put_nowait((channel, text, future))
-        except asyncio.QueueFull:
+        size = len(text.encode())
+        if self._outgoing.full() or self._outgoing_bytes + size > self._redis.publish_queue_max_bytes:
             future.set_exception(BusUnavailable("too many messages are waiting for the bus"))
+            return future
+        self._outgoing.put_nowait((channel, text, future))
+        self._outgoing_bytes += size
         return future
 
     def _channel(self, direction: Direction, topic: str) -> str:
@@ -274,6 +277,7 @@ class BroadcasterBroker:
     async def _publish_outgoing(self, backend: BroadcastBackend) -> None:
         while True:
             channel, text, future = await self._outgoing.get()
+            self._outgoing_bytes -= len(text.encode())
             try:
                 async with asyncio.timeout(self._redis.timeout_s):
                     await backend.publish(channel, text)
@@ -292,6 +296,7 @@ class BroadcasterBroker:
                 future.set_result(None)
 
     def _fail_outgoing(self, reason: str) -> None:
+        self._outgoing_bytes = 0
         while not self._outgoing.empty():
             *_, future = self._outgoing.get_nowait()
             if not future.done():

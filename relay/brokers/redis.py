@@ -254,15 +254,22 @@ class _Publisher:
         self._writer: asyncio.StreamWriter | None = None
         # Commands that wait for the connection; futures of all commands without a reply, with the time of their call.
         self._unsent: list[bytes] = []
-        self._unanswered: deque[tuple[asyncio.Future[None], float]] = deque()
+        # Last the size of channel and payload, in bytes, whose sum is the number below.
+        self._unanswered: deque[tuple[asyncio.Future[None], float, int]] = deque()
+        self._unanswered_bytes = 0
 
     def publish(self, redis_channel: bytes, payload: bytes) -> asyncio.Future[None]:
         """Publish one message; see `Broker.publish`."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if len(self._unanswered) >= self._settings.publish_queue_max:
+        settings, size = self._settings, len(redis_channel) + len(payload)
+        if (
+            len(self._unanswered) >= settings.publish_queue_max
+            or self._unanswered_bytes + size > settings.publish_queue_max_bytes
+        ):
             future.set_exception(BusUnavailable("too many messages are waiting for Redis"))
             return future
-        self._unanswered.append((future, self._clock()))
+        self._unanswered.append((future, self._clock(), size))
+        self._unanswered_bytes += size
         command = hiredis.pack_command((b"PUBLISH", redis_channel, payload))  # type: ignore[arg-type]  # its stub forgets tuple[bytes, ...]
         if self._writer is not None:
             self._writer.write(command)
@@ -298,8 +305,8 @@ class _Publisher:
                 watcher.cancel()
             self._writer = self._task = None
             self._unsent.clear()
-            failed, self._unanswered = self._unanswered, deque()
-            for future, _ in failed:
+            failed, self._unanswered, self._unanswered_bytes = self._unanswered, deque(), 0
+            for future, *_ in failed:
                 if not future.done():
                     future.set_exception(BusUnavailable(fault))
             await connection.disconnect(nowait=True)
@@ -309,7 +316,8 @@ class _Publisher:
         while data := await reader.read(_READ_BYTES):
             parser.feed(data)
             while (reply := parser.gets()) is not False:
-                future, _ = self._unanswered.popleft()
+                future, _, size = self._unanswered.popleft()
+                self._unanswered_bytes -= size
                 if future.done():
                     continue  # its caller has given up
                 if isinstance(reply, hiredis.ReplyError):

@@ -550,6 +550,19 @@ async def test_too_many_messages_waiting_are_refused(bus: Bus) -> None:
     assert "too many" in str(answers[-1])
 
 
+async def test_messages_that_wait_are_bounded_in_bytes_too(bus: Bus) -> None:
+    """Setting ``redis.publish_queue_max_bytes``; what has been taken counts no longer."""
+    broker = bus.broker(Metrics(), publish_queue_max_bytes=10_000)
+    await broker.start(Sink())
+    for _ in range(3):
+        answers = await asyncio.gather(
+            *[broker.publish(Direction.TO, "room", "e", b"1" * 4_500) for _ in range(5)], return_exceptions=True
+        )
+        assert [type(answer) for answer in answers] == [type(None)] * 2 + [BusUnavailable] * 3
+        assert "too many" in str(answers[-1])
+    await broker.stop()
+
+
 # What only the broadcaster adapter has to see to; the fake does it on demand.
 
 only_fake = pytest.mark.parametrize("bus", ["fake"], indirect=True)
