@@ -100,14 +100,17 @@ async def test_with_a_key_nobody_gets_in_without_it(serve_relay: ServeRelay) -> 
 
 
 async def test_without_a_key_only_this_machine_gets_in(serve_relay: ServeRelay) -> None:
-    """And no page of another origin, even where those may connect as clients."""
-    served = await serve_relay(origins="any")
+    """And no page of another origin; nobody at all where those may connect as clients."""
+    served = await serve_relay()
     assert await status_of(served) == 101
     assert await status_of(served, origin=f"http://127.0.0.1:{served.port}") == 101
     assert await status_of(served, origin="https://elsewhere.example") == 403
     assert await status_of(served, **{"X-Forwarded-For": "1.2.3.4"}) == 403
     status, body = await http_get(f"{served.http}/console/access")
     assert (status, json.loads(body)) == (200, {"detail": "welcome"})
+    opened = await serve_relay(origins="any")
+    assert await status_of(opened) == 403
+    assert (await http_get(f"{opened.http}/console/access"))[0] == 403
 
 
 async def test_console_that_is_turned_off_is_nowhere(serve_relay: ServeRelay) -> None:

@@ -154,6 +154,18 @@ async def test_handshakes_are_bounded_in_their_rate(serve_relay: ServeRelay) -> 
     assert await counted(served, "handshake: handshakes per second") == 1
 
 
+async def test_one_address_may_have_a_quarter_of_the_handshakes(serve_relay: ServeRelay) -> None:
+    served = await serve_relay(limits={"handshakes_per_s": 40})
+    answers = []
+    for _ in range(40):
+        answers.append((await refusal(served, Origin="http://evil.example"))[:2])
+        if answers[-1][0] == 429:
+            break
+    assert set(answers[:10]) == {(403, "")}
+    assert answers[-1] == (429, "1")
+    assert await counted(served, "handshake: handshakes per address") == 1
+
+
 async def test_refused_handshakes_hold_no_place(serve_relay: ServeRelay) -> None:
     """One that fails for its origin, or whatever else, must not be counted as a socket for ever."""
     served = await serve_relay(limits={"sockets_max": 1})

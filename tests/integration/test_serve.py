@@ -110,6 +110,41 @@ async def test_page_and_browser_client_are_served(relay: RelayProcess) -> None:
     assert (await http_get(f"{relay.http}/nothing"))[0] == 404
 
 
+async def _knock(relay: RelayProcess, host: str) -> str:
+    """Ask for a socket as a page would that is of the same origin under the name ``host``; the answer's first line."""
+    port = int(relay.http.rpartition(":")[2])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = f"GET /socket/websocket?vsn=2.0.0 HTTP/1.1\r\nHost: {host}:{port}\r\nOrigin: http://{host}:{port}\r\n"
+    key = "Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    writer.write(f"{head}{key}Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode())
+    answer = await reader.readline()
+    if b" 403 " in answer:
+        while line := await reader.readline():
+            answer += line
+    writer.close()
+    return answer.decode()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_relay_for_this_machine_is_not_reached_under_other_names(workers: int) -> None:
+    """DNS rebinding: a name of the web that points here makes its pages those of the same origin."""
+    with RelayProcess("--workers", str(workers)) as relay:
+        for host in ("localhost", "127.0.0.1", "[::1]"):
+            assert " 101 " in await _knock(relay, host)
+        for host in ("evil.example", "localhost.evil.example", "localhost@evil.example"):
+            answer = await _knock(relay, host)
+            assert " 403 " in answer
+            assert "this relay answers this machine alone; set anonymous, auth or origins" in answer
+
+
+@pytest.mark.parametrize(
+    "setting", [{"RELAY_ANONYMOUS": "true"}, {"RELAY_ORIGINS": "any"}, {"RELAY_ORIGINS": '["//relay.example"]'}]
+)
+async def test_other_names_serve_once_others_are_meant(setting: dict[str, str]) -> None:
+    with RelayProcess(environ=setting) as relay:
+        assert " 101 " in await _knock(relay, "relay.example")
+
+
 async def test_topic_system_tells_the_hosts_figures(relay: RelayProcess) -> None:
     async with Client.connect(relay.ws) as client:
         await client.join("system")

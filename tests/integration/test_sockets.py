@@ -301,7 +301,7 @@ async def test_binary_push_to_a_topic_not_joined_is_refused_in_text(served: Serv
 async def test_refs_are_echoed_as_they_came(served: Served, connect: Connect, vsn: str) -> None:
     """Source: protocol.md, 1.2 – phoenix.js compares with ``===``."""
     client = await connect(served, vsn=vsn)
-    for number, ref in enumerate(("007", "", "ünïcode", " ", '"', "0" * 300, 0, 12, -1, 2**53)):
+    for number, ref in enumerate(("007", "", "ünïcode", " ", '"', "0" * 255, 0, 12, -1, 2**53)):
         topic = f"room:{number}"
         await client.send(None, ref, "phoenix", "heartbeat", {})
         assert await client.receive() == client.reply(None, ref, "phoenix")
