@@ -63,6 +63,9 @@ class Pace:
         return any(bucket is not None and bucket.excess > self._excess_max for bucket in (self._joins, self._pushes))
 
 
+_OWN = ("127.", "::/64")
+"""This machine, as its addresses are counted: an operator's load test, or a proxy that nobody was told of."""
+
 _SHARES_MAX = 10_000
 """Addresses whose handshakes are counted one by one; of more at once, the newest have only the rate of all."""
 
@@ -123,7 +126,8 @@ class Admission:
         Args: address: what it is counted by; None is not counted.
         """
         # First its own share, so that what is refused here takes nothing from the others.
-        if self._shares is not None and address is not None and not self._shares.take(address, now):
+        shares = None if address is None or address.startswith(_OWN) else self._shares
+        if shares is not None and address is not None and not shares.take(address, now):
             return Refused(429, "too many handshakes of this address at once; try again", "handshakes per address", 1)
         if self._handshakes is not None and not self._handshakes.take(now):
             return Refused(503, "too many handshakes at once; try again", "handshakes per second", 1)

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.addresses import counted_as
 from relay.config import LimitsConfig
 from relay.limits import Admission, Bucket, Pace
 
@@ -150,6 +151,13 @@ def test_share_of_an_address_is_ten_handshakes_at_least() -> None:
 def test_no_address_has_a_share_where_addresses_are_not_counted() -> None:
     doors = admission(sockets_per_address=0, handshakes_per_s=100)
     assert [kind(doors, "a") for _ in range(100)] == [None] * 100
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_this_machine_has_all_handshakes(address: str) -> None:
+    """A load test starts there, and so do all clients of a proxy that `trusted_proxies` does not name."""
+    doors = admission(sockets_per_address=5000, handshakes_per_s=100)
+    assert [kind(doors, counted_as(address)) for _ in range(100)] == [None] * 100
 
 
 def test_shares_are_forgotten_once_they_are_full_again() -> None:

@@ -2,10 +2,9 @@
 
 Owns the two connections to Redis and their supervision; must not know topics' subscribers or sockets.
 
-The subscription's bytes go through ``hiredis.Reader`` directly, 1.2 µs an event; redis-py's own listener
-takes 20 µs, and at 40 000 events/s Redis cut it off for its output buffer. Publishing writes each command at once
-and matches the replies in order, a third of the cost of redis-py's pipeline. redis-py makes both connections: URL,
-TLS, authentication, Sentinel.
+The subscription's bytes go through ``hiredis.Reader`` directly, 1.2 µs an event; redis-py's own listener takes 20 µs,
+and at 40 000 events/s Redis cut it off for its output buffer. Publishing writes each command at once and matches the
+replies in order, a third of the cost of redis-py's pipeline. redis-py makes both connections: URL, TLS, Sentinel.
 """
 
 import asyncio
@@ -252,24 +251,20 @@ class _Publisher:
         self._clock = clock
         self._task: asyncio.Task[None] | None = None
         self._writer: asyncio.StreamWriter | None = None
-        # Commands that wait for the connection; futures of all commands without a reply, with the time of their call.
+        # Commands that wait for the connection; futures of all without a reply, with time and bytes; and those in all.
         self._unsent: list[bytes] = []
-        # Last the size of channel and payload, in bytes, whose sum is the number below.
         self._unanswered: deque[tuple[asyncio.Future[None], float, int]] = deque()
-        self._unanswered_bytes = 0
+        self._bytes = 0
 
     def publish(self, redis_channel: bytes, payload: bytes) -> asyncio.Future[None]:
         """Publish one message; see `Broker.publish`."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        settings, size = self._settings, len(redis_channel) + len(payload)
-        if (
-            len(self._unanswered) >= settings.publish_queue_max
-            or self._unanswered_bytes + size > settings.publish_queue_max_bytes
-        ):
+        most, size = self._settings, len(redis_channel) + len(payload)
+        if len(self._unanswered) >= most.publish_queue_max or self._bytes + size > most.publish_queue_max_bytes:
             future.set_exception(BusUnavailable("too many messages are waiting for Redis"))
             return future
         self._unanswered.append((future, self._clock(), size))
-        self._unanswered_bytes += size
+        self._bytes += size
         command = hiredis.pack_command((b"PUBLISH", redis_channel, payload))  # type: ignore[arg-type]  # its stub forgets tuple[bytes, ...]
         if self._writer is not None:
             self._writer.write(command)
@@ -305,7 +300,7 @@ class _Publisher:
                 watcher.cancel()
             self._writer = self._task = None
             self._unsent.clear()
-            failed, self._unanswered, self._unanswered_bytes = self._unanswered, deque(), 0
+            failed, self._unanswered, self._bytes = self._unanswered, deque(), 0
             for future, *_ in failed:
                 if not future.done():
                     future.set_exception(BusUnavailable(fault))
@@ -317,7 +312,7 @@ class _Publisher:
             parser.feed(data)
             while (reply := parser.gets()) is not False:
                 future, _, size = self._unanswered.popleft()
-                self._unanswered_bytes -= size
+                self._bytes -= size
                 if future.done():
                     continue  # its caller has given up
                 if isinstance(reply, hiredis.ReplyError):

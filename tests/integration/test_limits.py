@@ -155,10 +155,12 @@ async def test_handshakes_are_bounded_in_their_rate(serve_relay: ServeRelay) -> 
 
 
 async def test_one_address_may_have_a_quarter_of_the_handshakes(serve_relay: ServeRelay) -> None:
-    served = await serve_relay(limits={"handshakes_per_s": 40})
+    served = await serve_relay(
+        server={"proxy_headers": False}, limits={"handshakes_per_s": 40}, trusted_proxies=["127.0.0.1"]
+    )
     answers = []
     for _ in range(40):
-        answers.append((await refusal(served, Origin="http://evil.example"))[:2])
+        answers.append((await refusal(served, Origin="http://evil.example", **{"X-Forwarded-For": "203.0.113.5"}))[:2])
         if answers[-1][0] == 429:
             break
     assert set(answers[:10]) == {(403, "")}
