@@ -55,6 +55,7 @@ PAGES = [
     path
     for name in (
         "docs/tutorial",
+        "docs/coming-from",
         "docs/plugins",
         "docs/redis",
         "docs/mounting",
