@@ -167,7 +167,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             return True
         self._count("empty frames")
         _throttle.warning("idle frames", "socket closed with 1008: too many pings, pongs or small fragments")
-        self.frames = []
+        self.frames.clear()
         self.conn.fail(CloseCode.POLICY_VIOLATION, "too many pings, pongs or small fragments")
         self.handle_parser_exception()
         return False
@@ -211,7 +211,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             # The handshake is over; its headers would stay for the life of the socket, 2 kB of them.
             del self.request, self.response
         if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
-            self.handshake_complete = True  # or Uvicorn logs an error, as if the handshake had not been answered
+            self.handshake_complete: bool = True  # or Uvicorn logs an error, as if the handshake had not been answered
 
     def _count(self, kind: str) -> None:
         counter = self.app_state.get(REFUSED_STATE)  # absent where a team's own app is served

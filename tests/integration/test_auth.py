@@ -674,6 +674,7 @@ def test_phoenix_js_renews_by_rejoining_and_by_reconnecting(client: str) -> None
     environ = {
         "RELAY_AUTH": json.dumps({"keys": [SECRET], "leeway_s": 0, "expiry_grace_s": 1}),
         "RELAY_ORIGINS": "any",
+        "RELAY_REST__API_KEY": "operators-key",
     }
     with RelayProcess(environ=environ) as relay:
         run_checks("auth-node.mjs", client, relay.ws, relay.http, SECRET)

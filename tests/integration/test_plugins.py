@@ -468,7 +468,7 @@ async def test_handled_push_that_the_bus_does_not_take_is_not_acknowledged(
         future.set_exception(BusUnavailable("OOM"))
         return future
 
-    monkeypatch.setattr(served.relay.engine.broker, "publish", publish)
+    monkeypatch.setattr(served.relay.engine.node, "_publish", publish)
     refusal = {"status": "error", "response": {"reason": "bus unavailable"}}
     assert await client.push(join_ref, "room:1", "say") == refusal
 
@@ -1460,16 +1460,13 @@ def test_list_of_plugins_says_where_what_and_what_failed(tmp_path: Path) -> None
     paths = json.dumps([str(tmp_path / "plugins")])
     listed = run_relay("plugins", cwd=tmp_path, RELAY_PLUGINS__PATHS=paths)
     folder = tmp_path / "plugins"
-    assert listed.stdout == (
-        "system  (built-in)\n"
-        "  service → tell\n"
-        f"broken  ({folder}/broken)\n"
-        "  FAILED  RuntimeError: no database\n"
-        f"chat  ({folder}/chat)\n"
-        "  on_push chat:* who → who\n"
-        f"example  ({folder}/example)\n"
-        "  register_plugin(app)\n"
-    )
+    chat = {"name": "chat", "source": f"{folder}/chat", "registers": ["on_push chat:* who → who"], "fault": None}
+    assert [json.loads(line) for line in listed.stdout.splitlines()] == [
+        {"name": "system", "source": "built-in", "registers": ["service → tell"], "fault": None},
+        {"name": "broken", "source": f"{folder}/broken", "registers": [], "fault": "RuntimeError: no database"},
+        chat,
+        {"name": "example", "source": f"{folder}/example", "registers": ["register_plugin(app)"], "fault": None},
+    ]
     assert listed.stderr == ""
     assert listed.returncode == 1
     listed = run_relay(
@@ -1479,7 +1476,7 @@ def test_list_of_plugins_says_where_what_and_what_failed(tmp_path: Path) -> None
         RELAY_PLUGINS__DISABLED='["broken", "example"]',
         RELAY_SYSTEM_TOPIC="false",
     )
-    assert listed.stdout == f"chat  ({folder}/chat)\n  on_push chat:* who → who\n"
+    assert json.loads(listed.stdout) == chat
     assert listed.returncode == 0
 
 
@@ -1491,9 +1488,13 @@ def test_new_plugin_is_written_listed_and_served(tmp_path: Path) -> None:
     found = re.search(r"RELAY_PLUGINS__PATHS='(.*)' relay serve", written.stdout)
     assert found is not None
     listed = run_relay("plugins", cwd=tmp_path, RELAY_PLUGINS__PATHS=found[1], RELAY_SYSTEM_TOPIC="false")
-    assert listed.stdout == (
-        "hello  (plugins/hello)\n  on_join hello:* → welcome\n  on_push hello:* say → say\n  route GET /hello/\n"
-    )
+    registers = ["on_join hello:* → welcome", "on_push hello:* say → say", "route GET /hello/"]
+    assert json.loads(listed.stdout) == {
+        "name": "hello",
+        "source": "plugins/hello",
+        "registers": registers,
+        "fault": None,
+    }
     assert listed.returncode == 0
     again = run_relay("new-plugin", "hello", cwd=tmp_path)
     assert (again.returncode, again.stdout) == (2, "")

@@ -82,9 +82,9 @@ await check("whoever is kicked does not rejoin, whoever is disconnected comes ba
   socket.connect()
   const [kept, lost] = [socket.channel("room:4"), socket.channel("room:5")]
   await Promise.all([joined(kept), joined(lost)])
-  equal((await fetch(`${http}/api/topics/room:5/users/eve`, { method: "DELETE" })).status, 204, "status of the kick")
+  equal((await fetch(`${http}/api/topics/room:5/users/eve`, { method: "DELETE", headers: { authorization: "Bearer operators-key" } })).status, 204, "status of the kick")
   await happens("the end of the topic", () => lost.state === "closed")
-  equal((await fetch(`${http}/api/users/eve`, { method: "DELETE" })).status, 204, "status of the disconnect")
+  equal((await fetch(`${http}/api/users/eve`, { method: "DELETE", headers: { authorization: "Bearer operators-key" } })).status, 204, "status of the disconnect")
   await happens("the close", () => codes.includes(1001))
   await happens("the return", () => socket.isConnected() && kept.state === "joined")
   equal(lost.state, "closed", "the topic that was taken away")

@@ -59,7 +59,7 @@ class Proxy:
             for task in tuple(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            await asyncio.sleep(0.01)  # for the transports to end
+            await asyncio.sleep(0.3)  # for the transports to end, also those whose handshake has just failed
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
