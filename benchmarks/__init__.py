@@ -8,6 +8,6 @@
 | `dialects` | what a client and a publisher say to each kind of server |
 | `servers` | the processes: pinned, waited for, ended by their own id; their CPU time and memory |
 | `scenarios` | one small function for each thing that is measured |
-| `points` | what issue 4 asks for, and whether it is reached |
+| `points` | what the relay is to reach, and whether it does |
 | `report`, `charts` | the table, the JSON, the pictures |
 """

@@ -1,4 +1,4 @@
-"""What issue 4 asks for, point by point, held against the rows of one run.
+"""What the relay is to reach, point by point, held against the rows of one run.
 
 Owns the targets; must not know how anything was measured. A figure that falls short stays as it is, and so does a point
 that this run could not judge.

@@ -9,7 +9,6 @@ them all up. What a worker that has ended had counted stays in the sums, what it
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from resource import RLIMIT_NOFILE, getrlimit
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 import psutil
@@ -18,6 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from relay import __version__
+from relay.descriptors import descriptors
 from relay.metrics import BOUNDS_S, Histogram, Metrics
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ FIGURES: tuple[Figure, ...] = (
         "gauge",
         "File descriptors that it may have open; of workers, all together.",
         "",
-        lambda m, s, p: {"": getrlimit(RLIMIT_NOFILE)[0]},
+        lambda m, s, p: {"": descriptors()},
     ),
     Figure(
         "process_start_time_seconds",

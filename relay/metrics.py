@@ -6,13 +6,25 @@ here: a loss that is not counted is a bug.
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
+from collections.abc import MutableMapping
 from dataclasses import dataclass, field
+from typing import Any
 
 REFUSED_STATE = "relay.refused"
 """Where a server finds `Metrics.refused` in the lifespan's state, for what it refuses by itself."""
 
 BOUNDS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Upper bounds of a histogram's buckets, in seconds; what takes longer has a bucket of its own."""
+
+
+def count_refusal(state: MutableMapping[str, Any], kind: str) -> None:
+    """Count what a server refuses by itself.
+
+    Args: state: of the lifespan. Where a team's own app is served it holds no counter, and nothing is counted.
+    """
+    counter = state.get(REFUSED_STATE)
+    if isinstance(counter, Counter):
+        counter[kind] += 1
 
 
 class Histogram:

@@ -12,7 +12,6 @@ written to each socket in one synchronous call.
 import asyncio
 import logging
 from asyncio import BaseTransport
-from collections import Counter
 from time import monotonic
 from typing import Any, cast
 
@@ -23,8 +22,9 @@ from websockets.server import ServerProtocol
 
 from relay.errors import CloseCode
 from relay.frames import EXTENSION, FrameWriter
+from relay.limits import Bucket
 from relay.logs import Throttle
-from relay.metrics import REFUSED_STATE
+from relay.metrics import count_refusal
 from relay.wire import DEFLATE_WINDOW_BITS
 
 _PIECE_BYTES = 4096
@@ -62,9 +62,8 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         self.writable: asyncio.Event = cast(asyncio.Event, _Gate())
         # What was read from the transport and is not parsed yet, while the application has messages to take.
         self._unparsed = b""
-        # How many frames that carry nothing may still come, and since when it is so many.
-        self._idle_frames = float(_IDLE_FRAMES_MAX)
-        self._idle_since = monotonic()
+        # Frames that carry nothing.
+        self._idle_frames = Bucket(_IDLE_FRAMES_PER_S, _IDLE_FRAMES_MAX, monotonic())
         if self.config.ws_per_message_deflate:
             self.conn.available_extensions = [_DEFLATE]
 
@@ -102,7 +101,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     def _refuse_head(self) -> None:
         """Answer a request that Uvicorn's HTTP parser has taken and websockets has not; Uvicorn would let it hang."""
         self.handshake_initiated = self.handshake_complete = self.close_sent = True
-        self._count("handshake: head too large")
+        count_refusal(self.app_state, "handshake: head too large")
         _throttle.warning("head", "handshake refused: %s", self.conn.handshake_exc)
         self.transport.write(_HEAD_REFUSAL)
         self.transport.close()
@@ -159,13 +158,9 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         """
         if self.close_sent:
             return False
-        now = monotonic()
-        more = (now - self._idle_since) * _IDLE_FRAMES_PER_S
-        self._idle_frames = min(float(_IDLE_FRAMES_MAX), self._idle_frames + more) - 1
-        self._idle_since = now
-        if self._idle_frames >= 0:
+        if self._idle_frames.take(monotonic()):
             return True
-        self._count("empty frames")
+        count_refusal(self.app_state, "empty frames")
         _throttle.warning("idle frames", "socket closed with 1008: too many pings, pongs or small fragments")
         self.frames.clear()
         self.conn.fail(CloseCode.POLICY_VIOLATION, "too many pings, pongs or small fragments")
@@ -207,16 +202,13 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             await self.writable.wait()
             self._end_writer()
         await super().send(message)
+        if message["type"] == "websocket.close":
+            self._parse()  # the client's answer may be among what was left, and an application that closes asks no more
         if message["type"] == "websocket.accept":
             # The handshake is over; its headers would stay for the life of the socket, 2 kB of them.
             del self.request, self.response
         if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
             self.handshake_complete: bool = True  # or Uvicorn logs an error, as if the handshake had not been answered
-
-    def _count(self, kind: str) -> None:
-        counter = self.app_state.get(REFUSED_STATE)  # absent where a team's own app is served
-        if isinstance(counter, Counter):
-            counter[kind] += 1
 
     def _end_writer(self) -> None:
         if self.frame_writer is not None:

@@ -11,27 +11,20 @@ Uvicorn gives a client all the time it wants, and any number of bytes: a few tho
 """
 
 import logging
-import sys
 from asyncio import TimerHandle, Transport
-from collections import Counter
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from relay.descriptors import descriptors
 from relay.logs import Throttle
-from relay.metrics import REFUSED_STATE
-
-if sys.platform != "win32":
-    import resource
+from relay.metrics import count_refusal
 
 HEAD_MAX_BYTES = 65_536
 """Largest head of a request: its first line and its headers."""
 
 _RESERVE = 32
 """File descriptors kept free: the link to Redis needs one to come back, and so does whoever looks into ``/ready``."""
-
-DESCRIPTORS_MAX = 1_048_576
-"""File descriptors a process is taken to have where it says that there is no bound."""
 
 _REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
@@ -122,17 +115,6 @@ class RelayHTTPProtocol(HttpToolsProtocol):
 
     def _cut(self, kind: str, reason: str) -> None:
         self._stop_waiting()
-        counter = self.app_state.get(REFUSED_STATE)  # absent where a team's own app is served
-        if isinstance(counter, Counter):
-            counter[kind] += 1
+        count_refusal(self.app_state, kind)
         _throttle.warning(kind, "connection cut: %s", reason)
         self.transport.close()
-
-
-def descriptors() -> int:
-    """How many file descriptors this process may have."""
-    if sys.platform != "win32":
-        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        if soft != resource.RLIM_INFINITY:
-            return soft
-    return DESCRIPTORS_MAX

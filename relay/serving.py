@@ -6,19 +6,14 @@ Owns what Uvicorn has no setting for; must not know what is served.
 import asyncio
 import logging
 import socket as sockets
-import sys
-from contextlib import suppress
 from typing import Any
 
 import uvicorn
 from uvicorn.supervisors import Multiprocess, multiprocess
 
+from relay.descriptors import raise_descriptor_limit
 from relay.logs import Throttle
 from relay.server import RelayWebSocketProtocol
-from relay.server_http import DESCRIPTORS_MAX, descriptors
-
-if sys.platform != "win32":
-    import resource
 
 _LOOK_S = 0.05
 
@@ -88,16 +83,6 @@ def _exception_handler(throttle: Throttle) -> Any:
             loop.default_exception_handler(context)
 
     return handle
-
-
-def raise_descriptor_limit() -> None:
-    """Take as many file descriptors as are allowed: a socket takes one, and the soft limit is often 1 024."""
-    if sys.platform != "win32":
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        most = DESCRIPTORS_MAX if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_MAX)
-        if descriptors() < most:
-            with suppress(ValueError, OSError):  # macOS has a limit below its hard limit
-                resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def run(config: uvicorn.Config, listener: sockets.socket) -> int:

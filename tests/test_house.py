@@ -84,6 +84,7 @@ HOUSE = {
         "journal",
         "logs",
         "metrics",
+        "descriptors",
         "errors",
     ],
 }
@@ -104,7 +105,6 @@ NEIGHBOURS = {
     ("excess", "transport"): "the refusal is written, or the connection closed",
     ("upgrade", "transport"): "the words of ASGI: Scope, ReceiveCallable, SendCallable",
     ("transport", "frames"): "the interface between `server` and `transport`, which do not know each other",
-    ("serving", "server_http"): "how many file descriptors there are",
     ("serving", "server"): "Uvicorn's server and its protocol class",
     ("server", "frames"): "the same, from its other side",
     ("console", "transport"): "it is a socket, and no client",

@@ -74,7 +74,7 @@ def bench(
     """
     if topics > sockets:
         raise ConfigError(f"--topics: expected at most as many as --sockets, {sockets}, got {topics}")
-    from relay.serving import raise_descriptor_limit
+    from relay.descriptors import raise_descriptor_limit
 
     settings = load(config, {"redis_url": redis_url})
     run = f"bench:{uuid4().hex[:8]}"

@@ -1,6 +1,6 @@
 """Many events to many sockets: once each and in order, with Redis cut in the middle, and past readers that are slow.
 
-Source: the issue's *Done when*; design.md, *Fan-out*: an outbox bounded in bytes, and its topic's overflow policy.
+Source: design.md, *Fan-out*: an outbox bounded in bytes, and its topic's overflow policy.
 """
 
 import asyncio

@@ -155,3 +155,26 @@ async def test_one_read_is_not_inflated_further_than_the_application_keeps_up(
         for _ in range(count):
             assert (await raw.read_message())[4]["status"] == "ok"
     assert 0 < waiting <= 4096 // len(data) + 2
+
+
+async def test_close_is_answered_though_the_application_reads_no_further(valkey: Valkey) -> None:
+    """The client's own close lies behind more than is parsed at a time, and the application has gone."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "websocket":
+            _ = await receive()
+            await send({"type": "websocket.accept"})
+            _ = await receive()
+            await send({"type": "websocket.close", "code": 1000})
+
+    # It has no lifespan, and the relay is there for `serve` alone.
+    async with (
+        serve(Relay(redis_url=valkey.url), app=app, lifespan="off") as served,
+        RawSocket.connect(served.ws) as raw,
+        asyncio.timeout(5),  # Uvicorn gives a client 10 s
+    ):
+        message, close = client_frame(TEXT, b"x" * 200), client_frame(CLOSE, (1000).to_bytes(2))
+        await raw.send_bytes(message * 100 + close)
+        assert (await raw.read_close())[0] == 1000
+        with pytest.raises(EOFError):
+            await raw.read_frame()

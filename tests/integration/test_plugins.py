@@ -1,6 +1,6 @@
 """Plugins over real sockets: found, asked, heard, and kept from hurting anybody else.
 
-Source of the rules where none is named: issue 3, *Plugins*, and docs/plugins.md.
+Source of the rules where none is named: docs/plugins.md.
 """
 
 import asyncio
