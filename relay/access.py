@@ -146,15 +146,14 @@ class Access:
             identity = await self._auth.identify(token)
         except NotAdmitted as error:
             return error.reason
-        own = subscription is not None and subscription.identity is not None
-        held = subscription.identity if subscription is not None and subscription.identity else self.identity
-        if not _same_user(identity, held):
+        own = None if subscription is None else subscription.identity
+        if not _same_user(identity, own or self.identity):
             return Reason.ANOTHER_USER
-        if own and subscription is not None:
+        if subscription is None or own is None:
+            self._take(identity)
+        else:
             subscription.identity = identity
             self._settle(subscription)
-        else:
-            self._take(identity)
         return None
 
     def _take(self, identity: Identity) -> None:
