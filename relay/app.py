@@ -28,6 +28,7 @@ from relay.errors import ConfigError, RelayError
 from relay.figures import IDLE, Figures, State
 from relay.handshake import Refused
 from relay.metrics import REFUSED_STATE, Metrics
+from relay.operators import Operators
 from relay.plugins import Plugin, system
 from relay.plugins.loader import Loaded, load_plugins
 from relay.socket import Socket
@@ -75,6 +76,7 @@ class Relay:
         self.figures: Figures = Figures(self.metrics, self._state, self.config.metrics.folder)
         builtins = (system.plugin,) if self.config.system_topic else ()
         self.plugins: Loaded = load_plugins(self.config.plugins, (*extra_plugins, *builtins))
+        self.operators: Operators = Operators(self.config, self.authenticates)
         self._trusted_proxies = parse_networks(self.config.trusted_proxies)
         self.is_alone: bool = False
         """Set by ``relay serve``, which listens where the settings say: nothing stands around the relay."""
@@ -119,7 +121,13 @@ class Relay:
                 # Or a newline (%0A) would be no part of a path, and what is mounted would not be asked.
                 mount.path_regex = re.compile(mount.path_regex.pattern, re.DOTALL)
         return routes + pages.routes(
-            self.config, self.metrics, lambda: self.link, self._refusal, self.figures.text, lambda: self.publish_command
+            self.config,
+            self.metrics,
+            self.operators,
+            lambda: self.link,
+            self._refusal,
+            self.figures.text,
+            lambda: self.publish_command,
         )
 
     # Lifetime.

@@ -181,9 +181,7 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
         (), description='addresses or networks of proxies whose X-Forwarded-For is believed, such as "10.0.0.0/8"'
     )
     page: bool = Field(True, description="show the page at / that lets people try the relay")
-    console: bool = Field(
-        True, description="show the console at /console; it asks for rest.api_key, or answers loopback alone"
-    )
+    console: bool = Field(True, description="show the console at /console; for whom it answers is said by rest.api_key")
     system_topic: bool = Field(True, description='send host figures to subscribers of topic "system" each second')
     rejoins_per_s: Positive = Field(1000, description="after a gap: subscriptions asked to rejoin per second")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity of log lines")
@@ -269,6 +267,13 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     def is_exposed(self) -> bool:
         """Whether other machines can reach it."""
         return self.host not in ("127.0.0.1", "::1", "localhost")
+
+    def lets_others_in(self, authenticates: bool) -> bool:
+        """Whether its clients may be others than the user of this machine.
+
+        Args: authenticates: whether they are asked who they are, by keys or by a function.
+        """
+        return authenticates or self.is_exposed or self.anonymous or self.origins != "same"
 
     def check_exposure(self, *, authenticates: bool = False) -> None:
         """Refuse to listen beyond this machine while anybody may connect. Raises ConfigError.

@@ -17,7 +17,7 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from relay import __version__, handshake, hooks, operators, upgrade, wire
+from relay import __version__, handshake, hooks, upgrade, wire
 from relay.errors import BusUnavailable, CloseCode, Reason, WireError
 from relay.handshake import Refused
 from relay.metrics import BOUNDS_S
@@ -62,7 +62,7 @@ class Console:
         # With a key no page can be made to connect in its user's name, so that any origin will do.
         shake = handshake.check(scope, "any" if relay.config.rest.api_key else "same")
         if not isinstance(shake, Refused):
-            fault = operators.check(scope, (shake.auth_token or "").encode(), relay.config)
+            fault = relay.operators.check(scope, (shake.auth_token or "").encode())
             if fault is not None:
                 shake = Refused(fault.status, fault.text, "console")
         if isinstance(shake, Refused):

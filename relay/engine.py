@@ -110,9 +110,7 @@ class Engine:
             verify = self._verifier.verify if self._verifier else None
             self._auth = Auth(config, self.node.caller, verify, authenticate)
         # Nobody is asked who they are, because nobody else can connect; but browsers here open pages from anywhere.
-        self._loopback_only = is_alone and not (
-            config.is_exposed or config.anonymous or config.origins != "same" or self._verifier or authenticate
-        )
+        self._loopback_only = is_alone and not config.lets_others_in(bool(self._verifier or authenticate))
         self.sockets: dict[str, Socket] = {}
         self._no_sockets = asyncio.Event()
         self._no_sockets.set()

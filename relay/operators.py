@@ -30,31 +30,45 @@ def key_in(scope: Mapping[str, Any]) -> bytes:
     return bearer if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
 
 
-def check(scope: Mapping[str, Any], given: bytes, config: Config) -> NotAllowed | None:
-    """Say why a request may not operate the relay; None where it may.
+def needs_key(config: Config, authenticates: bool) -> bool:
+    """Whether nobody may operate a relay without a key: its clients, whoever they are, may all come from a proxy here.
 
-    Args: given: the key that it brings.
-          config: ``rest.api_key`` decides; without one, ``trusted_proxies`` and ``origins`` tell of a relay that
-              others reach, and whoever they are, they may come from this machine's own proxy.
+    Args: authenticates: whether it asks them who they are, by keys or by a function.
     """
-    api_key = config.rest.api_key
-    if api_key:
-        if hmac.compare_digest(given, api_key.encode()):
-            return None
-        return NotAllowed(401, "expected the API key")
-    if config.trusted_proxies or config.origins != "same":
-        return NotAllowed(
-            403, "with trusted_proxies or origins set, nobody is answered without a key; set rest.api_key"
-        )
-    headers = dict(scope["headers"])
-    client = scope.get("client")
-    # `Host` too: behind a proxy on this machine all clients come from here, and under a name that its owner
-    # points here (DNS rebinding) any page of the web does.
-    asked = headers.get(b"host", b"").decode("latin-1")
-    if not is_loopback(client[0] if client else "") or not is_loopback(asked) or not _FORWARDED.isdisjoint(headers):
-        return NotAllowed(403, "only clients on this machine are answered; set rest.api_key to let others in")
-    # A page from elsewhere, open in a browser on this machine, is not a client on this machine.
-    origin = headers.get(b"origin")
-    if origin is not None and not is_allowed_origin(origin.decode("latin-1"), asked, "same"):
-        return NotAllowed(403, "pages of other origins are not answered; set rest.api_key")
-    return None
+    return config.lets_others_in(authenticates) or bool(config.trusted_proxies)
+
+
+class Operators:
+    """Says who may operate one relay.
+
+    Args: config: ``rest.api_key`` decides, where it is set.
+          authenticates: as of `needs_key`.
+    """
+
+    def __init__(self, config: Config, authenticates: bool) -> None:
+        self._api_key = config.rest.api_key.encode()
+        self._needs_key = needs_key(config, authenticates)
+
+    def check(self, scope: Mapping[str, Any], given: bytes) -> NotAllowed | None:
+        """Say why a request may not operate the relay; None where it may.
+
+        Args: given: the key that it brings.
+        """
+        if self._api_key:
+            if hmac.compare_digest(given, self._api_key):
+                return None
+            return NotAllowed(401, "expected the API key")
+        if self._needs_key:
+            return NotAllowed(403, "this relay lets others in: nobody is answered without a key; set rest.api_key")
+        headers = dict(scope["headers"])
+        client = scope.get("client")
+        # `Host` too: behind a proxy on this machine all clients come from here, and under a name that its owner
+        # points here (DNS rebinding) any page of the web does.
+        asked = headers.get(b"host", b"").decode("latin-1")
+        if not is_loopback(client[0] if client else "") or not is_loopback(asked) or not _FORWARDED.isdisjoint(headers):
+            return NotAllowed(403, "only clients on this machine are answered; set rest.api_key to let others in")
+        # A page from elsewhere, open in a browser on this machine, is not a client on this machine.
+        origin = headers.get(b"origin")
+        if origin is not None and not is_allowed_origin(origin.decode("latin-1"), asked, "same"):
+            return NotAllowed(403, "pages of other origins are not answered; set rest.api_key")
+        return None

@@ -13,10 +13,11 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from relay import __version__, operators
+from relay import __version__
 from relay.brokers.base import Link
 from relay.config import Config
 from relay.metrics import Metrics
+from relay.operators import Operators, key_in
 
 _STATIC = Path(__file__).parent / "static"
 _CLIENT = "relay.js"
@@ -49,6 +50,7 @@ class _Static(StaticFiles):
 def routes(
     config: Config,
     metrics: Metrics,
+    operators: Operators,
     link: Callable[[], Link],
     refusal: Callable[[], str],
     figures: Callable[[], bytes],
@@ -56,7 +58,8 @@ def routes(
 ) -> list[BaseRoute]:
     """Make the HTTP routes.
 
-    Args: link: the broker's state, asked anew for each request.
+    Args: operators: who may use the console.
+          link: the broker's state, asked anew for each request.
           refusal: why nobody should be sent here; empty when all is well.
           figures: all figures, in Prometheus's text format.
           publish_command: a line to paste, for the page.
@@ -100,7 +103,7 @@ def routes(
 
     async def access(request: Request) -> Response:
         """Whether the console's socket will let this client in: a browser is not told why a handshake fails."""
-        fault = operators.check(request.scope, operators.key_in(request.scope), config)
+        fault = operators.check(request.scope, key_in(request.scope))
         return JSONResponse(
             {"detail": "welcome"} if fault is None else {"detail": fault.text}, fault.status if fault else 200
         )

@@ -16,7 +16,10 @@ class RestConfig(Table):
 
     path: str = Field("/api", description='where it is mounted; "" turns it off')
     api_key: str = Field(
-        "", repr=False, description="asked for from all clients; without one, only loopback is answered"
+        "",
+        repr=False,
+        description="asked for from all clients; without one, this machine alone is answered, "
+        "and nobody where others are let in",
     )
 
     @field_validator("path")

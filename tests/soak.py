@@ -2,7 +2,8 @@
 
 Sockets come, join, push, leave, rejoin, go in good order, vanish with a reset, send nonsense or stop to read; Redis is
 cut off, paused, killed and restarted. Once a minute a line says what the relay holds. Exits 1 where the memory at the
-end is over 5 % more than after a sixth of the time, minute 5 of 30.
+end is over 5 % more than after a sixth of the time, minute 5 of 30, or where the relay has logged a traceback. What it
+has logged is kept in ``build/soak.log``.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
+from pathlib import Path
 from urllib.request import urlopen
 
 import psutil
@@ -28,6 +30,7 @@ SOCKETS = 100
 TOPICS = 30
 EVENTS_PER_S = 100
 GROWTH_MAX = 0.05
+LOG = Path("build/soak.log")
 NONSENSE = ("[", "{}", '["1","1","room:1"]', "\x00", "[1,2,3,4,5]", '["1","1","room:1","phx_join",{}]x')
 
 GONE = (ConnectionClosed, InvalidHandshake, OSError, EOFError, TimeoutError, AssertionError)
@@ -173,11 +176,14 @@ async def run(minutes: float) -> int:
             group.create_task(break_redis(server, end))
             watching = group.create_task(watch(relay, minutes, started))
         before, after = watching.result()
-        tracebacks = relay.output.count("Traceback")
+    # After its end, whose tracebacks count too.
+    LOG.parent.mkdir(exist_ok=True)
+    LOG.write_text(relay.output)  # noqa: ASYNC240 - all others have ended
+    tracebacks = relay.output.count("Traceback")
     growth = after / before - 1
     sys.stdout.write(
         f"{minutes:g} minutes: {before:.1f} MiB at minute {minutes / 6:g}, {after:.1f} MiB at the end, {growth:+.1%}; "
-        f"{tracebacks} tracebacks; {dict(done)}\n"
+        f"{tracebacks} tracebacks in {LOG}; {dict(done)}\n"
     )
     return 1 if growth > GROWTH_MAX or tracebacks else 0
 

@@ -139,6 +139,11 @@ def test_check_of_no_settings_says_that_all_is_open_on_this_machine(relay: Comma
     ]
 
 
+def test_check_says_that_nobody_operates_a_relay_for_others_without_a_key(relay: Command) -> None:
+    _, out, _ = relay("check", settings="anonymous = true")
+    assert "rest /api, for nobody; set rest.api_key" in lines(out)
+
+
 def test_check_says_who_may_do_what_and_shows_no_secret(relay: Command) -> None:
     code, out, _ = relay(
         "check",

@@ -33,6 +33,7 @@ import socket
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -133,7 +134,9 @@ def test_map_of_the_tutorial_moves_until_its_door_is_closed(tmp_path: Path, valk
         secret = (tmp_path / "reader" / "jwt-secret").read_text()
         claims = {"sub": "alice", "topics": ["aircraft:*:join"], "exp": int(time.time()) + 600}
         token = jwt.encode(claims, secret, algorithm="HS256")
-        passed = run_checks("tutorial-chromium.mjs", story.origin, token, redis_url=valkey.url)
+        settings = tomllib.loads((tmp_path / "reader" / "relay.toml").read_text())
+        key = settings["rest"]["api_key"]
+        passed = run_checks("tutorial-chromium.mjs", story.origin, token, key, redis_url=valkey.url)
         assert {"without a token nothing is shown", "three aircraft fly"} <= set(passed)
         story.finish()
 
@@ -526,8 +529,6 @@ def test_what_is_shown_is_compared(shown: str, printed: str, matches: bool) -> N
 def programs(name: str, *arguments: str) -> Iterator[str]:
     """What stands in for a program: of pip here, and of the others where the machine has none."""
     if name == "pip" and arguments[1] == "install":
-        import tomllib
-
         assert arguments[2:] == (".",), arguments
         project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
         info = Path(arguments[0]) / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"

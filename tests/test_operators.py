@@ -4,11 +4,13 @@ from typing import Any
 
 import pytest
 
-from relay import Config, operators
+from relay import Config
+from relay.auth_config import AuthConfig, KeyConfig
+from relay.operators import Operators, key_in
 from relay.web_config import RestConfig
 
-KEYLESS = Config()
-KEYED = Config(rest=RestConfig(api_key="sésame"))
+KEYLESS = Operators(Config(), authenticates=False)
+KEYED = Operators(Config(rest=RestConfig(api_key="sésame"), anonymous=True), authenticates=True)
 
 
 def scope(client: str | None = "127.0.0.1", **headers: str) -> dict[str, Any]:
@@ -29,14 +31,14 @@ def scope(client: str | None = "127.0.0.1", **headers: str) -> dict[str, Any]:
     ],
 )
 def test_key_is_found_in_two_headers(headers: dict[str, str], key: str) -> None:
-    assert operators.key_in(scope(**headers)) == key.encode()
+    assert key_in(scope(**headers)) == key.encode()
 
 
 @pytest.mark.parametrize("client", ["127.0.0.1", "192.168.1.9", None])
 def test_with_a_key_it_alone_decides(client: str | None) -> None:
-    assert operators.check(scope(client, origin="https://elsewhere.example"), "sésame".encode(), KEYED) is None
+    assert KEYED.check(scope(client, origin="https://elsewhere.example"), "sésame".encode()) is None
     for wrong in (b"", b"sesame", "sésame ".encode()):
-        fault = operators.check(scope(client), wrong, KEYED)
+        fault = KEYED.check(scope(client), wrong)
         assert fault == (401, "expected the API key")
 
 
@@ -50,7 +52,7 @@ def test_with_a_key_it_alone_decides(client: str | None) -> None:
     ],
 )
 def test_without_a_key_this_machine_may(client: str, headers: dict[str, str]) -> None:
-    assert operators.check(scope(client, **headers), b"", KEYLESS) is None
+    assert KEYLESS.check(scope(client, **headers), b"") is None
 
 
 @pytest.mark.parametrize(
@@ -77,17 +79,26 @@ def test_without_a_key_this_machine_may(client: str, headers: dict[str, str]) ->
 def test_without_a_key_nobody_else_may(client: str | None, headers: dict[str, str]) -> None:
     """Nor a page of theirs, in a browser on this machine; whatever they send for a key."""
     for given in (b"", b"key"):
-        fault = operators.check(scope(client, **headers), given, KEYLESS)
+        fault = KEYLESS.check(scope(client, **headers), given)
         assert fault is not None
         assert fault.status == 403
 
 
 @pytest.mark.parametrize(
-    "config", [Config(trusted_proxies=("10.0.0.1",)), Config(origins="any"), Config(origins=("https://relay.example",))]
+    ("config", "authenticates"),
+    [
+        (Config(trusted_proxies=("10.0.0.1",)), False),
+        (Config(origins="any"), False),
+        (Config(origins=("https://relay.example",)), False),
+        (Config(host="0.0.0.0"), False),
+        (Config(anonymous=True), False),
+        (Config(auth=AuthConfig(keys=(KeyConfig(key="k"),))), True),
+        (Config(), True),
+    ],
 )
-def test_without_a_key_nobody_may_where_others_are_expected(config: Config) -> None:
+def test_without_a_key_nobody_may_where_others_are_let_in(config: Config, authenticates: bool) -> None:
     """A proxy on this machine that writes no header makes everybody look local."""
-    fault = operators.check(scope(), b"", config)
+    fault = Operators(config, authenticates).check(scope(), b"")
     assert fault is not None
     assert fault.status == 403
     assert "set rest.api_key" in fault.text

@@ -17,6 +17,7 @@ from relay.commands import ConfigFile
 from relay.commands.terminal import console, is_terminal, print_lines
 from relay.config import EMBEDDED, Config, load
 from relay.errors import ConfigError
+from relay.operators import needs_key
 from relay.rights import Right, names_of, parse_claim
 
 if TYPE_CHECKING:
@@ -185,7 +186,13 @@ def _rights(who: str, grants: tuple[GrantConfig, ...]) -> Iterator[tuple[str, st
 def _rest(config: Config) -> str:
     if not config.rest.path:
         return "off"
-    return f"{config.rest.path}, for {'whoever has the key' if config.rest.api_key else 'programs on this machine'}"
+    if config.rest.api_key:
+        who = "whoever has the key"
+    elif needs_key(config, config.auth.has_keys):
+        who = "nobody; set rest.api_key"
+    else:
+        who = "programs on this machine"
+    return f"{config.rest.path}, for {who}"
 
 
 def _warnings(config: Config, keys: "tuple[Key, ...]") -> Iterator[str]:

@@ -29,6 +29,8 @@ Connect = Callable[..., Any]
 ServeRelay = Callable[..., Any]
 
 AUTH = {"keys": [SECRET], "leeway_s": 0}
+REST = {"api_key": "operators-key"}
+AS_OPERATOR = {"X-API-Key": "operators-key"}
 ROOMS = {"room:*": "join,push"}
 
 
@@ -558,10 +560,10 @@ async def test_user_is_sent_away_with_the_memory_bus_too(connect: Connect, serve
 
 
 async def test_rest_sends_users_away(serve_relay: ServeRelay, connect: Connect) -> None:
-    served = await serve_relay(auth=AUTH)
+    served = await serve_relay(auth=AUTH, rest=REST)
     client = await connect(served, query=with_token(token("auth0|a/b", ROOMS)))
     ref = await client.join("room:1/2")
-    async with httpx.AsyncClient(trust_env=False, base_url=f"{served.http}/api") as api:
+    async with httpx.AsyncClient(trust_env=False, base_url=f"{served.http}/api", headers=AS_OPERATOR) as api:
         assert (await api.delete("/topics/room:1%2F2/users/auth0%7Ca%2Fb")).status_code == 204
         assert await client.receive() == [ref, ref, "room:1/2", "phx_close", {}]
         (socket_id,) = served.relay.engine.sockets
@@ -569,15 +571,15 @@ async def test_rest_sends_users_away(serve_relay: ServeRelay, connect: Connect) 
         assert (await api.delete("/users/auth0%7Ca%2Fb")).status_code == 204
         assert (await client.expect_closed())[0] == 1001
         assert (await api.delete("/users/nobody")).status_code == 204
-        assert (await api.delete("/users/x", headers={"X-Forwarded-For": "1.2.3.4"})).status_code == 403
+        assert (await api.delete("/users/x", headers={"X-API-Key": "another"})).status_code == 401
 
 
 async def test_user_is_sent_away_from_every_process(valkey: Valkey) -> None:
     """Two workers and a relay of its own, on one Redis; whichever process is asked, all carry it out."""
-    environ = {"RELAY_AUTH__KEYS": json.dumps([SECRET])}
+    environ = {"RELAY_AUTH__KEYS": json.dumps([SECRET]), "RELAY_REST": json.dumps(REST)}
     url = ("--redis-url", valkey.url)
     with RelayProcess(*url, "--workers", "2", environ=environ) as two, RelayProcess(*url, environ=environ) as one:
-        async with AsyncExitStack() as stack, httpx.AsyncClient(trust_env=False) as api:
+        async with AsyncExitStack() as stack, httpx.AsyncClient(trust_env=False, headers=AS_OPERATOR) as api:
             clients = [
                 await stack.enter_async_context(Client.connect(relay.ws, query=with_token(token("alice", ROOMS))))
                 for relay in (one, *[two] * 8)
@@ -593,13 +595,13 @@ async def test_user_is_sent_away_from_every_process(valkey: Valkey) -> None:
 
 async def test_order_that_cannot_be_told_is_carried_out_here_and_said(connect: Connect, direct: bool) -> None:
     with Valkey() as own:
-        relay = Relay(redis_url=own.url, system_topic=False, auth=AUTH)
+        relay = Relay(redis_url=own.url, system_topic=False, auth=AUTH, rest=REST)
         async with serve(relay, direct=direct) as served:
             client = await connect(served, query=with_token(token("alice", ROOMS)))
             await client.join("room:1")
             own.kill()
             await eventually(lambda: not relay.link.live, "the loss of the link")
-            async with httpx.AsyncClient(trust_env=False) as api:
+            async with httpx.AsyncClient(trust_env=False, headers=AS_OPERATOR) as api:
                 answer = await api.delete(f"{served.http}/api/users/alice")
             assert answer.status_code == 503 and "not told to the other nodes" in answer.json()["detail"]
             assert (await client.expect_closed())[0] == 1001
@@ -629,14 +631,12 @@ async def test_what_is_no_order_is_dropped_and_counted(serve_relay: ServeRelay, 
 
 
 async def test_tangrams_token_opens_its_channel_and_no_other(serve_relay: ServeRelay, connect: Connect) -> None:
-    served = await serve_relay(auth={**AUTH, "tangram": True}, anonymous=True)
-    async with httpx.AsyncClient(trust_env=False) as api:
+    served = await serve_relay(auth={**AUTH, "tangram": True}, anonymous=True, rest=REST)
+    async with httpx.AsyncClient(trust_env=False, headers=AS_OPERATOR) as api:
         made = (await api.post(f"{served.http}/token", json={"channel": "room:*", "id": "me"})).json()
         given = (await api.post(f"{served.http}/token", json={"channel": "room:2"})).json()
         for body, status in ((b"{}", 422), (b"no", 422), (b'{"channel":""}', 422)):
             assert (await api.post(f"{served.http}/token", content=body)).status_code == status
-        far = await api.post(f"{served.http}/token", json={"channel": "x"}, headers={"X-Forwarded-For": "1.2.3.4"})
-        assert far.status_code == 403
         assert (await api.get(f"{served.http}/token")).status_code == 405
     assert (made["channel"], made["id"], len(given["id"])) == ("room:*", "me", 8)
     client = await connect(served, query=with_token(made["token"], "userToken"))
@@ -656,12 +656,24 @@ async def test_tangrams_tokens_and_route_are_off_by_default(serve_relay: ServeRe
     assert await refuse_join(client, "room:1") == "unauthorized"
 
 
-async def test_token_route_asks_for_the_key_where_there_is_one(serve_relay: ServeRelay) -> None:
-    served = await serve_relay(auth={**AUTH, "tangram": True}, rest={"api_key": "s3cret"})
+async def test_token_route_asks_for_the_key_and_without_one_answers_nobody(serve_relay: ServeRelay) -> None:
+    body = {"channel": "room:1"}
     async with httpx.AsyncClient(trust_env=False) as api:
-        url, body = f"{served.http}/token", {"channel": "room:1"}
-        assert (await api.post(url, json=body)).status_code == 401
-        assert (await api.post(url, json=body, headers={"X-API-Key": "s3cret"})).status_code == 200
+        keyed = await serve_relay(auth={**AUTH, "tangram": True}, rest=REST)
+        assert (await api.post(f"{keyed.http}/token", json=body)).status_code == 401
+        assert (await api.post(f"{keyed.http}/token", json=body, headers=AS_OPERATOR)).status_code == 200
+        keyless = await serve_relay(auth={**AUTH, "tangram": True})
+        assert (await api.post(f"{keyless.http}/token", json=body, headers=AS_OPERATOR)).status_code == 403
+
+
+async def test_nobody_operates_a_relay_that_asks_who_somebody_is_without_a_key(serve_relay: ServeRelay) -> None:
+    """All its clients may come from a proxy on this machine that writes no header of its own."""
+    served = await serve_relay(auth=AUTH)
+    async with httpx.AsyncClient(trust_env=False) as api:
+        answers = [await api.get(f"{served.http}/api/topics"), await api.get(f"{served.http}/console/access")]
+        answers.append(await api.post(f"{served.http}/api/publish", json={"topic": "room:1", "event": "x"}))
+    assert [answer.status_code for answer in answers] == [403] * 3
+    assert all("set rest.api_key" in answer.json()["detail"] for answer in answers)
 
 
 # The published client.

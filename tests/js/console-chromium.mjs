@@ -179,6 +179,7 @@ await inBrowser(origin, async (page, faults) => {
     equal(before === after, false, "the same ground")
     await page.reload()
     equal(await ground(), after, "ground after a reload")
+    await within(page.waitForSelector("#state[data-state='live']"), "an open connection, before which no key counts")
     await page.keyboard.press("t")
     equal(await ground(), before, "ground of the first choice")
     await page.evaluate(() => localStorage.removeItem("relay-theme"))

@@ -1,10 +1,10 @@
 // The map of docs/tutorial.md in a real browser, driven by tests/test_docs.py.
-//   node tutorial-chromium.mjs <relay http url> [<token that opens it>]
+//   node tutorial-chromium.mjs <relay http url> [<token that opens it> <key of the console>]
 
 import { inBrowser } from "./chromium.mjs"
 import { check, equal, failures, say, within } from "./report.mjs"
 
-const [origin, token] = process.argv.slice(2)
+const [origin, token, key] = process.argv.slice(2)
 const publish = (redis_channel, position) =>
   say({ waiting: redis_channel, publish: [{ redis_channel, payload: JSON.stringify(position) }] })
 
@@ -47,6 +47,11 @@ await inBrowser(origin, async (page, faults) => {
     const before = await at("YOU")
     const console = await page.browser().newPage()
     await console.goto(`${origin}/console#topics/aircraft%3Aeurope`, { waitUntil: "load" })
+    if (key) {
+      await console.waitForSelector("#key:not([hidden])")
+      await console.type("#key-value", key)
+      await console.keyboard.press("Enter")
+    }
     await within(console.waitForFunction(() => document.body.innerText.includes("BAW56")), "events in the console")
     await console.$eval("#publish-event", field => { field.value = "position" })
     await console.$eval("#publish-payload", field => { field.value = '{"id": "YOU", "lon": 0, "lat": 50}' })
