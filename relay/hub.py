@@ -85,7 +85,8 @@ class _Topic:
         # Rate of the last full second with events, and when and at how many events the present one began.
         self.rate = 0.0
         self.mark = (now, 0)
-        self.subscribers: dict[Subscriber, None] = {}
+        # Each with `events` as it was when it came: what it was sent is known at its end, and costs nothing until then.
+        self.subscribers: dict[Subscriber, int] = {}
         # The subscribers as the loop walks them; made anew after a join, a leave, or when one is ready or no longer so.
         self.groups: tuple[_Group, ...] | None = None
 
@@ -190,7 +191,7 @@ class Hub:
         first = entry is None
         if entry is None:
             entry = self._topics[topic] = _Topic(self._policy_of(topic), self._label_of(topic), self._clock())
-        entry.subscribers[subscriber] = None
+        _ = entry.subscribers.setdefault(subscriber, entry.events)
         entry.groups = None
         return first
 
@@ -224,6 +225,11 @@ class Hub:
         """Subscribers of one topic."""
         entry = self._topics.get(topic)
         return 0 if entry is None else len(entry.subscribers)
+
+    def events_for(self, topic: str, subscriber: Subscriber) -> int:
+        """Events that were meant for a subscriber since it came, dropped ones included; 0 for a stranger."""
+        entry = self._topics.get(topic)
+        return 0 if entry is None else entry.events - entry.subscribers.get(subscriber, entry.events)
 
     def topics(self) -> dict[str, int]:
         """All topics joined here, with the number of their subscribers."""
@@ -280,6 +286,8 @@ class Hub:
                 self._count(entry, frames, len(writes))
                 self._metrics.fan_out.observe(self._clock() - now, len(events))
                 return True
+        if skip is not None and skip in entry.subscribers:
+            entry.subscribers[skip] += len(events)
         delivery = _Delivery(topic, entry, events, skip, now)
         if self._deliveries:
             self._deliveries.append(delivery)

@@ -23,8 +23,10 @@ class Totals(NamedTuple):
     """Joins that were accepted."""
     pushes: int
     """Pushes that it sent, refused ones included."""
+    events: int
+    """Events of its topics while it had joined them."""
     dropped: int
-    """Events that it missed because it read too slowly."""
+    """Of these, events that it missed because it read too slowly."""
 
 
 class Journal:
@@ -56,7 +58,7 @@ class Journal:
         self._throttle.info(
             "disconnect",
             socket,
-            "disconnected by the %s, code %s %.123r, after %.1f s; %d joins, %d pushes, %d events dropped",
+            "disconnected by the %s, code %s %.123r, after %.1f s; %d joins, %d pushes, %d events, %d of them dropped",
             by,
             code,
             reason,
@@ -67,6 +69,7 @@ class Journal:
             open_s=round(totals.open_s, 3),
             joins=totals.joins,
             pushes=totals.pushes,
+            events=totals.events,
             dropped=totals.dropped,
         )
 

@@ -41,6 +41,7 @@ class Socket(Face):
         "_config",
         "_connection",
         "_ended",
+        "_events",
         "_hub",
         "_joins",
         "_journal",
@@ -86,7 +87,7 @@ class Socket(Face):
         self._metrics = metrics
         self._journal = journal
         self._trace = trace
-        self._joins = self._pushes = 0
+        self._joins = self._pushes = self._events = 0
         self._connection = connection
         # The hub calls this for each event: one call fewer for each subscriber.
         self.send_event: Callable[[Frame, str, str, Policy], None] = connection.send_event
@@ -144,7 +145,8 @@ class Socket(Face):
             for subscription in tuple(self._protocol.subscriptions.values()):
                 self._unsubscribe(subscription)
             connection.end()
-            totals = Totals(time.monotonic() - opened, self._joins, self._pushes, connection.dropped)
+            open_s = time.monotonic() - opened
+            totals = Totals(open_s, self._joins, self._pushes, self._events, connection.dropped)
             self._journal.disconnected(self, *connection.ending, totals)
             # What plugins have begun, or are still to hear of, is not cut off by a client that has gone.
             self._node.see_out(lanes)
@@ -329,6 +331,7 @@ class Socket(Face):
         topic = subscription.topic
         _ = self._last_push.pop(topic, None)
         self._connection.forget_dropped(topic)
+        self._events += self._hub.events_for(topic, self)
         if self._hub.remove(topic, self):
             self._node.left(topic)
         self._lanes.run(topic, partial(self._tell_left, subscription))

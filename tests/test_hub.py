@@ -531,6 +531,20 @@ def test_fan_out_is_timed_from_arrival_to_last_delivery(fixture: Fixture, count:
     assert fixture.metrics.fan_out.sum_s == pytest.approx(count * SLICE_S)
 
 
+def test_events_that_were_meant_for_a_subscriber_are_known(fixture: Fixture) -> None:
+    """From its coming on, without its own; joining again begins nothing anew."""
+    early = fixture.reader("t")
+    fixture.hub.fan_out("t", "e", EMPTY)
+    late = fixture.reader("t")
+    fixture.hub.fan_out_all("t", [("e", EMPTY), ("f", EMPTY)])
+    fixture.hub.fan_out("t", "e", EMPTY, skip=late)
+    _ = fixture.hub.add("t", early)
+    assert [fixture.hub.events_for("t", reader) for reader in (early, late)] == [4, 2]
+    assert [len(reader.got) for reader in (early, late)] == [4, 2]
+    fixture.hub.remove("t", late)
+    assert fixture.hub.events_for("t", late) == fixture.hub.events_for("u", early) == 0
+
+
 def test_topics_with_a_label_are_counted_under_it(fixture: Fixture) -> None:
     hub = Hub(
         fixture.metrics,

@@ -35,7 +35,7 @@ def test_nothing_that_a_client_says_breaks_a_line(caplog: pytest.LogCaptureFixtu
     bad = "%s\nERROR relay: \x1b[31mforged" + 1000 * "x"
     journal.join_refused(Somebody(), bad, bad.replace("\x1b", ""))
     journal.rate_limited(Somebody(), bad, bad)
-    journal.disconnected(Somebody(), 1000, bad, "client", Totals(1.0, 0, 0, 0))
+    journal.disconnected(Somebody(), 1000, bad, "client", Totals(1.0, 0, 0, 0, 0))
     assert len(caplog.messages) == 3
     for message in caplog.messages:
         assert "\n" not in message and "\x1b" not in message and len(message) < 700

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
 
 from relay.journal import LINES_PER_S
 from tests.integration.test_auth import refuse_join
@@ -48,6 +49,10 @@ async def live(process: RelayProcess) -> None:
         await client.push(ref, "room:1", "says", {})
         await client.push(ref, "room:1", "fails", {})
         assert (await client.push(ref, "room:1", "says", {}))["response"] == {"reason": "rate limited"}
+        async with Redis.from_url(process.environ["RELAY_REDIS_URL"]) as redis:
+            for number in range(3):
+                await redis.publish("to:room:1:tick", str(number))
+                await client.expect_event("room:1", "tick", number)
         await client.connection.close(4001, "bye")
     await asyncio.to_thread(wait_for, lambda: "disconnected by" in process.output, "the last line")
 
@@ -100,6 +105,7 @@ async def test_each_turn_of_a_socket_is_one_json_line_with_its_id(tmp_path: Path
             "reason": "bye",
             "joins": 1,
             "pushes": 2,
+            "events": 3,
             "dropped": 0,
         }.items()
     ), "what was over the rate was not heard"
@@ -117,7 +123,7 @@ async def test_text_lines_say_the_same(tmp_path: Path, valkey: Valkey) -> None:
         f"plugin chatty: fails raised [socket {socket}]\nTraceback",
         f"socket {socket}: rate limited: 'says' on 'room:1'; address",
         f"socket {socket}: disconnected by the client, code 4001 'bye', after ",
-        " s; 1 joins, 2 pushes, 0 events dropped; address",
+        " s; 1 joins, 2 pushes, 3 events, 0 of them dropped; address",
     ):
         assert text in output
 
