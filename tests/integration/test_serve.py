@@ -17,7 +17,8 @@ import psutil
 import pytest
 from redis.asyncio import Redis
 
-from relay import __version__
+from relay import ConfigError, __version__
+from relay.brokers import embedded
 from tests.support.client import Client
 from tests.support.process import RelayProcess, Valkey, launched, wait_for
 from tests.support.serving import eventually, figure, heard_on, http_get
@@ -228,6 +229,24 @@ async def test_nothing_is_left_when_it_ends(workers: int, number: signal.Signals
         assert "Traceback" not in relay.output
         assert "ERROR" not in relay.output
         assert announced(relay) == []
+
+
+def test_embedded_server_takes_another_port_where_somebody_was_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the choice of a port and its use it can be taken."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port, free = taken.getsockname()[1], embedded._free_port()
+        offered = iter([port, free])
+        monkeypatch.setattr(embedded, "_free_port", lambda: next(offered))
+        server = embedded.EmbeddedValkey()
+        try:
+            assert server.url == f"redis://127.0.0.1:{free}"
+        finally:
+            server.stop()
+        monkeypatch.setattr(embedded, "_free_port", lambda: port)
+        with pytest.raises(ConfigError, match=r"the embedded Valkey did not start .*; set redis_url"):
+            embedded.EmbeddedValkey()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -60,14 +60,27 @@ class Valkey:
         return f"redis://127.0.0.1:{self.port}"
 
     def start(self) -> None:
+        is_first = self.process is None
+        self._launch()
+        for _ in range(3):
+            wait_for(lambda: self._has_ended or self._answers(), "Valkey to answer")
+            if not (is_first and self._has_ended):
+                break
+            self.port = free_port()  # somebody was quicker
+            self._launch()
+        assert not self._has_ended, "the server ended at its start"
+
+    def _launch(self) -> None:
         settings = ("--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", self._folder.name)
         self.process = subprocess.Popen(
             [self._binary, *settings, *self._arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        wait_for(self._answers, "Valkey to answer")
+
+    @property
+    def _has_ended(self) -> bool:
+        return self.process is None or self.process.poll() is not None
 
     def _answers(self) -> bool:
-        assert self.process is not None and self.process.poll() is None, "the server ended at its start"
         try:
             with socket.create_connection(("127.0.0.1", self.port), timeout=1) as connection:
                 connection.sendall(b"PING\r\n")
