@@ -134,7 +134,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         if not self._may_idle():
             return
         writer = self.frame_writer
-        if writer is not None:
+        if writer is not None and not self.frames:  # else it would keep an unfinished message here for ever
             writer.last_ping = monotonic()
         if writer is None or not writer.paused:
             super().handle_ping()

@@ -5,19 +5,27 @@ On the relay's own protocol classes, as `relay serve` uses them; on others these
 
 import asyncio
 import json
+import re
+import socket
+import struct
 import zlib
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
+import psutil
 import pytest
+from fastapi import APIRouter
+from starlette.responses import Response, StreamingResponse
 
-from relay import Relay
+from relay import Plugin, Relay, server_http
+from relay.config import LimitsConfig
 from relay.server import _Inbox
 from relay.server_http import HEAD_MAX_BYTES, RelayHTTPProtocol
 from tests.support.client import CLOSE, PING, PONG, TEXT, Client, RawSocket, client_frame
 from tests.support.process import Valkey
-from tests.support.serving import eventually, figure, http_get, serve
+from tests.support.serving import Served, eventually, figure, http_get, serve
 
 CONT = 0
 CHUNKED = b"POST /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -78,6 +86,128 @@ async def test_connection_that_does_nothing_more_after_an_answer_is_cut(valkey: 
         writer.close()
 
 
+BIG = 16 * 2**20
+"""Bytes of an answer that no kernel's buffers take."""
+
+
+@asynccontextmanager
+async def served_with_a_big_answer(valkey: Valkey, **options: Any) -> AsyncIterator[Served]:
+    """A relay that answers ``GET /api/big`` in pieces, and ``GET /api/whole`` at once."""
+    plugin, router = Plugin("big"), APIRouter()
+
+    @router.get("/big")
+    async def big() -> StreamingResponse:
+        return StreamingResponse(b"x" * 65_536 for _ in range(BIG // 65_536))
+
+    @router.get("/whole")
+    async def whole() -> Response:
+        return Response(b"x" * BIG)
+
+    plugin.include_router(router)
+    relay = Relay(redis_url=valkey.url, extra_plugins=(plugin,))
+    async with serve(relay, http=RelayHTTPProtocol, **options) as served:
+        yield served
+
+
+@asynccontextmanager
+async def one_that_reads_nothing(port: int, request_: bytes) -> AsyncIterator[socket.socket]:
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(client, ("127.0.0.1", port))
+        async with asyncio.timeout(20):
+            with suppress(ConnectionError):
+                await loop.sock_sendall(client, request_)
+        yield client
+
+
+def established(port: int) -> int:
+    """Connections that a server here holds on this port."""
+    connections = psutil.Process().net_connections("tcp")
+    return [one.status for one in connections if one.laddr[1:] == (port,)].count(psutil.CONN_ESTABLISHED)
+
+
+async def is_cut_off(served: Served, kind: str) -> None:
+    """Wait until a connection was cut for this; then nothing is left of it, and others are answered."""
+    refused = served.relay.metrics.refused
+    await eventually(lambda: refused[kind], f"{kind}, of {refused}")
+    assert (await http_get(f"{served.http}/health"))[0] == 200
+
+
+def get(path: str, more: str = "") -> bytes:
+    return f"GET {path} HTTP/1.1\r\nHost: localhost\r\n{more}\r\n".encode()
+
+
+async def test_client_that_asks_on_and_on_and_reads_nothing_is_cut(
+    valkey: Valkey, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each request that waits holds 2 kB, and there are thousands in one read; Uvicorn would keep them all."""
+    async with served_with_a_big_answer(valkey) as served:
+        async with one_that_reads_nothing(served.port, get("/api/big") + get("/") * 5000):
+            await is_cut_off(served, "http: too many requests")
+    assert "Traceback" not in caplog.text
+
+
+async def test_few_requests_at_once_are_answered_in_order(valkey: Valkey) -> None:
+    async with served_with_a_big_answer(valkey) as served:
+        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
+        writer.write(get("/health") + get("/nothing") * 14 + get("/ready", "Connection: close\r\n"))
+        async with asyncio.timeout(20):
+            answers = (await reader.read()).decode()
+        assert re.findall(r"HTTP/1.1 (\d+) ", answers) == ["200", *["404"] * 14, "200"]
+        writer.close()
+
+
+@pytest.mark.parametrize("path", ["/api/big", "/api/whole"])
+async def test_answer_that_nobody_reads_is_cut(valkey: Valkey, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_http, "_UNREAD_S", 0.3)
+    async with served_with_a_big_answer(valkey) as served, one_that_reads_nothing(served.port, get(path)):
+        await is_cut_off(served, "http: answer not read")
+
+
+async def test_answer_that_is_read_slowly_is_not_cut(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes many times as long as an answer may lie unread."""
+    monkeypatch.setattr(server_http, "_UNREAD_S", 0.3)
+    loop = asyncio.get_running_loop()
+    async with (
+        served_with_a_big_answer(valkey, send_buffer=65_536) as served,  # a larger one hides what is read
+        one_that_reads_nothing(served.port, get("/api/whole", "Connection: close\r\n")) as client,
+    ):
+        began, got = loop.time(), 0
+        async with asyncio.timeout(60):
+            while data := await loop.sock_recv(client, BIG // 40):
+                got += len(data)
+                await asyncio.sleep(0.02 * len(data) / 65_536)
+        assert got > BIG
+        assert loop.time() - began > 3
+        assert not served.relay.metrics.refused
+
+
+@pytest.mark.parametrize("path", ["/static/relay.js", "/api/whole"])
+async def test_closed_connection_whose_last_bytes_nobody_reads_is_aborted(
+    valkey: Valkey, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A close alone waits for a buffer that nobody empties."""
+    monkeypatch.setattr(server_http, "_UNREAD_S", 0.3)
+    request_ = get(path, "Connection: close\r\n")
+    async with served_with_a_big_answer(valkey, send_buffer=4096) as served:
+        async with one_that_reads_nothing(served.port, request_):
+            await eventually(lambda: established(served.port) == 0, "the connection to be gone")
+
+
+async def test_reset_while_requests_wait_writes_no_traceback(valkey: Valkey, caplog: pytest.LogCaptureFixture) -> None:
+    """Uvicorn tells the newest request alone, and the one in work would write to a closed transport."""
+    async with served_with_a_big_answer(valkey) as served:
+        async with one_that_reads_nothing(served.port, get("/api/big") + get("/") * 5) as client:
+            await eventually(lambda: established(served.port), "the connection")
+            await asyncio.sleep(0.2)  # how long the answer is under way before the fault
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await eventually(lambda: established(served.port) == 0, "the connection to be gone")
+        assert (await http_get(f"{served.http}/health"))[0] == 200
+    assert "Traceback" not in caplog.text and "Exception" not in caplog.text
+
+
 @pytest.mark.parametrize("headers", ["Cookie: " + "c" * 9000 + "\r\n", "X-A: b\r\n" * 200], ids=["line", "number"])
 async def test_upgrade_that_websockets_cannot_read_is_answered(valkey: Valkey, headers: str) -> None:
     """httptools has taken the head before; Uvicorn would let the client wait for ever, and fail at its own end."""
@@ -114,6 +244,21 @@ async def test_frames_that_carry_nothing_may_not_go_on_for_ever(valkey: Valkey, 
         await other.expect_alive()
         await eventually(lambda: len(relay.engine.sockets) == 1, "the end of the other socket")
         assert relay.metrics.refused["empty frames"] == 1
+
+
+async def test_pings_do_not_keep_an_unfinished_message(valkey: Valkey) -> None:
+    """It holds up to a frame's bound of memory, which nothing counts."""
+    relay = Relay(redis_url=valkey.url, limits=LimitsConfig(idle_timeout_s=0.5))
+    async with serve(relay, http=RelayHTTPProtocol) as served, RawSocket.connect(served.ws) as client:
+        await client.send_frame(TEXT, b'["1","1"', first_byte=TEXT)
+        opcode, data = PONG, b""
+        async with asyncio.timeout(20):
+            while opcode == PONG:
+                await client.send_frame(PING, b"")
+                opcode, data = await client.read_frame()
+                await asyncio.sleep(0.05)  # the pace of its pings, which are bounded too
+        assert (opcode, data[:2]) == (CLOSE, (1001).to_bytes(2))
+        assert relay.metrics.refused == {"idle": 1}
 
 
 async def test_some_pings_and_fragments_are_fine(valkey: Valkey) -> None:

@@ -26,6 +26,10 @@ from tests.support.serving import eventually, figure, http_get
 from tests.support.witness import Ticker, Witness
 
 OK = {"status": "ok", "response": {}}
+HANDSHAKE = (
+    b"GET /socket/websocket?vsn=2.0.0 HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+    b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
 
 
 def port_of(relay: RelayProcess) -> int:
@@ -42,10 +46,7 @@ async def status_of_handshake(port: int) -> str:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
     except OSError:
         return ""
-    writer.write(
-        b"GET /socket/websocket?vsn=2.0.0 HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
-        b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-    )
+    writer.write(HANDSHAKE)
     try:
         return (await reader.readline()).decode().strip()
     except OSError:
@@ -372,7 +373,10 @@ def test_relay_takes_as_many_descriptors_as_it_may() -> None:
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of another process are Linux's")
 async def test_relay_out_of_descriptors_keeps_its_clients_and_its_redis() -> None:
-    """Who comes then gets 503 at the door; some descriptors stay free, so that the link to Redis can come back."""
+    """Who comes then gets 503 at the door; some descriptors stay free, so that the link to Redis can come back.
+
+    All that there are have been taken by sockets, of which none is given up for another.
+    """
     with Valkey() as server, RelayProcess("--redis-url", server.url) as relay:
         assert relay.process is not None
         port = port_of(relay)
@@ -385,6 +389,9 @@ async def test_relay_out_of_descriptors_keeps_its_clients_and_its_redis() -> Non
             with ExitStack() as stack:
                 began = time.monotonic()
                 idlers = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(300)]
+                for idler in idlers:
+                    with suppress(OSError):  # refused already
+                        idler.sendall(HANDSHAKE)
                 await asyncio.sleep(2.2)
                 assert "503" in await status_of_handshake(port)
                 lines = relay.output.count("file descriptors are taken")
@@ -405,6 +412,29 @@ async def test_relay_out_of_descriptors_keeps_its_clients_and_its_redis() -> Non
             _ = witness.check(ticker)
             assert len(witness.told) == figure(metrics, "relay_gaps_total") == 1
         assert "Traceback" not in relay.output
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of another process are Linux's")
+async def test_connections_that_wait_for_their_client_make_room_for_others() -> None:
+    """However many one client holds open and does nothing with: it alone is cut off, and sockets are not."""
+    with RelayProcess() as relay:
+        assert relay.process is not None
+        port = port_of(relay)
+        async with Client.connect(relay.ws) as client:
+            ref = await client.join("room:1")
+            resource.prlimit(relay.process.pid, resource.RLIMIT_NOFILE, (100, 100))
+            with ExitStack() as stack:
+                idlers = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(200)]
+                for idler in idlers[::2]:
+                    with suppress(OSError):
+                        idler.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n")
+                async with asyncio.timeout(20):
+                    while "101" not in await status_of_handshake(port):  # noqa: ASYNC110 - another process's state
+                        await asyncio.sleep(0.05)
+                assert (await http_get(f"{relay.http}/health"))[0] == 200
+            assert (await client.push(ref, "room:1", "shout"))["status"] == "ok"
+            assert figure(await metrics_of(relay), "relay_refused_total", reason="file descriptors") > 100
+        assert relay.output.count("to make room") <= 2, "a line in ten seconds"
 
 
 def test_many_clients_one_after_another_use_no_descriptors_up() -> None:
