@@ -78,8 +78,6 @@ class Relay:
         self.plugins: Loaded = load_plugins(self.config.plugins, (*extra_plugins, *builtins))
         self.operators: Operators = Operators(self.config, self.authenticates)
         self._trusted_proxies = parse_networks(self.config.trusted_proxies)
-        self.is_alone: bool = False
-        """Set by ``relay serve``, which listens where the settings say: nothing stands around the relay."""
         self._engine: Engine | None = None
         self._starting = asyncio.Lock()
         self._console = Console(self) if self.config.console else None
@@ -147,7 +145,6 @@ class Relay:
                     self.figures,
                     authenticate=self._authenticate,
                     keys=self.keys,
-                    is_alone=self.is_alone,
                 )
                 self._engine = engine  # plugins may use the relay while they start
                 try:

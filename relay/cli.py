@@ -227,9 +227,7 @@ def _worker_app() -> Any:
 def _alone(settings: Config) -> Any:
     from relay.app import Relay
 
-    relay = Relay(settings)
-    relay.is_alone = True
-    return relay
+    return Relay(settings)
 
 
 def _listen(settings: Config) -> sockets.socket:

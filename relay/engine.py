@@ -63,7 +63,6 @@ class Engine:
           figures: written for the other workers while this one runs.
           authenticate: the team's own say in who gets in.
           keys: the static keys of tokens.
-          is_alone: whether it is served alone, where the settings say, and not in somebody's app.
     """
 
     def __init__(
@@ -75,7 +74,6 @@ class Engine:
         figures: Figures,
         authenticate: Authenticate | None = None,
         keys: tuple[Key, ...] = (),
-        is_alone: bool = False,
     ) -> None:
         self._tracer = Tracer() if config.tracing else None  # first, since it may fail
         self._journal = Journal()
@@ -109,8 +107,7 @@ class Engine:
         if self._verifier or authenticate or config.auth.anonymous or config.auth.authenticated:
             verify = self._verifier.verify if self._verifier else None
             self._auth = Auth(config, self.node.caller, verify, authenticate)
-        # Nobody is asked who they are, because nobody else can connect; but browsers here open pages from anywhere.
-        self._loopback_only = is_alone and not config.lets_others_in(bool(self._verifier or authenticate))
+        self._asks_nobody = not (config.anonymous or self._verifier or authenticate)
         self.sockets: dict[str, Socket] = {}
         self._no_sockets = asyncio.Event()
         self._no_sockets.set()
@@ -250,7 +247,7 @@ class Engine:
     ) -> Socket | None:
         """Do the handshake of a ``websocket`` scope; None where it was refused."""
         config, metrics = self.config, self._metrics
-        shake = handshake.check(scope, config.origins, loopback_only=self._loopback_only)
+        shake = handshake.check(scope, config.origins, asks_nobody=self._asks_nobody)
         access: Callable[..., Access] | None = None
         if self._auth is not None and not isinstance(shake, Refused):
             try:

@@ -18,6 +18,8 @@ from relay.wire import Version
 
 SUBPROTOCOL = "phoenix"
 _TOKEN_PREFIX = "base64url.bearer.phx."
+_TEST_CLIENT = "testclient"
+"""The address of Starlette's `TestClient`, which no network brings here."""
 _NO_HOST = frozenset("/#?@\\ \t")
 _DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
@@ -43,19 +45,17 @@ class Handshake(NamedTuple):
 
 
 def check(
-    scope: Mapping[str, Any], origins: str | tuple[str, ...], *, loopback_only: bool = False
+    scope: Mapping[str, Any], origins: str | tuple[str, ...], *, asks_nobody: bool = False
 ) -> Handshake | Refused:
     """Check an upgrade request, in Phoenix's order.
 
     Args: scope: an ASGI ``websocket`` scope.
           origins: the setting of that name.
-          loopback_only: whether ``Host`` must name this machine.
+          asks_nobody: whether nobody is asked who they are, so that only this machine is answered.
     """
     headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-    if loopback_only and not is_loopback(headers.get(b"host", "")):
-        # Under a name that its owner points here (DNS rebinding) any page of the web would be of the same origin.
-        text = "this relay answers this machine alone; set anonymous, auth or origins to let others in"
-        return Refused(403, text, "not under a name of this machine")
+    if asks_nobody and (stranger := _stranger(scope, headers.get(b"host", ""), origins)) is not None:
+        return stranger
     origin = headers.get(b"origin")
     if origin is not None and not is_allowed_origin(origin, headers.get(b"host", ""), origins):
         return Refused(
@@ -75,6 +75,21 @@ def check(
     if version is None:
         return Refused(403, "expected vsn=2.0.0 or vsn=1.0.0 in the query", "version")
     return Handshake(version, SUBPROTOCOL if offered else None, token)
+
+
+def _stranger(scope: Mapping[str, Any], host: str, origins: str | tuple[str, ...]) -> Refused | None:
+    """Refuse who comes from elsewhere, or may; None where it is a client on this machine."""
+    client = (scope.get("client") or ("",))[0]
+    if client == _TEST_CLIENT:
+        return None
+    if not is_loopback(client):
+        text = "nobody is asked who they are, so this machine alone is answered; set auth, authenticate= or anonymous"
+        return Refused(403, text, "from another machine")
+    if origins == "same" and not is_loopback(host):
+        # Under a name that its owner points here (DNS rebinding) any page of the web would be of the same origin.
+        text = "this relay answers this machine alone; set anonymous, auth or origins to let others in"
+        return Refused(403, text, "not under a name of this machine")
+    return None
 
 
 def token_from(offered: Iterable[str]) -> str | None:

@@ -54,7 +54,7 @@ HERE = Path(__file__).parent
 
 def test_what_one_says_reaches_the_topic() -> None:
     relay = Relay(broadcast_url="memory://", plugins={{"paths": [HERE.parent]}})
-    with TestClient(relay, client=("127.0.0.1", 50000)) as client:
+    with TestClient(relay) as client:
         with client.websocket_connect("/socket/websocket?vsn=2.0.0") as socket:
             socket.send_text(json.dumps(["1", "1", "{name}:1", "phx_join", {{}}]))
             assert socket.receive_json()[4] == {{"status": "ok", "response": {{"welcome": "{name}:1"}}}}

@@ -38,6 +38,40 @@ def refused(result: Handshake | Refused) -> tuple[int, str]:
     return result.status, result.kind
 
 
+# Whom a relay answers that asks nobody who they are.
+
+
+def from_address(client: str | None, host: str = "localhost:8000") -> dict[str, Any]:
+    return scope(host=host) | {"client": client and (client, 1234)}
+
+
+@pytest.mark.parametrize(
+    ("client", "host"),
+    [("127.0.0.1", "localhost:8000"), ("::1", "[::1]:8000"), ("127.9.9.9", "127.0.0.1"), ("testclient", "testserver")],
+)
+def test_client_on_this_machine_is_answered_where_nobody_is_asked(client: str, host: str) -> None:
+    assert accepted(check(from_address(client, host), "same", asks_nobody=True))
+
+
+@pytest.mark.parametrize("client", ["192.168.1.9", "2001:db8::1", "", "unix:", None])
+@pytest.mark.parametrize("origins", ["same", "any"])
+def test_client_of_another_machine_is_refused_where_nobody_is_asked(client: str | None, origins: str) -> None:
+    """Wherever the server listens: a mounted relay does not know that. Nor who comes through a Unix socket."""
+    assert refused(check(from_address(client), origins, asks_nobody=True)) == (403, "from another machine")
+    assert accepted(check(from_address(client), origins))
+
+
+@pytest.mark.parametrize(
+    ("origins", "kind"), [("same", "not under a name of this machine"), ("any", None), (("//other.example",), None)]
+)
+def test_other_names_of_this_machine_are_refused_unless_origins_name_the_pages(
+    origins: Origins, kind: str | None
+) -> None:
+    """DNS rebinding: under a name that points here, any page of the web is of the same origin."""
+    result = check(from_address("127.0.0.1", "relay.example"), origins, asks_nobody=True)
+    assert (result.kind if isinstance(result, Refused) else None) == kind
+
+
 # Version.
 
 

@@ -185,7 +185,10 @@ async def test_clients_behind_a_trusted_proxy_are_counted_one_by_one(
     serve_relay: ServeRelay, connect: Connect, proxy_headers: bool
 ) -> None:
     served = await serve_relay(
-        server={"proxy_headers": proxy_headers}, limits={"sockets_per_address": 1}, trusted_proxies=["127.0.0.1"]
+        server={"proxy_headers": proxy_headers},
+        limits={"sockets_per_address": 1},
+        trusted_proxies=["127.0.0.1"],
+        anonymous=True,
     )
     client = await connect(served, additional_headers={"X-Forwarded-For": "1.2.3.4"})
     await client.join("room:1")
@@ -197,7 +200,10 @@ async def test_clients_behind_a_trusted_proxy_are_counted_one_by_one(
 
 async def test_clients_of_one_ipv6_network_are_counted_together(serve_relay: ServeRelay, connect: Connect) -> None:
     served = await serve_relay(
-        server={"proxy_headers": False}, limits={"sockets_per_address": 1}, trusted_proxies=["127.0.0.0/8"]
+        server={"proxy_headers": False},
+        limits={"sockets_per_address": 1},
+        trusted_proxies=["127.0.0.0/8"],
+        anonymous=True,
     )
     await connect(served, additional_headers={"X-Forwarded-For": "2001:db8:1:2::3"})
     assert (await refusal(served, **{"X-Forwarded-For": "2001:db8:1:2:ffff::4"}))[0] == 429
@@ -312,6 +318,7 @@ async def test_relay_serve_cuts_slow_handshakes_and_looks_behind_proxies_itself(
         "RELAY_LIMITS__HANDSHAKE_TIMEOUT_S": "0.3",
         "RELAY_LIMITS__SOCKETS_PER_ADDRESS": "1",
         "RELAY_TRUSTED_PROXIES": '["127.0.0.1"]',
+        "RELAY_ANONYMOUS": "true",
     }
     with RelayProcess(environ=environ) as relay:
         address = f"{relay.ws}/websocket?vsn=2.0.0"

@@ -60,7 +60,34 @@ async def get(url: str, **options: Any) -> httpx.Response:
         return await client.get(url, **options)
 
 
+async def refusal(served: Served, **headers: str) -> httpx.Response:
+    """The answer to a handshake that is refused."""
+    with pytest.raises(InvalidStatus) as caught:
+        async with Client.connect(served.ws, additional_headers=headers):
+            pass
+    refused = caught.value.response
+    return httpx.Response(refused.status_code, content=bytes(refused.body or b""))
+
+
 # install().
+
+
+@pytest.mark.parametrize("direct", [True])
+async def test_relay_that_asks_nobody_answers_this_machine_alone_wherever_it_is_mounted(direct: bool) -> None:
+    """The app may listen anywhere, and a relay deep inside it does not know where. Uvicorn looks behind a proxy."""
+    for settings, is_open in (({}, False), ({"anonymous": True}, True)):
+        relay, inner, app = memory_relay(**settings), Starlette(), FastAPI()
+        relay.install(inner)
+        app.mount("/inner", inner)
+        async with relay.lifespan(), serve(relay, app=app, prefix="/inner/relay", direct=direct) as served:
+            await converse(served)
+            if is_open:
+                await converse(served, additional_headers={"X-Forwarded-For": "192.0.2.7"})
+                continue
+            answer = await refusal(served, **{"X-Forwarded-For": "192.0.2.7"})
+            assert answer.status_code == 403
+            assert "set auth, authenticate= or anonymous" in answer.text
+            assert relay.metrics.refused == {"handshake: from another machine": 1}
 
 
 @pytest.mark.parametrize("framework", [Starlette, FastAPI])
