@@ -54,37 +54,52 @@ class _Entry:
     """The pattern that its topic's policy stands under."""
 
 
+ENTRY_BYTES = 140
+"""What a waiting frame takes beside its own bytes: its entry, its key, its places in the queue and in the table."""
+
+
 class Outboxes:
-    """All outboxes of a relay: a bound for their bytes together, past which the largest goes first.
+    """All outboxes of a relay: a bound for the memory of all, past which the largest goes first.
 
     A frame that waits for many sockets counts as often as it waits, though it is held once.
 
-    Args: max_bytes: the bound; 0 for none.
-          metrics: ``outbox_bytes`` there is the sum.
+    Args: max_bytes: the bound, `ENTRY_BYTES` for each frame included; 0 for none.
+          metrics: ``outbox_bytes`` there is the sum of the frames alone.
     """
 
-    __slots__ = ("_members", "_metrics", "max_bytes")
+    __slots__ = ("_held_bytes", "_members", "_metrics", "max_bytes")
 
     def __init__(self, max_bytes: int, metrics: Metrics) -> None:
         self.max_bytes: int = max_bytes
         self._metrics = metrics
-        # Those in which something waits, and what to call when one has to go.
-        self._members: dict[Outbox, Callable[[], object]] = {}
+        self._held_bytes = 0
+        # Those in which something waits: as they were last counted, and what to call when one has to go.
+        self._members: dict[Outbox, _Member] = {}
 
-    def add(self, outbox: "Outbox", size: int, give_up: Callable[[], object]) -> None:
-        """Count bytes that came into an outbox; past the bound, have the largest emptied by its ``give_up``."""
-        self._members[outbox] = give_up
-        self._metrics.outbox_bytes += size
-        while 0 < self.max_bytes < self._metrics.outbox_bytes:
-            largest = max(self._members, key=lambda member: member.waiting_bytes)
-            _ = self._members[largest]()
-            assert largest not in self._members, "an outbox that is given up is emptied"
-
-    def remove(self, outbox: "Outbox", size: int) -> None:
-        """Count bytes that left an outbox."""
-        self._metrics.outbox_bytes -= size
-        if not outbox.waiting_bytes:
+    def count(self, outbox: "Outbox", give_up: Callable[[], object]) -> None:
+        """Count what an outbox holds now; past the bound, have the largest emptied by its ``give_up``."""
+        before = self._members.get(outbox, _NOTHING)
+        now = _Member(outbox.waiting_bytes, outbox.held_bytes, give_up)
+        self._metrics.outbox_bytes += now.waiting_bytes - before.waiting_bytes
+        self._held_bytes += now.held_bytes - before.held_bytes
+        if now.held_bytes:
+            self._members[outbox] = now
+        else:
             _ = self._members.pop(outbox, None)
+        if now.held_bytes > before.held_bytes:
+            while 0 < self.max_bytes < self._held_bytes:
+                largest = max(self._members, key=lambda member: member.held_bytes)
+                _ = self._members[largest].give_up()
+                assert largest not in self._members, "an outbox that is given up is emptied"
+
+
+class _Member(NamedTuple):
+    waiting_bytes: int
+    held_bytes: int
+    give_up: Callable[[], object]
+
+
+_NOTHING = _Member(0, 0, lambda: None)
 
 
 class Outbox:
@@ -138,12 +153,17 @@ class Outbox:
         """Bytes of all waiting frames."""
         return self.event_bytes + self.control_bytes
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory that they take."""
+        return self.waiting_bytes + ENTRY_BYTES * len(self._entries)
+
     def add_control(self, frame: Frame) -> bool:
         """Queue a reply, a close or an error; False where that exceeds the bound: the socket must be closed."""
         self._entries.append(_Entry(frame, None, ""))
         self.control_bytes += frame.size
         fits = self.control_bytes <= self.max_bytes
-        self._count(frame.size)
+        self._count()
         return fits
 
     def add_event(self, frame: Frame, topic: str, event: str, policy: Policy) -> int | None:
@@ -152,21 +172,17 @@ class Outbox:
         Returns: how many events were dropped (the new one, where it alone exceeds the bound), or None:
                  the socket must be closed, and the event was not queued.
         """
-        before = self.event_bytes
         dropped = self._add_event(frame, topic, event, policy)
         if dropped:
             self.dropped += dropped
             if policy.tell_dropped and self._tell_dropped is not None:
                 self._untold[topic] = self._untold.get(topic, 0) + dropped
-        self._count(self.event_bytes - before)
+        self._count()
         return dropped
 
-    def _count(self, size: int) -> None:
+    def _count(self) -> None:
         if self._outboxes is not None:
-            if size > 0:
-                self._outboxes.add(self, size, self._give_up)
-            elif size < 0:
-                self._outboxes.remove(self, -size)
+            self._outboxes.count(self, self._give_up)
 
     def _add_event(self, frame: Frame, topic: str, event: str, policy: Policy) -> int | None:
         overflow = policy.overflow
@@ -204,7 +220,7 @@ class Outbox:
             return told
         entry = self._entries.popleft()
         self._forget(entry)
-        self._count(-entry.frame.size)
+        self._count()
         return entry.frame
 
     def _pop_untold(self) -> Frame | None:
@@ -227,12 +243,11 @@ class Outbox:
         """Drop everything, for a socket that is gone. Returns how many events were among it, by `Policy.match`."""
         events = Counter(entry.match for entry in self._entries if entry.key is not None)
         self.dropped += events.total()
-        size = self.waiting_bytes
         self._entries.clear()
         self._latest.clear()
         self._untold.clear()
         self.event_bytes = self.control_bytes = 0
-        self._count(-size)
+        self._count()
         return events
 
     def _forget(self, entry: _Entry) -> None:

@@ -1,5 +1,6 @@
 """`relay.outbox`: what waits for a slow reader, its bound, and the three policies."""
 
+import tracemalloc
 from collections.abc import Iterator
 
 import pytest
@@ -7,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.metrics import Metrics
-from relay.outbox import Outbox, Outboxes, Overflow, Policy
+from relay.outbox import ENTRY_BYTES, Outbox, Outboxes, Overflow, Policy
 from relay.wire import Frame, Version, check_payload, encode_broadcast
 
 DISCONNECT = Policy(Overflow.DISCONNECT)
@@ -255,7 +256,7 @@ def test_closing_a_socket_leaves_nothing_to_tell() -> None:
 
 def test_largest_outbox_goes_first_when_all_hold_too_much() -> None:
     metrics = Metrics()
-    together = Outboxes(100, metrics)
+    together = Outboxes(100 + 4 * ENTRY_BYTES, metrics)
     gone: list[str] = []
 
     def make(name: str) -> Outbox:
@@ -274,8 +275,24 @@ def test_largest_outbox_goes_first_when_all_hold_too_much() -> None:
     late.add_event(frame("4", 31), "t", "e", DISCONNECT)
     assert (gone, metrics.outbox_bytes) == (["large"], 61)
     assert (drain(small), drain(late), drain(large)) == (["1"], ["4"], [])
-    late.add_event(frame("5", 101), "t", "e", DISCONNECT)
+    late.add_event(frame("5", 101 + 4 * ENTRY_BYTES), "t", "e", DISCONNECT)
     assert (gone, metrics.outbox_bytes) == (["large", "late"], 0)
+
+
+@pytest.mark.parametrize("policy", [DROP_OLDEST, LATEST])
+def test_bound_of_all_outboxes_is_one_of_memory(policy: Policy) -> None:
+    """The smallest of events, each with its place in a queue: five times as much as their bytes."""
+    outbox, names = Outbox(1_000_000), [f"e{number}" for number in range(20_000)]
+    events = [encode_broadcast(Version.V2, "t", name, check_payload(b"1")) for name in names]
+    tracemalloc.start()
+    try:
+        for event, name in zip(events, names, strict=True):
+            _ = outbox.add_event(event, "t", name, policy)
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert len(outbox) == len(events)
+    assert outbox.held_bytes == pytest.approx(outbox.waiting_bytes + taken, rel=0.2)
 
 
 def test_no_bound_for_all_outboxes_where_it_is_zero() -> None:
