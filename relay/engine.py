@@ -296,7 +296,7 @@ class Engine:
                 self._metrics.sent_away += socket.access.send_away(order.user, order.topic, order.reason)
 
     async def _sweep(self) -> None:
-        """Close idle sockets, and say when the loop has stood still.
+        """Close idle sockets, say when the loop has stood still, and which lines the log has left out.
 
         One coarse look at all sockets costs less than a timer for each. After a standstill the look is put off:
         heartbeats that came meanwhile have not been read yet.
@@ -316,6 +316,8 @@ class Engine:
                     "stall", "the event loop stood still for %.1f s: a handler blocks, or the machine does", late_s
                 )
                 due = now + look_s
+            self._journal.flush()
+            transport.throttle.flush()
             if now < due:
                 continue
             due = now + look_s

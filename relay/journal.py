@@ -1,7 +1,7 @@
 """The life of sockets in the log: a line when one connects, is refused a join, asks for too much, disconnects.
 
-Owns the words of these lines; must not know what led to them. Of each kind there are at most `LINES_PER_S`, so that
-a storm of clients does not fill a disk.
+Owns the words of these lines; must not know what led to them. Of each kind there are at most `LINES_MAX` in
+`INTERVAL_S`, so that a storm of clients does not fill a disk.
 """
 
 import logging
@@ -11,8 +11,9 @@ from typing import NamedTuple
 
 from relay.logs import Subject, Throttle
 
-LINES_PER_S = 10
-"""Lines of one kind in a second; the next one says how many were left out."""
+LINES_MAX = 500
+INTERVAL_S = 10.0
+"""So many lines of one kind in so many seconds; then one says how many were left out."""
 
 
 class Totals(NamedTuple):
@@ -33,7 +34,11 @@ class Journal:
     """Writes these lines, all under one logger, ``relay.socket``."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._throttle = Throttle(logging.getLogger("relay.socket"), 1.0, clock, LINES_PER_S)
+        self._throttle = Throttle(logging.getLogger("relay.socket"), INTERVAL_S, clock, LINES_MAX)
+
+    def flush(self) -> None:
+        """Say what was left out, where nothing has come after it; to be called now and then."""
+        self._throttle.flush(logging.INFO)
 
     def connected(self, socket: Subject) -> None:
         """A handshake was accepted."""

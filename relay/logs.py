@@ -101,6 +101,12 @@ class Throttle:
         self._left_out[kind] = self._left_out.get(kind, 0) + 1
         return False
 
+    def flush(self, level: int = logging.WARNING) -> None:
+        """Say how many lines were left out of each kind whose interval is over and that has had no line since."""
+        now = self._clock()
+        for kind in [kind for kind in self._left_out if now - self._began[kind] >= self._interval_s]:
+            self._logger.log(level, "%d more lines of the kind %r were left out", self._left_out.pop(kind), kind)
+
     def _left_out_since(self, kind: str) -> str:
         left_out = self._left_out.pop(kind, 0)
         return f" ({left_out} more of this kind since the last line)" if left_out else ""

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from relay.journal import LINES_PER_S, Journal, Totals
+from relay.journal import INTERVAL_S, LINES_MAX, Journal, Totals
 
 
 class Somebody:
@@ -21,12 +21,26 @@ def test_storm_of_connects_writes_few_lines_and_tells_of_the_others(caplog: pyte
     journal = Journal(lambda: now)
     for _ in range(10_000):
         journal.connected(Somebody())
-    assert len(caplog.messages) == LINES_PER_S
+    assert len(caplog.messages) == LINES_MAX
     journal.join_refused(Somebody(), "room:1", "unauthorized")
     assert "refused" in caplog.messages[-1], "other kinds go on"
-    now = 1.0
+    now = INTERVAL_S
     journal.connected(Somebody())
-    assert caplog.messages[-1].endswith(f" ({10_000 - LINES_PER_S} more of this kind since the last line)")
+    assert caplog.messages[-1].endswith(f" ({10_000 - LINES_MAX} more of this kind since the last line)")
+
+
+def test_lines_that_were_left_out_are_told_of_though_none_comes_after_them(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "relay.socket")
+    now = 0.0
+    journal = Journal(lambda: now)
+    for _ in range(LINES_MAX + 3):
+        journal.connected(Somebody())
+    journal.flush()
+    assert len(caplog.messages) == LINES_MAX, "the interval is not over"
+    now = INTERVAL_S
+    journal.flush()
+    journal.flush()
+    assert caplog.messages[LINES_MAX:] == ["3 more lines of the kind 'connect' were left out"]
 
 
 def test_nothing_that_a_client_says_breaks_a_line(caplog: pytest.LogCaptureFixture) -> None:
