@@ -34,6 +34,12 @@ export interface SocketOptions {
   rejoinAfterMs?: (tries: number) => number;
   /** A WebSocket class, where there is no global one. */
   transport?: new (url: string, protocols?: string[]) => unknown;
+  /** Options of `phoenix` for what is not here: a log, long-polling. They are taken, and mean nothing. */
+  logger?: unknown;
+  debug?: unknown;
+  longPollFallbackMs?: unknown;
+  longpollerTimeout?: unknown;
+  sessionStorage?: unknown;
 }
 
 /** One connection, kept until `disconnect()`, or until the server closes it with code 1000. */
@@ -84,6 +90,13 @@ export class Channel implements AsyncIterable<ChannelEvent> {
   /** All events from now on; of those not yet taken the newest `limit` (default 1000) are kept. */
   events(options?: { limit?: number }): EventStream;
   joinRef(): string | null;
+  /** Whether a push would be sent at once. */
+  canPush(): boolean;
+  isClosed(): boolean;
+  isErrored(): boolean;
+  isJoined(): boolean;
+  isJoining(): boolean;
+  isLeaving(): boolean;
   [Symbol.asyncIterator](): EventStream;
 }
 

@@ -210,7 +210,7 @@ export class Channel {
   push(event, payload = {}, timeout = this.socket.timeout) {
     if (!this.#join) throw new Error(`cannot push "${event}" to "${this.topic}" before join()`);
     const push = new Push(this, event, payload, timeout);
-    if (this.state === "joined" && this.socket.isConnected()) push._send();
+    if (this.canPush()) push._send();
     else {
       push._wait();
       this.#buffer.add(push);
@@ -253,6 +253,30 @@ export class Channel {
 
   joinRef() {
     return this.#join?.ref ?? null;
+  }
+
+  canPush() {
+    return this.socket.isConnected() && this.isJoined();
+  }
+
+  isClosed() {
+    return this.state === "closed";
+  }
+
+  isErrored() {
+    return this.state === "errored";
+  }
+
+  isJoined() {
+    return this.state === "joined";
+  }
+
+  isJoining() {
+    return this.state === "joining";
+  }
+
+  isLeaving() {
+    return this.state === "leaving";
   }
 
   _opened() {

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.node import DEADLINE_S, need_browser, need_node, run_checks
+from tests.support.node import DEADLINE_S, SCRIPTS, compile_typescript, need_browser, need_node, run_checks
 from tests.support.process import RelayProcess
 
 FOLDER = Path(__file__).parents[2] / "clients" / "browser"
@@ -45,6 +45,19 @@ def test_declaration_names_what_the_module_exports(name: str) -> None:
     pattern = rf"^export (class|function) {name}\b"
     for file in ("relay.js", "relay.d.ts"):
         assert re.search(pattern, (FOLDER / file).read_text("utf-8"), re.MULTILINE), file
+
+
+def test_declaration_is_what_typescript_understands_and_refuses_mistakes(tmp_path: Path) -> None:
+    need_node()
+    compile_typescript(tmp_path, SCRIPTS / "types" / "client.ts", client=FOLDER / "relay.d.ts")
+
+
+@pytest.mark.parametrize(
+    "types", [FOLDER / "relay.d.ts", SCRIPTS / "node_modules/@types/phoenix/index.d.ts"], ids=["relay", "phoenix"]
+)
+def test_one_application_compiles_with_either_client(types: Path, tmp_path: Path) -> None:
+    need_node()
+    compile_typescript(tmp_path, SCRIPTS / "types" / "swap.ts", client=types)
 
 
 def test_it_works_in_a_browser(relay: RelayProcess) -> None:

@@ -56,6 +56,31 @@ def need_browser() -> None:
         pytest.skip("no Chromium or Chrome is installed; CHROMIUM=/path/to/it names one")
 
 
+def compile_typescript(folder: Path, *files: Path, **modules: Path) -> None:
+    """Have TypeScript look at files, as strictly as it can; fails with all that it finds.
+
+    Args: folder: an empty one, for the settings.
+          modules: where the declarations of a module are that the files import.
+    """
+    options = {
+        "strict": True,
+        "noEmit": True,
+        "target": "es2022",
+        "module": "esnext",
+        "moduleResolution": "bundler",
+        "lib": ["es2023", "dom", "dom.iterable", "dom.asynciterable"],
+        "types": [],
+        "paths": {name: [str(path)] for name, path in modules.items()},
+    }
+    settings = folder / "tsconfig.json"
+    settings.write_text(json.dumps({"compilerOptions": options, "files": [str(file) for file in files]}))
+    compiler = SCRIPTS / "node_modules" / "typescript" / "bin" / "tsc"
+    done = subprocess.run(
+        ["node", str(compiler), "--project", str(settings)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 class Script:
     """One running script, as a context manager that ends it whatever happens."""
 

@@ -417,3 +417,20 @@ test("an iteration that waits is woken by an event, and leaves nothing behind wh
   wire.receive([null, null, "room:1", "n", 2]);
   assert.deepEqual((await Promise.all([one, two])).map(({ value }) => value.payload), [2, 2]);
 });
+
+test("a channel says what state it is in, by the methods that phoenix has", () => {
+  const tell = (channel) => ["Closed", "Joining", "Joined", "Errored", "Leaving"].filter((name) => channel[`is${name}`]());
+  const wire = connect();
+  const channel = socket.channel("room:1");
+  assert.deepEqual([tell(channel), channel.canPush()], [["Closed"], false]);
+  channel.join();
+  assert.deepEqual([tell(channel), channel.canPush()], [["Joining"], false]);
+  wire.reply(wire.take()[0], "ok");
+  assert.deepEqual([tell(channel), channel.canPush()], [["Joined"], true]);
+  wire.receive([channel.joinRef(), channel.joinRef(), "room:1", "phx_error", {}]);
+  assert.deepEqual([tell(channel), channel.canPush()], [["Errored"], false]);
+  clock.tick(100);
+  wire.reply(wire.take()[0], "ok");
+  channel.leave();
+  assert.deepEqual([tell(channel), channel.canPush()], [["Leaving"], false]);
+});
