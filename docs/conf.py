@@ -17,6 +17,7 @@ source_suffix = {".md": "markdown"}
 exclude_patterns = ["conf.py"]
 myst_heading_anchors = 4  # links to #headings, as forges make them
 myst_enable_extensions = ["html_image"]
+smartquotes = False  # what stands in a page may be typed
 html_theme = "furo"
 html_title = f"relay {__version__}"
 html_favicon = "../relay/static/favicon.svg"

@@ -76,6 +76,9 @@ class Relay:
         self.figures: Figures = Figures(self.metrics, self._state, self.config.metrics.folder)
         builtins = (system.plugin,) if self.config.system_topic else ()
         self.plugins: Loaded = load_plugins(self.config.plugins, (*extra_plugins, *builtins))
+        for name in (found.name for found in self.plugins.found if found.plugin):
+            # Or the first fault would be no rise of anything.
+            self.metrics.plugin_calls[name] = self.metrics.plugin_errors[name] = 0
         self.operators: Operators = Operators(self.config, self.authenticates)
         self._trusted_proxies = parse_networks(self.config.trusted_proxies)
         self._engine: Engine | None = None

@@ -62,6 +62,24 @@ class CloseCode(IntEnum):
     """The socket's outbox is full and its topic's policy is ``disconnect``, or it is the largest of too many."""
 
 
+DROPPED = (
+    Reason.INVALID_EVENT,
+    Reason.PAYLOAD_TOO_LARGE,
+    "by a plugin",
+    "channel names no event",
+    "control message not understood",
+    "no envelope",
+    "on_event handler too slow",
+    "on_redis handler too slow",
+    "outboxes full",
+    "slow reader disconnected",
+    "slow reader, drop-oldest",
+    "slow reader, latest",
+    "socket closed",
+)
+"""Why events are not delivered: all reasons of ``relay_dropped_total``."""
+
+
 class RelayError(Exception):
     """Base of all exceptions the relay raises on purpose."""
 

@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 
 from relay import __version__
 from relay.descriptors import descriptors
+from relay.errors import DROPPED
 from relay.metrics import BOUNDS_S, Histogram, Metrics
 
 if TYPE_CHECKING:
@@ -111,10 +112,17 @@ FIGURES: tuple[Figure, ...] = (
         "",
         _of("outbox_bytes"),
     ),
-    _counter("dropped", "Events not delivered, by reason.", "reason"),
+    Figure(
+        "relay_dropped",
+        "counter",
+        "Events not delivered, by reason.",
+        "reason",
+        # With a zero for each that has not come yet: the first of them would else be no rise, and wake nobody.
+        lambda m, s, p: {**dict.fromkeys(DROPPED, 0), **m.dropped},
+    ),
     _counter("dropped_topics", "Of those, events that slow readers missed, by pattern in `[[topics]]`.", "match"),
     _counter("refused", "Handshakes, joins and pushes refused, and sockets sent away, by reason.", "reason"),
-    _counter("malformed", "Frames from clients that could not be understood, by close code.", "reason"),
+    _counter("malformed", "Frames from clients that could not be understood, by close code.", "code"),
     _counter("gaps", "Times the link to the bus was interrupted, so that events may have been missed."),
     _counter("rejoins_asked", "Subscriptions told to rejoin after a gap."),
     _counter("sent_away", "Sockets and subscriptions ended for a user that was sent away."),

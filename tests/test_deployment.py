@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from relay.figures import FIGURES
+from tests.support.node import SCRIPTS, compile_typescript, need_node
 from tests.support.process import RelayProcess
 
 ROOT = Path(__file__).parents[1]
@@ -141,8 +143,43 @@ def test_rules_ask_for_figures_that_exist() -> None:
     assert used_metrics(expressions) <= known_metrics()
 
 
+def dashboard() -> str:
+    return (CONFIG / "dashboard.json").read_text()
+
+
+def test_dashboard_follows_grafanas_own_types(tmp_path: Path) -> None:
+    """Those of its npm package; what they name by an enum stands in JSON as the enum's values."""
+    need_node()
+    source = tmp_path / "dashboard.ts"
+    source.write_text(f"""
+import type {{ Dashboard }} from "@grafana/schema"
+type Plain<T> = T extends string ? `${{T}}` : T extends object ? {{ [K in keyof T]: Plain<T[K]> }} : T
+export const dashboard = {dashboard().strip()} satisfies Plain<Dashboard>
+""")
+    types = SCRIPTS / "node_modules/@grafana/schema/dist/types/index.d.ts"
+    compile_typescript(tmp_path, source, **{"@grafana/schema": types})
+
+
+def labels_of() -> dict[str, set[str]]:
+    """The labels of each figure, by the name that Prometheus shows."""
+    return {figure.shown_name: {figure.label} - {""} for figure in FIGURES}
+
+
+def test_figures_are_grouped_by_labels_that_they_have() -> None:
+    """By another label all would fall into one group, and nobody would be told."""
+    rules = re.findall(r"^ *expr: (.*)$", (CONFIG / "alerts.yml").read_text(), re.MULTILINE)
+    expressions = [*rules, *(target["expr"] for panel in panels() for target in panel["targets"])]
+    grouped = 0
+    for expression in expressions:
+        for labels, name in re.findall(r"by \(([^)]*)\) \((?:\w+\()?(\w+)", expression):
+            known = labels_of().get(name) or labels_of().get(name.removesuffix("_bucket"), set())
+            assert set(re.split(r", *", labels)) - {"instance", "job", "le"} <= known, expression
+            grouped += 1
+    assert grouped > 5
+
+
 def panels() -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((CONFIG / "dashboard.json").read_text())["panels"]
+    found: list[dict[str, Any]] = json.loads(dashboard())["panels"]
     return found
 
 

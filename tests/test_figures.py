@@ -1,6 +1,7 @@
 """`relay.figures`: what ``/metrics`` shows, of one process and of several workers; and that the docs tell it."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -8,9 +9,12 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from relay import Plugin, Relay
+from relay.errors import DROPPED
 from relay.figures import FIGURES, Figures, State
 from relay.folder import Folder
 from relay.metrics import Metrics
+from relay.outbox import Overflow
 
 DOCS = Path(__file__).parents[1] / "docs" / "metrics.md"
 
@@ -50,6 +54,23 @@ def test_every_counter_of_the_relay_is_shown() -> None:
         if field.name != "sockets":  # told by how frames are written
             wanted.add(number)
     assert wanted - set(read(lone(metrics)).values()) == set()
+
+
+def test_drops_of_each_kind_and_faults_of_each_plugin_are_there_from_the_start() -> None:
+    """A series that begins with its first drop has no rise, and no alarm rings."""
+    relay = Relay(broadcast_url="memory://", extra_plugins=(Plugin("chatty"),))
+    samples = read(relay.figures)
+    assert {labels[0] for name, labels in samples if name == "relay_dropped_total"} == set(DROPPED)
+    assert samples["relay_plugin_errors_total", ("chatty",)] == samples["relay_plugin_calls_total", ("chatty",)] == 0
+
+
+def test_reasons_of_drops_are_those_of_the_table() -> None:
+    code = "".join(path.read_text("utf-8") for path in (DOCS.parents[1] / "relay").rglob("*.py"))
+    used = set(re.findall(r"""(?:dropped\[|_lose\([^"()]*)"([^"]+)"[\],)]""", code))
+    assert len(used) >= 7
+    assert used | {f"slow reader, {overflow}" for overflow in Overflow if overflow is not Overflow.DISCONNECT} <= set(
+        DROPPED
+    )
 
 
 def test_names_and_units_follow_the_conventions() -> None:

@@ -19,6 +19,11 @@ def test_site_is_built_without_a_warning(tmp_path: Path) -> None:
     pages = {page.relative_to(site).with_suffix("") for page in site.rglob("*.html")}
     written = {page.relative_to(ROOT / "docs").with_suffix("") for page in (ROOT / "docs").rglob("*.md")}
     assert written <= pages
+    for page in (
+        "cli",
+        "reference/settings",
+    ):  # what stands there is typed: no “quotes”, and no dash for an option's two
+        assert not re.search(r"[“”]|–[a-z]", (site / f"{page}.html").read_text()), page
     front = (site / "index.html").read_text()
     assert all(f'href="{page}.html"' in front for page in written - {Path("index")}), "every page is in the index"
     assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="(?:https?:)?//', front), "no request to another host"

@@ -309,7 +309,7 @@ async def test_client_that_leaves_is_told_no_more_and_bad_frames_close_it(served
         assert await watching.push("phx_leave", {}) == {"status": "ok", "response": {}}
         await client.send_raw("{")
         assert (await client.expect_closed())[0] == 1007
-    assert figure((await http_get(f"{served.http}/metrics"))[1], "relay_malformed_total", reason="1007") == 1
+    assert figure((await http_get(f"{served.http}/metrics"))[1], "relay_malformed_total", code="1007") == 1
 
 
 async def test_console_is_closed_when_the_relay_stops(served: Served) -> None:
