@@ -4,7 +4,8 @@ A page is one story in a fresh folder, with Redis behind it and one relay. Its l
 
 ``python``   A first line ``# some/file.py`` names a file: the block is written there. A block without one is added to
              the file of the last one that has one. On a page that has named none, it is executed, with ``await`` at
-             its top level, in one namespace a page.
+             its top level, in one namespace a page. One with ``# → what is printed`` runs on, as in ``python -m
+             asyncio``, once it has printed the first of it.
 ``console``  Lines after ``$`` are typed, those of ``relay`` on a terminal. What is shown after them is compared with
              what comes: ``…`` is any text, or, alone on a line, any lines. What serves (``relay serve``, ``uvicorn``,
              …) runs on until the page ends or another is started; it is started anew when files have changed. Without
@@ -13,6 +14,7 @@ A page is one story in a fresh folder, with Redis behind it and one relay. Its l
              A script that says ``joined`` runs on then: what follows on the page may be what it waits for.
 ``toml``     Settings of the relay; a first line ``# some/file.toml`` names a file here too.
 ``html``     A file, named by a first line ``<!-- some/file.html -->``.
+``text``     A drawing.
 ``sql``      Run on Postgres, with a relay on it: browsers hear what it publishes.
 
 Addresses are the test's: ``127.0.0.1:8000`` and ``localhost:6379`` are replaced. ``pip install .`` registers the entry
@@ -55,6 +57,7 @@ REPOSITORY = Path(__file__).parents[1]
 PAGES = [
     path
     for name in (
+        "README",
         "docs/tutorial",
         "docs/coming-from",
         "docs/plugins",
@@ -69,8 +72,14 @@ PAGES = [
     )
     if (path := REPOSITORY / f"{name}.md").exists()
 ]
-LANGUAGES = ("python", "console", "js", "html", "toml", "sql")
+LANGUAGES = ("python", "console", "js", "html", "toml", "text", "sql")
 PATIENCE_S = 30.0
+
+
+def name_of(page: Path) -> str:
+    """A page's path, without its ending."""
+    return page.relative_to(REPOSITORY).with_suffix("").as_posix()
+
 
 _BLOCK = re.compile(
     r"^(?P<why><!-- not run: .+ -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
@@ -96,7 +105,7 @@ def blocks_of(page: Path) -> list[Block]:
     ]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_block_says_what_it_is(page: Path) -> None:
     """An indented block would not be found, nor run."""
     blocks = blocks_of(page)
@@ -107,7 +116,7 @@ def test_every_block_says_what_it_is(page: Path) -> None:
     assert "```" not in prose
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_block_of_the_page_works(page: Path, tmp_path: Path, valkey: Valkey) -> None:
     blocks = [block for block in blocks_of(page) if block.is_run]
     if any(block.language == "js" for block in blocks):
@@ -296,7 +305,7 @@ class Story:
                 assert file is not None, f"{place}: expected <!-- name.html --> first"
                 file.write_text(text)
             case _:
-                assert block.language == "sql", "the others are refused by the test above"
+                assert block.language in ("sql", "text"), "the others are refused by the test above"
 
     def _named_file(self, text: str) -> Path | None:
         found = _FILE.match(text)
@@ -308,6 +317,12 @@ class Story:
         return file
 
     def _run_python(self, text: str, place: str) -> None:
+        if "# → " in text:
+            self._need_server()
+            script = Script(text, self._folder, self._environ, place, "python")
+            self._scripts.append(script)
+            script.wait(until=script.expected[0])
+            return
         named = self._named_file(text)
         if named is not None:
             self._file = named
@@ -383,7 +398,7 @@ class Story:
 
     def _run_js(self, text: str, place: str) -> None:
         self._need_server()
-        script = Script(text, self._folder, self._environ, place)
+        script = Script(text, self._folder, self._environ, place, "js")
         self._scripts.append(script)
         script.wait(until="joined" if "joined" in script.expected else None)
 
@@ -451,32 +466,43 @@ class Server:
 
 
 class Script:
-    """A script that runs in Node, and what it is expected to print."""
+    """A script that runs in Node or in Python, and what it is expected to print."""
 
-    def __init__(self, text: str, folder: Path, environ: dict[str, str], place: str) -> None:
+    def __init__(self, text: str, folder: Path, environ: dict[str, str], place: str, language: str) -> None:
         self.expected = [
-            line.strip() for found in re.findall(r"// → (.*)$", text, re.MULTILINE) for line in found.split(" → ")
+            line.strip() for found in re.findall(r"(?://|#) → (.*)$", text, re.MULTILINE) for line in found.split(" → ")
         ]
         assert self.expected, f"{place}: expected some `// → what is printed`"
         self._place = place
-        file = folder / f"script-{place.rpartition(' ')[2]}.mjs"
+        file = folder / f"script-{place.rpartition(' ')[2]}.{'mjs' if language == 'js' else 'txt'}"
         file.write_text(text)
-        phoenix = folder / "node_modules" / "phoenix"
-        if not phoenix.exists():
-            phoenix.symlink_to(SCRIPTS / "node_modules" / "phoenix-1.8")
-            # A browser has a WebSocket; Node has one since version 22.
-            ws = (SCRIPTS / "node_modules" / "ws" / "wrapper.mjs").as_uri()
-            (folder / "browser.mjs").write_text(f"import ws from {json.dumps(ws)}\nglobalThis.WebSocket ??= ws\n")
+        if language == "python":
+            command = [sys.executable, "-u", __file__, "await", file.name]
+            environ = environ | {
+                "PYTHONPATH": f"{environ['PYTHONPATH']}{os.pathsep}{REPOSITORY / 'clients' / 'python'}"
+            }
+        else:
+            command = ["node", "--import", self._like_a_browser(folder).as_uri(), file.name]
         self._log = folder.parent / f"{file.name}.log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
-                ["node", "--import", (folder / "browser.mjs").as_uri(), file.name],
+                command,
                 cwd=folder,
                 env=environ | {"NODE_DISABLE_COLORS": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
+
+    def _like_a_browser(self, folder: Path) -> Path:
+        """Let scripts find phoenix and a WebSocket; returns what Node has to import first."""
+        phoenix = folder / "node_modules" / "phoenix"
+        if not phoenix.exists():
+            phoenix.symlink_to(SCRIPTS / "node_modules" / "phoenix-1.8")
+            # A browser has a WebSocket; Node has one since version 22.
+            ws = (SCRIPTS / "node_modules" / "ws" / "wrapper.mjs").as_uri()
+            (folder / "browser.mjs").write_text(f"import ws from {json.dumps(ws)}\nglobalThis.WebSocket ??= ws\n")
+        return folder / "browser.mjs"
 
     def _printed(self) -> list[str]:
         return self._log.read_text("utf-8").splitlines()
@@ -539,6 +565,9 @@ def programs(name: str, *arguments: str) -> Iterator[str]:
         groups = project["entry-points"].items()
         lines = (f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in entries.items()) for group, entries in groups)
         (info / "entry_points.txt").write_text("".join(lines))
+    elif name == "await":  # a script with `await` at its top level
+        code = compile(Path(arguments[0]).read_text(), arguments[0], "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        asyncio.run(eval(code, {"__name__": "__page__"}))
     elif name == "pip":
         assert arguments[1:3] == ("uninstall", "--yes"), arguments
         [info] = Path(arguments[0]).glob(f"{arguments[3].replace('-', '_')}-*.dist-info")

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,39 @@ async def ask(client: Client, join_ref: str, topic: str, event: str, payload: An
 def test_an_example_is_short(path: str, lines_max: int) -> None:
     """Blank lines, comments and docstrings counted."""
     assert len((EXAMPLES / path).read_text(encoding="utf-8").splitlines()) <= lines_max
+
+
+_CHAT, _PAGE = "test_chat_tells_everybody_what_one_says_and_answers", "test_a_page_works_in_a_browser"
+_NODE, _VITE = (
+    "test_a_plugin_in_node_answers_pushes_and_serves_a_route",
+    "test_a_page_served_by_vite_reaches_the_relay_and_a_plugin",
+)
+_BOT = """redis-cli -u redis://127.0.0.1:6379 PUBLISH to:chat:lobby:new_msg '{"nick": "bot", "text": "Hi", """
+TYPED = {
+    ".venv/bin/relay serve --config examples/relay.toml": _CHAT,
+    ".venv/bin/relay serve --config examples/relay.toml --open": _PAGE,
+    ".venv/bin/python examples/aircraft/simulate.py": "test_the_simulator_says_what_the_aircraft_plugin_understands",
+    "redis-cli -u redis://127.0.0.1:6379 PSUBSCRIBE 'from:chat:*'": _CHAT,
+    f"""{_BOT}"at": "2026-01-01T12:00:00Z"}}'""": _PAGE,
+    ".venv/bin/relay serve --config examples/node-plugin/relay.toml": _NODE,
+    "npm ci --prefix examples/node-plugin": _NODE,
+    "npm start --prefix examples/node-plugin": _NODE,
+    "curl http://127.0.0.1:8000/api/node-plugin/": _NODE,
+    '{"plugin":"node","answered":0}': _NODE,
+    "npm ci --prefix examples/node-plugin && npm start --prefix examples/node-plugin": _VITE,
+    "npm install --prefix examples/vite && npm run dev --prefix examples/vite": _VITE,
+}
+"""Each line that the READMEs have one type, or show, and the test here that does it."""
+
+
+def test_every_line_of_the_readmes_is_tried_by_a_test_here() -> None:
+    lines = {
+        line.strip()
+        for path in (ROOT / "examples").glob("*/README.md")
+        for line in re.findall(r"^ {4}(\S.*)$", path.read_text("utf-8"), re.MULTILINE)
+    }
+    assert lines == set(TYPED)
+    assert all(callable(globals()[name]) for name in TYPED.values())
 
 
 def test_lock_file_of_the_node_plugin_holds_no_address() -> None:

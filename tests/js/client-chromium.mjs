@@ -121,6 +121,30 @@ await inBrowser(origin, async (page, faults) => {
     }), "the end"), true, "done")
   })
 
+  await check("the example of its README does what it says", async () => {
+    const readme = fs.readFileSync(new URL("../../clients/browser/README.md", import.meta.url), "utf8")
+    const [, code] = readme.match(/```js\n([^]*?)```/)
+    const example = await page.browser().newPage()
+    const printed = []
+    let replies = 0
+    example.on("console", message => printed.push(message.text()))
+    const wire = await example.createCDPSession()
+    await wire.send("Network.enable")
+    wire.on("Network.webSocketFrameReceived", ({ response }) => { replies += response.payloadData.includes('"ok"') })
+    const came = (what, condition) => within((async () => {
+      while (!condition()) await new Promise(resolve => setTimeout(resolve, 10))
+    })(), what)
+    await example.goto(`${origin}/health`)
+    // As a module of a page; its last loop has no end.
+    const body = code.replace(/^import (.*) from (".*");$/m, "const $1 = await import($2)")
+    example.evaluate(`(async () => { ${body} })()`).catch(error => printed.push(error.message))
+    await came("the replies to its join and its push", () => replies === 2)
+    publish("to:room:1:new_msg", '{"text":"hi"}')
+    await came("what it prints", () => printed.length >= 2)
+    equal(printed.map(line => line.replace(/JSHandle@object|\[object Object\]/, "…")), ["hi", "new_msg … 0"], "printed")
+    await example.close()
+  })
+
   // A browser asks every new host for its icon, also where there is none.
   await check("nothing went wrong in the browser", () => {
     equal(faults.filter(fault => !fault.includes("favicon") && !fault.includes("404")), [], "faults")
