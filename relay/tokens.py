@@ -14,6 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.request import getproxies, proxy_bypass
 
 import httpx2 as httpx
 import jwt
@@ -24,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key, l
 from cryptography.x509 import load_pem_x509_certificate
 from jwt.exceptions import PyJWTError
 
+from relay import __version__
 from relay.auth_config import AuthConfig
 from relay.errors import ConfigError, NotAdmitted, Reason
 from relay.logs import Throttle
@@ -34,6 +36,7 @@ _FILE = "file:"
 _TOKEN_MAX_BYTES = 16_384
 _JWKS_MAX_BYTES = 1_048_576
 _FETCH_TIMEOUT_S = 5.0
+_TIMEOUT = httpx.Timeout(_FETCH_TIMEOUT_S)
 _FAULTS = (PyJWTError, ValueError, TypeError, OverflowError, RecursionError)
 """What PyJWT raises for a token that is none; some of it escapes from the JSON inside."""
 
@@ -263,18 +266,38 @@ class _PublishedKeys:
             self._fetched_at = self._tried_at
 
     async def _get(self) -> bytes:
-        async with (
-            httpx.AsyncClient(timeout=_FETCH_TIMEOUT_S) as client,
-            client.stream("GET", self._config.jwks_url, headers={"accept": "application/json"}) as response,
-        ):
-            if response.status_code != 200:
-                raise _JwksError(f"status {response.status_code}")
-            body = bytearray()
-            async for chunk in response.aiter_bytes():
-                body += chunk
-                if len(body) > _JWKS_MAX_BYTES:
-                    raise _JwksError(f"more than {_JWKS_MAX_BYTES} bytes")
-            return bytes(body)
+        url = httpx.URL(self._config.jwks_url)
+        headers = {"accept": "application/json", "user-agent": f"relay/{__version__}"}
+        request = httpx.Request("GET", url, headers=headers, extensions={"timeout": _TIMEOUT.as_dict()})
+        if url.userinfo:
+            request = next(httpx.BasicAuth(url.username, url.password).auth_flow(request))
+        # httpx2's transport and not its client, whose log shows the whole address, with its password and its query.
+        async with httpx.AsyncHTTPTransport(proxy=_proxy_for(url)) as transport:
+            response = await transport.handle_async_request(request)
+            try:
+                return await _read(response)
+            finally:
+                await response.aclose()
+
+
+async def _read(response: httpx.Response) -> bytes:
+    if response.status_code != 200:
+        raise _JwksError(f"status {response.status_code}")
+    body = bytearray()
+    async for chunk in response.aiter_bytes():
+        body += chunk
+        if len(body) > _JWKS_MAX_BYTES:
+            raise _JwksError(f"more than {_JWKS_MAX_BYTES} bytes")
+    return bytes(body)
+
+
+def _proxy_for(url: httpx.URL) -> str | None:
+    """The proxy that the environment names: ``HTTPS_PROXY``, ``HTTP_PROXY``, ``ALL_PROXY``, but for ``NO_PROXY``."""
+    proxies = getproxies()
+    found = proxies.get(url.scheme) or proxies.get("all")
+    if not found or proxy_bypass(url.host):
+        return None
+    return found if "://" in found else f"http://{found}"
 
 
 class _JwksError(ValueError):

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlencode
@@ -19,6 +19,8 @@ from starlette.middleware.sessions import SessionMiddleware
 from websockets.exceptions import InvalidStatus
 
 from relay import Plugin, Refused, Relay, UpgradeRequest
+from relay.auth_config import AuthConfig
+from relay.tokens import Verifier
 from tests.support.client import Client
 from tests.support.keys import EC_PRIVATE, EC_PUBLIC, OTHER_SECRET, RSA_PRIVATE, RSA_PUBLIC, SECRET, jwk, token
 from tests.support.node import need_node, run_checks
@@ -160,9 +162,12 @@ class KeyServer(ThreadingHTTPServer):
     def __init__(self, *keys: dict[str, Any]) -> None:
         self.keys = list(keys)
         self.status = 200
+        self.asked: list[tuple[str, str | None]] = []
+        """What for, and with which ``Authorization``."""
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(handler) -> None:
+                self.asked.append((handler.path, handler.headers.get("authorization")))
                 body = json.dumps({"keys": self.keys}).encode()
                 handler.send_response(self.status)
                 handler.send_header("content-length", str(len(body)))
@@ -179,15 +184,23 @@ class KeyServer(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}/jwks"
 
 
+@contextmanager
+def published(*keys: dict[str, Any]) -> Iterator[KeyServer]:
+    with KeyServer(*keys) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
 @pytest.fixture
 def key_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[KeyServer]:
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    with KeyServer() as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with published() as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 async def test_keys_are_fetched_from_their_address_and_rolled_over(
@@ -204,6 +217,21 @@ async def test_keys_are_fetched_from_their_address_and_rolled_over(
     assert (await refused(served, query=made))[0] == 401
     key_server.status = 500
     await (await connect(served, query=newer)).join("room:1")
+
+
+async def test_address_of_keys_is_asked_with_its_password_and_through_the_proxy_of_the_environment(
+    key_server: KeyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key_server.keys = [jwk(RSA_PUBLIC, "a")]
+    made = token("alice", key=RSA_PRIVATE, algorithm="RS256", kid="a")
+    monkeypatch.setenv("HTTP_PROXY", f"127.0.0.1:{key_server.server_port}")
+    for host in (f"127.0.0.1:{key_server.server_port}", "login.example.org"):
+        verifier = Verifier(AuthConfig(jwks_url=f"http://us%40er:p:w@{host}/jwks?apikey=a%20b"), ())
+        assert (await verifier.verify(made))["sub"] == "alice"
+        await verifier.close()
+    authorization = "Basic " + base64.b64encode(b"us@er:p:w").decode()
+    paths = ["/jwks?apikey=a%20b", "http://login.example.org/jwks?apikey=a%20b"]
+    assert key_server.asked == [(path, authorization) for path in paths]
 
 
 # Rights.

@@ -15,15 +15,17 @@ from websockets.exceptions import InvalidStatus
 from relay import Config, Relay
 from relay.config import load
 from relay.errors import ConfigError
-from tests.integration.test_auth import ROOMS, WAYS, refuse_join
+from tests.integration.test_auth import ROOMS, WAYS, KeyServer, published, refuse_join
 from tests.support.client import Client
-from tests.support.keys import EC_PRIVATE, OTHER_SECRET, RSA_PRIVATE, SECRET, token
+from tests.support.keys import EC_PRIVATE, EC_PUBLIC, OTHER_SECRET, RSA_PRIVATE, SECRET, jwk, token
 from tests.support.process import RelayProcess, Valkey, wait_for
+from tests.support.servers import AppServer
 
 PASSWORD = "redis-password-hunter2"
 API_KEY = "api-key-hunter3"
 JWKS_PASSWORD = "jwks-password-hunter4"
 BAD = "bad-token-hunter5"
+JWKS_KEY = "jwks-key-hunter6"
 PEM_LINE = RSA_PRIVATE.splitlines()[3]
 
 PLUGIN = """
@@ -41,6 +43,25 @@ async def join(join):
 def push(push):
     raise RuntimeError("a fault")
 """
+
+
+APP = """
+import logging
+
+from fastapi import FastAPI
+from relay import Relay
+from relay.config import load
+
+logging.basicConfig(level=logging.DEBUG)
+app = FastAPI()
+relay = Relay(load())
+relay.install(app, path="/relay")
+"""
+
+
+def with_secrets(server: KeyServer) -> str:
+    """The address of published keys, as somebody has it who must log in there."""
+    return f"http://user:{JWKS_PASSWORD}@127.0.0.1:{server.server_port}/jwks?apikey={JWKS_KEY}"
 
 
 class Monitor:
@@ -70,7 +91,7 @@ async def test_run_shows_none_of_the_secrets_it_used(tmp_path: Path, log_format:
     good = {way: token(f"user-{number}", ROOMS, ttl_s=300) for number, way in enumerate(WAYS)}
     joins, renewed, expired = token("eve", ROOMS), token("user-0", ROOMS, ttl_s=400), token("ada", ttl_s=-100)
     unknown, forged = token("ada", key=EC_PRIVATE, algorithm="ES256", kid="z"), token("ada", key=OTHER_SECRET)
-    with Valkey("--requirepass", PASSWORD) as valkey:
+    with Valkey("--requirepass", PASSWORD) as valkey, published(jwk(EC_PUBLIC, "y")) as key_server:
         url = f"redis://:{PASSWORD}@127.0.0.1:{valkey.port}"
         environ = {
             "RELAY_LOG_LEVEL": "debug",
@@ -78,7 +99,7 @@ async def test_run_shows_none_of_the_secrets_it_used(tmp_path: Path, log_format:
             "RELAY_REDIS_URL": url,
             "RELAY_REST__API_KEY": API_KEY,
             "RELAY_AUTH__KEYS": json.dumps([SECRET, f"file:{tmp_path}/private.pem"]),
-            "RELAY_AUTH__JWKS_URL": f"http://user:{JWKS_PASSWORD}@127.0.0.1:1/jwks",
+            "RELAY_AUTH__JWKS_URL": with_secrets(key_server),
             "RELAY_AUTH__JWKS_RETRY_S": "0.01",
             "RELAY_AUTH__TANGRAM": "true",
             "RELAY_AUTH__EXPIRY_GRACE_S": "0.1",
@@ -98,6 +119,7 @@ async def test_run_shows_none_of_the_secrets_it_used(tmp_path: Path, log_format:
                         await client.push(ref, "room:1", "access_token", {"access_token": later})
                     await client.send_raw(f'["1","1","room:1","phx_join",{{"token":"{BAD}"')
                     assert (await client.expect_closed())[0] == 1007
+                key_server.status = 503  # the keys that are known serve on, and the log says so
                 for bad in (BAD, expired, unknown, forged, made + BAD):
                     with suppress(InvalidStatus):
                         async with Client.connect(process.ws, **WAYS[way](bad)):
@@ -131,16 +153,64 @@ async def test_run_shows_none_of_the_secrets_it_used(tmp_path: Path, log_format:
             valkey.kill()
             await asyncio.to_thread(wait_for, lambda: "is down" in process.output, "the loss of Redis to be told")
         output = process.output
-    for line in ("handshake refused", "plugin failing", ": connected", ": join of ", ": disconnected by the "):
+    for line in (
+        "handshake refused",
+        "plugin failing",
+        ": connected",
+        ": join of ",
+        ": disconnected by the ",
+        "keys cannot be fetched (status 503)",
+    ):
         assert line in output, "there was something to say"
+    assert key_server.asked
     assert ('{"' in output) == (log_format == "json")
     assert commands.count("from:room:1:shout") == 4 and "relay:control" in commands
     assert "access_token" not in commands
-    secrets = [SECRET, OTHER_SECRET, PASSWORD, API_KEY, JWKS_PASSWORD, BAD, PEM_LINE]
+    secrets = [SECRET, OTHER_SECRET, PASSWORD, API_KEY, JWKS_PASSWORD, JWKS_KEY, BAD, PEM_LINE]
     secrets += [each.rpartition(".")[2] for each in (*good.values(), joins, renewed, expired, unknown, forged, made)]
     for place, text in (("output", output), ("answers", "\n".join(shown)), ("Redis", commands)):
         for secret in secrets:
             assert secret not in text, f"{secret} is in the {place}"
+
+
+@pytest.mark.parametrize("server", ["uvicorn", "uvicorn with our class"])
+async def test_relay_in_an_app_that_logs_everything_shows_no_secret(server: str) -> None:
+    """The app has all loggers at DEBUG, those of the relay's libraries too."""
+    good, expired = token("ada", key=EC_PRIVATE, algorithm="ES256", kid="y", topics=ROOMS), token("ada", ttl_s=-100)
+    joins, unknown = token("eve", ROOMS), token("ada", key=EC_PRIVATE, algorithm="ES256", kid="z")
+    with Valkey("--requirepass", PASSWORD) as valkey, published(jwk(EC_PUBLIC, "y")) as key_server:
+        environ = {
+            "RELAY_REDIS_URL": f"redis://:{PASSWORD}@127.0.0.1:{valkey.port}",
+            "RELAY_REST__API_KEY": API_KEY,
+            "RELAY_AUTH__KEYS": json.dumps([SECRET]),
+            "RELAY_AUTH__JWKS_URL": with_secrets(key_server),
+            "RELAY_AUTH__JWKS_RETRY_S": "0.01",
+            "NO_PROXY": "127.0.0.1",
+        }
+        with AppServer(server, APP, environ=environ, ready="/relay/ready") as app:
+            # Not the two ways by the query, which is in the server's own log of requests.
+            for way in (WAYS["authToken"], WAYS["Authorization"]):
+                async with Client.connect(f"{app.ws}/relay/socket", **way(good)) as client:
+                    ref = await client.join("room:1", {"token": joins})
+                    await client.push(ref, "room:1", "shout", {"text": "seen"})
+                    await client.push(ref, "room:1", "access_token", {"access_token": joins})
+                    await client.push(ref, "room:1", "access_token", {"access_token": BAD})
+                for bad in (BAD, expired, unknown):
+                    with suppress(InvalidStatus):
+                        async with Client.connect(f"{app.ws}/relay/socket", **way(bad)):
+                            raise AssertionError("it got in")
+            async with httpx.AsyncClient(trust_env=False, base_url=f"{app.http}/relay") as api:
+                for key in (API_KEY, BAD):
+                    _ = await api.get("/api/topics", headers={"X-API-Key": key})
+                    _ = await api.get("/api/topics", headers={"Authorization": f"Bearer {key}"})
+            valkey.kill()
+            await asyncio.to_thread(wait_for, lambda: "is down" in app.output, "the loss of Redis to be told")
+        output = app.output
+    assert "DEBUG:httpcore2" in output and key_server.asked, "libraries have their say"
+    secrets = [SECRET, PASSWORD, API_KEY, JWKS_PASSWORD, JWKS_KEY, BAD]
+    secrets += [each.rpartition(".")[2] for each in (good, joins, expired, unknown)]
+    for secret in secrets:
+        assert secret not in output, f"{secret} is in the output"
 
 
 def settings(folder: Path) -> dict[str, Any]:
