@@ -50,7 +50,7 @@ async def ask_about_push(socket: Asker, node: Node, metrics: Metrics, push: Push
         data = hooks.to_payload(payload)
         return node.in_loop(node.broadcast(topic, event, data, skip=None if to_all else socket))
 
-    request = hooks.Push(socket, topic, push.event, push.payload, reply, broadcast)
+    request = hooks.Push(socket, topic, push.event, push.payload, reply, broadcast, push.subscription.identity)
     answer: Payload | None = None
     for hook in found:
         try:

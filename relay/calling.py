@@ -16,7 +16,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from relay.hooks import Hook, Join, Leave, Push, Refused
+from relay.hooks import Actor, Hook, Join, Leave, Push, Refused
 from relay.logs import SUBJECT, Throttle
 from relay.metrics import Metrics
 from relay.tracing import Tracer
@@ -135,7 +135,7 @@ def _about(argument: object = None) -> Iterator[None]:
     if not isinstance(argument, Join | Push | Leave):
         yield
         return
-    token = SUBJECT.set(argument.socket)
+    token = SUBJECT.set(Actor(argument.socket.id, argument.user, argument.socket.address))
     try:
         yield
     finally:

@@ -15,11 +15,12 @@ in order, one at a time.
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
 from relay.errors import RelayError
+from relay.rights import Identity
 from relay.topics import is_event
 from relay.wire import Payload
 
@@ -58,7 +59,7 @@ class Socket(Protocol):
 
     @property
     def user(self) -> str | None:
-        """Whose it is: the subject of its token; None for an anonymous one."""
+        """Whose it is: the subject of its token; None for an anonymous one. A topic may be another user's."""
 
     @property
     def claims(self) -> Mapping[str, Any]:
@@ -96,13 +97,41 @@ class _Carries:
         return self._decoded
 
 
-class Join(_Carries):
+class Actor(NamedTuple):
+    """Who acts, as a line of the log names it: a socket, and the user on whose behalf it does."""
+
+    id: str
+    user: str | None
+    address: str | None
+
+
+class _Acts:
+    """Something that a socket does on a topic, on behalf of a user."""
+
+    __slots__ = ()
+
+    socket: Socket
+    _identity: Identity | None
+
+    @property
+    def user(self) -> str | None:
+        """On whose behalf: the subject of the join's own token, else of the socket's; None for an anonymous client."""
+        return self.socket.user if self._identity is None else self._identity.user
+
+    @property
+    def claims(self) -> Mapping[str, Any]:
+        """What that token says; empty for an anonymous client."""
+        return self.socket.claims if self._identity is None else self._identity.claims
+
+
+class Join(_Acts, _Carries):
     """A client asks for a topic; ``payload`` is the join's params: in phoenix.js the second argument of ``channel``."""
 
-    __slots__ = ("socket", "topic")
+    __slots__ = ("_identity", "socket", "topic")
 
-    def __init__(self, socket: Socket, topic: str, data: Payload) -> None:
+    def __init__(self, socket: Socket, topic: str, data: Payload, identity: Identity | None = None) -> None:
         super().__init__(data)
+        self._identity = identity
         self.socket: Socket = socket
         """Who asks."""
         self.topic: str = topic
@@ -110,19 +139,20 @@ class Join(_Carries):
 
 
 @dataclass(frozen=True, slots=True)
-class Leave:
+class Leave(_Acts):
     """A subscription has ended: the client left, joined anew, or is gone, or was sent away."""
 
     socket: Socket
     """Whose it was; may be closed already."""
     topic: str
     """What it was for."""
+    _identity: Identity | None = field(default=None, repr=False)
 
 
-class Push(_Carries):
+class Push(_Acts, _Carries):
     """A client pushes an event to a topic it has joined. All of it may be used in a thread."""
 
-    __slots__ = ("_broadcast", "_reply", "event", "forwarded", "replied", "socket", "topic")
+    __slots__ = ("_broadcast", "_identity", "_reply", "event", "forwarded", "replied", "socket", "topic")
 
     def __init__(
         self,
@@ -132,8 +162,10 @@ class Push(_Carries):
         data: Payload,
         reply: Callable[[str, object], None],
         broadcast: Callable[[str, object, bool], Awaitable[None]],
+        identity: Identity | None = None,
     ) -> None:
         super().__init__(data)
+        self._identity = identity
         self.socket: Socket = socket
         """Who pushes."""
         self.topic: str = topic

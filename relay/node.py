@@ -23,7 +23,6 @@ from relay.errors import BusUnavailable, Reason
 from relay.hooks import Event as HookedEvent
 from relay.hooks import Hook, Hooks, RedisMessage, matching
 from relay.hooks import Leave as HookedLeave
-from relay.hooks import Socket as HookedSocket
 from relay.hub import JOINED_MAX_BYTES, Hub, Subscriber
 from relay.lanes import Lanes, Rest
 from relay.logs import Throttle
@@ -261,11 +260,11 @@ class Node:
         with suppress(HandlerFailed):  # logged and counted there
             await self.caller.call(hook, message, self._relay)
 
-    async def tell_left(self, socket: HookedSocket, topic: str) -> None:
+    async def tell_left(self, leave: HookedLeave) -> None:
         """Tell the handlers for it, in order, that a subscription has ended."""
-        for hook in matching(self.hooks.leave, topic):
+        for hook in matching(self.hooks.leave, leave.topic):
             with suppress(HandlerFailed):  # logged and counted there
-                await self.caller.call(hook, HookedLeave(socket, topic))
+                await self.caller.call(hook, leave)
 
     def _fault(self, event: str, data: bytes) -> str | None:
         if not topics.is_event(event):

@@ -20,7 +20,7 @@ from relay.config import Config
 from relay.errors import BusUnavailable, Reason, WireError
 from relay.face import Face
 from relay.handshake import Handshake
-from relay.hooks import Hook
+from relay.hooks import Actor, Hook
 from relay.hub import Hub
 from relay.journal import Journal, Totals
 from relay.lanes import Lanes, Rest
@@ -205,10 +205,11 @@ class Socket(Face):
     async def _ask_to_join(self, join: Join, found: tuple[Hook, ...]) -> None:
         """Have handlers decide on a join, once they know of the end of the one before it."""
         topic = join.subscription.topic
+        request = hooks.Join(self, topic, join.params, join.subscription.identity)
         if topic in self._known and (told := self._tell_left(self._known[topic])) is not None:
             await told
         try:
-            response = await ask_about_join(self._node, hooks.Join(self, topic, join.params), found)
+            response = await ask_about_join(self._node, request, found)
         except hooks.Refused as refusal:
             self._refuse_join(join, refusal.reason, refusal.response)
         except HandlerFailed:
@@ -251,7 +252,8 @@ class Socket(Face):
 
     def _refuse_join(self, join: Join, reason: str, response: Payload | None = None) -> None:
         self._count_refusal(reason)
-        self._journal.join_refused(self, join.subscription.topic, reason)
+        topic, own = join.subscription.topic, join.subscription.identity
+        self._journal.join_refused(self if own is None else Actor(self.id, own.user, self.address), topic, reason)
         if join.replaces is not None:
             self._unsubscribe(join.replaces)
         for frame in self._protocol.refuse(join, response or wire.json_payload({"reason": reason})):
@@ -340,7 +342,7 @@ class Socket(Face):
         if self._known.get(subscription.topic) is not subscription:
             return None
         del self._known[subscription.topic]
-        return self._node.tell_left(self, subscription.topic)
+        return self._node.tell_left(hooks.Leave(self, subscription.topic, subscription.identity))
 
     # What others send through it: the node's side, and the hub's.
 

@@ -4,6 +4,7 @@ import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
@@ -12,6 +13,7 @@ import pytest
 from relay import hooks
 from relay.hooks import Event, Hook, Hooks, HookTable, Join, Leave, Push, RedisMessage, Refused, Socket
 from relay.plugins import Plugin
+from relay.rights import Identity, Rights
 
 SOCKET = cast(Socket, object())
 
@@ -88,6 +90,17 @@ def test_payload_is_decoded_when_first_asked_for_and_once() -> None:
     assert first == {"a": [1]}
     assert join.payload is first
     assert (join.socket, join.topic) == (SOCKET, "room:1")
+
+
+def test_join_push_and_leave_say_who_acts() -> None:
+    """Whose token opened the topic, else whose socket it is; without any of that nobody."""
+    socket = cast(Socket, SimpleNamespace(user="alice", claims={"sub": "alice"}))
+    bob = Identity("bob", Rights(), {"sub": "bob"})
+    for identity, user in ((None, "alice"), (bob, "bob")):
+        pushed = Push(socket, "t", "e", raw("{}"), lambda *_: None, lambda *_: asyncio.sleep(0), identity)
+        for given in (Join(socket, "t", raw("{}"), identity), Leave(socket, "t", identity), pushed):
+            assert (given.user, given.claims) == (user, {"sub": user})
+    assert "bob" not in repr(Leave(socket, "t", bob)), "no claim is shown by accident"
 
 
 def test_binary_payload_stays_bytes() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -20,6 +21,7 @@ from websockets.exceptions import InvalidStatus
 
 from relay import Plugin, Refused, Relay, UpgradeRequest
 from relay.auth_config import AuthConfig
+from relay.logs import SUBJECT
 from relay.tokens import Verifier
 from tests.support.client import Client
 from tests.support.keys import EC_PRIVATE, EC_PUBLIC, OTHER_SECRET, RSA_PRIVATE, RSA_PUBLIC, SECRET, jwk, token
@@ -416,6 +418,64 @@ async def test_fastapis_logged_in_user_is_known_by_session(direct: bool) -> None
         # A page of somebody else's, in the visitor's browser, with the visitor's cookies.
         evil = await refused(served, additional_headers={"Cookie": cookie}, origin="https://evil.example")
         assert evil[0] == 403
+
+
+# Whose a topic is.
+
+
+@pytest.mark.parametrize("owner", ["alice", None])
+async def test_handlers_are_told_whose_token_opened_the_topic(
+    serve_relay: ServeRelay, connect: Connect, caplog: pytest.LogCaptureFixture, owner: str | None
+) -> None:
+    """A join's own token says who acts there, in the log too; elsewhere the socket's does."""
+    caplog.set_level(logging.INFO)
+    told: list[tuple[str, str, str | None, object]] = []
+    plugin = Plugin("curious")
+
+    def note(kind: str, what: Any) -> None:
+        logging.getLogger("relay.curious").info(json.dumps([kind, SUBJECT.get().user]))  # type: ignore[union-attr]
+        told.append((kind, what.topic, what.user, what.claims.get("role")))
+        assert what.socket.user == owner
+
+    @plugin.on_join("room:*")
+    async def join(join: Any) -> None:
+        note("join", join)
+        if "refuse" in join.payload:
+            raise Refused("not now")
+
+    @plugin.on_push("room:*")
+    def push(push: Any) -> None:  # in a thread
+        note("push", push)
+
+    @plugin.on_leave("room:*")
+    async def leave(leave: Any) -> None:
+        note("leave", leave)
+
+    grants = [{"match": "room:*", "rights": ["join", "push"]}]
+    served = await serve_relay(auth={**AUTH, "anonymous": grants}, anonymous=True, extra_plugins=(plugin,))
+    query = with_token(token(owner, ROOMS, role="guest")) if owner else ""
+    client = await connect(served, query=query)
+    bobs = {"token": token("bob", ROOMS, role="admin")}
+    assert await refuse_join(client, "room:3", {"refuse": True, **bobs}) == "not now"
+    for topic, params in (("room:1", bobs), ("room:2", None)):
+        assert (await client.push(await client.join(topic, params), topic, "shout"))["status"] == "ok"
+    own = (owner, "guest" if owner else None)
+    await served.relay.kick("room:1", user="bob")
+    assert (await client.receive())[2:4] == ["room:1", "phx_close"]
+    await client.send(None, client.next_ref(), "room:2", "phx_leave", {})
+    await eventually(lambda: len(told) == 7, "all to be told")
+    bob, me = ("bob", "admin"), own
+    assert [entry[:2] for entry in told if entry[2:] == bob] == [
+        ("join", "room:3"),
+        ("join", "room:1"),
+        ("push", "room:1"),
+        ("leave", "room:1"),
+    ]
+    assert [entry[:2] for entry in told if entry[2:] == me] == [(kind, "room:2") for kind in ("join", "push", "leave")]
+    about = [json.loads(record.message) for record in caplog.records if record.name == "relay.curious"]
+    assert about == [[kind, user] for kind, _, user, _ in told]
+    (refusal,) = [record.message for record in caplog.records if "join of 'room:3' refused" in record.message]
+    assert refusal.endswith("user 'bob'")
 
 
 # The end of a token, and its renewal.
