@@ -133,6 +133,7 @@ def test_check_of_no_settings_says_that_all_is_open_on_this_machine(relay: Comma
         "sockets /socket",
         "bus a Valkey of the relay's own",
         "pages those of the relay's own host and port",
+        "proxies none is believed",
         "connect anybody on this machine",
         "rights everybody who connects may join every topic and push to it",
         "rest /api, for programs on this machine",
@@ -152,8 +153,9 @@ host = "0.0.0.0"
 anonymous = true
 redis_url = "rediss://user:hunter2@redis.example.org:6380"
 origins = ["https://example.org"]
+trusted_proxies = ["10.0.0.0/8", "fc00::/7"]
 [rest]
-api_key = "hunter2"
+api_key = "hunter2-and-nine"
 [auth]
 keys = ["{SECRET}"]
 issuer = "https://login.example.org"
@@ -175,6 +177,7 @@ push = false
         "sockets /socket",
         "bus rediss://redis.example.org",
         "pages https://example.org",
+        "proxies 10.0.0.0/8, fc00::/7; X-Forwarded-For is believed from there",
         "connect whoever has a token, and whoever has none",
         "tokens signed with HS256 or RS256 or ES256; 1 key here; issuer https://login.example.org; no audience",
         "rights without a token: join on public:*",
@@ -200,6 +203,12 @@ push = false
         ('[auth]\njwks_url = "https://login.example.org/jwks"', "made for another service"),
         ('anonymous = true\n[[auth.anonymous]]\nmatch = "*"\nrights = ["push"]', "push to every topic"),
         ('redis_url = "redis://redis.example.org"', "not rediss://"),
+        ('trusted_proxies = ["10.0.0.0/8", "0.0.0.0/0"]', "0.0.0.0/0 trusts everybody"),
+        ('trusted_proxies = ["128.0.0.0/1"]', "128.0.0.0/1 trusts everybody"),
+        ('trusted_proxies = ["::/0"]', "::/0 trusts everybody"),
+        ('[auth]\nissuer = "x"\njwks_url = "https://x.org"\nalgorithms = ["HS256"]', "no token is good"),
+        (f'[auth]\nkeys = ["{SECRET}"]\nauthenticated = [{{match = "{{sub}}:*", rights = ["join"]}}]', "with {sub}"),
+        ('[rest]\napi_key = "hunter2-and-eig"', "rest.api_key: 15 characters"),
     ],
 )
 def test_check_warns(relay: Command, settings: str, word: str) -> None:

@@ -12,7 +12,8 @@ from urllib.parse import urlsplit
 
 import typer
 
-from relay.auth_config import GrantConfig
+from relay.addresses import parse_networks
+from relay.auth_config import AuthConfig, GrantConfig
 from relay.commands import ConfigFile
 from relay.commands.terminal import console, is_terminal, print_lines
 from relay.config import EMBEDDED, Config, load
@@ -27,6 +28,10 @@ _DURATION = re.compile(r"(\d+)([smhd]?)")
 _UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 _SECRET_MIN_BYTES = 32
 """RFC 7518, section 3.2: a secret for HS256 has 256 bits at least."""
+_API_KEY_MIN = 16
+"""Characters: 80 bits where they are drawn from 32 letters."""
+_NETWORK_MIN_BITS = {4: 8, 6: 7}
+"""By IP version: 10.0.0.0/8 and fc00::/7 are the widest networks that are somebody's own."""
 
 
 # relay token.
@@ -129,6 +134,8 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
     yield "bus", _bus(config)
     pages = {"same": "those of the relay's own host and port", "any": "those of any host"}
     yield "pages", pages[config.origins] if isinstance(config.origins, str) else ", ".join(config.origins)
+    trusted = ", ".join(config.trusted_proxies)
+    yield "proxies", f"{trusted}; X-Forwarded-For is believed from there" if trusted else "none is believed"
     yield "connect", _who_connects(config)
     if auth.has_keys:
         yield "tokens", _tokens(config, keys)
@@ -203,6 +210,20 @@ def _warnings(config: Config, keys: "tuple[Key, ...]") -> Iterator[str]:
         yield "anybody can connect, from any machine (anonymous = true, and no keys)"
     if config.origins == "any":
         yield 'origins = "any": pages of any site may connect; where authenticate= reads cookies, as their visitor'
+    for network in parse_networks(config.trusted_proxies):
+        if network.prefixlen < _NETWORK_MIN_BITS[network.version]:
+            yield f"trusted_proxies: {network} trusts everybody: whoever connects may say to be at any address"
+    if config.rest.path and 0 < len(config.rest.api_key) < _API_KEY_MIN:
+        yield f"rest.api_key: {len(config.rest.api_key)} characters can be guessed; expected {_API_KEY_MIN}"
+    yield from _auth_warnings(auth, keys)
+    opened = [entry for entry in auth.anonymous if entry.match == "*" and entry.grant.rights & Right.PUSH]
+    if opened and config.anonymous:
+        yield "whoever has no token may push to every topic (auth.anonymous)"
+    if config.redis_url.startswith("redis://") and not _is_here(config.redis_url):
+        yield "redis_url is not rediss://: events and its password travel in the clear"
+
+
+def _auth_warnings(auth: AuthConfig, keys: "tuple[Key, ...]") -> Iterator[str]:
     for at, key in enumerate(keys):
         if key.algorithm == "HS256" and len(key.public) < _SECRET_MIN_BYTES:
             yield f"auth.keys.{at}: a secret of {len(key.public)} bytes can be guessed; expected {_SECRET_MIN_BYTES}"
@@ -213,11 +234,12 @@ def _warnings(config: Config, keys: "tuple[Key, ...]") -> Iterator[str]:
         yield "auth.jwks_url is not https: whoever sits in between can give keys of their own"
     if auth.has_keys and not (auth.issuer or auth.audience) and auth.jwks_url:
         yield "neither auth.issuer nor auth.audience is set: a token made for another service is good here too"
-    opened = [entry for entry in auth.anonymous if entry.match == "*" and entry.grant.rights & Right.PUSH]
-    if opened and config.anonymous:
-        yield "whoever has no token may push to every topic (auth.anonymous)"
-    if config.redis_url.startswith("redis://") and not _is_here(config.redis_url):
-        yield "redis_url is not rediss://: events and its password travel in the clear"
+    if auth.jwks_url and not keys and auth.algorithms == ("HS256",):
+        yield 'auth.algorithms = ["HS256"], and no secret: keys at auth.jwks_url are for others, so no token is good'
+    for entry in auth.authenticated:
+        if entry.match.startswith("{sub}") and entry.match != "{sub}":
+            taken = entry.match.replace("{sub}", "room")
+            yield f"auth.authenticated: {entry.match} begins with {{sub}}: a user who is called room has {taken}"
 
 
 def _is_here(url: str) -> bool:
