@@ -62,7 +62,7 @@ class Console:
         # With a key no page can be made to connect in its user's name, so that any origin will do.
         shake = handshake.check(scope, "any" if relay.config.rest.api_key else "same")
         if not isinstance(shake, Refused):
-            fault = relay.operators.check(scope, (shake.auth_token or "").encode())
+            fault = relay.operators.admit(scope, (shake.auth_token or "").encode(), "console")
             if fault is not None:
                 shake = Refused(fault.status, fault.text, "console")
         if isinstance(shake, Refused):

@@ -121,7 +121,9 @@ FIGURES: tuple[Figure, ...] = (
         lambda m, s, p: {**dict.fromkeys(DROPPED, 0), **m.dropped},
     ),
     _counter("dropped_topics", "Of those, events that slow readers missed, by pattern in `[[topics]]`.", "match"),
-    _counter("refused", "Handshakes, joins and pushes refused, and sockets sent away, by reason.", "reason"),
+    _counter(
+        "refused", "Handshakes, joins, pushes and REST requests refused, and sockets sent away, by reason.", "reason"
+    ),
     _counter("malformed", "Frames from clients that could not be understood, by close code.", "code"),
     _counter("gaps", "Times the link to the bus was interrupted, so that events may have been missed."),
     _counter("rejoins_asked", "Subscriptions told to rejoin after a gap."),

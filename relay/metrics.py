@@ -92,7 +92,7 @@ class Metrics:
     dropped_topics: Counter[str] = field(default_factory=Counter)
     """Of those, events that slow readers missed, by the pattern in ``[[topics]]`` that their topic matches."""
     refused: Counter[str] = field(default_factory=Counter)
-    """Handshakes, joins and pushes refused, by reason."""
+    """Handshakes, joins, pushes and REST requests refused, by reason."""
     topic_events: Counter[str] = field(default_factory=Counter)
     """Events that had a subscriber, by the pattern in ``metrics.topics`` that their topic matches first."""
     topic_deliveries: Counter[str] = field(default_factory=Counter)

@@ -1,14 +1,17 @@
 """Who may operate the relay, by REST or at the console: whoever has the API key; without one, this machine alone.
 
-Owns that decision, as a pure function of an ASGI scope; must not know what is then done.
+Owns that decision, as a pure function of an ASGI scope, and the line about a key that was wrong; must not know what is
+then done.
 """
 
 import hmac
+import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from relay.config import Config
 from relay.handshake import is_allowed_origin, is_loopback
+from relay.logs import Throttle
 
 # What proxies write, most of them. One that writes nothing is not to be told from a client on this machine.
 _FORWARDED = frozenset(
@@ -21,6 +24,8 @@ class NotAllowed(NamedTuple):
 
     status: int
     text: str
+    is_wrong_key: bool = False
+    """Whether a key was given, and is not the one."""
 
 
 def key_in(scope: Mapping[str, Any]) -> bytes:
@@ -48,6 +53,18 @@ class Operators:
     def __init__(self, config: Config, authenticates: bool) -> None:
         self._api_key = config.rest.api_key.encode()
         self._needs_key = needs_key(config, authenticates)
+        self._throttle = Throttle(logging.getLogger("relay.operators"))
+
+    def admit(self, scope: Mapping[str, Any], given: bytes, door: str) -> NotAllowed | None:
+        """As `check`, and say in the log from where a wrong key came, never which. To be counted by the caller.
+
+        Args: door: where it was tried.
+        """
+        fault = self.check(scope, given)
+        if fault is not None and fault.is_wrong_key:
+            address = (scope.get("client") or (None,))[0]
+            self._throttle.warning(door, "%s: refused a wrong API key; address %s", door, address, address=address)
+        return fault
 
     def check(self, scope: Mapping[str, Any], given: bytes) -> NotAllowed | None:
         """Say why a request may not operate the relay; None where it may.
@@ -57,7 +74,7 @@ class Operators:
         if self._api_key:
             if hmac.compare_digest(given, self._api_key):
                 return None
-            return NotAllowed(401, "expected the API key")
+            return NotAllowed(401, "expected the API key", is_wrong_key=given != b"")
         if self._needs_key:
             return NotAllowed(403, "this relay lets others in: nobody is answered without a key; set rest.api_key")
         headers = dict(scope["headers"])

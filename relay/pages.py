@@ -103,7 +103,9 @@ def routes(
 
     async def access(request: Request) -> Response:
         """Whether the console's socket will let this client in: a browser is not told why a handshake fails."""
-        fault = operators.check(request.scope, key_in(request.scope))
+        fault = operators.admit(request.scope, key_in(request.scope), "console")
+        if fault is not None and fault.is_wrong_key:  # the page asks without one first
+            metrics.refused["handshake: console"] += 1
         return JSONResponse(
             {"detail": "welcome"} if fault is None else {"detail": fault.text}, fault.status if fault else 200
         )

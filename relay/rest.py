@@ -26,7 +26,7 @@ from starlette.routing import Route
 from relay import __version__
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
-from relay.operators import Operators, key_in
+from relay.operators import key_in
 from relay.plugins.loader import Loaded
 from relay.tokens import sign
 from relay.topics import is_event, is_topic
@@ -194,7 +194,7 @@ def _routes(relay: "Relay") -> APIRouter:
             handle = super().get_route_handler()
 
             async def authorize_and_handle(request: Request) -> Response:
-                _authorize(request, relay.operators)
+                _authorize(request, relay)
                 return await handle(_Bounded(request, relay.config.limits.body_max_bytes, relay.metrics))
 
             return authorize_and_handle
@@ -306,7 +306,7 @@ def token_route(relay: "Relay") -> Route:
 
     async def make_token(request: Request) -> Response:
         try:
-            _authorize(request, relay.operators)
+            _authorize(request, relay)
             asked = TokenRequest.model_validate_json(await request.body())
         except HTTPException as error:
             return await _http_problem(request, error)
@@ -335,10 +335,11 @@ def _check(event: Event, payload_max_bytes: int) -> None:
         raise HTTPException(413, f"payload of {event.event!r}: {size} bytes; expected at most {payload_max_bytes}")
 
 
-def _authorize(request: Request, operators: Operators) -> None:
+def _authorize(request: Request, relay: "Relay") -> None:
     """Let a request pass. Raises HTTPException."""
-    fault = operators.check(request.scope, key_in(request.scope))
+    fault = relay.operators.admit(request.scope, key_in(request.scope), "rest")
     if fault is not None:
+        relay.metrics.refused["rest: wrong key" if fault.is_wrong_key else "rest: not allowed"] += 1
         headers = {"WWW-Authenticate": "Bearer"} if fault.status == HTTPStatus.UNAUTHORIZED else None
         raise HTTPException(fault.status, fault.text, headers=headers)
 

@@ -39,7 +39,18 @@ def test_with_a_key_it_alone_decides(client: str | None) -> None:
     assert KEYED.check(scope(client, origin="https://elsewhere.example"), "sésame".encode()) is None
     for wrong in (b"", b"sesame", "sésame ".encode()):
         fault = KEYED.check(scope(client), wrong)
-        assert fault == (401, "expected the API key")
+        assert fault == (401, "expected the API key", wrong != b"")
+
+
+def test_wrong_key_is_logged_with_its_address_and_without_itself(caplog: pytest.LogCaptureFixture) -> None:
+    operators = Operators(Config(rest=RestConfig(api_key="sésame")), authenticates=False)
+    for given in ("sésame", "", "a-guess", "another-guess"):
+        _ = operators.admit(scope("192.168.1.9"), given.encode(), "rest")
+    _ = operators.admit(scope(None), b"a-guess", "console")
+    assert [(record.name, record.levelname, record.message) for record in caplog.records] == [
+        ("relay.operators", "WARNING", "rest: refused a wrong API key; address 192.168.1.9"),
+        ("relay.operators", "WARNING", "console: refused a wrong API key; address None"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 from redis.asyncio import Redis
 from websockets.asyncio.client import connect as connect_websocket
@@ -14,6 +15,7 @@ from websockets.typing import Origin, Subprotocol
 
 from relay.console import _LISTED_MAX, _SHOWN_MAX_BYTES, _TAIL_MAX, TOPIC
 from tests.support.client import Client
+from tests.support.keys import SECRET
 from tests.support.process import Valkey
 from tests.support.serving import Served, eventually, figure, http_get
 
@@ -97,6 +99,22 @@ async def test_with_a_key_nobody_gets_in_without_it(serve_relay: ServeRelay) -> 
     assert await status_of(served, "sesame") == 401
     assert (await http_get(f"{served.http}/console/access"))[0] == 401
     assert served.relay.metrics.refused["handshake: console"] == 2
+
+
+async def test_wrong_keys_are_counted_and_told_to_the_log_at_each_door(
+    serve_relay: ServeRelay, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = await serve_relay(rest={"api_key": "sésame"}, auth={"keys": [SECRET], "tangram": True})
+    bad = {"X-API-Key": "a-guess"}
+    assert await status_of(served, "a-guess") == 401
+    async with httpx.AsyncClient(trust_env=False, base_url=served.http, headers=bad) as api:
+        for answer in (await api.get("/console/access"), await api.get("/api/topics"), await api.post("/token")):
+            assert answer.status_code == 401
+    assert (await http_get(f"{served.http}/api/topics"))[0] == 401
+    refused = served.relay.metrics.refused
+    assert (refused["handshake: console"], refused["rest: wrong key"], refused["rest: not allowed"]) == (2, 2, 1)
+    said = [record.message for record in caplog.records if record.name == "relay.operators"]
+    assert said == [f"{door}: refused a wrong API key; address 127.0.0.1" for door in ("console", "rest")]
 
 
 async def test_without_a_key_only_this_machine_gets_in(serve_relay: ServeRelay) -> None:
