@@ -53,13 +53,20 @@ class Proxy:
         try:
             yield self
         finally:
+            # A connection accepted in the very turn in which the server is closed gets half a transport, which nobody
+            # closes (asyncio's `Server._attach` fails). So none is accepted any more, and those that are under way get
+            # theirs, and an end to their handshake, before the server is closed.
+            loop = asyncio.get_running_loop()
+            for listener in server.sockets:
+                loop.remove_reader(listener.fileno())
+            await asyncio.sleep(0.3)
             server.close()
             for writer in self._writers:
                 writer.transport.abort()
             for task in tuple(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            await asyncio.sleep(0.3)  # for the transports to end, also those whose handshake has just failed
+            await asyncio.gather(*(each.wait_closed() for each in self._writers), return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
