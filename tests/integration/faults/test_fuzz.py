@@ -5,6 +5,7 @@ What ever failed stays as a vector in ``tests/vectors/nonsense.json`` and is fed
 """
 
 import asyncio
+import itertools
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -239,12 +241,16 @@ def test_http_side_survives_any_requests(runner: asyncio.Runner, served: Served)
 
 @pytest.mark.usefixtures("quiet")
 def test_socket_survives_any_frames_and_no_other_notices(runner: asyncio.Runner, served: Served) -> None:
-    """An answer or a close, and another socket on the same topic still gets its events."""
+    """An answer or a close; a bystander on the same topic gets each event of the meanwhile, and nothing else."""
     chunk = st.one_of(
         frames.map(lambda f: client_frame(TEXT, f.encode()) if isinstance(f, str) else client_frame(BINARY, f)),
         bent(json_frames.map(lambda text: client_frame(TEXT, text.encode()))),
         st.builds(client_frame, st.integers(0, 15), st.binary(max_size=130)),
     )
+
+    stack, numbers = AsyncExitStack(), itertools.count()
+    bystander: Client = runner.run(stack.enter_async_context(Client.connect(served.ws)))
+    runner.run(bystander.join("room:1"))
 
     async def say(chunks: list[bytes]) -> None:
         async with RawSocket.connect(served.ws) as client:
@@ -255,14 +261,18 @@ def test_socket_survives_any_frames_and_no_other_notices(runner: asyncio.Runner,
                 await client.read_frame()
             except (OSError, EOFError):
                 pass
+            await bystander_is_well()
             client.reset()
 
-    async def others_are_well() -> None:
-        async with Client.connect(served.ws) as client:
-            await client.join("room:well")
-            await served.relay.broadcast("room:well", "tick", 1)
-            await client.expect_event("room:well", "tick", 1)
+    async def bystander_is_well() -> None:
+        number = next(numbers)
+        await served.relay.broadcast("room:1", "tick", number)
+        async with asyncio.timeout(5):
+            await bystander.expect_event("room:1", "tick", number)
 
-    feed(st.lists(chunk, max_size=5), lambda chunks: runner.run(say(chunks)), [])
-    runner.run(others_are_well())
+    try:
+        feed(st.lists(chunk, max_size=5), lambda chunks: runner.run(say(chunks)), [])
+        runner.run(bystander_is_well())
+    finally:
+        runner.run(stack.aclose())
     assert not any(topic.startswith("\x00") for topic in served.relay.topics)
