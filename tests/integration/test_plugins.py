@@ -227,7 +227,7 @@ async def test_join_is_refused_with_details_and_the_next_handlers_are_not_asked(
         "response": {"reason": "unmatched topic"},
     }
     assert served.relay.metrics.refused == {"by a plugin": 1, "unmatched topic": 1}
-    assert served.relay.metrics.plugin_errors == {}
+    assert +served.relay.metrics.plugin_errors == {}
 
 
 @pytest.mark.parametrize("answer", [False, ["a"], {"a": object()}])
@@ -240,7 +240,7 @@ async def test_join_with_an_answer_that_is_no_dict_is_refused(
     client = await connect(served)
     assert (await ask_to_join(client, "room:1"))[1] == JOIN_CRASHED
     assert served.relay.topics == {}
-    assert served.relay.metrics.plugin_errors == {"careless": 1}
+    assert +served.relay.metrics.plugin_errors == {"careless": 1}
     assert [record.getMessage()[:16] for record in errors_of(caplog)] == ["plugin careless:"]
 
 
@@ -270,7 +270,7 @@ async def test_returned_value_is_the_reply_and_the_first_one_counts(
         assert await client.push(join_ref, "room:1", "say", {"text": "hi"}) == ok({"n": 2})
         assert await heard() == ("from:room:1:say", b'{"text": "hi"}')
     assert called == [(name, "room:1", "say", {"text": "hi"}) for name in ("first", "second", "third")]
-    assert served.relay.metrics.plugin_calls == {"p": 3}
+    assert +served.relay.metrics.plugin_calls == {"p": 3}
 
 
 async def test_binary_push_reaches_a_handler_as_bytes(serve_plugin: ServePlugin, connect: Connect) -> None:
@@ -401,7 +401,7 @@ async def test_what_a_client_pushed_is_handled_to_the_end_after_it_has_gone(
         assert [await heard() for _ in range(3)] == [("from:room:gone:say", b"%d" % number) for number in range(3)]
     await eventually(lambda: "left" in log, "on_leave")
     assert log == [0, 1, 2, "left"]
-    assert served.relay.metrics.plugin_errors == {}
+    assert +served.relay.metrics.plugin_errors == {}
 
 
 async def test_stop_keeps_a_push_from_redis(
@@ -550,7 +550,7 @@ async def test_broadcast_that_cannot_be_is_the_handlers_fault(
     join_ref = await client.join("room:1")
     for event in ("name", "payload", "push"):
         assert await client.push(join_ref, "room:1", event) == INTERNAL
-    assert served.relay.metrics.plugin_errors == {"p": 3}
+    assert +served.relay.metrics.plugin_errors == {"p": 3}
 
 
 async def test_broadcast_while_the_bus_is_away_raises_in_the_handler(connect: Connect, both: Both) -> None:
@@ -730,8 +730,8 @@ async def test_exception_costs_that_push_an_error_reply_and_nothing_else(
     assert record.exc_info is not None
     assert await client.push(join_ref, "room:1", "object") == INTERNAL
     assert await client.push(join_ref, "room:1", "fine") == ok("fine")
-    assert served.relay.metrics.plugin_errors == {"broken-one": 6}
-    assert served.relay.metrics.plugin_calls == {"broken-one": 6, "good": 1}
+    assert +served.relay.metrics.plugin_errors == {"broken-one": 6}
+    assert +served.relay.metrics.plugin_calls == {"broken-one": 6, "good": 1}
     metrics = (await http_get(f"{served.http}/metrics"))[1]
     assert re.search(r'^relay_plugin_errors_total\{\w+="broken-one"\} 6', metrics, re.MULTILINE)
     assert re.search(r'^relay_plugin_calls_total\{\w+="good"\} 1', metrics, re.MULTILINE)
@@ -751,7 +751,7 @@ async def test_exception_in_a_join_is_a_crashed_join(
     for _ in range(3):
         assert (await ask_to_join(client, "room:1"))[1] == JOIN_CRASHED
     assert len(errors_of(caplog)) == 1
-    assert served.relay.metrics.plugin_errors == {"broken": 3}
+    assert +served.relay.metrics.plugin_errors == {"broken": 3}
     assert served.relay.metrics.refused == {"join crashed": 3}
     await client.join("elsewhere")
 
@@ -787,12 +787,12 @@ async def test_handler_that_hangs_is_cut_and_blocks_nobody(
         assert await client.push(second_ref, "room:2", "say") == ok()
         assert await other.push(other_ref, "room:1", "say") == ok()
         await other.expect_alive()
-        assert served.relay.metrics.plugin_errors == {}
+        assert +served.relay.metrics.plugin_errors == {}
         answers = [await client.receive(), await client.receive()]
         assert client.reply(join_ref, ref, "room:1", "error", {"reason": "internal error"}) in answers
         assert client.reply("9", join, "hang:1", "error", {"reason": "join crashed"}) in answers
         assert await client.push(join_ref, "room:1", "say") == ok()
-        assert served.relay.metrics.plugin_errors == {"stuck": 2}
+        assert +served.relay.metrics.plugin_errors == {"stuck": 2}
         assert [record.getMessage().endswith("did not end within 0.6 s") for record in errors_of(caplog)] == [True]
     finally:
         released.set()
@@ -1005,7 +1005,7 @@ async def test_fault_in_on_leave_keeps_no_other_handler_from_it(
     await client.join("room:1")
     await client.connection.close()
     await eventually(lambda: left, "on_leave")
-    assert served.relay.metrics.plugin_errors == {"p": 1}
+    assert +served.relay.metrics.plugin_errors == {"p": 1}
 
 
 # Events on their way out.
@@ -1074,7 +1074,7 @@ async def test_handlers_of_events_are_called_in_order_and_stop_at_a_drop(
         await redis.publish(f"to:{topic}:new", '"_"')
         await client.expect_event(topic, "new", expected)
     assert served.relay.metrics.dropped == {"by a plugin": 2}
-    assert served.relay.metrics.plugin_errors == {}
+    assert +served.relay.metrics.plugin_errors == {}
 
 
 @pytest.mark.parametrize("fault", ["raises", "refuses", "mistakes"])
@@ -1099,7 +1099,7 @@ async def test_event_whose_handler_fails_is_dropped_and_counted(
     await client.expect_event("room:1", "good", 1)
     await client.expect_event("room:1", "good", 1)
     assert served.relay.metrics.dropped == {"by a plugin": 2}
-    assert served.relay.metrics.plugin_errors == {"broken": 2}
+    assert +served.relay.metrics.plugin_errors == {"broken": 2}
     assert len(errors_of(caplog)) == 1
 
 
@@ -1143,7 +1143,7 @@ async def test_event_handler_that_hangs_is_cut_and_its_topic_goes_on(
     await redis.publish("to:room:1:hang", "1")
     await redis.publish("to:room:1:go", "2")
     await client.expect_event("room:1", "go", 2)
-    assert served.relay.metrics.plugin_errors == {"stuck": 1}
+    assert +served.relay.metrics.plugin_errors == {"stuck": 1}
     assert served.relay.metrics.dropped == {"by a plugin": 1}
 
 
@@ -1249,7 +1249,7 @@ async def test_foreign_messages_are_handled_in_order_by_each_handler(
     await eventually(lambda: len(heard) == 20 and len(noted) == 40, "all messages")
     assert heard == [("test-order-a", number) for number in range(20)]
     assert sorted(noted) == sorted([*range(20), *range(20)])
-    assert served.relay.metrics.plugin_errors == {"p": 1}
+    assert +served.relay.metrics.plugin_errors == {"p": 1}
 
 
 async def test_relays_own_channels_can_be_listened_to_as_well(
@@ -1350,8 +1350,8 @@ async def test_service_that_dies_is_started_again_with_back_off_and_counted(
     served = await serve_plugin(plugin)
     await eventually(lambda: len(runs) == 7, "the seventh start")
     assert set(runs) == {served.relay}
-    assert served.relay.metrics.plugin_errors == {"dying": 4}
-    assert served.relay.metrics.plugin_calls == {"dying": 7}
+    assert +served.relay.metrics.plugin_errors == {"dying": 4}
+    assert +served.relay.metrics.plugin_calls == {"dying": 7}
     assert quick_backoff == [0.01, 0.02, 0.04, 0.04, 0.04, 0.01]
     assert len(errors_of(caplog)) == 1
     assert "service" in errors_of(caplog)[0].getMessage()
@@ -1415,7 +1415,7 @@ async def test_plugins_start_before_and_stop_after_all_sockets(valkey: Valkey, b
             assert (await ask_to_join(client, "room:1"))[1] == ok()
         assert (await client.expect_closed())[0] == 1012
     assert log == ["startup 1", "startup 2", "join", "leave", "shutdown 1", "shutdown 3"]
-    assert relay.metrics.plugin_errors == {"p": 1}
+    assert +relay.metrics.plugin_errors == {"p": 1}
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("no database"), Refused("no database")])
