@@ -284,7 +284,7 @@ class _Viewer:
         tap = self._tap = _Tap(topic)
 
         def enter() -> None:
-            engine.hub.add(topic, tap)
+            engine.hub.tap(topic, tap)
 
         hearing = engine.node.join(topic, enter)
         if hearing is not None:

@@ -11,7 +11,7 @@ the order of events for every socket.
 """
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -179,6 +179,8 @@ class Hub:
         self._call_soon = call_soon
         self._clock = clock
         self._topics: dict[str, _Topic] = {}
+        # Subscribers that only look on, each with its topic.
+        self._taps: dict[Subscriber, str] = {}
         self._deliveries: deque[_Delivery] = deque()
         self.on_idle: Callable[[], None] = lambda: None
         """Called when deliveries that had to wait are all done."""
@@ -195,12 +197,18 @@ class Hub:
         entry.groups = None
         return first
 
+    def tap(self, topic: str, subscriber: Subscriber) -> None:
+        """Subscribe somebody who only looks on: by that no topic is joined, and no list grows."""
+        _ = self.add(topic, subscriber)
+        self._taps[subscriber] = topic
+
     def remove(self, topic: str, subscriber: Subscriber) -> bool:
         """Unsubscribe; say whether it was the topic's last subscriber. Removing a stranger changes nothing."""
         entry = self._topics.get(topic)
         if entry is None or subscriber not in entry.subscribers:
             return False
         del entry.subscribers[subscriber]
+        _ = self._taps.pop(subscriber, None)
         entry.groups = None
         if entry.subscribers:
             return False
@@ -218,11 +226,12 @@ class Hub:
         return topic in self._topics
 
     def __len__(self) -> int:
-        """Topics with at least one subscriber."""
-        return len(self._topics)
+        """Topics that are joined."""
+        taps = Counter(self._taps.values())
+        return len(self._topics) - sum(self.count(topic) == count for topic, count in taps.items())
 
     def count(self, topic: str) -> int:
-        """Subscribers of one topic."""
+        """Subscribers of one topic, those who only look on among them: for whom to send at all."""
         entry = self._topics.get(topic)
         return 0 if entry is None else len(entry.subscribers)
 
@@ -232,8 +241,10 @@ class Hub:
         return 0 if entry is None else entry.events - entry.subscribers.get(subscriber, entry.events)
 
     def topics(self) -> dict[str, int]:
-        """All topics joined here, with the number of their subscribers."""
-        return {name: len(topic.subscribers) for name, topic in self._topics.items()}
+        """All topics joined here, with how many have joined them."""
+        taps = Counter(self._taps.values())
+        counts = ((name, len(topic.subscribers) - taps.get(name, 0)) for name, topic in self._topics.items())
+        return {name: count for name, count in counts if count}
 
     def pairs(self) -> "Iterator[tuple[str, Subscriber]]":
         """Each topic with each of its subscribers."""

@@ -224,7 +224,19 @@ async def test_events_of_a_watched_topic_are_told_as_they_came(served: Served, r
         assert base64.b64decode(events[1]["base64"]).endswith(b"blob\xff\x00")
         assert len(events[2]["frame"]) == _SHOWN_MAX_BYTES < events[2]["size"]
         await watching.ask("watch", topic="")
-        assert len(served.relay.engine.hub) == 0
+        assert "room:watched" not in served.relay.engine.hub
+
+
+async def test_looking_at_a_topic_does_not_join_it(served: Served, connect: Connect) -> None:
+    """What is looked at is told as it is: by the console itself, by REST and by the gauge."""
+    async with operator(served) as watching:
+        await watching.ask("watch", topic="room:1")
+        assert (await watching.ask("topics"))["total"] == 0
+        assert (served.relay.topics, served.relay.figures.snapshot()["relay_topics"]) == ({}, {"": 0})
+        await (await connect(served)).join("room:1")
+        (row,) = (await watching.ask("topics"))["topics"]
+        details = await watching.ask("topic", topic="room:1")
+        assert row["sockets"] == details["sockets"] == 1
 
 
 async def test_more_events_than_can_be_read_are_counted_and_left_out(served: Served, redis: Redis) -> None:
@@ -247,8 +259,9 @@ async def test_watching_ends_with_the_connection(served: Served) -> None:
     async with operator(served) as watching:
         for topic in ("room:1", "room:2"):
             await watching.ask("watch", topic=topic)
-        assert served.relay.topics == {"room:2": 1}
-    await eventually(lambda: served.relay.topics == {}, "the end of the watch")
+        hub = served.relay.engine.hub
+        assert ("room:1" in hub, "room:2" in hub) == (False, True)
+    await eventually(lambda: "room:2" not in hub, "the end of the watch")
 
 
 async def test_topic_is_watched_on_a_bus_that_must_be_asked_for_it(serve_relay: ServeRelay) -> None:
