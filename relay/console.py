@@ -267,7 +267,7 @@ class _Viewer:
 
     def _topic(self, topic: str) -> object:
         joined = [socket for socket in self._relay.engine.sockets.values() if socket.subscription(topic)]
-        ids = [{"id": socket.id, "address": socket.address} for socket in joined[:_LISTED_MAX]]
+        ids = [{"id": socket.id, "address": socket.address, "user": socket.user} for socket in joined[:_LISTED_MAX]]
         return {**self._row(topic, len(joined)), "joined": ids}
 
     async def _watch(self, topic: str | None) -> None:
@@ -295,13 +295,14 @@ class _Viewer:
                 raise hooks.Refused(f"bus unavailable: {error}") from None
 
     def _sockets(self, search: str) -> object:
-        """Those whose ids, addresses or topics contain ``search``, those with the most waiting for them first."""
+        """Those whose ids, users, addresses or topics contain ``search``, those with the most waiting first."""
         needle = search.lower()
         found = [
             socket
             for socket in self._relay.engine.sockets.values()
             if not needle
             or needle in socket.id
+            or needle in (socket.user or "").lower()
             or needle in (socket.address or "")
             or any(needle in topic.lower() for topic in socket.topics)
         ]
@@ -313,14 +314,17 @@ class _Viewer:
         if socket is None:
             raise hooks.Refused(f"no socket {socket_id!r} here")
         waiting_bytes, missed = socket.pressure
+        now = time.monotonic()
         return {
             "id": socket.id,
+            "user": socket.user,
             "address": socket.address,
             "version": socket.version,
             "path": socket.path,
             "outbox_bytes": waiting_bytes,
             "missed": missed,
-            "idle_s": round(socket.idle_s(time.monotonic()), 1),
+            "open_s": round(now - socket.opened_at, 1),
+            "idle_s": round(socket.idle_s(now), 1),
             "topics": socket.topics[:_LISTED_MAX],
         }
 

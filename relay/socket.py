@@ -58,6 +58,7 @@ class Socket(Face):
         "address",
         "id",
         "joinless_since",
+        "opened_at",
         "send_event",
         "version",
     )
@@ -93,8 +94,10 @@ class Socket(Face):
         self.send_event: Callable[[Frame, str, str, Policy], None] = connection.send_event
         connection.on_readiness = self._readiness_changed
         limits = config.limits
-        self.joinless_since: float = connection.last_received
-        """When it was opened, in monotonic seconds; infinite once it has joined a topic."""
+        self.opened_at: float = connection.last_received
+        """In monotonic seconds."""
+        self.joinless_since: float = self.opened_at
+        """When it was opened; infinite once it has joined a topic."""
         self._protocol = Protocol(
             shake.version, topics_max=limits.topics_per_socket, payload_max_bytes=limits.payload_max_bytes
         )
@@ -118,7 +121,6 @@ class Socket(Face):
         turn_away = partial(excess.turn_away, pace, self._protocol, connection, self._metrics, self._journal, self)
         # Chosen once: without tracing a message costs what it did.
         handle = self._handle if self._trace is None else partial(self._trace.handle, self._handle)
-        opened = connection.last_received
         self._metrics.sockets += 1
         self._metrics.sockets_opened += 1
         self._journal.connected(self)
@@ -145,7 +147,7 @@ class Socket(Face):
             for subscription in tuple(self._protocol.subscriptions.values()):
                 self._unsubscribe(subscription)
             connection.end()
-            open_s = time.monotonic() - opened
+            open_s = time.monotonic() - self.opened_at
             totals = Totals(open_s, self._joins, self._pushes, self._events, connection.dropped)
             self._journal.disconnected(self, *connection.ending, totals)
             # What plugins have begun, or are still to hear of, is not cut off by a client that has gone.

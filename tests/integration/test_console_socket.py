@@ -15,7 +15,7 @@ from websockets.typing import Origin, Subprotocol
 
 from relay.console import _LISTED_MAX, _SHOWN_MAX_BYTES, _TAIL_MAX, TOPIC
 from tests.support.client import Client
-from tests.support.keys import SECRET
+from tests.support.keys import SECRET, token
 from tests.support.process import Valkey
 from tests.support.serving import Served, eventually, figure, http_get
 
@@ -59,9 +59,16 @@ class Operator:
             self._told.append((name, payload))
 
 
+def with_key(key: str) -> list[Subprotocol] | None:
+    """The subprotocols by which phoenix.js carries its ``authToken``."""
+    encoded = base64.b64encode(key.encode()).decode().rstrip("=")
+    return [Subprotocol("phoenix"), Subprotocol(f"base64url.bearer.phx.{encoded}")] if key else None
+
+
 @asynccontextmanager
-async def operator(served: Served, join: bool = True) -> AsyncIterator[Operator]:
-    async with Client.connect(f"ws://127.0.0.1:{served.port}{served.prefix}/console/socket") as client:
+async def operator(served: Served, join: bool = True, key: str = "") -> AsyncIterator[Operator]:
+    url = f"ws://127.0.0.1:{served.port}{served.prefix}/console/socket"
+    async with Client.connect(url, subprotocols=with_key(key)) as client:
         if join:
             await client.join(TOPIC)
         yield Operator(client)
@@ -69,16 +76,12 @@ async def operator(served: Served, join: bool = True) -> AsyncIterator[Operator]
 
 async def status_of(served: Served, key: str = "", **headers: str) -> int:
     """How a handshake ends."""
-    protocols = [Subprotocol("phoenix")]
-    if key:
-        token = base64.b64encode(key.encode()).decode().rstrip("=")
-        protocols.append(Subprotocol(f"base64url.bearer.phx.{token}"))
     url = f"ws://127.0.0.1:{served.port}/console/socket/websocket?vsn=2.0.0"
     origin = Origin(headers.pop("origin")) if "origin" in headers else None
     try:
         async with connect_websocket(
             url,
-            subprotocols=protocols if key else None,
+            subprotocols=with_key(key),
             additional_headers=headers,
             origin=origin,
             proxy=None,
@@ -194,8 +197,23 @@ async def test_topics_and_sockets_are_listed_and_searched(served: Served, connec
         assert (await watching.ask("sockets", search="room:2"))["total"] == 1
         assert (await watching.ask("sockets", search="127.0.0.1"))["total"] == 2
         (found,) = (await watching.ask("sockets", search="ROOM:2"))["sockets"]
-        assert found == await watching.ask("socket", id=found["id"]) | {"idle_s": found["idle_s"]}
+        moving = {name: found[name] for name in ("idle_s", "open_s")}
+        assert found == await watching.ask("socket", id=found["id"]) | moving
+        assert 0 <= found["idle_s"] <= found["open_s"] < 60
+        assert found["user"] is None
         assert found["topics"] == ["room:1", "Room:2"]
+
+
+async def test_socket_is_told_with_its_user_and_found_by_it(serve_relay: ServeRelay) -> None:
+    served = await serve_relay(auth={"keys": [SECRET]}, rest={"api_key": "k"})
+    query = f"token={token('Ada|1', {'room:*': ['join']})}"
+    async with Client.connect(served.ws, query=query) as client, operator(served, key="k") as watching:
+        await client.join("room:1")
+        (found,) = (await watching.ask("sockets", search="ada|"))["sockets"]
+        assert found["user"] == "Ada|1"
+        assert (await watching.ask("sockets", search="bob"))["total"] == 0
+        (joined,) = (await watching.ask("topic", topic="room:1"))["joined"]
+        assert joined["user"] == "Ada|1"
 
 
 async def test_lists_are_cut_where_nobody_could_read_them(serve_relay: ServeRelay, connect: Connect) -> None:
