@@ -204,16 +204,21 @@ class _Viewer:
 
     def _tell_figures(self) -> None:
         relay, link = self._relay, self._relay.link
+        figures = relay.figures.of_all()
+        reason = link.reason
+        if link.live and not figures["relay_link_live"][""]:
+            reason = "another worker hears nothing"
         self._tell_all(
             "figures",
             {
                 "node": f"{sockets.gethostname()}:{os.getpid()}",
                 "version": __version__,
-                "workers": relay.config.workers,
                 "at_ms": round(time.time() * 1000),
-                "link": {"live": link.live, "reason": link.reason},
+                # Totals can be compared with those of the same source alone: a folder, or a process in its lifetime.
+                "source": relay.config.metrics.folder or str(figures["process_start_time_seconds"][""]),
+                "link": {"live": not reason, "reason": reason},
                 "bounds_s": BOUNDS_S,
-                "figures": relay.figures.snapshot(),
+                "figures": figures,
             },
         )
 

@@ -217,14 +217,18 @@ class Figures:
             for figure in FIGURES
         }
 
+    def of_all(self) -> Snapshot:
+        """The figures of all workers; those of the others are as old as `WRITE_INTERVAL_S` at most."""
+        snapshot = self.snapshot()
+        if self._folder is None:
+            return snapshot
+        self._folder.write(snapshot)
+        return _merged(self._folder.read())
+
     def text(self) -> bytes:
         """All figures in Prometheus's text format: of all workers, where there are several."""
-        snapshot = self.snapshot()
-        if self._folder is not None:
-            self._folder.write(snapshot)
-            snapshot = _merged(self._folder.read())
         registry = CollectorRegistry()
-        registry.register(_Families(snapshot))
+        registry.register(_Families(self.of_all()))
         return generate_latest(registry)
 
     def write(self) -> None:

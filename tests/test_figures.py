@@ -141,6 +141,18 @@ def test_any_worker_tells_the_sums_of_all(tmp_path: Path) -> None:
         assert samples["relay_workers", ()] == 2
 
 
+def test_sums_of_all_are_a_snapshot_too_and_of_one_alone_its_own(tmp_path: Path) -> None:
+    one, two = Metrics(joins=10), Metrics(joins=5)
+    first = Figures(one, lambda: state(3), str(tmp_path))
+    Figures(two, lambda: state(4), str(tmp_path)).write()
+    del two
+    ended = first.of_all()
+    assert ended["relay_joins"] == {"": 15}
+    assert (ended["relay_sockets"]["direct"], ended["relay_workers"]) == (3, {"": 1})
+    alone = lone(one).of_all()
+    assert alone["relay_joins"] == {"": 10} and alone.keys() == ended.keys() == first.snapshot().keys()
+
+
 def test_worker_that_is_asked_tells_its_own_figures_as_they_are_now(tmp_path: Path) -> None:
     metrics = Metrics()
     figures = Figures(metrics, state, str(tmp_path))

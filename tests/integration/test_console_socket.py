@@ -4,6 +4,7 @@ import base64
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
@@ -164,6 +165,47 @@ async def test_figures_come_at_once_and_then_each_second(served: Served, connect
     assert sum(first["figures"]["relay_sockets"].values()) == 1, "the console is no client of the relay"
     assert first["link"] == {"live": True, "reason": ""}
     assert len(first["figures"]["relay_fan_out_seconds"][""]) == len(first["bounds_s"]) + 2
+
+
+async def test_several_workers_are_told_as_one(serve_relay: ServeRelay, connect: Connect, tmp_path: Path) -> None:
+    """Two relays on one folder are what two processes are; each lists its own sockets."""
+    both = [await serve_relay(metrics={"folder": str(tmp_path)}) for _ in range(2)]
+    for served, topics in zip(both, (1, 2), strict=True):
+        client = await connect(served)
+        for number in range(topics):
+            await client.join(f"room:{number}")
+        served.relay.figures.write()
+    told = []
+    for served in both:
+        async with operator(served) as watching:
+            told.append(await watching.hear("figures"))
+            assert (await watching.ask("sockets"))["total"] == 1
+    for figures in (one["figures"] for one in told):
+        assert (figures["relay_workers"], figures["relay_joins"]) == ({"": 2}, {"": 3})
+        assert sum(figures["relay_sockets"].values()) == 2
+    assert told[0]["source"] == told[1]["source"], "their totals are the same"
+    assert told[0]["link"]["live"]
+
+
+async def test_worker_that_hears_nothing_is_told_by_the_others(
+    serve_relay: ServeRelay, connect: Connect, tmp_path: Path
+) -> None:
+    metrics = {"folder": str(tmp_path)}
+    with Valkey() as server:
+        deaf = await serve_relay(metrics=metrics, redis_url=server.url)
+        server.kill()
+        await eventually(lambda: not deaf.relay.link.live, "the link to be lost")
+        deaf.relay.figures.write()
+        async with operator(await serve_relay(metrics=metrics)) as watching:
+            assert (await watching.hear("figures"))["link"] == {"live": False, "reason": "another worker hears nothing"}
+
+
+async def test_figures_of_another_process_are_told_apart(serve_relay: ServeRelay) -> None:
+    served = await serve_relay()
+    async with operator(served) as watching:
+        first, second = await watching.hear("figures"), await watching.hear("figures")
+    assert first["source"] == second["source"] != ""
+    assert first["figures"]["relay_workers"] == {"": 1}
 
 
 async def test_nothing_is_told_before_the_join_nor_on_another_topic(served: Served) -> None:
