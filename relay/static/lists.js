@@ -1,0 +1,27 @@
+/** The lists of topics and sockets, and where their rows lead. */
+
+import { create } from "./show.js";
+
+export const topicHref = (name) => `#topics/${encodeURIComponent(name)}`;
+export const socketHref = (id) => `#sockets/${encodeURIComponent(id)}`;
+
+/** Fill a list: rows that were there stay, and with them the reader's focus. */
+export function showRows(list, items, keyOf, hrefOf, cellsOf, chosen) {
+  const rows = new Map([...list.children].map((row) => [row.dataset.key, row]));
+  const focused = list.contains(document.activeElement) ? document.activeElement.dataset.key : null;
+  const wanted = items.map((item) => {
+    const key = keyOf(item);
+    const row = rows.get(key) ?? create("a", "item");
+    row.dataset.key = key;
+    row.href = hrefOf(item);
+    if (key === chosen) row.setAttribute("aria-current", "true");
+    else row.removeAttribute("aria-current");
+    row.replaceChildren(...cellsOf(item).map((text) => create("span", "", text)));
+    return row;
+  });
+  const isSame = wanted.length === list.children.length && wanted.every((row, place) => row === list.children[place]);
+  if (!isSame) list.replaceChildren(...wanted);
+  if (focused !== null && !list.contains(document.activeElement)) {
+    [...list.children].find((row) => row.dataset.key === focused)?.focus({ preventScroll: true });
+  }
+}

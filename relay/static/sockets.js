@@ -1,0 +1,69 @@
+/** Sockets: those that are open, and what one of them has joined; and sending it away. */
+
+import { ask } from "./door.js";
+import { showRows, socketHref, topicHref } from "./lists.js";
+import { byId, create, formatBytes, formatCount, formatDuration, showResult } from "./show.js";
+
+export let socketId = null; // the one that is shown
+let isAsking = false; // whether to disconnect it
+
+export async function lookAtSockets() {
+  const answer = await ask("sockets", { search: byId("socket-search").value.trim() });
+  if (answer) {
+    byId("socket-total").textContent = formatCount(answer.total);
+    const cells = ({ id, address, topics, outbox_bytes }) => [
+      id, address ?? "", formatCount(topics.length), outbox_bytes ? formatBytes(outbox_bytes) : "–",
+    ];
+    showRows(byId("socket-list"), answer.sockets, (item) => item.id, (item) => socketHref(item.id), cells, socketId);
+  }
+  if (socketId === null) return;
+  const id = socketId;
+  const found = await ask("socket", { id });
+  if (id !== socketId) return;
+  byId("disconnect").disabled = !found;
+  if (!found) showResult(byId("socket-result"), "", "This socket is gone.");
+  else showSocketFacts(found);
+}
+
+function showSocketFacts({ address, version, path, outbox_bytes, missed, idle_s, topics }) {
+  const facts = [
+    ["Address", address ?? "–"], ["Protocol", `V${version}`], ["Frames", path], ["Waiting", formatBytes(outbox_bytes)], ["Events missed", formatCount(missed)],
+    ["Last heard", `${formatDuration(idle_s)} ago`], ["Topics", formatCount(topics.length)],
+  ];
+  byId("socket-facts").replaceChildren(
+    ...facts.map(([name, value]) => create("div", "", create("dt", "", name), create("dd", "", value))),
+  );
+  byId("socket-topics").replaceChildren(
+    ...topics.map((name) => {
+      const link = create("a", "chip", name);
+      link.href = topicHref(name);
+      return link;
+    }),
+  );
+}
+
+export function showSocket(id) {
+  if (socketId === id) return;
+  socketId = id;
+  askToDisconnect(false);
+  byId("socket-view").hidden = id === null;
+  byId("socket-name").textContent = id ?? "";
+  byId("socket-facts").replaceChildren();
+  byId("socket-topics").replaceChildren();
+  showResult(byId("socket-result"), "", "");
+}
+
+function askToDisconnect(isAskingNow) {
+  isAsking = isAskingNow;
+  byId("disconnect").textContent = isAsking ? "Really disconnect?" : "Disconnect";
+}
+
+byId("disconnect").addEventListener("click", async () => {
+  if (!isAsking) return askToDisconnect(true);
+  askToDisconnect(false);
+  const answer = await ask("disconnect", { id: socketId });
+  showResult(byId("socket-result"), answer ? "ok" : "bad", answer ? "Disconnected." : "This socket is gone.");
+  lookAtSockets();
+});
+byId("disconnect").addEventListener("blur", () => askToDisconnect(false));
+byId("socket-search").addEventListener("input", lookAtSockets);

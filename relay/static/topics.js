@@ -1,0 +1,186 @@
+/** Topics: those that are joined, and the events of one as they pass; and sending some. */
+
+import { ask, channel, socket } from "./door.js";
+import { showRows, socketHref, topicHref } from "./lists.js";
+import { Socket } from "./relay.js";
+import {
+  byId, copy, create, formatBytes, formatCount, formatRate, prettyBytes, prettyJson, readPayload, readToken, reasonOf,
+  showResult, timeOf,
+} from "./show.js";
+
+const SHOWN_MAX = 200; // events in the list; older ones leave
+
+export let topic = null; // the one that is shown
+let isPaused = false;
+let seen = 0; // events that came, shown or not
+let waiting = []; // that came while paused
+
+export async function lookAtTopics() {
+  const answer = await ask("topics", { search: byId("topic-search").value.trim() });
+  if (answer) {
+    byId("topic-total").textContent = formatCount(answer.total);
+    const cells = ({ topic, sockets, events_per_s }) => [topic, formatCount(sockets), formatRate(events_per_s)];
+    showRows(byId("topic-list"), answer.topics, (item) => item.topic, (item) => topicHref(item.topic), cells, topic);
+  }
+  if (topic === null) return;
+  const details = await ask("topic", { topic });
+  if (!details || details.topic !== topic) return;
+  byId("topic-figures").textContent = `${formatRate(details.events_per_s)} events/s`;
+  byId("joined-count").textContent = formatCount(details.sockets);
+  byId("joined").replaceChildren(
+    ...details.joined.map(({ id, address }) => {
+      const link = create("a", "chip", id);
+      link.href = socketHref(id);
+      link.title = address ?? "";
+      return link;
+    }),
+  );
+}
+
+export function showTopic(name) {
+  if (topic === name) return;
+  topic = name;
+  byId("topic-view").hidden = name === null;
+  byId("topic-name").textContent = name ?? "";
+  byId("topic-figures").textContent = byId("joined-count").textContent = "";
+  byId("joined").replaceChildren();
+  showResult(byId("publish-result"), "", "");
+  if (isPaused) pause();
+  clearTail();
+  ask("watch", { topic: name ?? "" });
+}
+
+channel.on("events", ({ topic: from, events, left_out }) => {
+  if (from !== topic) return;
+  seen += events.length + left_out;
+  waiting.push(...events);
+  if (waiting.length > SHOWN_MAX) waiting.splice(0, waiting.length - SHOWN_MAX);
+  if (!isPaused) flushTail();
+  showCount();
+});
+
+function flushTail() {
+  const list = byId("tail");
+  list.prepend(...waiting.reverse().map(eventRow));
+  waiting = [];
+  while (list.children.length > SHOWN_MAX) list.lastChild.remove();
+  applyFilter();
+}
+
+function eventRow({ at_ms, event, size, frame, base64 }) {
+  const [pretty, plain] = base64 === undefined ? textOf(frame) : bytesIn(base64);
+  const body = create("pre", "", ...pretty);
+  const button = create("button", "small", "Copy");
+  button.type = "button";
+  const whole = create("span", "", plain);
+  whole.hidden = true;
+  button.addEventListener("click", () => copy(button, whole));
+  const row = create("li", "", timeOf(new Date(at_ms)), create("span", "event-name", event), body, button, whole);
+  row.title = formatBytes(size);
+  row.dataset.text = `${event} ${plain}`.toLowerCase();
+  return row;
+}
+
+/** The payload of a frame, `[null, null, topic, event, payload]`; a long one was cut. */
+function textOf(frame) {
+  try {
+    const payload = JSON.parse(frame)[4];
+    return [prettyJson(payload), JSON.stringify(payload)];
+  } catch {
+    return [[frame, create("span", "bytes", "… cut here")], frame];
+  }
+}
+
+/** The payload of a binary frame, `02 tl el topic event data`. */
+function bytesIn(base64) {
+  const frame = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+  const data = frame.slice(3 + frame[1] + frame[2]);
+  return [prettyBytes(data.buffer), base64];
+}
+
+function applyFilter() {
+  const needle = byId("filter").value.trim().toLowerCase();
+  for (const row of byId("tail").children) row.hidden = !row.dataset.text.includes(needle);
+  showCount();
+}
+
+function showCount() {
+  const rows = [...byId("tail").children];
+  const shown = rows.filter((row) => !row.hidden).length;
+  const parts = [];
+  if (seen > shown) parts.push(`${formatCount(shown)} of ${formatCount(seen)}`);
+  else if (seen) parts.push(formatCount(seen));
+  if (isPaused) parts.push(waiting.length ? `${formatCount(waiting.length)} waiting` : "paused");
+  byId("tail-count").textContent = parts.join(", ");
+  byId("tail-empty").hidden = rows.length > 0;
+}
+
+function clearTail() {
+  seen = 0;
+  waiting = [];
+  byId("tail").replaceChildren();
+  showCount();
+}
+
+export function pause() {
+  isPaused = !isPaused;
+  byId("pause").setAttribute("aria-pressed", isPaused);
+  byId("pause").textContent = isPaused ? "Resume" : "Pause";
+  if (!isPaused) flushTail();
+  showCount();
+}
+
+byId("pause").addEventListener("click", pause);
+byId("clear").addEventListener("click", clearTail);
+byId("filter").addEventListener("input", applyFilter);
+byId("topic-search").addEventListener("input", lookAtTopics);
+byId("topic-search").addEventListener("keydown", ({ key, target }) => {
+  if (key === "Enter" && target.value.trim()) location.hash = topicHref(target.value.trim());
+});
+
+// Sending: to all as a backend does, or from one client as a browser does.
+
+async function send(how) {
+  const output = byId("publish-result");
+  const payload = readPayload(byId("publish-payload"), output);
+  const event = byId("publish-event").value.trim();
+  if (payload === undefined || !topic || !event) return;
+  showResult(output, "", "sent…");
+  const start = performance.now();
+  try {
+    const response = await how(topic, event, payload);
+    const took = `${(performance.now() - start).toFixed(0)} ms`;
+    showResult(output, "ok", `ok in ${took}  ${response && Object.keys(response).length ? JSON.stringify(response) : ""}`);
+  } catch (error) {
+    showResult(output, "bad", error.status === "timeout" ? "no reply in 10 s" : `${error.status}: ${reasonOf(error.response)}`);
+  }
+}
+
+const publish = (topic, event, payload) => channel.push("publish", { topic, event, payload });
+
+async function pushAsClient(topic, event, payload) {
+  // With the token that was given on the page at /, if any; what the key opens is not what clients may do.
+  const client = new Socket(document.querySelector('meta[name="relay-socket"]').content, { authToken: readToken });
+  const reason = "the relay lets this client in with a token alone; its page at / asks for one";
+  const refused = new Promise((_, fail) => client.onClose(() => fail({ status: "refused", response: { reason } })));
+  client.connect();
+  try {
+    const joined = client.channel(topic);
+    await Promise.race([joined.join(), refused]);
+    return await joined.push(event, payload);
+  } finally {
+    client.disconnect();
+  }
+}
+
+byId("publish").addEventListener("submit", (submit) => {
+  submit.preventDefault();
+  send(publish);
+});
+byId("push").addEventListener("click", () => send(pushAsClient));
+byId("publish-payload").addEventListener("keydown", (key) => {
+  if (key.key === "Enter" && (key.ctrlKey || key.metaKey)) byId("publish").requestSubmit();
+});
+
+// After a reconnect the relay has forgotten what was watched.
+socket.onOpen(() => topic !== null && ask("watch", { topic }));
