@@ -40,13 +40,22 @@ socket.onOpen(look);
 
 // Light and dark.
 
-const themeNow = () => document.documentElement.dataset.theme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+const root = document.documentElement;
+const system = matchMedia("(prefers-color-scheme: dark)");
 
+function showTheme() {
+  byId("theme").title = `Theme: ${root.dataset.theme || "as the system"} (t)`;
+  byId("theme").setAttribute("aria-label", byId("theme").title);
+}
+
+// What the system does not say comes first, so that each press but the last is seen.
 byId("theme").addEventListener("click", () => {
-  const theme = themeNow() === "dark" ? "light" : "dark";
-  document.documentElement.dataset.theme = theme;
-  localStorage.setItem("relay-theme", theme);
+  const [first, second] = system.matches ? ["light", "dark"] : ["dark", "light"];
+  root.dataset.theme = { "": first, [first]: second, [second]: "" }[root.dataset.theme];
+  localStorage.setItem("relay-theme", root.dataset.theme);
+  showTheme();
 });
+showTheme();
 
 // Keys.
 
