@@ -205,9 +205,6 @@ class _Viewer:
     def _tell_figures(self) -> None:
         relay, link = self._relay, self._relay.link
         figures = relay.figures.of_all()
-        reason = link.reason
-        if link.live and not figures["relay_link_live"][""]:
-            reason = "another worker hears nothing"
         self._tell_all(
             "figures",
             {
@@ -216,7 +213,8 @@ class _Viewer:
                 "at_ms": round(time.time() * 1000),
                 # Totals can be compared with those of the same source alone: a folder, or a process in its lifetime.
                 "source": relay.config.metrics.folder or str(figures["process_start_time_seconds"][""]),
-                "link": {"live": not reason, "reason": reason},
+                # Live in every worker; why not is known of this one.
+                "link": {"live": bool(figures["relay_link_live"][""]), "reason": link.reason},
                 "bounds_s": BOUNDS_S,
                 "figures": figures,
             },

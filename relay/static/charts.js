@@ -15,10 +15,10 @@ function draw(tag, attributes, text) {
   return element;
 }
 
-/** The next of 1, 2, 5, 10, 20, 50 … */
+/** The next of 2, 4, 6, 8, 10, 20, 40 …: of counts the half is a whole number, too. */
 export function niceTop(value) {
   const power = 10 ** Math.floor(Math.log10(value));
-  return [1, 2, 5, 10].map((step) => step * power).find((top) => top >= value * 0.999);
+  return [1, 2, 4, 6, 8, 10].map((step) => step * power).find((top) => top >= value * 0.999);
 }
 
 /** The next power of two, for bytes. */

@@ -12,10 +12,19 @@ const LOOK_MS = 2000; // between two looks at the lists
 
 const VIEWS = ["overview", "topics", "sockets"];
 
+/** What a part of an address names; null for none, and for what is no text. */
+function decode(part) {
+  try {
+    return decodeURIComponent(part) || null;
+  } catch {
+    return null;
+  }
+}
+
 function route() {
   const [name, ...rest] = location.hash.slice(1).split("/");
   const view = VIEWS.includes(name) ? name : "overview";
-  const chosen = rest.length && rest[0] ? decodeURIComponent(rest.join("/")) : null;
+  const chosen = decode(rest.join("/"));
   for (const other of VIEWS) byId(other).hidden = other !== view;
   for (const link of document.querySelectorAll("nav a")) {
     if (link.hash === `#${view}`) link.setAttribute("aria-current", "page");

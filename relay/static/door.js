@@ -15,7 +15,7 @@ const bytesOf = (text) => String.fromCharCode(...new TextEncoder().encode(text))
 export const socket = new Socket("console/socket", { authToken: () => (key ? bytesOf(key) : undefined) });
 export const channel = socket.channel("console");
 
-function showState(state, text = state) {
+export function showState(state, text = state) {
   byId("state").dataset.state = state;
   byId("state-text").textContent = text;
 }
@@ -63,7 +63,7 @@ function lock() {
   key = "";
   isStarted = false;
   socket.disconnect();
-  for (const view of document.querySelectorAll(".view")) view.hidden = true;
+  for (const view of document.querySelectorAll(".view, #alarm")) view.hidden = true;
 }
 
 function start() {

@@ -1,11 +1,12 @@
 /** The overview: the figures of each second, their past in charts, plugins, and what was lost. */
 
 import { binaryTop, Chart } from "./charts.js";
-import { channel } from "./door.js";
+import { channel, isStarted, showState, socket } from "./door.js";
 import { byId, create, formatBytes, formatCount, formatDuration, formatRate } from "./show.js";
 
 const KEPT = 301; // samples: five minutes
 const MINUTE = 60; // samples
+const SILENCE_MS = 5000; // after which figures are old
 
 // What has changed from one second to the next.
 
@@ -16,8 +17,10 @@ const total = (figure) => Object.values(figure ?? {}).reduce((sum, value) => sum
 const counted = (histogram) => (histogram ? histogram.slice(0, -1).reduce((sum, value) => sum + value, 0) : 0);
 
 function sampleOf({ at_ms, figures }) {
-  const last = samples.at(-1);
-  const sample = { at_ms, figures, topics: total(figures.relay_topics), sockets: total(figures.relay_sockets) };
+  const workers = total(figures.relay_workers);
+  // Others' figures are up to a second old, and not always equally: over one second alone their rates would leap.
+  const last = workers > 1 ? (samples.at(-3) ?? samples[0]) : samples.at(-1);
+  const sample = { at_ms, figures, workers, topics: total(figures.relay_topics), sockets: total(figures.relay_sockets) };
   sample.outbox = total(figures.relay_outbox_bytes);
   sample.lag = total(figures.relay_link_lag_seconds) * 1000 || null;
   const seconds = last ? (at_ms - last.at_ms) / 1000 : 0;
@@ -41,12 +44,12 @@ const formatShort = (value) =>
 const formatAxisMs = (ms) => (ms >= 1000 ? `${+(ms / 1000).toFixed(1)} s` : `${+ms.toFixed(ms < 1 ? 2 : 1)} ms`);
 
 const charts = [
-  new Chart("Events in /s", [{ label: "bus", of: (s) => s.in }, { label: "pushes", of: (s) => s.pushes }], formatShort, 5),
-  new Chart("Deliveries /s", [{ of: (s) => s.out }], formatShort, 5),
-  new Chart("Sockets", [{ of: (s) => s.sockets }], formatShort, 5),
+  new Chart("Events in /s", [{ label: "bus", of: (s) => s.in }, { label: "pushes", of: (s) => s.pushes }], formatShort, 4),
+  new Chart("Deliveries /s", [{ of: (s) => s.out }], formatShort, 4),
+  new Chart("Sockets", [{ of: (s) => s.sockets }], formatShort, 4),
   new Chart("Delay", [{ label: "fan-out", of: (s) => s.fanOut }, { label: "link", of: (s) => s.lag }], formatAxisMs, 1),
   new Chart("Waiting in outboxes", [{ of: (s) => s.outbox }], formatBytes, 1024, binaryTop),
-  new Chart("Drops /s", [{ of: (s) => s.drops }], formatShort, 1),
+  new Chart("Drops /s", [{ of: (s) => s.drops }], formatShort, 2),
 ];
 byId("charts").append(...charts.map(({ element }) => element));
 
@@ -112,25 +115,70 @@ function showPlugins(now, past, bounds) {
   fill("plugins", rows, "No plugin has been called yet.");
 }
 
+/** What is wrong with frames that are answered by a close, by its code. */
+const MALFORMED = {
+  1002: "no WebSocket frame", 1003: "frame of an unknown kind", 1007: "no message of the protocol", 1009: "frame too large",
+};
+const wordsOf = (kind, reason) =>
+  kind === "malformed" && MALFORMED[reason] ? `${MALFORMED[reason]} (${reason})` : reason;
+
 function showLosses(now, past) {
   const rows = [];
   for (const [kind, figure] of [["dropped", "relay_dropped"], ["refused", "relay_refused"], ["malformed", "relay_malformed"]]) {
     for (const [reason, count] of Object.entries(now.figures[figure])) {
       const recent = count - (past.figures[figure][reason] ?? 0);
-      rows.push([count, tableRow(`${kind}: ${reason}`, recent ? formatCount(recent) : "–", formatCount(count))]);
+      rows.push([count, tableRow(`${kind}: ${wordsOf(kind, reason)}`, recent ? formatCount(recent) : "–", formatCount(count))]);
     }
   }
   rows.sort(([one], [other]) => other - one);
   fill("losses", rows.map(([, row]) => row), "Nothing has been dropped or refused.");
 }
 
+/** Where several workers serve, the figures are of all, the lists of the one that answers. */
+function showWhose(node, workers) {
+  const colon = node.lastIndexOf(":");
+  const [host, rest] = workers > 1 ? [`${node.slice(0, colon)} · `, `${workers} workers`] : [node.slice(0, colon), node.slice(colon)];
+  byId("node").replaceChildren(create("span", workers > 1 ? "of-several" : "", host), rest);
+  for (const whose of document.querySelectorAll(".whose")) {
+    whose.hidden = workers <= 1;
+    whose.textContent = `Of worker ${node.slice(colon + 1)} only, one of ${workers}`;
+  }
+}
+
+function showAlarm(text) {
+  byId("alarm").hidden = !text;
+  if (byId("alarm").textContent !== text) byId("alarm").textContent = text; // each change is read aloud
+}
+
+// Figures that no longer come are old: they stay, and are not taken for those of now.
+
+let heardAt; // when the last ones came
+let silence; // the timer
+
+function hear() {
+  heardAt = new Date();
+  clearTimeout(silence);
+  silence = setTimeout(ageAll, SILENCE_MS, "no answer");
+  document.body.classList.remove("old");
+  showState("live");
+}
+
+function ageAll(state) {
+  if (!isStarted || !heardAt) return;
+  showState("reconnecting", state);
+  document.body.classList.add("old");
+  showAlarm(`No connection to the relay since ${heardAt.toLocaleTimeString("en-GB")}.`);
+}
+
+socket.onClose(() => ageAll("reconnecting"));
+
 function showFigures(message) {
   const sample = sampleOf(message);
   samples.push(sample);
   if (samples.length > KEPT) samples.shift();
-  byId("node").textContent = message.workers > 1 ? `${message.node}, one of ${message.workers} workers` : message.node;
-  byId("alarm").hidden = message.link.live;
-  byId("alarm").textContent = `The relay hears nothing: ${message.link.reason}`;
+  showWhose(message.node, sample.workers);
+  const { live, reason } = message.link;
+  showAlarm(live ? "" : reason ? `The relay hears nothing: ${reason}` : "Another worker of this relay hears nothing.");
   for (const { cell, value, unit, read } of cells) {
     [value.textContent, unit.textContent = ""] = read(sample, message);
     if (cell.dataset.figure === "link") cell.dataset.tone = message.link.live ? "ok" : "bad";
@@ -143,11 +191,13 @@ function showFigures(message) {
   }
 }
 
+let source;
+
 channel.on("figures", (message) => {
-  const last = samples.at(-1);
-  // Another process, or the same one started anew: its totals cannot be compared with these.
-  const start = (figures) => total(figures.process_start_time_seconds);
-  if (last && Math.abs(start(last.figures) - start(message.figures)) > 1) samples.length = 0;
+  // Of another process, or of the same one started anew: its totals cannot be compared with these.
+  if (message.source !== source) samples.length = 0;
+  source = message.source;
+  hear();
   showFigures(message);
 });
 

@@ -37,9 +37,9 @@ async def drive(relay: RelayProcess, *flags: str) -> tuple[list[str], tuple[int,
         await client.join(TOPIC)
         hearing = asyncio.create_task(hear())
         try:
-            await asyncio.to_thread(
-                run_checks, "console-chromium.mjs", relay.http, TOPIC, *flags, redis_url=relay.redis_url
-            )
+            assert relay.process is not None
+            arguments = (relay.http, TOPIC, f"--pid={relay.process.pid}", *flags)
+            await asyncio.to_thread(run_checks, "console-chromium.mjs", *arguments, redis_url=relay.redis_url)
             await asyncio.wait((hearing,), timeout=20)
             assert hearing.done(), "the client was not disconnected"
         finally:
@@ -64,6 +64,13 @@ async def test_operators_see_and_do_what_they_need(flags: list[str]) -> None:
         assert closed == (1001, "disconnected by the server")
         assert "disconnected at the console, by 127.0.0.1" in relay.output
         assert "published to topic 'room:console' at the console, by 127.0.0.1" in relay.output
+
+
+async def test_console_shows_several_workers_as_one() -> None:
+    """And names the one whose lists it shows."""
+    need_browser()
+    with RelayProcess("--workers", "2", environ={"RELAY_SYSTEM_TOPIC": "false"}) as relay:
+        await asyncio.to_thread(run_checks, "console-workers.mjs", relay.http)
 
 
 async def test_console_asks_for_the_key_where_one_is_set() -> None:

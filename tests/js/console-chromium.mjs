@@ -1,6 +1,6 @@
 // The console in a real browser: figures move, topics are searched and tailed, events are sent, sockets sent away.
-//   node console-chromium.mjs <relay http url> <topic> [--key=SECRET] [--dark] [--width=N] [--height=N]
-// Somebody has joined <topic>, once, and nobody else has joined any.
+//   node console-chromium.mjs <relay http url> <topic> [--key=SECRET] [--dark] [--width=N] [--height=N] [--pid=N]
+// Somebody has joined <topic>, once, and nobody else has joined any. With --pid the relay is ended at last.
 
 import { inBrowser } from "./chromium.mjs"
 import { check, equal, failures, say, within } from "./report.mjs"
@@ -63,7 +63,23 @@ await inBrowser(origin, async (page, faults) => {
       .finally(() => clearInterval(again))
     await until("a line in a chart", () => document.querySelectorAll(".plot .line").length >= 5)
     equal(Number(await text("[data-figure=sockets] b")), 1, "sockets")
+    const ticks = await page.$$eval(".chart:nth-child(3) .tick", all => all.map(tick => Number(tick.textContent)))
+    equal(ticks.slice(0, 3), [0, 2, 4], "axis of Sockets, which are whole")
     await fits()
+  })
+
+  await check("what was malformed is told in words", async () => {
+    await page.evaluate(() => {
+      const socket = new WebSocket("/socket/websocket?vsn=2.0.0")
+      socket.onopen = () => socket.send("{")
+    })
+    await shows("#losses", "malformed: no message of the protocol (1007)")
+  })
+
+  await check("an address that is no text names no topic", async () => {
+    await page.evaluate(() => { location.hash = "#topics/%" })
+    await within(page.waitForSelector("#topics:not([hidden]) .hint"), "the topics, none of them chosen")
+    await page.evaluate(() => { location.hash = "#overview" })
   })
 
   await check("a topic is found and opened by keys alone", async () => {
@@ -221,6 +237,17 @@ await inBrowser(origin, async (page, faults) => {
     })
     equal(ran, [], "what the policy let pass")
   })
+
+  if (flag("pid")) {
+    await check("figures that no longer come are told apart from those of now", async () => {
+      await within(page.waitForSelector("[data-figure=sockets] b"), "figures")
+      process.kill(Number(flag("pid")))
+      await shows("#alarm", "No connection to the relay since ")
+      await page.waitForSelector("#state[data-state='reconnecting']")
+      equal(await page.$eval("#charts", charts => getComputedStyle(charts).opacity < 0.5), true, "charts are dimmed")
+      await fits()
+    })
+  }
 }, looks)
 
 process.exit(failures() ? 1 : 0)
