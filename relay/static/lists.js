@@ -5,8 +5,12 @@ import { create } from "./show.js";
 export const topicHref = (name) => `#topics/${encodeURIComponent(name)}`;
 export const socketHref = (id) => `#sockets/${encodeURIComponent(id)}`;
 
-/** Fill a list: rows that were there stay, and with them the reader's focus. */
-export function showRows(list, items, keyOf, hrefOf, cellsOf, chosen) {
+/** Fill a list, or say why it is empty: rows that were there stay, and with them the reader's focus. */
+export function showRows(list, items, keyOf, hrefOf, cellsOf, chosen, empty) {
+  if (!items.length) {
+    list.replaceChildren(create("p", "nothing", empty));
+    return;
+  }
   const rows = new Map([...list.children].map((row) => [row.dataset.key, row]));
   const focused = list.contains(document.activeElement) ? document.activeElement.dataset.key : null;
   const wanted = items.map((item) => {

@@ -8,13 +8,15 @@ export let socketId = null; // the one that is shown
 let isAsking = false; // whether to disconnect it
 
 export async function lookAtSockets() {
-  const answer = await ask("sockets", { search: byId("socket-search").value.trim() });
+  const search = byId("socket-search").value.trim();
+  const answer = await ask("sockets", { search });
   if (answer) {
     byId("socket-total").textContent = formatCount(answer.total);
-    const cells = ({ id, address, topics, outbox_bytes }) => [
-      id, address ?? "", formatCount(topics.length), outbox_bytes ? formatBytes(outbox_bytes) : "–",
+    const cells = ({ id, user, address, topics, outbox_bytes }) => [
+      id, user ?? address ?? "", formatCount(topics.length), outbox_bytes ? formatBytes(outbox_bytes) : "–",
     ];
-    showRows(byId("socket-list"), answer.sockets, (item) => item.id, (item) => socketHref(item.id), cells, socketId);
+    showRows(byId("socket-list"), answer.sockets, (item) => item.id, (item) => socketHref(item.id), cells, socketId,
+      search ? "No socket matches." : "No socket is connected.");
   }
   if (socketId === null) return;
   const id = socketId;
@@ -25,10 +27,11 @@ export async function lookAtSockets() {
   else showSocketFacts(found);
 }
 
-function showSocketFacts({ address, version, path, outbox_bytes, missed, idle_s, topics }) {
+function showSocketFacts({ user, open_s, address, version, path, outbox_bytes, missed, idle_s, topics }) {
   const facts = [
-    ["Address", address ?? "–"], ["Protocol", `V${version}`], ["Frames", path], ["Waiting", formatBytes(outbox_bytes)], ["Events missed", formatCount(missed)],
-    ["Last heard", `${formatDuration(idle_s)} ago`], ["Topics", formatCount(topics.length)],
+    ["User", user ?? "anonymous"], ["Connected", `${formatDuration(open_s)} ago`], ["Last heard", `${formatDuration(idle_s)} ago`],
+    ["Address", address ?? "–"], ["Protocol", `V${version}`], ["Frames", path],
+    ["Waiting", formatBytes(outbox_bytes)], ["Events missed", formatCount(missed)], ["Topics", formatCount(topics.length)],
   ];
   byId("socket-facts").replaceChildren(
     ...facts.map(([name, value]) => create("div", "", create("dt", "", name), create("dd", "", value))),

@@ -13,14 +13,16 @@ const SHOWN_MAX = 200; // events in the list; older ones leave
 export let topic = null; // the one that is shown
 let isPaused = false;
 let seen = 0; // events that came, shown or not
-let waiting = []; // that came while paused
+let waiting = []; // that came while paused; {left_out} for some that are not shown
 
 export async function lookAtTopics() {
-  const answer = await ask("topics", { search: byId("topic-search").value.trim() });
+  const search = byId("topic-search").value.trim();
+  const answer = await ask("topics", { search });
   if (answer) {
     byId("topic-total").textContent = formatCount(answer.total);
     const cells = ({ topic, sockets, events_per_s }) => [topic, formatCount(sockets), formatRate(events_per_s)];
-    showRows(byId("topic-list"), answer.topics, (item) => item.topic, (item) => topicHref(item.topic), cells, topic);
+    showRows(byId("topic-list"), answer.topics, (item) => item.topic, (item) => topicHref(item.topic), cells, topic,
+      search ? "No topic matches. Enter opens the one you have named." : "No topic is joined yet. Name one and press Enter.");
   }
   if (topic === null) return;
   const details = await ask("topic", { topic });
@@ -28,8 +30,8 @@ export async function lookAtTopics() {
   byId("topic-figures").textContent = `${formatRate(details.events_per_s)} events/s`;
   byId("joined-count").textContent = formatCount(details.sockets);
   byId("joined").replaceChildren(
-    ...details.joined.map(({ id, address }) => {
-      const link = create("a", "chip", id);
+    ...details.joined.map(({ id, address, user }) => {
+      const link = create("a", "chip", ...(user ? [create("b", "", user), " "] : []), id);
       link.href = socketHref(id);
       link.title = address ?? "";
       return link;
@@ -54,18 +56,27 @@ channel.on("events", ({ topic: from, events, left_out }) => {
   if (from !== topic) return;
   seen += events.length + left_out;
   waiting.push(...events);
-  if (waiting.length > SHOWN_MAX) waiting.splice(0, waiting.length - SHOWN_MAX);
+  if (left_out) waiting.push({ left_out });
+  if (waiting.length > SHOWN_MAX) {
+    const first = waiting.splice(0, waiting.length - SHOWN_MAX + 1);
+    waiting.unshift({ left_out: numberOf(first) });
+  }
   if (!isPaused) flushTail();
   showCount();
 });
 
+const numberOf = (events) => events.reduce((sum, { left_out = 1 }) => sum + left_out, 0);
+
 function flushTail() {
   const list = byId("tail");
-  list.prepend(...waiting.reverse().map(eventRow));
+  list.prepend(...waiting.reverse().map((one) => (one.left_out ? gapRow(one) : eventRow(one))));
   waiting = [];
   while (list.children.length > SHOWN_MAX) list.lastChild.remove();
   applyFilter();
 }
+
+/** Where events came too fast to be shown, or too many while paused. */
+const gapRow = ({ left_out }) => create("li", "left-out", `… ${formatCount(left_out)} not shown`);
 
 function eventRow({ at_ms, event, size, frame, base64 }) {
   const [pretty, plain] = base64 === undefined ? textOf(frame) : bytesIn(base64);
@@ -100,19 +111,25 @@ function bytesIn(base64) {
 
 function applyFilter() {
   const needle = byId("filter").value.trim().toLowerCase();
-  for (const row of byId("tail").children) row.hidden = !row.dataset.text.includes(needle);
+  for (const row of byId("tail").children) row.hidden = needle !== "" && !row.dataset.text?.includes(needle);
   showCount();
 }
 
 function showCount() {
   const rows = [...byId("tail").children];
-  const shown = rows.filter((row) => !row.hidden).length;
+  const events = rows.filter((row) => row.dataset.text !== undefined);
+  const shown = events.filter((row) => !row.hidden).length;
+  const isFiltered = byId("filter").value.trim() !== "";
   const parts = [];
-  if (seen > shown) parts.push(`${formatCount(shown)} of ${formatCount(seen)}`);
-  else if (seen) parts.push(formatCount(seen));
-  if (isPaused) parts.push(waiting.length ? `${formatCount(waiting.length)} waiting` : "paused");
+  if (isFiltered && rows.length) parts.push(`${shown} of ${events.length} match`);
+  else if (seen) parts.push(`${formatCount(seen)} heard`);
+  if (!isFiltered && rows.length >= SHOWN_MAX) parts.push(`last ${shown} shown`);
+  if (isPaused) parts.push(waiting.length ? `${formatCount(numberOf(waiting))} waiting` : "paused");
   byId("tail-count").textContent = parts.join(", ");
-  byId("tail-empty").hidden = rows.length > 0;
+  byId("tail-empty").hidden = rows.some((row) => !row.hidden);
+  byId("tail-empty").textContent = rows.length
+    ? "No event matches the filter."
+    : isPaused ? "Paused. What comes waits." : "Listening. What is published on this topic shows here.";
 }
 
 function clearTail() {

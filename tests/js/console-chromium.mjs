@@ -92,6 +92,15 @@ await inBrowser(origin, async (page, faults) => {
     await page.keyboard.press("Enter")
     await shows("#topic-name", topic)
     await shows("#joined-count", "1")
+    await page.evaluate(() => { location.hash = "#topics" })
+    await page.focus("#topic-search")
+    await page.keyboard.type("-no-such")
+    await shows("#topic-list", "No topic matches.")
+    await page.keyboard.press("Escape")
+    const row = await within(page.waitForSelector(`#topic-list [data-key="${topic}"]`), "the topic again")
+    equal(await row.$$eval("span", spans => spans[1].textContent), "1", "sockets, the console not among them")
+    await page.evaluate(name => { location.hash = `#topics/${encodeURIComponent(name)}` }, topic)
+    await shows("#topic-name", topic)
     await fits()
   })
 
@@ -121,11 +130,26 @@ await inBrowser(origin, async (page, faults) => {
     const visible = () => page.$$eval("#tail li:not([hidden])", rows => rows.map(row => row.dataset.text))
     equal((await visible()).map(row => row.includes("first")), [true], "rows shown")
     publish("new_msg", { text: "another" })
-    await shows("#tail-count", "1 of 4")
+    await shows("#tail-count", "1 of 4 match")
+    await page.keyboard.type(" of none")
+    await shows("#tail-empty", "No event matches")
+    equal(await page.$eval("#tail-empty", element => element.hidden), false, "whether that is hidden")
     await page.keyboard.press("Escape")
     equal((await visible()).length, 4, "rows shown once the filter is gone")
     await page.keyboard.press("Escape")
     equal(await focused(), "", "focus after the second Esc")
+  })
+
+  await check("events that come too fast leave a mark where they are not shown", async () => {
+    const payload = JSON.stringify({ text: "flood" })
+    say({ waiting: "flood", publish: Array(150).fill({ redis_channel: `to:${topic}:flood`, payload }) })
+    await within(page.waitForSelector("#tail .left-out"), "a mark")
+    await shows("#tail-count", "154 heard")
+    const [rows, leftOut] = await page.$eval("#tail", tail => [
+      tail.querySelectorAll("li:not(.left-out)").length,
+      [...tail.querySelectorAll(".left-out")].reduce((sum, row) => sum + Number(row.textContent.match(/\d+/)), 0),
+    ])
+    equal(rows + leftOut, 154, "events that are shown, or marked as not shown")
   })
 
   await check("an event can be copied", async () => {
@@ -169,12 +193,23 @@ await inBrowser(origin, async (page, faults) => {
     await page.click("#joined .chip")
     await shows("#socket-topics", topic)
     await shows("#socket-facts", "127.0.0.1")
+    await shows("#socket-facts", "Useranonymous")
     await fits()
+    await page.keyboard.press("Escape")
+    await page.waitForSelector("#socket-list .item")
+    const isCut = ([...all]) => all.filter(({ scrollWidth, clientWidth }) => scrollWidth > clientWidth).map(e => e.textContent)
+    if (looks.width < 800) {
+      equal(await page.$$eval("#socket-list .item span, #node", isCut), [], "what is cut")
+      await page.click("#socket-list .item")
+    }
+    await page.evaluate(() => { location.hash = document.querySelector("#socket-list .item").hash })
+    await shows("#socket-topics", topic)
     await page.click("#disconnect")
     await shows("#disconnect", "Really")
     await page.click("#disconnect")
     await until("its end in the list", () => document.querySelector("#socket-total").textContent === "0")
     await shows("#socket-result", "gone")
+    equal(await text("#socket-list"), "No socket is connected.", "the list")
     await page.keyboard.press("Escape")
     equal(await page.evaluate(() => location.hash), "#sockets", "view after Esc")
   })
