@@ -41,7 +41,7 @@ def test_the_page_connects_and_shows_what_happens(
 
 def test_pages_of_a_relay_that_asks_for_tokens_ask_for_one(valkey: Valkey) -> None:
     need_browser()
-    environ = {"RELAY_AUTH__KEYS": json.dumps([SECRET])}
+    environ = {"RELAY_AUTH__KEYS": json.dumps([SECRET]), "RELAY_REST__API_KEY": "k"}
     made = token("ada", {"room:*": ["join", "push"]})
     with RelayProcess("--redis-url", valkey.url, environ=environ) as relay:
-        run_checks("token-chromium.mjs", relay.http, made, token(key=OTHER_SECRET), redis_url=valkey.url)
+        run_checks("token-chromium.mjs", relay.http, made, token(key=OTHER_SECRET), "k", redis_url=valkey.url)

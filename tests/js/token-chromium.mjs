@@ -1,10 +1,10 @@
 // The pages of a relay that asks for tokens, in a real browser: whoever has none is asked, and gets in with one.
-//   node token-chromium.mjs <relay http url> <token> <a token that is none>
+//   node token-chromium.mjs <relay http url> <token> <a token that is none> <the key of the console>
 
 import { inBrowser } from "./chromium.mjs"
 import { check, equal, failures, within } from "./report.mjs"
 
-const [origin, token, wrong] = process.argv.slice(2)
+const [origin, token, wrong, key] = process.argv.slice(2)
 
 // The browser itself logs each refused handshake as an error: those faults are what is looked for here.
 await inBrowser(origin, async (page) => {
@@ -18,9 +18,12 @@ await inBrowser(origin, async (page) => {
     await page.goto(`${origin}/`, { waitUntil: "load" })
     await within(page.waitForSelector("#who", { visible: true }), "the question")
     equal(await page.$eval("#state", element => element.dataset.state), "refused", "state")
+    const [content, window] = await page.evaluate(() => [document.documentElement.scrollWidth, innerWidth])
+    equal(content <= window, true, `${content} px fit into ${window} px`)
   })
 
   await check("a client of the console is told why it is refused", async () => {
+    await page.evaluate(key => sessionStorage.setItem("relay-api-key", key), key)
     await page.goto(`${origin}/console#topics/room%3A1`, { waitUntil: "load" })
     await within(page.waitForSelector("#push", { visible: true }), "the topic's view")
     await page.type("#publish-event", "hello")
@@ -47,6 +50,6 @@ await inBrowser(origin, async (page) => {
     await page.click("#push button")
     await within(page.waitForSelector("#push-result[data-tone='ok']"), "the reply to the push")
   })
-}, {})
+}, { width: 360, height: 780 })
 
 process.exit(failures() ? 1 : 0)
