@@ -143,7 +143,7 @@ async def test_console_is_shown_at_work(tmp_path: Path) -> None:
     need_browser()
     kept = os.environ.get("TESTS_SCREENSHOTS")
     folder = ROOT / kept if kept else tmp_path
-    seconds = "30" if kept else "2"
+    seconds = "62" if kept else "2"  # as far as a chart goes back at first
     with RelayProcess("--config", "examples/relay.toml") as relay:
         async with busy(relay):
             topic = "order:10412"
