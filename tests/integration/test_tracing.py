@@ -1,9 +1,11 @@
 """Traces of a real relay, as OpenTelemetry's SDK has them."""
 
 import asyncio
+import re
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from relay.errors import BusUnavailable, ConfigError
 from relay.tracing import Tracer
 from tests.support.client import Client
 from tests.support.keys import SECRET, token
+from tests.support.process import RelayProcess
 from tests.support.serving import Served, eventually
 
 ServeRelay = Callable[..., Awaitable[Served]]
@@ -208,3 +211,24 @@ def test_package_is_needed_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=r"tracing: .*pip install 'starlette-relay\[otel\]'"):
         Tracer()
+
+
+async def test_opentelemetrys_own_launcher_brings_the_spans_out() -> None:
+    """``opentelemetry-instrument relay serve``, as docs/operations.md has it, with the exporter that prints."""
+    environ = {
+        "RELAY_TRACING": "true",
+        "OTEL_SERVICE_NAME": "relay",
+        "OTEL_TRACES_EXPORTER": "console",
+        "OTEL_METRICS_EXPORTER": "none",
+        "OTEL_LOGS_EXPORTER": "none",
+    }
+    launcher = str(Path(sys.executable).with_name("opentelemetry-instrument"))
+    with RelayProcess(environ=environ, under=(launcher,)) as relay:
+        async with Client.connect(relay.ws, additional_headers={"traceparent": TRACEPARENT}) as client:
+            join_ref = await client.join("room:1")
+            assert (await client.push(join_ref, "room:1", "shout"))["status"] == "ok"
+        assert relay.stop() == 0
+    names = re.findall(r'^    "name": "relay\.(\w+)"', relay.output, re.MULTILINE)
+    assert sorted(names) == ["handshake", "join", "publish", "push"]
+    assert relay.output.count(f'"trace_id": "0x{TRACE}"') == 4
+    assert relay.output.count('"service.name": "relay"') == 4

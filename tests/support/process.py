@@ -120,15 +120,16 @@ class RelayProcess:
 
     Args: arguments: further arguments of ``relay serve``.
           environ: further environment variables.
+          under: a program that runs it.
     """
 
-    def __init__(self, *arguments: str, environ: dict[str, str] | None = None) -> None:
+    def __init__(self, *arguments: str, environ: dict[str, str] | None = None, under: tuple[str, ...] = ()) -> None:
         self._run_folder = tempfile.TemporaryDirectory(prefix="relay-test-")
         # An own runtime directory, so that `relay publish` finds this relay and no other.
         own = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
         self.environ = {**own, "XDG_RUNTIME_DIR": self._run_folder.name, **(environ or {})}
         # Of an option given twice, Typer takes the second.
-        self._command = [sys.executable, "-m", "relay", "serve", "--port", "0", *arguments]
+        self._command = [*under, sys.executable, "-m", "relay", "serve", "--port", "0", *arguments]
         self._lines: list[str] = []
         self._ready = threading.Event()
         self.process: subprocess.Popen[str] | None = None
