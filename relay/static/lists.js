@@ -29,3 +29,17 @@ export function showRows(list, items, keyOf, hrefOf, cellsOf, chosen, empty) {
     [...list.children].find((row) => row.dataset.key === focused)?.focus({ preventScroll: true });
   }
 }
+
+/** Links side by side; the same ones are left as they are, so that a click and the reader's focus outlive each look. */
+export function showChips(list, links) {
+  const key = JSON.stringify(links);
+  if (list.dataset.key === key) return;
+  list.dataset.key = key;
+  list.replaceChildren(
+    ...links.map(({ href, title, bold, text }) => {
+      const link = create("a", "chip", ...(bold ? [create("b", "", bold), " "] : []), text);
+      Object.assign(link, { href, title: title ?? "" });
+      return link;
+    }),
+  );
+}

@@ -1,7 +1,7 @@
 /** Sockets: those that are open, and what one of them has joined; and sending it away. */
 
 import { ask } from "./door.js";
-import { showRows, socketHref, topicHref } from "./lists.js";
+import { showChips, showRows, socketHref, topicHref } from "./lists.js";
 import { byId, create, formatBytes, formatCount, formatDuration, showResult } from "./show.js";
 
 export let socketId = null; // the one that is shown
@@ -36,13 +36,7 @@ function showSocketFacts({ user, open_s, address, version, path, outbox_bytes, m
   byId("socket-facts").replaceChildren(
     ...facts.map(([name, value]) => create("div", "", create("dt", "", name), create("dd", "", value))),
   );
-  byId("socket-topics").replaceChildren(
-    ...topics.map((name) => {
-      const link = create("a", "chip", name);
-      link.href = topicHref(name);
-      return link;
-    }),
-  );
+  showChips(byId("socket-topics"), topics.map((name) => ({ href: topicHref(name), text: name })));
 }
 
 export function showSocket(id) {
@@ -52,7 +46,7 @@ export function showSocket(id) {
   byId("socket-view").hidden = id === null;
   byId("socket-name").textContent = id ?? "";
   byId("socket-facts").replaceChildren();
-  byId("socket-topics").replaceChildren();
+  showChips(byId("socket-topics"), []);
   showResult(byId("socket-result"), "", "");
 }
 

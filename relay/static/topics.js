@@ -1,7 +1,7 @@
 /** Topics: those that are joined, and the events of one as they pass; and sending some. */
 
 import { ask, channel, socket } from "./door.js";
-import { showRows, socketHref, topicHref } from "./lists.js";
+import { showChips, showRows, socketHref, topicHref } from "./lists.js";
 import { Socket } from "./relay.js";
 import {
   byId, copy, create, formatBytes, formatCount, formatRate, prettyBytes, prettyJson, readPayload, readToken, reasonOf,
@@ -29,14 +29,8 @@ export async function lookAtTopics() {
   if (!details || details.topic !== topic) return;
   byId("topic-figures").textContent = `${formatRate(details.events_per_s)} events/s`;
   byId("joined-count").textContent = formatCount(details.sockets);
-  byId("joined").replaceChildren(
-    ...details.joined.map(({ id, address, user }) => {
-      const link = create("a", "chip", ...(user ? [create("b", "", user), " "] : []), id);
-      link.href = socketHref(id);
-      link.title = address ?? "";
-      return link;
-    }),
-  );
+  const linkOf = ({ id, address, user }) => ({ href: socketHref(id), title: address, bold: user, text: id });
+  showChips(byId("joined"), details.joined.map(linkOf));
 }
 
 export function showTopic(name) {
@@ -45,7 +39,7 @@ export function showTopic(name) {
   byId("topic-view").hidden = name === null;
   byId("topic-name").textContent = name ?? "";
   byId("topic-figures").textContent = byId("joined-count").textContent = "";
-  byId("joined").replaceChildren();
+  showChips(byId("joined"), []);
   showResult(byId("publish-result"), "", "");
   if (isPaused) pause();
   clearTail();
