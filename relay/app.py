@@ -34,6 +34,7 @@ from relay.plugins.loader import Loaded, load_plugins
 from relay.socket import Socket
 from relay.tokens import Key, load_keys
 from relay.topics import is_event, is_topic
+from relay.tracing import Tracer
 from relay.transport import ReceiveCallable, Scope, SendCallable
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ class Relay:
             )
         self.keys: tuple[Key, ...] = load_keys(self.config.auth)
         self._authenticate = authenticate
+        self._tracer = Tracer() if self.config.tracing else None
         self.metrics: Metrics = Metrics()
         self.figures: Figures = Figures(self.metrics, self._state, self.config.metrics.folder)
         builtins = (system.plugin,) if self.config.system_topic else ()
@@ -146,6 +148,7 @@ class Relay:
                     self.plugins.hooks,
                     self,
                     self.figures,
+                    self._tracer,
                     authenticate=self._authenticate,
                     keys=self.keys,
                 )

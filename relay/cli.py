@@ -110,10 +110,7 @@ def serve(
         raise ConfigError(f"command line: --redis-url: {application} makes its relay itself; give it to Relay() there")
     settings = load(config, {"host": host, "port": port, "redis_url": redis_url, "workers": workers})
     if application is None:
-        from relay.tokens import load_keys
-
         settings.check_exposure()
-        _ = load_keys(settings.auth)  # what is wrong with them is said here, once for all workers
     logging.config.dictConfig(_logging(settings))
     code = 0
     with ExitStack() as stack:
@@ -166,8 +163,9 @@ def _run(settings: Config, application: str | None, file: Path | None, listener:
         "lifespan": "on" if application is None else "auto",
     }
     _collect_rarely()
+    app = application or _alone(settings)  # workers make their own; what is wrong is said here, once for all of them
     if settings.workers == 1:
-        return serving.run(uvicorn.Config(application or _alone(settings), **options), listener)
+        return serving.run(uvicorn.Config(app, **options), listener)
     # The workers read the same sources again; what this process has decided travels as variables.
     os.environ.update(RELAY_HOST=settings.host, RELAY_PORT=str(settings.port))
     if file is not None:

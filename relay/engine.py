@@ -61,6 +61,7 @@ class Engine:
 
     Args: owner: what handlers are given as ``relay``.
           figures: written for the other workers while this one runs.
+          tracer: makes spans; None where the settings want none.
           authenticate: the team's own say in who gets in.
           keys: the static keys of tokens.
     """
@@ -72,10 +73,11 @@ class Engine:
         hooks: Hooks,
         owner: object,
         figures: Figures,
+        tracer: Tracer | None = None,
         authenticate: Authenticate | None = None,
         keys: tuple[Key, ...] = (),
     ) -> None:
-        self._tracer = Tracer() if config.tracing else None  # first, since it may fail
+        self._tracer = tracer
         self._journal = Journal()
         self._metrics = metrics
         self._figures = figures

@@ -6,12 +6,15 @@ Owns what Uvicorn has no setting for; must not know what is served.
 import asyncio
 import logging
 import socket as sockets
+import sys
 from typing import Any
 
 import uvicorn
+from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess, multiprocess
 
 from relay.descriptors import raise_descriptor_limit
+from relay.errors import ConfigError
 from relay.logs import Throttle
 from relay.server import RelayWebSocketProtocol
 
@@ -53,6 +56,14 @@ class _Worker(multiprocess.Process):
             self._server = Server(self.config)
         return self._server
 
+    def target(self, sockets: list[sockets.socket] | None = None) -> None:
+        """Serve; with settings that no longer make sense, end so that the supervisor does not try for ever."""
+        try:
+            super().target(sockets)
+        except ConfigError as error:
+            logging.getLogger("relay.server").error("%s", error)
+            sys.exit(STARTUP_FAILURE)
+
 
 class _Fewer(logging.Filter):
     """Writes what Uvicorn says of each bad request at a sane rate: anybody can send thousands."""
@@ -91,7 +102,10 @@ def run(config: uvicorn.Config, listener: sockets.socket) -> int:
     if config.workers == 1:
         server = Server(config)
         server.run(sockets=[listener])
-        return 0 if server.started else 3
+        return 0 if server.started else STARTUP_FAILURE
     multiprocess.Process = _Worker  # type: ignore[misc]  # the supervisor has no other way to be given one
-    Multiprocess(config, sockets=[listener]).run()
-    return 0
+    supervisor = Multiprocess(config, sockets=[listener])
+    supervisor.run()
+    # It ends by itself for the sake of a worker that cannot start, and tells nobody.
+    failed = any(worker.exitcode == STARTUP_FAILURE for worker in supervisor.processes)
+    return STARTUP_FAILURE if failed else 0

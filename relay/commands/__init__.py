@@ -43,19 +43,22 @@ EXAMPLES = {
 }
 """What to type, for each command: its help and docs/cli.md show it, and a test reads each."""
 
-FAILED = {
-    "check": "there are warnings",
-    "bench": "refused, or an event was lost, came twice or out of order",
-    "plugins": "a plugin cannot be loaded",
+EXIT_CODES = {
+    "serve": {3: "your app or a plugin did not start"},
+    "check": {1: "there are warnings"},
+    "bench": {1: "refused, or an event was lost, came twice or out of order"},
+    "plugins": {1: "a plugin cannot be loaded"},
 }
-"""Exit code 1, where there is more to it than "failed"."""
+"""Where there is more to them than `USUAL_CODES` says."""
+
+USUAL_CODES = {0: "done", 1: "failed", 2: "wrong usage or settings"}
 
 
 def epilog(name: str) -> str:
     """What stands under the help of a command: examples, and its exit codes."""
     examples = "\n".join(f"  {line}" for line in EXAMPLES[name])
-    codes = f"Exit codes: 0 done, 1 {FAILED.get(name, 'failed')}, 2 wrong usage or settings."
-    return f"\b\nFor example:\n{examples}\n\n{codes}"
+    codes = ", ".join(f"{code} {meaning}" for code, meaning in (USUAL_CODES | EXIT_CODES.get(name, {})).items())
+    return f"\b\nFor example:\n{examples}\n\nExit codes: {codes}."
 
 
 def topic_of(text: str) -> str:

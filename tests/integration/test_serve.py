@@ -272,6 +272,62 @@ def test_port_that_is_taken_stops_the_start_and_leaves_nothing() -> None:
             assert announced(relay) == []
 
 
+def _plugin(folder: Path, code: str) -> dict[str, str]:
+    """Variables for a relay with this plugin."""
+    (folder / "faulty").mkdir()
+    (folder / "faulty" / "__init__.py").write_text(code)
+    return {"RELAY_PLUGINS__PATHS": json.dumps([str(folder)])}
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_plugin_that_cannot_be_imported_stops_the_start_and_is_told_once(tmp_path: Path, workers: str) -> None:
+    with launched("--workers", workers, environ=_plugin(tmp_path, "1 / 0\n")) as relay:
+        assert relay.wait() == 2
+        wait_for(relay.nothing_is_left, "all processes to end")
+        said = f"relay: plugin faulty ({tmp_path}/faulty) cannot be loaded: ZeroDivisionError: division by zero\n"
+        assert relay.output.startswith(said)
+        assert relay.output.count("Traceback") == 1, "that of the plugin"
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_tracing_without_its_package_stops_the_start_in_one_line(tmp_path: Path, workers: str) -> None:
+    (tmp_path / "opentelemetry.py").touch()
+    environ = {"RELAY_TRACING": "true", "PYTHONPATH": str(tmp_path)}
+    with launched("--workers", workers, environ=environ) as relay:
+        assert relay.wait() == 2
+        (line,) = relay.output.splitlines()
+        assert line.startswith("relay: tracing: needs OpenTelemetry")
+
+
+ON_STARTUP = """
+from relay import Plugin
+
+plugin = Plugin("faulty")
+
+
+@plugin.on_startup
+def begin(relay):
+    raise OSError("no database")
+"""
+IN_A_WORKER = "import multiprocessing\nassert not multiprocessing.parent_process()\n" + ON_STARTUP
+
+
+@pytest.mark.parametrize(
+    ("code", "workers", "said"),
+    [
+        pytest.param(ON_STARTUP, "1", "plugin faulty failed to start", id="on_startup"),
+        pytest.param(ON_STARTUP, "2", "plugin faulty failed to start", id="on_startup of workers"),
+        pytest.param(IN_A_WORKER, "2", "ERROR   relay.server: plugin faulty ", id="import in workers alone"),
+    ],
+)
+def test_plugin_that_does_not_start_is_exit_code_3(tmp_path: Path, code: str, workers: str, said: str) -> None:
+    """Uvicorn's own; its supervisor replaces workers that have died, but for those that end with it."""
+    with launched("--workers", workers, environ=_plugin(tmp_path, code)) as relay:
+        assert relay.wait() == 3, relay.output
+        wait_for(relay.nothing_is_left, "all processes to end")
+        assert 1 <= relay.output.count(said) <= int(workers)
+
+
 async def test_two_workers_share_one_server_and_both_serve() -> None:
     with RelayProcess("--workers", "2") as relay:
         port = int(relay.http.rpartition(":")[2])

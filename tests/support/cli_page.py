@@ -8,7 +8,7 @@ from typing import Any
 from typer.main import get_command
 
 from relay.cli import app
-from relay.commands import EXAMPLES, FAILED
+from relay.commands import EXAMPLES, EXIT_CODES
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 
@@ -50,8 +50,8 @@ def _command(name: str, command: Any) -> Iterator[str]:
     yield "```sh"
     yield from EXAMPLES[name]
     yield "```\n"
-    if name in FAILED:
-        yield f"Exit code 1: {FAILED[name]}.\n"
+    for code, meaning in EXIT_CODES.get(name, {}).items():
+        yield f"Exit code {code}: {meaning}.\n"
     rows = [_row(parameter) for parameter in command.params if parameter.name != "help"]
     yield "| Argument or option | What it says | Default |"
     yield "|---|---|---|"

@@ -247,9 +247,9 @@ class RelayProcess:
 
 
 @contextmanager
-def launched(*arguments: str) -> Iterator[RelayProcess]:
+def launched(*arguments: str, environ: dict[str, str] | None = None) -> Iterator[RelayProcess]:
     """A ``relay serve`` that may never get ready: it has been started, and no more."""
-    relay = RelayProcess(*arguments)
+    relay = RelayProcess(*arguments, environ=environ)
     try:
         relay.launch()
         yield relay
