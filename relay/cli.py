@@ -167,7 +167,7 @@ def _run(settings: Config, application: str | None, file: Path | None, listener:
     if settings.workers == 1:
         return serving.run(uvicorn.Config(app, **options), listener)
     # The workers read the same sources again; what this process has decided travels as variables.
-    os.environ.update(RELAY_HOST=settings.host, RELAY_PORT=str(settings.port))
+    os.environ.update(RELAY_HOST=settings.host, RELAY_PORT=str(settings.port), RELAY_WORKERS=str(settings.workers))
     if file is not None:
         os.environ[CONFIG_VARIABLE] = str(file)
     with ExitStack() as stack:

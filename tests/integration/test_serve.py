@@ -328,6 +328,15 @@ def test_plugin_that_does_not_start_is_exit_code_3(tmp_path: Path, code: str, wo
         assert 1 <= relay.output.count(said) <= int(workers)
 
 
+async def test_workers_know_how_many_they_are() -> None:
+    """What is given as a flag, too: the console says that it shows one of several."""
+    with RelayProcess("--workers", "2") as relay:
+        async with Client.connect(f"{relay.ws.removesuffix('/socket')}/console/socket") as client:
+            await client.join("console")
+            *_, event, told = await client.receive()
+            assert (event, told["workers"]) == ("figures", 2)
+
+
 async def test_two_workers_share_one_server_and_both_serve() -> None:
     with RelayProcess("--workers", "2") as relay:
         port = int(relay.http.rpartition(":")[2])
