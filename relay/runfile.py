@@ -7,33 +7,39 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
-def _directory() -> Path:
-    base = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-    path = Path(base) / f"relay-{os.getuid()}"
-    path.mkdir(mode=0o700, exist_ok=True)
-    if path.lstat().st_uid != os.getuid():
-        raise PermissionError(f"{path} belongs to somebody else")
-    return path
+def _directory() -> Path | None:
+    """Where the files are: in the user's runtime directory, or that for temporary files; None without either."""
+    for base in filter(None, (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir())):
+        path = Path(base) / f"relay-{os.getuid()}"
+        with suppress(OSError):
+            path.mkdir(mode=0o700, exist_ok=True)
+            # In /tmp anybody may have made it first.
+            if path.lstat().st_uid == os.getuid() and os.access(path, os.W_OK):
+                return path
+    return None
 
 
 @contextmanager
 def announce(page_url: str, redis_url: str | None) -> Iterator[None]:
     """For the duration of the block, let others on this machine find a relay; without a Redis URL, do nothing."""
-    if redis_url is None:
+    directory = _directory() if redis_url is not None else None
+    if directory is None:
         yield
         return
-    path = _directory() / f"{os.getpid()}.json"
+    path = directory / f"{os.getpid()}.json"
     unfinished = path.with_suffix(".new")
-    unfinished.write_text(json.dumps({"page": page_url, "redis": redis_url}))
-    unfinished.replace(path)  # at once, so that nobody reads half of it
+    with suppress(OSError):  # a full disk, say: the relay is not found then, and serves all the same
+        unfinished.write_text(json.dumps({"page": page_url, "redis": redis_url}))
+        unfinished.replace(path)  # at once, so that nobody reads half of it
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def newest() -> str | None:
@@ -49,7 +55,8 @@ def redis_of(page_url: str) -> str | None:
 
 def _running() -> Iterator[tuple[float, str, str]]:
     """Start, page and Redis URL of each relay that runs. Files of relays that were killed are removed."""
-    for path in _directory().glob("*.json"):
+    directory = _directory()
+    for path in directory.glob("*.json") if directory is not None else ():
         try:
             os.kill(int(path.stem), 0)
             announced = json.loads(path.read_text())

@@ -111,22 +111,49 @@ def test_directory_is_for_its_user_alone(folder: Path) -> None:
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_directory_falls_back_to_the_machines_temporary_one(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("XDG_RUNTIME_DIR")
-    monkeypatch.setattr("tempfile.gettempdir", lambda: str(base / "tmp"))
+@pytest.mark.parametrize("runtime", [None, "nowhere", "a file", "somebody else's"])
+def test_directory_falls_back_to_the_machines_temporary_one(
+    base: Path, monkeypatch: pytest.MonkeyPatch, runtime: str | None
+) -> None:
+    """One of somebody else is not trusted: anybody may have made it first, to send events to a Redis of their own."""
     (base / "tmp").mkdir()
-    assert runfile.newest() is None
-    assert (base / "tmp" / f"relay-{os.getuid()}").is_dir()
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(base / "tmp"))
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    if runtime is not None:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(base / runtime))
+    if runtime == "a file":
+        (base / runtime).touch()
+    if runtime == "somebody else's":
+        (base / runtime / f"relay-{os.getuid()}").mkdir(parents=True)
+        lstat = Path.lstat
+        theirs = (base / runtime / f"relay-{os.getuid()}").stat()
+
+        def of_somebody(path: Path) -> os.stat_result:
+            found = lstat(path)
+            return (
+                os.stat_result((*found[:4], found.st_uid + 1, *found[5:])) if found.st_ino == theirs.st_ino else found
+            )
+
+        monkeypatch.setattr(Path, "lstat", of_somebody)
+    with runfile.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:7000"):
+        assert runfile.newest() == "redis://127.0.0.1:7000"
+        assert (base / "tmp" / f"relay-{os.getuid()}" / f"{os.getpid()}.json").exists()
 
 
-def test_directory_of_somebody_else_is_not_trusted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In ``/tmp`` anybody may have made it first, to send events to a Redis of their own."""
-    folder.mkdir()
-    owner = os.getuid()
-    folder.rename(folder.with_name(f"relay-{owner + 1}"))
-    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
-    with pytest.raises(PermissionError, match="somebody else"):
-        runfile.newest()
+def test_without_any_directory_the_relay_serves_and_is_not_found(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base / "nowhere"))
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(base / "nowhere"))
+    with runfile.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:7000"):
+        assert runfile.newest() is None
+
+
+def test_full_disk_does_not_stop_the_relay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(path: Path, text: str) -> int:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write)
+    with runfile.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:7000"):
+        assert runfile.newest() is None
 
 
 def test_link_in_place_of_the_directory_is_judged_by_its_own_owner(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
