@@ -95,7 +95,7 @@ def test_without_a_known_redis_it_publishes_by_rest_with_the_key_of_the_settings
         assert_all_came(json.loads(ran.stdout))
         ran = bench(relay.ws, *SHORT, environ=relay.environ)
         assert (ran.returncode, ran.stdout) == (1, "")
-        assert ran.stderr.startswith(f"relay: {relay.http}/api: HTTP 401 Unauthorized; events are published there")
+        assert ran.stderr.startswith(f"relay: {relay.http}/api: HTTP 401: expected the API key; set rest.api_key")
 
 
 def test_on_a_terminal_it_is_shown_live_and_ends_with_a_report(relay: RelayProcess) -> None:
@@ -189,6 +189,7 @@ def test_nobody_there_is_exit_code_1_in_one_line() -> None:
     assert (ran.returncode, ran.stdout) == (1, "")
     (line,) = ran.stderr.splitlines()
     assert line.startswith(f"relay: 0 of 100 sockets joined, then {url}")
+    assert line.endswith(": nobody listens there; does `relay serve` run?")
 
 
 @pytest.mark.parametrize(

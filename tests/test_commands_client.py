@@ -8,13 +8,17 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.request import urlopen
 
 import pytest
 import redis
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.server import ServerConnection
+from websockets.sync.server import serve as serve_websocket
 
 from tests.support.process import DEADLINE_S, RelayProcess, Valkey, free_port, wait_for
 from tests.support.terminal import run_on_terminal
@@ -30,6 +34,30 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         relay_command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S, check=False
     )
+
+
+class OneEvent:
+    """A server that answers the join, tells one event, and notes how clients close."""
+
+    def __init__(self) -> None:
+        self.close_codes: list[int | None] = []
+
+    def _serve(self, connection: ServerConnection) -> None:
+        join_ref, ref, topic, *_ = json.loads(connection.recv())
+        connection.send(json.dumps([join_ref, ref, topic, "phx_reply", {"status": "ok", "response": {}}]))
+        connection.send(json.dumps([None, None, topic, "n", {}]))
+        with suppress(ConnectionClosed):
+            connection.recv()
+        self.close_codes.append(connection.close_code)
+
+    def __enter__(self) -> Self:
+        self._server = serve_websocket(self._serve, "127.0.0.1", 0)
+        self.url = f"ws://127.0.0.1:{self._server.socket.getsockname()[1]}/socket"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
 
 
 class Listening:
@@ -184,6 +212,7 @@ def test_nobody_there_is_exit_code_1_in_one_line(command: tuple[str, ...]) -> No
     assert (ran.returncode, ran.stdout) == (1, "")
     (line,) = ran.stderr.splitlines()
     assert line.startswith(f"relay: {url}")
+    assert line.endswith(": nobody listens there; does `relay serve` run?")
 
 
 @pytest.mark.parametrize(
@@ -192,6 +221,8 @@ def test_nobody_there_is_exit_code_1_in_one_line(command: tuple[str, ...]) -> No
         (("listen", ""), "TOPIC"),
         (("listen", "t", "--params", "{"), "--params"),
         (("listen", "t", "--url", "http://x"), "--url"),
+        (("topics", "--url", "nonsense"), "--url"),
+        (("push", "phoenix", "e", "{}"), "TOPIC: 'phoenix' belongs to the protocol"),
         (("push", "t", "a:b", "{}"), "EVENT"),
         (("push", "t", "e", "{"), "JSON"),
     ],
@@ -211,7 +242,9 @@ def test_topics_are_listed_with_their_sockets_and_the_key_of_the_settings(valkey
         ran = run("topics", "--config", str(config))
         assert (ran.returncode, ran.stderr) == (0, "")
         assert [json.loads(line)["topic"] for line in ran.stdout.splitlines()] == []
-        assert run("topics", "--url", f"{relay.http}/api").stderr == f"relay: {relay.http}/api: HTTP 401 Unauthorized\n"
+        refused = run("topics", "--url", f"{relay.http}/api")
+        said = "HTTP 401: expected the API key; set rest.api_key or RELAY_REST__API_KEY as it is set there"
+        assert (refused.returncode, refused.stderr) == (1, f"relay: {relay.http}/api: {said}\n")
         joining = relay_command("listen", "cli:listed", "--config", str(config), "--count", "1")
         process = subprocess.Popen(joining, cwd=ROOT, stdout=subprocess.DEVNULL)
         try:
@@ -221,6 +254,56 @@ def test_topics_are_listed_with_their_sockets_and_the_key_of_the_settings(valkey
         finally:
             process.terminate()
             process.wait()
+
+
+@pytest.mark.parametrize("body", [b"nothing", b'{"title": "x"}', b"[]"])
+def test_answer_of_somebody_else_is_told_by_its_status(body: bytes) -> None:
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404) if body == b"nothing" else self.send_response(404)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/x"
+        ran = run("topics", "--url", url)
+    assert (ran.returncode, ran.stderr) == (1, f"relay: {url}: HTTP 404: Not Found\n")
+
+
+def test_listen_ends_quietly_when_nobody_reads_any_more(relay: RelayProcess) -> None:
+    """As with ``| head -1``."""
+    command = relay_command("listen", "cli:unread", "--url", relay.ws)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(lambda: "cli:unread" in joined(relay), "the join")
+        assert process.stdout is not None
+        process.stdout.close()
+        publish(relay, "to:cli:unread:n", b"1")
+        assert process.wait(DEADLINE_S) == 1
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+@pytest.mark.parametrize("arguments", [(), ("--count", "1")], ids=["Ctrl+C", "count"])
+def test_listen_closes_its_connection_in_good_order(arguments: tuple[str, ...]) -> None:
+    with OneEvent() as server:
+        command = relay_command("listen", "t", "--url", server.url, *arguments)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)
+        assert process.stdout is not None and process.stdout.readline()
+        if not arguments:
+            process.send_signal(signal.SIGINT)
+        process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == 0
+        wait_for(lambda: server.close_codes == [1000], "the close")
 
 
 def test_topics_on_a_terminal_are_a_table(relay: RelayProcess) -> None:

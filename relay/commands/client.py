@@ -19,7 +19,7 @@ import typer
 from websockets.asyncio.client import ClientConnection
 
 from relay.commands import EventName, Params, Payload, RelayFile, Token, Topic, event_of, json_of, topic_of
-from relay.commands.link import TIMEOUT_S, ask_rest, connected, host_of, socket_url
+from relay.commands.link import TIMEOUT_S, ask_rest, connected, rest_url, socket_url
 from relay.commands.terminal import Failed, console, fail, is_terminal, print_lines, printable
 from relay.config import load
 
@@ -70,9 +70,9 @@ def topics(
 ) -> None:
     """List the topics joined in a relay, and by how many sockets; the API key is that of the settings."""
     settings = load(config)
-    address = url or f"http://{host_of(settings)}{settings.rest.path}"
+    address = rest_url(settings, url)
     try:
-        found = ask_rest(settings, address, "/topics")
+        found, _ = ask_rest(settings, address, "/topics")
     except Failed as error:
         fail(str(error))
     if not is_terminal():

@@ -4,11 +4,15 @@ Owns the address, the token on the way there, and the words for a connection tha
 """
 
 import base64
+import errno
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from email.message import Message
+from http import HTTPStatus
+from http.client import HTTPException
 from typing import Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from websockets.asyncio.client import ClientConnection
@@ -22,6 +26,10 @@ from relay.errors import ConfigError
 
 TIMEOUT_S = 10.0
 """For the connection, and for each reply."""
+
+
+class Lost(Failed):
+    """The connection has ended, or could not be made; another one may be."""
 
 
 def host_of(settings: Config) -> str:
@@ -44,7 +52,7 @@ async def connected(url: str, token: str | None, **options: Any) -> AsyncIterato
 
     Args:   url: as of `socket_url`.
             options: further ones of websockets.
-    Raises: Failed: it was refused, with status and reason, or lost; in the block too.
+    Raises: Failed: it was refused, with status and reason; Lost: it was lost, in the block too.
     """
     subprotocols = None
     if token:
@@ -56,32 +64,70 @@ async def connected(url: str, token: str | None, **options: Any) -> AsyncIterato
         async with connect_websocket(
             url, subprotocols=subprotocols, open_timeout=TIMEOUT_S, max_size=None, close_timeout=1.0, **options
         ) as connection:
-            yield connection
+            try:
+                yield connection
+            finally:
+                await connection.close()  # with 1000; websockets tells of an error here (1011) where Ctrl+C was pressed
+    except BrokenPipeError:
+        raise  # of standard output, whose reader has gone: Typer ends without a word then
     except InvalidStatus as error:
+        status = error.response.status_code
         body = (error.response.body or b"").decode(errors="replace").strip()
-        raise Failed(f"{address}: HTTP {error.response.status_code}{body and f': {body}'}") from None
+        kind = Lost if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR else Failed
+        raise kind(f"{address}: HTTP {status}{body and f': {body}'}") from None
     except ConnectionClosed as error:
         closed = error.rcvd
-        raise Failed(f"{address}: connection lost{f': {closed.code} {closed.reason}' if closed else ''}") from None
+        raise Lost(f"{address}: connection lost{f': {closed.code} {closed.reason}' if closed else ''}") from None
     except TimeoutError:
-        raise Failed(f"{address}: no answer within {TIMEOUT_S:g} s") from None
+        raise Lost(f"{address}: no answer within {TIMEOUT_S:g} s") from None
     except (OSError, WebSocketException) as error:
-        raise Failed(f"{address}: {error}") from None
+        raise Lost(f"{address}: {_reason(error)}") from None
 
 
-def ask_rest(settings: Config, address: str, path: str, body: Any = None) -> Any:
-    """Ask the REST interface, with the API key of the settings; a body is posted. Raises Failed."""
-    request = Request(f"{address.rstrip('/')}{path}", headers={"Accept": "application/json"})
-    if body is not None:
-        request.data = json.dumps(body, ensure_ascii=False).encode()
-        request.add_header("Content-Type", "application/json")
+def _reason(error: object) -> str:
+    """What the system says, and for its commonest word a plainer one."""
+    if f"[Errno {errno.ECONNREFUSED}]" in str(error):  # asyncio makes one text of those of several addresses
+        return "nobody listens there; does `relay serve` run?"
+    return str(error)
+
+
+def rest_url(settings: Config, url: str | None) -> str:
+    """The address of a relay's REST interface, the one of the settings where none is given. Raises ConfigError."""
+    url = url or f"http://{host_of(settings)}{settings.rest.path}"
+    if not url.startswith(("http://", "https://")):
+        raise ConfigError(f"--url: expected http://… or https://…, got {url!r}")
+    return url.rstrip("/")
+
+
+def ask_rest(settings: Config, address: str, path: str, body: Any = None) -> tuple[Any, Message]:
+    """Ask the REST interface, with the API key of the settings; a body is posted.
+
+    Returns: the answer, and its headers.
+    Raises:  Failed: with what the relay says is wrong.
+    """
+    headers = {"Accept": "application/json"}
     if settings.rest.api_key:
-        request.add_header("Authorization", f"Bearer {settings.rest.api_key}")
+        headers["Authorization"] = f"Bearer {settings.rest.api_key}"
+    data = None
+    if body is not None:
+        data = json.dumps(body, ensure_ascii=False).encode()
+        headers["Content-Type"] = "application/json"
     try:
-        with urlopen(request, timeout=TIMEOUT_S) as response:
-            return json.load(response)
+        with urlopen(Request(f"{address}{path}", data, headers), timeout=TIMEOUT_S) as response:
+            return json.load(response), response.headers
     except HTTPError as error:
-        error.close()
-        raise Failed(f"{address}: HTTP {error.code} {error.reason}") from None
-    except (URLError, OSError, ValueError) as error:
-        raise Failed(f"{address}: {getattr(error, 'reason', error)}") from None
+        with error:
+            detail = _detail(error.read())
+        if error.code == HTTPStatus.UNAUTHORIZED:
+            detail = f"{detail or error.reason}; set rest.api_key or RELAY_REST__API_KEY as it is set there"
+        raise Failed(f"{address}: HTTP {error.code}: {detail or error.reason}") from None
+    except (OSError, ValueError, HTTPException) as error:
+        raise Failed(f"{address}: {_reason(getattr(error, 'reason', error))}") from None
+
+
+def _detail(body: bytes) -> str:
+    """What problem details (RFC 9457) say is wrong; empty for any other body."""
+    try:
+        return str(json.loads(body)["detail"])
+    except (ValueError, TypeError, KeyError):
+        return ""
