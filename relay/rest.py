@@ -218,8 +218,10 @@ def _routes(relay: "Relay") -> APIRouter:
         return Published(published=len(events))
 
     @router.get("/topics")
-    async def topics() -> list[Topic]:
-        """All topics joined in this process."""
+    async def topics(response: Response) -> list[Topic]:
+        """All topics joined in this process; with several workers the header ``X-Relay-Workers`` says how many."""
+        if relay.config.workers > 1:
+            response.headers["X-Relay-Workers"] = str(relay.config.workers)
         return [Topic(topic=topic, sockets=sockets) for topic, sockets in sorted(relay.topics.items())]
 
     @router.delete("/topics/{topic:path}/sockets/{socket_id}", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_FOUND)

@@ -274,6 +274,13 @@ def test_answer_of_somebody_else_is_told_by_its_status(body: bytes) -> None:
     assert (ran.returncode, ran.stderr) == (1, f"relay: {url}: HTTP 404: Not Found\n")
 
 
+def test_topics_of_one_of_several_workers_are_told_to_be_that() -> None:
+    with RelayProcess("--workers", "2") as relay:
+        ran = run("topics", "--url", f"{relay.http}/api/")
+    assert (ran.returncode, ran.stdout) == (0, "")
+    assert ran.stderr == "relay: these are the topics of one of 2 workers; each knows its own sockets alone\n"
+
+
 def test_listen_ends_quietly_when_nobody_reads_any_more(relay: RelayProcess) -> None:
     """As with ``| head -1``."""
     command = relay_command("listen", "cli:unread", "--url", relay.ws)

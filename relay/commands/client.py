@@ -72,9 +72,12 @@ def topics(
     settings = load(config)
     address = rest_url(settings, url)
     try:
-        found, _ = ask_rest(settings, address, "/topics")
+        found, headers = ask_rest(settings, address, "/topics")
     except Failed as error:
         fail(str(error))
+    if workers := headers["X-Relay-Workers"]:
+        note = f"these are the topics of one of {workers} workers; each knows its own sockets alone"
+        typer.echo(f"relay: {printable(note)}", err=True)
     if not is_terminal():
         print_lines(found)
         return
