@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, Self
@@ -121,7 +121,11 @@ def joined(relay: RelayProcess) -> dict[str, int]:
 
 
 def publish(relay: RelayProcess, redis_channel: str, *payloads: bytes) -> None:
-    with redis.Redis.from_url(relay.redis_url) as client, client.pipeline(transaction=False) as pipeline:
+    publish_to(relay.redis_url, redis_channel, *payloads)
+
+
+def publish_to(redis_url: str, redis_channel: str, *payloads: bytes) -> None:
+    with redis.Redis.from_url(redis_url) as client, client.pipeline(transaction=False) as pipeline:
         for payload in payloads:
             pipeline.publish(redis_channel, payload)
         pipeline.execute()
@@ -166,10 +170,28 @@ def test_listen_says_a_gap_and_joins_again() -> None:
             assert json.loads(it.output)["payload"] == 7
 
 
-def test_listen_ends_when_the_relay_does(valkey: Valkey) -> None:
-    with RelayProcess("--redis-url", valkey.url) as relay, listening(relay, "cli:lost") as it:
-        assert relay.stop() == 0
-        assert it.end(code=1).startswith(f"relay: {relay.ws}/websocket: connection lost: 1012")
+def test_listen_connects_again_when_the_relay_restarts_and_says_the_gap(valkey: Valkey) -> None:
+    arguments = ("--redis-url", valkey.url, "--port", str(free_port()))
+    with ExitStack() as stack:
+        with RelayProcess(*arguments) as relay:
+            it = stack.enter_context(listening(relay, "cli:lost", "--count", "1"))
+        with RelayProcess(*arguments) as again:
+            wait_for(lambda: "cli:lost" in joined(again), "the join")
+            publish_to(valkey.url, "to:cli:lost:n", b"7")
+            said = f"relay: {again.ws}/websocket: connection lost: 1012 "
+            assert it.end(code=0).startswith(said)
+        assert json.loads(it.output)["payload"] == 7
+
+
+def test_listen_ends_when_it_is_refused_after_a_restart(valkey: Valkey) -> None:
+    arguments = ("--redis-url", valkey.url, "--port", str(free_port()))
+    with ExitStack() as stack:
+        with RelayProcess(*arguments) as relay:
+            it = stack.enter_context(listening(relay, "cli:lost"))
+        with RelayProcess(*arguments, environ={"RELAY_AUTH__KEYS": f'["{"k" * 32}"]'}):
+            lost, refused = it.end(code=1).splitlines()
+        assert lost.endswith("; events may be missed; connecting again")
+        assert ": HTTP 401: " in refused
 
 
 def test_push_shows_the_reply(relay: RelayProcess) -> None:

@@ -7,10 +7,11 @@ piped, it is a line of JSON each. What goes wrong is said on standard error.
 import asyncio
 import base64
 import json
+import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ import typer
 from websockets.asyncio.client import ClientConnection
 
 from relay.commands import EventName, Params, Payload, RelayFile, Token, Topic, event_of, json_of, topic_of
-from relay.commands.link import TIMEOUT_S, ask_rest, connected, rest_url, socket_url
+from relay.commands.link import TIMEOUT_S, Lost, ask_rest, connected, rest_url, socket_url
 from relay.commands.terminal import Failed, console, fail, is_terminal, print_lines, printable
 from relay.config import load
 
@@ -27,7 +28,10 @@ READABLE_PER_S = 20
 """With more events a second than this, a terminal shows rates instead."""
 
 REJOIN_S = 1.0
-"""Between a `phx_error` and the next join, and between joins."""
+"""Between a `phx_error` and the next join, between joins, and before the first new connection."""
+
+RECONNECT_MAX_S = 10.0
+"""Between connections to a relay that is away."""
 
 Url = Annotated[
     str | None, typer.Option(metavar="URL", help="The relay's socket.", show_default="ws://127.0.0.1:8000/socket")
@@ -42,7 +46,10 @@ def listen(
     params: Params = "{}",
     count: Annotated[int | None, typer.Option(min=1, metavar="N", help="End after so many events.")] = None,
 ) -> None:
-    """Show the events of a topic as they come, until Ctrl+C; many at once as rates. Piped: a line of JSON each."""
+    """Show the events of a topic as they come, until Ctrl+C; many at once as rates. Piped: a line of JSON each.
+
+    When the relay restarts, it connects again, and says that events may have been missed.
+    """
     address = socket_url(load(config), url)
     _run(_listen(address, token, topic_of(topic), json_of("--params", params), count))
 
@@ -181,14 +188,34 @@ async def _push(url: str, token: str | None, topic: str, event: str, payload: An
         _show_json(await client.ask(event, payload))
 
 
+async def _events(url: str, token: str | None, topic: str, params: Any) -> AsyncGenerator[tuple[str, Any]]:
+    """The topic's events, of one connection after the other; that one is lost is said. Raises Failed."""
+    pause_s = 0.0  # before the next connection; none before the first
+    while True:
+        try:
+            async with _joined(url, token, topic, params) as client:
+                if not pause_s and is_terminal():
+                    typer.echo(f"listening to {topic}; Ctrl+C ends", err=True)
+                pause_s = REJOIN_S
+                async for event in client.events():
+                    yield event
+        except Lost as error:
+            if not pause_s:
+                raise
+            if pause_s == REJOIN_S:
+                typer.echo(f"relay: {printable(str(error))}; events may be missed; connecting again", err=True)
+        await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+        pause_s = min(2 * pause_s, RECONNECT_MAX_S)
+
+
 async def _listen(url: str, token: str | None, topic: str, params: Any, count: int | None) -> None:
-    async with _joined(url, token, topic, params) as client, AsyncExitStack() as stack:
+    async with AsyncExitStack() as stack:
         show: Callable[[str, Any], None] = partial(_show_line, topic)
         if is_terminal():
-            typer.echo(f"listening to {topic}; Ctrl+C ends", err=True)
             show = (await stack.enter_async_context(_Screen())).show
         left = count
-        async for event, payload in client.events():
+        events = await stack.enter_async_context(aclosing(_events(url, token, topic, params)))
+        async for event, payload in events:
             show(event, payload)
             if left is not None and (left := left - 1) == 0:
                 return
