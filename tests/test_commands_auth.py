@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from relay.auth_config import AuthConfig
 from relay.cli import main
 from relay.tokens import Verifier, load_keys
 from tests.support.keys import EC_PRIVATE, EC_PUBLIC, RSA_PRIVATE, RSA_PUBLIC, SECRET
-from tests.support.process import RelayProcess
+from tests.support.process import DEADLINE_S, RelayProcess
 from tests.support.servers import AppServer
 from tests.support.terminal import run_on_terminal
 
@@ -80,6 +81,14 @@ async def test_token_fits_the_settings_it_is_made_under(relay: Command) -> None:
     config = AuthConfig(issuer="us", audience=("relay",), keys=({"key": SECRET, "kid": "k"},))
     claims = await Verifier(config, load_keys(config)).verify(out.strip())
     assert (claims["may"], jwt.get_unverified_header(out.strip())["kid"]) == ({"a": ["join"]}, "k")
+
+
+def test_token_with_a_secret_that_can_be_guessed_is_made_with_a_warning_of_one_line() -> None:
+    """As a process: PyJWT warns too, through Python's warnings."""
+    command = [sys.executable, "-m", "relay", "token", "--sub", "alice", "--key", "short"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert (ran.returncode, ran.stdout.count(".")) == (0, 2)
+    assert ran.stderr == "relay: warning: a secret of 5 bytes can be guessed; expected 32\n"
 
 
 @pytest.mark.parametrize(("private", "public"), [(RSA_PRIVATE, RSA_PUBLIC), (EC_PRIVATE, EC_PUBLIC), (SECRET, SECRET)])

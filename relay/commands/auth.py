@@ -6,6 +6,7 @@ Owns these two commands' words and exit codes.
 import json
 import re
 import time
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
@@ -80,7 +81,19 @@ def token(
             raise ConfigError(f"--claim: expected NAME=VALUE, got {entry!r}")
         claims[name] = _json_or_text(value)
     keys = load_keys(auth) if key is None else (read_key(key, "", "--key"),)
-    typer.echo(sign(claims, _signing(keys)))
+    signing = _signing(keys)
+    if weakness := _weakness(signing):
+        typer.echo(f"relay: warning: {weakness}", err=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyJWT says the same, with a line of its source
+        typer.echo(sign(claims, signing))
+
+
+def _weakness(key: "Key") -> str:
+    """What is wrong with a key, if anything is."""
+    if key.algorithm != "HS256" or len(key.public) >= _SECRET_MIN_BYTES:
+        return ""
+    return f"a secret of {len(key.public)} bytes can be guessed; expected {_SECRET_MIN_BYTES}"
 
 
 def _signing(keys: "tuple[Key, ...]") -> "Key":
@@ -113,8 +126,8 @@ def check(config: ConfigFile = None) -> None:
 
     settings = load(config)
     keys = load_keys(settings.auth)
-    warnings = [("warning", text) for text in _warnings(settings, keys)]
-    said = [*_facts(settings, keys), *warnings]
+    warned = [("warning", text) for text in _warnings(settings, keys)]
+    said = [*_facts(settings, keys), *warned]
     if not is_terminal():
         print_lines({"about": about, "text": text} for about, text in said)
     else:
@@ -122,7 +135,7 @@ def check(config: ConfigFile = None) -> None:
         for about, text in said:
             style = {"warning": "bold yellow", "note": "yellow"}.get(about)
             screen.print(f"{about}: {text}" if style else f"{about:<10} {text}", style=style)
-    if warnings:
+    if warned:
         raise typer.Exit(1)
 
 
@@ -225,8 +238,8 @@ def _warnings(config: Config, keys: "tuple[Key, ...]") -> Iterator[str]:
 
 def _auth_warnings(auth: AuthConfig, keys: "tuple[Key, ...]") -> Iterator[str]:
     for at, key in enumerate(keys):
-        if key.algorithm == "HS256" and len(key.public) < _SECRET_MIN_BYTES:
-            yield f"auth.keys.{at}: a secret of {len(key.public)} bytes can be guessed; expected {_SECRET_MIN_BYTES}"
+        if weakness := _weakness(key):
+            yield f"auth.keys.{at}: {weakness}"
     if auth.has_keys and not auth.require_expiry:
         yield "auth.require_expiry = false: a stolen token without expiry is good for ever"
     parts = urlsplit(auth.jwks_url)
