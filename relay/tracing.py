@@ -45,7 +45,7 @@ class Tracer:
         try:
             from opentelemetry import context, propagate, trace
         except ImportError:
-            raise ConfigError("tracing: needs OpenTelemetry: pip install 'starlette-relay[otel]'") from None
+            raise ConfigError("tracing: needs OpenTelemetry: pip install '.[otel]' in a checkout") from None
         self.api: Any = trace
         self.context: Any = context
         self._propagate = propagate
