@@ -32,6 +32,7 @@ from relay.commands import ConfigFile, RedisUrl, epilog
 from relay.commands.auth import check, token
 from relay.commands.bench import bench
 from relay.commands.client import listen, push, topics
+from relay.commands.help import Command, Group
 from relay.commands.plugins import new_plugin, plugins
 from relay.commands.publish import publish
 from relay.config import CONFIG_VARIABLE, EMBEDDED, Config, load
@@ -39,6 +40,7 @@ from relay.errors import ConfigError
 
 app: typer.Typer = typer.Typer(
     name="relay",
+    cls=Group,
     help="Redis channels to WebSocket topics, in the manner of Phoenix Channels.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -83,7 +85,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Show the v
         raise typer.Exit
 
 
-@app.command(epilog=epilog("serve"))
+@app.command(cls=Command, epilog=epilog("serve"))
 def serve(
     application: Annotated[
         str | None, typer.Argument(metavar="MODULE:APP", help="Your own ASGI app, with a relay installed in it.")
@@ -343,4 +345,4 @@ for _name, _command in (
     ("plugins", plugins),
     ("new-plugin", new_plugin),
 ):
-    app.command(_name, epilog=epilog(_name))(_command)
+    app.command(_name, cls=Command, epilog=epilog(_name))(_command)

@@ -1,5 +1,6 @@
 """The command line: its words and its exit codes. What ``relay serve`` does is in ``integration/test_serve.py``."""
 
+import itertools
 import json
 import os
 import shlex
@@ -105,6 +106,26 @@ def test_help_of_each_command_teaches_by_examples_and_says_the_exit_codes(run: R
     for line in EXAMPLES[name]:
         assert line in shown
     assert "Exit codes: 0 done, 1 " in shown
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+@pytest.mark.parametrize("name", ["", *EXAMPLES])
+def test_help_is_tidy_in_terminals_of_usual_width(
+    run: Run, monkeypatch: pytest.MonkeyPatch, name: str, columns: int
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = run(*filter(None, [name]), "--help").out.splitlines()
+    text = "\n".join(lines)
+    assert "(127.0.0.1)" not in text and "[default: (" not in text and "<bool>" not in text
+    words = itertools.takewhile(lambda line: not line.startswith("╭"), lines[3:])
+    prose = [line.rstrip() for line in words]
+    for line, following in itertools.pairwise(prose):
+        if line and following:
+            assert len(f"{line} {following.split()[0]}") > columns - 2, f"ends early: {line!r}"
+
+
+def test_defaults_that_are_texts_are_shown_in_one_pair_of_brackets(run: Run) -> None:
+    assert "Address to listen on. [default: 127.0.0.1]" in run("serve", "--help").out
 
 
 def test_examples_are_of_all_commands_and_name_options_that_there_are(run: Run) -> None:

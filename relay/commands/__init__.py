@@ -1,7 +1,7 @@
 """Commands of ``relay``, a module for each group of them, the options that several have, and what their help teaches.
 
 A module here holds plain functions with Typer's annotations, which `relay.cli` enters; it must not know the others, but
-for `link` and `terminal`, which have no commands.
+for `help`, `link` and `terminal`, which have no commands.
 """
 
 import json
