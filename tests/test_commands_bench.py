@@ -202,7 +202,31 @@ def test_wrong_usage_is_exit_code_2_in_one_line(arguments: tuple[str, ...], word
     assert line.startswith(f"relay: {word}: ")
 
 
-def test_ctrl_c_ends_it_without_a_trace(relay: RelayProcess) -> None:
+def test_topics_are_no_more_than_sockets_unless_it_is_said(relay: RelayProcess) -> None:
+    ran = bench(relay.ws, "--sockets", "3", "--seconds", "0.2", environ=relay.environ)
+    assert ran.stderr == ""
+    assert (ran.returncode, json.loads(ran.stdout)["topics"]) == (0, 3)
+
+
+def test_waiting_for_late_events_is_told_as_that(valkey: Valkey, tmp_path: Path) -> None:
+    """Here for the last event, which a plugin keeps back."""
+    plugin = tmp_path / "plugins" / "lossy" / "__init__.py"
+    plugin.parent.mkdir(parents=True)
+    plugin.write_text(
+        "from relay import Plugin\n\nplugin = Plugin('lossy')\n\n\n@plugin.on_event('bench:*', 'tick')\n"
+        "def lose(event):\n    return event if event.payload['number'] == 0 else None\n"
+    )
+    with RelayProcess(
+        "--redis-url", valkey.url, environ={"RELAY_PLUGINS__PATHS": json.dumps([str(plugin.parents[1])])}
+    ) as relay:
+        command = [sys.executable, "-m", "relay", "bench", relay.ws, *SHORT, "--redis-url", valkey.url]
+        environ = relay.environ | {"TERM": "xterm", "COLUMNS": "120"}
+        code, printed = run_on_terminal(command, cwd=ROOT, env=environ)
+    assert code == 1
+    assert "publishing" in printed and "waiting for what is under way" in printed
+
+
+def test_ctrl_c_ends_it_with_a_report_of_what_there_was(relay: RelayProcess) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "relay", "bench", relay.ws, "--seconds", "60"],
         cwd=ROOT,
@@ -218,4 +242,7 @@ def test_ctrl_c_ends_it_without_a_trace(relay: RelayProcess) -> None:
     finally:
         process.kill()
         process.wait()
-    assert (process.returncode, out, errors) == (130, "", "")
+    assert (process.returncode, errors) == (130, "")
+    figures = json.loads(out)
+    assert figures["published"] > 0
+    assert [figures[name] for name in ("lost", "closed", "problem")] == [0, 0, None]

@@ -46,7 +46,7 @@ EXAMPLES = {
 EXIT_CODES = {
     "serve": {3: "your app or a plugin did not start"},
     "check": {1: "there are warnings"},
-    "bench": {1: "refused, or an event was lost, came twice or out of order"},
+    "bench": {1: "refused, or an event was lost, came twice or out of order", 130: "ended by Ctrl+C"},
     "plugins": {1: "a plugin cannot be loaded"},
 }
 """Where there is more to them than `USUAL_CODES` says."""

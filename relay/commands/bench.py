@@ -8,6 +8,7 @@ client, which is one process of Python: where it cannot keep up, it is itself wh
 import asyncio
 import json
 import math
+import signal
 import time
 from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -35,6 +36,15 @@ if TYPE_CHECKING:
 JOINING_AT_ONCE = 50
 """Connections under way at a time."""
 
+TOPICS = 10
+"""Unless --topics says another number."""
+
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit code after Ctrl+C, as shells have it."""
+
+LOOK_S = 0.1
+"""At least so often the publishing looks whether it shall end."""
+
 EVENTS_AT_ONCE = 1000
 """Most events in one call of the bus; REST takes no more."""
 
@@ -58,7 +68,10 @@ def bench(
         str | None, typer.Argument(metavar="URL", help="The relay's socket.", show_default="ws://127.0.0.1:8000/socket")
     ] = None,
     sockets: Annotated[int, typer.Option(min=1, metavar="N", help="Sockets, each joined to one topic.")] = 100,
-    topics: Annotated[int, typer.Option(min=1, metavar="N", help="Topics; at most as many as sockets.")] = 10,
+    topics: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Topics; at most as many as sockets.", show_default="10, or --sockets"),
+    ] = None,
     rate: Annotated[float, typer.Option(min=0.1, metavar="R", help="Events published per second, in all.")] = 100.0,
     seconds: Annotated[float, typer.Option(min=0.1, metavar="S", help="How long to publish.")] = 10.0,
     config: RelayFile = None,
@@ -71,7 +84,10 @@ def bench(
 
     Topics are bench:…; a token needs the right to join bench:*. Events are published to --redis-url or the settings'
     Redis; else to that of a relay with an embedded one, on this machine; else by REST, with the settings' API key.
+
+    Ctrl+C ends the publishing, with a report of what there was.
     """
+    topics = topics or min(TOPICS, sockets)
     if topics > sockets:
         raise ConfigError(f"--topics: expected at most as many as --sockets, {sockets}, got {topics}")
     from relay.descriptors import raise_descriptor_limit
@@ -91,6 +107,8 @@ def bench(
         console().print(_report(figures))
     else:
         print_lines([figures])
+    if load_of.is_interrupted:
+        raise typer.Exit(INTERRUPTED)
     if any(figures[name] for name in FAULTS):
         raise typer.Exit(1)
 
@@ -109,6 +127,7 @@ class _Load:
         self.joined = 0
         self.joining_s = 0.0
         self.publishing_s = 0.0
+        self.is_interrupted = False
         self.changed = asyncio.Event()
         """Set when all have joined, or one has ended."""
 
@@ -118,8 +137,8 @@ class _Load:
 
     @property
     def is_over(self) -> bool:
-        """Whether nobody listens any more."""
-        return all(one.closed for one in self.listeners)
+        """Whether nobody listens any more, or Ctrl+C was pressed."""
+        return self.is_interrupted or all(one.closed for one in self.listeners)
 
     @property
     def is_complete(self) -> bool:
@@ -163,8 +182,13 @@ class _Load:
             if events:
                 await publish(events)
             sent = due
-            await asyncio.sleep(max(start + sent / self.rate - time.perf_counter(), 0))
+            await asyncio.sleep(min(max(start + sent / self.rate - time.perf_counter(), 0), LOOK_S))
         self.publishing_s = time.perf_counter() - start
+
+    def interrupt(self) -> None:
+        """End the publishing; what is under way is still waited for, unless Ctrl+C is pressed again."""
+        self.is_interrupted = True
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
 
     async def settle(self) -> None:
         """Wait for what is under way, for as long as anything comes."""
@@ -238,6 +262,7 @@ async def _bench(
                 else ""
             )
             raise Failed(f"{load_of.joined} of {len(load_of.listeners)} sockets joined, then {why}{hint}")
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, load_of.interrupt)
         with _publishing_shown(load_of) if is_shown else nullcontext():
             async with bus as publish:
                 await load_of.publish_all(publish)
@@ -314,21 +339,28 @@ def _joining_shown(load_of: _Load) -> Iterator[None]:
 
 @contextmanager
 def _publishing_shown(load_of: _Load) -> Iterator[None]:
+    from rich.console import Group
     from rich.live import Live
+    from rich.progress import Progress
 
     start = time.perf_counter()
+    progress = Progress(console=console())
+    task = progress.add_task("publishing", total=load_of.seconds)
 
-    def show() -> "Table":
-        elapsed = max(time.perf_counter() - start, 0.001)
+    def show() -> Group:
+        elapsed = load_of.publishing_s or max(time.perf_counter() - start, 0.001)
+        progress.update(task, completed=elapsed)
+        if load_of.publishing_s:
+            progress.update(task, description="waiting for what is under way")
         received = len(load_of.latencies_ns)
-        return _grid(
-            ("time", f"{elapsed:.0f} of {load_of.seconds:g} s"),
+        figures = _grid(
             ("published", f"{load_of.published_in_all}, {load_of.published_in_all / elapsed:.0f}/s"),
             ("received", f"{received}, {received / elapsed:.0f}/s"),
             ("latency now", _latency(latencies_ms(load_of.latencies_ns[-RECENT:]))),
         )
+        return Group(progress, figures)
 
-    with Live(get_renderable=show, console=console(), transient=True):
+    with Live(get_renderable=show, console=progress.console, transient=True):
         yield
 
 
