@@ -27,19 +27,23 @@ class Bucket:
         self.excess: int = 0
         """Tokens asked for in vain since it was last full."""
 
-    def take(self, now: float) -> bool:
-        """Take a token; False where there is none."""
+    def take(self, now: float, wanted: int = 1) -> bool:
+        """Take a token, or several; False where there are not so many. More than it holds are taken from a full one."""
         tokens = self._tokens + (now - self._last) * self._per_s
         self._last = now
         if tokens >= self._burst:
             tokens = self._burst
             self.excess = 0
-        if tokens < 1:
+        if tokens < wanted and tokens < self._burst:
             self._tokens = tokens
-            self.excess += 1
+            self.excess += wanted
             return False
-        self._tokens = tokens - 1
+        self._tokens = tokens - wanted
         return True
+
+
+PORTION_BYTES = 65_536
+"""A message counts once for each such portion of it that has begun: what it costs to read grows with its size."""
 
 
 class Pace:
@@ -52,10 +56,13 @@ class Pace:
         self._pushes = Bucket(limits.pushes_per_s, limits.pushes_burst, now) if limits.pushes_per_s else None
         self._excess_max = limits.rate_limited_max or math.inf
 
-    def allows(self, event: str, now: float) -> bool:
-        """Take one message into account, and say whether it is within its rate. All but joins count as pushes."""
+    def allows(self, event: str, now: float, size: int = 0) -> bool:
+        """Take one message into account, and say whether it is within its rate. All but joins count as pushes.
+
+        Args: size: of its frame, in bytes, or in characters of text.
+        """
         bucket = self._joins if event == "phx_join" else self._pushes
-        return bucket is None or bucket.take(now)
+        return bucket is None or bucket.take(now, 1 + size // PORTION_BYTES)
 
     @property
     def is_exhausted(self) -> bool:

@@ -131,7 +131,7 @@ class Socket(Face):
                 except WireError as error:
                     connection.reject(error.code, str(error))
                     continue
-                if not pace.allows(message.event, connection.last_received) and turn_away(message):
+                if not pace.allows(message.event, connection.last_received, len(frame)) and turn_away(message):
                     continue
                 lanes.run(message.topic, partial(handle, message))
                 if lanes.pending >= busy:

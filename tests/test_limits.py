@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from relay.addresses import counted_as
 from relay.config import LimitsConfig
-from relay.limits import Admission, Bucket, Pace
+from relay.limits import PORTION_BYTES, Admission, Bucket, Pace
 
 # Buckets.
 
@@ -36,6 +36,18 @@ def test_excess_adds_up_until_the_bucket_is_full_again() -> None:
     assert bucket.excess == 0
 
 
+def test_several_tokens_are_taken_together_or_not_at_all() -> None:
+    bucket = Bucket(10, 5, now=0.0)
+    assert [bucket.take(0.0, 3), bucket.take(0.0, 3), bucket.take(0.0, 2)] == [True, False, True]
+    assert bucket.excess == 3
+
+
+def test_more_than_a_bucket_holds_is_taken_from_a_full_one_and_paid_off() -> None:
+    """A frame may be larger than the burst of somebody's settings; it must not be refused for ever."""
+    bucket = Bucket(10, 5, now=0.0)
+    assert [bucket.take(0.0, 20), bucket.take(1.4), bucket.take(1.7)] == [True, False, True]
+
+
 @given(st.lists(st.floats(0, 0.5), max_size=200), st.integers(1, 50), st.integers(1, 20))
 def test_bucket_never_gives_more_than_burst_and_rate_allow(pauses: list[float], per_s: int, burst: int) -> None:
     bucket = Bucket(per_s, burst, now=0.0)
@@ -51,6 +63,12 @@ def test_joins_and_pushes_have_rates_of_their_own() -> None:
     pace = Pace(LimitsConfig(joins_per_s=1, joins_burst=1, pushes_per_s=1, pushes_burst=2), 0.0)
     assert [pace.allows("phx_join", 0.0), pace.allows("phx_join", 0.0)] == [True, False]
     assert [pace.allows(event, 0.0) for event in ("shout", "heartbeat", "phx_leave")] == [True, True, False]
+
+
+def test_large_message_counts_once_for_each_portion_that_has_begun() -> None:
+    pace = Pace(LimitsConfig(pushes_per_s=1, pushes_burst=4), 0.0)
+    sizes = (PORTION_BYTES - 1, PORTION_BYTES, PORTION_BYTES, 10)
+    assert [pace.allows("shout", 0.0, size) for size in sizes] == [True, True, False, True]
 
 
 def test_zero_lets_any_number_pass() -> None:

@@ -85,6 +85,16 @@ async def test_socket_over_its_rate_for_long_is_closed(serve_relay: ServeRelay, 
     assert await counted(served, "rate limited for long") == 1
 
 
+async def test_large_pushes_are_over_the_rate_sooner(serve_relay: ServeRelay, connect: Connect) -> None:
+    """A frame is read before it is known what it asks for: up to 30 ms for 1 MiB of odd text."""
+    served = await serve_relay(limits={"pushes_per_s": 1, "pushes_burst": 10})
+    client = await connect(served)
+    join_ref = await client.join("room:1")
+    answers = [(await client.push(join_ref, "room:1", "shout", "x" * 400_000))["status"] for _ in range(2)]
+    assert answers == ["ok", "error"]
+    assert await counted(served, "rate limited") == 1
+
+
 async def test_a_page_with_a_hundred_topics_is_not_limited_by_default(served: Served, connect: Connect) -> None:
     """phoenix.js joins all its channels again after each reconnect, and pushes what it kept for them."""
     client = await connect(served)
