@@ -340,6 +340,8 @@ def _checked(topic: str, event: str) -> tuple[str, str]:
 
 def is_shareable(redis_url: str) -> bool:
     """Whether an address may be shown to people: on this machine, and without credentials."""
+    if not redis_url.startswith("redis://"):
+        return False
     parts = urlsplit(redis_url)
     loopback = parts.hostname in ("127.0.0.1", "::1", "localhost")
-    return parts.scheme == "redis" and loopback and "@" not in parts.netloc and not parts.query
+    return loopback and "@" not in parts.netloc and not parts.query

@@ -215,13 +215,13 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
             return url
         allowed = _REDIS_SCHEMES if info.field_name == "redis_url" else _BROADCAST_SCHEMES
         sentinel = parse_sentinel(url)
+        scheme = url.partition("://")[0]
         try:
-            parts = urlsplit(url)
-            _ = sentinel or parts.port  # raises ValueError for a port that is no number
+            _ = sentinel or urlsplit(url).port  # raises ValueError for a port that is no number
         except ValueError:
             # Not repeated: urllib quotes what it could not read, which may be a part of the password.
             raise ValueError("expected scheme://user:password@host:port, special characters written as %XX") from None
-        if parts.scheme not in allowed:
+        if scheme not in allowed:
             raise ValueError(f"expected a URL that starts with {' or '.join(f'{s}://' for s in allowed)}")
         return url
 

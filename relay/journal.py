@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from relay.logs import Subject, Throttle
 
-LINES_MAX = 500
+LINES_MAX = 200
 INTERVAL_S = 10.0
 """So many lines of one kind in so many seconds; then one says how many were left out."""
 

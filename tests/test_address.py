@@ -2,6 +2,7 @@
 
 import pytest
 
+from relay import Config
 from relay.brokers.address import parse_sentinel, shown
 
 
@@ -20,6 +21,19 @@ def test_sentinels_port_need_not_be_said() -> None:
     assert found.hosts == (("one", 26379), ("::1", 7), ("two", 26379))
     assert found.service == "my master"
     assert found.master_url == "rediss://one/"
+
+
+def test_sentinels_may_have_ipv6_addresses_wherever_they_stand() -> None:
+    """Newer Pythons' urllib refuses brackets but at the beginning of a host."""
+    for url, master_url in (
+        ("redis+sentinel://[::1]:7,one/m", "redis://[::1]:7/"),
+        ("redis+sentinel://u:p%40@one,[::1]:7/m/3?timeout=5", "redis://u:p%40@one/3?timeout=5"),
+    ):
+        found = parse_sentinel(url)
+        assert found is not None
+        assert ("::1", 7) in found.hosts
+        assert found.master_url == master_url
+        assert Config(redis_url=url).redis_url == url
 
 
 @pytest.mark.parametrize("url", ["redis://h:1/0", "unix:///tmp/s", "rediss://h", "embedded"])

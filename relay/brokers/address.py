@@ -46,8 +46,10 @@ def parse_sentinel(url: str) -> SentinelAddress | None:
 
 
 def _parse(url: str, scheme: str) -> SentinelAddress:
-    parts = urlsplit(url)
-    credentials, at, places = parts.netloc.rpartition("@")
+    # No URL has several hosts, and newer Pythons refuse a second one in brackets: urllib sees what is behind them.
+    netloc, _, rest = url.partition("://")[2].partition("/")
+    parts = urlsplit(f"//_/{rest}")
+    credentials, at, places = netloc.rpartition("@")
     hosts = tuple(_host(place) for place in places.split(","))
     service, _, database = parts.path.strip("/").partition("/")
     if not all(host for host, _ in hosts) or not service or "/" in database:

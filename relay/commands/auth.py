@@ -15,6 +15,7 @@ import typer
 
 from relay.addresses import parse_networks
 from relay.auth_config import AuthConfig, GrantConfig
+from relay.brokers.address import parse_sentinel
 from relay.commands import ConfigFile
 from relay.commands.terminal import console, is_terminal, print_lines
 from relay.config import EMBEDDED, Config, load
@@ -174,6 +175,8 @@ def _bus(config: Config) -> str:
     url = config.redis_url or config.broadcast_url
     if not url or url == EMBEDDED:
         return "a Valkey of the relay's own"
+    if (sentinel := parse_sentinel(url)) is not None:
+        return f"{sentinel.service}, of the Sentinels {', '.join(f'{host}:{port}' for host, port in sentinel.hosts)}"
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.hostname or ''}{parts.path if parts.scheme == 'unix' else ''}"
 

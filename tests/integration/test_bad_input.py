@@ -57,8 +57,9 @@ async def bystander(served: Served, redis: Redis) -> AsyncIterator[None]:
 
 
 async def counted(served: Served, name: str, reason: str) -> float:
-    """One reason's figure on ``/metrics``."""
-    return figure((await http_get(f"{served.http}/metrics"))[1], f"relay_{name}_total", reason=reason)
+    """One reason's figure on ``/metrics``; of what is malformed, one close code's."""
+    label = "code" if name == "malformed" else "reason"
+    return figure((await http_get(f"{served.http}/metrics"))[1], f"relay_{name}_total", **{label: reason})
 
 
 class Bad(NamedTuple):
