@@ -33,6 +33,7 @@ from relay.commands.auth import check, token
 from relay.commands.bench import bench
 from relay.commands.client import listen, push, topics
 from relay.commands.help import Command, Group
+from relay.commands.link import host_of
 from relay.commands.plugins import new_plugin, plugins
 from relay.commands.publish import publish
 from relay.config import CONFIG_VARIABLE, EMBEDDED, Config, load
@@ -263,8 +264,7 @@ def _stop_on_sigterm() -> Iterator[None]:
 
 
 def _page_url(settings: Config) -> str:
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return f"http://{host}:{settings.port}/"
+    return f"http://{host_of(settings)}/"  # from here: 0.0.0.0 is nowhere to go
 
 
 def _when_ready(settings: Config, then: Any) -> None:

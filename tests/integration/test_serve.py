@@ -62,6 +62,11 @@ def test_greeting_names_every_address(relay: RelayProcess) -> None:
     assert f"relay publish --redis-url {relay.redis_url} room:1 new_msg" in lines[6]
 
 
+def test_greeting_of_a_relay_on_all_addresses_names_one_to_go_to() -> None:
+    with RelayProcess("--host", "0.0.0.0", environ={"RELAY_ANONYMOUS": "true"}) as relay:
+        assert relay.http.startswith("http://127.0.0.1:")
+
+
 async def test_printed_line_publishes(relay: RelayProcess) -> None:
     line = next(line for line in relay.output.splitlines() if line.startswith("  publish"))
     program, flag, url, *words = shlex.split(line.removeprefix("  publish"))
