@@ -73,33 +73,25 @@ class Outboxes:
         self.max_bytes: int = max_bytes
         self._metrics = metrics
         self._held_bytes = 0
-        # Those in which something waits: as they were last counted, and what to call when one has to go.
-        self._members: dict[Outbox, _Member] = {}
+        # Those in which something waits.
+        self._members: set[Outbox] = set()
 
-    def count(self, outbox: "Outbox", give_up: Callable[[], object]) -> None:
-        """Count what an outbox holds now; past the bound, have the largest emptied by its ``give_up``."""
-        before = self._members.get(outbox, _NOTHING)
-        now = _Member(outbox.waiting_bytes, outbox.held_bytes, give_up)
-        self._metrics.outbox_bytes += now.waiting_bytes - before.waiting_bytes
-        self._held_bytes += now.held_bytes - before.held_bytes
-        if now.held_bytes:
-            self._members[outbox] = now
-        else:
-            _ = self._members.pop(outbox, None)
-        if now.held_bytes > before.held_bytes:
+    def count(self, outbox: "Outbox", waiting_bytes: int, held_bytes: int) -> None:
+        """Count what has come into an outbox, or left it; past the bound, have the largest emptied.
+
+        Args: waiting_bytes: of its frames; negative for what has left.
+              held_bytes: of the memory that they take, likewise.
+        """
+        self._metrics.outbox_bytes += waiting_bytes
+        self._held_bytes += held_bytes
+        if held_bytes > 0:
+            self._members.add(outbox)
             while 0 < self.max_bytes < self._held_bytes:
                 largest = max(self._members, key=lambda member: member.held_bytes)
-                _ = self._members[largest].give_up()
+                _ = largest.give_up()
                 assert largest not in self._members, "an outbox that is given up is emptied"
-
-
-class _Member(NamedTuple):
-    waiting_bytes: int
-    held_bytes: int
-    give_up: Callable[[], object]
-
-
-_NOTHING = _Member(0, 0, lambda: None)
+        elif not outbox.held_bytes:
+            self._members.discard(outbox)
 
 
 class Outbox:
@@ -112,8 +104,8 @@ class Outbox:
     """
 
     __slots__ = (
+        "_counted",
         "_entries",
-        "_give_up",
         "_latest",
         "_outboxes",
         "_tell_dropped",
@@ -121,6 +113,7 @@ class Outbox:
         "control_bytes",
         "dropped",
         "event_bytes",
+        "give_up",
         "max_bytes",
     )
 
@@ -137,7 +130,9 @@ class Outbox:
         self.dropped: int = 0
         """Events dropped since the socket opened."""
         self._outboxes = outboxes
-        self._give_up = give_up
+        self.give_up: Callable[[], object] = give_up
+        # Its bytes and its frames, as they were counted last.
+        self._counted = (0, 0)
         self._tell_dropped = tell_dropped
         self._entries: deque[_Entry] = deque()
         # The waiting event of each key under the policy `latest`.
@@ -182,7 +177,10 @@ class Outbox:
 
     def _count(self) -> None:
         if self._outboxes is not None:
-            self._outboxes.count(self, self._give_up)
+            waiting_bytes, frames = self.event_bytes + self.control_bytes, len(self._entries)
+            more_bytes, more_frames = waiting_bytes - self._counted[0], frames - self._counted[1]
+            self._counted = (waiting_bytes, frames)
+            self._outboxes.count(self, more_bytes, more_bytes + ENTRY_BYTES * more_frames)
 
     def _add_event(self, frame: Frame, topic: str, event: str, policy: Policy) -> int | None:
         overflow = policy.overflow
