@@ -65,11 +65,11 @@ class Throttle:
     def warning(self, kind: str, text: str, *args: object, **fields: object) -> None:
         """Log ``text % args`` as a warning, unless the interval has all its lines of this ``kind``.
 
-        Args: fields: what the JSON form has beside the message.
+        Args: fields: what the JSON form has beside the message, and the ``kind``.
         """
         if self._is_due(kind):
             text += self._left_out_since(kind)
-            self._logger.warning(text, *args, extra=fields)
+            self._logger.warning(text, *args, extra={"kind": kind, **fields})
 
     def error(self, kind: str, error: BaseException, text: str, *args: object) -> None:
         """Log ``text % args`` as an error, with the traceback of ``error``, under the same rule."""
