@@ -151,12 +151,9 @@ class RedisBroker:
                     await self._read(connection, sink, on_live)
                 finally:
                     watcher.cancel()
-        except ExceptionGroup as group_of_errors:
-            # No `except*`: before Python 3.11.4 (Debian 12 has 3.11.2) it makes a group of what is raised in it.
-            known, unknown = group_of_errors.split((RedisError, OSError, hiredis.HiredisError))
-            if known is None or unknown is not None:
-                raise
-            raise known.exceptions[0] from None
+        except ExceptionGroup as errors:  # not `except*`, in which Python before 3.11.4 makes a group of what is raised
+            known, unknown = errors.split((RedisError, OSError, hiredis.HiredisError))
+            raise errors if known is None or unknown is not None else known.exceptions[0] from None
         finally:
             self._waiting_since = None
             await connection.disconnect(nowait=True)

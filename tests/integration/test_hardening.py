@@ -287,7 +287,9 @@ async def test_one_read_is_not_inflated_further_than_the_application_keeps_up(
         waiting = max(waiting, len(self._messages))
 
     monkeypatch.setattr(_Inbox, "put_nowait", put_nowait)
-    relay = Relay(redis_url=valkey.url, system_topic=False, compression=True)
+    # Else they would be too many, by their size.
+    limits = LimitsConfig(pushes_per_s=0)
+    relay = Relay(redis_url=valkey.url, system_topic=False, compression=True, limits=limits)
     deflate = zlib.compressobj(wbits=-15)
     text = json.dumps([None, "1", "phoenix", "heartbeat", {"a": " " * 500_000}]).encode()
     data = (deflate.compress(text) + deflate.flush(zlib.Z_SYNC_FLUSH))[:-4]

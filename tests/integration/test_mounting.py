@@ -507,10 +507,12 @@ async def test_server_ends_in_good_order(name: str, valkey: Valkey) -> None:
         async with Client.connect(socket_url(server)) as client:
             await client.join("room:1")
             ending = asyncio.create_task(asyncio.to_thread(server.stop, signal.SIGTERM))
-            code, _ = await client.expect_closed()
-            exit_code = await ending
-        # Hypercorn gives its sockets some seconds and then 1011; Granian cuts the connection.
-        assert code == {"hypercorn": 1011, "granian": 1006}.get(name, 1012)
+            # Hypercorn gives its sockets some seconds and then 1011; Granian cuts the connection. Since Python 3.12
+            # asyncio's server waits until its connections are gone, and Hypercorn with it.
+            if not (name == "hypercorn" and sys.version_info >= (3, 12)):
+                code, _ = await client.expect_closed()
+                assert code == {"hypercorn": 1011, "granian": 1006}.get(name, 1012)
+        exit_code = await ending
         assert exit_code in (0, -signal.SIGTERM), server.output
         assert "app started: True" in server.output
         assert "app ended: True" in server.output
