@@ -416,8 +416,11 @@ async def test_relay_out_of_descriptors_keeps_its_clients_and_its_redis() -> Non
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of another process are Linux's")
 async def test_connections_that_wait_for_their_client_make_room_for_others() -> None:
-    """However many one client holds open and does nothing with: it alone is cut off, and sockets are not."""
-    with RelayProcess() as relay:
+    """However many one client holds open and does nothing with: it alone is cut off, and sockets are not.
+
+    Nor is it waited for until it is too slow.
+    """
+    with RelayProcess(environ={"RELAY_LIMITS__HANDSHAKE_TIMEOUT_S": "0"}) as relay:
         assert relay.process is not None
         port = port_of(relay)
         async with Client.connect(relay.ws) as client:
