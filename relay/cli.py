@@ -249,12 +249,18 @@ def _listen(settings: Config) -> sockets.socket:
 
 @contextmanager
 def _stop_on_sigterm() -> Iterator[None]:
-    """Turn a SIGTERM that comes outside of Uvicorn's own handling into an orderly exit."""
+    """Turn a SIGTERM that comes outside of Uvicorn's own handling into an orderly exit, and a closed terminal too."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         sys.exit(0)
 
+    def hang_up(number: int, frame: FrameType | None) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
     previous = signal.signal(signal.SIGTERM, stop)
+    # A terminal that is closed says so by SIGHUP, which Valkey ignores: it would be left behind.
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # else nohup is asked for
+        signal.signal(signal.SIGHUP, hang_up)
     try:
         yield
     except KeyboardInterrupt:

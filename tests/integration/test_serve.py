@@ -213,6 +213,7 @@ def test_relays_started_at_once_do_not_meet_on_a_port() -> None:
         pytest.param(1, signal.SIGTERM, False, id="SIGTERM"),
         pytest.param(1, signal.SIGTERM, True, id="SIGTERM to all"),
         pytest.param(1, signal.SIGINT, True, id="Ctrl-C"),
+        pytest.param(1, signal.SIGHUP, True, id="terminal closed"),
         pytest.param(2, signal.SIGTERM, False, id="2 workers, SIGTERM"),
         pytest.param(2, signal.SIGINT, True, id="2 workers, Ctrl-C"),
     ],
