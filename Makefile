@@ -20,11 +20,11 @@ help: ## show these words
 run: .venv/.run ## start the relay with its own Valkey; ARGS go to `relay serve`
 	@exec $(BIN)/relay serve $(ARGS)
 
-test: check ## check, then run every test; ARGS go to pytest
+test: .venv/.dev ## run every test (about 7 minutes on 2 cores); ARGS go to pytest
 	@tools/browser.sh
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
-check: .venv/.dev ## format, lint, types and spelling
+check: .venv/.dev ## check format, lint, types and spelling (a minute or two)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(CODE)

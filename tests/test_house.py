@@ -14,7 +14,9 @@ import pytest
 import relay
 
 PACKAGE = Path(relay.__file__).parent
-LINES_MAX = 400
+LINES_MAX = 500
+# A module that does not fit, with its reason and its own limit; never above 700.
+LONGER: dict[str, tuple[int, str]] = {}
 
 # Top to bottom: a room may import those further down, never those further up. `relay` itself, the names and the
 # version on the package's front door, may be imported by all.
@@ -271,7 +273,9 @@ def test_hub_knows_no_event_loop_and_no_broker() -> None:
 
 @pytest.mark.parametrize("room", SOURCES)
 def test_room_is_small_enough_to_be_read_at_once(room: str) -> None:
-    assert len(SOURCES[room].read_text("utf-8").splitlines()) <= LINES_MAX
+    limit, _ = LONGER.get(room, (LINES_MAX, ""))
+    assert limit <= 700
+    assert len(SOURCES[room].read_text("utf-8").splitlines()) <= limit
 
 
 @pytest.mark.parametrize("room", ROOMS)
