@@ -120,9 +120,14 @@ class Access:
                 subscription.identity = identity
         return self.judge(subscription)
 
-    def judge(self, subscription: Subscription) -> Reason | None:
-        """Settle a subscription's rights as they are now: why it may not be, or None."""
+    def judge(self, subscription: Subscription, began: int | None = None) -> Reason | None:
+        """Settle a subscription's rights as they are now: why it may not be, or None.
+
+        Args: began: of a join's decision, which an order may have overtaken.
+        """
         identity = subscription.identity or self.identity
+        if began is not None and self._auth.decisions.overtaken(began, identity.user, subscription.topic):
+            return Reason.REMOVED
         if identity.is_expired(self._clock()):
             return Reason.TOKEN_EXPIRED
         rights = identity.rights.on(subscription.topic)
@@ -132,6 +137,12 @@ class Access:
         if subscription.identity is not None:
             self._set_timer(subscription.identity.expires_at)
         return None
+
+    def may_push(self, subscription: Subscription) -> Reason | None:
+        """Ask again for the right of a push that had to wait: why it has none by now, or None."""
+        if (subscription.identity or self.identity).is_expired(self._clock()):
+            return Reason.TOKEN_EXPIRED
+        return None if subscription.may_push else Reason.UNAUTHORIZED
 
     # Renewal.
 
@@ -147,6 +158,8 @@ class Access:
         except NotAdmitted as error:
             return error.reason
         own = None if subscription is None else subscription.identity
+        if subscription is not None and own and self._subscriptions.get(subscription.topic) is not subscription:
+            return Reason.REMOVED
         if not _same_user(identity, own or self.identity):
             return Reason.ANOTHER_USER
         if subscription is None or own is None:
@@ -225,7 +238,7 @@ class Access:
                 ended += 1
         return ended
 
-    def end(self) -> None:
+    def end(self, _: object = None) -> None:
         """Let go of the socket."""
         if self._timer is not None:
             self._timer.cancel()

@@ -29,6 +29,9 @@ class Asker(hooks.Socket, Subscriber, Protocol):
     def refuse_push(self, push: Push, reason: str, response: Payload | None = None) -> None:
         """Answer a push with an error, and count it."""
 
+    def stop_push(self, push: Push) -> bool:
+        """Refuse a push that had to wait and has no right any more to go on; False where it has."""
+
 
 async def ask_about_join(node: Node, request: hooks.Join, found: tuple[Hook, ...]) -> Payload:
     """What the join's reply says once all handlers allow it. Raises Refused, HandlerFailed."""
@@ -53,6 +56,8 @@ async def ask_about_push(socket: Asker, node: Node, metrics: Metrics, push: Push
     request = hooks.Push(socket, topic, push.event, push.payload, reply, broadcast, push.subscription.identity)
     answer: Payload | None = None
     for hook in found:
+        if socket.stop_push(push):
+            return
         try:
             value = await node.caller.ask(hook, request, hooks.to_response)
             answer = value if answer is None else answer
@@ -62,6 +67,8 @@ async def ask_about_push(socket: Asker, node: Node, metrics: Metrics, push: Push
         except HandlerFailed:
             socket.refuse_push(push, Reason.INTERNAL)
             return
+    if socket.stop_push(push):  # again: handlers may have taken their time
+        return
     if request.forwarded and not await _forward(node, metrics, push):
         socket.refuse_push(push, Reason.BUS_UNAVAILABLE)
     elif answer is not None:

@@ -12,6 +12,7 @@ from starlette.requests import HTTPConnection
 
 from relay.calling import Caller, HandlerFailed
 from relay.config import Config
+from relay.control import Decisions
 from relay.errors import NotAdmitted, Reason
 from relay.handshake import find_token
 from relay.hooks import Hook, Refused
@@ -48,6 +49,7 @@ class Auth:
           function: the team's own, in a hook; asked after the token was checked.
           clock: monotonic seconds, by which tokens expire.
           wall: seconds since 1970, by which tokens say so.
+          decisions: those under way, which an order for their user overtakes.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class Auth:
         function: Authenticate | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        decisions: Decisions | None = None,
     ) -> None:
+        self.decisions: Decisions = Decisions() if decisions is None else decisions
         self._settings = config.auth
         self._caller = caller
         self._verify = verify
@@ -96,6 +100,17 @@ class Auth:
         return identity
 
     async def _identify(self, scope: Mapping[str, Any], token: str | None) -> Identity | None:
+        began = self.decisions.begin()
+        try:
+            identity = await self._decide(scope, token)
+            if identity is not None and self.decisions.overtaken(began, identity.user):
+                text = "this user was disconnected in the meantime; try again"
+                raise NotAdmitted(503, "removed", text, Reason.REMOVED)
+            return identity
+        finally:
+            self.decisions.end(began)
+
+    async def _decide(self, scope: Mapping[str, Any], token: str | None) -> Identity | None:
         claims = await self._verify(token) if self._verify is not None and token is not None else None
         expiry = [] if claims is None else [claims.get("exp")]
         if self._hook is not None:

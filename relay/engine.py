@@ -108,9 +108,11 @@ class Engine:
         self._auth: Auth | None = None
         if self._verifier or authenticate or config.auth.anonymous or config.auth.authenticated:
             verify = self._verifier.verify if self._verifier else None
-            self._auth = Auth(config, self.node.caller, verify, authenticate)
+            self._auth = Auth(config, self.node.caller, verify, authenticate, decisions=self.node.decisions)
         self._asks_nobody = not (config.anonymous or self._verifier or authenticate)
         self.sockets: dict[str, Socket] = {}
+        # Sockets that have ended, with handlers under way for what they sent: orders are about these too.
+        self._left_behind: dict[asyncio.Task[None], Socket] = {}
         self._no_sockets = asyncio.Event()
         self._no_sockets.set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -211,23 +213,37 @@ class Engine:
             await self._refuse(scope, receive, send, refused)
             return
         try:
-            socket = await self._accept(scope, receive, send, trace)
+            began = self.node.decisions.begin()
+            try:
+                socket = await self._accept(scope, receive, send, trace)
+                if socket is not None:
+                    if trace is not None:
+                        trace.accepted(socket.id)
+                    self._enter(socket, began)
+            finally:
+                self.node.decisions.end(began)
             if socket is not None:
-                if trace is not None:
-                    trace.accepted(socket.id)
                 await self._run(socket)
         finally:
             self._admission.leave(address)
 
-    async def _run(self, socket: Socket) -> None:
+    def _enter(self, socket: Socket, began: int) -> None:
         self.sockets[socket.id] = socket
         self._no_sockets.clear()
         if self.is_draining:  # the end began during its handshake
             self._close_for_restart(socket)
+        elif socket.user is not None and self.node.decisions.overtaken(began, socket.user):
+            socket.disconnect()
+            self._metrics.sent_away += 1
+
+    async def _run(self, socket: Socket) -> None:
         try:
             await socket.run()
         finally:
             del self.sockets[socket.id]
+            if (task := socket.see_out()) is not None:
+                self._left_behind[task] = socket
+                task.add_done_callback(self._left_behind.pop)
             if not self.sockets:
                 self._no_sockets.set()
 
@@ -293,7 +309,8 @@ class Engine:
             self._carry_out(order)
 
     def _carry_out(self, order: control.Order) -> None:
-        for socket in tuple(self.sockets.values()):
+        self.node.decisions.order(order.user, order.topic)
+        for socket in (*self.sockets.values(), *self._left_behind.values()):
             if socket.access is not None:
                 self._metrics.sent_away += socket.access.send_away(order.user, order.topic, order.reason)
 

@@ -32,10 +32,15 @@ class Reason(StrEnum):
     TOKEN_EXPIRED = "token expired"
     ANOTHER_USER = "token of another user"
     AUTH_UNAVAILABLE = "authentication unavailable"
+    REMOVED = "removed by the server"
     RATE_LIMITED = "rate limited"
     BUS_UNAVAILABLE = "bus unavailable"
     EVENTS_MISSED = "events may have been missed"
     INTERNAL = "internal error"
+
+
+SUBSCRIPTION_ENDED = "subscription ended"
+"""Why a push that had to wait goes no further, for the counter alone: its client has been told of the end."""
 
 
 class CloseCode(IntEnum):

@@ -78,6 +78,17 @@ class Lanes:
         """How many pieces of a key wait for their turn."""
         return len(self._waiting.get(key, ()))
 
+    def drop(self, goes: Callable[[Piece], bool]) -> int:
+        """Drop the pieces that wait and of which ``goes`` is true; returns how many."""
+        dropped = 0
+        for lane in self._waiting.values():
+            kept = [piece for piece in lane if not goes(piece)]
+            dropped += len(lane) - len(kept)
+            lane.clear()
+            lane.extend(kept)
+        self.done(dropped)
+        return dropped
+
     async def close(self) -> None:
         """Drop what waits, cancel what runs, and wait for its end."""
         tasks = dict(self._tasks)

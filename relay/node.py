@@ -107,6 +107,8 @@ class Node:
         hub.on_idle = self._hub_idle.set
         self._tasks: set[asyncio.Task[None]] = set()
         self._leftovers: set[asyncio.Task[None]] = set()
+        self.decisions: control.Decisions = control.Decisions()
+        """Joins and handshakes that take their time, and the orders that overtake them."""
         self._gap_task: asyncio.Task[None] | None = None
         # Topics the broker was asked for, and the lock under which each is asked for or given back.
         self._heard: set[str] = set()
@@ -139,12 +141,14 @@ class Node:
         asyncio.run_coroutine_threadsafe(work, self._loop).result()
         return _Done()
 
-    def see_out(self, lanes: Lanes) -> None:
-        """Let the handlers that a socket leaves behind come to their end, each within its time."""
-        if lanes.running:
-            task = self._spawn(self._see_out(lanes))
-            self._leftovers.add(task)
-            task.add_done_callback(self._leftovers.discard)
+    def see_out(self, lanes: Lanes) -> asyncio.Task[None] | None:
+        """Let the handlers that a socket leaves behind come to their end, each within its time; None without any."""
+        if not lanes.running:
+            return None
+        task = self._spawn(self._see_out(lanes))
+        self._leftovers.add(task)
+        task.add_done_callback(self._leftovers.discard)
+        return task
 
     async def _see_out(self, lanes: Lanes) -> None:
         try:

@@ -63,6 +63,8 @@ class Join:
     params: Payload
     replaces: Subscription | None
     """What this socket had under the same topic: it ends whether the join is accepted or not."""
+    began: int = 0
+    """When its decision began, as `relay.control.Decisions` counts."""
 
 
 @dataclass(slots=True)

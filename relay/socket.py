@@ -17,13 +17,13 @@ from relay.asking import ask_about_join, ask_about_push, renew
 from relay.brokers.base import Direction
 from relay.calling import HandlerFailed
 from relay.config import Config
-from relay.errors import BusUnavailable, Reason, WireError
+from relay.errors import SUBSCRIPTION_ENDED, BusUnavailable, CloseCode, Reason, WireError
 from relay.face import Face
 from relay.handshake import Handshake
 from relay.hooks import Actor, Hook
 from relay.hub import Hub
 from relay.journal import Journal, Totals
-from relay.lanes import Lanes, Rest
+from relay.lanes import Lanes, Piece, Rest
 from relay.limits import Pace
 from relay.metrics import Metrics
 from relay.node import Node
@@ -53,6 +53,7 @@ class Socket(Face):
         "_protocol",
         "_pushes",
         "_query",
+        "_revoked",
         "_trace",
         "access",
         "address",
@@ -93,6 +94,7 @@ class Socket(Face):
         # The hub calls this for each event: one call fewer for each subscriber.
         self.send_event: Callable[[Frame, str, str, Policy], None] = connection.send_event
         connection.on_readiness = self._readiness_changed
+        connection.on_close = self._closing
         limits = config.limits
         self.opened_at: float = connection.last_received
         """In monotonic seconds."""
@@ -108,6 +110,8 @@ class Socket(Face):
         # Joins that plugins have allowed, by topic, and whose end they are still to be told.
         self._known: dict[str, Subscription] = {}
         self._ended = False
+        # Whether the relay has ended all there was, so that nothing that waits may go on.
+        self._revoked = False
         self.access: Access | None = None
         if access is not None:
             self.access = access(self._protocol.subscriptions, self.fail, self.close, self._count_refusal)
@@ -142,20 +146,41 @@ class Socket(Face):
         finally:
             self._ended = True
             self._metrics.sockets -= 1
-            if self.access is not None:
-                self.access.end()
             for subscription in tuple(self._protocol.subscriptions.values()):
                 self._unsubscribe(subscription)
             connection.end()
             open_s = time.monotonic() - self.opened_at
             totals = Totals(open_s, self._joins, self._pushes, self._events, connection.dropped)
             self._journal.disconnected(self, *connection.ending, totals)
-            # What plugins have begun, or are still to hear of, is not cut off by a client that has gone.
-            self._node.see_out(lanes)
+
+    def see_out(self) -> asyncio.Task[None] | None:
+        """Let go of a socket that has ended, once what it leaves behind has come to its end; None where nothing has.
+
+        What plugins have begun, or are still to hear of, is not cut off by a client that has gone. Its rights end
+        meanwhile as those of a client that stayed.
+        """
+        task = self._node.see_out(self._lanes)
+        if self.access is not None and task is None:
+            self.access.end()
+        elif self.access is not None and task is not None:
+            task.add_done_callback(self.access.end)
+        return task
 
     def close(self, code: int, reason: str) -> bool:
         """Close the socket after what is already queued for it; False where it was closed already."""
+        if self._ended:
+            self._drop_pushes()
         return self._connection.close(code, reason)
+
+    def _closing(self) -> None:
+        if self._connection.closed_with in _REVOKING:
+            self._drop_pushes()
+
+    def _drop_pushes(self) -> None:
+        """Drop what the client sent and what still waits: all its subscriptions have ended, by the relay's will."""
+        self._revoked = True
+        if dropped := self._lanes.drop(_is_message):
+            self._metrics.refused[SUBSCRIPTION_ENDED] += dropped
 
     def idle_s(self, now: float) -> float:
         """Seconds since the client's last message or ping, at the monotonic time ``now``."""
@@ -183,6 +208,19 @@ class Socket(Face):
         return None
 
     def _join(self, join: Join) -> Rest:
+        join.began = self._node.decisions.begin()
+        if (rest := self._admit(join)) is not None:
+            return self._decide(join, rest)
+        self._node.decisions.end(join.began)
+        return None
+
+    async def _decide(self, join: Join, rest: Coroutine[None, None, None]) -> None:
+        try:
+            await rest
+        finally:
+            self._node.decisions.end(join.began)
+
+    def _admit(self, join: Join) -> Rest:
         reason = self._node.refuse_join()
         if reason is None and self.access is not None:
             admitted = self.access.admit(join.subscription, join.params)
@@ -226,11 +264,11 @@ class Socket(Face):
             self._known[join.subscription.topic] = join.subscription
 
         def enter() -> None:
-            if self._ended:
+            if self._ended or self._connection.closed_with is not None:
                 self._unsubscribe(join.subscription)
                 return
             # Again, since handlers and the broker may have taken their time.
-            if self.access is not None and (reason := self.access.judge(join.subscription)) is not None:
+            if self.access is not None and (reason := self.access.judge(join.subscription, join.began)) is not None:
                 self._unsubscribe(join.subscription)
                 self._refuse_join(join, reason)
                 return
@@ -317,6 +355,16 @@ class Socket(Face):
         self._count_refusal(reason)
         self.reply(push, "error", response or wire.json_payload({"reason": reason}))
 
+    def stop_push(self, push: Push) -> bool:
+        """Refuse a push that had to wait and has no right any more to go on; False where it has."""
+        if self._revoked or not self._protocol.has(push.subscription):
+            self._metrics.refused[SUBSCRIPTION_ENDED] += 1
+            return True
+        reason = None if self.access is None else self.access.may_push(push.subscription)
+        if reason is not None:
+            self.refuse_push(push, reason)
+        return reason is not None
+
     def _count_refusal(self, reason: str) -> None:
         # A plugin's own words are as many as it likes; the counter's labels must not be.
         kind = reason if reason in _REASONS else "by a plugin"
@@ -389,4 +437,11 @@ class Socket(Face):
         return True
 
 
+def _is_message(piece: Piece) -> bool:
+    """Whether a piece of work is a message of the client's: the others tell plugins of an end."""
+    return isinstance(piece, partial) and isinstance(piece.args[-1], Message)
+
+
 _REASONS = frozenset(Reason)
+_REVOKING = (CloseCode.GOING_AWAY, CloseCode.POLICY_VIOLATION, CloseCode.SLOW_READER)
+"""Closes that end a client's rights; at the others, what was sent before is dealt with."""

@@ -65,6 +65,7 @@ class Connection:
         "_writing",
         "id",
         "last_received",
+        "on_close",
         "on_readiness",
         "tell_dropped",
     )
@@ -109,6 +110,8 @@ class Connection:
         self._wake: asyncio.Future[Frame | None] | None = None
         self.on_readiness: Callable[[], None] = _nothing
         """Called when `direct_write` would answer otherwise than before."""
+        self.on_close: Callable[[], None] = _nothing
+        """Called when the relay begins to close the connection."""
         self._writer: FrameWriter | None = (scope.get("extensions") or {}).get(EXTENSION)
         self._deflates = compression and self._writer is not None and self._writer.deflates
         if self._writer is not None:
@@ -126,6 +129,11 @@ class Connection:
     def ending(self) -> tuple[int | None, str, str]:
         """Close code, reason, and who closed: ``relay`` or ``client``. For one that has ended."""
         return (*self._gone, "client") if self._close is None else (*self._close, "relay")
+
+    @property
+    def closed_with(self) -> int | None:
+        """The code with which the relay has begun to close it; None while it has not."""
+        return None if self._close is None else self._close[0]
 
     # Reading.
 
@@ -323,6 +331,7 @@ class Connection:
             if self._writer is not None:
                 self._writer.set_ready(False)
             self._closer = asyncio.create_task(self._finish(code, reason))
+            self.on_close()
         return is_open
 
     async def _finish(self, code: int, reason: str) -> None:
@@ -373,7 +382,7 @@ class Connection:
                 task.cancel()
         if self._writer is not None:
             self._writer.owner = None
-        self.on_readiness = _nothing
+        self.on_readiness = self.on_close = _nothing
 
 
 def _nothing() -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from collections.abc import Coroutine
+from functools import partial
 
 from relay.lanes import Lanes
 
@@ -166,4 +167,20 @@ async def test_close_before_a_piece_has_begun_leaves_no_coroutine_behind() -> No
 async def test_close_of_idle_lanes_does_nothing() -> None:
     lanes = Lanes()
     await lanes.close()
+    assert lanes.pending == 0
+
+
+async def test_waiting_pieces_are_dropped_and_others_keep_their_order() -> None:
+    lanes, work = Lanes(), Work()
+    for key in "ab":
+        lanes.run(key, partial(work.piece, f"{key}1"))
+        for number in "234":
+            lanes.run(key, partial(work.quick, key + number))
+    assert lanes.pending == 8
+    assert lanes.drop(lambda piece: getattr(piece, "args", ("",))[-1][1:] in ("2", "4")) == 4
+    assert (lanes.pending, lanes.waiting("a"), lanes.waiting("b")) == (4, 1, 1)
+    for gate in work.gates.values():
+        gate.set()
+    await lanes.wait()
+    assert [entry for entry in work.log if entry.startswith("a")] == ["a1 called", "a1 done", "a3 called"]
     assert lanes.pending == 0
