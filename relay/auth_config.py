@@ -4,6 +4,7 @@ Owns these settings with their units and defaults; must not know who uses them.
 """
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, field_validator
 
@@ -14,6 +15,18 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 class Table(BaseModel, extra="forbid", frozen=True):
     """Unknown keys are refused, and nothing changes after the start."""
+
+
+def check_url(url: str) -> str:
+    """Give back an http:// or https:// address that names a host. Raises ValueError, which does not repeat it."""
+    try:
+        parts = urlsplit(url)
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number or too large; not repeated, it may be a part of a password
+        named = False
+    if not named:
+        raise ValueError("expected http[s]://host[:port], with a host, and a port of 1 to 65535")
+    return url
 
 
 class KeyConfig(Table):
@@ -42,7 +55,7 @@ class AuthConfig(Table):
         ("HS256", "RS256", "ES256"), min_length=1, description="signatures of tokens that are accepted"
     )
     keys: tuple[KeyConfig, ...] = Field((), repr=False, description="keys of tokens; several for rotation")
-    jwks_url: str = Field("", repr=False, pattern="^(https?://.+)?$", description="where public keys are (JWKS)")
+    jwks_url: str = Field("", repr=False, pattern="^(https?://.*)?$", description="where public keys are (JWKS)")
     jwks_cache_s: Seconds = Field(300.0, description="seconds until they are fetched again")
     jwks_retry_s: Seconds = Field(10.0, description="seconds between two fetches at least, whatever key a token names")
     issuer: str = Field("", description='what tokens must say in "iss"; "" for no matter what')
@@ -62,6 +75,11 @@ class AuthConfig(Table):
         return (
             [{"key": key} if isinstance(key, str) else key for key in keys] if isinstance(keys, list | tuple) else keys
         )
+
+    @field_validator("jwks_url")
+    @classmethod
+    def _names_a_host(cls, url: str) -> str:
+        return check_url(url) if url else url
 
     @field_validator("audience", mode="before")
     @classmethod

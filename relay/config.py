@@ -50,6 +50,10 @@ OrOff = Annotated[int, Field(ge=0)]
 SecondsOrOff = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
+ENVELOPE_BYTES = 1_024
+"""Room for what a frame has beside its payload: topic, event and refs, of at most 255 bytes each."""
+
+
 class OnGap(StrEnum):
     """What the subscribers of a topic are told when events may have been missed."""
 
@@ -80,17 +84,23 @@ class RedisConfig(Table):
         if self.control_channel.startswith((self.to_prefix, self.from_prefix)):
             # What starts with from_prefix is named by browsers.
             raise ValueError("control_channel must not begin with to_prefix or from_prefix")
+        if self.backoff_min_s > self.backoff_max_s:
+            raise ValueError(
+                f"backoff_min_s = {self.backoff_min_s:g} must not be more than backoff_max_s = {self.backoff_max_s:g}"
+            )
         return self
 
 
 class LimitsConfig(Table):
     """How much clients may ask for. Where zero is allowed, it turns the limit off; docs/limits.md has the reasons."""
 
-    frame_max_bytes: Positive = Field(1_048_576, description="largest frame from a client, in bytes")
-    payload_max_bytes: Positive = Field(524_288, description="largest payload of an event or a push, in bytes")
+    frame_max_bytes: Positive = Field(
+        1_052_672, description="largest frame from a client, in bytes; payload_max_bytes and 1024 at least"
+    )
+    payload_max_bytes: Positive = Field(1_048_576, description="largest payload of an event or a push, in bytes")
     topics_per_socket: Positive = Field(100, description="topics one socket may have joined at a time")
     outbox_max_bytes: Positive = Field(
-        1_048_576, description="events waiting for one slow socket, in bytes; more than payload_max_bytes"
+        2_097_152, description="events waiting for one slow socket, in bytes; payload_max_bytes and 1024 at least"
     )
     outboxes_max_bytes: OrOff = Field(
         268_435_456,
@@ -118,6 +128,17 @@ class LimitsConfig(Table):
     body_max_bytes: Positive = Field(8_388_608, description="largest body of a REST request, in bytes")
     drain_per_s: Positive = Field(1000, description="at the relay's end: sockets closed per second")
     drain_timeout_s: Seconds = Field(20.0, description="seconds until all are; the pace is raised where it must be")
+
+    @model_validator(mode="after")
+    def _payload_fits(self) -> "LimitsConfig":
+        least = self.payload_max_bytes + ENVELOPE_BYTES
+        bounds = {"frame_max_bytes": self.frame_max_bytes, "outbox_max_bytes": self.outbox_max_bytes}
+        if small := [f"{name} = {value}" for name, value in bounds.items() if value < least]:
+            raise ValueError(
+                f"expected {least} bytes at least (payload_max_bytes = {self.payload_max_bytes}, and "
+                f"{ENVELOPE_BYTES} for what surrounds a payload), got {' and '.join(small)}"
+            )
+        return self
 
 
 class PluginsConfig(Table):

@@ -7,6 +7,7 @@ Each of several workers leaves its figures in a folder (`relay.folder`) once a s
 them all up. What a worker that has ended had counted stays in the sums, what it held (sockets, bytes) does not.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
@@ -18,7 +19,7 @@ from prometheus_client.registry import Collector
 
 from relay import __version__
 from relay.descriptors import descriptors
-from relay.errors import DROPPED
+from relay.errors import DROPPED, ConfigError
 from relay.metrics import BOUNDS_S, Histogram, Metrics
 
 if TYPE_CHECKING:
@@ -240,7 +241,11 @@ class Figures:
 def _open(folder: str) -> "Folder":
     from relay.folder import Folder  # locks files, which not every system can
 
-    return Folder(Path(folder), _counted)
+    path = Path(folder)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"metrics.folder: expected a directory that can be made and written to, got {folder}")
+    return Folder(path, _counted)
 
 
 def _counted(snapshots: list[Snapshot]) -> Snapshot:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from pydantic import Field, field_validator
 
-from relay.auth_config import Table
+from relay.auth_config import Table, check_url
 
 
 class RestConfig(Table):
@@ -36,6 +36,11 @@ class ProxyConfig(Table):
     prefix: str = Field(min_length=2, pattern="^/", description="path that is forwarded, with all below it")
     target: str = Field(pattern="^https?://", repr=False, description="where to, for example http://127.0.0.1:8001")
     strip_prefix: bool = Field(True, description="leave the prefix out of the forwarded path")
+
+    @field_validator("target")
+    @classmethod
+    def _names_a_host(cls, target: str) -> str:
+        return check_url(target)
 
 
 class MetricsConfig(Table):

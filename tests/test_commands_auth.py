@@ -290,3 +290,70 @@ def test_relay_with_keys_may_be_reached_from_other_machines(url: str) -> None:
     keys = {"RELAY_AUTH__JWKS_URL": url} if url else {"RELAY_AUTH__KEYS": f'["{SECRET}"]'}
     with RelayProcess("--host", "0.0.0.0", environ=keys) as relay:
         assert "is ready" in relay.output
+
+
+# What `relay serve` refuses, and what has no effect.
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("[limits]\npayload_max_bytes = 3000000", "expected 3001024 bytes at least"),
+        ('[plugins]\npaths = ["/nowhere/plugins"]', "plugins.paths: /nowhere/plugins is not a directory"),
+        ('[metrics]\nfolder = "/dev/null/x"', "metrics.folder: expected a directory that can be made and written to"),
+        ('[[proxy]]\nprefix = "/x"\ntarget = "http://"', "expected http[s]://host[:port]"),
+        ('[auth]\njwks_url = "https://:99999"', "expected http[s]://host[:port]"),
+        ('[auth]\nkeys = ["file:/nowhere/key"]', "/nowhere/key: cannot be read"),
+    ],
+)
+def test_check_refuses_what_serve_refuses(
+    relay: Command, settings: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("logging.config.dictConfig", lambda config: None)  # serve would keep the log from other tests
+    for command in (("check",), ("serve", "--port", "0")):
+        code, out, err = relay(*command, settings=settings)
+        assert code == 2, (command, out)
+        assert told in err
+        assert not out
+
+
+def test_check_refuses_a_plugin_that_cannot_be_imported(relay: Command, tmp_path: Path) -> None:
+    package = tmp_path / "plugins" / "broken"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("import nowhere_to_be_found")
+    paths = f"[plugins]\npaths = [{str(package.parent)!r}]\n"
+    code, _, err = relay("check", settings=paths)
+    assert code == 2
+    assert "plugin broken" in err
+    assert "nowhere_to_be_found" in err
+    code, out, _ = relay("check", settings=paths + 'on_error = "skip"')
+    assert code == 1
+    assert "plugin broken: cannot be loaded: ModuleNotFoundError" in out
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("[limits]\nbody_max_bytes = 1000", "limits.body_max_bytes = 1000 is too small"),
+        ("[limits]\noutboxes_max_bytes = 1000", "limits.outboxes_max_bytes = 1000 is too small"),
+        ("[redis]\npublish_queue_max_bytes = 1000", "redis.publish_queue_max_bytes = 1000 is too small"),
+        (
+            f'[auth]\nkeys = ["{SECRET}"]\n[[auth.anonymous]]\nmatch = "a"\nrights = ["join"]',
+            "auth.anonymous has no effect",
+        ),
+        ('[[topics]]\nmatch = "a"\ntell_dropped = true', "topics.0: tell_dropped has no effect"),
+        ('[[topics]]\nmatch = "*"\n[[topics]]\nmatch = "a:*"', "topics.1: a:* is never used"),
+        ('[metrics]\ntopics = ["a", "a"]', "metrics.topics.1: a is never used"),
+        (
+            '[[proxy]]\nprefix = "/x"\ntarget = "http://h"\n[[proxy]]\nprefix = "/x/y"\ntarget = "http://i"',
+            "proxy.1: /x/y is never asked",
+        ),
+        ('[[proxy]]\nprefix = "/api"\ntarget = "http://h"', "proxy.0: /api hides the REST interface"),
+        ('[plugins]\ndisabled = ["chta"]', "plugins.disabled: there is no plugin chta"),
+    ],
+)
+def test_settings_without_effect_are_warned_of(relay: Command, settings: str, told: str) -> None:
+    code, out, _ = relay("check", settings=settings)
+    assert code == 1
+    (warning,) = (line for line in map(json.loads, out.splitlines()) if line["about"] == "warning")
+    assert told in warning["text"]

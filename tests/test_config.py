@@ -411,6 +411,55 @@ def test_trusted_proxies_are_addresses_or_networks(networks: tuple[str, ...]) ->
         Config(trusted_proxies=networks)
 
 
+@pytest.mark.parametrize(
+    ("limits", "told"),
+    [
+        ({"payload_max_bytes": 2_000_000}, "frame_max_bytes = 1052672"),
+        ({"payload_max_bytes": 4_000_000}, "frame_max_bytes = 1052672 and outbox_max_bytes = 2097152"),
+        ({"payload_max_bytes": 4_000_000, "frame_max_bytes": 5_000_000}, "outbox_max_bytes = 2097152"),
+        ({"frame_max_bytes": 1_049_599}, "frame_max_bytes = 1049599"),
+        ({"outbox_max_bytes": 1_049_599}, "outbox_max_bytes = 1049599"),
+    ],
+)
+def test_bounds_that_a_payload_does_not_fit_are_refused_with_the_minimum(
+    limits: dict[str, int], told: str, write: Write
+) -> None:
+    """Who raises ``payload_max_bytes`` alone learns which keys go with it, and what they must be."""
+    payload = limits.get("payload_max_bytes", 1_048_576)
+    lines = "\n".join(f"{key} = {value}" for key, value in limits.items())
+    path = write(f"[limits]\n{lines}")
+    assert problems(path) == (
+        f"{path}: limits: expected {payload + 1024} bytes at least (payload_max_bytes = {payload}, and 1024 for what "
+        f"surrounds a payload), got {told}",
+    )
+
+
+def test_payload_of_a_mebibyte_passes_by_default_and_the_least_bounds_are_allowed() -> None:
+    limits = LimitsConfig()
+    assert (limits.payload_max_bytes, limits.frame_max_bytes, limits.outbox_max_bytes) == (
+        1_048_576,
+        1_052_672,
+        2_097_152,
+    )
+    LimitsConfig(payload_max_bytes=1000, frame_max_bytes=2024, outbox_max_bytes=2024)
+
+
+def test_least_wait_between_attempts_is_not_above_the_longest() -> None:
+    RedisConfig(backoff_min_s=3, backoff_max_s=3)
+    with pytest.raises(ValidationError, match="backoff_min_s = 6 must not be more than backoff_max_s = 5"):
+        RedisConfig(backoff_min_s=6)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://", "https://:8000", "http://h:99999", "http://h:port", "http://h:0", "http://[x"]
+)
+def test_address_without_a_host_or_with_an_impossible_port_is_refused(url: str) -> None:
+    with pytest.raises(ValidationError, match="with a host, and a port of 1 to 65535"):
+        ProxyConfig(prefix="/x", target=url)
+    with pytest.raises(ValidationError, match="with a host, and a port of 1 to 65535"):
+        AuthConfig(jwks_url=url)
+
+
 LIMITS_THAT_CAN_BE_OFF = [
     name for name, field in LimitsConfig.model_fields.items() if "0:" in (field.description or "")
 ]

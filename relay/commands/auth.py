@@ -7,7 +7,7 @@ import json
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
@@ -18,9 +18,11 @@ from relay.auth_config import AuthConfig, GrantConfig
 from relay.brokers.address import parse_sentinel
 from relay.commands import ConfigFile
 from relay.commands.terminal import console, is_terminal, print_lines
-from relay.config import EMBEDDED, Config, load
+from relay.config import EMBEDDED, ENVELOPE_BYTES, Config, load
 from relay.errors import ConfigError
 from relay.operators import needs_key
+from relay.outbox import Overflow
+from relay.plugins.loader import candidates
 from relay.rights import Right, names_of, parse_claim
 
 if TYPE_CHECKING:
@@ -122,12 +124,18 @@ def _json_or_text(value: str) -> Any:
 
 
 def check(config: ConfigFile = None) -> None:
-    """Say in plain words who may connect and do what, and warn. Piped: a line of JSON each."""
-    from relay.tokens import load_keys
+    """Say in plain words who may connect and do what, and warn. Piped: a line of JSON each.
+
+    What `relay serve` would refuse is refused here: the relay is made as there, with its plugins, and not started.
+    """
+    from relay.app import Relay
 
     settings = load(config)
-    keys = load_keys(settings.auth)
-    warned = [("warning", text) for text in _warnings(settings, keys)]
+    has_bus = settings.redis_url or settings.broadcast_url
+    relay = Relay(settings if has_bus else settings.model_copy(update={"redis_url": EMBEDDED}))
+    keys, found = relay.keys, relay.plugins.found
+    warned = [("warning", text) for text in (*_warnings(settings, keys), *_contradictions(settings))]
+    warned += [("warning", f"plugin {each.name}: cannot be loaded: {each.fault}") for each in found if each.fault]
     said = [*_facts(settings, keys), *warned]
     if not is_terminal():
         print_lines({"about": about, "text": text} for about, text in said)
@@ -256,6 +264,41 @@ def _auth_warnings(auth: AuthConfig, keys: "tuple[Key, ...]") -> Iterator[str]:
         if entry.match.startswith("{sub}") and entry.match != "{sub}":
             taken = entry.match.replace("{sub}", "room")
             yield f"auth.authenticated: {entry.match} begins with {{sub}}: a user who is called room has {taken}"
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    """Settings that other settings leave without effect, or with one that nobody wants."""
+    limits, redis, auth = config.limits, config.redis, config.auth
+    least = limits.payload_max_bytes + ENVELOPE_BYTES
+    for name, value, follows in (
+        ("limits.outboxes_max_bytes", limits.outboxes_max_bytes, "such an event cannot wait for a slow reader"),
+        ("redis.publish_queue_max_bytes", redis.publish_queue_max_bytes, "such a push never reaches Redis"),
+        ("limits.body_max_bytes", limits.body_max_bytes, "REST refuses such an event"),
+    ):
+        if 0 < value < least:
+            yield f"{name} = {value} is too small for limits.payload_max_bytes = {least - ENVELOPE_BYTES}: {follows}"
+    if auth.anonymous and auth.has_keys and not config.anonymous:
+        yield "auth.anonymous has no effect: clients without a token are refused unless anonymous = true"
+    for at, topic in enumerate(config.topics):
+        if topic.tell_dropped and topic.overflow is Overflow.DISCONNECT:
+            yield f'topics.{at}: tell_dropped has no effect with overflow = "disconnect": no event is dropped'
+    yield from _never_used("topics", [topic.match for topic in config.topics])
+    yield from _never_used("metrics.topics", config.metrics.topics)
+    prefixes = [proxy.prefix.rstrip("/") for proxy in config.proxy]
+    for at, prefix in enumerate(prefixes):
+        if hides := next((other for other in prefixes[:at] if f"{prefix}/".startswith(f"{other}/")), None):
+            yield f"proxy.{at}: {prefix} is never asked: all below {hides} is forwarded by an entry before it"
+        if config.rest.path and f"{config.rest.path}/".startswith(f"{prefix}/"):
+            yield f"proxy.{at}: {prefix} hides the REST interface at {config.rest.path}; set another rest.path"
+    known = {name for name, _, _ in candidates(config.plugins.model_copy(update={"disabled": ()}))}
+    for name in sorted(set(config.plugins.disabled) - known):
+        yield f"plugins.disabled: there is no plugin {name}"
+
+
+def _never_used(name: str, patterns: Sequence[str]) -> Iterator[str]:
+    for at, pattern in enumerate(patterns):
+        if (before := next((other for other in patterns[:at] if other in ("*", pattern)), None)) is not None:
+            yield f"{name}.{at}: {pattern} is never used: {before} stands before it, and the first match counts"
 
 
 def _is_here(url: str) -> bool:

@@ -75,7 +75,7 @@ def load_plugins(config: PluginsConfig, builtins: tuple[Plugin, ...] = ()) -> Lo
     Raises: ConfigError: one cannot be imported, with its name and reason, unless ``on_error`` is ``skip``.
     """
     found = [Found(plugin.name, "built-in", plugin) for plugin in builtins]
-    for name, source, load in _candidates(config):
+    for name, source, load in candidates(config):
         entry = Found(name, source)
         try:
             _examine(entry, load())
@@ -94,7 +94,7 @@ def load_plugins(config: PluginsConfig, builtins: tuple[Plugin, ...] = ()) -> Lo
     return Loaded(found, table.freeze())
 
 
-def _candidates(config: PluginsConfig) -> Iterator[tuple[str, str, Callable[[], object]]]:
+def candidates(config: PluginsConfig) -> Iterator[tuple[str, str, Callable[[], object]]]:
     """Name, source and import of each plugin there is, without importing any."""
     for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
         if entry.name not in config.disabled:

@@ -96,10 +96,10 @@ CLOSING = [
     Bad("surrogates in utf-8", TEXT, b'[null,"\xed\xa0\x80","phoenix","heartbeat",{}]', 1007, ""),
     Bad("no utf-8", TEXT, b'[null,"\xff","phoenix","heartbeat",{}]', 1007, ""),
     Bad(
-        "one byte over the limit", TEXT, b'[null,"1","phoenix","heartbeat",{}]'.ljust(LIMIT + 1), 1009, "1048576 bytes"
+        "one byte over the limit", TEXT, b'[null,"1","phoenix","heartbeat",{}]'.ljust(LIMIT + 1), 1009, "1052672 bytes"
     ),
-    Bad("over the limit in bytes only", TEXT, ('"' + "ü" * (LIMIT // 2) + '"').encode(), 1009, "1048576 bytes"),
-    Bad("binary over the limit", BINARY, bytes(LIMIT + 1), 1009, "1048576 bytes"),
+    Bad("over the limit in bytes only", TEXT, ('"' + "ü" * (LIMIT // 2) + '"').encode(), 1009, "1052672 bytes"),
+    Bad("binary over the limit", BINARY, bytes(LIMIT + 1), 1009, "1052672 bytes"),
     Bad("empty binary", BINARY, b"", 1003, "an empty frame"),
     Bad("text in a binary frame", BINARY, b'["1","2","room:1","shout",{}]', 1003, "got kind 91"),
     Bad("kind reply", BINARY, bytes((1, 1, 1, 1, 1)) + b"abcd", 1003, "got kind 1"),

@@ -150,7 +150,7 @@ def serve_slow(serve_relay: ServeRelay) -> ServeRelay:
     async def serve_slow(overflow: str, topic: dict[str, Any] | None = None, **limits: Any) -> Served:
         return await serve_relay(
             server={"send_buffer": 8192},
-            limits={"outbox_max_bytes": OUTBOX, "close_timeout_s": 5.0} | limits,
+            limits={"outbox_max_bytes": OUTBOX, "payload_max_bytes": OUTBOX // 2, "close_timeout_s": 5.0} | limits,
             topics=[{"match": "flood", "overflow": overflow, **(topic or {})}],
         )
 

@@ -416,7 +416,8 @@ async def lifespan(app):
     print("app ended:", relay.link.live, flush=True)
 
 app = FastAPI(lifespan=lifespan)
-relay = Relay(redis_url=os.environ["BUS"], system_topic=False, limits={"outbox_max_bytes": 1_100_000})
+LIMITS = {"payload_max_bytes": 524_288, "outbox_max_bytes": 1_100_000}
+relay = Relay(redis_url=os.environ["BUS"], system_topic=False, limits=LIMITS)
 relay.install(app, path="/relay")
 """
 

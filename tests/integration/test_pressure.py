@@ -23,7 +23,7 @@ def masked(text: bytes) -> bytes:
 
 
 async def test_client_that_sends_and_never_reads_is_closed(valkey: Valkey, direct: bool) -> None:
-    limits = {"outbox_max_bytes": 100_000, "close_timeout_s": 0.2, "pushes_per_s": 0}
+    limits = {"outbox_max_bytes": 100_000, "payload_max_bytes": 50_000, "close_timeout_s": 0.2, "pushes_per_s": 0}
     relay = Relay(redis_url=valkey.url, system_topic=False, limits=limits)
     heartbeats = masked(b'[null,"1","phoenix","heartbeat",{}]') * 1000
     async with serve(relay, direct=direct) as served:

@@ -163,7 +163,7 @@ async def test_topic_system_tells_the_hosts_figures(relay: RelayProcess) -> None
 
 async def test_frame_limit_holds_in_the_server(relay: RelayProcess) -> None:
     async with Client.connect(relay.ws) as client:
-        await client.send_raw("[" + " " * 1_048_576)
+        await client.send_raw("[" + " " * 1_052_672)
         assert (await client.expect_closed())[0] == 1009
 
 
