@@ -334,7 +334,10 @@ class Relay:
 
 def _checked(topic: str, event: str) -> tuple[str, str]:
     if not is_topic(topic) or not is_event(event):
-        raise ValueError(f"expected a topic of 1 to 255 bytes and an event without colon, got {topic!r}, {event!r}")
+        raise ValueError(
+            "expected a topic of 1 to 255 bytes and an event without colon, not phx_… or chan_reply_…, "
+            f"got {topic!r}, {event!r}"
+        )
     return topic, event
 
 

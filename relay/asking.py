@@ -34,7 +34,7 @@ class Asker(hooks.Socket, Subscriber, Protocol):
 
 
 async def ask_about_join(node: Node, request: hooks.Join, found: tuple[Hook, ...]) -> Payload:
-    """What the join's reply says once all handlers allow it. Raises Refused, HandlerFailed."""
+    """What the join's reply says once all handlers allow it. Raises Refused, InvalidPayload, HandlerFailed."""
     response: dict[str, Any] = {}
     for hook in found:
         await node.caller.ask(hook, request, partial(hooks.add_response, response))
@@ -63,6 +63,9 @@ async def ask_about_push(socket: Asker, node: Node, metrics: Metrics, push: Push
             answer = value if answer is None else answer
         except hooks.Refused as refusal:
             socket.refuse_push(push, refusal.reason, refusal.response)
+            return
+        except hooks.InvalidPayload:
+            socket.refuse_push(push, Reason.INVALID_PAYLOAD)
             return
         except HandlerFailed:
             socket.refuse_push(push, Reason.INTERNAL)

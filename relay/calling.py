@@ -16,7 +16,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from relay.hooks import Actor, Hook, Join, Leave, Push, Refused
+from relay.hooks import Actor, Hook, InvalidPayload, Join, Leave, Push, Refused
 from relay.logs import SUBJECT, Throttle
 from relay.metrics import Metrics
 from relay.tracing import Tracer
@@ -56,7 +56,7 @@ class Caller:
         """Call a handler that may refuse, and give what ``take`` makes of its answer.
 
         Args:   take: raises TypeError for an answer that will not do.
-        Raises: Refused, which is an answer; HandlerFailed.
+        Raises: Refused, which is an answer; InvalidPayload, the client's fault; HandlerFailed.
         """
         with _about(argument):
             answer = await self._call(hook, argument)
@@ -66,7 +66,7 @@ class Caller:
                 raise self.failed(hook, "returned what cannot be sent", error) from None
 
     async def call(self, hook: Hook, *arguments: object) -> Any:
-        """Call a handler that has nothing to refuse. Raises HandlerFailed."""
+        """Call a handler that has nothing to refuse. Raises InvalidPayload, HandlerFailed."""
         with _about(*arguments[:1]):
             try:
                 return await self._call(hook, *arguments)
@@ -93,6 +93,8 @@ class Caller:
                 return await value if inspect.isawaitable(value) else value
         except Refused:
             raise
+        except InvalidPayload as error:
+            raise self._judged(error, hook, arguments) from None
         except TimeoutError as error:
             what = f"did not end within {self._timeout_s:g} s" if limit.expired() else "raised"
             raise self.failed(hook, what, error) from None
@@ -106,15 +108,24 @@ class Caller:
             self._metrics.plugin_time[hook.plugin].observe(time.perf_counter() - began)
 
     def call_here(self, hook: Hook, *arguments: object) -> Any:
-        """Call a plain function in the event loop, for hooks on the way of every event. Raises HandlerFailed."""
+        """Call a plain function in the event loop, for hooks on the way of every event.
+
+        Raises: InvalidPayload, HandlerFailed.
+        """
         self._metrics.plugin_calls[hook.plugin] += 1
         began = time.perf_counter()
         try:
             return hook.function(*arguments)
+        except InvalidPayload as error:
+            raise self._judged(error, hook, arguments) from None
         except _FAULTS as error:
             raise self.failed(hook, "raised", error) from None
         finally:
             self._metrics.plugin_time[hook.plugin].observe(time.perf_counter() - began)
+
+    def _judged(self, error: InvalidPayload, hook: Hook, arguments: tuple[object, ...]) -> Exception:
+        """The same, where it is about what the handler was given, and so no fault of the plugin's."""
+        return error if error.carrier in arguments else self.failed(hook, "raised", error)
 
     def failed(self, hook: Hook, what: str, error: BaseException) -> HandlerFailed:
         """Log and count a handler's fault."""

@@ -25,6 +25,7 @@ class Reason(StrEnum):
     JOIN_CRASHED = "join crashed"
     INVALID_TOPIC = "invalid topic"
     INVALID_EVENT = "invalid event"
+    INVALID_PAYLOAD = "invalid payload"
     PAYLOAD_TOO_LARGE = "payload too large"
     PUSH_NOT_ALLOWED = "push not allowed"
     UNAUTHORIZED = "unauthorized"
@@ -69,6 +70,7 @@ class CloseCode(IntEnum):
 
 DROPPED = (
     Reason.INVALID_EVENT,
+    Reason.INVALID_PAYLOAD,
     Reason.PAYLOAD_TOO_LARGE,
     "by a plugin",
     "channel names no event",

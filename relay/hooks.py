@@ -79,6 +79,18 @@ class Socket(Protocol):
         """Close the socket with 1001; the client reconnects unless it is kept out."""
 
 
+class InvalidPayload(RelayError, ValueError):
+    """A payload that is JSON and that Python cannot read: a number too large or too long, nested too deep.
+
+    It is the fault of who sent it: a push or a join is refused with ``invalid payload``, an event is dropped.
+    """
+
+    def __init__(self, carrier: "_Carries", text: str) -> None:
+        super().__init__(f"the payload cannot be read: {text}")
+        self.carrier: _Carries = carrier
+        """Whose payload it is."""
+
+
 class _Carries:
     """A payload, decoded when it is first asked for."""
 
@@ -91,9 +103,12 @@ class _Carries:
 
     @property
     def payload(self) -> Any:
-        """The payload as Python values; ``bytes`` stay bytes."""
+        """The payload as Python values; ``bytes`` stay bytes. Raises InvalidPayload, a ValueError."""
         if self._decoded is msgspec.UNSET:
-            self._decoded = msgspec.json.decode(self.data) if isinstance(self.data, msgspec.Raw) else self.data
+            try:
+                self._decoded = msgspec.json.decode(self.data) if isinstance(self.data, msgspec.Raw) else self.data
+            except (ValueError, RecursionError) as error:
+                raise InvalidPayload(self, str(error)) from None
         return self._decoded
 
 
@@ -228,7 +243,12 @@ class Event(_Carries):
         """What it is called."""
 
     def replace(self, payload: object = msgspec.UNSET, *, event: str | None = None) -> "Event":
-        """A copy with another payload, or another event name. Raises TypeError for what JSON cannot say."""
+        """A copy with another payload, or another event name.
+
+        Raises: ValueError: an event that cannot be; TypeError: a payload that JSON cannot say.
+        """
+        if event is not None:
+            check_event(event)
         data = self.data if payload is msgspec.UNSET else to_payload(payload)
         return Event(self.topic, self.event if event is None else event, data)
 
@@ -256,7 +276,7 @@ def to_payload(value: object) -> Payload:
 def check_event(event: str) -> None:
     """Check an event's name that a handler gives. Raises ValueError."""
     if not is_event(event):
-        raise ValueError(f"expected an event of 1 to 255 bytes without colon, not phx_…, got {event!r}")
+        raise ValueError(f"expected an event of 1 to 255 bytes without colon, not phx_… or chan_reply_…, got {event!r}")
 
 
 def to_response(answer: object) -> Payload | None:

@@ -21,7 +21,7 @@ from relay.config import Config, OnGap
 from relay.control import Order
 from relay.errors import BusUnavailable, Reason
 from relay.hooks import Event as HookedEvent
-from relay.hooks import Hook, Hooks, RedisMessage, matching
+from relay.hooks import Hook, Hooks, InvalidPayload, RedisMessage, matching
 from relay.hooks import Leave as HookedLeave
 from relay.hub import JOINED_MAX_BYTES, Hub, Subscriber
 from relay.lanes import Lanes, Rest
@@ -213,10 +213,18 @@ class Node:
                 event = self._checked(hook, event and self.caller.call_here(hook, event))
             except HandlerFailed:
                 event = None
+            except InvalidPayload as error:
+                self._drop_unreadable(topic, error)
+                return None
         self._deliver(event, skip)
         return None
 
+    def _drop_unreadable(self, topic: str, error: InvalidPayload) -> None:
+        self._metrics.dropped[Reason.INVALID_PAYLOAD] += 1
+        self._throttle.warning(Reason.INVALID_PAYLOAD, "event on topic %r dropped for its publisher: %s", topic, error)
+
     async def _filter_later(self, found: tuple[Hook, ...], event: HookedEvent | None, skip: Subscriber | None) -> None:
+        topic = "" if event is None else event.topic
         for hook in found:
             if event is None:
                 break
@@ -227,11 +235,18 @@ class Node:
                     event = self._checked(hook, self.caller.call_here(hook, event))
             except HandlerFailed:
                 event = None
+            except InvalidPayload as error:
+                self._drop_unreadable(topic, error)
+                return
         self._deliver(event, skip)
 
     def _checked(self, hook: Hook, answer: object) -> HookedEvent | None:
-        if answer is None or isinstance(answer, HookedEvent):
-            return answer
+        if answer is None:
+            return None
+        if isinstance(answer, HookedEvent):
+            if topics.is_event(answer.event):
+                return answer
+            raise self.caller.failed(hook, "returned an event with a name that cannot be", ValueError(answer.event))
         raise self.caller.failed(hook, "returned neither an Event nor None", TypeError(type(answer).__name__))
 
     def _deliver(self, event: HookedEvent | None, skip: Subscriber | None) -> None:

@@ -25,7 +25,12 @@ class Overflow(StrEnum):
     DROP_OLDEST = "drop-oldest"
     """Drop this topic's oldest waiting events to make room."""
     LATEST = "latest"
-    """Keep one waiting event per topic and event name, the newest. For values that replace each other."""
+    """Keep one waiting event per topic and event name, the newest. For values that replace each other.
+
+    A newer value takes the place in which the older one waits. So the events of one name arrive in order, and those of
+    several may not: a1 b2 a3 arrives as a3 b2. At the end of the queue instead, a name whose value changes faster than
+    the queue is read would wait without end.
+    """
 
 
 class Policy(NamedTuple):
@@ -188,7 +193,7 @@ class Outbox:
         key = (topic, event, value)
         waiting = self._latest.get(key) if overflow is Overflow.LATEST else None
         if waiting is not None and self.event_bytes - waiting.frame.size + frame.size <= self.max_bytes:
-            # The newer value takes the older one's place in the queue: O(1), and it arrives no later.
+            # The newer value takes the older one's place in the queue: O(1), and no value waits longer for changing.
             self.event_bytes += frame.size - waiting.frame.size
             waiting.frame = frame
             return 1
@@ -233,9 +238,18 @@ class Outbox:
             topic = next(iter(self._untold))
         return self._tell_dropped(topic, self._untold.pop(topic))
 
-    def forget_dropped(self, topic: str) -> None:
-        """Tell nothing of ``topic`` any more: the subscription that missed something has ended."""
-        _ = self._untold.pop(topic, None)
+    def settle_dropped(self, topic: str, tell_dropped: Callable[[str, int], Frame]) -> None:
+        """Put what is still to be told of ``topic`` in its place: the subscription that missed it ends.
+
+        That is before the topic's first waiting event, or, where none waits, before what follows.
+        """
+        if not (count := self._untold.pop(topic, 0)):
+            return
+        told = _Entry(tell_dropped(topic, count), None, "")
+        place = (at for at, entry in enumerate(self._entries) if entry.key is not None and entry.key[0] == topic)
+        self._entries.insert(next(place, len(self._entries)), told)
+        self.control_bytes += told.frame.size
+        self._count()
 
     def clear(self) -> Counter[str]:
         """Drop everything, for a socket that is gone. Returns how many events were among it, by `Policy.match`."""

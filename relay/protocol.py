@@ -215,9 +215,12 @@ class Protocol:
             return wire.encode_close(self.version, subscription.join_ref, subscription.topic)
         return wire.encode_error(self.version, subscription.join_ref, subscription.topic, error)
 
-    def tell_dropped(self, topic: str, count: int) -> Frame:
-        """Tell of so many events that the client reads too slowly for, under the ``join_ref`` that is in force."""
-        subscription = self.subscriptions.get(topic)
+    def tell_dropped(self, topic: str, count: int, subscription: Subscription | None = None) -> Frame:
+        """Tell of so many events that the client reads too slowly for, under the ``join_ref`` that is in force.
+
+        Args: subscription: that which missed them, where it may have ended already.
+        """
+        subscription = subscription or self.subscriptions.get(topic)
         join_ref = None if subscription is None else subscription.join_ref
         return wire.encode_push(self.version, join_ref, topic, DROPPED_EVENT, wire.json_payload({"dropped": count}))
 

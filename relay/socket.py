@@ -252,6 +252,8 @@ class Socket(Face):
             response = await ask_about_join(self._node, request, found)
         except hooks.Refused as refusal:
             self._refuse_join(join, refusal.reason, refusal.response)
+        except hooks.InvalidPayload:
+            self._refuse_join(join, Reason.INVALID_PAYLOAD)
         except HandlerFailed:
             self._refuse_join(join, Reason.JOIN_CRASHED)
         else:
@@ -382,7 +384,7 @@ class Socket(Face):
         """Deliver nothing more; plugins hear of the end after what is under way on the topic."""
         topic = subscription.topic
         _ = self._last_push.pop(topic, None)
-        self._connection.forget_dropped(topic)
+        self._connection.settle_dropped(topic, partial(self._protocol.tell_dropped, subscription=subscription))
         self._events += self._hub.events_for(topic, self)
         if self._hub.remove(topic, self):
             self._node.left(topic)

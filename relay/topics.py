@@ -16,8 +16,12 @@ NAME_MAX_BYTES = 255
 PROTOCOL_TOPIC = "phoenix"
 """The protocol's own topic: heartbeats go there, nobody joins it."""
 
-RESERVED_EVENT_PREFIX = "phx_"
-"""Events of the protocol itself (``phx_join``, ``phx_reply`` …); neither clients nor publishers may invent them."""
+RESERVED_EVENT_PREFIXES = ("phx_", "chan_reply_")
+"""Events of the protocol itself (``phx_join``, ``phx_reply`` …), and those by which phoenix.js hands a reply to the
+push that waits for it (``chan_reply_<ref>``). Neither clients, publishers nor plugins may invent them.
+
+Source: phoenix.js 1.6 to 1.8, ``constants.js: CHANNEL_EVENTS`` and ``channel.js: replyEventName``.
+"""
 
 # C0 controls, DEL and C1 controls: they have no place in a name and would spoil every log they reach. Lone
 # surrogates (what Python makes of bad bytes on a command line) have no UTF-8.
@@ -38,8 +42,8 @@ def is_topic(topic: str) -> bool:
 
 
 def is_event(event: str) -> bool:
-    """Say whether ``event`` may be pushed or published: as a topic, but without colon, and not ``phx_…``."""
-    return _is_name(event) and ":" not in event and not event.startswith(RESERVED_EVENT_PREFIX)
+    """Say whether ``event`` may be pushed or published: as a topic, but without colon, and not reserved."""
+    return _is_name(event) and ":" not in event and not event.startswith(RESERVED_EVENT_PREFIXES)
 
 
 def to_redis_channel(prefix: str, topic: str, event: str) -> bytes:

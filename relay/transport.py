@@ -267,10 +267,10 @@ class Connection:
         """Events that were dropped from its outbox since it opened."""
         return 0 if self._outbox is None else self._outbox.dropped
 
-    def forget_dropped(self, topic: str) -> None:
-        """Tell nothing of what was dropped on ``topic``: the subscription that missed it has ended."""
+    def settle_dropped(self, topic: str, tell_dropped: Callable[[str, int], Frame]) -> None:
+        """Queue what is still to be told of dropped events of ``topic``: the subscription that missed them ends."""
         if self._outbox is not None:
-            self._outbox.forget_dropped(topic)
+            self._outbox.settle_dropped(topic, tell_dropped)
 
     def _wake_writer(self) -> None:
         """See to it that what was queued is sent."""

@@ -242,8 +242,10 @@ def _checked(message: Message) -> Message:
 
 
 def _is_long(ref: Ref) -> bool:
-    # Numbers have 64 bits; a character takes one to four bytes.
-    return isinstance(ref, str) and len(ref) > NAME_MAX_BYTES // 4 and len(ref.encode()) > NAME_MAX_BYTES
+    if isinstance(ref, int):  # which Python reads with up to 4300 digits
+        return ref.bit_length() > 64 and len(str(ref)) > NAME_MAX_BYTES
+    # A character takes one to four bytes.
+    return ref is not None and len(ref) > NAME_MAX_BYTES // 4 and len(ref.encode()) > NAME_MAX_BYTES
 
 
 def _decode_binary(frame: bytes) -> Message:

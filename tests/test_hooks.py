@@ -231,9 +231,11 @@ def test_answer_to_a_join_that_is_no_dict_for_json_is_a_fault(answer: object) ->
 
 def test_event_names_are_checked() -> None:
     hooks.check_event("new_msg")
-    for event in ("", "a:b", "phx_reply", "x" * 256):
+    for event in ("", "a:b", "phx_reply", "chan_reply_3", "x" * 256):
         with pytest.raises(ValueError, match="expected an event"):
             hooks.check_event(event)
+        with pytest.raises(ValueError, match="expected an event"):
+            hooks.Event("t", "e", b"").replace(event=event)
 
 
 # How they are registered.

@@ -200,6 +200,14 @@ def test_payload_is_looked_into_once_for_all_sockets(monkeypatch: pytest.MonkeyP
     assert found == ["icao24"]
 
 
+def test_latest_replaces_a_value_in_its_place() -> None:
+    """Each name in order, and none waits longer for changing often: a1 b2 a3 arrives as a3 b2."""
+    outbox = Outbox(1000)
+    for text in ("a1", "b2", "a3", "c4", "a5", "b6"):
+        outbox.add_event(frame(text), "t", text[0], LATEST)
+    assert drain(outbox) == ["a5", "b6", "c4"]
+
+
 # Telling what was dropped.
 
 TELLING = Policy(Overflow.DROP_OLDEST, tell_dropped=True)
@@ -235,12 +243,43 @@ def test_what_was_dropped_is_not_told_to_those_who_do_not_ask() -> None:
     assert (drain(outbox), outbox.dropped) == (["2"], 1)
 
 
-def test_what_an_ended_subscription_missed_is_not_told() -> None:
-    outbox = telling(10)
-    for text in "12":
+def of_its_own(topic: str, count: int) -> Frame:
+    """The note as an ended subscription has it, under its own join_ref."""
+    return frame(f"own {topic} dropped {count}")
+
+
+def test_note_of_an_ended_subscription_stands_before_its_waiting_events() -> None:
+    """They come after the hole, though their subscription has ended: the client must be told there."""
+    outbox = telling(20)
+    outbox.add_control(frame("reply"))
+    for text in "1234":
         outbox.add_event(frame(text, 10), "t", "e", TELLING)
-    outbox.forget_dropped("t")
-    assert drain(outbox) == ["2"]
+    outbox.settle_dropped("t", of_its_own)
+    outbox.add_control(frame("close"))
+    assert outbox.waiting_bytes == sum(entry.size for entry in (frame("reply"), frame("own t dropped 2"))) + 20 + 5
+    assert drain(outbox) == ["reply", "own t dropped 2", "3", "4", "close"]
+    assert outbox.waiting_bytes == 0
+
+
+def test_note_of_an_ended_subscription_without_waiting_events_stands_before_its_close() -> None:
+    outbox = telling(20)
+    outbox.add_event(frame("other", 20), "other", "e", DISCONNECT)
+    outbox.add_event(frame("1", 10), "t", "e", TELLING)
+    outbox.settle_dropped("t", of_its_own)
+    outbox.settle_dropped("t", of_its_own)
+    outbox.settle_dropped("other", of_its_own)
+    outbox.add_control(frame("close"))
+    assert drain(outbox) == ["other", "own t dropped 1", "close"]
+
+
+def test_next_subscription_is_told_only_what_it_missed_itself() -> None:
+    outbox = telling(20)
+    for text in "123":
+        outbox.add_event(frame(text, 10), "t", "e", TELLING)
+    outbox.settle_dropped("t", of_its_own)
+    assert outbox.pop().text.rstrip(".") == "own t dropped 1"
+    outbox.add_event(frame("4", 10), "t", "e", TELLING)
+    assert drain(outbox) == ["t dropped 1", "3", "4"]
 
 
 def test_closing_a_socket_leaves_nothing_to_tell() -> None:

@@ -59,27 +59,32 @@ def test_phoenix_is_the_protocols_own_topic() -> None:
     assert is_event("phoenix")
 
 
-@pytest.mark.parametrize("event", ["new_msg", "e", "*", "phx", "PHX_JOIN", "x" * 255, "é" * 127, " "])
+@pytest.mark.parametrize(
+    "event", ["new_msg", "e", "*", "phx", "PHX_JOIN", "chan_reply", "my_chan_reply_1", "x" * 255, "é" * 127, " "]
+)
 def test_event_is_a_name_without_colon(event: str) -> None:
     assert is_event(event)
 
 
-@pytest.mark.parametrize("event", ["a:b", ":", ":a", "a:", "phx_", "phx_join", "phx_reply", "phx_anything"])
+@pytest.mark.parametrize(
+    "event", ["a:b", ":", ":a", "a:", "phx_", "phx_join", "phx_reply", "phx_any", "chan_reply_", "chan_reply_3"]
+)
 def test_event_holds_no_colon_and_is_not_of_the_protocol(event: str) -> None:
-    """The last colon splits topic from event; ``phx_…`` is Phoenix's."""
+    """The last colon splits topic from event; ``phx_…`` is Phoenix's, ``chan_reply_…`` phoenix.js's."""
     assert not is_event(event)
 
 
 @given(any_text)
 @example("\x9f")
 @example("phx_x")
+@example("chan_reply_1")
 @example("phoenix")
 def test_grammar_is_what_its_docstring_says(name: str) -> None:
     a_name = 1 <= len(name.encode()) <= 255 and not any(
         ord(character) < 32 or 127 <= ord(character) < 160 for character in name
     )
     assert is_topic(name) == (a_name and name != "phoenix")
-    assert is_event(name) == (a_name and ":" not in name and not name.startswith("phx_"))
+    assert is_event(name) == (a_name and ":" not in name and not name.startswith(("phx_", "chan_reply_")))
 
 
 # Redis channels.

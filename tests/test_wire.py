@@ -777,3 +777,22 @@ def test_ref_of_more_than_255_bytes_is_refused(frame: str, version: Version) -> 
         with pytest.raises(WireError, match="expected refs of at most 255 bytes") as caught:
             decode(frame.format(ref), version)
         assert caught.value.code == CloseCode.INVALID_PAYLOAD
+
+
+@pytest.mark.parametrize(
+    ("frame", "version"),
+    [
+        ('[{},"2","t","e",{{}}]', Version.V2),
+        ('["1",{},"t","e",{{}}]', Version.V2),
+        ('{{"topic":"t","event":"e","payload":{{}},"ref":{}}}', Version.V1),
+        ('{{"topic":"t","event":"e","payload":{{}},"ref":"1","join_ref":{}}}', Version.V1),
+    ],
+)
+def test_ref_that_is_a_number_is_bounded_as_text_is(frame: str, version: Version) -> None:
+    for digits in ("7", "9" * 20, "9" * 255, "-" + "9" * 254):
+        message = decode(frame.format(digits), version)
+        assert int(digits) in (message.join_ref, message.ref)
+    for digits in ("9" * 256, "-" + "9" * 255, "9" * 4300, "9" * 5000, "1e999"):
+        with pytest.raises(WireError) as caught:
+            decode(frame.format(digits), version)
+        assert caught.value.code == CloseCode.INVALID_PAYLOAD

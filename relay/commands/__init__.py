@@ -73,7 +73,7 @@ def topic_of(text: str) -> str:
 def event_of(text: str) -> str:
     """An event's name from the command line. Raises ConfigError."""
     if not is_event(text):
-        raise ConfigError(f"EVENT: expected 1 to 255 bytes without colon, not phx_…, got {text!r}")
+        raise ConfigError(f"EVENT: expected 1 to 255 bytes without colon, not phx_… or chan_reply_…, got {text!r}")
     return text
 
 
@@ -81,5 +81,5 @@ def json_of(name: str, text: str) -> Any:
     """The value of JSON from the command line; ``name`` is that of the argument. Raises ConfigError."""
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{name}: {error}; got {text!r}") from None

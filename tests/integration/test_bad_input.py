@@ -220,7 +220,7 @@ async def test_push_of_an_invalid_event_is_refused(served: Served, connect: Conn
     async with bystander(served, redis):
         client = await connect(served, vsn=vsn)
         join_ref = await client.join(TOPIC)
-        for event in ("", "a:b", ":", "x" * 256, "a\nb", "\x00", "phx_reply", "phx_error", "phx_"):
+        for event in ("", "a:b", ":", "x" * 256, "a\nb", "\x00", "phx_reply", "phx_error", "phx_", "chan_reply_3"):
             await client.send(join_ref, 2, TOPIC, event, {})
             assert await client.receive() == client.refusal(join_ref, 2, TOPIC, "invalid event")
         await client.expect_alive()

@@ -280,6 +280,28 @@ async def test_slow_reader_is_told_what_it_missed(serve_slow: ServeRelay, redis:
     await fast.expect_alive()
 
 
+async def test_slow_reader_is_told_what_it_missed_though_its_subscription_ends(
+    serve_slow: ServeRelay, redis: Redis, connect: Connect
+) -> None:
+    """What waited still comes, after a hole: the note stands before it, and all of it before ``phx_close``."""
+    served = await serve_slow("drop-oldest", {"tell_dropped": True})
+    fast = await connect(served)
+    await fast.join("flood")
+    async with slow_reader(served) as slow:
+        await flood(redis, fast)
+        (socket,) = (socket for socket in served.relay.engine.sockets.values() if socket.pressure[0])
+        assert socket.leave("flood")
+        expected = 0
+        while (message := await slow.read_message())[3] != "phx_close":
+            if message[3] == "relay:dropped":
+                assert message[:3] == ["1", None, "flood"]
+                expected += message[4]["dropped"]
+            else:
+                assert message[4][0] == expected
+                expected += 1
+        assert expected == COUNT
+
+
 async def test_largest_outbox_goes_first_when_all_hold_too_much(
     serve_slow: ServeRelay, redis: Redis, connect: Connect
 ) -> None:

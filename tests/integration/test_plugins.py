@@ -1103,6 +1103,109 @@ async def test_event_whose_handler_fails_is_dropped_and_counted(
     assert len(errors_of(caplog)) == 1
 
 
+@pytest.mark.parametrize("name", ["chan_reply_3", "phx_reply", "a:b", "x" * 256])
+@pytest.mark.parametrize("how", ["replaces", "sets"])
+async def test_event_renamed_to_a_name_that_cannot_be_is_dropped_and_counted(
+    serve_plugin: ServePlugin, connect: Connect, redis: Redis, both: Both, name: str, how: str
+) -> None:
+    """To phoenix.js ``chan_reply_3`` is the reply to the push with ref 3."""
+    plugin = Plugin("renames")
+
+    def rename(event: Event) -> Event:
+        if how == "replaces":
+            return event.replace(event=name)
+        event.event = name
+        return event
+
+    plugin.on_event("room:*", "old")(both(rename))
+    served = await serve_plugin(plugin)
+    client = await connect(served)
+    await client.join("room:1")
+    for event in ("old", "good"):
+        await redis.publish(f"to:room:1:{event}", "1")
+    await client.expect_event("room:1", "good", 1)
+    assert served.relay.metrics.dropped == {"by a plugin": 1}
+    assert +served.relay.metrics.plugin_errors == {"renames": 1}
+
+
+UNREADABLE = {"5000 digits": b"9" * 5000, "too large": b"1e999", "too small": b"-1e999", "in a list": b"[{},[1e999]]"}
+"""JSON that Python cannot read."""
+
+
+@pytest.mark.parametrize("payload", UNREADABLE.values(), ids=UNREADABLE)
+async def test_payload_that_cannot_be_read_is_the_clients_fault(
+    serve_plugin: ServePlugin, connect: Connect, both: Both, payload: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    plugin = Plugin("reads")
+
+    def join(join: Join) -> None:
+        assert join.payload != 1
+
+    def push(push: Push) -> object:
+        push.stop()
+        return {"read": push.payload == 1} if push.event == "read" else None
+
+    plugin.on_join("room:*")(both(join))
+    plugin.on_push("room:*")(both(push))
+    served = await serve_plugin(plugin)
+    client = await connect(served)
+    refused = {"status": "error", "response": {"reason": "invalid payload"}}
+    await client.send_raw(f'["1","1","room:1","phx_join",{{"a":{payload.decode()}}}]')
+    assert (await client.receive())[4] == refused
+    await client.join("room:1")
+    await client.send_raw(f'[null,"2","room:1","read",{{"a":{payload.decode()}}}]')
+    assert (await client.receive())[4] == refused
+    await client.send_raw(f'[null,"3","room:1","unread",{{"a":{payload.decode()}}}]')
+    assert (await client.receive())[4] == ok()
+    assert served.relay.metrics.refused["invalid payload"] == 2
+    assert +served.relay.metrics.plugin_errors == {}
+    assert errors_of(caplog) == []
+
+
+@pytest.mark.parametrize("payload", [*UNREADABLE.values(), b'"\\ud83d"'], ids=[*UNREADABLE, "half a surrogate pair"])
+async def test_event_that_cannot_be_read_is_the_publishers_fault(
+    serve_plugin: ServePlugin, connect: Connect, redis: Redis, both: Both, payload: bytes
+) -> None:
+    """It is dropped for a reason of its own; where no handler reads it, it passes as it came."""
+    plugin = Plugin("reads")
+
+    def read(event: Event) -> Event | None:
+        return event if event.payload is not None else None
+
+    plugin.on_event("room:*", "read")(both(read))
+    served = await serve_plugin(plugin)
+    client = await connect(served)
+    await client.join("room:1")
+    await redis.publish("to:room:1:read", payload)
+    await redis.publish("to:room:1:unread", payload)
+    frame = await client.receive_raw()
+    assert isinstance(frame, str)
+    assert frame.encode() == b'[null,null,"room:1","unread",%b]' % payload
+    assert served.relay.metrics.dropped == {"invalid payload": 1}
+    assert +served.relay.metrics.plugin_errors == {}
+
+
+async def test_handler_that_reads_another_pushs_payload_is_at_fault_itself(
+    serve_plugin: ServePlugin, connect: Connect
+) -> None:
+    plugin, kept = Plugin("keeps"), list[Push]()
+
+    @plugin.on_push("room:*")
+    async def push(push: Push) -> object:
+        push.stop()
+        kept.append(push)
+        return kept[0].payload if push.event == "first" else None
+
+    served = await serve_plugin(plugin)
+    client = await connect(served)
+    join_ref = await client.join("room:1")
+    await client.send_raw('[null,"2","room:1","keep",{"a":1e999}]')
+    assert (await client.receive())[4] == ok()
+    failed = {"status": "error", "response": {"reason": "internal error"}}
+    assert await client.push(join_ref, "room:1", "first") == failed
+    assert +served.relay.metrics.plugin_errors == {"keeps": 1}
+
+
 async def test_events_of_a_topic_stay_in_order_behind_a_slow_handler(
     serve_plugin: ServePlugin, connect: Connect, redis: Redis
 ) -> None:
