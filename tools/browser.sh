@@ -1,5 +1,5 @@
 #!/bin/sh
-# Bring Node, a browser and the packages of tests/js, which the tests of the published phoenix client need.
+# Bring Node, a browser and the npm packages that tests need: the published phoenix clients, and an example's.
 # Where something is missing and may be installed, it is: by apt-get as root, by brew on macOS.
 # Never fails: a test that lacks something skips, and its one line says what.
 set -u
@@ -17,7 +17,7 @@ have_node || apt="nodejs npm"
 have_browser || apt="$apt chromium fonts-liberation" # without a font a browser draws boxes, also in the screenshot
 if [ -n "$apt" ]; then
     if [ "$(id -u)" = 0 ] && have apt-get; then
-        echo "installing$(printf ' %s' $apt)"
+        echo "installing$(printf ' %s' $apt) with apt-get (up to 600 MB)"
         export DEBIAN_FRONTEND=noninteractive
         { apt-get update -qq && apt-get install -y -qq --no-install-recommends $apt; } </dev/null >/dev/null 2>&1 ||
             echo "apt-get could not install $apt"
@@ -27,13 +27,16 @@ if [ -n "$apt" ]; then
     fi
 fi
 
-stamp=tests/js/node_modules/.lock
-if have_node && ! cmp -s tests/js/package-lock.json $stamp; then
-    # `ci` installs what the lock names and nothing else; the packages need no install script.
-    if npm ci --prefix tests/js --ignore-scripts --no-audit --no-fund --loglevel=error </dev/null; then
-        cp tests/js/package-lock.json $stamp
+# `ci` installs what the lock names and nothing else; the packages need no install script.
+packages() {
+    have_node && ! cmp -s "$1/package-lock.json" "$1/node_modules/.lock" || return 0
+    echo "installing the npm packages of $1"
+    if npm ci --prefix "$1" --ignore-scripts --no-audit --no-fund --loglevel=error </dev/null; then
+        cp "$1/package-lock.json" "$1/node_modules/.lock"
     else
-        echo "npm could not install the packages of tests/js"
+        echo "npm could not install the packages of $1"
     fi
-fi
+}
+packages tests/js
+packages examples/node-plugin
 exit 0

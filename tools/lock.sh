@@ -18,6 +18,10 @@ lock --all-extras --group dev --output-file requirements-dev.lock ${LOCK_ARGS:-}
 cp requirements-dev.lock "$tmp/all"
 lock --group build --constraint "$tmp/all" --no-annotate --output-file requirements.lock ${LOCK_ARGS:-}
 
+# The oldest versions of what pyproject.toml names, for `make floors`.
+lock --resolution lowest-direct --extra postgres --group floors --no-annotate --upgrade \
+    --output-file requirements-floors.lock
+
 if command -v npm >/dev/null; then
     npm update --prefix tests/js --package-lock-only --ignore-scripts --loglevel=error
     node -e '
@@ -26,7 +30,7 @@ if command -v npm >/dev/null; then
         fs.writeFileSync(path, JSON.stringify(lock, null, 2) + "\n")'
 fi
 
-if grep -nE '://|file:|@ ' requirements.lock requirements-dev.lock tests/js/package-lock.json; then
+if grep -nE '://|file:|@ ' requirements.lock requirements-dev.lock requirements-floors.lock tests/js/package-lock.json; then
     echo "a lock file holds an address or a path" >&2
     exit 1
 fi

@@ -290,13 +290,10 @@ def node_plugin(redis_url: str, port: int) -> AbstractContextManager[None]:
 
 @pytest.fixture(scope="module")
 def node_packages() -> None:
-    """The plugin's packages, installed as its README says."""
+    """The plugin's packages; tools/browser.sh installs them."""
     need_node()
     if not (NODE_PLUGIN / "node_modules" / "redis").is_dir():
-        npm = shutil.which("npm")
-        command = [npm or "npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund"]
-        if npm is None or subprocess.run(command, cwd=NODE_PLUGIN, capture_output=True, check=False).returncode:
-            pytest.skip("the packages of the example are not installed: npm ci --prefix examples/node-plugin")
+        pytest.skip("the packages of the example are not installed: npm ci --prefix examples/node-plugin")
 
 
 async def test_a_plugin_in_node_answers_pushes_and_serves_a_route(

@@ -45,10 +45,9 @@ async def behind(proxy: str, folder: Path, relay_port: int) -> AsyncIterator[int
     """Run the proxy in front of a relay; gives its port."""
     port = free_port()
     environ = {**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
-    log = (folder / "log").open("wb")
-    process = await asyncio.create_subprocess_exec(
-        *command(proxy, folder, port, relay_port), env=environ, stdout=log, stderr=log
-    )
+    arguments = command(proxy, folder, port, relay_port)  # skips where the proxy is not installed
+    with (folder / "log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(*arguments, env=environ, stdout=log, stderr=log)
     try:
         async with asyncio.timeout(30):
             while True:
@@ -63,7 +62,6 @@ async def behind(proxy: str, folder: Path, relay_port: int) -> AsyncIterator[int
         if process.returncode is None:
             process.terminate()
         await process.wait()
-        log.close()
 
 
 @pytest.mark.parametrize("proxy", ["nginx", "caddy"])
