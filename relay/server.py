@@ -11,7 +11,7 @@ written to each socket in one synchronous call.
 
 import asyncio
 import logging
-from asyncio import BaseTransport
+from asyncio import BaseTransport, Transport
 from time import monotonic
 from typing import Any, cast
 
@@ -73,6 +73,9 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         Uvicorn logs each handshake with its query string, where tokens travel; the relay logs its own line.
         """
         super().connection_made(transport)
+        # The HTTP protocol that hands its connection over has read all it will; its parser would hold it in a cycle.
+        if hasattr(http := cast(Transport, transport).get_protocol(), "parser"):
+            http.parser = None
         self.logger: logging.Logger = cast(logging.Logger, _quiet)
         self.conn.debug = False  # websockets would log every header and frame
 
@@ -192,9 +195,26 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End the extension; the transport is gone."""
+        """End the extension; the transport is gone.
+
+        Break the cycles of the connection too, so that it is freed at once and not by a later collection: the parser
+        is a generator over its own protocol, and an exception that is kept has a traceback to it.
+        """
         self._end_writer()
         super().connection_lost(exc)
+        break_cycle(self.transport)
+        self._unparsed = b""
+        self.frames.clear()
+        self.conn.parser.close()
+        for error in (self.conn.handshake_exc, self.conn.parser_exc):
+            if error is not None:
+                error.__traceback__ = error.__context__ = error.__cause__ = None
+        self.conn.handshake_exc = self.conn.parser_exc = None
+        self._forget_handshake()
+
+    def _forget_handshake(self) -> None:
+        for name in ("request", "response"):
+            vars(self).pop(name, None)
 
     async def send(self, message: Any) -> None:
         """End the extension before the application's own close frame, after pressure has gone."""
@@ -206,13 +226,23 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             self._parse()  # the client's answer may be among what was left, and an application that closes asks no more
         if message["type"] == "websocket.accept":
             # The handshake is over; its headers would stay for the life of the socket, 2 kB of them.
-            del self.request, self.response
+            self._forget_handshake()
         if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
             self.handshake_complete: bool = True  # or Uvicorn logs an error, as if the handshake had not been answered
 
     def _end_writer(self) -> None:
         if self.frame_writer is not None:
             self.frame_writer.end()
+
+
+def break_cycle(transport: BaseTransport) -> None:
+    """Let a transport that is lost be freed at once: asyncio's own refers to itself by a bound method."""
+    if hasattr(transport, "_read_ready_cb"):
+        transport._read_ready_cb = _nothing
+
+
+def _nothing() -> None:
+    return None
 
 
 class _Waiting:

@@ -19,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from relay.descriptors import descriptors
 from relay.logs import Throttle
 from relay.metrics import count_refusal
+from relay.server import break_cycle
 
 HEAD_MAX_BYTES = 65_536
 """Largest head of a request: its first line and its headers."""
@@ -103,6 +104,8 @@ class RelayHTTPProtocol(HttpToolsProtocol):
     def _parse(self, data: bytes) -> None:
         self._is_body = False
         super().data_received(data)
+        if self.transport.get_protocol() is not self:
+            return
         self._head_bytes = 0 if self._is_body else self._head_bytes + len(data)
         if self.transport.is_closing():  # Uvicorn has answered 400
             self._watch_reader()
@@ -181,16 +184,34 @@ class RelayHTTPProtocol(HttpToolsProtocol):
         else:
             self._cut("http: answer not read", f"nothing of an answer was read in {_UNREAD_S:g} s", at_once=True)
 
+    def handle_websocket_upgrade(self) -> None:
+        """Hand the connection over, and let go of it."""
+        super().handle_websocket_upgrade()
+        self._let_go()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no longer: the client is gone. Nothing more is written, and what waits is not answered."""
-        self._stop_waiting()
-        _cancel(self._watch)
         super().connection_lost(exc)
         self.pipeline.clear()
         # Uvicorn tells its newest request alone, and the one in work would write to a closed transport.
         if self._answering is not None and not self._answering.response_complete:
             self._answering.disconnected = True
             self._answering.message_event.set()
+        self._let_go()
+        break_cycle(self.transport)
+
+    def _let_go(self) -> None:
+        """Stop the timers, and break the cycles, so that all is freed at once and not by a later collection.
+
+        The parser refers to this protocol, and so do a timer and a request that is not answered yet.
+        """
+        self._stop_waiting()
+        _cancel(self._watch)
+        self._unset_keepalive_if_required()  # after a reset Uvicorn leaves it running
+        self._cutter = self._watch = None
+        self._answering = None
+        self.cycle = None  # type: ignore[assignment]
+        self.parser = None  # type: ignore[assignment]
 
     def _await_head(self, after_s: float = 0.0) -> None:
         self._stop_waiting()

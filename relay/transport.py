@@ -382,7 +382,11 @@ class Connection:
                 task.cancel()
         if self._writer is not None:
             self._writer.owner = None
+        # What refers back to this connection: without a cycle it is freed at once, and not by a later collection.
         self.on_readiness = self.on_close = _nothing
+        if self._outbox is not None:
+            self._outbox.give_up = _nothing
+        self._main = self._closer = self._writing = self._receiving = self._wake = None
 
 
 def _nothing() -> None:
