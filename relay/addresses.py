@@ -1,9 +1,11 @@
-"""Where a client is: its address behind trusted proxies, and the network it is counted by.
+"""Where a client is, and under which name it asks: addresses, ``Host``, and what proxies write.
 
-Owns how ``X-Forwarded-For`` is read; must not know sockets or limits.
+Owns how ``X-Forwarded-For`` and ``Host`` are read, and which network a client is counted by; must not know sockets or
+limits.
 """
 
-from collections.abc import Iterable, MutableMapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, TypeAlias
 
@@ -11,6 +13,16 @@ Network: TypeAlias = IPv4Network | IPv6Network
 
 IPV6_PREFIX = 64
 """Bits of an IPv6 address that clients are told apart by: a provider gives each of them the rest to choose from."""
+
+FORWARDED = frozenset(
+    b"forwarded via x-real-ip x-client-ip x-cluster-client-ip x-original-forwarded-for x-original-host "
+    b"x-envoy-external-address cf-connecting-ip cf-connecting-ipv6 true-client-ip fastly-client-ip fly-client-ip "
+    b"x-appengine-user-ip x-azure-clientip".split()
+)
+"""Headers that proxies write, besides those that begin with ``x-forwarded``. A proxy that writes none of them cannot be
+told from a client on this machine."""
+
+_AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]*)?", re.ASCII | re.IGNORECASE)
 
 _SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}
 
@@ -76,18 +88,64 @@ def counted_as(address: str) -> str:
     return address if found is None else str(found)
 
 
+def is_loopback_address(text: str) -> bool:
+    """Say whether an IP address is one of this machine's own; no name is, and no address with a port or a zone."""
+    found = parse_ip(text)
+    return found is not None and found.is_loopback
+
+
+def is_loopback_host(host: str) -> bool:
+    """Say whether a host, as of `host_in`, names this machine: ``localhost``, names below it, loopback addresses."""
+    return host == "localhost" or host.endswith(".localhost") or is_loopback_address(host)
+
+
+def host_in(authority: str) -> str:
+    """The host of ``host:port``, in lower case and without brackets; empty where it cannot be read."""
+    found = _AUTHORITY.fullmatch(authority)
+    return "" if found is None else (found[1] or found[2].removesuffix(".")).lower()
+
+
+def hosts_of(scope: Mapping[str, Any]) -> list[str]:
+    """The values of all ``Host`` headers of an ASGI scope."""
+    return [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+
+
+def forwarded_header(scope: Mapping[str, Any]) -> str | None:
+    """The name of a header in an ASGI scope that a proxy writes; None where there is none."""
+    for name, _ in scope["headers"]:
+        plain = name.replace(b"_", b"-")
+        if plain in FORWARDED or plain.startswith(b"x-forwarded"):
+            return str(name.decode("latin-1"))
+    return None
+
+
+def came_by(scope: Mapping[str, Any], known: Sequence[Network]) -> bool:
+    """Say whether all that ``X-Forwarded-For`` names are addresses of known proxies, or of this machine."""
+    forwarded = b",".join(value for name, value in scope["headers"] if name == b"x-forwarded-for").decode("latin-1")
+    hops = [_parse_host(text.strip()) for text in forwarded.split(",")]
+    return all(hop is not None and (hop.is_loopback or _is_in(hop, known)) for hop in hops)
+
+
+def parse_ip(text: str) -> IPv4Address | IPv6Address | None:
+    """Read an IP address alone; None for anything else, with a zone too. IPv4 in IPv6 is IPv4."""
+    try:
+        found = ip_address(text)
+    except ValueError:
+        return None
+    if isinstance(found, IPv4Address):
+        return found
+    # A listener for both families shows IPv4 clients as ::ffff:1.2.3.4.
+    return (found.ipv4_mapped or found) if found.scope_id is None else None
+
+
 def _parse_host(text: str) -> IPv4Address | IPv6Address | None:
     """Read an address, with or without a port: ``1.2.3.4:5``, ``::1``, ``[::1]:5``; None for what is none."""
     if text.startswith("["):
         text = text[1:].partition("]")[0]
     elif text.count(":") == 1:
         text = text.partition(":")[0]
-    try:
-        found = ip_address(text)
-    except ValueError:
-        return None
-    # A listener for both families shows IPv4 clients as ::ffff:1.2.3.4.
-    return (found.ipv4_mapped or found) if isinstance(found, IPv6Address) else found
+    head, _, _ = text.partition("%")
+    return parse_ip(head if ":" in head else text)  # a zone is this machine's own name for a network
 
 
 def _is_in(address: IPv4Address | IPv6Address, networks: Sequence[Network]) -> bool:

@@ -8,17 +8,17 @@ import logging
 import re
 from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from pydantic import ValidationError
-from starlette._utils import get_route_path
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Mount
 
-from relay import console, hooks, pages, upgrade
-from relay.addresses import look_behind_proxies, parse_networks
+from relay import console, hooks, pages, transport, upgrade
+from relay.addresses import hosts_of, look_behind_proxies, parse_networks
 from relay.auth import Authenticate
 from relay.brokers.base import Direction, Link
 from relay.config import EMBEDDED, Config, explain, load
@@ -28,9 +28,11 @@ from relay.errors import ConfigError, RelayError
 from relay.figures import IDLE, Figures, State
 from relay.handshake import Refused
 from relay.metrics import REFUSED_STATE, Metrics
-from relay.operators import Operators
+from relay.operators import Operators, key_in
+from relay.paths import below, replace_route_path, route_path, segments, split_raw
 from relay.plugins import Plugin, system
 from relay.plugins.loader import Loaded, load_plugins
+from relay.reach import SEVERAL_HOSTS, Reach
 from relay.socket import Socket
 from relay.tokens import Key, load_keys
 from relay.topics import is_event, is_topic
@@ -41,6 +43,17 @@ if TYPE_CHECKING:
     from relay.proxy import Proxy
 
 _logger = logging.getLogger("relay")
+
+_CONSOLE_SOCKET = segments(console.SOCKET_PATH)
+_OWN_PATHS = frozenset({(), ("health",), ("ready",), ("metrics",), ("console",), ("console", "access"), ("token",)})
+_OWN_REST_PATHS = frozenset(
+    {(), ("publish",), ("topics",), ("users",), ("sockets",), ("docs",), ("redoc",), ("openapi.json",)}
+)
+_OPEN_PATHS = frozenset({("health",), ("ready",), ("metrics",), ("console", "access")})
+"""Paths of routes that say nothing to strangers, or check themselves who asks."""
+
+_REST_NAMES = frozenset({("publish",), ("topics",), ("users",), ("sockets",)})
+"""What stands first in the REST interface's own paths."""
 
 
 class Relay:
@@ -82,13 +95,17 @@ class Relay:
             # Or the first fault would be no rise of anything.
             self.metrics.plugin_calls[name] = self.metrics.plugin_errors[name] = 0
         self.operators: Operators = Operators(self.config, self.authenticates)
+        self._reach = Reach(self.config, self.authenticates)
         self._trusted_proxies = parse_networks(self.config.trusted_proxies)
         self._engine: Engine | None = None
         self._starting = asyncio.Lock()
         self._console = Console(self) if self.config.console else None
         self._proxies = self._make_proxies()
-        self._http = Starlette(routes=self._routes())
-        self._socket_paths = frozenset(f"{path}/websocket" for path in self.config.socket_paths)
+        self._http = self._make_http()
+        self._socket_paths = frozenset((*segments(path), "websocket") for path in self.config.socket_paths)
+        self._long_poll_paths = frozenset((*segments(path), "longpoll") for path in self.config.socket_paths)
+        self._rest_path = segments(self.config.rest.path)
+        self._proxied_paths = tuple(segments(entry.prefix) for entry in self.config.proxy)
 
     @classmethod
     def from_file(cls, path: str | Path, *, authenticate: Authenticate | None = None) -> "Relay":
@@ -107,6 +124,11 @@ class Relay:
 
         return [Proxy(entry) for entry in self.config.proxy]
 
+    def _make_http(self, routes: list[BaseRoute] | None = None) -> Starlette:
+        app = Starlette(routes=self._routes() if routes is None else routes)
+        app.router.redirect_slashes = False  # a redirect would repeat the request's own Host
+        return app
+
     def _routes(self) -> list[BaseRoute]:
         routes: list[BaseRoute] = []
         for proxy in self._proxies:
@@ -114,6 +136,7 @@ class Relay:
         if self.config.rest.path:
             from relay.rest import make_rest
 
+            routes += pages.docs_routes(self.config.rest.path)
             routes.append(Mount(self.config.rest.path, make_rest(self)))
         if self.config.auth.tangram:
             from relay.rest import token_route
@@ -129,7 +152,7 @@ class Relay:
             self.operators,
             lambda: self.link,
             self._refusal,
-            self.figures.text,
+            self.figures.current_text,
             lambda: self.publish_command,
         )
 
@@ -151,6 +174,7 @@ class Relay:
                     self._tracer,
                     authenticate=self._authenticate,
                     keys=self.keys,
+                    reach=self._reach,
                 )
                 self._engine = engine  # plugins may use the relay while they start
                 try:
@@ -193,7 +217,7 @@ class Relay:
             from relay.rest import add_plugin_routes
 
             add_plugin_routes(self.plugins, app)
-            self._http = Starlette(routes=self._routes_without_plugins())
+            self._http = self._make_http(self._routes_without_plugins())
         app.mount(path, self)
         inner = app.router.lifespan_context
 
@@ -301,21 +325,102 @@ class Relay:
             scope.get("state", {})[REFUSED_STATE] = self.metrics.refused
             await self._serve_lifespan(receive, send)
             return
-        scope = look_behind_proxies(scope, self._trusted_proxies)
+        came, scope = scope, look_behind_proxies(scope, self._trusted_proxies)
+        path = segments(route_path(scope))
+        refused = self._check_reach(came, scope, path)
+        if refused is not None:
+            await self._refuse(scope, receive, send, refused)
+            return
         if self._engine is None:
             # Starlette runs no lifespan of a mounted app: the first request finds the relay asleep.
             _logger.warning("started by the first request; `relay.install(app)` starts it with your app")
             await self.start()
         if scope["type"] == "http":
-            await self._http(scope, receive, send)
-        elif get_route_path(scope) in self._socket_paths:
+            if path in self._long_poll_paths:
+                await self._refuse(scope, receive, send, self._no_long_poll(path))
+            else:
+                await self._http(self._canonical(scope, path), receive, send)
+        elif path in self._socket_paths:
             await self.engine.serve_socket(scope, receive, send)
-        elif self._console is not None and get_route_path(scope) == console.SOCKET_PATH:
+        elif self._console is not None and path == _CONSOLE_SOCKET:
             await self._console.serve(scope, receive, send)
         else:
-            known = ", ".join(sorted(self._socket_paths))
+            known = ", ".join(sorted("/" + "/".join(path) for path in self._socket_paths))
             self.metrics.refused["handshake: path"] += 1
             await upgrade.refuse(scope, receive, send, Refused(404, f"no socket here; expected {known}", "path"))
+
+    def _check_reach(self, came: Scope, scope: Scope, path: tuple[str, ...]) -> Refused | None:
+        """Check where a request comes from, and under which name, before any route.
+
+        Args: came: the scope as the server gave it.
+              path: its segments below the mount.
+        """
+        if len(hosts_of(scope)) > 1:
+            return SEVERAL_HOSTS
+        if scope["type"] == "websocket":
+            is_exempt = path == _CONSOLE_SOCKET  # it asks for the key, or for this machine
+        else:
+            is_exempt = (path in _OPEN_PATHS and not self._is_proxied(path)) or self.operators.has_key(scope)
+        refused = None if is_exempt else self._reach.check(came, scope)
+        if refused is None or scope["type"] == "websocket" or not self._is_for_operators(path):
+            return refused
+        fault = self.operators.admit(scope, key_in(scope), "rest")
+        return fault and Refused(fault.status, fault.text, "wrong key" if fault.is_wrong_key else "not allowed")
+
+    def _is_proxied(self, path: tuple[str, ...]) -> bool:
+        return any(path[: len(prefix)] == prefix for prefix in self._proxied_paths)
+
+    def _is_for_operators(self, path: tuple[str, ...]) -> bool:
+        """Say whether a path is of the REST interface, which says itself what it expects."""
+        depth = len(self._rest_path)
+        is_rest = depth > 0 and path[:depth] == self._rest_path and path[depth : depth + 1] in _REST_NAMES
+        return (is_rest or (path == ("token",) and self.config.auth.tangram)) and not self._is_proxied(path)
+
+    async def _refuse(self, scope: Scope, receive: ReceiveCallable, send: SendCallable, refused: Refused) -> None:
+        """Refuse a request of either kind; counted, and logged at a sane rate."""
+        if scope["type"] == "websocket":
+            what, door = "handshake", "handshake"
+        else:
+            what, door = "request", "rest" if refused.kind in ("wrong key", "not allowed") else "http"
+        self.metrics.refused[f"{door}: {refused.kind}"] += 1
+        address = (scope.get("client") or (None,))[0]
+        text = f"{what} refused: %s; address %s"
+        transport.throttle.warning(f"{door}: {refused.kind}", text, refused.text, address, address=address)
+        if scope["type"] == "websocket":
+            await upgrade.refuse(scope, receive, send, refused)
+            return
+        headers = {"www-authenticate": "Bearer"} if refused.status == HTTPStatus.UNAUTHORIZED else None
+        await pages.problem(refused.status, refused.text, headers)(scope, receive, send)
+
+    def _no_long_poll(self, path: tuple[str, ...]) -> Refused:
+        socket = "/" + "/".join((*path[:-1], "websocket"))
+        text = (
+            "the relay has no long polling: a WebSocket is needed, at "
+            f"{socket}; take the option longPollFallbackMs out of `new Socket(…)`"
+        )
+        return Refused(404, text, "long polling")
+
+    def _canonical(self, scope: Scope, path: tuple[str, ...]) -> Scope:
+        """The scope of a request for one of the relay's own routes with single slashes in its path.
+
+        What follows in names of topics and users, and what is a plugin's or another process's, stays as it is.
+        """
+        if self._is_proxied(path):
+            return scope
+        given, depth = route_path(scope), len(self._rest_path)
+        _, raw, is_raw = split_raw(scope)
+        encoded = raw.decode("latin-1")
+        wanted, wanted_raw = given, encoded
+        if path in _OWN_PATHS or path[:1] == ("static",):
+            wanted = "/" + "/".join(path)
+            wanted_raw = quote(wanted)
+        elif depth and path[:depth] == self._rest_path:
+            rest, raw_rest = below(given, depth) or "", below(encoded, depth) or ""
+            # A name may be a slash, which only the path as it came tells from one too many.
+            if path[depth:] in _OWN_REST_PATHS and is_raw and segments(raw_rest) == path[depth:]:
+                rest = raw_rest = "/" + "/".join(path[depth:])
+            wanted, wanted_raw = self.config.rest.path + rest, quote(self.config.rest.path) + raw_rest
+        return scope if wanted == given else replace_route_path(scope, wanted, wanted_raw.encode("latin-1"))
 
     async def _serve_lifespan(self, receive: ReceiveCallable, send: SendCallable) -> None:
         _ = await receive()

@@ -5,6 +5,8 @@ done, 1 failed, 2 wrong usage or settings.
 """
 
 import gc
+import json
+import logging
 import logging.config
 import os
 import shutil
@@ -38,6 +40,8 @@ from relay.commands.plugins import new_plugin, plugins
 from relay.commands.publish import publish
 from relay.config import CONFIG_VARIABLE, EMBEDDED, Config, load
 from relay.errors import ConfigError
+
+_logger = logging.getLogger("relay")
 
 app: typer.Typer = typer.Typer(
     name="relay",
@@ -100,6 +104,12 @@ def serve(
     ] = None,
     redis_url: RedisUrl = None,
     workers: Annotated[int | None, typer.Option(metavar="N", help="Processes to serve with.", show_default="1")] = None,
+    origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL", help="Pages of this origin may connect, besides those that already may; repeatable."
+        ),
+    ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
 ) -> None:
     """Serve browsers: a relay alone, or your own app with the server settings a relay wants.
@@ -109,9 +119,13 @@ def serve(
     Your own app makes its relay itself: of the settings here, only those of the server serve it (host, port, workers,
     anonymous, log_level, log_format, compression, trusted_proxies, limits.frame_max_bytes, limits.handshake_timeout_s).
     """
-    if application is not None and redis_url is not None:
-        raise ConfigError(f"command line: --redis-url: {application} makes its relay itself; give it to Relay() there")
-    settings = load(config, {"host": host, "port": port, "redis_url": redis_url, "workers": workers})
+    for option, given in (("--redis-url", redis_url), ("--origin", origin)):
+        if application is not None and given:
+            raise ConfigError(f"command line: {option}: {application} makes its relay itself; give it to Relay() there")
+    flags: dict[str, Any] = {"host": host, "port": port, "redis_url": redis_url, "workers": workers}
+    settings = load(config, flags)
+    if origin:
+        settings = load(config, {**flags, "origins": _with_origins(settings, origin)})
     if application is None:
         settings.check_exposure()
     logging.config.dictConfig(_logging(settings))
@@ -156,15 +170,18 @@ def _run(settings: Config, application: str | None, file: Path | None, listener:
         "ws_ping_interval": None,
         "ws_per_message_deflate": settings.compression,
         "http": partial(RelayHTTPProtocol, handshake_timeout_s=settings.limits.handshake_timeout_s),
-        # The relay looks behind proxies itself, mounted or not; somebody's own app still has it done by the server.
-        "proxy_headers": application is not None,
-        "forwarded_allow_ips": list(settings.trusted_proxies) or None,
+        # The relay looks behind proxies itself, mounted or not; an app around it has it done by the server. No proxy is
+        # believed that the settings do not name: Uvicorn's own default believes whatever runs on this machine.
+        "proxy_headers": application is not None and bool(settings.trusted_proxies),
+        "forwarded_allow_ips": list(settings.trusted_proxies),
         "access_log": False,
         "log_config": _logging(settings),
         "timeout_graceful_shutdown": round(settings.limits.close_timeout_s) + 1,
         "server_header": False,
         "lifespan": "on" if application is None else "auto",
     }
+    if os.environ.get("FORWARDED_ALLOW_IPS"):
+        _logger.warning("FORWARDED_ALLOW_IPS is ignored: `trusted_proxies` names the proxies to believe")
     _collect_rarely()
     app = application or _alone(settings)  # workers make their own; what is wrong is said here, once for all of them
     if settings.workers == 1:
@@ -176,11 +193,21 @@ def _run(settings: Config, application: str | None, file: Path | None, listener:
     with ExitStack() as stack:
         if application is None:  # somebody's own app configures its relay itself
             os.environ["RELAY_REDIS_URL"] = settings.redis_url
+            if not isinstance(settings.origins, str):
+                os.environ["RELAY_ORIGINS"] = json.dumps(settings.origins)
             if not settings.metrics.folder:
                 folder = stack.enter_context(TemporaryDirectory(prefix="relay-"))
                 os.environ["RELAY_METRICS__FOLDER"] = folder
             application, options["factory"] = "relay.cli:_worker_app", True
         return serving.run(uvicorn.Config(application, workers=settings.workers, **options), listener)
+
+
+def _with_origins(settings: Config, added: list[str]) -> list[str] | str:
+    """The setting with further origins in it."""
+    if settings.origins == "any":
+        return "any"
+    named = ("same",) if isinstance(settings.origins, str) else settings.origins
+    return list(dict.fromkeys((*named, *added)))
 
 
 def _authenticates(app: Any) -> bool:

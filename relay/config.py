@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
@@ -23,7 +23,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from relay.addresses import parse_networks
+from relay.addresses import host_in, is_loopback_host, parse_ip, parse_networks
 from relay.auth_config import AuthConfig, Seconds, Table
 from relay.brokers.address import SENTINEL_SCHEMES, parse_sentinel
 from relay.errors import ConfigError
@@ -36,6 +36,11 @@ CONFIG_VARIABLE = "RELAY_CONFIG"
 
 EMBEDDED = "embedded"
 """The value of ``redis_url`` that asks for a Valkey of the relay's own."""
+
+ANY_HOST = "*"
+"""In ``allowed_hosts``: whatever name the relay is asked under."""
+
+_HOST_PATTERN = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*", re.ASCII)
 
 _REDIS_SCHEMES = ("redis", "rediss", "unix", *SENTINEL_SCHEMES)
 _BROADCAST_SCHEMES = ("memory", "postgres", "postgresql", "kafka")
@@ -195,7 +200,13 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     socket_paths: tuple[str, ...] = Field(("/socket",), min_length=1, description="paths for new Socket(path)")
     origins: Literal["same", "any"] | tuple[str, ...] = Field(
         "same",
-        description='pages that may connect: "same" host, "any", or a list of "https://example.org", "//*.example.org"',
+        description='pages that may connect: "same" host, "any", or a list of "same", "https://example.org", '
+        '"//*.example.org"',
+    )
+    allowed_hosts: tuple[str, ...] = Field(
+        (),
+        description='names that the relay may be asked under, such as "relay.example.org", "*.example.org", or "*" for '
+        "any; names of this machine and IP addresses always pass; with none given, any where clients are authenticated",
     )
     compression: bool = Field(False, description="compress events for clients that offer it, once for all of them")
     trusted_proxies: tuple[str, ...] = Field(
@@ -257,11 +268,33 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     @classmethod
     def _clean_origins(cls, origins: str | tuple[str, ...]) -> str | tuple[str, ...]:
         for origin in () if isinstance(origins, str) else origins:
+            if origin == "same":
+                continue
             parts = urlsplit(origin)
             _ = parts.port  # raises ValueError here, or it would at each handshake
             if not parts.netloc or parts.path not in ("", "/"):
                 raise ValueError('expected "https://host[:port]", "//host" or "//*.host" in each place')
         return origins
+
+    @field_validator("allowed_hosts", mode="before")
+    @classmethod
+    def _one_or_several_hosts(cls, hosts: Any) -> Any:
+        if isinstance(hosts, str):
+            hosts = (hosts,) if hosts else ()
+        return (
+            tuple(ANY_HOST if host == "any" else host for host in hosts) if isinstance(hosts, list | tuple) else hosts
+        )
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        cleaned = tuple(host.lower().removesuffix(".") for host in hosts)
+        for host in cleaned:
+            if host != ANY_HOST and _HOST_PATTERN.fullmatch(host) is None and parse_ip(host.strip("[]")) is None:
+                raise ValueError(
+                    f'expected names without port such as "relay.example.org", "*.example.org", or "*", got {host!r}'
+                )
+        return cleaned
 
     @field_validator("trusted_proxies")
     @classmethod
@@ -289,24 +322,50 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
         """Whether other machines can reach it."""
         return self.host not in ("127.0.0.1", "::1", "localhost")
 
-    def lets_others_in(self, authenticates: bool) -> bool:
-        """Whether its clients may be others than the user of this machine.
+    def reach(self, authenticates: bool) -> "Reach":
+        """Say who may reach a relay with these settings: the start, ``relay check``, REST and ``/metrics`` go by it.
 
-        Args: authenticates: whether they are asked who they are, by keys or by a function.
+        Args: authenticates: whether clients are asked who they are, by keys or by a function.
         """
-        return authenticates or self.is_exposed or self.anonymous or self.origins != "same"
+        elsewhere = self.origins == "any" or any(not _is_local_page(origin) for origin in self.origins)
+        opens = {
+            "auth": authenticates,
+            "anonymous": self.anonymous,
+            "host": self.is_exposed,
+            "origins": self.origins != "same" and elsewhere,
+            "trusted_proxies": bool(self.trusted_proxies),
+        }
+        is_refused = self.is_exposed and not (authenticates or self.anonymous)
+        everybody = self.anonymous and (self.is_exposed or bool(self.trusted_proxies or self.allowed_hosts))
+        return Reach(tuple(name for name, is_open in opens.items() if is_open), everybody, is_refused)
 
     def check_exposure(self, *, authenticates: bool = False) -> None:
         """Refuse to listen beyond this machine while anybody may connect. Raises ConfigError.
 
-        Args: authenticates: a function of somebody's own app says who gets in.
+        Args: authenticates: a function of an app that the relay is mounted in says who gets in.
         """
-        if self.is_exposed and not (self.anonymous or self.auth.has_keys or authenticates):
+        if self.reach(authenticates or self.auth.has_keys).is_refused:
             raise ConfigError(
                 f"host: {self.host} can be reached from other machines, and anybody could connect; set auth.keys or "
                 "auth.jwks_url to let in whoever has a token, or give your app's relay authenticate=…, or set "
                 "anonymous = true (or RELAY_ANONYMOUS=true) if anybody is meant"
             )
+
+
+class Reach(NamedTuple):
+    """Who may reach a relay."""
+
+    openings: tuple[str, ...]
+    """The settings by which others than the user of this machine are let in. Where there are any, a request from this
+    machine proves nothing: it may be a proxy's."""
+    everybody: bool
+    """Whether clients of all the world may connect without a token, by themselves or through a proxy."""
+    is_refused: bool
+    """Whether ``relay serve`` refuses to start: other machines could connect, and no setting says that they may."""
+
+
+def _is_local_page(origin: str) -> bool:
+    return origin == "same" or is_loopback_host(host_in(urlsplit(origin).netloc))
 
 
 _DEFAULT_TOPIC = TopicConfig()

@@ -158,7 +158,7 @@ class _Viewer:
                         connection.send_control(answer)
                     case Join() as join if join.subscription.topic == TOPIC:
                         self._send(*self._protocol.accept(join))
-                        self._tell_figures()
+                        await self._tell_figures()
                     case Join() as join:
                         self._send(*self._protocol.refuse(join, wire.json_payload({"reason": "unmatched topic"})))
                     case Leave() as leave:
@@ -200,11 +200,11 @@ class _Viewer:
                 self._tell_all("events", {"topic": self._tap.topic, "events": events, "left_out": left_out})
             if time.monotonic() >= due:
                 due += _INTERVAL_S
-                self._tell_figures()
+                await self._tell_figures()
 
-    def _tell_figures(self) -> None:
+    async def _tell_figures(self) -> None:
         relay, link = self._relay, self._relay.link
-        figures = relay.figures.of_all()
+        figures = await relay.figures.current()
         self._tell_all(
             "figures",
             {

@@ -35,6 +35,7 @@ from relay.limits import Admission
 from relay.metrics import Metrics
 from relay.node import Node
 from relay.outbox import Outboxes
+from relay.reach import Reach
 from relay.socket import Socket
 from relay.tokens import Key, Verifier
 from relay.tracing import Trace, Tracer
@@ -64,6 +65,7 @@ class Engine:
           tracer: makes spans; None where the settings want none.
           authenticate: the team's own say in who gets in.
           keys: the static keys of tokens.
+          reach: whose pages may connect besides those that ``origins`` names.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Engine:
         tracer: Tracer | None = None,
         authenticate: Authenticate | None = None,
         keys: tuple[Key, ...] = (),
+        reach: Reach | None = None,
     ) -> None:
         self._tracer = tracer
         self._journal = Journal()
@@ -109,10 +112,11 @@ class Engine:
         if self._verifier or authenticate or config.auth.anonymous or config.auth.authenticated:
             verify = self._verifier.verify if self._verifier else None
             self._auth = Auth(config, self.node.caller, verify, authenticate, decisions=self.node.decisions)
-        self._asks_nobody = not (config.anonymous or self._verifier or authenticate)
+        self._reach = reach or Reach(config, bool(self._verifier or authenticate))
         self.sockets: dict[str, Socket] = {}
         # Sockets that have ended, with handlers under way for what they sent: orders are about these too.
         self._left_behind: dict[asyncio.Task[None], Socket] = {}
+        self._paths: Counter[str] = Counter({"direct": 0, "portable": 0})
         self._no_sockets = asyncio.Event()
         self._no_sockets.set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -157,7 +161,8 @@ class Engine:
         await self.node.stop()
         if self._verifier is not None:
             await self._verifier.close()
-        self._figures.write()
+        await self._figures.leave()
+        self._figures.close()
         if self._embedded is not None:
             await asyncio.to_thread(self._embedded.stop)
 
@@ -229,6 +234,7 @@ class Engine:
 
     def _enter(self, socket: Socket, began: int) -> None:
         self.sockets[socket.id] = socket
+        self._paths[socket.path] += 1
         self._no_sockets.clear()
         if self.is_draining:  # the end began during its handshake
             self._close_for_restart(socket)
@@ -241,6 +247,7 @@ class Engine:
             await socket.run()
         finally:
             del self.sockets[socket.id]
+            self._paths[socket.path] -= 1
             if (task := socket.see_out()) is not None:
                 self._left_behind[task] = socket
                 task.add_done_callback(self._left_behind.pop)
@@ -251,7 +258,7 @@ class Engine:
         self._metrics.refused[f"handshake: {refused.kind}"] += 1
         if self._tracer is not None:
             self._tracer.note(refused.kind)
-        hint = ""
+        hint = refused.hint and f"; to let it, set {refused.hint}"
         if refused.status == 429 and any(name == b"x-forwarded-for" for name, _ in scope["headers"]):
             hint = "; it came with X-Forwarded-For: is this a proxy that `trusted_proxies` should name?"
         address = (scope.get("client") or (None,))[0]
@@ -265,7 +272,7 @@ class Engine:
     ) -> Socket | None:
         """Do the handshake of a ``websocket`` scope; None where it was refused."""
         config, metrics = self.config, self._metrics
-        shake = handshake.check(scope, config.origins, asks_nobody=self._asks_nobody)
+        shake = handshake.check(scope, config.origins, has_local_pages=self._reach.has_local_pages(scope))
         access: Callable[..., Access] | None = None
         if self._auth is not None and not isinstance(shake, Refused):
             try:
@@ -350,15 +357,13 @@ class Engine:
 
     async def _write_figures(self) -> None:
         while True:
-            self._figures.write()
+            await self._figures.leave()
             await asyncio.sleep(WRITE_INTERVAL_S)
 
     @property
     def state(self) -> State:
-        """What this process holds at this moment."""
-        paths = Counter({"direct": 0, "portable": 0})
-        paths.update(socket.path for socket in self.sockets.values())
-        return State(paths, len(self.hub), self.broker.link.live)
+        """What this process holds at this moment; asked for in another thread too."""
+        return State(dict(self._paths), len(self.hub), self.broker.link.live)
 
     async def _run_service(self, hook: Hook) -> None:
         """Run a plugin's service as long as the relay runs; when it ends or raises, start it again after a while."""

@@ -8,19 +8,17 @@ Source: Phoenix 1.9, ``lib/phoenix/socket/transport.ex`` (origin) and ``transpor
 
 import base64
 import binascii
-import ipaddress
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
 from relay import wire
+from relay.addresses import host_in, is_loopback_host
 from relay.wire import Version
 
 SUBPROTOCOL = "phoenix"
 _TOKEN_PREFIX = "base64url.bearer.phx."
-_TEST_CLIENT = "testclient"
-"""The address of Starlette's `TestClient`, which no network brings here."""
-_NO_HOST = frozenset("/#?@\\ \t")
 _DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 
@@ -32,6 +30,8 @@ class Refused(NamedTuple):
     kind: str
     retry_after_s: int = 0
     """Seconds after which to try again, where that makes sense."""
+    hint: str = ""
+    """The line of the settings that would let it pass; for the log alone."""
 
 
 class Handshake(NamedTuple):
@@ -45,22 +45,21 @@ class Handshake(NamedTuple):
 
 
 def check(
-    scope: Mapping[str, Any], origins: str | tuple[str, ...], *, asks_nobody: bool = False
+    scope: Mapping[str, Any], origins: str | tuple[str, ...], *, has_local_pages: bool = False
 ) -> Handshake | Refused:
     """Check an upgrade request, in Phoenix's order.
 
     Args: scope: an ASGI ``websocket`` scope.
           origins: the setting of that name.
-          asks_nobody: whether nobody is asked who they are, so that only this machine is answered.
+          has_local_pages: whether, with ``"same"``, pages of this machine's other servers may connect too.
     """
     headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-    if asks_nobody and (stranger := _stranger(scope, headers.get(b"host", ""), origins)) is not None:
-        return stranger
     origin = headers.get(b"origin")
     if origin is not None and not is_allowed_origin(origin, headers.get(b"host", ""), origins):
-        return Refused(
-            403, f"origin {origin!r} may not connect; the relay's setting `origins` names those that may", "origin"
-        )
+        is_local = has_local_pages and origins == "same" and is_loopback_host(_host_of_page(origin))
+        if not is_local:
+            text = f"origin {origin!r} may not connect; the relay's setting `origins` names those that may"
+            return Refused(403, text, "origin", hint=_line_to_paste(origin, origins))
     offered: list[str] = scope.get("subprotocols") or []
     token = None
     if offered:
@@ -77,19 +76,17 @@ def check(
     return Handshake(version, SUBPROTOCOL if offered else None, token)
 
 
-def _stranger(scope: Mapping[str, Any], host: str, origins: str | tuple[str, ...]) -> Refused | None:
-    """Refuse who comes from elsewhere, or may; None where it is a client on this machine."""
-    client = (scope.get("client") or ("",))[0]
-    if client == _TEST_CLIENT:
-        return None
-    if not is_loopback(client):
-        text = "nobody is asked who they are, so this machine alone is answered; set auth, authenticate= or anonymous"
-        return Refused(403, text, "from another machine")
-    if origins == "same" and not is_loopback(host):
-        # Under a name that its owner points here (DNS rebinding) any page of the web would be of the same origin.
-        text = "this relay answers this machine alone; set anonymous, auth or origins to let others in"
-        return Refused(403, text, "not under a name of this machine")
-    return None
+def _host_of_page(origin: str) -> str:
+    parts = origin.partition("://")
+    return host_in(parts[2]) if parts[0] in ("http", "https") else ""
+
+
+def _line_to_paste(origin: str, origins: str | tuple[str, ...]) -> str:
+    """The setting that would let the pages of an origin connect; empty where it is none."""
+    if not _host_of_page(origin):
+        return ""
+    named = ("same",) if isinstance(origins, str) else origins
+    return f"origins = {json.dumps([*named, origin.lower()])}"
 
 
 def token_from(offered: Iterable[str]) -> str | None:
@@ -131,8 +128,8 @@ def is_allowed_origin(origin: str, host: str, origins: str | tuple[str, ...]) ->
 
     Args: origin: the request's ``Origin``, as ``scheme://host[:port]``, or ``null``.
           host: the request's ``Host``.
-          origins: ``"any"``, ``"same"`` (same host and port; the scheme may differ, since TLS often ends
-                   before the relay), or patterns: ``https://host[:port]``, ``//host[:port]``, ``//*.host``.
+          origins: ``"any"``, ``"same"`` (same host and port; the scheme may differ, since TLS often ends before the
+                   relay), or patterns: ``"same"``, ``https://host[:port]``, ``//host[:port]``, ``//*.host``.
     """
     if origins == "any":
         return True
@@ -145,23 +142,13 @@ def is_allowed_origin(origin: str, host: str, origins: str | tuple[str, ...]) ->
         return False
     if not came.hostname:
         return False
+    is_same = (asked.hostname, asked_port) == (came.hostname, came_port)
     if isinstance(origins, str):
-        return (asked.hostname, asked_port) == (came.hostname, came_port)
-    return any(_matches(came.scheme, came.hostname, came_port, pattern) for pattern in origins)
-
-
-def is_loopback(authority: str) -> bool:
-    """Say whether ``host``, ``host:port`` or an address without brackets names this machine."""
-    # `urlsplit` would take what stands between them for the host.
-    if not _NO_HOST.isdisjoint(authority):
-        return False
-    try:
-        if authority.count(":") > 1 and not authority.startswith("["):
-            authority = f"[{authority}]"
-        host = urlsplit(f"//{authority}").hostname or ""
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+        return is_same
+    hostname: str = came.hostname
+    return any(
+        is_same if pattern == "same" else _matches(came.scheme, hostname, came_port, pattern) for pattern in origins
+    )
 
 
 def _matches(scheme: str, hostname: str, port: int | None, pattern: str) -> bool:

@@ -5,6 +5,7 @@ Owns the counting; must not know transports or the clock: the time is passed in,
 
 import math
 
+from relay.addresses import is_loopback_address
 from relay.config import LimitsConfig
 from relay.handshake import Refused
 
@@ -70,8 +71,8 @@ class Pace:
         return any(bucket is not None and bucket.excess > self._excess_max for bucket in (self._joins, self._pushes))
 
 
-_OWN = ("127.", "::/64")
-"""This machine, as its addresses are counted: an operator's load test, or a proxy that nobody was told of."""
+_OWN_NETWORK = "::/64"
+"""The network of ``::1``, as it is counted."""
 
 _SHARES_MAX = 10_000
 """Addresses whose handshakes are counted one by one; of more at once, the newest have only the rate of all."""
@@ -133,7 +134,9 @@ class Admission:
         Args: address: what it is counted by; None is not counted.
         """
         # First its own share, so that what is refused here takes nothing from the others.
-        shares = None if address is None or address.startswith(_OWN) else self._shares
+        # This machine has no share of its own: an operator's load test, or a proxy that the settings do not name.
+        is_own = address is None or address == _OWN_NETWORK or is_loopback_address(address)
+        shares = None if is_own else self._shares
         if shares is not None and address is not None and not shares.take(address, now):
             return Refused(429, "too many handshakes of this address at once; try again", "handshakes per address", 1)
         if self._handshakes is not None and not self._handshakes.take(now):

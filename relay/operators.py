@@ -1,7 +1,7 @@
 """Who may operate the relay, by REST or at the console: whoever has the API key; without one, this machine alone.
 
-Owns that decision, as a pure function of an ASGI scope, and the line about a key that was wrong; must not know what is
-then done.
+Owns that decision and the one about who sees the figures, as pure functions of an ASGI scope, and the line about a
+wrong key; must not know what is then done.
 """
 
 import hmac
@@ -10,13 +10,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from relay.config import Config
-from relay.handshake import is_allowed_origin, is_loopback
 from relay.logs import Throttle
-
-# What proxies write, most of them. One that writes nothing is not to be told from a client on this machine.
-_FORWARDED = frozenset(
-    b"forwarded via x-forwarded-for x-forwarded-host x-forwarded-proto x-real-ip cf-connecting-ip".split()
-)
+from relay.reach import Reach, is_foreign_page, is_this_machine
 
 
 class NotAllowed(NamedTuple):
@@ -35,24 +30,20 @@ def key_in(scope: Mapping[str, Any]) -> bytes:
     return bearer if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
 
 
-def needs_key(config: Config, authenticates: bool) -> bool:
-    """Whether nobody may operate a relay without a key: its clients, whoever they are, may all come from a proxy here.
-
-    Args: authenticates: whether it asks them who they are, by keys or by a function.
-    """
-    return config.lets_others_in(authenticates) or bool(config.trusted_proxies)
-
-
 class Operators:
-    """Says who may operate one relay.
+    """Says who may operate one relay, and who may see its figures.
 
-    Args: config: ``rest.api_key`` decides, where it is set.
-          authenticates: as of `needs_key`.
+    Args: config: ``rest.api_key`` decides, where it is set; for figures ``metrics.key`` and ``metrics.public``.
+          authenticates: whether clients are asked who they are, by keys or by a function.
     """
 
     def __init__(self, config: Config, authenticates: bool) -> None:
         self._api_key = config.rest.api_key.encode()
-        self._needs_key = needs_key(config, authenticates)
+        self._metrics_key = (config.metrics.key or config.rest.api_key).encode()
+        self._metrics_are_public = config.metrics.public
+        self._reach = Reach(config, authenticates)
+        # Where others are let in, all clients may come from a proxy on this machine.
+        self._openings = config.reach(authenticates).openings
         self._throttle = Throttle(logging.getLogger("relay.operators"))
 
     def admit(self, scope: Mapping[str, Any], given: bytes, door: str) -> NotAllowed | None:
@@ -60,7 +51,9 @@ class Operators:
 
         Args: door: where it was tried.
         """
-        fault = self.check(scope, given)
+        return self._logged(scope, self.check(scope, given), door)
+
+    def _logged(self, scope: Mapping[str, Any], fault: NotAllowed | None, door: str) -> NotAllowed | None:
         if fault is not None and fault.is_wrong_key:
             address = (scope.get("client") or (None,))[0]
             self._throttle.warning(door, "%s: refused a wrong API key; address %s", door, address, address=address)
@@ -75,17 +68,34 @@ class Operators:
             if hmac.compare_digest(given, self._api_key):
                 return None
             return NotAllowed(401, "expected the API key", is_wrong_key=given != b"")
-        if self._needs_key:
-            return NotAllowed(403, "this relay lets others in: nobody is answered without a key; set rest.api_key")
-        headers = dict(scope["headers"])
-        client = scope.get("client")
-        # `Host` too: behind a proxy on this machine all clients come from here, and under a name that its owner
-        # points here (DNS rebinding) any page of the web does.
-        asked = headers.get(b"host", b"").decode("latin-1")
-        if not is_loopback(client[0] if client else "") or not is_loopback(asked) or not _FORWARDED.isdisjoint(headers):
+        if self._openings:
+            named = ", ".join(self._openings)
+            return NotAllowed(
+                403, f"an API key is required because other clients are allowed ({named}); set rest.api_key"
+            )
+        if not is_this_machine(scope):
             return NotAllowed(403, "only clients on this machine are answered; set rest.api_key to let others in")
-        # A page from elsewhere, open in a browser on this machine, is not a client on this machine.
-        origin = headers.get(b"origin")
-        if origin is not None and not is_allowed_origin(origin.decode("latin-1"), asked, "same"):
+        if is_foreign_page(scope):
             return NotAllowed(403, "pages of other origins are not answered; set rest.api_key")
         return None
+
+    def has_key(self, scope: Mapping[str, Any]) -> bool:
+        """Say whether a request brings the API key."""
+        return bool(self._api_key) and hmac.compare_digest(key_in(scope), self._api_key)
+
+    def may_know_reasons(self, scope: Mapping[str, Any]) -> bool:
+        """Say whether a request may learn why the relay is not ready: it may name what is behind the relay."""
+        return self.has_key(scope) or (is_this_machine(scope) and not is_foreign_page(scope))
+
+    def admit_to_metrics(self, scope: Mapping[str, Any]) -> NotAllowed | None:
+        """Say why a request may not see the figures; None where it may. A wrong key is logged."""
+        given = key_in(scope)
+        if self._metrics_are_public or (self._metrics_key and hmac.compare_digest(given, self._metrics_key)):
+            return None
+        if is_this_machine(scope) if self._openings else self._reach.check(scope) is None:
+            return None
+        what = "set metrics.key and send it as a bearer key, or set metrics.public = true"
+        if not self._metrics_key:
+            return NotAllowed(403, f"/metrics answers this machine alone; {what}")
+        text = f"expected the key of /metrics (metrics.key, else rest.api_key); or {what}"
+        return self._logged(scope, NotAllowed(401, text, is_wrong_key=given != b""), "metrics")

@@ -5,7 +5,8 @@ Owns these few routes; must not know sockets or Redis.
 
 import html
 import shlex
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from pathlib import Path
 
 from starlette.requests import Request
@@ -53,7 +54,7 @@ def routes(
     operators: Operators,
     link: Callable[[], Link],
     refusal: Callable[[], str],
-    figures: Callable[[], bytes],
+    figures: Callable[[], Awaitable[bytes]],
     publish_command: Callable[[], str],
 ) -> list[BaseRoute]:
     """Make the HTTP routes.
@@ -70,31 +71,36 @@ def routes(
         return JSONResponse({"status": "ok", "version": __version__, "sockets": metrics.sockets})
 
     async def ready(request: Request) -> Response:
-        """The subscription is live, and the relay does not end; 503 with the reason otherwise."""
+        """The subscription is live, and the relay does not end; 503 otherwise, with the reason for operators alone."""
         reason = refusal()
         if not reason:
             return JSONResponse({"status": "ready"})
-        return JSONResponse({"status": "not ready", "reason": reason}, status_code=503)
+        body = {"status": "not ready"}
+        if operators.may_know_reasons(request.scope):
+            body["reason"] = reason
+        return JSONResponse(body, status_code=503)
 
     async def prometheus(request: Request) -> Response:
         """All figures, of all workers, in Prometheus's text format."""
-        return Response(figures(), headers={"content-type": _TEXT_FORMAT})
+        fault = operators.admit_to_metrics(request.scope)
+        if fault is not None:
+            metrics.refused["metrics: wrong key" if fault.is_wrong_key else "metrics: not allowed"] += 1
+            headers = {"www-authenticate": "Bearer"} if fault.status == HTTPStatus.UNAUTHORIZED else None
+            return problem(fault.status, fault.text, headers)
+        return Response(await figures(), headers={"content-type": _TEXT_FORMAT})
 
     def show(file: str) -> Response:
-        text = (_STATIC / file).read_text(encoding="utf-8")
-        for name, value in (
-            ("socket_path", config.socket_paths[0].lstrip("/")),
-            ("console", "console" if config.console else ""),
-            ("publish_command", publish_command()),
-            ("version", __version__),
-        ):
-            text = text.replace(f"{{{{{name}}}}}", html.escape(value))
-        return HTMLResponse(text, headers=_HEADERS)
+        return _filled(
+            file,
+            socket_path=config.socket_paths[0].lstrip("/"),
+            console="console" if config.console else "",
+            publish_command=publish_command(),
+        )
 
     async def page(request: Request) -> Response:
         """The page that lets people try the relay."""
         if not request.url.path.endswith("/"):  # mounted: without the slash its relative addresses would miss
-            return RedirectResponse(request.url.replace(path=request.url.path + "/"))
+            return RedirectResponse(f"./{request.url.path.rpartition('/')[2]}/")
         return show("index.html")
 
     async def console(request: Request) -> Response:
@@ -117,6 +123,35 @@ def routes(
     if config.console:
         common += [Route("/console", console), Route("/console/access", access)]
     return common
+
+
+def docs_routes(rest_path: str) -> list[BaseRoute]:
+    """Make the page that shows the REST interface, which loads nothing from elsewhere: a key is typed there."""
+    to_root = "/".join(".." for _ in rest_path.strip("/").split("/"))
+
+    async def docs(request: Request) -> Response:
+        """The routes of the schema, each with a form to try it."""
+        schema = f"{request.scope.get('root_path', '').rstrip('/')}{rest_path}/openapi.json"
+        return _filled("docs.html", schema=schema, static=f"{to_root}/static")
+
+    async def redoc(request: Request) -> Response:
+        """Where FastAPI would have its other page."""
+        return RedirectResponse("docs", HTTPStatus.PERMANENT_REDIRECT)
+
+    return [Route(f"{rest_path}/docs", docs), Route(f"{rest_path}/redoc", redoc)]
+
+
+def _filled(file: str, **values: str) -> Response:
+    text = (_STATIC / file).read_text(encoding="utf-8")
+    for name, value in {**values, "version": __version__}.items():
+        text = text.replace(f"{{{{{name}}}}}", html.escape(value))
+    return HTMLResponse(text, headers=_HEADERS)
+
+
+def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:
+    """An answer that says what is wrong, as RFC 9457 has it."""
+    content = {"title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+    return JSONResponse(content, status, headers, media_type="application/problem+json")
 
 
 def publish_line(redis_url: str, to_prefix: str) -> str:

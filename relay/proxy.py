@@ -10,12 +10,12 @@ from http import HTTPStatus
 from urllib.parse import quote, unquote_to_bytes
 
 import httpx2 as httpx
-from starlette._utils import get_route_path
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Mount, Route
 
 from relay.logs import Throttle
+from relay.paths import split_raw
 from relay.transport import ReceiveCallable, Scope, SendCallable
 from relay.web_config import ProxyConfig
 
@@ -118,18 +118,8 @@ def _problem(status: int, detail: str) -> Response:
 
 def _split(scope: Scope) -> tuple[str, bytes]:
     """Split a path into the mount, decoded, and what follows it, encoded as the client sent it."""
-    rest = get_route_path(scope)
-    mount: str = scope["path"].removesuffix(rest)
-    raw: bytes = scope.get("raw_path") or b""
-    length, position = len(mount.encode()), 0
-    while length and position < len(raw):
-        position += 3 if raw[position] == ord("%") else 1
-        length -= 1
-    raw_rest = raw[position:]
-    if unquote_to_bytes(raw[:position]) == mount.encode() and (not rest or raw_rest.startswith(b"/")):
-        return mount, raw_rest
-    # The server gives no raw path, or another one.
-    return mount, quote(rest, safe="/:@!$&'()*+,;=~").encode()
+    mount, rest, _ = split_raw(scope)
+    return mount, rest
 
 
 def _end_to_end(headers: Iterable[tuple[bytes, bytes]]) -> Iterable[tuple[bytes, bytes]]:

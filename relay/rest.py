@@ -6,27 +6,31 @@ Owns the routes under ``rest.path``; must not know how events travel. Errors are
 """
 
 import json
+import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from http import HTTPStatus
 from http.client import responses as phrases
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote, unquote
 
-from fastapi import APIRouter, FastAPI, HTTPException, Path, Request, Security
+from fastapi import APIRouter, FastAPI, HTTPException, Path, Query, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
-from pydantic import BaseModel, Discriminator, Field, JsonValue, Tag, ValidationError
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, JsonValue, Tag, ValidationError
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from relay import __version__
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
 from relay.operators import key_in
+from relay.paths import split_raw
 from relay.plugins.loader import Loaded
 from relay.tokens import sign
 from relay.topics import is_event, is_topic
@@ -134,6 +138,68 @@ UserName = Annotated[
 ]
 SocketId = Annotated[str, Path(description="id of a socket, as its topics list it")]
 
+# In a path with two names, which `_TwoNames` has left encoded.
+EncodedTopic = Annotated[TopicName, AfterValidator(unquote)]
+EncodedUser = Annotated[UserName, AfterValidator(unquote)]
+EncodedSocketId = Annotated[SocketId, AfterValidator(unquote)]
+
+
+class OfUser(BaseModel, extra="forbid"):
+    """Whom an order is about, and where. Unknown names are refused: without its topic an order says more."""
+
+    user: str = Field(min_length=1, description="the subject of tokens, or what `authenticate` returns as `sub`")
+    topic: str | None = Field(None, min_length=1, description="the topic to take it out of; without one, all")
+
+
+class OfSocket(BaseModel, extra="forbid"):
+    """Which socket an order is about, and where."""
+
+    id: str = Field(min_length=1, description="id of a socket, as its topics list it")
+    topic: str | None = Field(None, min_length=1, description="the topic to take it out of; without one, all")
+
+
+_TWO_NAMES = (re.compile("/topics/(.*)/sockets/([^/]+)", re.DOTALL), re.compile("/topics/(.*)/users/(.*)", re.DOTALL))
+"""Paths with two names in them, in the order of their routes."""
+
+_SEPARATOR = re.compile("/(?=(?:users|sockets)/)")
+
+
+class _TwoNames:
+    """Splits paths of two names before they are decoded: a ``/`` in a name, written ``%2F``, is no end of it.
+
+    Routes are found in decoded paths, in which ``/topics/room/users/x%2Fusers%2Fvictim`` names another user. So the
+    names are handed on encoded. A path that can be read in two ways is refused where the server does not give it as it
+    came.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "DELETE":
+            mount, raw, is_raw = split_raw(scope)
+            path = raw.decode("latin-1")
+            for form in _TWO_NAMES:
+                found = form.fullmatch(path)
+                if found is None:
+                    continue
+                if not is_raw and len(_SEPARATOR.findall(path)) > 1:
+                    text = "the path can be read in two ways; name topic and user in the query of DELETE /users"
+                    await _problem(422, text)(scope, receive, send)
+                    return
+                scope = {**scope, "path": mount + _encoded(found, path)}
+                break
+        await self._app(scope, receive, send)
+
+
+def _encoded(found: re.Match[str], path: str) -> str:
+    """The path with each name in it encoded as a whole."""
+    parts, end = [], 0
+    for group in range(1, (found.lastindex or 0) + 1):
+        parts += [path[end : found.start(group)], quote(unquote(found[group]), safe="")]
+        end = found.end(group)
+    return "".join(parts)
+
 
 class _Bounded(Request):
     """A request whose body is read no further than to a bound. Raises HTTPException where it is longer."""
@@ -168,10 +234,13 @@ def make_rest(relay: "Relay") -> FastAPI:
         "process that answers; events reach the subscribers of all.",
         # Addresses in the schema are relative to where the app is mounted; FastAPI finds that out by itself.
         redirect_slashes=False,
+        docs_url=None,  # a page of the relay's own, with no scripts from elsewhere: `relay.pages`
+        redoc_url=None,
     )
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(StarletteHTTPException, _http_problem)
     app.add_exception_handler(Exception, _internal_error)
+    app.add_middleware(_TwoNames)
     app.include_router(_routes(relay))
     add_plugin_routes(relay.plugins, app)
     return app
@@ -225,7 +294,7 @@ def _routes(relay: "Relay") -> APIRouter:
         return [Topic(topic=topic, sockets=sockets) for topic, sockets in sorted(relay.topics.items())]
 
     @router.delete("/topics/{topic:path}/sockets/{socket_id}", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_FOUND)
-    async def remove_from_topic(topic: TopicName, socket_id: SocketId) -> Response:
+    async def remove_from_topic(topic: EncodedTopic, socket_id: EncodedSocketId) -> Response:
         """Take a socket out of a topic with ``phx_close``: its client does not rejoin by itself."""
         socket = relay.socket(socket_id)
         if socket is None or not socket.leave(topic):
@@ -264,6 +333,20 @@ def _routes(relay: "Relay") -> APIRouter:
             dropped=found.pressure[1],
         )
 
+    @router.delete("/sockets", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_FOUND)
+    async def disconnect_by_query(asked: Annotated[OfSocket, Query()]) -> Response:
+        """Close a socket with 1001; with ``topic``, take it out of that topic alone."""
+        if asked.topic is not None:
+            return await remove_from_topic(asked.topic, asked.id)
+        return await disconnect(asked.id)
+
+    @router.delete("/users", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_TOLD)
+    async def disconnect_user_by_query(asked: Annotated[OfUser, Query()]) -> Response:
+        """Close all sockets of a user with 1001, on every node; with ``topic``, take it out of that topic alone."""
+        return await _told(
+            relay.disconnect(user=asked.user) if asked.topic is None else relay.kick(asked.topic, user=asked.user)
+        )
+
     @router.delete("/sockets/{socket_id}", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_FOUND)
     async def disconnect(socket_id: SocketId) -> Response:
         """Close a socket with 1001; its client reconnects unless it is kept out."""
@@ -277,7 +360,7 @@ def _routes(relay: "Relay") -> APIRouter:
         return await _told(relay.disconnect(user=user))
 
     @router.delete("/topics/{topic:path}/users/{user:path}", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_TOLD)
-    async def kick(topic: TopicName, user: UserName) -> Response:
+    async def kick(topic: EncodedTopic, user: EncodedUser) -> Response:
         """Take a user out of a topic with ``phx_close``, on every node; whether it is there is not known here."""
         return await _told(relay.kick(topic, user=user))
 

@@ -54,6 +54,15 @@ class MetricsConfig(Table):
         "", description="where workers leave their figures for each other; `relay serve` makes one by itself"
     )
 
+    key: str = Field(
+        "",
+        repr=False,
+        description="bearer key for /metrics; without one, rest.api_key; this machine needs none",
+    )
+    public: bool = Field(
+        False, description="let /metrics answer everybody without a key, also where other machines are let in"
+    )
+
     def label(self, topic: str) -> str:
         """The pattern that a topic's events are counted under; empty for none."""
         return next((pattern for pattern in self.topics if fnmatchcase(topic, pattern)), "")

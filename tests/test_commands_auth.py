@@ -152,6 +152,37 @@ def test_check_of_no_settings_says_that_all_is_open_on_this_machine(relay: Comma
 def test_check_says_that_nobody_operates_a_relay_for_others_without_a_key(relay: Command) -> None:
     _, out, _ = relay("check", settings="anonymous = true")
     assert "rest /api, for nobody; set rest.api_key" in lines(out)
+    assert "metrics /metrics, for programs on this machine; set metrics.key for others" in lines(out)
+
+
+def test_check_tells_the_truth_of_a_relay_behind_a_proxy_on_this_machine(relay: Command) -> None:
+    """The settings that config/nginx.conf and config/Caddyfile name: the whole world may join."""
+    settings = 'anonymous = true\ntrusted_proxies = ["127.0.0.1"]\nallowed_hosts = ["relay.example.org"]'
+    code, out, _ = relay("check", settings=settings)
+    assert code == 1
+    assert "address 127.0.0.1:8000; other machines can reach it through a proxy on this one" in lines(out)
+    assert "hosts names of this machine, IP addresses, relay.example.org" in lines(out)
+    assert "connect anybody, from any machine" in lines(out)
+    assert "warning anybody can connect, from any machine (anonymous = true, and no keys)" in lines(out)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("", "anybody on this machine"),
+        ('trusted_proxies = ["127.0.0.1"]', "anybody on this machine"),
+        ("anonymous = true", "anybody on this machine, and whoever reaches it through a proxy or a tunnel"),
+        ('anonymous = true\nallowed_hosts = ["relay.example.org"]', "anybody, from any machine"),
+        ('anonymous = true\nhost = "0.0.0.0"', "anybody, from any machine"),
+        (
+            'host = "0.0.0.0"',
+            "no client: `relay serve` refuses to start; set auth.keys or auth.jwks_url, or anonymous = true",
+        ),
+    ],
+)
+def test_check_says_who_may_connect(relay: Command, settings: str, said: str) -> None:
+    _, out, _ = relay("check", settings=settings)
+    assert f"connect {said}" in lines(out)
 
 
 def test_check_says_who_may_do_what_and_shows_no_secret(relay: Command) -> None:
@@ -218,6 +249,7 @@ push = false
         ('[auth]\nissuer = "x"\njwks_url = "https://x.org"\nalgorithms = ["HS256"]', "no token is good"),
         (f'[auth]\nkeys = ["{SECRET}"]\nauthenticated = [{{match = "{{sub}}:*", rights = ["join"]}}]', "with {sub}"),
         ('[rest]\napi_key = "hunter2-and-eig"', "rest.api_key: 15 characters"),
+        ('[metrics]\nkey = "hunter2-and-eig"', "metrics.key: 15 characters"),
     ],
 )
 def test_check_warns(relay: Command, settings: str, word: str) -> None:

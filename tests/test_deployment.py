@@ -103,7 +103,7 @@ def test_deployment_sets_no_variable_that_the_relay_refuses(name: str) -> None:
     text = (CONFIG / name).read_text()
     environ = {match: "true" if match == "RELAY_ANONYMOUS" else "" for match in re.findall(r"\bRELAY_[A-Z_]+\b", text)}
     # Some are named in comments as examples; their names must be right too.
-    environ |= {"RELAY_HOST": "0.0.0.0", "RELAY_PORT": "8000", "RELAY_ANONYMOUS": "true"}
+    environ |= {"RELAY_ALLOWED_HOSTS": "[]", "RELAY_HOST": "0.0.0.0", "RELAY_PORT": "8000", "RELAY_ANONYMOUS": "true"}
     environ.pop("RELAY_API_KEY", None)  # compose's own, for the one below it
     done = subprocess.run(
         [sys.executable, "-c", "from relay.config import load; load().check_exposure()"],
@@ -136,6 +136,15 @@ def test_unit_is_what_systemd_understands(tmp_path: Path) -> None:
 
 def test_rules_are_what_prometheus_understands() -> None:
     check(need("promtool"), "check", "rules", CONFIG / "alerts.yml")
+
+
+def test_scrape_configuration_is_what_prometheus_understands(tmp_path: Path) -> None:
+    text = (CONFIG / "prometheus.yml").read_text()
+    key = tmp_path / "key"
+    key.write_text("k")
+    (tmp_path / "prometheus.yml").write_text(text.replace("/etc/prometheus/relay-metrics-key", str(key)))
+    shutil.copy(CONFIG / "alerts.yml", tmp_path)
+    check(need("promtool"), "check", "config", tmp_path / "prometheus.yml")
 
 
 def test_rules_ask_for_figures_that_exist() -> None:

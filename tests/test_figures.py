@@ -1,7 +1,11 @@
 """`relay.figures`: what ``/metrics`` shows, of one process and of several workers; and that the docs tell it."""
 
+import asyncio
+import fcntl
 import json
+import os
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -11,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from relay import Plugin, Relay
 from relay.errors import DROPPED
-from relay.figures import FIGURES, Figures, State
+from relay.figures import FIGURES, READ_INTERVAL_S, Figures, State
 from relay.folder import Folder
 from relay.metrics import Metrics
 from relay.outbox import Overflow
@@ -173,6 +177,57 @@ def test_what_an_ended_worker_counted_stays_and_what_it_held_goes(tmp_path: Path
         assert samples["relay_joins_total", ()] == 5 * place
         assert (samples["relay_sockets", ("direct",)], samples["relay_outbox_bytes", ()]) == (1, 0)
         assert samples["relay_workers", ()] == 1
+
+
+# While a relay runs.
+
+
+async def test_figures_are_read_in_another_thread_and_once_a_second() -> None:
+    """To list descriptors and to wait for a lock takes milliseconds, in which the event loop would do nothing else."""
+    now, metrics = [100.0], Metrics(joins=1)
+    threads: list[threading.Thread] = []
+
+    def ask_state() -> State:
+        threads.append(threading.current_thread())
+        return state(1)
+
+    figures = Figures(metrics, ask_state, clock=lambda: now[0])
+    texts = await asyncio.gather(*(figures.current_text() for _ in range(20)))
+    assert len(threads) == 1 and threads[0] is not threading.main_thread()
+    assert len(set(texts)) == 1 and b"relay_joins_total 1.0" in texts[0]
+    metrics.joins = 2
+    now[0] += READ_INTERVAL_S / 2
+    assert (await figures.current())["relay_joins"] == {"": 1}
+    now[0] += READ_INTERVAL_S / 2
+    assert (await figures.current())["relay_joins"] == {"": 2}
+    assert len(threads) == 2
+    figures.close()
+
+
+async def test_event_loop_goes_on_while_the_lock_of_the_folder_is_waited_for(tmp_path: Path) -> None:
+    figures = Figures(Metrics(), state, str(tmp_path))
+    figures.write()
+    with (tmp_path / "lock").open("ab") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = [asyncio.create_task(figures.leave()), asyncio.create_task(figures.current_text())]
+        for _ in range(50):
+            await asyncio.sleep(0.001)
+        assert not any(task.done() for task in waiting)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        await asyncio.gather(*waiting)
+    figures.close()
+
+
+def test_open_files_are_counted_without_a_list_of_them_where_the_system_knows() -> None:
+    before = Figures(Metrics(), state).snapshot()["process_open_fds"][""]
+    kept = [os.dup(0) for _ in range(200)]
+    try:
+        after = Figures(Metrics(), state).snapshot()["process_open_fds"][""]
+    finally:
+        for number in kept:
+            os.close(number)
+    assert isinstance(before, int) and isinstance(after, int)
+    assert abs(after - before - 200) <= 2
 
 
 # The folder.

@@ -38,40 +38,6 @@ def refused(result: Handshake | Refused) -> tuple[int, str]:
     return result.status, result.kind
 
 
-# Whom a relay answers that asks nobody who they are.
-
-
-def from_address(client: str | None, host: str = "localhost:8000") -> dict[str, Any]:
-    return scope(host=host) | {"client": client and (client, 1234)}
-
-
-@pytest.mark.parametrize(
-    ("client", "host"),
-    [("127.0.0.1", "localhost:8000"), ("::1", "[::1]:8000"), ("127.9.9.9", "127.0.0.1"), ("testclient", "testserver")],
-)
-def test_client_on_this_machine_is_answered_where_nobody_is_asked(client: str, host: str) -> None:
-    assert accepted(check(from_address(client, host), "same", asks_nobody=True))
-
-
-@pytest.mark.parametrize("client", ["192.168.1.9", "2001:db8::1", "", "unix:", None])
-@pytest.mark.parametrize("origins", ["same", "any"])
-def test_client_of_another_machine_is_refused_where_nobody_is_asked(client: str | None, origins: str) -> None:
-    """Wherever the server listens: a mounted relay does not know that. Nor who comes through a Unix socket."""
-    assert refused(check(from_address(client), origins, asks_nobody=True)) == (403, "from another machine")
-    assert accepted(check(from_address(client), origins))
-
-
-@pytest.mark.parametrize(
-    ("origins", "kind"), [("same", "not under a name of this machine"), ("any", None), (("//other.example",), None)]
-)
-def test_other_names_of_this_machine_are_refused_unless_origins_name_the_pages(
-    origins: Origins, kind: str | None
-) -> None:
-    """DNS rebinding: under a name that points here, any page of the web is of the same origin."""
-    result = check(from_address("127.0.0.1", "relay.example"), origins, asks_nobody=True)
-    assert (result.kind if isinstance(result, Refused) else None) == kind
-
-
 # Version.
 
 
@@ -173,6 +139,56 @@ def test_origin_is_allowed_or_not(origin: str, host: str, origins: Origins, allo
         accepted(result)
     else:
         assert refused(result) == (403, "origin")
+
+
+@pytest.mark.parametrize(
+    ("origin", "allowed"),
+    [
+        ("http://localhost:5173", True),
+        ("https://localhost", True),
+        ("http://127.0.0.1:3000", True),
+        ("http://[::1]:3000", True),
+        ("http://app.localhost:5173", True),
+        ("http://localhost.evil.example:5173", False),
+        ("http://evil.example", False),
+        ("http://evil.example@localhost", False),
+        ("http://192.168.1.5:5173", False),
+        ("file://localhost", False),
+        ("null", False),
+        ("", False),
+    ],
+)
+def test_pages_of_this_machine_may_connect_where_the_relay_is_for_it_alone(origin: str, allowed: bool) -> None:
+    """A development server, as Vite's at http://localhost:5173."""
+    request = scope(origin=origin, host="127.0.0.1:8000")
+    assert isinstance(check(request, "same", has_local_pages=True), Handshake) is allowed
+    assert refused(check(request, "same")) == (403, "origin")
+    assert refused(check(request, ("//app.example",), has_local_pages=True)) == (403, "origin")
+
+
+@pytest.mark.parametrize(
+    ("origin", "origins", "line"),
+    [
+        ("http://localhost:5173", "same", 'origins = ["same", "http://localhost:5173"]'),
+        ("https://B.example", LISTED[:1], 'origins = ["https://app.example", "https://b.example"]'),
+        ("https://b.example", ("same", "//a"), 'origins = ["same", "//a", "https://b.example"]'),
+        ("null", "same", ""),
+        ('http://a"]\nanonymous = true', "same", ""),
+        ("http://a b", "same", ""),
+        ("javascript://x", "same", ""),
+    ],
+)
+def test_refused_origin_comes_with_the_line_to_paste(origin: str, origins: Origins, line: str) -> None:
+    result = check(scope(origin=origin), origins)
+    assert isinstance(result, Refused)
+    assert result.hint == line
+
+
+def test_same_can_stand_beside_others() -> None:
+    origins = ("same", "//app.example")
+    assert is_allowed_origin("http://relay.example:8000", "relay.example:8000", origins)
+    assert is_allowed_origin("http://app.example", "relay.example:8000", origins)
+    assert not is_allowed_origin("http://other.example", "relay.example:8000", origins)
 
 
 @pytest.mark.parametrize("origins", ["same", "any", (), LISTED])

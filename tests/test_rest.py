@@ -3,7 +3,8 @@
 What sockets see of it is in ``tests/integration/test_rest.py``.
 """
 
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -27,6 +28,7 @@ WRITES = [
     ("POST", "/publish", EVENT),
     ("DELETE", "/sockets/none", None),
     ("DELETE", "/topics/room:1/sockets/none", None),
+    ("DELETE", "/sockets?id=none", None),
 ]
 READS = [("GET", "/topics", None), ("GET", "/topics/room:1", None), ("GET", "/sockets/none", None)]
 ROUTES = [*WRITES, *READS]
@@ -323,6 +325,79 @@ async def test_errors_of_plugins_are_problems_too_and_tell_nothing() -> None:
         assert reason(await ask.get("/example/broken"), 500) == "internal error"
 
 
+# Names with slashes.
+
+SPLITS = [
+    ("/topics/room/users/x%2Fusers%2Fvictim", ("kick", "x/users/victim", "room")),
+    ("/topics/room/users/x%2Fsockets%2F1", ("kick", "x/sockets/1", "room")),
+    ("/topics/room%2Fusers%2Fx/users/ada", ("kick", "ada", "room/users/x")),
+    ("/topics/a/b/users/ada", ("kick", "ada", "a/b")),
+    ("/topics/a/users/b/users/c", ("kick", "c", "a/users/b")),
+    ("/topics/room:1/users/a/b", ("kick", "a/b", "room:1")),
+    ("/topics/room/users/%2525%20z%C3%BCrich%3F", ("kick", "%25 zürich?", "room")),
+    ("/users/x%2Fusers%2Fvictim", ("disconnect", "x/users/victim", "")),
+    ("/users/%2525", ("disconnect", "%25", "")),
+    ("/users?user=x%2Fusers%2Fvictim", ("disconnect", "x/users/victim", "")),
+    ("/users?user=x/y&topic=a/users/b%25", ("kick", "x/y", "a/users/b%")),
+]
+
+
+@asynccontextmanager
+async def ordered(*, gives_raw_path: bool = True) -> AsyncIterator[tuple[httpx.AsyncClient, list[tuple[str, ...]]]]:
+    """A client of a relay, and the orders about users that it gives."""
+    relay = Relay(broadcast_url="memory://", system_topic=False)
+    orders: list[tuple[str, ...]] = []
+    async with relay.lifespan():
+        engine = relay.engine
+        order = engine.order
+
+        def noted(do: Any, user: str, topic: str = "", reason: str = "") -> Any:
+            orders.append((do, user, topic))
+            return order(do, user, topic, reason)
+
+        engine.order = noted  # type: ignore[method-assign]
+
+        async def app(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
+            await relay(scope if gives_raw_path else {**scope, "raw_path": None}, receive, send)
+
+        async with asking(app) as ask:
+            yield ask, orders
+
+
+@pytest.mark.parametrize(("path", "order"), SPLITS)
+async def test_path_is_split_before_it_is_decoded(path: str, order: tuple[str, ...]) -> None:
+    """A user chooses their name; it must not be one that sends another away."""
+    async with ordered() as (ask, orders):
+        assert (await ask.delete(path)).status_code == 204
+        assert orders == [order]
+
+
+async def test_path_that_can_be_read_in_two_ways_is_refused_where_the_server_has_decoded_it() -> None:
+    async with ordered(gives_raw_path=False) as (ask, orders):
+        for path in ("/topics/room/users/x%2Fusers%2Fvictim", "/topics/room/users/x%2Fsockets%2F1"):
+            assert "DELETE /users" in reason(await ask.delete(path), 422)
+        assert orders == []
+        for path, order in (*SPLITS[3:4], *SPLITS[5:]):
+            assert (await ask.delete(path)).status_code == 204, path
+            assert orders.pop() == order
+
+
+@pytest.mark.parametrize("query", ["", "user=", "topic=a", "user=a&topic=", "user=a&topics=b", "id=1"])
+async def test_order_with_a_misspelt_query_does_nothing(query: str) -> None:
+    """To leave its topic out would say more than was meant."""
+    async with ordered() as (ask, orders):
+        assert (await ask.delete(f"/users?{query}")).status_code == 422
+        assert orders == []
+
+
+async def test_socket_is_named_in_the_query_too() -> None:
+    async with ordered() as (ask, _):
+        assert reason(await ask.delete("/sockets?id=none"), 404) == "no socket 'none' here"
+        said = reason(await ask.delete("/sockets?id=none&topic=a/sockets/b"), 404)
+        assert said == "socket 'none' has not joined 'a/sockets/b' here"
+        assert (await ask.delete("/sockets?topic=a")).status_code == 422
+
+
 # Where it is.
 
 
@@ -352,17 +427,24 @@ async def test_docs_and_schema_work_under_a_prefix(prefix: str) -> None:
         page = await ask.get(f"{prefix}/api/docs")
         assert page.status_code == 200
         assert f"'{prefix}/api/openapi.json'" in page.text
+        assert not re.search(r'(?:src|href)=["\'](?:https?:)?//', page.text), "nothing is loaded from elsewhere"
+        assert "script-src 'self'" in page.headers["content-security-policy"]
+        for asset in re.findall(r'(?:src|href)="([^"]+)"', page.text):
+            assert (await ask.get(str(page.url.join(asset)))).status_code == 200, asset
+        assert (await ask.get(f"{prefix}/api/redoc")).headers["location"] == "docs"
         schema = (await ask.get(f"{prefix}/api/openapi.json")).json()
         (server,) = schema["servers"]
         assert server["url"] == f"{prefix}/api"
         assert (await ask.get(server["url"] + "/topics")).json() == []
         assert sorted(schema["paths"]) == [
             "/publish",
+            "/sockets",
             "/sockets/{socket_id}",
             "/topics",
             "/topics/{topic}",
             "/topics/{topic}/sockets/{socket_id}",
             "/topics/{topic}/users/{user}",
+            "/users",
             "/users/{user}",
         ]
 

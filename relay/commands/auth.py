@@ -18,9 +18,8 @@ from relay.auth_config import AuthConfig, GrantConfig
 from relay.brokers.address import parse_sentinel
 from relay.commands import ConfigFile
 from relay.commands.terminal import console, is_terminal, print_lines
-from relay.config import EMBEDDED, ENVELOPE_BYTES, Config, load
+from relay.config import ANY_HOST, EMBEDDED, ENVELOPE_BYTES, Config, Reach, load
 from relay.errors import ConfigError
-from relay.operators import needs_key
 from relay.outbox import Overflow
 from relay.plugins.loader import candidates
 from relay.rights import Right, names_of, parse_claim
@@ -150,15 +149,23 @@ def check(config: ConfigFile = None) -> None:
 
 def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]:
     auth = config.auth
-    reach = "other machines can reach it" if config.is_exposed else "only this machine can reach it"
-    yield "address", f"{config.host}:{config.port}; {reach}"
+    reach = config.reach(auth.has_keys)
+    if config.is_exposed:
+        from_where = "other machines can reach it"
+    elif reach.everybody or config.trusted_proxies:
+        from_where = "other machines can reach it through a proxy on this one"
+    else:
+        from_where = "only this machine can reach it"
+    yield "address", f"{config.host}:{config.port}; {from_where}"
     yield "sockets", ", ".join(config.socket_paths)
     yield "bus", _bus(config)
     pages = {"same": "those of the relay's own host and port", "any": "those of any host"}
     yield "pages", pages[config.origins] if isinstance(config.origins, str) else ", ".join(config.origins)
     trusted = ", ".join(config.trusted_proxies)
     yield "proxies", f"{trusted}; X-Forwarded-For is believed from there" if trusted else "none is believed"
-    yield "connect", _who_connects(config)
+    if config.allowed_hosts or (reach.openings and not auth.has_keys):
+        yield "hosts", _hosts(config)
+    yield "connect", _who_connects(config, reach)
     if auth.has_keys:
         yield "tokens", _tokens(config, keys)
     limited = bool(auth.has_keys or auth.anonymous or auth.authenticated)
@@ -174,7 +181,9 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
     for entry in config.topics:
         if not entry.push:
             yield "rights", f"nobody may push to {entry.match}, whatever a token says"
-    yield "rest", _rest(config)
+    yield "rest", _rest(config, reach)
+    if config.metrics.public or config.metrics.key or (reach.openings and not config.rest.api_key):
+        yield "metrics", _metrics(config)
     if config.is_exposed:
         yield "note", "the relay speaks no TLS; without a proxy that does, tokens can be read on their way"
 
@@ -189,12 +198,22 @@ def _bus(config: Config) -> str:
     return f"{parts.scheme}://{parts.hostname or ''}{parts.path if parts.scheme == 'unix' else ''}"
 
 
-def _who_connects(config: Config) -> str:
+def _hosts(config: Config) -> str:
+    if ANY_HOST in config.allowed_hosts:
+        return "any name"
+    return ", ".join(("names of this machine", "IP addresses", *config.allowed_hosts))
+
+
+def _who_connects(config: Config, reach: Reach) -> str:
+    if reach.is_refused:
+        return "no client: `relay serve` refuses to start; set auth.keys or auth.jwks_url, or anonymous = true"
     if config.auth.has_keys:
         return "whoever has a token" + (", and whoever has none" if config.anonymous else "")
-    if config.anonymous or not config.is_exposed:
-        return "anybody" if config.is_exposed else "anybody on this machine"
-    return "nobody: `relay serve` refuses to start; set auth.keys or auth.jwks_url, or anonymous = true"
+    if reach.everybody:
+        return "anybody, from any machine"
+    if config.anonymous:
+        return "anybody on this machine, and whoever reaches it through a proxy or a tunnel"
+    return "anybody on this machine"
 
 
 def _tokens(config: Config, keys: "tuple[Key, ...]") -> str:
@@ -214,12 +233,22 @@ def _rights(who: str, grants: tuple[GrantConfig, ...]) -> Iterator[tuple[str, st
         yield "rights", f"{who}: {', '.join(names_of(grant.grant.rights)) or 'nothing'} on {grant.match}"
 
 
-def _rest(config: Config) -> str:
+def _metrics(config: Config) -> str:
+    if config.metrics.public:
+        who = "everybody"
+    elif config.metrics.key:
+        who = "programs on this machine, and whoever has metrics.key"
+    else:
+        who = "programs on this machine; set metrics.key for others"
+    return f"/metrics, for {who}"
+
+
+def _rest(config: Config, reach: Reach) -> str:
     if not config.rest.path:
         return "off"
     if config.rest.api_key:
         who = "whoever has the key"
-    elif needs_key(config, config.auth.has_keys):
+    elif reach.openings:
         who = "nobody; set rest.api_key"
     else:
         who = "programs on this machine"
@@ -228,10 +257,13 @@ def _rest(config: Config) -> str:
 
 def _warnings(config: Config, keys: "tuple[Key, ...]") -> Iterator[str]:
     auth = config.auth
-    if config.is_exposed and not auth.has_keys and not config.anonymous:
+    reach = config.reach(auth.has_keys)
+    if reach.is_refused:
         yield "relay serve refuses this address: anybody could connect; an app of your own may give authenticate=…"
-    if config.is_exposed and config.anonymous and not auth.has_keys:
+    if reach.everybody and not auth.has_keys:
         yield "anybody can connect, from any machine (anonymous = true, and no keys)"
+    if 0 < len(config.metrics.key) < _API_KEY_MIN:
+        yield f"metrics.key: {len(config.metrics.key)} characters can be guessed; expected {_API_KEY_MIN}"
     if config.origins == "any":
         yield 'origins = "any": pages of any site may connect; where authenticate= reads cookies, as their visitor'
     for network in parse_networks(config.trusted_proxies):

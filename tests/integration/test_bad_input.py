@@ -280,23 +280,27 @@ async def test_many_bad_clients_write_few_log_lines(
 @pytest.mark.parametrize(
     ("request_bytes", "status"),
     [
-        pytest.param(b"GET /socket/websocket HTTP/1.1\r\nHost: x\r\n\r\n", b"404", id="no upgrade"),
-        pytest.param(b"POST /socket/websocket HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", b"404", id="post"),
+        pytest.param(b"GET /socket/websocket HTTP/1.1\r\nHost: localhost\r\n\r\n", b"404", id="no upgrade"),
+        pytest.param(
+            b"POST /socket/websocket HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n", b"404", id="post"
+        ),
         pytest.param(b"\x00\x01\x02\r\n\r\n", b"400", id="no http"),
         pytest.param(
-            b"GET /socket/websocket HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"GET /socket/websocket HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Version: 13\r\n\r\n",
             b"400",
             id="no key",
         ),
         pytest.param(
-            b"GET /socket/websocket?vsn=%ff%00 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"GET /socket/websocket?vsn=%ff%00 HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+            b"Connection: Upgrade\r\n"
             b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
             b"403",
             id="vsn is no text",
         ),
         pytest.param(
-            b"GET /socket/websocket?vsn=2.0.0 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"GET /socket/websocket?vsn=2.0.0 HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\n"
+            b"Connection: Upgrade\r\n"
             b"Origin: http://[:::\xff\r\nSec-WebSocket-Version: 13\r\n"
             b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
             b"403",

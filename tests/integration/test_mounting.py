@@ -242,7 +242,7 @@ async def test_root_path_of_the_server(direct: bool) -> None:
 
 async def test_stripping_proxy_in_front_and_our_own_behind() -> None:
     """The relay's own ``[[proxy]]`` strips as well as any, and says what it has stripped."""
-    inner, app = memory_relay(), Starlette()
+    inner, app = memory_relay(anonymous=True), Starlette()
     inner.install(app)
     async with serve(inner, app=app, prefix="/relay") as behind:
         target = behind.http.removesuffix("/relay")

@@ -23,7 +23,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 async def proxied(target: str, *, prefix: str = "", server: dict[str, Any] | None = None, **entry: Any) -> Any:
     """A relay that forwards ``/api/node-plugin`` to ``target``, alone or mounted under ``prefix``."""
     settings = {"prefix": "/api/node-plugin", "target": target, **entry}
-    relay = Relay(broadcast_url="memory://", system_topic=False, proxy=[settings])
+    relay = Relay(broadcast_url="memory://", system_topic=False, anonymous=True, allowed_hosts="any", proxy=[settings])
     app = Starlette()
     if prefix:
         relay.install(app, prefix)
@@ -267,7 +267,7 @@ async def test_upload_is_streamed_while_the_client_still_sends(served: Served, u
 async def test_upload_broken_off_is_broken_off_behind_too(served: Served, upstream: Upstream) -> None:
     """A half upload must not look like a whole one."""
     reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
-    writer.write(b"POST /api/node-plugin/x HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n01234")
+    writer.write(b"POST /api/node-plugin/x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n01234")
     exchange = await upstream.next()
     assert await exchange.read(5) == b"01234"
     writer.close()
@@ -416,7 +416,7 @@ async def test_events_arrive_as_they_are_sent(served: Served, upstream: Upstream
 async def test_client_that_goes_away_ends_the_stream_behind(served: Served, upstream: Upstream) -> None:
     """Else each closed tab would leave an open stream at the upstream."""
     reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
-    writer.write(b"GET /api/node-plugin/events HTTP/1.1\r\nHost: x\r\n\r\n")
+    writer.write(b"GET /api/node-plugin/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
     exchange = await upstream.next()
     await exchange.answer(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n")
     assert b"hi" in await reader.readuntil(b"hi")
@@ -433,7 +433,7 @@ async def test_streams_do_not_wait_for_each_other(served: Served, upstream: Upst
             _, writer = await asyncio.open_connection("127.0.0.1", served.port)
             writers.append(writer)
             stack.callback(writer.close)
-            writer.write(b"GET /api/node-plugin/events HTTP/1.1\r\nHost: x\r\n\r\n")
+            writer.write(b"GET /api/node-plugin/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         for _ in range(120):
             await (await upstream.next()).answer(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
         async with asking(served, upstream) as asked:
@@ -522,7 +522,7 @@ async def test_websocket_below_the_prefix_is_refused(served: Served) -> None:
     """The proxy carries HTTP; sockets are the relay's own."""
     reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
     writer.write(
-        b"GET /api/node-plugin/ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"GET /api/node-plugin/ws HTTP/1.1\r\nHost: localhost\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
     )
     assert (await reader.readline()).startswith(b"HTTP/1.1 404 ")

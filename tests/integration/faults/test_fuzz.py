@@ -198,16 +198,16 @@ def test_whatever_is_published_reaches_the_client_as_it_is() -> None:
 
 KEY = b"dGhlIHNhbXBsZSBub25jZQ=="
 UPGRADE = (
-    b"GET /socket/websocket?vsn=2.0.0 HTTP/1.1\r\nHost: x\r\nOrigin: http://x\r\nUpgrade: websocket\r\n"
+    b"GET /socket/websocket?vsn=2.0.0 HTTP/1.1\r\nHost: localhost\r\nOrigin: http://localhost\r\nUpgrade: websocket\r\n"
     b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Protocol: phoenix\r\n"
     b"Sec-WebSocket-Key: " + KEY + b"\r\n\r\n"
 )
 PUBLISH = b'{"topic":"room:1","event":"tick","payload":{}}'
 REQUESTS = [
     UPGRADE,
-    b"GET /api/topics HTTP/1.1\r\nHost: x\r\n\r\n",
-    b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n",
-    b"POST /api/publish HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    b"GET /api/topics HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    b"POST /api/publish HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     b"Content-Length: %d\r\n\r\n%s" % (len(PUBLISH), PUBLISH),
 ]
 
