@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import websockets
+from fastapi import APIRouter
 from websockets.exceptions import InvalidStatus
 
-from relay import Relay
+from relay import Plugin, Relay
+from relay.rest import make_rest
 from tests.support.client import Client
 from tests.support.process import Valkey, free_port
 from tests.support.serving import http_get, serve
@@ -80,5 +82,54 @@ async def test_relay_works_behind_a_proxy_with_our_file(proxy: str, tmp_path: Pa
         assert refused.value.response.status_code == 403
         status, text = await http_get(f"http://127.0.0.1:{port}/ready")
         assert (status, json.loads(text)) == (200, {"status": "ready"})
-        for operators in ("/metrics", "/api/topics", "/api", "/console"):
-            assert (await http_get(f"http://127.0.0.1:{port}{operators}"))[0] == 404
+
+
+def plugin_with_a_route() -> Plugin:
+    router = APIRouter(prefix="/example")
+
+    @router.get("/{what:path}")
+    async def get_example(what: str) -> dict[str, str]:
+        return {"asked for": what}
+
+    plugin = Plugin("example")
+    plugin.include_router(router)
+    return plugin
+
+
+@pytest.mark.parametrize("proxy", ["nginx", "caddy"])
+async def test_routes_of_plugins_pass_a_proxy_with_our_file_and_those_of_operators_do_not(
+    proxy: str, tmp_path: Path
+) -> None:
+    """In whatever spelling: the proxy and the relay must not read a path in two ways."""
+    relay = Relay(
+        broadcast_url="memory://",
+        system_topic=False,
+        anonymous=True,
+        trusted_proxies=["127.0.0.1"],
+        extra_plugins=(plugin_with_a_route(),),
+        metrics={"public": True},
+    )
+    async with serve(relay) as served, behind(proxy, tmp_path, served.port) as port:
+        status, text = await http_get(f"http://127.0.0.1:{port}/api/example/a/b")
+        assert (status, json.loads(text)) == (200, {"asked for": "a/b"})
+        own = [path.split("{")[0].rstrip("/") for path in relay_paths()]
+        assert {"/publish", "/topics", "/sockets", "/users"} <= set(own)
+        paths = ["/metrics", "/console", "/console/access", "/api", "/api/", *(f"/api{path}" for path in own)]
+        paths += ["/api/docs", "/api/redoc", "/api/openapi.json", "/api/topics/example/x", "/api/topics/a%0Ab"]
+        for path in paths:
+            for spelled in (path, f"{path}/", f"/{path}", path.replace("/", "//"), path.replace("o", "%6F")):
+                refused, _ = await raw_get(port, spelled)
+                assert refused == 404, spelled
+
+
+def relay_paths() -> list[str]:
+    return [str(path) for path in make_rest(Relay(broadcast_url="memory://")).openapi()["paths"]]
+
+
+async def raw_get(port: int, path: str) -> tuple[int, bytes]:
+    """A GET with a path as it is: clients would tidy it up."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n".encode())
+    answer = await reader.read()
+    writer.close()
+    return int(answer.split(b" ", 2)[1]), answer
