@@ -25,7 +25,8 @@ from pydantic_settings import (
 
 from relay.addresses import host_in, is_loopback_host, parse_ip, parse_networks
 from relay.auth_config import AuthConfig, Seconds, Table
-from relay.brokers.address import SENTINEL_SCHEMES, parse_sentinel
+from relay.brokers import address
+from relay.brokers.address import SENTINEL_SCHEMES
 from relay.errors import ConfigError
 from relay.outbox import Overflow, Policy
 from relay.web_config import MetricsConfig, ProxyConfig, RestConfig
@@ -246,14 +247,15 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
         if not url or (info.field_name == "redis_url" and url == EMBEDDED):
             return url
         allowed = _REDIS_SCHEMES if info.field_name == "redis_url" else _BROADCAST_SCHEMES
-        sentinel = parse_sentinel(url)
-        scheme = url.partition("://")[0]
+        if url.partition("://")[0] in _REDIS_SCHEMES and info.field_name == "redis_url":
+            _ = address.parse(url)  # raises ValueError, naming what is wrong
+            return url
         try:
-            _ = sentinel or urlsplit(url).port  # raises ValueError for a port that is no number
+            _ = urlsplit(url).port  # raises ValueError for a port that is no number
         except ValueError:
             # Not repeated: urllib quotes what it could not read, which may be a part of the password.
             raise ValueError("expected scheme://user:password@host:port, special characters written as %XX") from None
-        if scheme not in allowed:
+        if url.partition("://")[0] not in allowed:
             raise ValueError(f"expected a URL that starts with {' or '.join(f'{s}://' for s in allowed)}")
         return url
 

@@ -363,7 +363,7 @@ class Engine:
     @property
     def state(self) -> State:
         """What this process holds at this moment; asked for in another thread too."""
-        return State(dict(self._paths), len(self.hub), self.broker.link.live)
+        return State(dict(self._paths), len(self.hub), self.broker.link.live, self.node.can_publish)
 
     async def _run_service(self, hook: Hook) -> None:
         """Run a plugin's service as long as the relay runs; when it ends or raises, start it again after a while."""

@@ -72,6 +72,7 @@ DROPPED = (
     Reason.INVALID_EVENT,
     Reason.INVALID_PAYLOAD,
     Reason.PAYLOAD_TOO_LARGE,
+    Reason.EVENTS_MISSED,
     "by a plugin",
     "channel names no event",
     "control message not understood",

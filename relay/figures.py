@@ -44,9 +44,11 @@ class State(NamedTuple):
     """Sockets open, by how frames are written."""
     topics: int
     link_live: bool
+    link_pushes: bool = True
+    """Whether the bus takes pushes."""
 
 
-IDLE = State({}, 0, False)
+IDLE = State({}, 0, False, False)
 """Of a relay that does not run."""
 
 
@@ -153,6 +155,14 @@ FIGURES: tuple[Figure, ...] = (
         "1 while the subscription to the bus is live, in every worker.",
         "",
         lambda m, s, p: {"": s.link_live},
+        min,
+    ),
+    Figure(
+        "relay_link_pushes",
+        "gauge",
+        "1 while the bus takes pushes, in every worker; 0 on a replica, or without a connection to publish on.",
+        "",
+        lambda m, s, p: {"": s.link_pushes},
         min,
     ),
     Figure(

@@ -363,8 +363,8 @@ class Node:
 
     @property
     def can_publish(self) -> bool:
-        """Whether the link to the bus is live."""
-        return self._broker.link.live
+        """Whether the link to the bus is live, and takes what is published."""
+        return self._broker.link.live and not self._broker.refusal
 
     async def broadcast(self, topic: str, event: str, payload: Payload, skip: Subscriber | None = None) -> None:
         """Send an event to all subscribers of a topic on every node, except ``skip``. Raises BusUnavailable.

@@ -16,6 +16,9 @@ NAME_MAX_BYTES = 255
 PROTOCOL_TOPIC = "phoenix"
 """The protocol's own topic: heartbeats go there, nobody joins it."""
 
+RELAY_TOPIC = "relay"
+"""The relay's own topic: probes of the link to Redis may go there, no client can join it."""
+
 RESERVED_EVENT_PREFIXES = ("phx_", "chan_reply_")
 """Events of the protocol itself (``phx_join``, ``phx_reply`` …), and those by which phoenix.js hands a reply to the
 push that waits for it (``chan_reply_<ref>``). Neither clients, publishers nor plugins may invent them.
@@ -37,8 +40,8 @@ def _is_name(name: str) -> bool:
 
 
 def is_topic(topic: str) -> bool:
-    """Say whether a client may join ``topic``: 1 to 255 bytes of UTF-8, no control characters, not ``phoenix``."""
-    return _is_name(topic) and topic != PROTOCOL_TOPIC
+    """Say whether a client may join ``topic``: 1 to 255 bytes of UTF-8, no control characters, not a reserved name."""
+    return _is_name(topic) and topic != PROTOCOL_TOPIC and topic != RELAY_TOPIC
 
 
 def is_event(event: str) -> bool:

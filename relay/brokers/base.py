@@ -57,6 +57,11 @@ class Broker(Protocol):
     def link(self) -> Link:
         """Whether the subscription is live now."""
 
+    @property
+    def refusal(self) -> str:
+        """Why nothing can be published now although the subscription may be live; empty where it can."""
+        return ""
+
     async def start(self, sink: Sink) -> None:
         """Connect, and supervise in the background.
 

@@ -129,6 +129,11 @@ class BroadcasterBroker:
         """Whether the backend is connected and its probes come back."""
         return self._link
 
+    @property
+    def refusal(self) -> str:
+        """Empty: one connection hears and publishes."""
+        return ""
+
     async def start(self, sink: Sink) -> None:
         """Connect; returns once the first attempt has succeeded or failed."""
         settled = asyncio.Event()

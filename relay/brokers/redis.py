@@ -1,40 +1,53 @@
-"""Redis Pub/Sub behind the `Broker` interface: one pattern subscription, read in batches, and a publisher.
+"""Redis Pub/Sub behind the `Broker` interface: one pattern subscription, read in batches, and its proof.
 
-Owns the two connections to Redis and their supervision; must not know topics' subscribers or sockets.
+Owns the subscription and its supervision; must not know topics' subscribers or sockets.
 
 The subscription's bytes go through ``hiredis.Reader`` directly, 1.2 µs an event; redis-py's own listener takes 20 µs,
-and at 40 000 events/s Redis cut it off for its output buffer. Publishing writes each command at once and matches the
-replies in order, a third of the cost of redis-py's pipeline. redis-py makes both connections: URL, TLS, Sentinel.
+and at 40 000 events/s Redis cut it off for its output buffer.
+
+A connection that answers may hear nothing: its server has become a replica, or another one than that which takes the
+pushes. So the relay asks for the server's role, and publishes probes that must come back on the subscription.
 """
 
 import asyncio
 import logging
 import random
 import time
+import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
 from typing import Any
 
 import hiredis
-from redis.asyncio import ConnectionPool, Redis
-from redis.asyncio.connection import AbstractConnection, parse_url
-from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 
 from relay.brokers import address
 from relay.brokers.base import Direction, Event, Link, Sink
-from relay.config import Config, RedisConfig
-from relay.errors import BusUnavailable
+from relay.brokers.redis_connection import (
+    Connections,
+    LinkLost,
+    RedisConnection,
+    Role,
+    is_denied,
+    name_of,
+    packed,
+    read_role,
+    words,
+)
+from relay.brokers.redis_publisher import Publisher
+from relay.brokers.redis_publisher import publishing as publishing
+from relay.config import Config
+from relay.errors import BusUnavailable, Reason
 from relay.metrics import Metrics
-from relay.topics import from_redis_channel, glob_escape, to_redis_channel
+from relay.topics import RELAY_TOPIC, from_redis_channel, glob_escape, to_redis_channel
 
 _logger = logging.getLogger("relay.redis")
 
-_READ_BYTES = 256 * 1024
-"""Most bytes taken from the socket at a time: some 1 000 events of 220 bytes."""
+_PROBE_EVERY_S = 60.0
+"""Seconds between two probes while events flow."""
+
+_PROBE = b'{"probe":'
+"""How probes begin. They are no orders: those of other nodes are passed over."""
 
 
 class RedisBroker:
@@ -59,37 +72,44 @@ class RedisBroker:
         self._redis = config.redis
         self._metrics = metrics
         self._clock = clock
-        self._pool, self._sentinels = _make_pool(config)
-        self._publisher = _Publisher(self._pool, config.redis, clock)
+        self._connections = Connections(address.parse(config.redis_url), config.redis.timeout_s, clock)
         self._address = address.shown(config.redis_url)
+        self._publisher = Publisher(
+            self._connections, config.redis, clock, self._address, self._role_changed, self._say_denied
+        )
         self._link = Link(False, "not started")
         self._listener: asyncio.Task[None] | None = None
-        # When the reader began to wait for bytes; None while it is busy with what it has.
-        self._waiting_since: float | None = None
-        # When the subscription was last pinged, while the answer is still to come.
-        self._pinged_at: float | None = None
-        self._fault = ""
+        self._session: _Session | None = None
+        # Whether hearing has to be proved by a probe before the next subscription counts as live.
+        self._is_doubted = False
+        # What the Redis user may not do, each logged once.
+        self._denied: set[str] = set()
 
     @property
     def link(self) -> Link:
         """Whether ``PSUBSCRIBE`` is confirmed and its connection answers."""
         return self._link
 
+    @property
+    def refusal(self) -> str:
+        """Why nothing can be published: on a replica, or without a connection to publish on."""
+        return self._publisher.refusal
+
     async def start(self, sink: Sink) -> None:
         """Start to listen; returns once the first attempt has succeeded or failed."""
         settled = asyncio.Event()
+        self._publisher.start()
         self._listener = asyncio.create_task(self._supervise(sink, settled.set), name="relay-redis-listener")
         await settled.wait()
 
     async def stop(self) -> None:
         """Close both connections; messages not yet taken fail."""
+        await self._publisher.stop()
         if self._listener is not None:
             self._listener.cancel()
             with suppress(asyncio.CancelledError):
                 await self._listener
-        await self._publisher.stop()
-        for client in self._sentinels:
-            await client.aclose()
+        await self._connections.close()
         self._link = Link(False, "stopped")
 
     async def subscribe(self, topic: str) -> None:
@@ -101,127 +121,67 @@ class RedisBroker:
     # Listening.
 
     async def _supervise(self, sink: Sink, settled: Callable[[], None]) -> None:
-        """Keep one subscription alive, for ever; tell the sink when it has been interrupted."""
+        """Keep one subscription alive until cancelled; tell the sink when it has been interrupted."""
         attempt = 0
         lost_at: float | None = None
 
         def on_live() -> None:
             nonlocal attempt, lost_at
             attempt = 0
+            self._is_doubted = False
             self._link = Link(True, "")
+            self._publisher.wake()
             _logger.info("subscribed to %s* on %s", self._redis.to_prefix, self._address)
             if lost_at is not None:
                 away_s = self._clock() - lost_at
                 self._metrics.gaps += 1
                 _logger.warning("gap: events of the last %.1f s may have been missed", away_s)
-                sink.receive_gap(self._fault)
+                sink.receive_gap(fault)
                 lost_at = None
             settled()
 
+        fault = ""
         while True:
-            try:
-                await self._listen(sink, on_live)
-            except (RedisError, OSError, hiredis.HiredisError) as error:
-                self._fault = self._fault or str(error) or type(error).__name__
-            except Exception as error:  # a fault of our own must not leave the relay deaf
-                self._fault = f"internal error: {type(error).__name__}"
-                _logger.exception("the Redis listener failed")
+            fault = await self._listen(sink, on_live)
             was_live = self._link.live
             if was_live:
                 lost_at = self._clock()
-            self._link = Link(False, f"no subscription to {self._address}: {self._fault}")
+            self._link = Link(False, f"{fault} (no subscription to {self._address})")
             settled()
             # Full jitter (a fleet of relays must not return in step), never quite zero.
             limit_s = min(self._redis.backoff_max_s, self._redis.backoff_min_s * 2**attempt)
             delay_s = self._redis.backoff_min_s / 2 + random.uniform(0, limit_s)
             if was_live or attempt == 0 or attempt % 10 == 0:
-                _logger.warning("Redis link to %s is down: %s; trying again", self._address, self._fault)
-            attempt = min(attempt + 1, 1000)
+                _logger.warning("Redis link to %s is down: %s; trying again", self._address, fault)
+            attempt = attempt + 1 if attempt < 1000 else 991
             await asyncio.sleep(delay_s)
 
-    async def _listen(self, sink: Sink, on_live: Callable[[], None]) -> None:
-        """Connect, subscribe, and hand events over until the connection ends, which raises."""
-        self._fault = ""
-        connection = self._pool.make_connection()  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
-        await connection.connect()
+    async def _listen(self, sink: Sink, on_live: Callable[[], None]) -> str:
+        """Connect, subscribe, and hand events over until the connection ends. Returns why it has."""
         try:
-            async with asyncio.TaskGroup() as group:
-                watcher = group.create_task(self._watch(connection))
-                try:
-                    await self._read(connection, sink, on_live)
-                finally:
-                    watcher.cancel()
-        except ExceptionGroup as errors:  # not `except*`, in which Python before 3.11.4 makes a group of what is raised
-            known, unknown = errors.split((RedisError, OSError, hiredis.HiredisError))
-            raise errors if known is None or unknown is not None else known.exceptions[0] from None
+            connection = await self._connections.open()
+        except LinkLost as lost:
+            return str(lost)
+        self._session = session = _Session(self, connection, sink, on_live)
+        try:
+            return await session.run()
+        except Exception as error:  # a fault of our own must not leave the relay deaf
+            _logger.exception("the Redis listener failed")
+            return f"internal error: {type(error).__name__}"
         finally:
-            self._waiting_since = None
-            await connection.disconnect(nowait=True)
+            self._session = None
+            await connection.close()
 
-    async def _read(self, connection: AbstractConnection, sink: Sink, on_live: Callable[[], None]) -> None:
-        reader, writer = _streams(connection)
-        prefix = self._redis.to_prefix.encode()
-        parser = hiredis.Reader()
-        pattern = (glob_escape(self._redis.to_prefix) + "*").encode()
-        control = glob_escape(self._redis.control_channel).encode()
-        # One command for all, so that live means all of them.
-        patterns = (pattern, *((control,) if control else ()), *self._patterns)
-        unconfirmed = len(patterns)
-        raw = {raw.encode() for raw in self._patterns}  # Redis tells of one pattern once, whoever asked for it
-        writer.write(hiredis.pack_command(("PSUBSCRIBE", *patterns)))
-        while True:
-            self._waiting_since = self._clock()
-            data = await reader.read(_READ_BYTES)
-            self._waiting_since = None
-            if not data:
-                raise ConnectionError("the connection was closed by Redis")
-            parser.feed(data)
-            events: list[Event] = []
-            while (reply := parser.gets()) is not False:
-                if isinstance(reply, hiredis.ReplyError):
-                    raise ConnectionError(str(reply))
-                # ["pmessage", pattern, channel, payload], ["psubscribe", pattern, 1] or ["pong", ""]
-                if reply[0] == b"pmessage" and reply[1] == pattern:
-                    names = from_redis_channel(prefix, reply[2])
-                    if names is None:
-                        self._metrics.dropped["channel names no event"] += 1
-                    else:
-                        events.append((*names, reply[3]))
-                elif reply[0] == b"pmessage" and reply[1] == control:
-                    sink.receive_control(reply[3])
-                if reply[0] == b"pmessage" and reply[1] in raw:
-                    sink.receive_message(reply[1].decode(), reply[2].decode(errors="replace"), reply[3])
-                elif reply[0] == b"pong" and self._pinged_at is not None:
-                    self._metrics.link_lag_s = self._clock() - self._pinged_at
-                    self._pinged_at = None
-                elif reply[0] == b"psubscribe":
-                    unconfirmed -= 1
-                    if not unconfirmed:
-                        on_live()
-            if events:
-                await sink.receive_events(events)
+    def _role_changed(self, role: Role) -> None:
+        """Learn from the publisher that its server is no longer what it was: what it sends on may not reach us."""
+        # A session that has found the same when it subscribed is none the worse for it.
+        if self._session is not None and self._session.role != role:
+            self._session.end(f"the server has become {role}")
 
-    async def _watch(self, connection: AbstractConnection) -> None:
-        """Ping the connection, and abort it when nothing comes back: a dead peer sends no FIN.
-
-        A busy connection is pinged too: how long the answer takes is the lag of the events beside it.
-        """
-        _, writer = _streams(connection)
-        self._pinged_at = None
-        while True:
-            await asyncio.sleep(self._redis.ping_interval_s / 2)
-            looked_at = self._clock()
-            if self._pinged_at is None:
-                writer.write(hiredis.pack_command(("PING",)))
-                self._pinged_at = looked_at
-            await asyncio.sleep(self._redis.ping_timeout_s)
-            since = self._waiting_since  # None: busy with what has come, so alive
-            if since is not None and since <= looked_at:
-                self._fault = f"no answer to PING within {self._redis.ping_timeout_s:g} s"
-                writer.transport.abort()
-                return
-            if self._pinged_at is not None:  # the answer is still behind the events
-                self._metrics.link_lag_s = self._clock() - self._pinged_at
+    def _say_denied(self, what: str, means: str, allow: str) -> None:
+        if what not in self._denied:
+            self._denied.add(what)
+            _logger.warning("no permission for %s on %s: %s; allow it with %s", what, self._address, means, allow)
 
     # Publishing.
 
@@ -239,162 +199,296 @@ class RedisBroker:
         return future
 
 
-class _Publisher:
-    """Publishes on a connection of its own, made when it is first needed and again after a fault.
+class _Session:
+    """One subscription from its handshake to the end of its connection, with what guards it."""
 
-    Each command is written at once, replies come in the order of the commands. Nothing is ever sent twice: what had no
-    reply when the connection broke has failed.
-    """
+    def __init__(
+        self, broker: RedisBroker, connection: RedisConnection, sink: Sink, on_live: Callable[[], None]
+    ) -> None:
+        self._broker = broker
+        self._connection = connection
+        self._sink = sink
+        self._on_live = on_live
+        self._settings = settings = broker._redis
+        self._metrics = broker._metrics
+        self._clock = broker._clock
+        self._pattern = (glob_escape(settings.to_prefix) + "*").encode()
+        self._control = glob_escape(settings.control_channel).encode()
+        # Where probes may go: the control channel, else one that the pattern for events matches.
+        self._fallback = to_redis_channel(settings.to_prefix, RELAY_TOPIC, "probe")
+        self._probe_channels = [settings.control_channel.encode()] if self._control else []
+        self._probe_channels.append(self._fallback)
+        # Commands whose replies are still to come, with their pattern; and how many patterns are not confirmed yet.
+        self._asked: deque[tuple[str, bytes]] = deque()
+        self._unconfirmed = 0
+        self._confirmed = asyncio.Event()
+        self._is_live = False
+        self.role: Role | None = None
+        self._fault = ""
+        # When the reader began to wait for bytes; None while it is busy with what it has.
+        self._waiting_since: float | None = None
+        # When the subscription was pinged, while the answer is still to come; and when the last ping answered was sent.
+        self._pinged_at: float | None = None
+        self._answered_ping = 0.0
+        self._may_ping = True
+        # When an event came last; the probe that is under way, and whether it has come back.
+        self._heard_at = self._clock()
+        self._probe = b""
+        self._probe_number = 0
+        self._probe_heard = asyncio.Event()
+        self._name = uuid.uuid4().hex[:8]
 
-    def __init__(self, pool: ConnectionPool, settings: RedisConfig, clock: Callable[[], float]) -> None:
-        self._pool = pool
-        self._settings = settings
-        self._clock = clock
-        self._task: asyncio.Task[None] | None = None
-        self._writer: asyncio.StreamWriter | None = None
-        # Commands that wait for the connection; futures of all without a reply, with time and bytes; and those in all.
-        self._unsent: list[bytes] = []
-        self._unanswered: deque[tuple[asyncio.Future[None], float, int]] = deque()
-        self._bytes = 0
+    def end(self, fault: str) -> None:
+        """Cut the connection."""
+        self._fault = self._fault or fault
+        self._connection.abort()
 
-    def publish(self, redis_channel: bytes, payload: bytes) -> asyncio.Future[None]:
-        """Publish one message; see `Broker.publish`."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        most, size = self._settings, len(redis_channel) + len(payload)
-        if len(self._unanswered) >= most.publish_queue_max or self._bytes + size > most.publish_queue_max_bytes:
-            future.set_exception(BusUnavailable("too many messages are waiting for Redis"))
-            return future
-        self._unanswered.append((future, self._clock(), size))
-        self._bytes += size
-        command = hiredis.pack_command((b"PUBLISH", redis_channel, payload))  # type: ignore[arg-type]  # its stub forgets tuple[bytes, ...]
-        if self._writer is not None:
-            self._writer.write(command)
-            return future
-        self._unsent.append(command)
-        if self._task is None:
-            self._task = asyncio.create_task(self._run(), name="relay-redis-publisher")
-        return future
-
-    async def stop(self) -> None:
-        """Close the connection; what has no reply yet fails."""
-        if self._task is not None:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
-
-    async def _run(self) -> None:
-        """Connect, send what waits, and match replies until the connection ends."""
-        fault = "the relay is stopping"
-        connection = self._pool.make_connection()  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
-        watcher: asyncio.Task[None] | None = None
+    async def run(self) -> str:
+        """Serve the connection to its end; returns why it has ended."""
+        guards: list[asyncio.Task[None]] = []
         try:
-            await connection.connect()
-            reader, self._writer = _streams(connection)
-            self._writer.writelines(self._unsent)
-            self._unsent.clear()
-            watcher = asyncio.create_task(self._watch(self._writer))
-            await self._match_replies(reader)
-        except (RedisError, OSError, hiredis.HiredisError) as error:
-            fault = str(error) or type(error).__name__
+            async with asyncio.timeout(self._settings.timeout_s):
+                await self._check_role()
+            guards = [asyncio.create_task(self._guard(work)) for work in (self._watch, self._prove)]
+            await self._read()
+        except (LinkLost, hiredis.HiredisError) as lost:
+            return self._fault or (str(lost) if isinstance(lost, LinkLost) else words(lost))
+        except TimeoutError:
+            return f"no answer to ROLE within {self._settings.timeout_s:g} s"
+        else:
+            raise AssertionError("reading ends with an exception")
         finally:
-            if watcher is not None:
-                watcher.cancel()
-            self._writer = self._task = None
-            self._unsent.clear()
-            failed, self._unanswered, self._bytes = self._unanswered, deque(), 0
-            for future, *_ in failed:
-                if not future.done():
-                    future.set_exception(BusUnavailable(fault))
-            await connection.disconnect(nowait=True)
+            for guard in guards:
+                guard.cancel()
+            _ = await asyncio.gather(*guards, return_exceptions=True)
 
-    async def _match_replies(self, reader: asyncio.StreamReader) -> None:
-        parser = hiredis.Reader()
-        while data := await reader.read(_READ_BYTES):
-            parser.feed(data)
-            while (reply := parser.gets()) is not False:
-                future, _, size = self._unanswered.popleft()
-                self._bytes -= size
-                if future.done():
-                    continue  # its caller has given up
-                if isinstance(reply, hiredis.ReplyError):
-                    future.set_exception(BusUnavailable(str(reply)))  # of this message alone: NOPERM, OOM
-                else:
-                    future.set_result(None)
-        raise ConnectionError("the connection was closed by Redis")
+    async def _guard(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
+        try:
+            await work()
+        except LinkLost as lost:
+            self.end(str(lost))
+        except Exception as error:  # an unguarded subscription may go deaf
+            _logger.exception("the guard of the Redis subscription failed")
+            self.end(f"internal error: {type(error).__name__}")
 
-    async def _watch(self, writer: asyncio.StreamWriter) -> None:
-        """Abort a connection whose oldest command has had no reply for too long."""
+    # Reading.
+
+    async def _check_role(self) -> None:
+        """See that there is something to be heard. Raises LinkLost."""
+        broker, connection = self._broker, self._connection
+        self.role = role = await connection.role()
+        if role is None:
+            broker._say_denied("ROLE", "whether Redis is a master is not checked", "+role")
+        elif not role.is_linked or (broker._connections.asks_sentinels and not role.is_master):
+            raise LinkLost(f"the server is {role}")
+        elif not role.is_master:
+            _logger.warning("subscribing on a replica: %s; events are heard through its master", broker._address)
+            # Under RESP3 it can be asked again while it is subscribed; where it knows none, the probes are left.
+            if connection.protocol == 2 and not isinstance(await connection.ask("HELLO", "3"), hiredis.ReplyError):
+                connection.protocol = 3
+
+    async def _read(self) -> None:
+        connection, sink, metrics = self._connection, self._sink, self._metrics
+        prefix, pattern, control, fallback = (
+            self._settings.to_prefix.encode(),
+            self._pattern,
+            self._control,
+            self._fallback,
+        )
+        raw = {raw.encode() for raw in self._broker._patterns}  # Redis tells of one pattern once, whoever asked for it
+        # The pattern for events comes last: none is heard before all are confirmed, so that live means all of them.
+        patterns = (*sorted(raw), *((control,) if control else ()), pattern)
+        self._unconfirmed = len(patterns)
+        self._asked.extend(("PSUBSCRIBE", each) for each in patterns)
+        connection.write(packed([(b"PSUBSCRIBE", each) for each in patterns]))
+        gets = connection.replies.gets
         while True:
-            await asyncio.sleep(self._settings.timeout_s / 4)
-            if self._unanswered and self._clock() - self._unanswered[0][1] > self._settings.timeout_s:
-                writer.transport.abort()
-                return
+            self._waiting_since = self._clock()
+            await connection.read()
+            self._waiting_since = None
+            events: list[Event] = []
+            while (reply := gets()) is not False:
+                if isinstance(reply, hiredis.ReplyError):
+                    self._take_refusal(reply)
+                    continue
+                if reply[0] != b"pmessage":
+                    self._take_answer(reply)
+                    continue
+                _, of, channel, payload = reply
+                if of == pattern and channel != fallback:
+                    names = from_redis_channel(prefix, channel)
+                    if names is None:
+                        metrics.dropped["channel names no event"] += 1
+                    else:
+                        events.append((*names, payload))
+                elif payload.startswith(_PROBE) and (channel == fallback or of == control):
+                    if payload == self._probe:
+                        self._take_probe()
+                    continue
+                elif of == control:
+                    sink.receive_control(payload)
+                if of in raw:
+                    sink.receive_message(of.decode(), channel.decode(errors="replace"), payload)
+            if events:
+                self._heard_at = connection.read_at
+                if self._is_live:
+                    await sink.receive_events(events)
+                else:
+                    metrics.dropped[Reason.EVENTS_MISSED] += len(events)
 
+    def _take_answer(self, reply: Any) -> None:
+        """Take the answer to a command: ``["psubscribe", pattern, 1]``, ``["pong", ""]``, or what `read_role` reads."""
+        kind = reply if isinstance(reply, bytes) else reply[0]
+        if kind == b"psubscribe":
+            _ = self._asked.popleft()
+            self._confirm_one()
+        elif kind in (b"pong", b"PONG"):
+            _ = self._asked.popleft()
+            self._take_pong()
+        elif kind in (b"master", b"slave", b"sentinel"):
+            _ = self._asked.popleft()
+            if (role := read_role(reply)) != self.role:
+                raise LinkLost(f"the server has become {role}")
 
-def _streams(connection: AbstractConnection) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """Take a connection over from redis-py, which has just made it.
+    def _take_refusal(self, error: hiredis.ReplyError) -> None:
+        """Take an error reply. Raises LinkLost where nothing can be heard without what it refuses."""
+        command, pattern = self._asked.popleft() if self._asked else ("", b"")
+        if command == "PING":
+            self._take_pong()  # a sign of life, whatever it says
+            if is_denied(error):
+                self._may_ping = False
+                self._broker._say_denied("PING", "the connections are guarded by probes alone", "+ping")
+        elif command == "PSUBSCRIBE" and pattern == self._control and is_denied(error):
+            self._probe_channels.remove(self._settings.control_channel.encode())
+            self._control_denied()
+            self._confirm_one()
+        elif command == "PSUBSCRIBE":
+            raise LinkLost(f"PSUBSCRIBE {name_of(pattern)}: {words(error)}")
+        elif command != "ROLE":
+            raise LinkLost(words(error))
 
-    The streams are private in redis-py. To use them is safe: the handshake is over and nothing is in flight.
-    Should they move, the tests fail.
-    """
-    reader, writer = connection._reader, connection._writer
-    assert reader is not None and writer is not None, "connect() has returned"
-    return reader, writer
+    def _control_denied(self) -> None:
+        name = self._settings.control_channel
+        means = "orders of other nodes (disconnect, kick) are not heard here"
+        self._broker._say_denied(f"PSUBSCRIBE {name}", means, f"&{name}")
 
+    def _confirm_one(self) -> None:
+        self._unconfirmed -= 1
+        if not self._unconfirmed:
+            self._confirmed.set()
+            if not self._broker._is_doubted:
+                self._go_live()
 
-def _make_pool(config: Config) -> tuple[ConnectionPool, list[Redis]]:
-    """Make what connections come from, and the clients of Sentinels behind it, which are to be closed.
+    def _go_live(self) -> None:
+        if not self._is_live:
+            self._is_live = True
+            self._on_live()
 
-    A connection to a master that Sentinels know asks them for its address each time it is made.
-    """
-    settings: dict[str, Any] = {
-        "protocol": 2,
-        "socket_keepalive": True,
-        "socket_connect_timeout": config.redis.timeout_s,
-        "socket_timeout": config.redis.timeout_s,
-        # A retried PUBLISH could be delivered twice; a retried connect is our supervisor's business.
-        "retry": Retry(NoBackoff(), 0),
-    }
-    found = address.parse_sentinel(config.redis_url)
-    if found is None:
-        return ConnectionPool.from_url(config.redis_url, **settings), []
-    options: dict[str, Any] = dict(parse_url(found.master_url))
-    for name in ("host", "port"):
-        options.pop(name, None)
-    tls = {"ssl": True} if options.pop("connection_class", None) is not None else {}
-    theirs = settings | tls | {name: value for name, value in options.items() if name.startswith("ssl_")}
-    theirs |= {"username": found.username, "password": found.password}
-    sentinel = Sentinel(found.hosts, sentinel_kwargs=theirs)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
-    pool: ConnectionPool = SentinelConnectionPool(found.service, sentinel, **(settings | tls | options))  # type: ignore[no-untyped-call]
-    return pool, sentinel.sentinels
+    # Guarding.
 
+    def _take_pong(self) -> None:
+        if self._pinged_at is not None:
+            self._metrics.link_lag_s = self._clock() - self._pinged_at
+            self._answered_ping = self._pinged_at
+            self._pinged_at = None
 
-@asynccontextmanager
-async def publishing(config: Config) -> AsyncIterator[Callable[[Sequence[tuple[str, str, bytes]]], Awaitable[int]]]:
-    """Publish events towards browsers for the duration of the block, from a program that does nothing else.
+    def _ping(self) -> None:
+        if self._may_ping and self._pinged_at is None:
+            self._asked.append(("PING", b""))
+            self._pinged_at = self._clock()
+            self._connection.write(packed([("PING",)]))
 
-    Yields: a function of topics, events and payloads, which publishes them in order. It returns how many
-            subscriptions took the last: the relays that listen. It raises BusUnavailable where Redis took them not.
-    """
-    pool, sentinels = _make_pool(config)
-    try:
-        async with Redis.from_pool(pool) as client:
+    async def _watch(self) -> None:
+        """Ping the connection, and abort it when nothing comes back: a dead peer sends no FIN.
 
-            async def publish(events: Sequence[tuple[str, str, bytes]]) -> int:
-                pipeline = client.pipeline(transaction=False)
-                for topic, event, payload in events:
-                    _ = pipeline.publish(to_redis_channel(config.redis.to_prefix, topic, event), payload)
-                try:
-                    replies = await pipeline.execute()
-                except (RedisError, OSError) as error:
-                    raise BusUnavailable(str(error)) from error
-                task = asyncio.current_task()
-                # Under Python 3.11 redis-py's `wait_for` loses a cancellation at times.
-                if task is not None and task.cancelling():
-                    raise asyncio.CancelledError
-                return int(replies[-1])
+        A busy connection is pinged too: how long the answer takes is the lag of the events beside it.
+        """
+        settings, timeout_s = self._settings, self._settings.ping_timeout_s
+        try:
+            async with asyncio.timeout(settings.timeout_s):
+                await self._confirmed.wait()
+        except TimeoutError:
+            raise LinkLost(f"no answer to PSUBSCRIBE within {settings.timeout_s:g} s") from None
+        pause_s = max(settings.ping_interval_s - timeout_s, settings.ping_interval_s / 2)
+        while True:
+            await asyncio.sleep(pause_s)
+            looked_at = self._clock()
+            self._ping()
+            if self.role is not None and not self.role.is_master and self._connection.protocol == 3:
+                self._asked.append(("ROLE", b""))
+                self._connection.write(packed([("ROLE",)]))
+            await asyncio.sleep(timeout_s)
+            if self._is_silent_since(looked_at) and self._pinged_at is not None:
+                await asyncio.sleep(timeout_s / 8)  # what came while the loop was blocked is read first
+                if self._is_silent_since(looked_at) and self._pinged_at is not None:
+                    raise LinkLost(f"no answer to PING within {timeout_s:g} s")
+            if self._pinged_at is not None:  # the answer is still behind the events
+                self._metrics.link_lag_s = self._clock() - self._pinged_at
 
-            yield publish
-    finally:
-        for sentinel in sentinels:
-            await sentinel.aclose()
+    def _is_silent_since(self, then: float) -> bool:
+        since = self._waiting_since  # None: busy with what has come, so alive
+        return since is not None and since <= then
+
+    async def _prove(self) -> None:
+        """Publish a probe after each interval without an event, and once a minute with, and see that it is heard."""
+        interval_s = self._settings.ping_interval_s
+        await self._confirmed.wait()
+        probed_at = self._clock()
+        is_due = self._broker._is_doubted
+        while self._probe_channels:
+            due_at = min(max(self._heard_at, probed_at) + interval_s, probed_at + max(_PROBE_EVERY_S, interval_s))
+            if not is_due and (wait_s := due_at - self._clock()) > 0:
+                await asyncio.sleep(wait_s)
+                continue
+            probed_at = self._clock()
+            # A replica's own messages reach its own clients only: there the role says what can be said.
+            if not self._broker._publisher.is_at_master or await self._send_probe():
+                self._go_live()
+            is_due = not self._is_live
+        self._go_live()
+
+    async def _send_probe(self) -> bool:
+        """Publish a probe; False where it could not be published. Raises LinkLost where it was not heard."""
+        self._probe_number += 1
+        self._probe = b'%b"%b:%d"}' % (_PROBE, self._name.encode(), self._probe_number)
+        self._probe_heard.clear()
+        channel = self._probe_channels[0]
+        sent_at = self._clock()
+        try:
+            await self._broker._publisher.publish(channel, self._probe)
+        except BusUnavailable as error:
+            if "NOPERM" not in str(error):
+                await asyncio.sleep(self._settings.ping_timeout_s)  # the publisher looks after its own connection
+                return False
+            self._probe_channels.remove(channel)
+            name = name_of(channel)
+            means = "another channel is tried" if self._probe_channels else "what is heard is not checked by probes"
+            self._broker._say_denied(f"PUBLISH {name}", means, f"+publish &{name}")
+            return bool(self._probe_channels) and await self._send_probe()
+        await self._expect_probe(sent_at)
+        return True
+
+    async def _expect_probe(self, sent_at: float) -> None:
+        timeout_s = self._settings.ping_timeout_s
+        if await self._hears(timeout_s):
+            return
+        self._ping()
+        # A ping sent later and answered has nothing waiting before it any more.
+        while not await self._hears(timeout_s / 2):
+            is_read_up = self._answered_ping > sent_at if self._may_ping else self._waiting_since is not None
+            if is_read_up or self._is_silent_since(sent_at):
+                self._broker._is_doubted = True
+                self._broker._publisher.reconnect()
+                raise LinkLost(f"a probe that was published did not come back within {timeout_s:g} s")
+            self._ping()
+
+    async def _hears(self, timeout_s: float) -> bool:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._probe_heard.wait()
+        return self._probe_heard.is_set()
+
+    def _take_probe(self) -> None:
+        if not self._may_ping:
+            self._metrics.link_lag_s = 0.0
+        self._probe_heard.set()

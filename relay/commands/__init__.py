@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from relay.errors import ConfigError
-from relay.topics import PROTOCOL_TOPIC, is_event, is_topic
+from relay.topics import PROTOCOL_TOPIC, RELAY_TOPIC, is_event, is_topic
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML file with settings.")]
 RelayFile = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="The relay's TOML file.")]
@@ -65,6 +65,8 @@ def topic_of(text: str) -> str:
     """A topic from the command line. Raises ConfigError."""
     if text == PROTOCOL_TOPIC:
         raise ConfigError(f"TOPIC: {text!r} belongs to the protocol: heartbeats go there, nobody joins it")
+    if text == RELAY_TOPIC:
+        raise ConfigError(f"TOPIC: {text!r} is reserved for the relay's own messages")
     if not is_topic(text):
         raise ConfigError(f"TOPIC: expected 1 to 255 bytes without control characters, got {text!r}")
     return text

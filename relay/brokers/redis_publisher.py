@@ -1,0 +1,360 @@
+"""Publishing on a connection of its own, which is kept open, watched, and made again after a fault.
+
+Owns the messages on their way to Redis and the role of the server that takes them; must not know who is subscribed.
+
+Each command is written at once, replies come in the order of the commands: a third of the cost of redis-py's pipeline.
+Nothing is ever sent twice: what had no reply when the connection broke has failed.
+"""
+
+import asyncio
+import logging
+import random
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import hiredis
+
+from relay.brokers import address
+from relay.brokers.redis_connection import (
+    MASTER,
+    Connections,
+    LinkLost,
+    RedisConnection,
+    Role,
+    is_denied,
+    name_of,
+    read_role,
+    words,
+)
+from relay.config import Config, RedisConfig
+from relay.errors import BusUnavailable
+from relay.topics import to_redis_channel
+
+_logger = logging.getLogger("relay.redis")
+
+_STOPPING = "the relay is stopping"
+
+
+def _not_published(where: str, role: Role) -> str:
+    return f"{where} is {role}: what is published there does not reach its master's clients"
+
+
+class Publisher:
+    """Publishes, and asks the server each ``ping_interval_s`` what it is.
+
+    Args: where: the server, for people.
+          say_denied: logs, once each, what the Redis user may not do, what that means, and what allows it.
+          on_role: called when the server is no longer what it was: subscriptions there may have gone deaf.
+    """
+
+    def __init__(
+        self,
+        connections: Connections,
+        settings: RedisConfig,
+        clock: Callable[[], float],
+        where: str = "Redis",
+        on_role: Callable[[Role], None] = lambda role: None,
+        say_denied: Callable[[str, str, str], None] = lambda what, means, allow: None,
+    ) -> None:
+        self._connections = connections
+        self._settings = settings
+        self._clock = clock
+        self._where = where
+        self._on_role = on_role
+        self._say_denied = say_denied
+        self._task: asyncio.Task[None] | None = None
+        self._connection: RedisConnection | None = None
+        self._role: Role | None = None
+        self._refusal = ""
+        self._wake = asyncio.Event()
+        self._wakes_at = 0.0
+        # Commands that wait for the connection; of all without a reply the future, time, bytes and channel (empty for
+        # the publisher's own commands); and the bytes of all of them.
+        self._unsent: list[bytes] = []
+        self._unanswered: deque[tuple[asyncio.Future[Any], float, int, bytes]] = deque()
+        self._bytes = 0
+
+    @property
+    def refusal(self) -> str:
+        """Why nothing can be published now; empty while it can, or a connection is being made."""
+        return self._refusal
+
+    @property
+    def is_at_master(self) -> bool:
+        """Whether its server is a master, as far as is known."""
+        return self._role is None or self._role.is_master
+
+    def start(self) -> None:
+        """Begin to connect, in the background."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._supervise(), name="relay-redis-publisher")
+
+    async def stop(self) -> None:
+        """Close the connection; what has no reply yet fails, and so does what comes later."""
+        self._refusal = _STOPPING
+        self._fail_all(_STOPPING)
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    def wake(self) -> None:
+        """Connect now, where it waits for its next attempt: Redis is there again."""
+        self._wake.set()
+
+    def reconnect(self) -> None:
+        """Give the connection up for a new one."""
+        if self._connection is not None:
+            self._connection.abort()
+
+    def publish(self, channel: bytes, payload: bytes) -> asyncio.Future[None]:
+        """Publish one message; see `Broker.publish`."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        most, size = self._settings, len(channel) + len(payload)
+        if self._refusal and not self._may_wait():
+            future.set_exception(BusUnavailable(self._refusal))
+            return future
+        if len(self._unanswered) >= most.publish_queue_max or self._bytes + size > most.publish_queue_max_bytes:
+            future.set_exception(BusUnavailable("too many messages are waiting for Redis"))
+            return future
+        self._unanswered.append((future, self._clock(), size, channel))
+        self._bytes += size
+        command = hiredis.pack_command((b"PUBLISH", channel, payload))  # type: ignore[arg-type]  # its stub forgets tuple[bytes, ...]
+        connection = self._connection
+        if connection is None:
+            self._unsent.append(command)
+            self.start()
+            return future
+        try:
+            connection.write(command)
+        except LinkLost as lost:
+            self._lose(connection, str(lost))
+        return future
+
+    def _may_wait(self) -> bool:
+        """Whether a new attempt to connect is due, so that a message may wait for it."""
+        if self._connection is not None or self._refusal == _STOPPING or self._clock() < self._wakes_at:
+            return False
+        self._refusal = ""
+        self._wake.set()
+        return True
+
+    # Its connection.
+
+    async def _supervise(self) -> None:
+        """Keep a connection open until cancelled."""
+        attempt = 0
+        while True:
+            fault, was_open = await self._serve()
+            attempt = 0 if was_open else attempt + 1
+            limit_s = min(self._settings.backoff_max_s, self._settings.backoff_min_s * 2 ** min(attempt, 20))
+            if not was_open:
+                self._refusal = fault
+                self._fail_all(fault)
+                self._wakes_at = self._clock() + self._settings.backoff_min_s
+                if attempt == 1:
+                    _logger.warning("cannot publish to %s: %s; trying again", self._where, fault)
+            self._wake.clear()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(random.uniform(self._settings.backoff_min_s / 4, limit_s)):
+                    await self._wake.wait()
+            if not was_open:
+                self._refusal = ""
+
+    async def _serve(self) -> tuple[str, bool]:
+        """Serve one connection to its end. Returns why it has ended, and whether it was open at all."""
+        try:
+            connection = await self._connections.open()
+        except LinkLost as lost:
+            return str(lost), False
+        keeper: asyncio.Task[None] | None = None
+        was_open = False
+        fault = _STOPPING
+        try:
+            async with asyncio.timeout(self._settings.timeout_s):
+                role = await connection.role()
+            if role is None:
+                self._say_denied("ROLE", "whether Redis is a master is not checked", "+role")
+            is_same = self._take_role(role or MASTER)
+            if not self._refusal:
+                connection.write(b"".join(self._unsent))
+                self._unsent.clear()
+            was_open = True
+            self._connection = connection
+            if not is_same:
+                self._on_role(role or MASTER)
+            keeper = asyncio.create_task(self._keep(connection, asks_role=role is not None))
+            await self._match_replies(connection)
+        except TimeoutError:
+            fault = f"no answer to ROLE within {self._settings.timeout_s:g} s"
+        except LinkLost as lost:
+            fault = str(lost)
+        except hiredis.HiredisError as error:
+            fault = words(error)
+        finally:
+            if keeper is not None:
+                keeper.cancel()
+            self._lose(connection, fault)
+            await connection.close()
+        return fault, was_open
+
+    def _lose(self, connection: RedisConnection, fault: str) -> None:
+        """Fail what was sent on a connection that has ended; what comes later waits for the next."""
+        if self._connection is connection:
+            self._connection = None
+            self._fail_all(fault)
+            connection.abort()
+
+    def _fail_all(self, fault: str) -> None:
+        self._unsent.clear()
+        failed, self._unanswered, self._bytes = self._unanswered, deque(), 0
+        for future, _, _, channel in failed:
+            if not channel:
+                future.cancel()
+            elif not future.done():
+                future.set_exception(BusUnavailable(fault))
+
+    async def _match_replies(self, connection: RedisConnection) -> None:
+        gets = connection.replies.gets
+        while True:
+            await connection.read()
+            while (reply := gets()) is not False:
+                if not self._unanswered:
+                    raise LinkLost(words(reply) if isinstance(reply, hiredis.ReplyError) else "an unasked reply came")
+                future, _, size, channel = self._unanswered.popleft()
+                self._bytes -= size
+                if not channel:
+                    self._take_answer(future, reply)
+                elif future.done():
+                    continue  # its caller has given up
+                elif isinstance(reply, hiredis.ReplyError):  # of this message alone: NOPERM, OOM
+                    future.set_exception(BusUnavailable(f"PUBLISH {name_of(channel)}: {words(reply)}"))
+                else:
+                    future.set_result(None)
+
+    # What the server is.
+
+    def _take_role(self, role: Role) -> bool:
+        """Note what the server is; False where it was something else before."""
+        before, self._role = self._role, role
+        if role.is_master:
+            self._refusal = ""
+        else:
+            self._refusal = _not_published(self._where, role)
+            self._fail_all(self._refusal)
+        if before != role and not (before is None and role.is_master):
+            _logger.warning(
+                "Redis role: %s is %s%s", self._where, role, "" if role.is_master else "; pushes are refused"
+            )
+        return before is None or before == role
+
+    def _take_answer(self, future: asyncio.Future[Any], reply: object) -> None:
+        """Take the answer to a command of the publisher's own."""
+        if not future.done():
+            future.set_result(reply)
+        if isinstance(reply, list):
+            role = read_role(reply)
+            if not self._take_role(role):
+                self._on_role(role)
+                raise LinkLost(f"{self._where} has become {role}")
+
+    async def _keep(self, connection: RedisConnection, *, asks_role: bool) -> None:
+        """Ask for a sign of life at each interval; end a connection that gives none, or keeps a message too long."""
+        settings = self._settings
+        commands = ["ROLE", "PING"] if asks_role else ["PING"]
+        asked_at = self._clock()
+        asked: asyncio.Future[Any] | None = None
+        while True:
+            next_s = asked_at + (settings.ping_timeout_s if asked else settings.ping_interval_s) - self._clock()
+            await asyncio.sleep(max(0.001, min(next_s, settings.timeout_s / 4)))
+            now = self._clock()
+            if self._unanswered and now - self._unanswered[0][1] > settings.timeout_s:
+                self._give_up(connection, f"no reply within {settings.timeout_s:g} s")
+                return
+            if asked is not None and asked.cancelled():
+                return  # with its connection
+            if asked is not None and asked.done():
+                if is_denied(asked.result()):
+                    denied = commands.pop(0)
+                    self._say_denied(denied, "the connections are guarded by probes alone", f"+{denied.lower()}")
+                asked = None
+            if asked is not None and now - asked_at > settings.ping_timeout_s:
+                # Once more round the loop: what has come while it was blocked is not read yet.
+                await asyncio.sleep(settings.ping_timeout_s / 4)
+                if not asked.done() and self._clock() - connection.read_at > settings.ping_timeout_s:
+                    self._give_up(connection, f"no answer to {commands[0]} within {settings.ping_timeout_s:g} s")
+                    return
+            elif asked is None and now - asked_at >= settings.ping_interval_s:
+                if not self.is_at_master:
+                    connection.abort()  # for a new one: by now the address may lead to a master
+                    return
+                asked_at = now
+                asked = self._ask(connection, commands[0]) if commands else None
+
+    def _give_up(self, connection: RedisConnection, fault: str) -> None:
+        _logger.warning("connection for publishing to %s lost: %s", self._where, fault)
+        self._lose(connection, fault)
+
+    def _ask(self, connection: RedisConnection, command: str) -> asyncio.Future[Any]:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._unanswered.append((future, self._clock(), 0, b""))
+        try:
+            connection.write(hiredis.pack_command((command,)))
+        except LinkLost as lost:
+            self._lose(connection, str(lost))
+        return future
+
+
+@asynccontextmanager
+async def publishing(config: Config) -> AsyncIterator[Callable[[Sequence[tuple[str, str, bytes]]], Awaitable[int]]]:
+    """Publish events towards browsers for the duration of the block, from a program that does nothing else.
+
+    Yields: a function of topics, events and payloads, which publishes them in order. It returns how many
+            subscriptions took the last: the relays that listen. It raises BusUnavailable where Redis took them not.
+    """
+    where = address.shown(config.redis_url)
+    connections = Connections(address.parse(config.redis_url), config.redis.timeout_s)
+    connection: RedisConnection | None = None
+
+    async def publish(events: Sequence[tuple[str, str, bytes]]) -> int:
+        nonlocal connection
+        try:
+            if connection is None:
+                connection = await connections.open()
+                async with asyncio.timeout(config.redis.timeout_s):
+                    role = await connection.role()
+                if role is not None and not role.is_master:
+                    raise BusUnavailable(_not_published(where, role))
+            return await _publish_all(connection, config, events)
+        except LinkLost as lost:
+            raise BusUnavailable(f"{lost} ({where})") from lost
+        except TimeoutError:
+            raise BusUnavailable(f"no answer within {config.redis.timeout_s:g} s ({where})") from None
+
+    try:
+        yield publish
+    finally:
+        if connection is not None:
+            await connection.close()
+        await connections.close()
+
+
+async def _publish_all(connection: RedisConnection, config: Config, events: Sequence[tuple[str, str, bytes]]) -> int:
+    channels = [to_redis_channel(config.redis.to_prefix, topic, event) for topic, event, _ in events]
+    listening = 0
+    fault = ""
+    async with asyncio.timeout(config.redis.timeout_s):
+        for channel, (*_, payload) in zip(channels, events, strict=True):
+            connection.write(hiredis.pack_command((b"PUBLISH", channel, payload)))  # type: ignore[arg-type]  # as above
+        for channel in channels:
+            reply = await connection.reply()
+            if isinstance(reply, hiredis.ReplyError):
+                fault = fault or f"PUBLISH {name_of(channel)}: {words(reply)}"
+            else:
+                listening = int(reply)
+    if fault:
+        raise BusUnavailable(fault)
+    return listening
