@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
 Network: TypeAlias = IPv4Network | IPv6Network
 
@@ -150,3 +151,15 @@ def _parse_host(text: str) -> IPv4Address | IPv6Address | None:
 
 def _is_in(address: IPv4Address | IPv6Address, networks: Sequence[Network]) -> bool:
     return any(address in network for network in networks)
+
+
+def origin_of(url: str) -> str:
+    """Scheme, host and port of an address, which is what may be shown of it: no user, no path, no query."""
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:
+        return "another address"
+    host = parts.netloc.rpartition("@")[2]
+    text = f"{parts.scheme}://{host}" if parts.scheme and host else "another address"
+    return text if text.isascii() and text.isprintable() else "another address"

@@ -27,6 +27,7 @@ from relay.engine import Engine
 from relay.errors import ConfigError, RelayError
 from relay.figures import IDLE, Figures, State
 from relay.handshake import Refused
+from relay.keys import Key
 from relay.metrics import REFUSED_STATE, Metrics
 from relay.operators import Operators, key_in
 from relay.paths import below, replace_route_path, route_path, segments, split_raw
@@ -34,7 +35,7 @@ from relay.plugins import Plugin, system
 from relay.plugins.loader import Loaded, load_plugins
 from relay.reach import SEVERAL_HOSTS, Reach
 from relay.socket import Socket
-from relay.tokens import Key, load_keys
+from relay.tokens import load_keys
 from relay.topics import is_event, is_topic
 from relay.tracing import Tracer
 from relay.transport import ReceiveCallable, Scope, SendCallable

@@ -18,6 +18,9 @@ from relay.handshake import find_token
 from relay.hooks import Hook, Refused
 from relay.rights import ALL, Grant, Identity, Rights, bind, escape, parse_claim
 
+_LAST_SECOND = 1e15
+"""Seconds since 1970, in 31 million years."""
+
 Claims: TypeAlias = Mapping[str, Any]
 Verify: TypeAlias = Callable[[str], Awaitable[Claims]]
 
@@ -130,29 +133,33 @@ class Auth:
 
     def _identity(self, claims: Claims, expiry: list[Any]) -> Identity:
         try:
-            user, grants = self._read(claims)
+            user, granted, grants = self._read(claims)
             # Of a token and a function that adds to it, whichever ends first.
-            ends = min((float(at) for at in expiry if at is not None), default=None)
-        except (ValueError, TypeError, OverflowError) as error:
+            ends = min((_seconds(at) for at in expiry if at is not None), default=None)
+        except ValueError as error:
             raise NotAdmitted(401, "token claims", f"the token's claims are malformed: {error}") from None
         expires_at = None
         if ends is not None:
             expires_at = self._clock() + ends + self._settings.leeway_s - self._wall()
             if expires_at <= self._clock():
                 raise NotAdmitted(401, "token expired", "the token has expired", Reason.TOKEN_EXPIRED)
-        return Identity(user, Rights(bind(self._granted, user), bind(grants, user)), dict(claims), expires_at)
+        return Identity(user, Rights(bind(granted, user), bind(grants, user)), dict(claims), expires_at)
 
-    def _read(self, claims: Claims) -> tuple[str | None, tuple[Grant, ...]]:
-        """The user, and what the claims grant. Raises ValueError."""
+    def _read(self, claims: Claims) -> tuple[str | None, tuple[Grant, ...], tuple[Grant, ...]]:
+        """The user, what the settings grant to it, and what the claims grant. Raises ValueError, naming the claim."""
         subject = claims.get("sub")
-        channel = claims.get("channel") if self._settings.tangram else None
-        if isinstance(channel, str) and channel and subject is None:
-            return _user(claims.get("id")), (Grant(escape(channel), ALL),)
+        if self._settings.tangram and subject is None and "channel" in claims:
+            # A token for one topic: what the settings grant to users is not for its holder.
+            channel = claims["channel"]
+            if not isinstance(channel, str) or not channel:
+                raise ValueError('"channel": expected a topic as text')
+            return _user(claims.get("id"), "id"), (), (Grant(escape(channel), ALL),)
         claim = self._settings.rights_claim
+        user = _user(subject, "sub")
         try:
-            return _user(subject), parse_claim(claims.get(claim))
+            return user, self._granted, parse_claim(claims.get(claim))
         except ValueError as error:
-            raise ValueError(f"{claim}: {error}") from None
+            raise ValueError(f'"{claim}": {error}') from None
 
 
 def _bare_scope() -> dict[str, Any]:
@@ -161,17 +168,28 @@ def _bare_scope() -> dict[str, Any]:
     return scope | {"user": UnauthenticatedUser(), "auth": AuthCredentials()}
 
 
-def _user(subject: object) -> str | None:
+def _user(subject: object, claim: str) -> str | None:
     if subject is None:
         return None
     if not isinstance(subject, str | int) or isinstance(subject, bool) or subject == "":
-        raise ValueError("expected a user's name as text or as a number")
-    user = str(subject)
+        raise ValueError(f'"{claim}": expected a user\'s name as text or as a number')
     try:
+        user = str(subject)
         _ = user.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which JSON's escapes can write
-        raise ValueError("expected a user's name that UTF-8 can say") from None
+    except ValueError:  # half a surrogate pair, which JSON's escapes can write; a number of thousands of digits
+        raise ValueError(f'"{claim}": expected a user\'s name that UTF-8 can encode') from None
     return user
+
+
+def _seconds(at: Any) -> float:
+    """When a claim says that it ends. Raises ValueError, which names the claim."""
+    try:
+        seconds = float(at)
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError('"exp": expected a number of seconds since 1970') from None
+    if not abs(seconds) < _LAST_SECOND:  # NaN is in no order, and would never come
+        raise ValueError('"exp": expected a number of seconds since 1970, got one that is no time')
+    return seconds
 
 
 def _checked(answer: Any) -> Claims | None:

@@ -32,7 +32,11 @@ def check_url(url: str) -> str:
 class KeyConfig(Table):
     """A key that tokens are signed with."""
 
-    key: str = Field(min_length=1, repr=False, description="a secret, or a public key as PEM; or file:/path of either")
+    key: str = Field(
+        min_length=1,
+        repr=False,
+        description="a secret; or a public key as PEM, base64 of DER, JWK or OpenSSH; or file:/path",
+    )
     kid: str = Field("", description='the key\'s name, where tokens say which key signed them; "" fits every token')
 
 

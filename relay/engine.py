@@ -31,13 +31,14 @@ from relay.handshake import Refused
 from relay.hooks import Hook, Hooks
 from relay.hub import Hub
 from relay.journal import Journal
+from relay.keys import Key
 from relay.limits import Admission
 from relay.metrics import Metrics
 from relay.node import Node
 from relay.outbox import Outboxes
 from relay.reach import Reach
 from relay.socket import Socket
-from relay.tokens import Key, Verifier
+from relay.tokens import Verifier
 from relay.tracing import Trace, Tracer
 from relay.transport import Connection, ReceiveCallable, Scope, SendCallable
 

@@ -1,6 +1,6 @@
-"""Tokens (JWT): the keys they are signed with, checking them, and making them.
+"""Tokens (JWT): checking them, and making them, with static keys and those of a JWKS address.
 
-Owns keys, static ones and those of a JWKS address; must not know what a token's claims allow, nor sockets.
+Owns which keys there are at a time; must not know what a token's claims allow, nor sockets.
 
 Each key is for one algorithm, which follows from what it is: a secret for HS256, an RSA key for RS256, a key on P-256
 for ES256. So no token can have a public key taken for a secret, and ``none`` is no algorithm here.
@@ -12,47 +12,34 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 from urllib.request import getproxies, proxy_bypass
 
 import httpx2 as httpx
 import jwt
 import msgspec
-from cryptography.exceptions import UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec, rsa
-from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
-from cryptography.x509 import load_pem_x509_certificate
 from jwt.exceptions import PyJWTError
 
 from relay import __version__
+from relay.addresses import origin_of
 from relay.auth_config import AuthConfig
 from relay.errors import ConfigError, NotAdmitted, Reason
+from relay.keys import Key, key_of_jwk, read_key
 from relay.logs import Throttle
 
 _throttle = Throttle(logging.getLogger("relay.auth"))
 
-_FILE = "file:"
 _TOKEN_MAX_BYTES = 16_384
 _JWKS_MAX_BYTES = 1_048_576
+_LAST_SECOND = 1e15
+"""Seconds since 1970, in 31 million years: what is past it is no time, and neither is NaN."""
 _FETCH_TIMEOUT_S = 5.0
 _TIMEOUT = httpx.Timeout(_FETCH_TIMEOUT_S)
 _FAULTS = (PyJWTError, ValueError, TypeError, OverflowError, RecursionError)
 """What PyJWT raises for a token that is none; some of it escapes from the JSON inside."""
 
 Fetch = Callable[[], Awaitable[bytes]]
-
-
-class Key(NamedTuple):
-    """A key and the one algorithm it is for; ``private`` is what signs, if that is known here."""
-
-    kid: str
-    algorithm: str
-    public: Any
-    private: Any = None
-
-    def __repr__(self) -> str:
-        return f"Key({self.kid!r}, {self.algorithm})"
 
 
 def load_keys(config: AuthConfig) -> tuple[Key, ...]:
@@ -64,50 +51,6 @@ def load_keys(config: AuthConfig) -> tuple[Key, ...]:
     if config.tangram and not any(key.algorithm == "HS256" for key in keys):
         raise ConfigError("auth.tangram: its tokens are signed with a secret; expected one among auth.keys")
     return keys
-
-
-def read_key(text: str, kid: str, where: str) -> Key:
-    """Make a key of a secret, a PEM, or ``file:`` with either in it; white space around it does not count.
-
-    Args:   where: the setting or flag it comes from, for the error.
-    Raises: ConfigError: no such file, or a key that is none of ours.
-    """
-    if text.startswith(_FILE):
-        path = text.removeprefix(_FILE)
-        try:
-            text = Path(path).read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{where}: {path}: cannot be read: {getattr(error, 'strerror', 'no text')}") from None
-    text = text.strip()
-    if not text:
-        raise ConfigError(f"{where}: expected a key, got an empty one")
-    if not text.startswith("-----BEGIN "):
-        return Key(kid, "HS256", text.encode(), text.encode())
-    public, private = _read_pem(text.encode(), where)
-    algorithm = _algorithm_of(public)
-    if algorithm is None:
-        raise ConfigError(f"{where}: expected an RSA key, or one on the curve P-256")
-    return Key(kid, algorithm, public, private)
-
-
-def _read_pem(pem: bytes, where: str) -> tuple[Any, Any]:
-    try:
-        if b" PRIVATE KEY-----" in pem:
-            private = load_pem_private_key(pem, None)
-            return private.public_key(), private
-        if b"-----BEGIN CERTIFICATE-----" in pem:
-            return load_pem_x509_certificate(pem).public_key(), None
-        return load_pem_public_key(pem), None
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise ConfigError(f"{where}: cannot be read as PEM; a key under a passphrase cannot be used") from None
-
-
-def _algorithm_of(key: object) -> str | None:
-    if isinstance(key, rsa.RSAPublicKey):
-        return "RS256"
-    if isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP256R1):
-        return "ES256"
-    return None
 
 
 def sign(claims: Mapping[str, Any], key: Key) -> str:
@@ -152,6 +95,9 @@ class Verifier:
             raise NotAdmitted(401, "token", f"expected a token of at most {_TOKEN_MAX_BYTES} bytes")
         try:
             header = jwt.get_unverified_header(token)
+        except jwt.InvalidTokenError as error:
+            text = 'the token\'s header "kid" is no text' if "Key ID" in str(error) else "the token is no JWT"
+            raise NotAdmitted(401, "token", text) from None
         except _FAULTS:
             raise NotAdmitted(401, "token", "the token is no JWT") from None
         algorithm, kid = header.get("alg"), header.get("kid") or ""
@@ -174,11 +120,10 @@ class Verifier:
 
     def _decode(self, token: str, key: Key) -> dict[str, Any]:
         config = self._config
+        check = partial(jwt.decode, token, key.public, algorithms=[key.algorithm])
+        fault: Exception | None = None
         try:
-            claims: dict[str, Any] = jwt.decode(
-                token,
-                key.public,
-                algorithms=[key.algorithm],
+            claims: dict[str, Any] = check(
                 issuer=config.issuer or None,
                 audience=config.audience or None,
                 leeway=config.leeway_s,
@@ -186,19 +131,81 @@ class Verifier:
             )
         except jwt.InvalidSignatureError:
             raise
-        except jwt.ExpiredSignatureError:
-            raise NotAdmitted(401, "token expired", "the token has expired", Reason.TOKEN_EXPIRED) from None
-        except jwt.InvalidIssuerError:
-            raise NotAdmitted(401, "token issuer", "the token is of another issuer") from None
-        except jwt.InvalidAudienceError:
-            raise NotAdmitted(401, "token audience", "the token is for another audience") from None
-        except (jwt.ImmatureSignatureError, jwt.InvalidIssuedAtError):
-            raise NotAdmitted(401, "token time", "the token is not good yet; do the clocks agree?") from None
-        except jwt.MissingRequiredClaimError as error:
-            raise NotAdmitted(401, "token claims", f"the token lacks the claim {error.claim!r}") from None
-        except _FAULTS:
-            raise NotAdmitted(401, "token claims", "the token's claims are malformed") from None
+        except _FAULTS as error:
+            claims, fault = _read_claims(check), error
+        _check_types(claims)
+        if fault is not None:
+            raise self._refusal(fault)
         return claims
+
+    def _refusal(self, error: Exception) -> NotAdmitted:
+        """What is wrong with a token that is signed well, and whose claims have the right types."""
+        if isinstance(error, jwt.ExpiredSignatureError):
+            return NotAdmitted(401, "token expired", "the token has expired", Reason.TOKEN_EXPIRED)
+        if isinstance(error, jwt.InvalidIssuerError):
+            return NotAdmitted(401, "token issuer", "the token is of another issuer")
+        if isinstance(error, jwt.InvalidAudienceError) and not self._config.audience:
+            text = 'the token has a claim "aud", and auth.audience is not set here'
+            return NotAdmitted(401, "token audience", text)
+        if isinstance(error, jwt.InvalidAudienceError):
+            return NotAdmitted(401, "token audience", "the token is for another audience")
+        if isinstance(error, jwt.ImmatureSignatureError):
+            claim = "iat" if "(iat)" in str(error) else "nbf"
+            text = f'the token is not valid yet: its claim "{claim}" lies in the future; do the clocks agree?'
+            return NotAdmitted(401, "token time", text)
+        if isinstance(error, jwt.MissingRequiredClaimError):
+            return NotAdmitted(401, "token claims", f"the token lacks the claim {error.claim!r}")
+        return NotAdmitted(401, "token claims", "the token's claims are malformed")
+
+
+def _read_claims(check: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """The claims of a token of which the signature is good and something else is not."""
+    try:
+        return check(options=_SIGNATURE_ALONE)
+    except jwt.InvalidSignatureError:
+        raise
+    except _FAULTS:
+        raise NotAdmitted(401, "token claims", "the token's claims are no JSON object") from None
+
+
+_SIGNATURE_ALONE: Any = {f"verify_{claim}": False for claim in ("exp", "nbf", "iat", "aud", "iss", "sub", "jti")}
+
+_TYPES = {
+    "sub": ("text", "4.1.2"),
+    "iss": ("text", "4.1.1"),
+    "jti": ("text", "4.1.7"),
+    "aud": ("text or a list of texts", "4.1.3"),
+    "exp": ("a number of seconds", "4.1.4"),
+    "nbf": ("a number of seconds", "4.1.5"),
+    "iat": ("a number of seconds", "4.1.6"),
+}
+"""What RFC 7519 says of its own claims, and where."""
+
+
+def _check_types(claims: Mapping[str, Any]) -> None:
+    """Check the types of registered claims. Raises NotAdmitted, which names the claim and no value."""
+    for claim, (expected, section) in _TYPES.items():
+        if claim in claims and not _has_type(claims[claim], expected):
+            text = f'the token\'s claim "{claim}": expected {expected}, got {_type_of(claims[claim])}'
+            raise NotAdmitted(401, "token claims", f"{text} (RFC 7519, section {section})")
+
+
+def _has_type(value: object, expected: str) -> bool:
+    if expected == "a number of seconds":
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LAST_SECOND
+    if isinstance(value, list):
+        return expected != "text" and all(isinstance(one, str) for one in value)
+    return isinstance(value, str)
+
+
+def _type_of(value: object) -> str:
+    """The word for a value's type in JSON."""
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, int | float):
+        return "a number" if abs(value) < _LAST_SECOND else "a number out of range"
+    words = {str: "text", list: "a list", dict: "an object", type(None): "null"}
+    return words.get(type(value), type(value).__name__)
 
 
 def _fitting(keys: Iterable[Key], algorithm: str, kid: str) -> tuple[Key, ...]:
@@ -275,12 +282,16 @@ class _PublishedKeys:
         async with httpx.AsyncHTTPTransport(proxy=_proxy_for(url)) as transport:
             response = await transport.handle_async_request(request)
             try:
-                return await _read(response)
+                return await _read(response, url)
             finally:
                 await response.aclose()
 
 
-async def _read(response: httpx.Response) -> bytes:
+async def _read(response: httpx.Response, url: httpx.URL) -> bytes:
+    if response.is_redirect:
+        raise _JwksError(
+            f"status {response.status_code}, a redirect to {_target(response, url)}, which is not followed"
+        )
     if response.status_code != 200:
         raise _JwksError(f"status {response.status_code}")
     body = bytearray()
@@ -289,6 +300,14 @@ async def _read(response: httpx.Response) -> bytes:
         if len(body) > _JWKS_MAX_BYTES:
             raise _JwksError(f"more than {_JWKS_MAX_BYTES} bytes")
     return bytes(body)
+
+
+def _target(response: httpx.Response, url: httpx.URL) -> str:
+    """Scheme and host to which a redirect points: its path may hold a secret."""
+    try:
+        return origin_of(str(url.join(response.headers.get("location", ""))))
+    except (httpx.InvalidURL, ValueError):
+        return "another address"
 
 
 def _proxy_for(url: httpx.URL) -> str | None:
@@ -320,14 +339,7 @@ def parse_jwks(data: bytes) -> tuple[Key, ...]:
 
 
 def _parse_jwk(entry: object) -> Key | None:
-    if not isinstance(entry, dict) or entry.get("kty") not in ("RSA", "EC") or entry.get("use", "sig") != "sig":
-        return None
     try:
-        public = jwt.PyJWK({name: value for name, value in entry.items() if name != "d"}).key
+        return key_of_jwk(entry) if isinstance(entry, dict) else None
     except _FAULTS:
         return None
-    algorithm = _algorithm_of(public)
-    kid = entry.get("kid")
-    if algorithm is None or entry.get("alg", algorithm) != algorithm:
-        return None
-    return Key(kid if isinstance(kid, str) else "", algorithm, public)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.addresses import client_address, counted_as, look_behind_proxies, parse_networks
+from relay.addresses import client_address, counted_as, look_behind_proxies, origin_of, parse_networks
 
 PROXIES = parse_networks(("127.0.0.1", "10.0.0.0/8", "fd00::/8"))
 
@@ -88,3 +88,19 @@ def test_scope_of_anybody_else_stays_as_it_is(peer: str | None) -> None:
     trusted = scope("websocket", "10.0.0.1", (b"x-forwarded-proto", b"gopher"))
     assert look_behind_proxies(trusted, PROXIES) is trusted
     assert look_behind_proxies(scope("http", "10.0.0.1", *FORWARDED), ()) == scope("http", "10.0.0.1", *FORWARDED)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://alice:hunter2@login.example.org:8443/a/hunter2?token=hunter2#x", "https://login.example.org:8443"),
+        ("wss://[::1]:9/x", "wss://[::1]:9"),
+        ("/elsewhere", "another address"),
+        ("http://[broken/", "another address"),
+        ("http://x:port/", "another address"),
+        ("http://ex\x1b[31mample/", "another address"),
+        ("", "another address"),
+    ],
+)
+def test_what_is_shown_of_an_address_is_scheme_host_and_port(url: str, shown: str) -> None:
+    assert origin_of(url) == shown

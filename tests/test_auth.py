@@ -177,6 +177,51 @@ async def test_tangrams_claims_open_one_topic_letter_by_letter() -> None:
     assert (await both.admit(SCOPE, "t")).rights.on("room:*") is Right.NONE
 
 
+async def test_tangrams_claims_open_nothing_that_the_settings_grant() -> None:
+    """Their ``id`` is a name that the topic's owner chose, not the subject of a token."""
+    granted = [{"match": "user:{sub}", "rights": ["join"]}, {"match": "lobby", "rights": ["join"]}]
+    auth, _ = make({"id": "alice", "channel": "room"}, auth={"tangram": True, "authenticated": granted})
+    rights = (await auth.identify("t")).rights
+    assert (rights.on("room"), rights.on("user:alice"), rights.on("lobby")) == (ALL, Right.NONE, Right.NONE)
+    # A token with a subject has them, beside what it says.
+    auth, _ = make({"sub": "alice"}, auth={"tangram": True, "authenticated": granted})
+    assert (await auth.identify("t")).rights.on("user:alice") is Right.JOIN
+
+
+@pytest.mark.parametrize("channel", ["", None, 7, ["lobby"], {"lobby": 1}])
+async def test_tangrams_claims_without_a_topic_are_refused(channel: Any) -> None:
+    auth, _ = make(
+        {"id": "alice", "channel": channel},
+        auth={"tangram": True, "authenticated": [{"match": "*", "rights": ["join"]}]},
+    )
+    error = await refusal(auth)
+    assert (error.kind, '"channel"' in str(error)) == ("token claims", True)
+
+
+@pytest.mark.parametrize(
+    ("claims", "claim"),
+    [
+        ({"sub": ["alice"]}, "sub"),
+        ({"sub": ""}, "sub"),
+        ({"sub": 10**5000}, "sub"),
+        ({"sub": "alice", "topics": 5}, "topics"),
+        ({"sub": "alice", "topics": "room:*:join"}, "topics"),
+        ({"sub": "alice", "topics": [["room", "join"]]}, "topics"),
+        ({"sub": "alice", "topics": {"room:*": True}}, "topics"),
+        ({"sub": "alice", "topics": {"room:*": ["join", 1]}}, "topics"),
+        ({"sub": "alice", "topics": {"": ["join"]}}, "topics"),
+        ({"sub": "alice", "exp": "soon"}, "exp"),
+        ({"sub": "alice", "exp": float("nan")}, "exp"),
+        ({"sub": "alice", "exp": float("inf")}, "exp"),
+        ({"sub": "alice", "exp": 10**400}, "exp"),
+    ],
+)
+async def test_refusal_names_the_claim_that_cannot_be_read(claims: Any, claim: str) -> None:
+    auth, _ = make(claims)
+    error = await refusal(auth)
+    assert (error.kind, f'malformed: "{claim}": ' in str(error)) == ("token claims", True)
+
+
 async def test_handshakes_do_not_wait_for_each_other() -> None:
     gate = asyncio.Event()
 

@@ -185,6 +185,21 @@ def test_check_says_who_may_connect(relay: Command, settings: str, said: str) ->
     assert f"connect {said}" in lines(out)
 
 
+def test_check_says_what_each_key_was_taken_for_and_shows_none(relay: Command, tmp_path: Path) -> None:
+    der = "".join(RSA_PUBLIC.split("\n")[1:-2])
+    path = tmp_path / "ec.pem"
+    path.write_text(EC_PRIVATE)
+    text = f'[auth]\nkeys = ["{der}", "file:{path}", {{key = "{SECRET}", kid = "old"}}]\nissuer = "us"'
+    code, out, _ = relay("check", settings=text)
+    assert code == 0
+    assert [json.loads(line)["text"] for line in out.splitlines() if json.loads(line)["about"] == "key"] == [
+        "auth.keys.0: RSA public key, 2048 bits, for RS256",
+        "auth.keys.1: P-256 private key, 256 bits, for ES256",
+        f"auth.keys.2: shared secret of {len(SECRET)} bytes, for HS256, kid 'old'",
+    ]
+    assert der not in out and SECRET not in out
+
+
 def test_check_says_who_may_do_what_and_shows_no_secret(relay: Command) -> None:
     code, out, _ = relay(
         "check",
@@ -220,6 +235,7 @@ push = false
         "proxies 10.0.0.0/8, fc00::/7; X-Forwarded-For is believed from there",
         "connect whoever has a token, and whoever has none",
         "tokens signed with HS256 or RS256 or ES256; 1 key here; issuer https://login.example.org; no audience",
+        f"key auth.keys.0: shared secret of {len(SECRET)} bytes, for HS256",
         "rights without a token: join on public:*",
         "rights with a token: join, push on user:{sub}",
         'rights with a token besides: what its claim "topics" says',

@@ -15,7 +15,8 @@ import pytest
 
 from relay.auth_config import AuthConfig
 from relay.errors import ConfigError, NotAdmitted, Reason
-from relay.tokens import Key, Verifier, load_keys, parse_jwks, read_key, sign
+from relay.keys import Key, read_key
+from relay.tokens import Verifier, load_keys, parse_jwks, sign
 from tests.support.keys import (
     EC_PRIVATE,
     EC_PUBLIC,
@@ -238,6 +239,59 @@ async def test_token_that_is_malformed_is_refused_and_nothing_is_raised(made: st
             await verifier(SECRET).verify(made)
         error = caught.value
     assert error.status == 401
+
+
+@pytest.mark.parametrize(
+    ("body", "claim", "expected", "came"),
+    [
+        (b'{"sub":42}', "sub", "text", "a number"),
+        (b'{"sub":null}', "sub", "text", "null"),
+        (b'{"sub":["a"]}', "sub", "text", "a list"),
+        (b'{"sub":{"a":1}}', "sub", "text", "an object"),
+        (b'{"sub":true}', "sub", "text", "true or false"),
+        (b'{"iss":1}', "iss", "text", "a number"),
+        (b'{"jti":1}', "jti", "text", "a number"),
+        (b'{"aud":1}', "aud", "text or a list of texts", "a number"),
+        (b'{"aud":["relay",1]}', "aud", "text or a list of texts", "a list"),
+        (b'{"aud":{"a":1}}', "aud", "text or a list of texts", "an object"),
+        (b'{"exp":"123"}', "exp", "a number of seconds", "text"),
+        (b'{"exp":"9999999999"}', "exp", "a number of seconds", "text"),
+        (b'{"exp":true}', "exp", "a number of seconds", "true or false"),
+        (b'{"exp":1e400}', "exp", "a number of seconds", "a number out of range"),
+        (b'{"exp":NaN}', "exp", "a number of seconds", "a number out of range"),
+        (b'{"nbf":"2026-01-01"}', "nbf", "a number of seconds", "text"),
+        (b'{"nbf":[1]}', "nbf", "a number of seconds", "a list"),
+        (b'{"iat":"now"}', "iat", "a number of seconds", "text"),
+        (b'{"iat":null}', "iat", "a number of seconds", "null"),
+    ],
+)
+@pytest.mark.parametrize("settings", [{}, {"audience": ["relay"], "issuer": "us"}])
+async def test_claim_of_the_wrong_type_is_named_with_what_came(
+    body: bytes, claim: str, expected: str, came: str, settings: dict[str, Any]
+) -> None:
+    """Source: RFC 7519, section 4.1: the types of registered claims."""
+    rest = {"exp": 9_999_999_999, "iss": "us"} | ({"aud": "relay"} if settings else {})
+    rest = {name: value for name, value in rest.items() if name != claim}
+    made = signed(body[:-1] + b"," + json.dumps(rest).encode()[1:])
+    error = await refusal(verifier(SECRET, **settings), made)
+    assert (error.status, error.kind) == (401, "token claims")
+    assert str(error).startswith(
+        f'the token\'s claim "{claim}": expected {expected}, got {came} (RFC 7519, section 4.1.'
+    )
+
+
+async def test_type_of_a_claim_is_told_to_the_signer_alone() -> None:
+    made = token(key=OTHER_SECRET, jti=7)
+    assert (await refusal(verifier(SECRET), made)).kind == "token signature"
+
+
+async def test_refusal_names_the_claim_that_lies_in_the_future_and_a_name_that_is_no_text() -> None:
+    later: dict[str, Any] = {"iat": token(iat=time.time() + 3600), "nbf": token(nbf=time.time() + 3600)}
+    for claim, made in later.items():
+        error = await refusal(verifier(SECRET), made)
+        assert f'"{claim}" lies in the future' in str(error)
+    assert "auth.audience is not set" in str(await refusal(verifier(SECRET), token(aud="relay")))
+    assert '"kid"' in str(await refusal(verifier(SECRET), signed(b"{}", head=b'{"alg":"HS256","kid":7}')))
 
 
 # Published keys.

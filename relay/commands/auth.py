@@ -25,12 +25,14 @@ from relay.plugins.loader import candidates
 from relay.rights import Right, names_of, parse_claim
 
 if TYPE_CHECKING:
-    from relay.tokens import Key
+    from relay.keys import Key
 
 _DURATION = re.compile(r"(\d+)([smhd]?)")
 _UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 _SECRET_MIN_BYTES = 32
 """RFC 7518, section 3.2: a secret for HS256 has 256 bits at least."""
+_RSA_MIN_BITS = 2048
+"""RFC 7518, section 3.3."""
 _API_KEY_MIN = 16
 """Characters: 80 bits where they are drawn from 32 letters."""
 _NETWORK_MIN_BITS = {4: 8, 6: 7}
@@ -55,14 +57,15 @@ def token(
         typer.Option(
             metavar="KEY",
             envvar="RELAY_TOKEN_KEY",
-            help="A secret, or file:/path of one or of a private key.",
+            help="A secret or a private key, or file:/path of either.",
             show_default="the first of auth.keys that signs",
         ),
     ] = None,
     config: ConfigFile = None,
 ) -> None:
     """Make a token and print it, alone on its line."""
-    from relay.tokens import load_keys, read_key, sign
+    from relay.keys import read_key
+    from relay.tokens import load_keys, sign
 
     auth = load(config).auth
     claims: dict[str, Any] = {"sub": sub, "iat": int(time.time())}
@@ -93,6 +96,8 @@ def token(
 
 def _weakness(key: "Key") -> str:
     """What is wrong with a key, if anything is."""
+    if key.algorithm == "RS256" and key.public.key_size < _RSA_MIN_BITS:
+        return f"an RSA key of {key.public.key_size} bits can be broken; expected {_RSA_MIN_BITS}"
     if key.algorithm != "HS256" or len(key.public) >= _SECRET_MIN_BYTES:
         return ""
     return f"a secret of {len(key.public)} bytes can be guessed; expected {_SECRET_MIN_BYTES}"
@@ -168,6 +173,8 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
     yield "connect", _who_connects(config, reach)
     if auth.has_keys:
         yield "tokens", _tokens(config, keys)
+        for at, key in enumerate(keys):
+            yield "key", f"auth.keys.{at}: {key.describe()}"
     limited = bool(auth.has_keys or auth.anonymous or auth.authenticated)
     if not limited:
         yield "rights", "everybody who connects may join every topic and push to it"
