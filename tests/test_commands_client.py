@@ -344,3 +344,112 @@ def test_topics_on_a_terminal_are_a_table(relay: RelayProcess) -> None:
     header, *rows = [line.split() for line in printed.splitlines()]
     assert (code, header) == (0, ["topic", "sockets"])
     assert [row for row in rows if row[0].startswith("cli:table")] == [["cli:table:1", "2"], ["cli:table:2", "1"]]
+
+
+class Redirecting:
+    """An HTTP server that answers with a redirect to itself, and notes what it was asked with."""
+
+    def __init__(self, location: str) -> None:
+        heads = self.heads = []  # type: list[dict[str, str]]
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                heads.append({name.lower(): value for name, value in self.headers.items()})
+                self.send_response(302)
+                port = self.server.server_address[1]
+                self.send_header("Location", location.format(port=port))
+                self.send_header("Content-Length", "0")
+                self.send_header("Connection", "close")
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"127.0.0.1:{self.server.server_address[1]}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.mark.parametrize("command", ["listen", "push", "topics", "bench"])
+def test_redirect_is_an_error_and_no_token_or_key_goes_along(command: str, tmp_path: Path) -> None:
+    config = tmp_path / "relay.toml"
+    config.write_text('[rest]\napi_key = "hunter2-and-nine"\n')
+    scheme = "http" if command == "topics" else "ws"
+    with Redirecting(f"{scheme}://localhost:{{port}}/x?key=hunter2") as server:
+        url = f"{scheme}://{server.address}"
+        arguments = {
+            "listen": ("listen", "t", "--token", "hunter2", "--url", url),
+            "push": ("push", "t", "e", "{}", "--token", "hunter2", "--url", url),
+            "topics": ("topics", "--url", url, "--config", str(config)),
+            "bench": ("bench", url, "--sockets", "1", "--topics", "1", "--seconds", "1"),
+        }
+        ran = run(*arguments[command])
+        port = server.address.partition(":")[2]
+        assert len(server.heads) == 1, "asked once"
+    assert (ran.returncode, ran.stdout) == (1, "")
+    assert f"HTTP 302, a redirect to {scheme}://localhost:{port}; none is followed" in ran.stderr
+    assert "hunter2" not in ran.stderr and "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [
+        (("push", "t", "e", '"\\ud83d"'), "JSON: expected text that UTF-8 can encode"),
+        (("push", "t", "e", '{"\\ud83d": 1}'), "JSON: expected text that UTF-8 can encode"),
+        (("push", "t", "e", b'"\xff"'), "JSON: expected text that UTF-8 can encode"),
+        (("push", "t", "e", '{"x": NaN}'), "JSON: NaN is no JSON"),
+        (("push", "t", "e", "[-Infinity]"), "JSON: -Infinity is no JSON"),
+        (("push", "t", "e", "[" * 50_000), "JSON: "),
+        (("push", "t", "e", "1" * 5_000), "JSON: "),
+        (("push", "t", b"\xff", "{}"), "EVENT: "),
+        (("push", b"\xff", "e", "{}"), "TOPIC: "),
+        (("push", "t", "e", "{}", "--params", '{"a": "\\ud83d"}'), "--params: expected text that UTF-8 can encode"),
+        (("listen", "t", "--params", "NaN"), "--params: NaN is no JSON"),
+        (("listen", "t", "--token", b"hunter2\xff"), "--token: expected text"),
+        (("publish", "t", "e", '{"x": NaN}'), "JSON: NaN is no JSON"),
+        (("publish", "t", "e", b'"\xff"'), "JSON: expected text that UTF-8 can encode"),
+    ],
+)
+def test_what_cannot_be_sent_is_exit_code_2_in_one_line(command: tuple[Any, ...], word: str) -> None:
+    ran = subprocess.run([*relay_command(), *command], cwd=ROOT, capture_output=True, timeout=DEADLINE_S, check=False)
+    error = ran.stderr.decode()
+    assert (ran.returncode, error.count("\n")) == (2, 1), error
+    assert word in error and "hunter2" not in error and len(error) < 1500
+
+
+def test_what_would_steer_a_terminal_is_shown_and_not_obeyed() -> None:
+    """A server that is nobody's friend: escape sequences, C1 controls, half a pair, text that runs backwards."""
+    evil = "\x1b[31m\x9b2J\u202e\u2028\x7f"
+
+    def serve(connection: ServerConnection) -> None:
+        join_ref, ref, topic, *_ = json.loads(connection.recv())
+        connection.send(json.dumps([join_ref, ref, topic, "phx_reply", {"status": "ok", "response": {}}]))
+        connection.send(json.dumps([None, None, topic, f"n{evil}", {"a": f"{evil}\ud83d"}]))
+        connection.send(json.dumps([join_ref, None, topic, "phx_error", {"reason": evil}]))
+        with suppress(ConnectionClosed):
+            join_ref, ref, topic, *_ = json.loads(connection.recv())
+            connection.send(json.dumps([join_ref, ref, topic, "phx_reply", {"status": "ok", "response": {}}]))
+            connection.send(json.dumps([None, None, topic, "n", {}]))
+            connection.recv()
+
+    with serve_websocket(serve, "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"ws://127.0.0.1:{server.socket.getsockname()[1]}/socket"
+        piped = run("listen", "t", "--url", url, "--count", "2")
+        command = relay_command("listen", "t", "--url", url, "--count", "2")
+        _, shown = run_on_terminal(command, cwd=ROOT, env=dict(os.environ))
+        server.shutdown()
+    lines = piped.stdout.splitlines()
+    assert len(lines) == 2
+    assert json.loads(lines[0]) == {"topic": "t", "event": f"n{evil}", "payload": {"a": f"{evil}\ud83d"}}
+    for text in (piped.stdout, piped.stderr):
+        assert all(char.isprintable() or char == "\n" for char in text), ascii(text)
+    assert not any(char in shown for char in ("\x9b", "\u202e", "\u2028", "\x7f", "\x1b[31m"))

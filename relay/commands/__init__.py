@@ -80,8 +80,27 @@ def event_of(text: str) -> str:
 
 
 def json_of(name: str, text: str) -> Any:
-    """The value of JSON from the command line; ``name`` is that of the argument. Raises ConfigError."""
+    """The value of JSON from the command line; ``name`` is that of the argument.
+
+    Raises: ConfigError: no JSON, or a value that the wire cannot carry: half a surrogate pair, NaN.
+    """
     try:
-        return json.loads(text)
+        value = json.loads(text, parse_constant=_no_constant)
+        # Ends of pairs may stand there as escapes; those of the text itself come from bytes that are no UTF-8.
+        _ = text.encode(), json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name}: expected text that UTF-8 can encode; got {text!r}") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{name}: {error}; got {text!r}") from None
+        raise ConfigError(f"{name}: {error}; got {text!r:.500}") from None
+    return value
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def token_of(text: str | None) -> str | None:
+    """A token from the command line. Raises ConfigError, which does not show it."""
+    if text is not None and not text.isprintable():
+        raise ConfigError("--token: expected text without control characters")
+    return text

@@ -19,9 +19,9 @@ from typing import Annotated, Any
 import typer
 from websockets.asyncio.client import ClientConnection
 
-from relay.commands import EventName, Params, Payload, RelayFile, Token, Topic, event_of, json_of, topic_of
+from relay.commands import EventName, Params, Payload, RelayFile, Token, Topic, event_of, json_of, token_of, topic_of
 from relay.commands.link import TIMEOUT_S, Lost, ask_rest, connected, rest_url, socket_url
-from relay.commands.terminal import Failed, console, fail, is_terminal, print_lines, printable
+from relay.commands.terminal import Failed, console, fail, is_terminal, json_line, print_lines, printable
 from relay.config import load
 
 READABLE_PER_S = 20
@@ -51,7 +51,7 @@ def listen(
     When the relay restarts, it connects again, and says that events may have been missed.
     """
     address = socket_url(load(config), url)
-    _run(_listen(address, token, topic_of(topic), json_of("--params", params), count))
+    _run(_listen(address, token_of(token), topic_of(topic), json_of("--params", params), count))
 
 
 def push(
@@ -66,7 +66,7 @@ def push(
     """Join a topic as a browser does, push one event, and show the reply."""
     name, value = event_of(event), json_of("JSON", payload)
     address = socket_url(load(config), url)
-    _run(_push(address, token, topic_of(topic), name, value, json_of("--params", params)))
+    _run(_push(address, token_of(token), topic_of(topic), name, value, json_of("--params", params)))
 
 
 def topics(
@@ -89,11 +89,12 @@ def topics(
         print_lines(found)
         return
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("topic", "sockets", box=None)
     table.columns[1].justify = "right"
     for one in found:
-        table.add_row(one["topic"], str(one["sockets"]))
+        table.add_row(Text(printable(one["topic"])), str(one["sockets"]))
     console().print(table if found else "no topic is joined")
 
 
@@ -165,7 +166,8 @@ class _Client:
             if event == "phx_close":
                 raise Failed(f"{self.topic}: closed by the relay")
             if event == "phx_error":
-                typer.echo(f"relay: {self.topic}: {payload.get('reason', event)}; joining again", err=True)
+                reason = payload.get("reason", event) if isinstance(payload, dict) else event
+                typer.echo(f"relay: {self.topic}: {printable(str(reason))}; joining again", err=True)
                 while True:
                     await asyncio.sleep(REJOIN_S)
                     with suppress(Failed):
@@ -235,13 +237,16 @@ def _show_line(topic: str, event: str, payload: Any) -> None:
 
 
 def _show_json(value: Any) -> None:
-    text = json.dumps(value if not isinstance(value, bytes) else _fields(value), ensure_ascii=False)
+    text = json_line(value if not isinstance(value, bytes) else _fields(value))
     if not is_terminal():
         typer.echo(text)
         return
     from rich.console import Console
+    from rich.json import JSON
 
-    Console().print_json(text)
+    shown = JSON(text).text
+    shown.plain = printable(shown.plain, keep="\n")
+    Console().print(shown, soft_wrap=True)
 
 
 class _Screen:

@@ -13,13 +13,15 @@ from http import HTTPStatus
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.parse import urljoin
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_websocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.typing import Subprotocol
 
+from relay.addresses import origin_of
 from relay.commands.terminal import Failed
 from relay.config import Config
 from relay.errors import ConfigError
@@ -61,7 +63,7 @@ async def connected(url: str, token: str | None, **options: Any) -> AsyncIterato
     address = url.partition("?")[0]
     try:
         # Its pings keep the connection; a relay's own limit is on frames that come from clients.
-        async with connect_websocket(
+        async with _Connect(
             url, subprotocols=subprotocols, open_timeout=TIMEOUT_S, max_size=None, close_timeout=1.0, **options
         ) as connection:
             try:
@@ -72,6 +74,8 @@ async def connected(url: str, token: str | None, **options: Any) -> AsyncIterato
         raise  # of standard output, whose reader has gone: Typer ends without a word then
     except InvalidStatus as error:
         status = error.response.status_code
+        if (location := error.response.headers.get("Location")) is not None and status in range(300, 400):
+            raise Failed(f"{address}: {_redirect(status, address, location)}") from None
         body = (error.response.body or b"").decode(errors="replace").strip()
         kind = Lost if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR else Failed
         raise kind(f"{address}: HTTP {status}{body and f': {body}'}") from None
@@ -82,6 +86,27 @@ async def connected(url: str, token: str | None, **options: Any) -> AsyncIterato
         raise Lost(f"{address}: no answer within {TIMEOUT_S:g} s") from None
     except (OSError, WebSocketException) as error:
         raise Lost(f"{address}: {_reason(error)}") from None
+
+
+class _Connect(connect_websocket):
+    """As websockets has it, but for redirects: it would send the token to whatever host they point to."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        """Take a redirect for the refusal that it is."""
+        return exc
+
+
+class _NoRedirects(HTTPRedirectHandler):
+    """Takes a redirect for the refusal that it is: urllib would send the API key along."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Make no request of it."""
+
+
+def _redirect(status: int, address: str, location: str) -> str:
+    """What to say of a redirect."""
+    target = origin_of(urljoin(address, location))
+    return f"HTTP {status}, a redirect to {target}; none is followed, since tokens and keys would go along: set --url"
 
 
 def _reason(error: object) -> str:
@@ -113,9 +138,13 @@ def ask_rest(settings: Config, address: str, path: str, body: Any = None) -> tup
         data = json.dumps(body, ensure_ascii=False).encode()
         headers["Content-Type"] = "application/json"
     try:
-        with urlopen(Request(f"{address}{path}", data, headers), timeout=TIMEOUT_S) as response:
+        asking = build_opener(_NoRedirects()).open(Request(f"{address}{path}", data, headers), timeout=TIMEOUT_S)
+        with asking as response:
             return json.load(response), response.headers
     except HTTPError as error:
+        if (location := error.headers.get("Location")) is not None and error.code in range(300, 400):
+            error.close()
+            raise Failed(f"{address}: {_redirect(error.code, address, location)}") from None
         with error:
             detail = _detail(error.read())
         if error.code == HTTPStatus.UNAUTHORIZED:

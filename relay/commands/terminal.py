@@ -33,12 +33,22 @@ def console() -> "Console":
 def print_lines(values: Iterable[Any]) -> None:
     """Print a line of JSON each."""
     for value in values:
-        typer.echo(json.dumps(value, ensure_ascii=False))
+        typer.echo(json_line(value))
 
 
-def printable(text: str) -> str:
-    """Without what would steer a terminal, wherever the text came from."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+def json_line(value: Any) -> str:
+    """JSON in one line; what is not printable in it, or has no UTF-8, is escaped, which leaves it the same value."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if text.isprintable() else "".join(char if char.isprintable() else _escape(char) for char in text)
+
+
+def _escape(char: str) -> str:
+    return json.dumps(char)[1:-1]
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Without what would steer a terminal, wherever the text came from, but for the characters to ``keep``."""
+    return "".join(char if char.isprintable() or char in keep else ascii(char)[1:-1] for char in text)
 
 
 def fail(why: str) -> NoReturn:

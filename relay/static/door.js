@@ -32,7 +32,7 @@ export function openDoor(started) {
 async function enter() {
   clearTimeout(timer);
   const headers = key ? { authorization: `Bearer ${bytesOf(key)}` } : {};
-  const answer = await fetch("console/access", { headers, cache: "no-store" }).catch(() => null);
+  const answer = await fetch("console/access", { headers, cache: "no-store", redirect: "error" }).catch(() => null);
   if (!answer) {
     showState("reconnecting");
     timer = setTimeout(enter, 2000);

@@ -95,6 +95,137 @@ async def hold(server: Answering) -> None:
 # Joins, pushes, events.
 
 
+def endless() -> list[Any]:
+    values: list[Any] = []
+    values.append(values)
+    return values
+
+
+def deep() -> Any:
+    value: Any = 1
+    for _ in range(100_000):
+        value = [value]
+    return value
+
+
+UNSENDABLE = [
+    "\ud83d",
+    {"text": "half a pair: \udc4d"},
+    {"a": [{"b": "\ud83d"}]},
+    {"\ud83d": 1},
+    float("nan"),
+    {"a": [float("-inf")]},
+    {float("nan"): 1},
+    10**5000,
+    object(),
+    {"when": {1, 2}},
+    {(1, 2): 3},
+    endless(),
+    deep(),
+]
+
+
+@pytest.mark.parametrize("payload", UNSENDABLE, ids=range(len(UNSENDABLE)))
+async def test_payload_that_cannot_be_sent_fails_in_its_call_alone(served: Served, redis: Redis, payload: Any) -> None:
+    async with connect(served.ws) as socket, socket.join("python:1") as room, socket.join("python:2") as other:
+        for reply in (True, False):
+            with pytest.raises((ValueError, TypeError), match="payload: "):
+                await room.push("new_msg", payload, reply=reply)
+        with pytest.raises((ValueError, TypeError), match="payload: "):
+            async with socket.join("python:3", {"params": payload}):
+                pass
+        await redis.publish("to:python:2:new_msg", "1")
+        assert (await next_of(other)).payload == 1
+        assert await room.push("new_msg", {}) == {}
+        assert (socket.reconnects, socket.is_connected) == (0, True)
+        await redis.publish("to:python:1:new_msg", "2")
+        assert (await next_of(room)).payload == 2, "neither topic was joined again"
+
+
+@pytest.mark.parametrize("name", ["\ud83d", "a\udfff", 7, None, b"x"])
+async def test_name_that_cannot_be_sent_fails_in_its_call_alone(served: Served, name: Any) -> None:
+    error = ValueError if isinstance(name, str) else TypeError
+    async with connect(served.ws) as socket, socket.join("python:1") as room:
+        for payload in ({}, b"bytes"):
+            with pytest.raises(error, match="event: "):
+                await room.push(name, payload)
+        with pytest.raises(error, match="topic: "):
+            socket.join(name)
+        assert await room.push("new_msg") == {}
+        assert socket.reconnects == 0
+
+
+async def test_what_cannot_be_sent_is_refused_at_once_also_while_there_is_no_connection() -> None:
+    async def joined(server: Answering) -> None:
+        await server.reply(await server.hear("phx_join"))
+        await server.say(None, None, "t", "phx_error", {})
+        await hold(server)
+
+    async with scripted(joined) as url, connect(url, rejoin_s=lambda tries: 60) as socket, socket.join("t") as room:
+        await eventually(lambda: not room.is_joined, "the phx_error")
+        async with asyncio.timeout(5):
+            with pytest.raises(ValueError, match="ud83d"):
+                await room.push("new_msg", "\ud83d", timeout_s=60)
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"token": "hunter2\ud83d"}, "token"),
+        ({"token": 7}, "token"),
+        ({"params": {"a": "hunter2\ud83d"}}, "params"),
+        ({"additional_headers": {"x": "hunter2\r\ny: z"}}, "additional_headers: 'x'"),
+        ({"additional_headers": [("x", "hunter2\ud83d")]}, "additional_headers: 'x'"),
+    ],
+)
+async def test_what_cannot_travel_with_the_handshake_is_refused_and_not_shown(
+    served: Served, options: Any, word: str
+) -> None:
+    with pytest.raises(ValueError, match=word) as caught:
+        async with connect(served.ws, **options):
+            pass
+    assert "hunter2" not in str(caught.value)
+
+
+async def test_token_that_cannot_be_sent_does_not_end_a_connection_that_is_made_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tokens = iter(["one", "\ud83d", "two"])
+
+    async def cut(server: Answering) -> None:
+        await server.hear("phx_join")
+
+    async def stay(server: Answering) -> None:
+        await server.reply(await server.hear("phx_join"))
+        await hold(server)
+
+    async with scripted(cut, stay) as url, quickly(url, token=lambda: next(tokens)) as socket:
+        async with socket.join("t"):
+            assert socket.reconnects == 1
+    assert "token: expected text" in caplog.text
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("location", ["ws://localhost:{port}/x?key=hunter2", "/elsewhere?key=hunter2"])
+async def test_redirect_is_an_error_and_no_token_goes_along(status: int, location: str) -> None:
+    heads: list[bytes] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append(await reader.readuntil(b"\r\n\r\n"))
+        target = location.format(port=port)
+        writer.write(f"HTTP/1.1 {status} X\r\nLocation: {target}\r\nContent-Length: 0\r\n\r\n".encode())
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(ConnectError, match=f"HTTP {status}, a redirect to ws://") as caught:
+            async with connect(f"ws://127.0.0.1:{port}/socket", token="hunter2"):
+                pass
+    assert len(heads) == 1, "asked once"
+    assert "hunter2" not in str(caught.value)
+
+
 async def test_join_push_reply_and_event(served: Served, redis: Redis, valkey: Valkey) -> None:
     async with connect(served.ws) as socket, heard_on(valkey.url, "from:python:1:*") as hear:
         async with socket.join("python:1", {"nick": "ada"}) as room:

@@ -9,7 +9,7 @@ from typing import Any, Self
 from relay_client.errors import ClientError, JoinError, PushError
 from relay_client.events import REJOINED, Event, EventQueue
 from relay_client.link import Fresh, Link, log, value_of
-from relay_client.wire import Message
+from relay_client.wire import Message, check_text, encode_payload
 
 LEAVE_TIMEOUT_S = 1.0
 """How long a leave may take to be sent; nobody waits for its reply."""
@@ -96,7 +96,10 @@ class Channel:
                 timeout_s: for all of it; the socket's unless given.
                 reply: False where no reply is wanted, or none is given: returns None once it is sent.
         Raises: PushError, with the server's reason.
+                ValueError, TypeError: what cannot be sent, at once: the connection and other pushes do not notice.
         """
+        _ = check_text("event", event)
+        data = encode_payload({} if payload is None else payload)
         timeout_s = self._timeout_s if timeout_s is None else timeout_s
         try:
             async with asyncio.timeout(timeout_s):
@@ -104,7 +107,7 @@ class Channel:
                 if self._is_over:
                     raise PushError(self.topic, event, "closed")
                 ref = self._link.next_ref() if reply else None
-                message = Message(self._join_ref, ref, self.topic, event, {} if payload is None else payload)
+                message = Message(self._join_ref, ref, self.topic, event, data)
                 return await (self._link.ask(message, timeout_s) if reply else self._link.tell(message))
         except TimeoutError:
             raise PushError(self.topic, event, "timeout") from None

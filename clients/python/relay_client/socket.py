@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
-from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
 
-import websockets
 from websockets.asyncio.client import ClientConnection
+from websockets.asyncio.client import connect as connect_websocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.typing import Subprotocol
 
@@ -18,7 +18,7 @@ from relay_client.channel import Channel
 from relay_client.errors import ConnectError, PushError
 from relay_client.events import EventQueue, Overflow
 from relay_client.link import Fresh, Link, log, value_of
-from relay_client.wire import VSN, Message, decode
+from relay_client.wire import VSN, Message, check_text, decode
 
 NORMAL = 1000
 """The close code that means: do not come back."""
@@ -54,6 +54,7 @@ class Socket:
                 reconnect_s: seconds to wait before the n-th try (n from 1) to connect again.
                 rejoin_s: the same for a topic that is joined again over a connection that holds.
                 options: further ones of ``websockets.connect``: ``ssl``, ``additional_headers``, ``max_size``, …
+    Raises:     ValueError, TypeError: an address or a header that cannot be sent.
     Attributes: reconnects: how often it was made again.
                 undecodable: how many frames came that are none of Phoenix's V2; each is logged.
     """
@@ -70,8 +71,11 @@ class Socket:
         rejoin_s: Callable[[int], float] = rejoin_s,
         **options: Any,
     ) -> None:
+        if not url.isprintable():  # half a surrogate pair is not printable either
+            raise ValueError("url: expected text without control characters")
         if not (urlsplit(url).hostname and urlsplit(url).scheme in ("ws", "wss", "http", "https")):
             raise ValueError("url: expected ws://host/path or wss://host/path")
+        _check_headers(options.get("additional_headers"))
         self.reconnects = 0
         self.undecodable = 0
         self._url = url
@@ -105,7 +109,9 @@ class Socket:
         Args: params: sent with the join; a function, sync or async, is asked anew on each join and rejoin.
               limit: how many events may wait for the loop.
               overflow: what happens with more: see `Overflow`.
+        Raises: ValueError, TypeError: a topic that cannot be sent.
         """
+        _ = check_text("topic", topic)
         return Channel(
             self._link,
             self._channels,
@@ -141,18 +147,27 @@ class Socket:
         token, params = await value_of(self._token), await value_of(self._params)
         scheme, host, path, query, _ = urlsplit(self._url)
         fields = [*parse_qsl(query, keep_blank_values=True), *(params or {}).items(), ("vsn", VSN)]
+        try:
+            query = urlencode(fields)
+        except UnicodeEncodeError:
+            raise ValueError("params: expected text that UTF-8 can encode") from None
         path = path.rstrip("/") + "/websocket"
         options = {"ping_interval": None, "max_size": None, "close_timeout": CLOSE_TIMEOUT_S, **self._options}
         try:
-            return await websockets.connect(
-                urlunsplit((scheme.replace("http", "ws"), host, path, urlencode(fields), "")),
+            return await _Connect(
+                urlunsplit((scheme.replace("http", "ws"), host, path, query, "")),
                 subprotocols=_subprotocols(token),
                 open_timeout=self._timeout_s,
                 **options,
             )
         except InvalidStatus as error:
+            location = error.response.headers.get("Location")
             body = (error.response.body or b"")[:200].decode(errors="replace").strip()
             why = f"HTTP {error.response.status_code}" + (f": {body}" if body else "")
+            if 300 <= error.response.status_code < 400 and location is not None:
+                target = _origin(urljoin(f"{scheme}://{host}{path}", location))
+                why = f"HTTP {error.response.status_code}, a redirect to {target}; none is followed, since the token "
+                why += "would go along: connect to the right address"
         except TimeoutError:
             why = f"no answer within {self._timeout_s:g} s"
         except (OSError, WebSocketException) as error:
@@ -260,10 +275,41 @@ async def _close(connection: ClientConnection) -> None:
                 await connection.recv()
 
 
+class _Connect(connect_websocket):
+    """As websockets has it, but for redirects: it would send the token to whatever host they point to."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        """Take a redirect for the refusal that it is."""
+        return exc
+
+
+def _origin(url: str) -> str:
+    """Scheme and host of an address: its path and its query may hold a secret."""
+    try:
+        parts = urlsplit(url)
+        host = parts.netloc.rpartition("@")[2]
+    except ValueError:
+        return "another address"
+    text = f"{parts.scheme}://{host}"
+    return text if parts.scheme and host and text.isascii() and text.isprintable() else "another address"
+
+
+def _check_headers(headers: Any) -> None:
+    """Check headers that come with the request. Raises ValueError, which shows no value: it may be a secret."""
+    pairs = getattr(headers, "raw_items", None) or getattr(headers, "items", None) or (lambda: headers or ())
+    for name, value in pairs():
+        if not f"{name}{value}".isprintable():
+            raise ValueError(f"additional_headers: {name!r:.60}: expected text without control characters")
+
+
 def _subprotocols(token: str | None) -> list[Subprotocol] | None:
     """The token travels beside the subprotocol, as phoenix.js sends it, so that it stays out of the URL."""
     if not token:
         return None
     # A slash is not allowed in the name of a subprotocol, so that one letter is taken from the URL alphabet.
-    text = base64.b64encode(token.encode(), altchars=b"+_").rstrip(b"=").decode()
+    try:
+        data = token.encode()
+    except (UnicodeEncodeError, AttributeError):  # its value is a secret
+        raise ValueError("token: expected text that UTF-8 can encode") from None
+    text = base64.b64encode(data, altchars=b"+_").rstrip(b"=").decode()
     return [Subprotocol("phoenix"), Subprotocol("base64url.bearer.phx." + text)]

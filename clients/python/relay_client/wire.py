@@ -29,20 +29,63 @@ class Message:
     payload: Any
 
 
+class JsonText(str):
+    """A payload that is JSON already, as `encode_payload` makes it."""
+
+
+def check_text(what: str, text: object) -> str:
+    """Check a name, or another text that is sent. Raises TypeError: no text; ValueError: UTF-8 cannot encode it."""
+    if not isinstance(text, str):
+        raise TypeError(f"{what}: expected text, got {type(text).__name__}")
+    try:
+        _ = text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what}: expected text that UTF-8 can encode, got {_around(error)}") from None
+    return text
+
+
+def encode_payload(payload: Any) -> JsonText | bytes:
+    """To JSON text, or to bytes where it is binary.
+
+    Raises: ValueError: it has no JSON (``nan``, half a surrogate pair, a list that contains itself).
+            TypeError: it is nothing that JSON knows.
+    """
+    if isinstance(payload, bytes | bytearray | memoryview):
+        return bytes(payload)
+    if isinstance(payload, JsonText):
+        return payload
+    try:
+        text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        _ = text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"payload: expected text that UTF-8 can encode, got {_around(error)}") from None
+    except RecursionError:
+        raise ValueError("payload: nested too deeply") from None
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"payload: {error}") from None
+    return JsonText(text)
+
+
+def _around(error: UnicodeEncodeError) -> str:
+    """What cannot be encoded, with a little of what is beside it: half of a surrogate pair as a rule."""
+    return repr(error.object[max(error.start - 10, 0) : error.end + 10])
+
+
 def encode(message: Message) -> str | bytes:
     """To a text frame, or, where the payload is bytes, to ``00 jl rl tl el join_ref ref topic event payload``.
 
-    Raises: ValueError: a name is over 255 bytes in a binary frame, or the payload has no JSON (``nan``).
-            TypeError: the payload is nothing that JSON knows.
+    Raises: ValueError, TypeError: as `encode_payload`, also for the names; a name is over 255 bytes in a binary frame.
     """
-    join_ref, ref, topic, event, payload = (getattr(message, name) for name in Message.__slots__)
-    if not isinstance(payload, bytes | bytearray | memoryview):
-        fields = [join_ref, ref, topic, event, payload]
-        return json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    join_ref, ref, topic, event = message.join_ref, message.ref, message.topic, message.event
+    _ = check_text("topic", topic), check_text("event", event)
+    payload = encode_payload(message.payload)
+    if isinstance(payload, str):
+        fields = json.dumps([join_ref, ref, topic, event], ensure_ascii=False, separators=(",", ":"))
+        return f"{fields[:-1]},{payload}]"
     names = [("" if name is None else str(name)).encode() for name in (join_ref, ref, topic, event)]
     if max(map(len, names)) > 255:
         raise ValueError("expected names of up to 255 bytes in a binary frame")
-    return bytes((PUSH, *map(len, names))) + b"".join(names) + bytes(payload)
+    return bytes((PUSH, *map(len, names))) + b"".join(names) + payload
 
 
 def decode(frame: str | bytes) -> Message:
