@@ -5,7 +5,9 @@ Owns the decision whether a line is worth writing now, and how it looks; must no
 
 import json
 import logging
+import re
 import time
+import traceback
 from collections.abc import Callable
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -124,20 +126,36 @@ def fields_of(record: logging.LogRecord) -> dict[str, Any]:
 
 
 class TextFormatter(logging.Formatter):
-    """``<time> <level> <logger>: <message>``, and the socket where the message does not name it."""
+    """``<time> <level> <logger>: <message>``, and the socket where the message does not name it, all in one line."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
 
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, and below it the traceback if there is one."""
+        cached, record.exc_text = record.exc_text, None  # another formatter's
+        try:
+            return super().format(record)
+        finally:
+            record.exc_text = cached
+
     def formatMessage(self, record: logging.LogRecord) -> str:
         """The line without its traceback."""
+        record.message = one_line(record.message)
         socket = fields_of(record).get("socket")
         named = socket is None or str(socket) in record.message
-        return super().formatMessage(record) + ("" if named else f" [socket {socket}]")
+        return super().formatMessage(record) + ("" if named else one_line(f" [socket {socket}]"))
+
+    def formatException(self, ei: Any) -> str:
+        """The traceback, in which no line can be taken for one of the log."""
+        return format_exception(ei)
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: ``time`` (UTC), ``level``, ``logger``, ``message``, fields, and ``exception`` if any."""
+    """One JSON object a line: ``time`` (UTC), ``level``, ``logger``, ``message``, fields, and ``exception`` if any.
+
+    Line breaks within a text stay, escaped as JSON has it; other control characters become visible.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """The whole line; a traceback is text inside it."""
@@ -145,9 +163,119 @@ class JsonFormatter(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": printable(record.getMessage(), keep="\n"),
         }
-        line = fields_of(record) | line
+        fields = fields_of(record)
+        line = {name: printable(one, keep="\n") if isinstance(one, str) else one for name, one in fields.items()} | line
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=repr)
+            line["exception"] = format_exception(record.exc_info)
+        try:
+            text = json.dumps(line, default=_shown, allow_nan=False)
+        except (ValueError, TypeError, RecursionError):  # NaN, keys that are no text, what contains itself
+            text = ""
+        if text and len(text) <= _JSON_MAX:
+            return text
+        return json.dumps({name: one if isinstance(one, str) else _shown(one) for name, one in line.items()})
+
+
+def _shown(value: object) -> str:
+    return printable(repr(value))
+
+
+# What strangers write must not look like another line, nor steer the terminal that shows it.
+
+LINE_MAX = 8192
+"""Characters of a message, or of a line of a traceback; what is beyond is counted and left out."""
+_TRACEBACK_MAX = 400
+"""Lines of a traceback."""
+_JSON_MAX = 65_536
+"""Characters of a line of JSON; in a longer one lists and objects become text of `LINE_MAX` characters at the most."""
+_HEADS = ("Traceback (most recent call last):", "During handling of", "The above exception was")
+
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\n-\x1f\x7f-\x9f"  # C0 without the tab, DEL, C1: among them the escape of terminals
+    "\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff"  # line breaks of Unicode, what turns the direction of text
+    "\ud800-\udfff]"  # half a surrogate pair, which no stream can write
+)
+
+
+def printable(text: str, keep: str = "") -> str:
+    """With control characters as escapes, but for those to ``keep``, and of `LINE_MAX` characters at the most."""
+    if len(text) > LINE_MAX:
+        text = f"{text[:LINE_MAX]}… ({len(text) - LINE_MAX} more characters)"
+    if _UNPRINTABLE.search(text) is None:
+        return text
+    return _UNPRINTABLE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], text)
+
+
+def one_line(text: str) -> str:
+    """The same, for a line of the log: a line break within it becomes ``\\n``, those at its end are left out."""
+    return printable(text.rstrip("\r\n"))
+
+
+def format_exception(exc_info: Any) -> str:
+    """A traceback as Python shows it, but that no line of an exception's text or notes begins as one of the log may."""
+    _, error, trace = exc_info
+    lines = "".join(traceback.format_exception(error, error, trace)).rstrip("\n").split("\n")
+    heads = (*_HEADS, *_names(error))
+    lines = [printable(line if line.startswith((" ", *heads)) or not line else f"    {line}") for line in lines]
+    if len(lines) > _TRACEBACK_MAX:
+        half = _TRACEBACK_MAX // 2
+        lines[half:-half] = [f"    … {len(lines) - 2 * half} more lines"]
+    return "\n".join(lines)
+
+
+def _names(error: BaseException | None) -> set[str]:
+    """The types of an exception and of those behind it, as tracebacks name them."""
+    names: set[str] = set()
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        name, module = type(one).__qualname__, type(one).__module__
+        names.add(name if module in ("builtins", "__main__") else f"{module}.{name}")
+        waiting += [one.__cause__, one.__context__]
+        waiting += one.exceptions if isinstance(one, BaseExceptionGroup) else ()
+    return names
+
+
+LOGGERS = (
+    "relay",
+    "relay.auth",
+    "relay.broadcaster",
+    "relay.console",
+    "relay.node",
+    "relay.operators",
+    "relay.plugins",
+    "relay.proxy",
+    "relay.redis",
+    "relay.server",
+    "relay.socket",
+)
+"""All loggers of the relay. Each cleans its records, since in a team's own app the formatter is the team's."""
+
+
+def clean(record: logging.LogRecord) -> bool:
+    """Clean a record, whatever formats it: its message, its fields and the text of its traceback. Always True."""
+    try:
+        message = record.getMessage()
+    except Exception:  # a wrong number of arguments; the handler says so
+        return True
+    # Untouched where there is nothing to clean: who groups lines by their pattern finds it.
+    if (cleaned := one_line(message)) != message:
+        record.msg, record.args = cleaned, ()
+    for name, value in vars(record).items():
+        if name not in _STANDARD and isinstance(value, str):
+            setattr(record, name, printable(value))
+    if record.exc_info and record.exc_info[1] is not None:
+        text = format_exception(record.exc_info)
+        if text != "".join(traceback.format_exception(record.exc_info[1])).rstrip("\n"):
+            record.exc_text = text  # which formatters of `logging` take for the one that they would make
+    return True
+
+
+for _name in LOGGERS:
+    logging.getLogger(_name).addFilter(clean)

@@ -358,7 +358,7 @@ class Redirecting:
             def do_GET(self) -> None:
                 heads.append({name.lower(): value for name, value in self.headers.items()})
                 self.send_response(302)
-                port = self.server.server_address[1]
+                port = self.headers["Host"].rpartition(":")[2]
                 self.send_header("Location", location.format(port=port))
                 self.send_header("Content-Length", "0")
                 self.send_header("Connection", "close")

@@ -3,12 +3,15 @@
 import inspect
 import json
 import logging
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from relay.logs import SUBJECT, JsonFormatter, TextFormatter, Throttle
+import relay
+from relay.logs import LOGGERS, SUBJECT, JsonFormatter, TextFormatter, Throttle
 
 logger = logging.getLogger("relay.tests.logs")
 
@@ -175,3 +178,127 @@ def test_lines_written_by_a_handler_are_about_its_socket() -> None:
 def test_text_line_names_the_socket_once() -> None:
     assert TextFormatter().format(record("socket 1f-7: slow", socket="1f-7")).endswith(": socket 1f-7: slow")
     assert TextFormatter().format(record("plain")).endswith(": plain")
+
+
+# What strangers write.
+
+FORGED = "2026-01-01 00:00:00,000 INFO relay: FORGED"
+EVIL = f"x\n{FORGED}\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029\x1b[2J\x9b31m\u202e\x00\ud83d"
+
+
+def raised(error: BaseException) -> Any:
+    try:
+        raise error
+    except BaseException:
+        return sys.exc_info()
+
+
+def test_text_line_is_one_line_and_steers_no_terminal() -> None:
+    for made in (record(EVIL), record("%s", EVIL), record("%s", ValueError(EVIL)), record("plain", socket=EVIL)):
+        line = TextFormatter().format(made)
+        assert len(line.splitlines()) == 1 and line.isprintable(), ascii(line)
+        assert "\\n2026-01-01" in line and line.encode()
+
+
+def test_line_breaks_at_the_end_of_a_message_are_left_out() -> None:
+    """Uvicorn's "Exception in ASGI application" ends with one."""
+    assert TextFormatter().format(record("failed\r\n")).endswith(": failed")
+
+
+def test_json_line_has_control_characters_as_visible_escapes() -> None:
+    line = JsonFormatter().format(record("%s", EVIL, reason=EVIL, odd={EVIL}))
+    read = json.loads(line)
+    for text in (read["message"], read["reason"], read["odd"]):
+        assert text.replace("\n", "").isprintable(), ascii(text)
+    assert read["message"].startswith(f"x\n{FORGED}\\r")
+
+
+@pytest.mark.parametrize("value", [float("nan"), {(1, 2): 3}, [float("inf")]])
+def test_json_line_is_json_whatever_its_fields_are(value: Any) -> None:
+    endless: list[Any] = []
+    endless.append(endless)
+    for one in (value, endless):
+        read = json.loads(JsonFormatter().format(record("said", odd=one)), parse_constant=pytest.fail)
+        assert read["odd"] == repr(one) and read["message"] == "said"
+
+
+def test_very_long_values_are_bounded() -> None:
+    long = "x" * 1_000_000
+    line = TextFormatter().format(record("%s", long, exc_info=raised(ValueError(long))))
+    assert len(line) < 20_000 and "more characters)" in line
+    line = JsonFormatter().format(record("%s", long, reason=long, odd=[long], exc_info=raised(ValueError(long))))
+    assert len(line) < 50_000 and json.loads(line)["level"] == "warning"
+    many = TextFormatter().format(record("m", exc_info=raised(ValueError("\n" * 100_000))))
+    assert many.count("\n") < 500
+
+
+def chained(text: str) -> Exception:
+    error = RuntimeError(text)
+    error.__cause__ = ValueError(text)
+    error.__context__ = KeyError(text)
+    error.add_note(text)
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError(EVIL),
+        chained(EVIL),
+        ExceptionGroup(EVIL, [ValueError(EVIL), chained(EVIL)]),
+        SyntaxError(EVIL, ("f.py", 1, 1, EVIL)),
+    ],
+    ids=["plain", "chained", "group", "syntax"],
+)
+def test_no_line_of_a_traceback_can_be_taken_for_one_of_the_log(error: BaseException) -> None:
+    made = record("failed", exc_info=raised(error))
+    text = TextFormatter().format(made)
+    lines = text.splitlines()
+    assert "Traceback (most recent call last):" in text
+    assert sum("FORGED" in line for line in lines) >= 1
+    assert not any(line.startswith(("2026", "INFO")) for line in lines[1:]), text
+    assert all(char.isprintable() or char in "\n\t" for char in text)
+    assert json.loads(JsonFormatter().format(made))["exception"] in text
+
+
+def test_traceback_without_such_text_is_shown_as_python_shows_it() -> None:
+    made = record("failed", exc_info=raised(chained("broken")))
+    plain = logging.Formatter().formatException(made.exc_info)  # type: ignore[arg-type]
+    assert TextFormatter().format(made).endswith(f": failed\n{plain}".replace("\nbroken", "\n    broken"))
+
+
+def test_relays_loggers_clean_what_a_teams_own_formatter_shows() -> None:
+    """Mounted in an app, the relay does not choose the formatter."""
+    lines: list[str] = []
+
+    class Own(logging.Handler):
+        def emit(self, made: logging.LogRecord) -> None:
+            lines.append(logging.Formatter("%(levelname)s:%(name)s:%(message)s").format(made))
+            lines.append(f"{getattr(made, 'reason', '')}")
+
+    for name in LOGGERS:
+        own, asked = Own(), logging.getLogger(name)
+        asked.addHandler(own)
+        try:
+            asked.warning("refused: %s", f"x\nINFO:relay:{FORGED}{EVIL}", extra={"reason": EVIL})
+            asked.error("failed", exc_info=chained(f"x\nINFO:relay:{FORGED}{EVIL}"))
+        finally:
+            asked.removeHandler(own)
+    assert len(lines) >= 4 * len(LOGGERS)
+    for line in "\n".join(lines).splitlines():
+        assert line.isprintable() and not line.startswith(("INFO", "2026")), ascii(line)
+
+
+def test_record_without_such_text_keeps_its_pattern(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("relay").warning("said %s", "héllo", extra={"n": 1})
+    (made,) = caplog.records
+    assert (made.msg, made.args, made.exc_text) == ("said %s", ("héllo",), None)
+    logging.getLogger("relay").warning("100 %%, %s", "a\nb")
+    assert caplog.messages[-1] == "100 %, a\\nb"
+
+
+def test_every_logger_of_the_relay_is_among_those_that_clean() -> None:
+    folder = Path(relay.__file__).parent
+    text = "".join(path.read_text() for path in folder.rglob("*.py"))
+    named = set(re.findall(r"getLogger\(\"(relay[a-z_.]*)\"\)", text))
+    assert named == set(LOGGERS)
