@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.extensions.permessage_deflate import PerMessageDeflate, ServerPerMessageDeflateFactory
-from websockets.frames import Frame
+from websockets.frames import Close, Frame
 from websockets.server import ServerProtocol
 
 from relay.errors import CloseCode
@@ -62,6 +62,8 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         self.writable: asyncio.Event = cast(asyncio.Event, _Gate())
         # What was read from the transport and is not parsed yet, while the application has messages to take.
         self._unparsed = b""
+        # What the application is told once that is parsed too, where the connection was lost before.
+        self._farewell: dict[str, Any] | None = None
         # Frames that carry nothing.
         self._idle_frames = Bucket(_IDLE_FRAMES_PER_S, _IDLE_FRAMES_MAX, monotonic())
         if self.config.ws_per_message_deflate:
@@ -90,9 +92,14 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             self._refuse_head()
 
     def _parse(self) -> None:
-        while self._unparsed and not self.read_paused and not self.transport.is_closing():
+        is_lost = self._farewell is not None
+        while self._unparsed and not self.read_paused and (is_lost or not self.transport.is_closing()):
             piece, self._unparsed = self._unparsed[:_PIECE_BYTES], self._unparsed[_PIECE_BYTES:]
             super().data_received(piece)
+        if self._farewell is not None and not self._unparsed:
+            self.queue.put_nowait(self._farewell)
+            self._farewell = None
+            self._let_go()
 
     async def receive(self) -> Any:
         """Hand over the next message, and parse on when it was the last."""
@@ -139,7 +146,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         writer = self.frame_writer
         if writer is not None and not self.frames:  # else it would keep an unfinished message here for ever
             writer.last_ping = monotonic()
-        if writer is None or not writer.paused:
+        if not self.disconnected and (writer is None or not writer.paused):
             super().handle_ping()
         else:
             _ = self.conn.data_to_send()
@@ -173,12 +180,23 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     def handle_close(self, event: Frame) -> None:
         """End the extension before the close frame is answered."""
         self._end_writer()
-        super().handle_close(event)
+        if not self._ends_lost(self.conn.close_rcvd):
+            super().handle_close(event)
 
     def handle_parser_exception(self) -> None:
         """End the extension before the close frame that tells what was wrong with the client's bytes."""
         self._end_writer()
-        super().handle_parser_exception()
+        if not self._ends_lost(self.conn.close_sent):
+            super().handle_parser_exception()
+
+    def _ends_lost(self, close: Close | None) -> bool:
+        """Say whether the connection was lost before; then nothing is answered, and nothing after this is read."""
+        if self._farewell is None:
+            return False
+        assert close is not None, "the parser has it"
+        self._farewell |= {"code": close.code, "reason": close.reason}
+        self._unparsed = b""
+        return True
 
     def drain(self) -> bool:
         """Tell the relay that the server ends and that it is to close the socket; False where there is none."""
@@ -197,12 +215,24 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End the extension; the transport is gone.
 
-        Break the cycles of the connection too, so that it is freed at once and not by a later collection: the parser
-        is a generator over its own protocol, and an exception that is kept has a traceback to it.
+        What was read before and is not parsed yet goes to the application first, at the pace that it takes it.
         """
         self._end_writer()
+        is_over = self.close_sent or self.conn.close_rcvd is not None or not self.handshake_complete
         super().connection_lost(exc)
         break_cycle(self.transport)
+        if self._unparsed and not is_over:
+            self._farewell = cast(_Inbox, self.queue).take_back()
+            self._parse()
+        else:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Break the cycles of a connection whose end the application has been told.
+
+        So it is freed at once and not by a later collection: the parser is a generator over its own protocol, and an
+        exception that is kept has a traceback to it.
+        """
         self._unparsed = b""
         self.frames.clear()
         self.conn.parser.close()
@@ -285,6 +315,10 @@ class _Inbox(_Waiting):
         while not self._messages:
             await self._wait()
         return self._messages.pop(0)
+
+    def take_back(self) -> Any:
+        """Take what was put last."""
+        return self._messages.pop()
 
     def empty(self) -> bool:
         return not self._messages

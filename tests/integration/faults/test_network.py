@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
+from relay import Relay
+from relay.hooks import Push
 from relay.journal import LINES_MAX
-from tests.support.client import TEXT, Client, RawSocket, client_frame
+from relay.plugins import Plugin
+from tests.support.client import CLOSE, TEXT, Client, RawSocket, client_frame
 from tests.support.faults import lossy_network
-from tests.support.process import RelayProcess
-from tests.support.serving import Served, eventually, figure, heard_on, http_get
+from tests.support.process import RelayProcess, Valkey
+from tests.support.serving import Served, eventually, figure, heard_on, http_get, serve
 from tests.support.witness import Ticker, Witness
 
 Connect = Callable[..., Awaitable[Client]]
@@ -113,6 +116,36 @@ async def test_reset_in_mid_frame_ends_that_socket_alone(
         await other.push(None, topic, "shout", 1)
         assert await heard() == (f"from:{topic}:shout", b"1"), "nothing of the half frames came out"
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize("end", ["reset", "close"])
+@pytest.mark.parametrize("handled", [False, True], ids=["passed on", "handled"])
+async def test_what_came_before_the_end_of_a_connection_is_handled(
+    valkey: Valkey, direct: bool, end: str, handled: bool
+) -> None:
+    """400 pushes, a close frame, and gone at once: the replies meet a reset while most of them are still to be read."""
+    plugin, pushes, topic = Plugin("p"), 400, f"room:gone:{direct}:{end}:{handled}"
+    if handled:
+        plugin.on_push("room:*")(_take)
+    relay = Relay(redis_url=valkey.url, system_topic=False, extra_plugins=(plugin,))
+    async with serve(relay, direct=direct) as served, heard_on(valkey.url, f"from:{topic}:*") as heard:
+        async with RawSocket.connect(served.ws) as client:
+            await client.send_frame(TEXT, json.dumps(["1", "1", topic, "phx_join", {}]).encode())
+            assert (await client.read_message())[4]["status"] == "ok"
+            frames = [json.dumps(["1", str(n), topic, "say", n]).encode() for n in range(pushes)]
+            everything = b"".join(client_frame(TEXT, frame) for frame in frames)
+            await client.send_bytes(everything + client_frame(CLOSE, (1001).to_bytes(2)))
+            if end == "reset":
+                client.reset()
+        assert [int((await heard())[1]) for _ in range(pushes)] == list(range(pushes))
+        await eventually(lambda: not relay.engine.sockets, "the socket's end")
+        await eventually(lambda: relay.metrics.pushes_out == pushes, "the last push")
+        assert +relay.metrics.refused == {}
+
+
+async def _take(push: Push) -> dict[str, str]:
+    await asyncio.sleep(0)
+    return {"a longer": "reply" * 20}
 
 
 async def test_thousand_clients_that_vanish_at_once_cost_nobody_else() -> None:
