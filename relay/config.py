@@ -112,6 +112,13 @@ class LimitsConfig(Table):
         268_435_456,
         description="what waits for all slow sockets together, in bytes; the largest goes first; 0: no bound",
     )
+    in_flight_max_bytes: Positive = Field(
+        4_194_304, description="what of one socket waits for handlers, in bytes, before it is read no further"
+    )
+    in_flight_total_max_bytes: OrOff = Field(
+        268_435_456,
+        description="the same of all sockets and events together, in bytes; that with the most is closed; 0: no bound",
+    )
     pushes_in_flight: Positive = Field(256, description="messages of one socket under way before it is read no further")
     joins_per_s: OrOff = Field(20, description="joins of one socket per second, for long; 0: no bound")
     joins_burst: Positive = Field(200, description="joins one socket may send at once, after a pause")

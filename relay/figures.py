@@ -117,6 +117,7 @@ FIGURES: tuple[Figure, ...] = (
     _counter("events_unheard", "Of those, events on topics that nobody has joined in that worker."),
     _counter("deliveries", "Frames of events written, or queued, for a socket."),
     _counter("delivered_bytes", "Bytes of those frames, before compression and without their WebSocket headers."),
+    _counter("cut_off_bytes", "Bytes written to sockets that were cut off before the kernel had taken them."),
     Figure(
         "relay_fan_out_seconds",
         "histogram",
@@ -144,6 +145,13 @@ FIGURES: tuple[Figure, ...] = (
         "refused", "Handshakes, joins, pushes and REST requests refused, and sockets sent away, by reason.", "reason"
     ),
     _counter("malformed", "Frames from clients that could not be understood, by close code.", "code"),
+    Figure(
+        "relay_in_flight_bytes",
+        "gauge",
+        "Bytes of messages and events that wait for plugins' handlers, or are with them.",
+        "",
+        _of("in_flight_bytes"),
+    ),
     _counter("gaps", "Times the link to the bus was interrupted, so that events may have been missed."),
     _counter("rejoins_asked", "Subscriptions told to rejoin after a gap."),
     _counter("sent_away", "Sockets and subscriptions ended for a user that was sent away."),

@@ -30,13 +30,12 @@ class FrameWriter:
     takes it away, when the transport's buffer is full or the socket is closing.
     """
 
-    __slots__ = ("abort", "deflates", "last_ping", "on_shutdown", "open", "owner", "paused", "ready", "write")
+    __slots__ = ("_transport", "deflates", "last_ping", "on_shutdown", "open", "owner", "paused", "ready", "write")
 
     def __init__(self, transport: Transport, deflates: bool = False) -> None:
         self.write: Callable[[bytes], object] = transport.write
         """Write one frame, or several. Never blocks; where that fills the buffer, ``paused`` is set on return."""
-        self.abort: Callable[[], object] = transport.abort
-        """Cut the connection at once; what is buffered is lost."""
+        self._transport = transport
         self.deflates: bool = deflates
         self.open: bool = True
         self.paused: bool = False
@@ -46,6 +45,14 @@ class FrameWriter:
         self.on_shutdown: Callable[[], object] | None = None
         """Called when the server ends; whoever is called closes the socket in its own time."""
         self.owner: WriterOwner | None = None
+
+    def abort(self) -> None:
+        """Cut the connection at once; what is buffered is lost."""
+        self._transport.abort()
+
+    def buffered_bytes(self) -> int:
+        """How many bytes were written and are not with the kernel yet."""
+        return self._transport.get_write_buffer_size()
 
     def set_ready(self, ready: bool) -> None:
         """Say whether the next frame may be written at once; the owner learns of a change."""

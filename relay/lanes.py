@@ -6,51 +6,163 @@ that key queue behind it; other keys go on.
 """
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Coroutine, Hashable
 from typing import TypeAlias
+
+from relay.errors import IN_FLIGHT_FULL
+from relay.metrics import Metrics
 
 Rest: TypeAlias = Coroutine[None, None, None] | None
 Piece: TypeAlias = Callable[[], Rest]
 
 
+PIECE_BYTES = 500
+"""What a piece that waits takes beside what it is about: itself, its message, its place in the queue."""
+
+
+class InFlight:
+    """What is under way in all lanes of a relay, in bytes: past a bound, the owner with the most gives up.
+
+    Args: max_bytes: the bound, `PIECE_BYTES` for each piece that waits included; 0 for none.
+          metrics: ``in_flight_bytes`` there is the sum.
+    """
+
+    __slots__ = ("_max_bytes", "_members", "_metrics")
+
+    def __init__(self, max_bytes: int, metrics: Metrics) -> None:
+        self._max_bytes = max_bytes
+        self._metrics = metrics
+        # Those with an owner that can give up, and in which something is under way.
+        self._members: set[Lanes] = set()
+
+    def count(self, lanes: "Lanes", more_bytes: int) -> None:
+        """Count what has come into lanes, or left them; past the bound, have those with the most given up."""
+        self._metrics.in_flight_bytes += more_bytes
+        if more_bytes <= 0:
+            if not lanes.held_bytes:
+                self._members.discard(lanes)
+            return
+        if lanes.give_up is not None:
+            self._members.add(lanes)
+        while self._members and 0 < self._max_bytes < self._metrics.in_flight_bytes:
+            before = self._metrics.in_flight_bytes
+            most = max(self._members, key=lambda member: member.held_bytes)
+            assert most.give_up is not None, "else it is no member"
+            most.give_up()
+            if self._metrics.in_flight_bytes == before:  # nothing of it waits: running handlers hold all that there is
+                self._metrics.refused[IN_FLIGHT_FULL] += most.cut_off()
+
+    def has_room(self, lanes: "Lanes", key: Hashable, more_bytes: int) -> bool:
+        """Say whether more may wait in lanes whose owner cannot give up: a sixteenth for each key, half for all keys.
+
+        What need not wait for others of its key may always come.
+        """
+        if not self._max_bytes or not lanes.is_busy(key):
+            return True
+        return (
+            lanes.held_bytes + more_bytes <= self._max_bytes // 2
+            and lanes.waiting_bytes(key) + more_bytes <= self._max_bytes // 16
+        )
+
+
+class _Lane:
+    """The pieces of one key: one that runs, and those that wait, each with its size."""
+
+    __slots__ = ("number", "pieces", "size", "task", "waiting_bytes")
+
+    def __init__(self, size: int) -> None:
+        self.pieces: deque[tuple[Piece, int]] = deque()
+        self.waiting_bytes = 0
+        # Of the one that runs: its size, and which one it is since the lane began.
+        self.size = size
+        self.number = 0
+        self.task: asyncio.Task[None] | None = None
+
+    def pop(self) -> Piece:
+        piece, self.size = self.pieces.popleft()
+        self.waiting_bytes -= self.size
+        self.number += 1
+        return piece
+
+    def cancel(self, number: int) -> None:
+        """Cancel the piece that runs, if it is this one still."""
+        if self.number == number and self.task is not None:
+            self.task.cancel()
+
+
 class Lanes:
-    """Lanes of one owner; `close` ends them all."""
+    """Lanes of one owner; `close` ends them all.
 
-    __slots__ = ("_changed", "_tasks", "_waiting", "pending")
+    Args: in_flight: where their bytes are counted, if anywhere.
+          give_up: has to `drop` what waits, when all lanes together hold too much and these most.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_changed", "_cut", "_in_flight", "_lanes", "_tasks", "give_up", "held_bytes", "pending")
+
+    def __init__(self, in_flight: InFlight | None = None, give_up: Callable[[], object] | None = None) -> None:
         self.pending: int = 0
         """Pieces begun and not finished, or waiting for their turn."""
-        self._waiting: dict[Hashable, deque[Piece]] = {}
+        self.held_bytes: int = 0
+        """Bytes that those are about, and what those that wait take besides."""
+        self.give_up: Callable[[], object] | None = give_up
+        self._in_flight = in_flight
+        # Whether what ran has been cut off; what comes then is not counted any more.
+        self._cut = False
+        self._lanes: dict[Hashable, _Lane] = {}
         self._tasks: dict[asyncio.Task[None], Coroutine[None, None, None]] = {}
         self._changed: asyncio.Future[None] | None = None
 
-    def run(self, key: Hashable, piece: Piece) -> None:
-        """Do ``piece`` now, or behind those of its key that are under way."""
-        lane = self._waiting.get(key)
+    def run(self, key: Hashable, piece: Piece, size: int = 0) -> None:
+        """Do ``piece`` now, or behind those of its key that are under way.
+
+        Args: size: of what it is about, in bytes; not counted where it is done at once.
+        """
+        lane = self._lanes.get(key)
         if lane is not None:
+            size += PIECE_BYTES
             self.pending += 1
-            lane.append(piece)
+            lane.pieces.append((piece, size))
+            lane.waiting_bytes += size
+            self._hold(size)
         elif (rest := piece()) is not None:
             self.pending += 1
-            self._waiting[key] = deque()
-            task = asyncio.create_task(self._work_off(key, rest))
+            lane = self._lanes[key] = _Lane(size)
+            lane.task = task = asyncio.create_task(self._work_off(key, lane, rest))
             self._tasks[task] = rest
             task.add_done_callback(self._tasks.pop)
+            self._hold(size)
 
-    async def _work_off(self, key: Hashable, rest: Coroutine[None, None, None]) -> None:
-        lane = self._waiting[key]
+    def _hold(self, more_bytes: int) -> None:
+        if not self._cut:
+            self.held_bytes += more_bytes
+            if self._in_flight is not None:
+                self._in_flight.count(self, more_bytes)
+
+    async def _work_off(self, key: Hashable, lane: _Lane, rest: Rest) -> None:
         try:
-            await rest
-            while lane:
+            while True:
+                try:
+                    if rest is not None:
+                        await rest
+                except asyncio.CancelledError:
+                    if not self._cut or lane.task is None or lane.task.uncancel():
+                        raise
+                finally:
+                    rest = None
+                    self._hold(-lane.size)
+                    lane.size = 0
+                if not lane.pieces:
+                    return
                 self.done()
-                if (further := lane.popleft()()) is not None:
-                    await further
+                rest = lane.pop()()
         finally:
             # Also when a piece raises, which none should: the key must not stay blocked.
-            del self._waiting[key]
-            self.done(1 + len(lane))
+            del self._lanes[key]
+            self._hold(-lane.waiting_bytes - lane.size)
+            lane.task = None
+            self.done(1 + len(lane.pieces))
 
     def done(self, pieces: int = 1) -> None:
         """So many pieces fewer are pending; for owners that add to ``pending`` by themselves."""
@@ -58,9 +170,9 @@ class Lanes:
         if self._changed is not None and not self._changed.done():
             self._changed.set_result(None)
 
-    async def wait_below(self, limit: int) -> None:
-        """Return once fewer than ``limit`` pieces are pending. One waiter at a time."""
-        while self.pending >= limit:
+    async def wait_below(self, limit: int, max_bytes: float = math.inf) -> None:
+        """Return once fewer than ``limit`` pieces are pending, and they hold less. One waiter at a time."""
+        while self.pending >= limit or self.held_bytes >= max_bytes:
             self._changed = asyncio.get_running_loop().create_future()
             await self._changed
 
@@ -76,22 +188,50 @@ class Lanes:
 
     def waiting(self, key: Hashable) -> int:
         """How many pieces of a key wait for their turn."""
-        return len(self._waiting.get(key, ()))
+        lane = self._lanes.get(key)
+        return 0 if lane is None else len(lane.pieces)
+
+    def waiting_bytes(self, key: Hashable) -> int:
+        """What those hold."""
+        lane = self._lanes.get(key)
+        return 0 if lane is None else lane.waiting_bytes
+
+    def is_busy(self, key: Hashable) -> bool:
+        """Whether a further piece of a key would have to wait."""
+        return key in self._lanes
 
     def drop(self, goes: Callable[[Piece], bool]) -> int:
         """Drop the pieces that wait and of which ``goes`` is true; returns how many."""
-        dropped = 0
-        for lane in self._waiting.values():
-            kept = [piece for piece in lane if not goes(piece)]
-            dropped += len(lane) - len(kept)
-            lane.clear()
-            lane.extend(kept)
+        dropped = dropped_bytes = 0
+        for lane in self._lanes.values():
+            kept = [entry for entry in lane.pieces if not goes(entry[0])]
+            kept_bytes = sum(size for _, size in kept)
+            dropped += len(lane.pieces) - len(kept)
+            dropped_bytes += lane.waiting_bytes - kept_bytes
+            lane.pieces.clear()
+            lane.pieces.extend(kept)
+            lane.waiting_bytes = kept_bytes
+        self._hold(-dropped_bytes)
         self.done(dropped)
         return dropped
 
+    def cut_off(self) -> int:
+        """Cancel what runs and holds bytes, and count these lanes no more. Returns how many pieces that are."""
+        self._hold(-self.held_bytes)
+        self._cut = True
+        running = [lane for lane in self._lanes.values() if lane.size]
+        for lane in running:
+            # At the next turn: one that is cancelled before its first step would leave its key blocked.
+            asyncio.get_running_loop().call_soon(lane.cancel, lane.number)
+        return len(running)
+
     async def close(self) -> None:
         """Drop what waits, cancel what runs, and wait for its end."""
-        tasks = dict(self._tasks)
+        tasks, self._cut = dict(self._tasks), False
+        held, self._in_flight, in_flight = self.held_bytes, None, self._in_flight
+        if in_flight is not None:
+            self.held_bytes = 0
+            in_flight.count(self, -held)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -60,7 +60,7 @@ class Pace:
     def allows(self, event: str, now: float, size: int = 0) -> bool:
         """Take one message into account, and say whether it is within its rate. All but joins count as pushes.
 
-        Args: size: of its frame, in bytes, or in characters of text.
+        Args: size: of its frame, in bytes; of text in UTF-8.
         """
         bucket = self._joins if event == "phx_join" else self._pushes
         return bucket is None or bucket.take(now, 1 + size // PORTION_BYTES)

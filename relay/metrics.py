@@ -61,6 +61,8 @@ class Metrics:
     """Frames of events written, or queued, for a socket."""
     delivered_bytes: int = 0
     """Bytes of those frames, before compression and without their WebSocket headers."""
+    cut_off_bytes: int = 0
+    """Bytes written to sockets that were cut off before the kernel had taken them; whole events and parts of them."""
     fan_out: Histogram = field(default_factory=Histogram)
     """For each event, the time from its arrival at the hub to the last of its deliveries."""
     pushes_in: int = 0
@@ -75,6 +77,8 @@ class Metrics:
     """Sockets ever opened."""
     outbox_bytes: int = 0
     """Bytes waiting in the outboxes of all sockets now."""
+    in_flight_bytes: int = 0
+    """Bytes of messages and events that wait for plugins' handlers, or are with them, now."""
     gaps: int = 0
     """Times the broker's link was interrupted, so that events may have been missed."""
     link_lag_s: float = 0.0

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Sequence
 from contextlib import suppress
 from functools import partial
 from inspect import iscoroutinefunction
@@ -24,7 +24,7 @@ from relay.hooks import Event as HookedEvent
 from relay.hooks import Hook, Hooks, InvalidPayload, RedisMessage, matching
 from relay.hooks import Leave as HookedLeave
 from relay.hub import JOINED_MAX_BYTES, Hub, Subscriber
-from relay.lanes import Lanes, Rest
+from relay.lanes import PIECE_BYTES, InFlight, Lanes, Rest
 from relay.logs import Throttle
 from relay.metrics import Metrics
 from relay.protocol import Subscription
@@ -95,7 +95,9 @@ class Node:
         self._loop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
         # Events that have to wait for a handler, by topic, and raw Redis messages, by handler.
-        self._lanes = Lanes()
+        self.in_flight: InFlight = InFlight(config.limits.in_flight_total_max_bytes, metrics)
+        """What waits for handlers, of all sockets and here."""
+        self._lanes = Lanes(self.in_flight)
         # Subscribers that an event, told by its bytes, shall not reach; see broadcast().
         self._skips: dict[tuple[str, str, bytes], deque[Subscriber]] = {}
         self._config = config
@@ -178,11 +180,11 @@ class Node:
             elif (fault := self._fault(event, data)) is not None:
                 metrics.dropped[fault] += 1
                 self._throttle.warning(fault, "event on topic %r dropped: %s", topic, fault)
-            elif filtered and self._lanes.waiting(topic) >= _EVENTS_WAITING:
+            elif filtered and not self._may_wait(topic, data):
                 metrics.dropped["on_event handler too slow"] += 1
                 self._throttle.warning("on_event", "plugins are too slow for the events of topic %r: dropped", topic)
             elif filtered:
-                self._lanes.run(topic, partial(self._filter, topic, event, check_payload(data), skip))
+                self._lanes.run(topic, partial(self._filter, topic, event, check_payload(data), skip), len(data))
             else:
                 run_bytes += len(data)
                 if run and (topic != run_topic or skip is not None or run_bytes > JOINED_MAX_BYTES):
@@ -260,11 +262,16 @@ class Node:
         message = RedisMessage(channel, data)
         for hook in self.hooks.redis:
             if hook.topic == pattern:
-                if self._lanes.waiting(hook) >= _EVENTS_WAITING:
+                if not self._may_wait(hook, data):
                     self._metrics.dropped["on_redis handler too slow"] += 1
                     self._throttle.warning(hook.plugin, "plugin %s is too slow for %s: dropped", hook.plugin, pattern)
                 else:
-                    self._lanes.run(hook, partial(self._call_redis_hook, hook, message))
+                    self._lanes.run(hook, partial(self._call_redis_hook, hook, message), len(data))
+
+    def _may_wait(self, key: Hashable, data: bytes) -> bool:
+        """Say whether an event or a message may queue for a handler that is busy with others of its key."""
+        lanes = self._lanes
+        return lanes.waiting(key) < _EVENTS_WAITING and self.in_flight.has_room(lanes, key, len(data) + PIECE_BYTES)
 
     def receive_control(self, data: bytes) -> None:
         """Take an order from another node; what is none is dropped."""

@@ -17,7 +17,7 @@ from relay.asking import ask_about_join, ask_about_push, renew
 from relay.brokers.base import Direction
 from relay.calling import HandlerFailed
 from relay.config import Config
-from relay.errors import SUBSCRIPTION_ENDED, BusUnavailable, CloseCode, Reason, WireError
+from relay.errors import IN_FLIGHT_FULL, SUBSCRIPTION_ENDED, BusUnavailable, CloseCode, Reason, WireError
 from relay.face import Face
 from relay.handshake import Handshake
 from relay.hooks import Actor, Hook
@@ -104,7 +104,7 @@ class Socket(Face):
             shake.version, topics_max=limits.topics_per_socket, payload_max_bytes=limits.payload_max_bytes
         )
         connection.tell_dropped = self._protocol.tell_dropped
-        self._lanes = Lanes()
+        self._lanes = Lanes(node.in_flight, self._give_up_waiting)
         # The newest unanswered push of each topic: a leave waits for it, so that its reply comes first.
         self._last_push: dict[str, asyncio.Future[None]] = {}
         # Joins that plugins have allowed, by topic, and whose end they are still to be told.
@@ -121,6 +121,7 @@ class Socket(Face):
     async def run(self) -> None:
         """Serve the socket until it is closed by either side."""
         connection, lanes, busy = self._connection, self._lanes, self._config.limits.pushes_in_flight
+        most_bytes = self._config.limits.in_flight_max_bytes
         pace = Pace(self._config.limits, connection.last_received)
         turn_away = partial(excess.turn_away, pace, self._protocol, connection, self._metrics, self._journal, self)
         # Chosen once: without tracing a message costs what it did.
@@ -130,16 +131,19 @@ class Socket(Face):
         self._journal.connected(self)
         try:
             while (frame := await connection.receive()) is not None:
+                size = connection.last_size
                 try:
                     message = wire.decode(frame, self.version)
                 except WireError as error:
                     connection.reject(error.code, str(error))
                     continue
-                if not pace.allows(message.event, connection.last_received, len(frame)) and turn_away(message):
-                    continue
-                lanes.run(message.topic, partial(handle, message))
-                if lanes.pending >= busy:
-                    await lanes.wait_below(busy)
+                finally:
+                    del frame  # or the last one would be kept until the next comes
+                if pace.allows(message.event, connection.last_received, size) or not turn_away(message):
+                    lanes.run(message.topic, partial(handle, message), size)
+                del message
+                if lanes.pending >= busy or lanes.held_bytes >= most_bytes:
+                    await lanes.wait_below(busy, most_bytes)
         except asyncio.CancelledError:
             if not connection.has_given_up():  # any other cancellation goes on its way
                 raise
@@ -181,6 +185,11 @@ class Socket(Face):
         self._revoked = True
         if dropped := self._lanes.drop(_is_message):
             self._metrics.refused[SUBSCRIPTION_ENDED] += dropped
+
+    def _give_up_waiting(self) -> None:
+        """Drop what waits for handlers, and close: of all sockets too much is under way, and of this one most."""
+        self._metrics.refused[IN_FLIGHT_FULL] += self._lanes.drop(_is_message)
+        self._connection.give_up("in flight", "too much of this client waits for handlers, and of all clients")
 
     def idle_s(self, now: float) -> float:
         """Seconds since the client's last message or ping, at the monotonic time ``now``."""

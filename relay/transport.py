@@ -65,6 +65,7 @@ class Connection:
         "_writing",
         "id",
         "last_received",
+        "last_size",
         "on_close",
         "on_readiness",
         "tell_dropped",
@@ -93,6 +94,8 @@ class Connection:
         self._outbox: Outbox | None = None
         self.last_received: float = time.monotonic()
         """When the client last sent a message, in monotonic seconds."""
+        self.last_size: int = 0
+        """Bytes of that message, of text in UTF-8."""
         # Set by close(), and by the end whatever its cause.
         self._close: tuple[int, str] | None = None
         self._ended = False
@@ -152,7 +155,11 @@ class Connection:
             if self._close is not None:
                 continue  # what comes after our close is not for us any more
             frame: str | bytes = event["bytes"] if event.get("text") is None else event["text"]
-            if len(frame) <= limit and (isinstance(frame, bytes) or frame.isascii() or _size(frame) <= limit):
+            size = len(frame)
+            if size <= limit and isinstance(frame, str) and not frame.isascii():
+                size = _size(frame)
+            if size <= limit:
+                self.last_size = size
                 return frame
             self.reject(CloseCode.TOO_BIG, f"expected frames of at most {limit} bytes")
 
@@ -229,6 +236,8 @@ class Connection:
         writer = self._writer
         if writer is not None and writer.ready:
             writer.write(frame.wire)
+        elif writer is not None and not writer.open:
+            return  # after a close frame, or the connection's loss: what is still read of it is answered to nobody
         elif not self._ended:
             if not self._queue().add_control(frame) and self._close is None:
                 self._metrics.refused["sends and does not read"] += 1
@@ -256,6 +265,11 @@ class Connection:
         self._metrics.refused["outboxes full"] += 1
         self._warn("outboxes", "the largest outbox of too many; closed with 1013")
         self.close(CloseCode.SLOW_READER, "this client reads too slowly, and too much waits for all such")
+
+    def give_up(self, kind: str, reason: str) -> None:
+        """Close a socket of which the relay holds too much; nothing where it is closed already."""
+        if self.close(CloseCode.SLOW_READER, reason):
+            self._warn(kind, "closed with 1013: %s", reason)
 
     @property
     def waiting_bytes(self) -> int:
@@ -349,6 +363,7 @@ class Connection:
             # The server tells of the client's answer by a disconnect, which ends the reader, and this task with it.
             await asyncio.sleep(self._limits.close_timeout_s)
         if self._writer is not None:
+            self._metrics.cut_off_bytes += self._writer.buffered_bytes()
             self._writer.abort()
         if self._main is not None:
             self._main.cancel()

@@ -41,6 +41,9 @@ _DEFLATE_MEMORY_LEVEL = 5
 _DEFLATE_MIN_BYTES = 128
 """Shorter messages are sent as they are: deflating them gains little or nothing."""
 
+_COPY_FROM_BYTES = 4096
+"""Of larger frames the payload is copied; below, a copy costs more than what else of the frame it would free."""
+
 _VSN = re.compile(r"([12])\.0\.(?:0|[1-9][0-9]*)")
 
 
@@ -215,12 +218,12 @@ def decode(frame: str | bytes, version: Version) -> Message:
     try:
         if version is Version.V1:
             # Some V1 clients send their JSON in binary frames; decoding it here also proves it is UTF-8.
-            old = _decode_v1(frame if isinstance(frame, str) else frame.decode())
-            return _checked(Message(old.join_ref, old.ref, old.topic, old.event, old.payload))
+            old = _decode_v1(_compact(frame if isinstance(frame, str) else frame.decode()))
+            return _checked(Message(old.join_ref, old.ref, old.topic, old.event, _detached(old.payload, frame)))
         if isinstance(frame, bytes):
             return _decode_binary(frame)
-        new = _decode_v2(frame)
-        return _checked(Message(new.join_ref, new.ref, new.topic, new.event, new.payload))
+        new = _decode_v2(_compact(frame))
+        return _checked(Message(new.join_ref, new.ref, new.topic, new.event, _detached(new.payload, frame)))
     except msgspec.ValidationError as error:
         shape = "[join_ref, ref, topic, event, payload]" if version is Version.V2 else "{topic, event, payload, ref}"
         raise WireError(CloseCode.INVALID_PAYLOAD, f"expected {shape}: {error}") from None
@@ -232,6 +235,16 @@ def decode(frame: str | bytes, version: Version) -> Message:
         raise WireError(CloseCode.INVALID_PAYLOAD, "expected JSON: nested too deep") from None
     except UnicodeError:
         raise WireError(CloseCode.INVALID_PAYLOAD, "expected UTF-8 text") from None
+
+
+def _compact(text: str) -> str | bytes:
+    """Text as bytes where that takes less memory while it is kept: one emoji makes a str four times larger."""
+    return text if text.isascii() else text.encode()
+
+
+def _detached(payload: msgspec.Raw, frame: str | bytes) -> msgspec.Raw:
+    """A payload that keeps no large frame alive while it waits."""
+    return payload.copy() if len(frame) > _COPY_FROM_BYTES else payload
 
 
 def _checked(message: Message) -> Message:

@@ -5,7 +5,9 @@ import gc
 from collections.abc import Coroutine
 from functools import partial
 
-from relay.lanes import Lanes
+from relay.errors import IN_FLIGHT_FULL
+from relay.lanes import PIECE_BYTES, InFlight, Lanes
+from relay.metrics import Metrics
 
 
 class Work:
@@ -184,3 +186,110 @@ async def test_waiting_pieces_are_dropped_and_others_keep_their_order() -> None:
     await lanes.wait()
     assert [entry for entry in work.log if entry.startswith("a")] == ["a1 called", "a1 done", "a3 called"]
     assert lanes.pending == 0
+
+
+# What they hold.
+
+
+async def test_bytes_count_while_a_piece_waits_or_runs() -> None:
+    metrics, work = Metrics(), Work()
+    lanes = Lanes(InFlight(0, metrics))
+    lanes.run("a", lambda: work.quick("0"), 1000)
+    assert (lanes.held_bytes, metrics.in_flight_bytes) == (0, 0), "what is done at once is not counted"
+    lanes.run("a", lambda: work.piece("1"), 10)
+    lanes.run("a", lambda: work.piece("2"), 20)
+    lanes.run("a", lambda: work.quick("3"), 30)
+    lanes.run("b", lambda: work.piece("4"), 40)
+    assert lanes.held_bytes == metrics.in_flight_bytes == 100 + 2 * PIECE_BYTES
+    assert lanes.waiting_bytes("a") == 50 + 2 * PIECE_BYTES
+    work.gates["1"].set()
+    await turns()
+    assert lanes.held_bytes == metrics.in_flight_bytes == 90 + 2 * PIECE_BYTES
+    work.gates["2"].set()
+    await turns()
+    assert lanes.held_bytes == metrics.in_flight_bytes == 40
+    work.gates["4"].set()
+    await turns()
+    assert (lanes.held_bytes, metrics.in_flight_bytes, lanes.pending) == (0, 0, 0)
+
+
+async def test_bytes_of_what_is_dropped_or_closed_count_no_more() -> None:
+    metrics, work = Metrics(), Work()
+    lanes = Lanes(InFlight(0, metrics))
+    for name in "123":
+        lanes.run("a", partial(work.piece, name), 10)
+    assert lanes.drop(lambda piece: isinstance(piece, partial) and piece.args == ("2",)) == 1
+    assert lanes.held_bytes == metrics.in_flight_bytes == 20 + PIECE_BYTES
+    await lanes.close()
+    assert (metrics.in_flight_bytes, lanes.running) == (0, False)
+
+
+async def test_waiting_for_bytes_ends_when_there_are_fewer() -> None:
+    lanes, work = Lanes(), Work()
+    lanes.run("a", lambda: work.piece("1"), 1000)
+    waiting = asyncio.ensure_future(lanes.wait_below(10, 1000))
+    await turns()
+    assert not waiting.done()
+    work.gates["1"].set()
+    await waiting
+
+
+async def test_lanes_with_the_most_give_up_when_all_hold_too_much() -> None:
+    metrics, work, gone = Metrics(), Work(), list[str]()
+    in_flight = InFlight(3000 + 2 * PIECE_BYTES, metrics)
+
+    def make(name: str) -> Lanes:
+        def give_up() -> None:
+            gone.append(name)
+            assert lanes.drop(lambda piece: True) == 1
+
+        lanes = Lanes(in_flight, give_up)
+        return lanes
+
+    small, large = make("small"), make("large")
+    for lanes, size in ((small, 500), (large, 1000)):
+        for number in (1, 2):
+            lanes.run("a", partial(work.piece, f"{size} {number}"), size)
+    assert gone == []
+    small.run("b", lambda: work.piece("more"), 1)
+    assert gone == ["large"]
+    assert (large.held_bytes, small.held_bytes) == (1000, 1001 + PIECE_BYTES)
+    assert metrics.in_flight_bytes == 2001 + PIECE_BYTES
+    for gate in ("500 1", "1000 1", "more"):
+        work.gates[gate].set()
+    await turns(6)
+    work.gates["500 2"].set()
+    await turns(6)
+    assert "1000 2 called" not in work.log
+    assert metrics.in_flight_bytes == 0
+
+
+async def test_running_piece_is_cut_off_where_nothing_waits_and_the_next_of_its_key_goes_on() -> None:
+    """As a join's on_leave, which holds nothing, must be called whatever became of the push before it."""
+    metrics, work = Metrics(), Work()
+    lanes = Lanes(InFlight(1000, metrics), lambda: None)
+    lanes.run("a", lambda: work.piece("large"), 900)
+    lanes.run("b", lambda: work.piece("larger"), 901)
+    assert metrics.refused[IN_FLIGHT_FULL] == 2
+    lanes.run("a", lambda: work.quick("after"))
+    await turns(6)
+    assert work.log == ["large called", "larger called", "after called"]
+    assert (metrics.in_flight_bytes, lanes.pending, lanes.running) == (0, 0, False)
+
+
+async def test_owner_that_cannot_give_up_has_half_and_each_of_its_keys_a_sixteenth() -> None:
+    metrics, work = Metrics(), Work()
+    in_flight = InFlight(16_000, metrics)
+    lanes = Lanes(in_flight)
+    assert in_flight.has_room(lanes, "a", 100_000), "it need not wait"
+    lanes.run("a", lambda: work.piece("1"), 7500)
+    assert in_flight.has_room(lanes, "a", 500)
+    assert not in_flight.has_room(lanes, "a", 501)
+    lanes.run("b", lambda: work.piece("2"), 0)
+    assert in_flight.has_room(lanes, "b", 500)
+    await lanes.close()
+    lanes = Lanes(in_flight)
+    lanes.run("a", lambda: work.piece("3"), 0)
+    assert in_flight.has_room(lanes, "a", 1000)
+    assert not in_flight.has_room(lanes, "a", 1001)
+    await lanes.close()
