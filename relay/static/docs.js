@@ -10,10 +10,16 @@ const bytesOf = (text) => String.fromCharCode(...new TextEncoder().encode(text))
 
 let schema = {};
 
-/** Follow a reference within the schema. */
+/** Follow a reference within the schema; what stands beside it counts more. */
 function resolve(part) {
   if (!part?.$ref) return part ?? {};
-  return part.$ref.replace(/^#\//, "").split("/").reduce((found, name) => found[name], schema);
+  const { $ref, ...own } = part;
+  return { ...$ref.replace(/^#\//, "").split("/").reduce((found, name) => found[name], schema), ...own };
+}
+
+/** Text with ``code`` in it, as elements. */
+function marked(text) {
+  return text.split("``").map((part, place) => (place % 2 ? create("code", "", part) : part));
 }
 
 /** Make a value that fits a part of the schema: its example, its default, or the simplest of its type. */
@@ -108,7 +114,7 @@ function routeOf(path, name, operation) {
   const label = create("b", "", method);
   label.dataset.method = method;
   const about = operation.description ?? operation.summary ?? "";
-  const summary = create("summary", "", label, create("code", "", path), create("span", "", about));
+  const summary = create("summary", "", label, create("code", "", path), create("span", "", ...marked(about)));
   const form = create("form", "");
   const given = fields(form, operation);
   const body = bodyOf(form, operation);

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from relay.scaffold import write_plugin
 from tests.support.keys import OTHER_SECRET, SECRET, token
 from tests.support.node import need_browser, run_checks
 from tests.support.process import RelayProcess, Valkey
@@ -45,3 +46,12 @@ def test_pages_of_a_relay_that_asks_for_tokens_ask_for_one(valkey: Valkey) -> No
     made = token("ada", {"room:*": ["join", "push"]})
     with RelayProcess("--redis-url", valkey.url, environ=environ) as relay:
         run_checks("token-chromium.mjs", relay.http, made, token(key=OTHER_SECRET), "k", redis_url=valkey.url)
+
+
+def test_page_of_the_rest_interface_works_without_the_internet(tmp_path: Path) -> None:
+    """No file comes from elsewhere, where the API key is typed."""
+    need_browser()
+    write_plugin("example", tmp_path)
+    environ = {"RELAY_REST__API_KEY": "schlüssel", "RELAY_PLUGINS__PATHS": json.dumps([str(tmp_path)])}
+    with RelayProcess(environ=environ) as relay:
+        run_checks("docs-chromium.mjs", relay.http, "schlüssel", "/example/")
