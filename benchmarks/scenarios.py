@@ -467,6 +467,7 @@ def counters(server: Server) -> Counter[str]:
     """The relay's counters by name, those with reasons summed up."""
     host, port = server.address
     found: Counter[str] = Counter()
+    time.sleep(1.0)  # for so long it shows what it has read
     with urlopen(f"http://{host}:{port}/metrics", timeout=10) as answer:
         for line in answer.read().decode().splitlines():
             if line.startswith("relay_"):

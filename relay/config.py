@@ -331,7 +331,7 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
         """Whether other machines can reach it."""
         return self.host not in ("127.0.0.1", "::1", "localhost")
 
-    def reach(self, authenticates: bool) -> "Reach":
+    def exposure(self, authenticates: bool) -> "Exposure":
         """Say who may reach a relay with these settings: the start, ``relay check``, REST and ``/metrics`` go by it.
 
         Args: authenticates: whether clients are asked who they are, by keys or by a function.
@@ -346,14 +346,14 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
         }
         is_refused = self.is_exposed and not (authenticates or self.anonymous)
         everybody = self.anonymous and (self.is_exposed or bool(self.trusted_proxies or self.allowed_hosts))
-        return Reach(tuple(name for name, is_open in opens.items() if is_open), everybody, is_refused)
+        return Exposure(tuple(name for name, is_open in opens.items() if is_open), everybody, is_refused)
 
     def check_exposure(self, *, authenticates: bool = False) -> None:
         """Refuse to listen beyond this machine while anybody may connect. Raises ConfigError.
 
         Args: authenticates: a function of an app that the relay is mounted in says who gets in.
         """
-        if self.reach(authenticates or self.auth.has_keys).is_refused:
+        if self.exposure(authenticates or self.auth.has_keys).is_refused:
             raise ConfigError(
                 f"host: {self.host} can be reached from other machines, and anybody could connect; set auth.keys or "
                 "auth.jwks_url to let in whoever has a token, or give your app's relay authenticate=…, or set "
@@ -361,7 +361,7 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
             )
 
 
-class Reach(NamedTuple):
+class Exposure(NamedTuple):
     """Who may reach a relay."""
 
     openings: tuple[str, ...]

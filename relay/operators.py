@@ -43,7 +43,7 @@ class Operators:
         self._metrics_are_public = config.metrics.public
         self._reach = Reach(config, authenticates)
         # Where others are let in, all clients may come from a proxy on this machine.
-        self._openings = config.reach(authenticates).openings
+        self._openings = config.exposure(authenticates).openings
         self._throttle = Throttle(logging.getLogger("relay.operators"))
 
     def admit(self, scope: Mapping[str, Any], given: bytes, door: str) -> NotAllowed | None:

@@ -18,7 +18,7 @@ from relay.auth_config import AuthConfig, GrantConfig
 from relay.brokers.address import parse_sentinel
 from relay.commands import ConfigFile
 from relay.commands.terminal import console, is_terminal, print_lines
-from relay.config import ANY_HOST, EMBEDDED, ENVELOPE_BYTES, Config, Reach, load
+from relay.config import ANY_HOST, EMBEDDED, ENVELOPE_BYTES, Config, Exposure, load
 from relay.errors import ConfigError
 from relay.outbox import Overflow
 from relay.plugins.loader import candidates
@@ -154,10 +154,10 @@ def check(config: ConfigFile = None) -> None:
 
 def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]:
     auth = config.auth
-    reach = config.reach(auth.has_keys)
+    exposure = config.exposure(auth.has_keys)
     if config.is_exposed:
         from_where = "other machines can reach it"
-    elif reach.everybody or config.trusted_proxies:
+    elif exposure.everybody or config.trusted_proxies:
         from_where = "other machines can reach it through a proxy on this one"
     else:
         from_where = "only this machine can reach it"
@@ -168,9 +168,9 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
     yield "pages", pages[config.origins] if isinstance(config.origins, str) else ", ".join(config.origins)
     trusted = ", ".join(config.trusted_proxies)
     yield "proxies", f"{trusted}; X-Forwarded-For is believed from there" if trusted else "none is believed"
-    if config.allowed_hosts or (reach.openings and not auth.has_keys):
+    if config.allowed_hosts or (exposure.openings and not auth.has_keys):
         yield "hosts", _hosts(config)
-    yield "connect", _who_connects(config, reach)
+    yield "connect", _who_connects(config, exposure)
     if auth.has_keys:
         yield "tokens", _tokens(config, keys)
         for at, key in enumerate(keys):
@@ -188,8 +188,8 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
     for entry in config.topics:
         if not entry.push:
             yield "rights", f"nobody may push to {entry.match}, whatever a token says"
-    yield "rest", _rest(config, reach)
-    if config.metrics.public or config.metrics.key or (reach.openings and not config.rest.api_key):
+    yield "rest", _rest(config, exposure)
+    if config.metrics.public or config.metrics.key or (exposure.openings and not config.rest.api_key):
         yield "metrics", _metrics(config)
     if config.is_exposed:
         yield "note", "the relay speaks no TLS; without a proxy that does, tokens can be read on their way"
@@ -211,12 +211,12 @@ def _hosts(config: Config) -> str:
     return ", ".join(("names of this machine", "IP addresses", *config.allowed_hosts))
 
 
-def _who_connects(config: Config, reach: Reach) -> str:
-    if reach.is_refused:
+def _who_connects(config: Config, exposure: Exposure) -> str:
+    if exposure.is_refused:
         return "no client: `relay serve` refuses to start; set auth.keys or auth.jwks_url, or anonymous = true"
     if config.auth.has_keys:
         return "whoever has a token" + (", and whoever has none" if config.anonymous else "")
-    if reach.everybody:
+    if exposure.everybody:
         return "anybody, from any machine"
     if config.anonymous:
         return "anybody on this machine, and whoever reaches it through a proxy or a tunnel"
@@ -250,12 +250,12 @@ def _metrics(config: Config) -> str:
     return f"/metrics, for {who}"
 
 
-def _rest(config: Config, reach: Reach) -> str:
+def _rest(config: Config, exposure: Exposure) -> str:
     if not config.rest.path:
         return "off"
     if config.rest.api_key:
         who = "whoever has the key"
-    elif reach.openings:
+    elif exposure.openings:
         who = "nobody; set rest.api_key"
     else:
         who = "programs on this machine"
@@ -264,10 +264,10 @@ def _rest(config: Config, reach: Reach) -> str:
 
 def _warnings(config: Config, keys: "tuple[Key, ...]") -> Iterator[str]:
     auth = config.auth
-    reach = config.reach(auth.has_keys)
-    if reach.is_refused:
+    exposure = config.exposure(auth.has_keys)
+    if exposure.is_refused:
         yield "relay serve refuses this address: anybody could connect; an app of your own may give authenticate=…"
-    if reach.everybody and not auth.has_keys:
+    if exposure.everybody and not auth.has_keys:
         yield "anybody can connect, from any machine (anonymous = true, and no keys)"
     if 0 < len(config.metrics.key) < _API_KEY_MIN:
         yield f"metrics.key: {len(config.metrics.key)} characters can be guessed; expected {_API_KEY_MIN}"
