@@ -8,13 +8,12 @@ them all up. What a worker that has ended had counted stays in the sums, what it
 """
 
 import asyncio
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import psutil
 from prometheus_client import CollectorRegistry, generate_latest
@@ -51,6 +50,8 @@ class State(NamedTuple):
 IDLE = State({}, 0, False, False)
 """Of a relay that does not run."""
 
+
+T = TypeVar("T")
 
 Value: TypeAlias = float | list[float]
 """A number, or a histogram: the counts of its buckets, then its sum in seconds."""
@@ -228,6 +229,20 @@ FIGURES: tuple[Figure, ...] = (
 )
 
 
+class _Kept(Generic[T]):
+    """What was read last, good for `READ_INTERVAL_S`. Used in one thread."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._kept: tuple[float, T] | None = None
+
+    def get(self, read: Callable[[], T]) -> T:
+        if self._kept is None or self._clock() - self._kept[0] >= READ_INTERVAL_S:
+            value = read()
+            self._kept = self._clock(), value
+        return self._kept[1]
+
+
 class Figures:
     """The figures of one relay, and of its fellow workers.
 
@@ -250,48 +265,33 @@ class Figures:
         self._state = state
         self._process = psutil.Process()
         self._folder = _open(folder) if folder else None
-        self._clock = clock
         self._thread: ThreadPoolExecutor | None = None
-        self._read_at = -math.inf
-        self._current: Snapshot = {}
-        self._current_text = b""
+        self._snapshot: _Kept[Snapshot] = _Kept(clock)
+        self._text: _Kept[bytes] = _Kept(clock)
 
     async def current(self) -> Snapshot:
         """The figures of all workers, at most `READ_INTERVAL_S` old."""
-        await self._refresh()
-        return self._current
+        return await self._in_thread(lambda: self._snapshot.get(self.of_all))
 
     async def current_text(self) -> bytes:
-        """The same in Prometheus's text format."""
-        await self._refresh()
-        return self._current_text
+        """The same in Prometheus's text format; read for itself: a look at the console makes no scrape older."""
+        return await self._in_thread(lambda: self._text.get(self.text))
 
     async def leave(self) -> None:
         """Leave the figures of this process for the others; nothing where it is alone."""
         if self._folder is not None:
             await self._in_thread(self.write)
 
-    async def _refresh(self) -> None:
-        if self._clock() - self._read_at >= READ_INTERVAL_S:
-            await self._in_thread(self._read)
-
-    async def _in_thread(self, work: Callable[[], None]) -> None:
+    async def _in_thread(self, work: Callable[[], T]) -> T:
         if self._thread is None:  # made by the process that runs, which may be a fork of the one that made this object
             self._thread = ThreadPoolExecutor(1, "relay-figures")
-        await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def close(self) -> None:
         """End the thread; what is asked for later begins another."""
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.shutdown(wait=False)
-
-    def _read(self) -> None:
-        if self._clock() - self._read_at < READ_INTERVAL_S:
-            return  # another request was first
-        snapshot = self.of_all()
-        self._current, self._current_text = snapshot, _text(snapshot)
-        self._read_at = self._clock()
 
     def snapshot(self) -> Snapshot:
         """The figures of this process, now."""

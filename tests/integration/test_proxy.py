@@ -541,7 +541,7 @@ def test_proxy_is_closed_with_the_relay_and_opens_again_in_another_loop() -> Non
     async def once() -> None:
         async with Upstream.start(port) as upstream, relay.lifespan():
             transport = httpx.ASGITransport(app=relay)
-            async with httpx.AsyncClient(transport=transport, base_url="http://x") as asker:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as asker:
                 task = asyncio.create_task(asker.get("/x/y"))
                 exchange = await upstream.next()
                 await exchange.answer(OK)
