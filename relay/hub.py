@@ -75,7 +75,7 @@ class _Group(NamedTuple):
 
 
 class _Topic:
-    __slots__ = ("events", "groups", "label", "mark", "policy", "rate", "subscribers")
+    __slots__ = ("events", "groups", "held", "label", "mark", "policy", "rate", "subscribers")
 
     def __init__(self, policy: Policy, label: str, now: float) -> None:
         self.policy = policy
@@ -89,12 +89,17 @@ class _Topic:
         self.subscribers: dict[Subscriber, int] = {}
         # The subscribers as the loop walks them; made anew after a join, a leave, or when one is ready or no longer so.
         self.groups: tuple[_Group, ...] | None = None
+        # Those of them that get no events for now, each with `events` as it was then.
+        self.held: dict[Subscriber, int] | None = None
 
     def sort(self) -> tuple[_Group, ...]:
         """The subscribers in groups."""
         if self.groups is None:
             found: dict[tuple[Version, bool, bool], list[tuple[Subscriber, Callable[[bytes], object] | None]]] = {}
+            held = self.held or {}
             for subscriber in self.subscribers:
+                if subscriber in held:
+                    continue
                 write = subscriber.direct_write()
                 key = (subscriber.version, subscriber.deflates, write is not None)
                 found.setdefault(key, []).append((subscriber, write))
@@ -194,8 +199,28 @@ class Hub:
         if entry is None:
             entry = self._topics[topic] = _Topic(self._policy_of(topic), self._label_of(topic), self._clock())
         _ = entry.subscribers.setdefault(subscriber, entry.events)
+        self._release(entry, subscriber)
         entry.groups = None
         return first
+
+    def hold(self, topic: str, subscriber: Subscriber) -> None:
+        """Deliver nothing to a subscriber until it is removed, or added again; what it misses is counted as dropped.
+
+        It is counted at that moment, so that deliveries cost what they did.
+        """
+        entry = self._topics.get(topic)
+        if entry is not None and subscriber in entry.subscribers:
+            if entry.held is None:
+                entry.held = {}
+            _ = entry.held.setdefault(subscriber, entry.events)
+            entry.groups = None
+
+    def _release(self, entry: _Topic, subscriber: Subscriber) -> None:
+        if entry.held is not None and (since := entry.held.pop(subscriber, None)) is not None:
+            if entry.events > since:
+                self._metrics.dropped[Reason.EVENTS_MISSED] += entry.events - since
+            if not entry.held:
+                entry.held = None
 
     def tap(self, topic: str, subscriber: Subscriber) -> None:
         """Subscribe somebody who only looks on: by that no topic is joined, and no list grows."""
@@ -207,6 +232,7 @@ class Hub:
         entry = self._topics.get(topic)
         if entry is None or subscriber not in entry.subscribers:
             return False
+        self._release(entry, subscriber)
         del entry.subscribers[subscriber]
         _ = self._taps.pop(subscriber, None)
         entry.groups = None

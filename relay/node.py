@@ -306,7 +306,8 @@ class Node:
     def receive_gap(self, reason: str) -> None:
         """Tell the subscribers, at a pace, that they may have missed events.
 
-        Each gets a ``phx_error``, rejoins by itself and refetches what it needs, unless its topic ignores gaps.
+        Each gets a ``phx_error``, rejoins by itself and refetches what it needs, unless its topic ignores gaps. Those
+        that wait for theirs get no events meanwhile: one from behind the hole would be applied to a state with a hole.
         """
         self._skips.clear()  # what they wait for may never come
         if self._gap_task is not None:
@@ -317,17 +318,22 @@ class Node:
             if self._config.topic(topic).on_gap is OnGap.REJOIN
             and (subscription := subscriber.subscription(topic)) is not None
         ]
-        self._gap_task = self._spawn(self._ask_to_rejoin(pending))
-
-    async def _ask_to_rejoin(self, pending: list[tuple[Subscriber, Subscription]]) -> None:
         # In portions of 50 ms: all at once would be answered by all at once, as soon as Redis is back.
         portion = max(1, round(self._config.rejoins_per_s / 20))
+        for subscriber, subscription in pending[portion:]:
+            self._hub.hold(subscription.topic, subscriber)
+        self._ask_to_rejoin(pending[:portion])
+        self._gap_task = self._spawn(self._ask_rest_to_rejoin(pending[portion:], portion))
+
+    async def _ask_rest_to_rejoin(self, pending: list[tuple[Subscriber, Subscription]], portion: int) -> None:
         for start in range(0, len(pending), portion):
-            if start:
-                await asyncio.sleep(0.05)
-            for subscriber, subscription in pending[start : start + portion]:
-                if subscriber.fail(subscription, Reason.EVENTS_MISSED):
-                    self._metrics.rejoins_asked += 1
+            await asyncio.sleep(0.05)
+            self._ask_to_rejoin(pending[start : start + portion])
+
+    def _ask_to_rejoin(self, pending: list[tuple[Subscriber, Subscription]]) -> None:
+        for subscriber, subscription in pending:
+            if subscriber.fail(subscription, Reason.EVENTS_MISSED):
+                self._metrics.rejoins_asked += 1
 
     # From sockets.
 

@@ -573,3 +573,36 @@ def test_topics_with_a_label_are_counted_under_it(fixture: Fixture) -> None:
         hub.fan_out(topic, "e", EMPTY)
     assert fixture.metrics.topic_events == {"room:*": 2}
     assert fixture.metrics.topic_deliveries == {"room:*": 4}
+
+
+# Held back.
+
+
+def test_held_subscriber_gets_nothing_until_it_is_added_again_and_its_loss_is_counted() -> None:
+    loop = Loop()
+    metrics = Metrics()
+    hub = Hub(metrics, lambda topic: Policy(), loop.call_soon, loop.clock)
+    one, two = Reader(loop, ready=True), Reader(loop, ready=True)
+    for reader in (one, two):
+        hub.add("t", reader)
+    hub.fan_out("t", "a", EMPTY)
+    hub.hold("t", one)
+    hub.hold("t", one)  # a second gap
+    hub.fan_out_all("t", [("b", EMPTY), ("c", EMPTY)])
+    assert hub.count("t") == 2, "it is still subscribed"
+    assert metrics.deliveries == 4
+    assert not metrics.dropped, "counted at the end of the hold, so that deliveries cost what they did"
+    hub.add("t", one)
+    assert metrics.dropped == {Reason.EVENTS_MISSED: 2}
+    hub.fan_out("t", "d", EMPTY)
+    hub.hold("t", two)
+    hub.fan_out("t", "e", EMPTY)
+    hub.remove("t", two)
+    assert metrics.dropped == {Reason.EVENTS_MISSED: 3}
+    hub.hold("t", one)
+    assert hub.fan_out("t", "f", EMPTY), "a topic whose subscribers are all held"
+    assert hub.remove("t", one)
+    hub.hold("t", one)
+    hub.hold("nobody's", one)
+    assert metrics.dropped == {Reason.EVENTS_MISSED: 4}
+    assert "t" not in hub
