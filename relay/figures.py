@@ -116,6 +116,7 @@ FIGURES: tuple[Figure, ...] = (
     _counter("pushes_out", "Of those, pushes that the bus has taken."),
     _counter("events_in", "Events received from the bus; an event counts once for each worker."),
     _counter("events_unheard", "Of those, events on topics that nobody has joined in that worker."),
+    _counter("events_not_json", "Events whose payload looks like JSON and is none: delivered as binary."),
     _counter("deliveries", "Frames of events written, or queued, for a socket."),
     _counter("delivered_bytes", "Bytes of those frames, before compression and without their WebSocket headers."),
     _counter("cut_off_bytes", "Bytes written to sockets that were cut off before the kernel had taken them."),

@@ -12,6 +12,7 @@ in order, one at a time.
     service(relay)             a background task for as long as the relay runs
 """
 
+import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -264,13 +265,29 @@ class RedisMessage:
 
 
 def to_payload(value: object) -> Payload:
-    """Make a payload of what a handler gives: ``bytes`` stay bytes, all else becomes JSON. Raises TypeError."""
+    """Make a payload of what a handler gives: ``bytes`` stay bytes, all else becomes JSON.
+
+    Raises: TypeError: what JSON cannot say, NaN and infinite numbers among it.
+    """
     if isinstance(value, msgspec.Raw | bytes):
         return value
     try:
-        return msgspec.Raw(msgspec.json.encode(value))
+        data = msgspec.json.encode(value)
     except (ValueError, RecursionError) as error:  # half a surrogate pair; a list that contains itself
         raise TypeError(f"JSON cannot say it: {error}") from error
+    # msgspec writes null for them; only where one stands is there anything to look for.
+    if b"null" in data and _holds_no_number(msgspec.to_builtins(value)):
+        raise TypeError("JSON cannot say it: NaN and infinite numbers are no JSON")
+    return msgspec.Raw(data)
+
+
+def _holds_no_number(value: object) -> bool:
+    """Whether a number among it is NaN or infinite."""
+    if isinstance(value, float):
+        return not math.isfinite(value)
+    if isinstance(value, dict):
+        return any(map(_holds_no_number, value.values()))
+    return isinstance(value, list | tuple | set | frozenset) and any(map(_holds_no_number, value))
 
 
 def check_event(event: str) -> None:

@@ -55,6 +55,8 @@ class Metrics:
 
     events_in: int = 0
     """Events received from the broker."""
+    events_not_json: int = 0
+    """Events that were delivered as bytes, although their payload begins as JSON does."""
     events_unheard: int = 0
     """Of those, events on topics nobody here has joined."""
     deliveries: int = 0

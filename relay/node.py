@@ -29,7 +29,7 @@ from relay.logs import Throttle
 from relay.metrics import Metrics
 from relay.protocol import Subscription
 from relay.tracing import Tracer
-from relay.wire import Payload, check_payload
+from relay.wire import Payload, check_payload, fault_of_json
 
 _logger = logging.getLogger("relay.node")
 
@@ -183,18 +183,22 @@ class Node:
             elif filtered and not self._may_wait(topic, data):
                 metrics.dropped["on_event handler too slow"] += 1
                 self._throttle.warning("on_event", "plugins are too slow for the events of topic %r: dropped", topic)
-            elif filtered:
-                self._lanes.run(topic, partial(self._filter, topic, event, check_payload(data), skip), len(data))
             else:
+                payload = check_payload(data)
+                if payload is data:
+                    self._note_binary(topic, event, data)
+                if filtered:
+                    self._lanes.run(topic, partial(self._filter, topic, event, payload, skip), len(data))
+                    continue
                 run_bytes += len(data)
                 if run and (topic != run_topic or skip is not None or run_bytes > JOINED_MAX_BYTES):
                     hub.fan_out_all(run_topic, run)
                     run, run_bytes = [], len(data)
                 run_topic = topic
                 if skip is None:
-                    run.append((event, check_payload(data)))
+                    run.append((event, payload))
                 else:
-                    hub.fan_out(topic, event, check_payload(data), skip)
+                    hub.fan_out(topic, event, payload, skip)
         if run:
             hub.fan_out_all(run_topic, run)
         while hub.busy:
@@ -203,6 +207,13 @@ class Node:
         spent_s = self._clock() - began
         if spent_s > _REST_FROM_S and len(events) < _REST_BELOW_EVENTS:
             await self._sleep(min(spent_s, _REST_MAX_S))
+
+    def _note_binary(self, topic: str, event: str, data: bytes) -> None:
+        """Count an event that is delivered as bytes although its publisher meant JSON, and say why now and then."""
+        if (fault := fault_of_json(data)) is not None:
+            self._metrics.events_not_json += 1
+            text = "payload of event %r on topic %r looks like JSON and is none: %s; delivered as binary"
+            self._throttle.warning("no JSON", text, event, topic, fault)
 
     def _filter(self, topic: str, name: str, data: Payload, skip: Subscriber | None) -> Rest:
         """Pass an event through the handlers for it and deliver what is left of it."""

@@ -299,6 +299,39 @@ def check_payload(data: bytes) -> Payload:
     return msgspec.Raw(data)
 
 
+_BOM = b"\xef\xbb\xbf"
+
+
+def fault_of_json(data: bytes) -> str | None:
+    """Say why bytes that `check_payload` has returned are no JSON; None where they were not meant to be.
+
+    Meant is what begins with ``{`` or ``[``, a byte order mark and spaces set aside, and is text, or ends as JSON does.
+    """
+    text = data.removeprefix(_BOM).strip(b" \t\r\n")
+    if not text.startswith((b"{", b"[")):
+        return None
+    try:
+        _ = data.decode()
+        is_text = b"\0" not in data
+    except UnicodeDecodeError:
+        is_text = False
+        if text.endswith((b"}", b"]")):
+            return "expected UTF-8"
+    if not is_text:
+        return None
+    if data.startswith(_BOM):
+        return "it begins with a byte order mark"
+    if re.search(rb"[\s:,\[](-?(?:NaN|Infinity))\s*[,}\]]", data):
+        return "NaN and Infinity are no JSON"
+    try:
+        _ = _check_json(data)
+    except msgspec.DecodeError as error:
+        return str(error).removeprefix("JSON is malformed: ")
+    except RecursionError:
+        return "nested too deep"
+    return None
+
+
 def _is_json_but_for_half_pairs(data: bytes) -> bool:
     try:
         _ = _check_json(_replace_half_pairs(data.decode()))

@@ -32,6 +32,7 @@ from relay.wire import (
     encode_error,
     encode_push,
     encode_reply,
+    fault_of_json,
     json_payload,
     negotiate,
 )
@@ -796,3 +797,34 @@ def test_ref_that_is_a_number_is_bounded_as_text_is(frame: str, version: Version
         with pytest.raises(WireError) as caught:
             decode(frame.format(digits), version)
         assert caught.value.code == CloseCode.INVALID_PAYLOAD
+
+
+# Meant as JSON.
+
+
+@pytest.mark.parametrize(
+    ("data", "fault"),
+    [
+        (b'{"x":NaN}', "NaN and Infinity are no JSON"),
+        (b"[1, -Infinity]", "NaN and Infinity are no JSON"),
+        (b'\xef\xbb\xbf{"x":1}', "it begins with a byte order mark"),
+        (b'{"x":1,}', "trailing comma in object (byte 7)"),
+        (b"{'x':1}", "(byte 1)"),
+        (b'{"x":', "truncated"),
+        (b"  [1,2] and more", "trailing characters"),
+        ('{"x":"ö"}'.encode("latin-1"), "expected UTF-8"),
+        (b"[" * 100_000 + b"]" * 100_000, "nested too deep"),
+        (b"\x00\x01", None),
+        (b"not json", None),
+        (b"NaN", None),
+        (b"", None),
+        (b"[\x00\xff\xfe", None),
+        (b"{\x00\x01\x02", None),
+        ("{\u00f6".encode("latin-1"), None),
+    ],
+)
+def test_text_that_was_meant_as_json_is_told_from_bytes(data: bytes, fault: str | None) -> None:
+    assert check_payload(data) is data
+    found = fault_of_json(data)
+    assert (found is None) is (fault is None), found
+    assert fault is None or fault in str(found)

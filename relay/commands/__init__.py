@@ -87,7 +87,7 @@ def json_of(name: str, text: str) -> Any:
     try:
         value = json.loads(text, parse_constant=_no_constant)
         # Ends of pairs may stand there as escapes; those of the text itself come from bytes that are no UTF-8.
-        _ = text.encode(), json.dumps(value, ensure_ascii=False).encode()
+        _ = text.encode(), json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except UnicodeEncodeError:
         raise ConfigError(f"{name}: expected text that UTF-8 can encode; got {text!r}") from None
     except (ValueError, RecursionError) as error:
