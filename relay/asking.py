@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 from relay import hooks
 from relay.access import Access, tokens_in
-from relay.brokers.base import Direction
 from relay.calling import HandlerFailed
 from relay.errors import BusUnavailable, Reason
 from relay.hooks import Hook
@@ -72,7 +71,7 @@ async def ask_about_push(socket: Asker, node: Node, metrics: Metrics, push: Push
             return
     if socket.stop_push(push):  # again: handlers may have taken their time
         return
-    if request.forwarded and not await _forward(node, metrics, push):
+    if request.forwarded and not await _forward(node, metrics, push, request.user, socket.id):
         socket.refuse_push(push, Reason.BUS_UNAVAILABLE)
     elif answer is not None:
         socket.reply(push, "ok", answer)
@@ -90,11 +89,11 @@ async def renew(socket: Asker, access: Access | None, push: Push) -> None:
         socket.refuse_push(push, reason)
 
 
-async def _forward(node: Node, metrics: Metrics, push: Push) -> bool:
+async def _forward(node: Node, metrics: Metrics, push: Push, user: str | None, socket_id: str) -> bool:
     if not node.can_publish:
         return False
     try:
-        await node.publish(Direction.FROM, push.subscription.topic, push.event, push.payload)
+        await node.publish_push(push.subscription.topic, push.event, push.payload, user, socket_id)
     except BusUnavailable:
         return False
     metrics.pushes_out += 1

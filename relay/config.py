@@ -27,6 +27,7 @@ from relay.addresses import host_in, is_loopback_host, parse_ip, parse_networks
 from relay.auth_config import AuthConfig, Seconds, Table
 from relay.brokers import address
 from relay.brokers.address import SENTINEL_SCHEMES
+from relay.brokers.base import Direction
 from relay.errors import ConfigError
 from relay.outbox import Overflow, Policy
 from relay.web_config import MetricsConfig, ProxyConfig, RestConfig
@@ -72,6 +73,10 @@ class RedisConfig(Table):
 
     to_prefix: str = Field("to:", min_length=1, description="Redis channels towards browsers start with this")
     from_prefix: str = Field("from:", min_length=1, description="Redis channels of browsers' pushes start with this")
+    push_identity: bool = Field(False, description="publish each push a second time, with user and socket")
+    from_user_prefix: str = Field(
+        "from-user:", min_length=1, description="Redis channels of pushes with user and socket start with this"
+    )
     timeout_s: Seconds = Field(5.0, description="seconds to connect, and for Redis to take a message")
     ping_interval_s: Seconds = Field(10.0, description="seconds of silence before the subscription is pinged")
     ping_timeout_s: Seconds = Field(5.0, description="seconds for the answer, then the link counts as lost")
@@ -83,6 +88,12 @@ class RedisConfig(Table):
         "relay:control", description='Redis channel by which nodes tell each other to send users away; "" for none'
     )
 
+    def prefix(self, direction: Direction) -> str:
+        """What Redis channels of a direction start with."""
+        if direction is Direction.TO:
+            return self.to_prefix
+        return self.from_prefix if direction is Direction.FROM else self.from_user_prefix
+
     @model_validator(mode="after")
     def _prefixes_differ(self) -> "RedisConfig":
         if self.to_prefix.startswith(self.from_prefix) or self.from_prefix.startswith(self.to_prefix):
@@ -90,6 +101,14 @@ class RedisConfig(Table):
         if self.control_channel.startswith((self.to_prefix, self.from_prefix)):
             # What starts with from_prefix is named by browsers.
             raise ValueError("control_channel must not begin with to_prefix or from_prefix")
+        if self.push_identity:
+            for name, other in (("to_prefix", self.to_prefix), ("from_prefix", self.from_prefix)):
+                if self.from_user_prefix.startswith(other) or other.startswith(self.from_user_prefix):
+                    raise ValueError(
+                        f"from_user_prefix and {name} must not begin alike: a client could forge who pushed"
+                    )
+            if self.control_channel.startswith(self.from_user_prefix):
+                raise ValueError("control_channel must not begin with from_user_prefix")
         if self.backoff_min_s > self.backoff_max_s:
             raise ValueError(
                 f"backoff_min_s = {self.backoff_min_s:g} must not be more than backoff_max_s = {self.backoff_max_s:g}"

@@ -29,7 +29,7 @@ from relay.logs import Throttle
 from relay.metrics import Metrics
 from relay.protocol import Subscription
 from relay.tracing import Tracer
-from relay.wire import Payload, check_payload, fault_of_json
+from relay.wire import Payload, check_payload, fault_of_json, identified
 
 _logger = logging.getLogger("relay.node")
 
@@ -423,6 +423,18 @@ class Node:
         future.add_done_callback(self._log_failure)
         return future
 
+    def publish_push(
+        self, topic: str, event: str, payload: Payload, user: str | None, socket_id: str
+    ) -> asyncio.Future[None]:
+        """Publish a client's push; with ``redis.push_identity`` a second message says whose it is.
+
+        Returns: a future that is done when the bus has taken both, or fails with `BusUnavailable`.
+        """
+        push = self.publish(Direction.FROM, topic, event, payload)
+        if not self._config.redis.push_identity:
+            return push
+        return _all_of(push, self.publish(Direction.FROM_USER, topic, event, identified(user, socket_id, payload)))
+
     def publish_order(self, order: Order) -> asyncio.Future[None]:
         """Tell all nodes to send a user away; see `Broker.publish_control`."""
         future = self._broker.publish_control(control.encode(order))
@@ -438,3 +450,21 @@ class Node:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _all_of(*futures: asyncio.Future[None]) -> asyncio.Future[None]:
+    """A future that is done when all of these are, and fails as the first of them that has failed."""
+    whole: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def settle(_: asyncio.Future[None]) -> None:
+        if whole.done() or not all(future.done() for future in futures):
+            return
+        error = next((future.exception() for future in futures if future.exception() is not None), None)
+        if error is None:
+            whole.set_result(None)
+        else:
+            whole.set_exception(error)
+
+    for future in futures:
+        future.add_done_callback(settle)
+    return whole

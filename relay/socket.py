@@ -14,7 +14,6 @@ from functools import partial
 from relay import excess, hooks, wire
 from relay.access import RENEWAL, Access, Decision
 from relay.asking import ask_about_join, ask_about_push, renew
-from relay.brokers.base import Direction
 from relay.calling import HandlerFailed
 from relay.config import Config
 from relay.errors import IN_FLIGHT_FULL, SUBSCRIPTION_ENDED, BusUnavailable, CloseCode, Reason, WireError
@@ -343,7 +342,9 @@ class Socket(Face):
             self.refuse_push(push, Reason.BUS_UNAVAILABLE)
             return None
         self._lanes.pending += 1
-        future = self._node.publish(Direction.FROM, topic, push.event, push.payload)
+        own = push.subscription.identity
+        user = self.user if own is None else own.user
+        future = self._node.publish_push(topic, push.event, push.payload, user, self.id)
         self._last_push[topic] = future
         future.add_done_callback(partial(self._pushed, push))
         if self._trace is not None:

@@ -384,6 +384,12 @@ def _v1_payload(payload: Payload) -> msgspec.Raw:
     return payload if isinstance(payload, msgspec.Raw) else json_payload({"base64": payload})
 
 
+def identified(user: str | None, socket_id: str, payload: Payload) -> msgspec.Raw:
+    """Say whose a push is: ``{"user":…,"socket":…,"payload":…}``; bytes stand there as ``{"base64": "…"}``."""
+    fields = (_encode(user), _encode(socket_id), bytes(_v1_payload(payload)))
+    return msgspec.Raw(b'{"user":%b,"socket":%b,"payload":%b}' % fields)
+
+
 def encode_broadcast(version: Version, topic: str, event: str, payload: Payload) -> Frame:
     """Encode one event for all subscribers of a topic: both refs null, so one frame serves them all.
 

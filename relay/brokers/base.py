@@ -21,10 +21,12 @@ Event: TypeAlias = tuple[str, str, bytes]
 
 
 class Direction(StrEnum):
-    """Which way a message goes: to the browsers, or from one of them."""
+    """Which way a message goes: to the browsers, or from one of them. `RedisConfig.prefix` has the prefix of each."""
 
     TO = "to"
     FROM = "from"
+    FROM_USER = "from-user"
+    """From one of them, with who that is."""
 
 
 class Link(NamedTuple):

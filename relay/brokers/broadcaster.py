@@ -199,7 +199,7 @@ class BroadcasterBroker:
         return future
 
     def _channel(self, direction: Direction, topic: str) -> str:
-        prefix = self._redis.to_prefix if direction is Direction.TO else self._redis.from_prefix
+        prefix = self._redis.prefix(direction)
         return bus_channel(prefix, topic, kafka=self._scheme == "kafka")
 
     # Supervision.

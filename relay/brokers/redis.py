@@ -187,7 +187,7 @@ class RedisBroker:
 
     def publish(self, direction: Direction, topic: str, event: str, payload: bytes) -> asyncio.Future[None]:
         """``PUBLISH <prefix><topic>:<event> <payload>``; calls made in one turn of the loop share a round trip."""
-        prefix = self._redis.to_prefix if direction is Direction.TO else self._redis.from_prefix
+        prefix = self._redis.prefix(direction)
         return self._publisher.publish(to_redis_channel(prefix, topic, event), payload)
 
     def publish_control(self, data: bytes) -> asyncio.Future[None]:
