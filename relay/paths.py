@@ -43,8 +43,9 @@ def split_raw(scope: Mapping[str, Any]) -> tuple[str, bytes, bool]:
         position += 3 if raw[position] == ord("%") else 1
         length -= 1
     raw_rest = raw[position:]
-    if unquote_to_bytes(raw[:position]) == mount.encode() and (not rest or raw_rest.startswith(b"/")):
-        return mount, raw_rest, unquote(raw_rest.decode("latin-1")) == rest
+    is_of_it = unquote_to_bytes(raw[:position]) == mount.encode() and unquote(raw_rest.decode("latin-1")) == rest
+    if is_of_it and (not rest or raw_rest.startswith(b"/")):
+        return mount, raw_rest, True
     return mount, quote(rest, safe="/:@!$&'()*+,;=~").encode(), False
 
 

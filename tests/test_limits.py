@@ -178,6 +178,14 @@ def test_this_machine_has_all_handshakes(address: str) -> None:
     assert [kind(doors, counted_as(address)) for _ in range(100)] == [None] * 100
 
 
+@pytest.mark.parametrize("address", ["127.evil", "127.0.0.1x", "::/64x"])
+def test_text_that_looks_like_this_machine_has_a_share_as_others(address: str) -> None:
+    """A header may have set it, where the server believes that."""
+    doors = admission(sockets_per_address=5000, handshakes_per_s=40)
+    assert kind(doors, counted_as(address)) is None
+    assert (429, "handshakes per address") in [kind(doors, counted_as(address)) for _ in range(20)]
+
+
 def test_shares_are_forgotten_once_they_are_full_again() -> None:
     doors = admission(sockets_per_address=10, handshakes_per_s=100_000)
     for number in range(100):

@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncIterator, MutableMapping
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import unquote
 
 import httpx2 as httpx
 import pytest
@@ -18,6 +19,7 @@ from schemathesis.core.result import Ok
 from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from relay import BusUnavailable, Plugin, Relay
 
@@ -343,7 +345,9 @@ SPLITS = [
 
 
 @asynccontextmanager
-async def ordered(*, gives_raw_path: bool = True) -> AsyncIterator[tuple[httpx.AsyncClient, list[tuple[str, ...]]]]:
+async def ordered(
+    *, gives_raw_path: bool = True, prefix: str = ""
+) -> AsyncIterator[tuple[httpx.AsyncClient, list[tuple[str, ...]]]]:
     """A client of a relay, and the orders about users that it gives."""
     relay = Relay(broadcast_url="memory://", system_topic=False)
     orders: list[tuple[str, ...]] = []
@@ -357,10 +361,13 @@ async def ordered(*, gives_raw_path: bool = True) -> AsyncIterator[tuple[httpx.A
 
         engine.order = noted  # type: ignore[method-assign]
 
+        outer = Starlette(routes=[Mount(unquote(prefix) or "/", relay)])
+
         async def app(scope: MutableMapping[str, Any], receive: Any, send: Any) -> None:
-            await relay(scope if gives_raw_path else {**scope, "raw_path": None}, receive, send)
+            await outer(scope if gives_raw_path else {**scope, "raw_path": None}, receive, send)
 
         async with asking(app) as ask:
+            ask.base_url = httpx.URL(f"http://localhost{prefix}/api")
             yield ask, orders
 
 
@@ -370,6 +377,14 @@ async def test_path_is_split_before_it_is_decoded(path: str, order: tuple[str, .
     async with ordered() as (ask, orders):
         assert (await ask.delete(path)).status_code == 204
         assert orders == [order]
+
+
+@pytest.mark.parametrize("prefix", ["/relay", "/re%20lay"])
+async def test_path_is_split_behind_a_mount_too(prefix: str) -> None:
+    async with ordered(prefix=prefix) as (ask, orders):
+        for path, order in SPLITS:
+            assert (await ask.delete(path)).status_code == 204, path
+            assert orders.pop() == order
 
 
 async def test_path_that_can_be_read_in_two_ways_is_refused_where_the_server_has_decoded_it() -> None:
