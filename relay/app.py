@@ -339,6 +339,9 @@ class Relay:
         if scope["type"] == "http":
             if path in self._long_poll_paths:
                 await self._refuse(scope, receive, send, self._no_long_poll(path))
+            elif path in self._socket_paths:
+                self.metrics.refused["handshake: no upgrade"] += 1
+                await upgrade.ask_for_upgrade(scope, receive, send)
             else:
                 await self._http(self._canonical(scope, path), receive, send)
         elif path in self._socket_paths:

@@ -169,7 +169,11 @@ def _run(settings: Config, application: str | None, file: Path | None, listener:
         # Heartbeats prove life already, one coarse sweep finds idle sockets; a ping per socket doubled the CPU.
         "ws_ping_interval": None,
         "ws_per_message_deflate": settings.compression,
-        "http": partial(RelayHTTPProtocol, handshake_timeout_s=settings.limits.handshake_timeout_s),
+        "http": partial(
+            RelayHTTPProtocol,
+            handshake_timeout_s=settings.limits.handshake_timeout_s,
+            close_timeout_s=settings.limits.close_timeout_s,
+        ),
         # The relay looks behind proxies itself, mounted or not; an app around it has it done by the server. No proxy is
         # believed that the settings do not name: Uvicorn's own default believes whatever runs on this machine.
         "proxy_headers": application is not None and bool(settings.trusted_proxies),

@@ -184,7 +184,9 @@ class Engine:
         limits, waiting = self.config.limits, list(self.sockets.values())
         if waiting:
             _logger.info("ending: closing %d sockets", len(waiting))
-        per_s = max(limits.drain_per_s, len(waiting) / limits.drain_timeout_s)
+        # The last ones need time for their close, too.
+        time_s = max(limits.drain_timeout_s - limits.close_timeout_s, limits.drain_timeout_s / 2)
+        per_s = max(limits.drain_per_s, len(waiting) / time_s)
         portion = max(1, round(per_s * _DRAIN_STEP_S))
         for start in range(0, len(waiting), portion):
             if start:
@@ -287,6 +289,7 @@ class Engine:
         writer: FrameWriter | None = (scope.get("extensions") or {}).get(EXTENSION)
         if writer is not None:
             writer.on_shutdown = self._on_shutdown
+            writer.close_timeout_s = config.limits.close_timeout_s
         name, compression = f"{_PROCESS}-{next(_numbers)}", config.compression
         connection = Connection(name, scope, receive, send, config.limits, metrics, compression, self._outboxes)
         return Socket(

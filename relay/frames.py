@@ -30,12 +30,25 @@ class FrameWriter:
     takes it away, when the transport's buffer is full or the socket is closing.
     """
 
-    __slots__ = ("_transport", "deflates", "last_ping", "on_shutdown", "open", "owner", "paused", "ready", "write")
+    __slots__ = (
+        "_transport",
+        "close_timeout_s",
+        "deflates",
+        "last_ping",
+        "on_shutdown",
+        "open",
+        "owner",
+        "paused",
+        "ready",
+        "write",
+    )
 
     def __init__(self, transport: Transport, deflates: bool = False) -> None:
         self.write: Callable[[bytes], object] = transport.write
         """Write one frame, or several. Never blocks; where that fills the buffer, ``paused`` is set on return."""
         self._transport = transport
+        self.close_timeout_s: float = 5.0
+        """Seconds from the end of the socket to that of its connection; then it is cut."""
         self.deflates: bool = deflates
         self.open: bool = True
         self.paused: bool = False

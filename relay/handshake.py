@@ -60,7 +60,7 @@ def check(
         if not is_local:
             text = f"origin {origin!r} may not connect; the relay's setting `origins` names those that may"
             return Refused(403, text, "origin", hint=_line_to_paste(origin, origins))
-    offered: list[str] = scope.get("subprotocols") or []
+    offered = _subprotocols(scope)
     token = None
     if offered:
         if SUBPROTOCOL not in offered:
@@ -87,6 +87,13 @@ def _line_to_paste(origin: str, origins: str | tuple[str, ...]) -> str:
         return ""
     named = ("same",) if isinstance(origins, str) else origins
     return f"origins = {json.dumps([*named, origin.lower()])}"
+
+
+def _subprotocols(scope: Mapping[str, Any]) -> list[str]:
+    """The subprotocols offered, in one line or several; elements of the list may be empty."""
+    lines = [value.decode("latin-1") for name, value in scope["headers"] if name == b"sec-websocket-protocol"]
+    elements = ",".join(lines).split(",") if lines else scope.get("subprotocols") or []
+    return [element for each in elements if (element := each.strip(" \t"))]
 
 
 def token_from(offered: Iterable[str]) -> str | None:

@@ -10,12 +10,17 @@ written to each socket in one synchronous call.
 """
 
 import asyncio
+import base64
 import logging
-from asyncio import BaseTransport, Transport
+import select
+from asyncio import BaseTransport, TimerHandle, Transport
+from http import HTTPStatus
 from time import monotonic
 from typing import Any, cast
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.datastructures import Headers
+from websockets.exceptions import SecurityError
 from websockets.extensions.permessage_deflate import PerMessageDeflate, ServerPerMessageDeflateFactory
 from websockets.frames import Close, Frame
 from websockets.server import ServerProtocol
@@ -30,15 +35,18 @@ from relay.wire import DEFLATE_WINDOW_BITS
 _PIECE_BYTES = 4096
 """Bytes parsed at a time."""
 
+_CLOSE_TIMEOUT_S = 5.0
+"""Seconds from the close of a connection to its end, where no relay says otherwise."""
+
+_HANG_UP_CHECK_S = 0.5
+"""Seconds between two looks whether a client has gone whose handshake is being decided."""
+
 # Pings, pongs and small fragments: so many at once, and so many per second on average. Browsers send none.
 _IDLE_FRAMES_MAX = 1000
 _IDLE_FRAMES_PER_S = 20
 _FRAGMENT_MIN_BYTES = 128
 
-_HEAD_REFUSAL = (
-    b"HTTP/1.1 431 Request Header Fields Too Large\r\nConnection: close\r\nContent-Type: text/plain\r\n\r\n"
-    b"expected lines of at most 8 KiB and at most 128 headers\n"
-)
+_WEBSOCKET_VERSION = "13"
 
 _throttle = Throttle(logging.getLogger("relay.server"))
 
@@ -50,6 +58,10 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     """Uvicorn's own class, with the extension in its scope and without secrets in its log."""
 
     frame_writer: FrameWriter | None = None
+    # Set while the handshake is being decided; not one of the instance's own, whose dict would grow by a size.
+    _hang_up_check: TimerHandle | None = None
+    # What cuts a connection that is being closed; Uvicorn's own name, since 0.54.
+    close_timer: TimerHandle | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Offer compression, where it is on, without a context: with one, no frame could serve two sockets.
@@ -58,7 +70,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         deques: 3 kB of 20.
         """
         super().__init__(*args, **kwargs)
-        self.queue: asyncio.Queue[Any] = cast("asyncio.Queue[Any]", _Inbox())
+        self.queue: _Inbox = _Inbox()  # type: ignore[assignment]
         self.writable: asyncio.Event = cast(asyncio.Event, _Gate())
         # What was read from the transport and is not parsed yet, while the application has messages to take.
         self._unparsed = b""
@@ -100,29 +112,96 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             self.queue.put_nowait(self._farewell)
             self._farewell = None
             self._let_go()
+        self._watch_end()
 
     async def receive(self) -> Any:
-        """Hand over the next message, and parse on when it was the last."""
-        message = await super().receive()
+        """Hand over the next message, and read on when it was the last."""
+        message = await self.queue.get()
+        if self.handshake_complete and self.queue.empty():
+            self._read_on()
+        return message
+
+    def _read_on(self) -> None:
+        if self.read_paused:
+            self.read_paused = False
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
         if self._unparsed:
             self._parse()
-        return message
+
+    def _await_decision(self) -> None:
+        """Read nothing until the application has decided on the handshake; a client has nothing to say before.
+
+        A connection that is not read from does not tell that the client has gone, so it is looked at.
+        """
+        if self.transport.is_closing():
+            return
+        self.read_paused = True
+        self.transport.pause_reading()
+        self._hang_up_check = self.loop.call_later(_HANG_UP_CHECK_S, self._check_hang_up)
+
+    def _check_hang_up(self) -> None:
+        if has_hung_up(self.transport):
+            self.transport.abort()
+        else:
+            self._hang_up_check = self.loop.call_later(_HANG_UP_CHECK_S, self._check_hang_up)
+
+    def _decided(self) -> None:
+        if self._hang_up_check is not None:
+            self._hang_up_check.cancel()
+            del self._hang_up_check
+
+    def _watch_end(self) -> None:
+        """Cut a connection that is being closed, if it has not ended in time: a close waits for a client that reads."""
+        if self.close_timer is None and self.transport.is_closing() and not self.disconnected:
+            self._cut_later()
+
+    def _cut_later(self) -> None:
+        timeout_s = _CLOSE_TIMEOUT_S if self.frame_writer is None else self.frame_writer.close_timeout_s
+        self.close_timer = self.loop.call_later(timeout_s, self.transport.abort)
 
     def _refuse_head(self) -> None:
         """Answer a request that Uvicorn's HTTP parser has taken and websockets has not; Uvicorn would let it hang."""
+        error = self.conn.handshake_exc
+        cause = error and (error.__cause__ or error)
+        if isinstance(cause, SecurityError):
+            self._refuse(431, "expected lines of at most 8 KiB and at most 128 headers", "head too large")
+        else:
+            self._refuse(400, f"the upgrade request cannot be read: {cause}", "malformed")
+
+    def _refuse(self, status: int, text: str, kind: str, *headers: str) -> None:
+        """Answer an upgrade request with an HTTP error, and close."""
         self.handshake_initiated = self.handshake_complete = self.close_sent = True
-        count_refusal(self.app_state, "handshake: head too large")
-        _throttle.warning("head", "handshake refused: %s", self.conn.handshake_exc)
-        self.transport.write(_HEAD_REFUSAL)
+        count_refusal(self.app_state, f"handshake: {kind}")
+        _throttle.warning(kind, "handshake refused: %.255s", " ".join(text.split()))
+        body = f"{text}\n".encode(errors="replace")
+        head = (
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+            "Connection: close",
+            "Content-Type: text/plain; charset=utf-8",
+            f"Content-Length: {len(body)}",
+            *headers,
+        )
+        self.transport.write("".join(f"{line}\r\n" for line in (*head, "")).encode() + body)
         self.transport.close()
+        self._watch_end()
 
     def handle_connect(self, event: Any) -> None:
-        """Offer the extension to the application."""
+        """Check the request, and offer the extension to the application."""
+        if (refusal := _refusal(event.headers)) is not None:
+            self._refuse(*refusal)
+            return
+        _tidy(event.headers)
         super().handle_connect(event)
-        if hasattr(self, "scope"):  # absent where the handshake was answered with an error
+        if hasattr(self, "scope"):
+            self.scope["subprotocols"] = [each for each in self.scope["subprotocols"] if each]
             self.frame_writer = FrameWriter(self.transport, _deflates(self.conn))
             extensions = cast(dict[str, Any], self.scope["extensions"])
             extensions[EXTENSION] = self.frame_writer
+            self._await_decision()
+        else:  # the handshake was answered with an error: of a header that is not checked above
+            count_refusal(self.app_state, "handshake: malformed")
+            _throttle.warning("malformed", "handshake refused: %.255s", self.conn.handshake_exc)
 
     def pause_writing(self) -> None:
         """Tell both paths that the transport's buffer is full."""
@@ -211,6 +290,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         if not self.drain():
             self._end_writer()
             super().shutdown()
+            self._watch_end()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """End the extension; the transport is gone.
@@ -218,11 +298,15 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         What was read before and is not parsed yet goes to the application first, at the pace that it takes it.
         """
         self._end_writer()
+        self._decided()
+        if self.close_timer is not None:
+            self.close_timer.cancel()
+            self.close_timer = None
         is_over = self.close_sent or self.conn.close_rcvd is not None or not self.handshake_complete
         super().connection_lost(exc)
         break_cycle(self.transport)
         if self._unparsed and not is_over:
-            self._farewell = cast(_Inbox, self.queue).take_back()
+            self._farewell = self.queue.take_back()
             self._parse()
         else:
             self._let_go()
@@ -247,22 +331,94 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             vars(self).pop(name, None)
 
     async def send(self, message: Any) -> None:
-        """End the extension before the application's own close frame, after pressure has gone."""
-        if message["type"] == "websocket.close":
+        """End the extension before the application's own close frame, after pressure has gone.
+
+        The disconnect that follows is the client's answer to the close, or the end of the connection: Uvicorn tells of
+        one as soon as the close is sent, and an application that believes it leaves the connection to itself.
+        """
+        kind = message["type"]
+        if kind == "websocket.close":
             await self.writable.wait()
             self._end_writer()
+        is_closed, is_accepted = self.close_sent, self.handshake_complete
         await super().send(message)
-        if message["type"] == "websocket.close":
+        if kind == "websocket.close":
+            if is_accepted and self.close_sent and not is_closed:
+                self.queue.discard_disconnect()
+                if self.close_timer is not None:
+                    self.close_timer.cancel()  # Uvicorn's own, which waits for a client that reads
+                self._cut_later()
             self._parse()  # the client's answer may be among what was left, and an application that closes asks no more
-        if message["type"] == "websocket.accept":
+        if kind == "websocket.accept":
             # The handshake is over; its headers would stay for the life of the socket, 2 kB of them.
             self._forget_handshake()
-        if message["type"] == "websocket.http.response.body" and not message.get("more_body", False):
+            self._decided()
+            if self.queue.empty():
+                self._read_on()
+        if kind == "websocket.http.response.body" and not message.get("more_body", False):
             self.handshake_complete: bool = True  # or Uvicorn logs an error, as if the handshake had not been answered
+        self._watch_end()
+
+    def on_task_complete(self, task: asyncio.Task[None]) -> None:
+        """See to it that a connection which the application leaves behind ends in time."""
+        super().on_task_complete(task)
+        self._watch_end()
+
+    def keepalive_timeout(self) -> None:
+        """Close a connection whose client does not answer pings, in time."""
+        super().keepalive_timeout()
+        self._watch_end()
 
     def _end_writer(self) -> None:
         if self.frame_writer is not None:
             self.frame_writer.end()
+
+
+def _elements(headers: Headers, name: str) -> list[str]:
+    """The elements of a header that is a list, in one line or several."""
+    values = ",".join(headers.get_all(name)).split(",")
+    return [element for each in values if (element := each.strip(" \t"))]
+
+
+def _refusal(headers: Headers) -> tuple[int, str, str, *tuple[str, ...]] | None:
+    """Why an upgrade request cannot pass, as `RelayWebSocketProtocol._refuse` takes it; RFC 6455, section 4.2."""
+    versions = headers.get_all("Sec-WebSocket-Version")
+    if versions != [_WEBSOCKET_VERSION]:
+        text = f"expected Sec-WebSocket-Version: {_WEBSOCKET_VERSION}, got {', '.join(versions)[:100] or 'none'}"
+        known = f"Sec-WebSocket-Version: {_WEBSOCKET_VERSION}"
+        return (426, text, "websocket version", known, "Upgrade: websocket")
+    keys = headers.get_all("Sec-WebSocket-Key")
+    if len(keys) != 1 or not _is_key(keys[0]):
+        text = f"expected one Sec-WebSocket-Key, the base64 of 16 bytes, got {', '.join(keys)[:100] or 'none'}"
+        return (400, text, "malformed")
+    return None
+
+
+def _is_key(text: str) -> bool:
+    try:
+        return len(base64.b64decode(text.encode(), validate=True)) == 16
+    except ValueError:
+        return False
+
+
+def _tidy(headers: Headers) -> None:
+    """Write the lists as websockets takes them: one protocol to upgrade to, and no header without an element."""
+    if "websocket" in (element.lower() for element in _elements(headers, "Upgrade")):
+        del headers["Upgrade"]
+        headers["Upgrade"] = "websocket"
+    for name in ("Connection", "Sec-WebSocket-Protocol", "Sec-WebSocket-Extensions"):
+        if name in headers:
+            elements = _elements(headers, name)
+            del headers[name]
+            if elements:
+                headers[name] = ", ".join(elements)
+
+
+def has_hung_up(transport: BaseTransport) -> bool:
+    """Whether the other side has closed the connection, though nothing is read from it."""
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket").fileno(), getattr(select, "POLLRDHUP", 0))
+    return bool(poll.poll(0))  # POLLHUP and POLLERR come unasked
 
 
 def break_cycle(transport: BaseTransport) -> None:
@@ -319,6 +475,11 @@ class _Inbox(_Waiting):
     def take_back(self) -> Any:
         """Take what was put last."""
         return self._messages.pop()
+
+    def discard_disconnect(self) -> None:
+        """Take back a disconnect that came last."""
+        if self._messages and self._messages[-1]["type"] == "websocket.disconnect":
+            self._messages.pop()
 
     def empty(self) -> bool:
         return not self._messages

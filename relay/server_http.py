@@ -11,15 +11,16 @@ minute (slowloris) would take all of a process's files, and a hundred that ask a
 
 import logging
 from asyncio import TimerHandle, Transport
-from typing import Any
+from typing import Any, cast
 
+import httptools
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from relay.descriptors import descriptors
 from relay.logs import Throttle
 from relay.metrics import count_refusal
-from relay.server import break_cycle
+from relay.server import RelayWebSocketProtocol, break_cycle
 
 HEAD_MAX_BYTES = 65_536
 """Largest head of a request: its first line and its headers."""
@@ -33,11 +34,16 @@ _PIPELINE_MAX = 16
 _PIECE_BYTES = 4096
 """Bytes parsed at a time: a read brings up to 256 kB, in which there is room for 14 000 requests."""
 
+_EARLY_MAX_BYTES = 16_384
+"""Bytes behind an upgrade request that are kept until it is answered; a client has nothing to say before."""
+
 _UNREAD_S = 60.0
 """Seconds in which a client must read something of what waits for it, or it is cut off; nginx's default too."""
 
 _PATIENCE_S = 1.0
 """Seconds that a client may be waited for even while file descriptors are scarce."""
+
+_SCHEMES = (b"http", b"https", b"ws", b"wss")
 
 _REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
@@ -50,10 +56,14 @@ class RelayHTTPProtocol(HttpToolsProtocol):
 
     Args: handshake_timeout_s: seconds for the head to arrive, from the connection or the request's first byte on; 0:
               no bound.
+          close_timeout_s: seconds in which something of an answer must be read once the server ends.
     """
 
-    def __init__(self, *args: Any, handshake_timeout_s: float = 10.0, **options: Any) -> None:
+    def __init__(
+        self, *args: Any, handshake_timeout_s: float = 10.0, close_timeout_s: float = 5.0, **options: Any
+    ) -> None:
         super().__init__(*args, **options)
+        self._close_timeout_s = close_timeout_s
         self._timeout_s = handshake_timeout_s
         # While a head is awaited: what cuts the connection, and the bytes that came.
         self._cutter: TimerHandle | None = None
@@ -61,10 +71,17 @@ class RelayHTTPProtocol(HttpToolsProtocol):
         # Bytes since the connection began, or the last that were of a body: a head, or trailers.
         self._head_bytes = 0
         self._is_body = False
+        # Of a request whose upgrade is ignored: whether its body is still to be parsed, and whether its head is given
+        # to a further parser, which has nothing to say of it.
+        self._body_follows = self._is_replaying = False
+        # Once an upgrade to WebSocket is asked for: what came behind the request.
+        self._upgrade: bytes | None = None
         # What is being answered: not `cycle`, which is the newest request, where several have come.
         self._answering: RequestResponseCycle | None = None
         # Since when the client is waited for, in seconds of the loop's clock; None while it waits for us.
         self._waited_since: float | None = None
+        # Seconds in which something of an answer must be read; None for the usual ones.
+        self._unread_s: float | None = None
         # What looks whether an answer is read, while it has to wait or is the last.
         self._watch: TimerHandle | None = None
 
@@ -96,24 +113,102 @@ class RelayHTTPProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Read on, a little at a time, unless the head, or what follows the body, has grown too large."""
-        for start in range(0, len(data), _PIECE_BYTES):
-            self._parse(data[start : start + _PIECE_BYTES])
-            if self.transport.is_closing() or self.transport.get_protocol() is not self:  # closed, or upgraded
-                return
+        self._unset_keepalive_if_required()
+        start = 0
+        while start < len(data) and not self.transport.is_closing() and self._upgrade is None:
+            start += self._parse(data[start : start + _PIECE_BYTES])
+            if self._upgrade is not None:
+                self._upgrade += data[start:]
+                self._hand_over()
 
-    def _parse(self, data: bytes) -> None:
+    def _parse(self, data: bytes) -> int:
+        """Parse a piece; returns how much of it was HTTP."""
         self._is_body = False
-        super().data_received(data)
-        if self.transport.get_protocol() is not self:
-            return
-        self._head_bytes = 0 if self._is_body else self._head_bytes + len(data)
-        if self.transport.is_closing():  # Uvicorn has answered 400
+        parsed, problem = len(data), None
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            parsed = int(upgrade.args[0])
+            if self._should_upgrade():
+                self._upgrade = b""
+                return parsed
+            # Any other upgrade is ignored, and what follows is HTTP.
+            if self._body_follows:
+                self._parse_body()
+        except httptools.HttpParserError as error:
+            problem = str(error)
+        if problem is not None:
+            self.logger.warning("Invalid HTTP request received.")
+            self.send_400_response(f"Invalid HTTP request received: {problem[:200]}")
+        self._head_bytes = 0 if self._is_body else self._head_bytes + parsed
+        if self.transport.is_closing():  # 400 has been answered
             self._watch_reader()
         elif self._head_bytes > HEAD_MAX_BYTES:
             self._cut("handshake: head too large", f"more than {HEAD_MAX_BYTES} bytes of head, or behind a body")
         elif len(self.pipeline) > _PIPELINE_MAX:
             reason = f"more than {_PIPELINE_MAX} requests at once"
             self._cut("http: too many requests", reason, at_once=True)
+        return parsed
+
+    def _parse_body(self) -> None:
+        """Go on with the body of a request whose upgrade is ignored: httptools takes it for another protocol's bytes.
+
+        Java's HTTP client asks for an upgrade to HTTP/2 with each first request.
+        """
+        lines = [b"%s: %s\r\n" % pair for pair in self.headers if pair[0] in (b"content-length", b"transfer-encoding")]
+        self._body_follows, self._is_replaying = False, True
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.feed_data(b"POST / HTTP/1.1\r\n" + b"".join(lines) + b"\r\n")
+        self._is_replaying = False
+
+    def _hand_over(self) -> None:
+        """Upgrade to WebSocket, as soon as the requests before it are answered."""
+        assert self._upgrade is not None, "it has been asked for"
+        early = self._upgrade
+        if len(early) > _EARLY_MAX_BYTES:
+            self.send_400_response("expected no data before the upgrade is answered")
+            self._cut("handshake: malformed", "much data behind an upgrade request")
+        elif self._answering is not None and not self._answering.response_complete:
+            self.flow.pause_reading()
+        else:
+            self.flow.resume_reading()
+            self.handle_websocket_upgrade()
+            if early:
+                cast(RelayWebSocketProtocol, self.transport.get_protocol()).data_received(early)
+
+    def _get_upgrade(self) -> bytes | None:
+        """What the client asks to upgrade to: ``websocket`` where that is among it.
+
+        Both headers are lists, in one line or several. A server may ignore them, and has to in HTTP/1.0; with a body,
+        or another method than GET, it is no WebSocket that is asked for (RFC 9110, section 7.8; RFC 6455, section 4.1).
+        """
+        if b"upgrade" not in self._elements(b"connection"):
+            return None
+        if self.parser.get_http_version() != "1.1" or self.parser.get_method() != b"GET" or self._has_body():
+            return None
+        asked = self._elements(b"upgrade")
+        return b"websocket" if b"websocket" in asked else b", ".join(asked)
+
+    def _has_body(self) -> bool:
+        lengths = self._elements(b"content-length")
+        return any(length.strip(b"0") for length in lengths) or bool(self._elements(b"transfer-encoding"))
+
+    def _elements(self, wanted: bytes) -> list[bytes]:
+        """The elements of a header that is a list, in lower case."""
+        values = b",".join(value for name, value in self.headers if name == wanted)
+        return [element for each in values.lower().split(b",") if (element := each.strip(b" \t"))]
+
+    def _take_absolute_target(self) -> None:
+        """Make ``http://host/path`` the path, and ``host`` the ``Host``: RFC 9112, section 3.2.2."""
+        scheme, found, rest = self.url.partition(b"://")
+        if not found or scheme.lower() not in _SCHEMES:
+            return
+        end = min((at for mark in b"/?#" if (at := rest.find(mark)) >= 0), default=len(rest))
+        host, target = rest[:end].rpartition(b"@")[2], rest[end:].partition(b"#")[0]
+        self.url = target if target.startswith(b"/") else b"/" + target
+        others = [header for header in self.headers if header[0] != b"host"]
+        if len(self.headers) - len(others) <= 1:  # two of them are refused, whatever they say
+            self.headers[:] = [(b"host", host), *others]
 
     def on_body(self, body: bytes) -> None:
         """Learn that what came was not a head."""
@@ -122,24 +217,35 @@ class RelayHTTPProtocol(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Keep a header; one behind a body (a trailer) is nobody's, and Uvicorn would keep any number of them."""
-        if self._in_head:
+        if self._in_head and not self._is_replaying:
             super().on_header(name, value)
 
     def on_message_begin(self) -> None:
         """Begin to wait for the whole of a head."""
-        super().on_message_begin()
-        self._await_head()
+        if not self._is_replaying:
+            super().on_message_begin()
+            self._await_head()
+
+    def on_url(self, url: bytes) -> None:
+        """Keep a part of the request's target."""
+        if not self._is_replaying:
+            super().on_url(url)
 
     def on_headers_complete(self) -> None:
         """Wait for the body, if there is one: the head is there."""
+        if self._is_replaying:
+            return
         self._stop_waiting()
         self._waited_since = self.loop.time()
+        self._take_absolute_target()
+        self._body_follows = bool(self.parser.should_upgrade()) and self._has_body()
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
         """The client waits for us now."""
-        self._waited_since = None
-        super().on_message_complete()
+        if not self._body_follows:
+            self._waited_since = None
+            super().on_message_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answering = cycle
@@ -151,8 +257,16 @@ class RelayHTTPProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self.transport.is_closing():
             self._watch_reader()
+        elif self._upgrade is not None and not is_next_here:
+            self._hand_over()
         elif not is_next_here:
             self._await_head(after_s=self.timeout_keep_alive)
+
+    def shutdown(self) -> None:
+        """Let what is being answered end; a client that does not read its answer is not waited for."""
+        super().shutdown()
+        self._unread_s = min(_UNREAD_S, self._close_timeout_s)
+        self._watch_reader()
 
     def timeout_keep_alive_handler(self) -> None:
         """Close an idle connection, once the client has its answer."""
@@ -175,14 +289,18 @@ class RelayHTTPProtocol(HttpToolsProtocol):
     def _watch_reader(self) -> None:
         """Cut the client off unless less is unread in a while; a close alone would wait for it for ever."""
         _cancel(self._watch)
-        self._watch = self.loop.call_later(_UNREAD_S, self._look_at_reader, self.transport.get_write_buffer_size())
+        unread_s = _UNREAD_S if self._unread_s is None else self._unread_s
+        self._watch = self.loop.call_later(unread_s, self._look_at_reader, self.transport.get_write_buffer_size())
 
     def _look_at_reader(self, unread_bytes: int) -> None:
-        if self.transport.get_write_buffer_size() < unread_bytes:
+        now_unread = self.transport.get_write_buffer_size()
+        if now_unread < unread_bytes:
             self._waited_since = self.loop.time()
             self._watch_reader()
-        else:
-            self._cut("http: answer not read", f"nothing of an answer was read in {_UNREAD_S:g} s", at_once=True)
+        elif now_unread or self.transport.is_closing():
+            self._cut("http: answer not read", "nothing of an answer was read for too long", at_once=True)
+        elif self._unread_s is not None:  # the server ends, and the application has not answered yet
+            self._watch_reader()
 
     def handle_websocket_upgrade(self) -> None:
         """Hand the connection over, and let go of it."""

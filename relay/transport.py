@@ -349,10 +349,12 @@ class Connection:
         return is_open
 
     async def _finish(self, code: int, reason: str) -> None:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._limits.close_timeout_s
         try:
-            async with asyncio.timeout(self._limits.close_timeout_s):
+            async with asyncio.timeout_at(end):
                 while self._outbox or self._is_sending():
-                    self._drained = asyncio.get_running_loop().create_future()
+                    self._drained = loop.create_future()
                     self._wake_writer()
                     await self._drained
                 await self._send_close(code, reason)
@@ -361,10 +363,8 @@ class Connection:
             _logger.debug("socket %s: not closed in good order: %r", self.id, error, extra={"socket": self.id})
         else:
             # The server tells of the client's answer by a disconnect, which ends the reader, and this task with it.
-            await asyncio.sleep(self._limits.close_timeout_s)
-        if self._writer is not None:
-            self._metrics.cut_off_bytes += self._writer.buffered_bytes()
-            self._writer.abort()
+            await asyncio.sleep(end - loop.time())
+        self._abort()
         if self._main is not None:
             self._main.cancel()
 
@@ -384,6 +384,17 @@ class Connection:
             if self._closing is not None:
                 self._closing.set()
 
+    def _abort(self) -> None:
+        """Cut the connection, where the server lets us: what the client has not read would keep it open without end.
+
+        ASGI has no word for it. Uvicorn hands over a method of its own protocol class, which has the transport.
+        """
+        if self._writer is not None:
+            self._metrics.cut_off_bytes += self._writer.buffered_bytes()
+            self._writer.abort()
+        elif (abort := _abort_of(self._receive)) is not None:
+            abort()
+
     def end(self) -> None:
         """Let go of the connection; called once by its reader, when nothing more can be received."""
         self._ended = True
@@ -397,11 +408,20 @@ class Connection:
                 task.cancel()
         if self._writer is not None:
             self._writer.owner = None
+        elif (abort := _abort_of(self._receive)) is not None:
+            # The server's own close waits for a client that reads.
+            asyncio.get_running_loop().call_later(self._limits.close_timeout_s, abort)
         # What refers back to this connection: without a cycle it is freed at once, and not by a later collection.
         self.on_readiness = self.on_close = _nothing
         if self._outbox is not None:
             self._outbox.give_up = _nothing
         self._main = self._closer = self._writing = self._receiving = self._wake = None
+
+
+def _abort_of(receive: ReceiveCallable) -> Callable[[], object] | None:
+    """What cuts a connection of Uvicorn's; None on other servers, and behind middleware that wraps ``receive``."""
+    transport = getattr(getattr(receive, "__self__", None), "transport", None)
+    return getattr(transport, "abort", None)
 
 
 def _nothing() -> None:
