@@ -22,6 +22,25 @@ const DEFAULTS = {
 };
 
 const valueOf = (value) => (typeof value === "function" ? value() : value);
+
+/** Shown as an uncaught error is, but thrown at nobody: the client's own work goes on. */
+const report = (error) => (globalThis.reportError ?? console.error)(error);
+
+/** Call what belongs to the page; what it throws is reported. */
+function call(callback, ...args) {
+  try {
+    return callback(...args);
+  } catch (error) {
+    report(error);
+  }
+}
+
+/** Milliseconds until the next try: the page's own, or ours where its function throws or gives no time. */
+function delay(kind, options, tries) {
+  const ms = call(() => options[kind](tries));
+  return ms >= 0 && ms < Infinity ? ms : DEFAULTS[kind](tries);
+}
+
 const isBinary = (payload) => payload instanceof ArrayBuffer || ArrayBuffer.isView(payload);
 
 // Frames.
@@ -136,7 +155,7 @@ export class Push {
   }
 
   #on(hook) {
-    if (this.#received) hook(...this.#received);
+    if (this.#received) call(hook, ...this.#received);
     this.#hooks.push(hook); // kept: a join is answered again after each rejoin
     return this;
   }
@@ -152,19 +171,31 @@ export class Push {
     this.channel._forget(this);
   }
 
+  /** Throws what cannot be encoded, or what a function of the page throws, and leaves nothing behind then. */
   _send() {
     const { channel, event } = this;
-    this._wait();
+    const payload = valueOf(this.payload);
+    this._cancel();
     this.ref = channel.socket.makeRef();
+    channel.socket._send({ join_ref: channel.joinRef(), ref: this.ref, topic: channel.topic, event, payload });
+    this._wait();
     channel._expect(this);
-    const message = { ref: this.ref, topic: channel.topic, event, payload: valueOf(this.payload) };
-    channel.socket._send({ join_ref: channel.joinRef(), ...message });
+  }
+
+  /** Send unattended: what cannot be sent is reported, and answered with "error". */
+  _trySend() {
+    try {
+      this._send();
+    } catch (error) {
+      report(error);
+      this._settle("error", { reason: String(error) });
+    }
   }
 
   _settle(status, response) {
     this._cancel();
     this.#received = [status, response];
-    for (const hook of this.#hooks) hook(status, response);
+    for (const hook of [...this.#hooks]) call(hook, status, response);
   }
 }
 
@@ -202,7 +233,7 @@ export class Channel {
     this.state = "leaving";
     const leave = new Push(this, "phx_leave", {}, timeout);
     for (const status of ["ok", "error", "timeout"]) leave.receive(status, () => this.#close({ reason: "leave" }));
-    if (isKnown) leave._send();
+    if (isKnown) leave._trySend();
     else leave._settle("ok", {});
     return leave;
   }
@@ -301,7 +332,7 @@ export class Channel {
 
   _receive({ join_ref, ref, event, payload }) {
     if (join_ref && join_ref !== this.joinRef()) return; // meant for an earlier join
-    if (event === "phx_reply") this.#pending.get(ref)?._settle(payload.status, payload.response);
+    if (event === "phx_reply") this.#pending.get(ref)?._settle(payload?.status, payload?.response);
     else if (event === "phx_close") this.#close(payload);
     else if (event === "phx_error") this.#fail(payload);
     else {
@@ -311,14 +342,14 @@ export class Channel {
   }
 
   #trigger(event, ...args) {
-    for (const [name, callback] of [...this.#bindings.values()]) if (name === event) callback(...args);
+    for (const [name, callback] of [...this.#bindings.values()]) if (name === event) call(callback, ...args);
   }
 
   #rejoin() {
     clearTimeout(this.#timer);
     this.socket._leaveOthers(this);
     this.state = "joining";
-    if (this.socket.isConnected()) this.#join._send();
+    if (this.socket.isConnected()) this.#join._trySend();
     else this.#join._wait(); // `_opened` sends it
   }
 
@@ -326,18 +357,18 @@ export class Channel {
     this.state = "errored";
     if (!this.socket.isConnected()) return; // `_opened` rejoins
     clearTimeout(this.#timer);
-    this.#timer = setTimeout(() => this.#rejoin(), this.socket.rejoinAfterMs(++this.#tries));
+    this.#timer = setTimeout(() => this.#rejoin(), delay("rejoinAfterMs", this.socket, ++this.#tries));
   }
 
   #joined() {
     this.state = "joined";
     this.#tries = 0;
-    for (const push of [...this.#buffer]) push._send();
+    for (const push of [...this.#buffer]) push._trySend();
   }
 
   #unanswered() {
     // The server may have joined us all the same: undo that, or the next join is a duplicate.
-    if (this.socket.isConnected()) new Push(this, "phx_leave", {}, this.socket.timeout)._send();
+    if (this.socket.isConnected()) new Push(this, "phx_leave", {}, this.socket.timeout)._trySend();
     this.#rejoinLater();
   }
 
@@ -437,7 +468,7 @@ export class Socket {
   disconnect(callback, code = NORMAL, reason = "") {
     this.#giveUp();
     this.#letGo({ code, reason, wasClean: true }, code);
-    callback?.();
+    if (callback) call(callback);
   }
 
   isConnected() {
@@ -508,7 +539,7 @@ export class Socket {
   }
 
   #tell(kind, ...args) {
-    for (const [name, callback] of [...this.#callbacks.values()]) if (name === kind) callback(...args);
+    for (const [name, callback] of [...this.#callbacks.values()]) if (name === kind) call(callback, ...args);
   }
 
   #dial() {
@@ -581,7 +612,7 @@ export class Socket {
 
   #dialLater() {
     if (globalThis.document?.hidden) return; // `#watchPage` dials when somebody looks
-    this.#retryTimer = setTimeout(() => this.#redial(), this.reconnectAfterMs(++this.#tries));
+    this.#retryTimer = setTimeout(() => this.#redial(), delay("reconnectAfterMs", this, ++this.#tries));
   }
 
   /** Dial unattended: where `connect()` throws (a params function, say), a retry reports and goes on. */

@@ -29,8 +29,8 @@ def test_its_own_tests_pass_in_node() -> None:
     assert (counts["fail"], counts["skipped"]) == ("0", "0")
 
 
-def test_it_is_under_6_kb_gzipped() -> None:
-    assert len(gzip.compress((FOLDER / "relay.js").read_bytes(), 9, mtime=0)) < 6000
+def test_it_is_under_7_kb_gzipped() -> None:
+    assert len(gzip.compress((FOLDER / "relay.js").read_bytes(), 9, mtime=0)) < 7000
 
 
 def test_it_is_one_module_without_dependencies() -> None:

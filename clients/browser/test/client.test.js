@@ -434,3 +434,190 @@ test("a channel says what state it is in, by the methods that phoenix has", () =
   channel.leave();
   assert.deepEqual([tell(channel), channel.canPush()], [["Leaving"], false]);
 });
+
+// Callbacks of the page.
+
+/** What `reportError` was given while `work` ran. */
+function reported(work) {
+  const errors = [];
+  globalThis.reportError = (error) => errors.push(error.message);
+  try {
+    work();
+  } finally {
+    delete globalThis.reportError;
+  }
+  return errors;
+}
+
+function fail(name) {
+  return () => {
+    throw new Error(name);
+  };
+}
+
+test("callbacks of the socket that throw are reported, and events are delivered all the same", () => {
+  for (const kind of ["onOpen", "onClose", "onError", "onMessage"]) socket[kind](fail(kind));
+  const seen = [];
+  const errors = reported(() => {
+    const wire = connect();
+    const room = join(wire);
+    room.on("new", fail("on"));
+    room.on("new", (payload) => seen.push(payload));
+    room.on("new", fail("on again"));
+    wire.receive([null, null, "room:1", "new", 1]);
+    wire.receive("no frame");
+    wire.receive([null, null, "room:1", "new", 2]);
+    wire.end();
+    socket.disconnect(fail("disconnect"));
+  });
+  assert.deepEqual(seen, [1, 2]);
+  for (const name of ["onOpen", "onClose", "onError", "onMessage", "on", "on again", "disconnect"]) {
+    assert.ok(errors.includes(name), name);
+  }
+});
+
+test("a channel's callbacks that throw leave other channels joined again after a reconnect", () => {
+  let wire = connect();
+  const rooms = ["a", "b", "c"].map((topic) => join(wire, topic));
+  for (const room of rooms) {
+    room.onError(fail("onError"));
+    room.onClose(fail("onClose"));
+  }
+  const seen = [];
+  rooms[2].on("new", (payload) => seen.push(payload));
+  const errors = reported(() => {
+    wire.end();
+    clock.tick(100);
+    wire = FakeWebSocket.last;
+    wire.open();
+    for (const sent of wire.take()) wire.reply(sent, "ok");
+    wire.receive([null, null, "c", "new", 1]);
+    wire.receive([null, null, "a", "phx_close", {}]);
+  });
+  assert.deepEqual(rooms.map((room) => room.state), ["closed", "joined", "joined"]);
+  assert.deepEqual(seen, [1]);
+  assert.deepEqual(errors, ["onError", "onError", "onError", "onClose"]);
+});
+
+test("receive hooks that throw keep neither the others nor the join from their turn", () => {
+  const wire = connect();
+  const seen = [];
+  const room = socket.channel("room:1");
+  const errors = reported(() => {
+    room.join().receive("ok", fail("join")).receive("ok", () => seen.push("join"));
+    wire.reply(wire.take()[0], "ok");
+    const push = room.push("new").receive("ok", fail("push")).receive("ok", () => seen.push("push"));
+    wire.reply(wire.take()[0], "ok");
+    push.receive("ok", fail("late"));
+    room.push("slow").receive("timeout", fail("timeout")).receive("timeout", () => seen.push("timeout"));
+    clock.tick(10_000);
+    room.leave().receive("ok", fail("leave"));
+    wire.reply(wire.take().at(-1), "ok");
+  });
+  assert.deepEqual(seen, ["join", "push", "timeout"]);
+  assert.deepEqual(errors, ["join", "push", "late", "timeout", "leave"]);
+  assert.equal(room.state, "closed");
+});
+
+test("a hook that is added by a hook is called once", () => {
+  const wire = connect();
+  const seen = [];
+  const push = join(wire).push("new");
+  push.receive("ok", () => push.receive("ok", () => seen.push("inner")));
+  wire.reply(wire.take()[0], "ok");
+  assert.deepEqual(seen, ["inner"]);
+});
+
+test("join params that throw are tried again, and other channels join meanwhile", () => {
+  const wire = connect();
+  let params = fail("params");
+  const bad = socket.channel("bad", () => params());
+  const reasons = [];
+  const errors = reported(() => bad.join().receive("error", ({ reason }) => reasons.push(reason)));
+  assert.deepEqual([errors, reasons, bad.state], [["params"], ["Error: params"], "errored"]);
+  const good = join(wire, "good");
+  params = () => ({ a: 1 });
+  clock.tick(100);
+  const [sent] = wire.take();
+  assert.deepEqual(sent.slice(2), ["bad", "phx_join", { a: 1 }]);
+  wire.reply(sent, "ok");
+  assert.deepEqual([bad.state, good.state], ["joined", "joined"]);
+});
+
+test("join params that throw after a reconnect keep no other channel from joining", () => {
+  let wire = connect();
+  let params = () => ({});
+  const bad = socket.channel("bad", () => params());
+  bad.join();
+  wire.reply(wire.take()[0], "ok");
+  const good = join(wire, "good");
+  params = fail("params");
+  wire.end();
+  clock.tick(100);
+  wire = FakeWebSocket.last;
+  const errors = reported(() => wire.open());
+  for (const sent of wire.take()) wire.reply(sent, "ok");
+  assert.deepEqual([errors, bad.state, good.state], [["params"], "errored", "joined"]);
+});
+
+test("a push that cannot be encoded throws where it is made and leaves nothing behind", () => {
+  const wire = connect();
+  const room = join(wire);
+  const endless = {};
+  endless.self = endless;
+  for (const payload of [endless, 1n]) assert.throws(() => room.push("new", payload), TypeError);
+  assert.throws(() => room.push("n".repeat(256), new Uint8Array(1)), RangeError);
+  clock.tick(10_000);
+  assert.deepEqual(wire.take(), [], "no half a message");
+  room.push("new", {});
+  assert.equal(wire.take().length, 1);
+});
+
+test("a push that waits for its join and cannot be encoded fails alone", () => {
+  const wire = connect();
+  const room = socket.channel("room:1");
+  room.join();
+  const seen = [];
+  room.push("bad", { big: 1n }).receive("error", ({ reason }) => seen.push(reason));
+  room.push("good", {});
+  const errors = reported(() => wire.reply(wire.take()[0], "ok"));
+  assert.equal(errors.length, 1);
+  assert.match(seen[0], /BigInt/);
+  assert.deepEqual(wire.take().map(([, , , event]) => event), ["good"]);
+  assert.equal(room.state, "joined");
+});
+
+test("back-off functions that throw or give no time are reported, and ours takes their place", () => {
+  mock.method(Math, "random", () => 0.5);
+  for (const wrong of [fail("back-off"), () => undefined, () => NaN, () => -1, () => Infinity]) {
+    socket = makeSocket({ reconnectAfterMs: wrong, rejoinAfterMs: wrong });
+    let wire = connect();
+    const room = join(wire);
+    const made = FakeWebSocket.made.length;
+    const errors = reported(() => {
+      wire.receive([null, null, "room:1", "phx_error", {}]);
+      clock.tick(500);
+      assert.equal(wire.take()[0][3], "phx_join");
+      wire.end();
+      clock.tick(499);
+      assert.equal(FakeWebSocket.made.length, made);
+      clock.tick(1);
+      assert.equal(FakeWebSocket.made.length, made + 1);
+      wire = FakeWebSocket.last;
+      wire.open();
+      wire.reply(wire.take()[0], "ok");
+    });
+    assert.equal(room.state, "joined");
+    assert.ok(errors.every((message) => message === "back-off"));
+    socket.disconnect();
+  }
+  mock.restoreAll();
+});
+
+test("without reportError the console shows what a callback throws", () => {
+  const shown = mock.method(console, "error", () => {});
+  socket.onOpen(fail("onOpen"));
+  connect();
+  assert.deepEqual(shown.mock.calls.map(({ arguments: [error] }) => error.message), ["onOpen"]);
+  mock.restoreAll();
+});
