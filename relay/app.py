@@ -27,6 +27,7 @@ from relay.engine import Engine
 from relay.errors import ConfigError, RelayError
 from relay.figures import IDLE, Figures, State
 from relay.handshake import Refused
+from relay.hooks import check_handler
 from relay.keys import Key
 from relay.metrics import REFUSED_STATE, Metrics
 from relay.operators import Operators, key_in
@@ -86,6 +87,8 @@ class Relay:
                 f'redis_url="{EMBEDDED}" for a server of the relay\'s own, or broadcast_url="memory://"'
             )
         self.keys: tuple[Key, ...] = load_keys(self.config.auth)
+        if authenticate is not None:
+            check_handler("authenticate", authenticate, "request")
         self._authenticate = authenticate
         self._tracer = Tracer() if self.config.tracing else None
         self.metrics: Metrics = Metrics()

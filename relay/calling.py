@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from functools import partial
@@ -79,18 +79,32 @@ class Caller:
         with self._tracer.handler(hook.plugin, hook.name):
             return await self._run(hook, *arguments)
 
+    async def wait(self, hook: Hook, answer: Awaitable[Any], *arguments: object) -> Any:
+        """Wait for what a handler has returned to `call_here`, to be awaited. Raises InvalidPayload, HandlerFailed."""
+        with _about(*arguments[:1]):
+            try:
+                return await self._in_time(hook, answer, arguments)
+            except Refused as error:
+                raise self.failed(hook, "raised Refused, which only on_join and on_push may", error) from None
+
     async def _run(self, hook: Hook, *arguments: object) -> Any:
         self._metrics.plugin_calls[hook.plugin] += 1
+        return await self._in_time(hook, self._answer(hook, arguments), arguments)
+
+    async def _answer(self, hook: Hook, arguments: tuple[object, ...]) -> Any:
+        if hook.is_async:
+            return await hook.function(*arguments)
+        # In the caller's context: what the function logs and traces there belongs to the same socket.
+        call = partial(copy_context().run, hook.function, *arguments)
+        value = await self._threads[hook.plugin].run(call)
+        return await value if inspect.isawaitable(value) else value
+
+    async def _in_time(self, hook: Hook, answer: Awaitable[Any], arguments: tuple[object, ...]) -> Any:
         began = time.perf_counter()
         limit = asyncio.timeout(self._timeout_s)
         try:
             async with limit:
-                if inspect.iscoroutinefunction(hook.function):
-                    return await hook.function(*arguments)
-                # In the caller's context: what the function logs and traces there belongs to the same socket.
-                call = partial(copy_context().run, hook.function, *arguments)
-                value = await self._threads[hook.plugin].run(call)
-                return await value if inspect.isawaitable(value) else value
+                return await answer
         except Refused:
             raise
         except InvalidPayload as error:

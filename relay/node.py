@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Sequence
 from contextlib import suppress
 from functools import partial
-from inspect import iscoroutinefunction
+from inspect import isawaitable
+from typing import Any
 from weakref import WeakValueDictionary
 
 from relay import control, topics
@@ -219,11 +220,16 @@ class Node:
         """Pass an event through the handlers for it and deliver what is left of it."""
         event: HookedEvent | None = HookedEvent(topic, name, data)
         found = tuple(matching(self.hooks.event, topic, name))
-        if any(iscoroutinefunction(hook.function) for hook in found):
+        if any(hook.is_async for hook in found):
             return self._filter_later(found, event, skip)
-        for hook in found:
+        for at, hook in enumerate(found):
             try:
-                event = self._checked(hook, event and self.caller.call_here(hook, event))
+                answer = event and self.caller.call_here(hook, event)
+                if not isinstance(answer, HookedEvent) and isawaitable(
+                    answer
+                ):  # of a plain function: its call alone could tell
+                    return self._filter_later(found[at:], event, skip, answer)
+                event = self._checked(hook, answer)
             except HandlerFailed:
                 event = None
             except InvalidPayload as error:
@@ -236,16 +242,26 @@ class Node:
         self._metrics.dropped[Reason.INVALID_PAYLOAD] += 1
         self._throttle.warning(Reason.INVALID_PAYLOAD, "event on topic %r dropped for its publisher: %s", topic, error)
 
-    async def _filter_later(self, found: tuple[Hook, ...], event: HookedEvent | None, skip: Subscriber | None) -> None:
+    async def _filter_later(
+        self,
+        found: tuple[Hook, ...],
+        event: HookedEvent | None,
+        skip: Subscriber | None,
+        answer: Awaitable[Any] | None = None,
+    ) -> None:
+        """The same for handlers that are awaited; ``answer`` is what the first of them has returned already."""
         topic = "" if event is None else event.topic
         for hook in found:
             if event is None:
                 break
             try:
-                if iscoroutinefunction(hook.function):
+                if hook.is_async:
                     event = self._checked(hook, await self.caller.call(hook, event))
-                else:
-                    event = self._checked(hook, self.caller.call_here(hook, event))
+                    continue
+                given: Any = self.caller.call_here(hook, event) if answer is None else answer
+                answer = None
+                given = await self.caller.wait(hook, given, event) if isawaitable(given) else given
+                event = self._checked(hook, given)
             except HandlerFailed:
                 event = None
             except InvalidPayload as error:

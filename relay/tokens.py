@@ -145,7 +145,7 @@ class Verifier:
         if isinstance(error, jwt.InvalidIssuerError):
             return NotAdmitted(401, "token issuer", "the token is of another issuer")
         if isinstance(error, jwt.InvalidAudienceError) and not self._config.audience:
-            text = 'the token has a claim "aud", and auth.audience is not set here'
+            text = 'the token is for another audience: it has a claim "aud", and auth.audience is not set here'
             return NotAdmitted(401, "token audience", text)
         if isinstance(error, jwt.InvalidAudienceError):
             return NotAdmitted(401, "token audience", "the token is for another audience")

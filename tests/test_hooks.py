@@ -3,14 +3,15 @@
 import asyncio
 import inspect
 from collections.abc import Awaitable, Callable
-from functools import partial
+from dataclasses import dataclass
+from functools import partial, wraps
 from types import SimpleNamespace
 from typing import Any, cast
 
 import msgspec
 import pytest
 
-from relay import hooks
+from relay import Relay, hooks
 from relay.hooks import Event, Hook, Hooks, HookTable, Join, Leave, Push, RedisMessage, Refused, Socket
 from relay.plugins import Plugin
 from relay.rights import Identity, Rights
@@ -306,3 +307,185 @@ def test_every_hook_says_in_its_docstring_what_it_calls() -> None:
     for name in ("on_join", "on_leave", "on_push", "on_event", "on_redis", "service", "on_startup", "on_shutdown"):
         text = inspect.getdoc(getattr(Plugin, name))
         assert text is not None and "function(" in text or "handler(" in str(text), name
+
+
+# Mistakes are told where they are made, and every kind of callable is a handler.
+
+HOOKS = ("on_join", "on_leave", "on_push", "on_event", "on_redis", "service", "on_startup", "on_shutdown")
+PATTERNED = HOOKS[:5]
+CALLED_BARE = HOOKS[5:]
+
+
+def register(plugin: Plugin, hook: str, function: Any) -> Any:
+    decorator: Any = getattr(plugin, hook)
+    return decorator(function) if hook in CALLED_BARE else decorator("*")(function)
+
+
+class Callables:
+    """One handler of every kind; each adds its name to ``calls``, and returns its first argument."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        calls = self.calls
+
+        async def coroutine(*arguments: Any) -> Any:
+            calls.append("coroutine")
+            return arguments[0]
+
+        def plain(*arguments: Any) -> Any:
+            calls.append("plain")
+            return arguments[0]
+
+        async def named(name: str, *arguments: Any) -> Any:
+            calls.append(name)
+            return arguments[0]
+
+        def returning(*arguments: Any) -> Any:
+            return named("returning", *arguments)
+
+        class Async:
+            async def __call__(self, *arguments: Any) -> Any:
+                calls.append("async object")
+                return arguments[0]
+
+            async def method(self, *arguments: Any) -> Any:
+                calls.append("method")
+                return arguments[0]
+
+            @classmethod
+            async def of_class(cls, *arguments: Any) -> Any:
+                calls.append("class method")
+                return arguments[0]
+
+            @staticmethod
+            async def static(*arguments: Any) -> Any:
+                calls.append("static method")
+                return arguments[0]
+
+        @dataclass
+        class Plain:
+            n: int = 0
+
+            def __call__(self, *arguments: Any) -> Any:
+                calls.append("plain object without a hash")
+                return arguments[0]
+
+        @wraps(coroutine)
+        def wrapped(*arguments: Any) -> Any:
+            return named("wrapped", *arguments)
+
+        async def in_static(*arguments: Any) -> Any:
+            calls.append("static method object")
+            return arguments[0]
+
+        self.of_async: dict[str, Any] = {
+            "coroutine": coroutine,
+            "async object": Async(),
+            "method": Async().method,
+            "class method": Async.of_class,
+            "static method": Async.static,
+            "static method object": staticmethod(in_static),
+            "partial": partial(named, "partial"),
+            "partial of an object": partial(Async()),
+        }
+        self.of_plain: dict[str, Any] = {
+            "plain": plain,
+            "plain object without a hash": Plain(),
+            "lambda": lambda *arguments: plain(*arguments),
+            "lambda of a coroutine": lambda *arguments: named("lambda of a coroutine", *arguments),
+            "returning": returning,
+            "wrapped": wrapped,
+        }
+
+
+def test_one_answer_says_what_is_async_of_every_kind_of_callable() -> None:
+    callables = Callables()
+    for function in callables.of_async.values():
+        assert hooks.is_async(function) and Hook("p", function).is_async, function
+    for function in callables.of_plain.values():
+        assert not hooks.is_async(function), function
+    assert hash(Hook("p", callables.of_plain["plain object without a hash"]))
+
+
+def test_every_kind_of_callable_may_be_registered_for_every_hook() -> None:
+    for hook in HOOKS:
+        callables = Callables()
+        kinds = callables.of_async | ({} if hook == "service" else callables.of_plain)
+        for function in kinds.values():
+            assert register(Plugin("p"), hook, function) is function
+
+
+@pytest.mark.parametrize("hook", PATTERNED)
+def test_decorator_without_its_parentheses_is_told(hook: str) -> None:
+    async def handler(given: object) -> None: ...
+
+    plugin = Plugin("p")
+    with pytest.raises(TypeError, match=rf"{hook}: expected parentheses, @plugin\.{hook}\(…\), before .*handler"):
+        getattr(plugin, hook)(handler)
+    assert plugin.hooks.freeze() == Hooks()
+
+
+@pytest.mark.parametrize("hook", PATTERNED)
+@pytest.mark.parametrize("pattern", [None, 7, b"room:*", ["room:*"]])
+def test_pattern_that_is_no_text_is_told(hook: str, pattern: Any) -> None:
+    with pytest.raises(TypeError, match=f"{hook}: expected a pattern as text"):
+        getattr(Plugin("p"), hook)(pattern)
+    with pytest.raises(ValueError, match=f"{hook}: an empty pattern"):
+        getattr(Plugin("p"), hook)("")
+
+
+async def _none() -> None: ...
+async def _many(a: object, b: object, c: object) -> None: ...
+async def _keyword(*, join: object) -> None: ...
+async def _generator(*arguments: object) -> Any:
+    yield 1
+
+
+def _plain_generator(*arguments: object) -> Any:
+    yield 1
+
+
+class _Method:
+    async def handler(self, *, given: object) -> None: ...
+
+    async def __call__(self) -> None: ...
+
+    async def unbound(self, join: object, relay: object) -> None: ...
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize(
+    ("function", "word"),
+    [
+        (_none, r"_none \(.*test_hooks\.py:\d+\) cannot be called as handler\("),
+        (_many, r"_many \(.*test_hooks\.py:\d+\) cannot be called"),
+        (_keyword, "cannot be called"),
+        (_Method(), "_Method object .* cannot be called"),
+        (_Method().handler, r"_Method\.handler \(.*cannot be called"),
+        (partial(_none), "cannot be called"),
+        (partial(_many, 1, 2, 3), "cannot be called"),
+        (_generator, "has a yield"),
+        (_plain_generator, "has a yield"),
+        (partial(_generator), "has a yield"),
+        (_Method, "is a class"),
+        (None, "expected a function"),
+        ("handler", "expected a function"),
+        (classmethod(_many), "expected a function"),
+    ],
+)
+def test_handler_that_cannot_be_called_is_told_where_it_is_registered(hook: str, function: Any, word: str) -> None:
+    plugin = Plugin("p")
+    with pytest.raises(TypeError, match=f"{hook}: .*{word}"):
+        register(plugin, hook, function)
+    assert plugin.hooks.freeze() == Hooks()
+
+
+def test_router_that_is_none_is_told() -> None:
+    with pytest.raises(TypeError, match="APIRouter"):
+        Plugin("p").include_router(lambda: None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("function", [_none, _many, _generator, _Method, "module:function"])
+def test_authenticate_that_cannot_be_called_is_told_where_the_relay_is_made(function: Any) -> None:
+    with pytest.raises(TypeError, match="authenticate: "):
+        Relay(broadcast_url="memory://", authenticate=function)

@@ -262,3 +262,18 @@ def test_list_says_what_each_plugin_registers() -> None:
         "route /files",
         "register_plugin(app)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("@plugin.on_push\nasync def handler(push): ...", "on_push: expected parentheses"),
+        ("@plugin.on_join()\nasync def handler(): ...", r"on_join: handler \(.*__init__\.py:\d+\) cannot be called"),
+        ("def register_plugin(): ...", r"register_plugin: .* cannot be called as handler\(app\)"),
+        ("async def register_plugin(app): ...", "register_plugin: expected a plain function"),
+    ],
+)
+def test_mistake_of_a_plugin_is_told_at_import_with_its_name(tmp_path: Path, text: str, word: str) -> None:
+    write(tmp_path, "chat", f'from relay import Plugin\nplugin = Plugin("chat")\n{text}\n')
+    with pytest.raises(ConfigError, match=f"plugin chat .*{word}"):
+        load(tmp_path)

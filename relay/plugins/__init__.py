@@ -14,10 +14,9 @@ Owns what a plugin's author writes; `relay.hooks` says what each handler is give
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from relay.hooks import Event, Handler, Hook, HookTable, Join, Leave, Push, RedisMessage
+from relay.hooks import Event, Handler, Hook, HookTable, Join, Leave, Push, RedisMessage, check_handler, is_async
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
@@ -37,16 +36,29 @@ RedisHandler = TypeVar("RedisHandler", bound="Callable[[RedisMessage, Relay], Aw
 Service = TypeVar("Service", bound="Callable[[Relay], Awaitable[None]]")
 LifetimeHandler = TypeVar("LifetimeHandler", bound="Callable[[Relay], Awaitable[None] | None]")
 
+_PARAMETERS = {
+    "join": ("join",),
+    "leave": ("leave",),
+    "push": ("push",),
+    "event": ("event",),
+    "redis": ("message", "relay"),
+    "services": ("relay",),
+    "startup": ("relay",),
+    "shutdown": ("relay",),
+}
+"""What the handlers of each kind are given."""
+
 
 class Plugin:
     """A named collection of handlers.
 
     Args: name: shown by ``relay plugins``, in logs and metrics: letters, digits, ``-`` and ``_``.
 
-    A handler is a coroutine function, or a plain function, which runs in a thread (on_event: in the event loop)
-    and may block. One that raises is logged and counted, and costs what it was called for, nothing else; so does one
-    that takes longer than ``plugins.timeout_s``. A topic pattern has ``*`` for any text, ``?`` for one character,
-    ``[abc]`` for one of these.
+    A handler is a coroutine function, or a plain function, which runs in a thread (on_event: in the event loop) and
+    may block; or anything else that is called like one: a method, a partial, an object with ``__call__``. One that
+    cannot be called with what its hook gives it is refused where it is registered, with a TypeError. One that raises
+    is logged and counted, and costs what it was called for, nothing else; so does one that takes longer than
+    ``plugins.timeout_s``. A topic pattern has ``*`` for any text, ``?`` for one character, ``[abc]`` for one of these.
     """
 
     def __init__(self, name: str) -> None:
@@ -107,8 +119,8 @@ class Plugin:
         When it ends or raises, it is started again, after 1 s at first and 30 s at most. When the relay stops, it is
         cancelled. Raises TypeError for a plain function.
         """
-        is_async: bool = iscoroutinefunction(function)  # a name of its own: the check itself would narrow the type
-        if not is_async:
+        check_handler("service", function, "relay")
+        if not is_async(function):
             raise TypeError(f"expected a service to be a coroutine function (async def), got {function!r}")
         return self._hook("services", "*")(function)
 
@@ -122,10 +134,24 @@ class Plugin:
 
     def include_router(self, router: "APIRouter") -> None:
         """Add REST routes: FastAPI's APIRouter, mounted in the relay's REST app or in the team's own."""
+        if not hasattr(router, "routes"):
+            raise TypeError(f"include_router: expected an APIRouter, got {router!r:.200}")
         self.routers.append(router)
 
     def _hook(self, kind: str, topic: str, event: str = "*") -> Callable[[F], F]:
+        name = kind if kind == "services" else f"on_{kind}"
+        for pattern in (topic, event):
+            given: object = pattern
+            if isinstance(given, str):
+                continue
+            if callable(given):
+                raise TypeError(f"{name}: expected parentheses, @plugin.{name}(…), before the function {given!r:.200}")
+            raise TypeError(f"{name}: expected a pattern as text, got {given!r:.200}")
+        if not topic or not event:
+            raise ValueError(f"{name}: an empty pattern matches nothing; expected * for everything")
+
         def register(function: F) -> F:
+            check_handler(name, function, *_PARAMETERS[kind])
             self.hooks.add(kind, Hook(self.name, function, topic, event))
             return function
 

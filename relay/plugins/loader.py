@@ -18,7 +18,7 @@ from typing import Any
 
 from relay.config import PluginsConfig
 from relay.errors import ConfigError
-from relay.hooks import Hooks, HookTable
+from relay.hooks import Hooks, HookTable, check_handler, is_async
 from relay.plugins import Plugin
 
 _logger = logging.getLogger("relay.plugins")
@@ -150,6 +150,9 @@ def _examine(entry: Found, thing: object) -> None:
     if isinstance(plugin, Plugin):
         entry.plugin = plugin
     if callable(register):
+        check_handler("register_plugin", register, "app")
+        if is_async(register):
+            raise TypeError("register_plugin: expected a plain function (def): it is called before there is a loop")
         entry.register = _Registration(entry, register)
     if entry.plugin is None and entry.register is None:
         raise ImportError('expected `plugin = Plugin("name")` or `def register_plugin(app)` in it, found neither')

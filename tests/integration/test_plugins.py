@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -1631,3 +1632,116 @@ def test_socket_given_to_handlers_is_what_the_types_say() -> None:
     promised = {name for name in dir(Socket) if not name.startswith("_")}
     assert promised == {"address", "claims", "disconnect", "id", "leave", "push", "query", "user"}
     assert promised <= set(dir(RealSocket))
+
+
+# Every kind of callable.
+
+
+class Recording:
+    """An object that is called as a coroutine function is."""
+
+    def __init__(self, answer: Callable[[Any], Any] = lambda given: None) -> None:
+        self.given: list[Any] = []
+        self.loops: list[Any] = []
+        self._answer = answer
+
+    async def __call__(self, given: Any, *_: Any) -> Any:
+        self.given.append(given)
+        self.loops.append(asyncio.get_running_loop())
+        await asyncio.sleep(0)
+        return self._answer(given)
+
+
+def returning(handler: Recording) -> Callable[..., Any]:
+    """A plain function that returns an awaitable."""
+    return lambda *arguments: handler(*arguments)
+
+
+@pytest.mark.parametrize("kind", [lambda handler: handler, partial, returning], ids=["object", "partial", "returning"])
+async def test_handlers_of_every_kind_are_awaited_at_every_hook(
+    kind: Callable[[Recording], Any], connect: Connect, redis: Redis, valkey: Valkey
+) -> None:
+    plugin = Plugin("kinds")
+    leave, heard, starting, ending, serving = (Recording() for _ in range(5))
+    join = Recording(lambda given: {"joined": given.topic})
+    push = Recording(lambda given: {"pushed": given.event})
+    event = Recording(lambda given: given.replace({"seen": True}))
+    person = Recording(lambda given: {"sub": "ada"})
+    plugin.on_join()(kind(join))
+    plugin.on_leave()(kind(leave))
+    plugin.on_push()(kind(push))
+    plugin.on_event()(kind(event))
+    plugin.on_redis("kinds-feed")(kind(heard))
+    plugin.on_startup(kind(starting))
+    plugin.on_shutdown(kind(ending))
+    if kind is not returning:  # a service must be known to be one
+        plugin.service(kind(serving))
+    auth = {"authenticated": [{"match": "*", "rights": ["join", "push"]}]}
+    relay = Relay(
+        extra_plugins=(plugin,), redis_url=valkey.url, system_topic=False, auth=auth, authenticate=kind(person)
+    )
+    async with serve(relay) as served:
+        client = await connect(served)
+        join_ref, reply = await ask_to_join(client, "kinds:1")
+        assert reply == ok({"joined": "kinds:1"})
+        assert await client.push(join_ref, "kinds:1", "say", {}) == ok({"pushed": "say"})
+        await redis.publish("to:kinds:1:new", "{}")
+        await client.expect_event("kinds:1", "new", {"seen": True})
+        await redis.publish("kinds-feed", "line")
+        await eventually(lambda: bool(heard.given), "the message of the feed")
+        assert await client.push(join_ref, "kinds:1", "phx_leave") == ok()
+        await eventually(lambda: bool(leave.given), "the leave")
+        await eventually(lambda: kind is returning or bool(serving.given), "the service")
+        assert not any(served.relay.metrics.plugin_errors.values())
+    here = asyncio.get_running_loop()
+    for one in (join, leave, push, event, heard, starting, ending, person):
+        assert one.given and set(one.loops) == {here}, "in the relay's own loop"
+
+
+async def test_events_of_a_topic_stay_in_order_where_a_plain_function_returns_an_awaitable(
+    serve_plugin: ServePlugin, connect: Connect, redis: Redis
+) -> None:
+    plugin, calls = Plugin("p"), []
+
+    async def later(event: Event) -> Event | None:
+        await asyncio.sleep(0.01 if event.payload % 2 else 0)
+        return None if event.payload == 3 else event.replace(event.payload * 10)
+
+    def last(event: Event) -> Event:
+        calls.append(event.payload)
+        return event
+
+    plugin.on_event()(lambda event: later(event))
+    plugin.on_event()(last)
+    served = await serve_plugin(plugin)
+    client = await connect(served)
+    await client.join("room:1")
+    for number in range(6):
+        await redis.publish("to:room:1:n", str(number))
+    for number in (0, 1, 2, 4, 5):
+        await client.expect_event("room:1", "n", number * 10)
+    assert calls == [0, 10, 20, 40, 50]
+    assert served.relay.metrics.dropped == {"by a plugin": 1}
+
+
+async def test_awaitable_of_a_plain_function_that_fails_or_hangs_costs_its_event(
+    serve_plugin: ServePlugin, connect: Connect, redis: Redis
+) -> None:
+    plugin = Plugin("p")
+
+    async def fails(event: Event) -> Event:
+        if event.payload == "hang":
+            await asyncio.Event().wait()
+        if event.payload == "raise":
+            raise ValueError("broken")
+        return event
+
+    plugin.on_event()(lambda event: fails(event))
+    served = await serve_plugin(plugin, plugins={"timeout_s": 0.2})
+    client = await connect(served)
+    await client.join("room:1")
+    for word in ("raise", "hang", "pass"):
+        await redis.publish("to:room:1:e", json.dumps(word))
+    await client.expect_event("room:1", "e", "pass")
+    assert served.relay.metrics.dropped == {"by a plugin": 2}
+    assert served.relay.metrics.plugin_errors == {"p": 2}
