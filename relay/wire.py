@@ -215,15 +215,20 @@ def decode(frame: str | bytes, version: Version) -> Message:
     Raises:  WireError: not what the version speaks; its text says what was expected and what came.
     Source:  Phoenix 1.9, ``V2.JSONSerializer.decode!/2`` and ``V1.JSONSerializer.decode!/2``.
     """
+    # A payload may wait long. It points into what it was decoded from: that is UTF-8, since one emoji makes a str four
+    # times larger, and is no large frame.
     try:
         if version is Version.V1:
             # Some V1 clients send their JSON in binary frames; decoding it here also proves it is UTF-8.
-            old = _decode_v1(_compact(frame if isinstance(frame, str) else frame.decode()))
-            return _checked(Message(old.join_ref, old.ref, old.topic, old.event, _detached(old.payload, frame)))
+            text = frame if isinstance(frame, str) else frame.decode()
+            old = _decode_v1(text if text.isascii() else text.encode())
+            payload = old.payload if len(frame) <= _COPY_FROM_BYTES else old.payload.copy()
+            return _checked(Message(old.join_ref, old.ref, old.topic, old.event, payload))
         if isinstance(frame, bytes):
             return _decode_binary(frame)
-        new = _decode_v2(_compact(frame))
-        return _checked(Message(new.join_ref, new.ref, new.topic, new.event, _detached(new.payload, frame)))
+        new = _decode_v2(frame if frame.isascii() else frame.encode())
+        payload = new.payload if len(frame) <= _COPY_FROM_BYTES else new.payload.copy()
+        return _checked(Message(new.join_ref, new.ref, new.topic, new.event, payload))
     except msgspec.ValidationError as error:
         shape = "[join_ref, ref, topic, event, payload]" if version is Version.V2 else "{topic, event, payload, ref}"
         raise WireError(CloseCode.INVALID_PAYLOAD, f"expected {shape}: {error}") from None
@@ -235,16 +240,6 @@ def decode(frame: str | bytes, version: Version) -> Message:
         raise WireError(CloseCode.INVALID_PAYLOAD, "expected JSON: nested too deep") from None
     except UnicodeError:
         raise WireError(CloseCode.INVALID_PAYLOAD, "expected UTF-8 text") from None
-
-
-def _compact(text: str) -> str | bytes:
-    """Text as bytes where that takes less memory while it is kept: one emoji makes a str four times larger."""
-    return text if text.isascii() else text.encode()
-
-
-def _detached(payload: msgspec.Raw, frame: str | bytes) -> msgspec.Raw:
-    """A payload that keeps no large frame alive while it waits."""
-    return payload.copy() if len(frame) > _COPY_FROM_BYTES else payload
 
 
 def _checked(message: Message) -> Message:
