@@ -603,6 +603,6 @@ def test_held_subscriber_gets_nothing_until_it_is_added_again_and_its_loss_is_co
     assert hub.fan_out("t", "f", EMPTY), "a topic whose subscribers are all held"
     assert hub.remove("t", one)
     hub.hold("t", one)
-    hub.hold("nobody's", one)
+    hub.hold("other", one)
     assert metrics.dropped == {Reason.EVENTS_MISSED: 4}
     assert "t" not in hub

@@ -49,7 +49,7 @@ async def test_from_redis_it_is_binary_and_counted_and_said(
 async def test_broadcast_refuses_it(
     serve_relay: Callable[..., Awaitable[Served]], number: float, place: Callable[[float], Any]
 ) -> None:
-    """It became ``null``, which nobody had written."""
+    """It became ``null``, which no caller had written."""
     served = await serve_relay()
     with pytest.raises(TypeError, match="JSON cannot say it: NaN and infinite numbers are no JSON"):
         await served.relay.broadcast("room:nan", "e", place(number))
