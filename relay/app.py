@@ -21,7 +21,7 @@ from relay import console, hooks, pages, transport, upgrade
 from relay.addresses import hosts_of, look_behind_proxies, parse_networks
 from relay.auth import Authenticate
 from relay.brokers.base import Direction, Link
-from relay.config import EMBEDDED, Config, explain, load
+from relay.config import EMBEDDED, Config, explain, load, log_service_links
 from relay.console import Console
 from relay.engine import Engine
 from relay.errors import ConfigError, RelayError
@@ -114,7 +114,9 @@ class Relay:
     @classmethod
     def from_file(cls, path: str | Path, *, authenticate: Authenticate | None = None) -> "Relay":
         """Make a relay from a TOML file and ``RELAY_…`` variables. Raises ConfigError."""
-        return cls(load(path), authenticate=authenticate)
+        config = load(path)
+        log_service_links()
+        return cls(config, authenticate=authenticate)
 
     @property
     def authenticates(self) -> bool:

@@ -38,7 +38,7 @@ from relay.commands.help import Command, Group
 from relay.commands.link import host_of
 from relay.commands.plugins import new_plugin, plugins
 from relay.commands.publish import publish
-from relay.config import CONFIG_VARIABLE, EMBEDDED, Config, load
+from relay.config import CONFIG_VARIABLE, EMBEDDED, Config, load, log_service_links
 from relay.errors import ConfigError
 
 _logger = logging.getLogger("relay")
@@ -126,9 +126,11 @@ def serve(
     settings = load(config, flags)
     if origin:
         settings = load(config, {**flags, "origins": _with_origins(settings, origin)})
+    settings = _apply_web_concurrency(settings)
     if application is None:
         settings.check_exposure()
     logging.config.dictConfig(_logging(settings))
+    log_service_links()
     code = 0
     with ExitStack() as stack:
         stack.enter_context(_stop_on_sigterm())
@@ -189,7 +191,7 @@ def _run(settings: Config, application: str | None, file: Path | None, listener:
     _collect_rarely()
     app = application or _alone(settings)  # workers make their own; what is wrong is said here, once for all of them
     if settings.workers == 1:
-        return serving.run(uvicorn.Config(app, **options), listener)
+        return serving.run(uvicorn.Config(app, workers=1, **options), listener)  # without, it reads WEB_CONCURRENCY
     # The workers read the same sources again; what this process has decided travels as variables.
     os.environ.update(RELAY_HOST=settings.host, RELAY_PORT=str(settings.port), RELAY_WORKERS=str(settings.workers))
     if file is not None:
@@ -212,6 +214,22 @@ def _with_origins(settings: Config, added: list[str]) -> list[str] | str:
         return "any"
     named = ("same",) if isinstance(settings.origins, str) else settings.origins
     return list(dict.fromkeys((*named, *added)))
+
+
+def _apply_web_concurrency(settings: Config) -> Config:
+    """Take the number of workers from ``WEB_CONCURRENCY``, as Uvicorn and gunicorn do, where no setting says it.
+
+    Platforms set it for every Python service; so it is passed over where the bus reaches one process only.
+    Raises: ConfigError: it is no number.
+    """
+    text = os.environ.get("WEB_CONCURRENCY", "").strip()
+    if "workers" in settings.model_fields_set or not text:
+        return settings
+    if not text.isdecimal() or int(text) == 0:
+        raise ConfigError(f"environment: WEB_CONCURRENCY: expected a number of workers, 1 or more, got {text!r}")
+    if settings.broadcast_url.startswith("memory"):
+        return settings
+    return settings.model_copy(update={"workers": int(text)})
 
 
 def _authenticates(app: Any) -> bool:

@@ -3,10 +3,11 @@
 Owns every setting with its unit and default; must not know who uses it. ``config/relay.toml`` shows them all.
 """
 
+import logging
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -32,9 +33,14 @@ from relay.errors import ConfigError
 from relay.outbox import Overflow, Policy
 from relay.web_config import MetricsConfig, ProxyConfig, RestConfig
 
+_logger = logging.getLogger("relay")
+
 ENV_PREFIX = "RELAY_"
 CONFIG_VARIABLE = "RELAY_CONFIG"
 """Names the configuration file where no ``--config`` does."""
+
+TOKEN_KEY_VARIABLE = "RELAY_TOKEN_KEY"
+"""Holds the key that ``relay token`` signs with; no setting."""
 
 EMBEDDED = "embedded"
 """The value of ``redis_url`` that asks for a Valkey of the relay's own."""
@@ -443,14 +449,75 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def _read_environment() -> dict[str, Any]:
     """Read ``RELAY_PORT``, ``RELAY_LIMITS__TOPICS_PER_SOCKET`` and their like; lists and tables are JSON."""
-    known = {CONFIG_VARIABLE, *_variables(Config, ENV_PREFIX)}
-    unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name.upper() not in known)
+    ignored = set(service_links(os.environ))
+    known = {CONFIG_VARIABLE, TOKEN_KEY_VARIABLE, *_variables(Config, ENV_PREFIX)}
+    unknown = sorted(
+        name for name in os.environ if name.startswith(ENV_PREFIX) and name.upper() not in known and name not in ignored
+    )
     if unknown:
         raise ConfigError(*(f"environment: {name}: no such setting; see config/relay.toml" for name in unknown))
     try:
-        return EnvSettingsSource(Config)()
+        return _Environment(Config, {name.lower() for name in ignored})()
     except SettingsError as error:
         raise ConfigError(f"environment: {error}: expected JSON") from None
+
+
+class _Environment(EnvSettingsSource):
+    """The variables, without those that are no settings."""
+
+    def __init__(self, settings: type[BaseSettings], ignored: Container[str]) -> None:
+        """Read the variables; those of ``ignored``, in lower case, are left out."""
+        super().__init__(settings)
+        self.env_vars: Mapping[str, str | None] = {
+            name: value for name, value in self.env_vars.items() if name not in ignored
+        }
+
+
+# Kubernetes tells every container of each service in its namespace, and Docker of each linked container, by variables
+# that begin with its name. Those of one named `relay`, or `relay-…`, look like settings: name, value, and whether these
+# two prove a service by themselves, or stand beside what does.
+# Sources: kubernetes.io/docs/concepts/services-networking/service/#environment-variables and
+# docs.docker.com/engine/network/links/#environment-variables.
+_IP = r"[\d.]+|[\da-f:.]*:[\da-f:.]*"
+_LINK_URL = r"(tcp|udp|sctp)://\S+:\d+"
+_LINK_PORT = r"(.+)_PORT_\d+_(TCP|UDP|SCTP)"
+_LINKS = tuple(
+    (re.compile(name), re.compile(value, re.IGNORECASE), is_proof)
+    for name, value, is_proof in (
+        (r"(.+)_SERVICE_HOST", _IP, True),
+        (r"(.+)_PORT", _LINK_URL, True),
+        (rf"{_LINK_PORT}(_START|_END)?", _LINK_URL, True),
+        (rf"{_LINK_PORT}_PROTO", "tcp|udp|sctp", True),
+        (rf"{_LINK_PORT}_ADDR", _IP, True),
+        (rf"{_LINK_PORT}_PORT(_START|_END)?", r"\d+", True),
+        (r"(.+)_SERVICE_PORT(_.+)?", r"\d+", False),
+        (r"(.+)_NAME", r"/.+", False),
+        (r"(.+)_ENV_.+", r"(?s).*", False),
+    )
+)
+
+
+def service_links(environ: Mapping[str, str]) -> list[str]:
+    """Names of the ``RELAY_…`` variables that Kubernetes or Docker has set for a service named ``relay``, ``relay-…``.
+
+    They are told apart by form: by the value (``RELAY_PORT=tcp://10.0.0.1:80``), or, where that says little
+    (``RELAY_SERVICE_PORT=80``), by a variable of the same service beside them.
+    """
+    found = [
+        (name, match[1], is_proof)
+        for name, value in environ.items()
+        if name.startswith(ENV_PREFIX)
+        for names, values, is_proof in _LINKS
+        if (match := names.fullmatch(name)) and values.fullmatch(value)
+    ]
+    services = {service for _, service, is_proof in found if is_proof}
+    return sorted({name for name, service, is_proof in found if is_proof or service in services})
+
+
+def log_service_links() -> None:
+    """Log, once, which variables are ignored as `service_links`."""
+    if ignored := service_links(os.environ):
+        _logger.info("ignoring variables of a Kubernetes service or container link: %s", ", ".join(ignored))
 
 
 def _variables(model: type[BaseModel], prefix: str) -> Iterator[str]:

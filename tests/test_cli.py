@@ -338,3 +338,11 @@ def test_what_is_no_app_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest
     ran = run("serve", "no_app_here:app", "--port", "0")
     assert (ran.code, ran.out) == (2, "")
     assert ran.err == "relay: MODULE:APP: expected an ASGI app, got 3 for no_app_here:app\n"
+
+
+@pytest.mark.parametrize("value", ["two", "0", "-1", "1.5"])
+def test_web_concurrency_that_is_no_number_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("WEB_CONCURRENCY", value)
+    ran = run("serve")
+    said = "relay: environment: WEB_CONCURRENCY: expected a number of workers, 1 or more, got "
+    assert (ran.code, ran.out, ran.err) == (2, "", f"{said}{value!r}\n")

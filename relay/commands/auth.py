@@ -4,6 +4,7 @@ Owns these two commands' words and exit codes.
 """
 
 import json
+import os
 import re
 import time
 import warnings
@@ -18,7 +19,7 @@ from relay.auth_config import AuthConfig, GrantConfig
 from relay.brokers.address import parse_sentinel
 from relay.commands import ConfigFile
 from relay.commands.terminal import console, is_terminal, print_lines
-from relay.config import ANY_HOST, EMBEDDED, ENVELOPE_BYTES, Config, Exposure, load
+from relay.config import ANY_HOST, EMBEDDED, ENVELOPE_BYTES, TOKEN_KEY_VARIABLE, Config, Exposure, load, service_links
 from relay.errors import ConfigError
 from relay.outbox import Overflow
 from relay.plugins.loader import candidates
@@ -56,7 +57,7 @@ def token(
         str | None,
         typer.Option(
             metavar="KEY",
-            envvar="RELAY_TOKEN_KEY",
+            envvar=TOKEN_KEY_VARIABLE,
             help="A secret or a private key, or file:/path of either.",
             show_default="the first of auth.keys that signs",
         ),
@@ -191,6 +192,8 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
     yield "rest", _rest(config, exposure)
     if config.metrics.public or config.metrics.key or (exposure.openings and not config.rest.api_key):
         yield "metrics", _metrics(config)
+    if ignored := service_links(os.environ):
+        yield "note", f"variables of a Kubernetes service or container link are ignored: {', '.join(ignored)}"
     if config.is_exposed:
         yield "note", "the relay speaks no TLS; without a proxy that does, tokens can be read on their way"
 

@@ -219,6 +219,50 @@ def test_relays_started_at_once_do_not_meet_on_a_port() -> None:
         assert len({redis_port(relay) for relay in relays}) == 4
 
 
+@pytest.mark.parametrize(
+    ("arguments", "variables", "workers"),
+    [
+        pytest.param((), {"WEB_CONCURRENCY": "2"}, 2, id="where nothing else says it"),
+        pytest.param(("--workers", "1"), {"WEB_CONCURRENCY": "2"}, 1, id="a flag wins"),
+        pytest.param((), {"WEB_CONCURRENCY": "2", "RELAY_WORKERS": "1"}, 1, id="a setting wins"),
+        pytest.param((), {"WEB_CONCURRENCY": "2", "RELAY_BROADCAST_URL": "memory://"}, 1, id="not with memory://"),
+    ],
+)
+async def test_web_concurrency_is_the_number_of_workers(
+    arguments: tuple[str, ...], variables: dict[str, str], workers: int
+) -> None:
+    """The variable that Heroku and others set; Uvicorn reads it too, where it is not told a number."""
+    with RelayProcess(*arguments, environ=variables) as relay:
+        await eventually(lambda: len(_serving(relay)) == workers, f"{workers} workers")
+        async with Client.connect(relay.ws) as client:
+            await client.expect_alive()
+    assert "Traceback" not in relay.output
+
+
+def _serving(relay: RelayProcess) -> list[int]:
+    """The processes that serve: the workers, or where there are none the relay itself."""
+    assert relay.process is not None
+    return _workers(relay, 0) or [relay.process.pid]
+
+
+async def test_every_command_works_beside_a_kubernetes_service_of_that_name() -> None:
+    """Kubernetes sets these in each container of the namespace."""
+    links = {"RELAY_PORT": "tcp://10.0.0.1:80", "RELAY_SERVICE_HOST": "10.0.0.1", "RELAY_SERVICE_PORT": "80"}
+    with RelayProcess("--workers", "2", environ=links) as relay:
+        names = "RELAY_PORT, RELAY_SERVICE_HOST, RELAY_SERVICE_PORT"
+        assert relay.output.count(f"ignoring variables of a Kubernetes service or container link: {names}") == 1
+        for arguments in (
+            ("publish", "room:1", "e", "{}"),
+            ("push", "room:1", "e", "{}", "--url", relay.ws),
+            ("topics", "--url", f"{relay.http}/api"),
+            ("token", "--sub", "alice", "--key", "a secret of thirty-two bytes, at the least"),
+            ("plugins",),
+            ("check",),
+        ):
+            ran = await asyncio.to_thread(relay_command, relay, *arguments)
+            assert ran.returncode == 0, (arguments, ran.stderr)
+
+
 # How it ends.
 
 
@@ -410,6 +454,6 @@ def _workers(relay: RelayProcess, server: int) -> list[int]:
     for child in relay.children():
         with suppress(psutil.NoSuchProcess):  # ended between one look and the next
             is_zombie = child.status() == psutil.STATUS_ZOMBIE
-            if child.pid != server and not is_zombie and "resource_tracker" not in str(child.cmdline()):
+            if child.pid != server and not is_zombie and "spawn_main" in str(child.cmdline()):
                 found.append(child.pid)
     return found
