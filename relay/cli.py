@@ -18,14 +18,14 @@ import time
 import traceback
 import webbrowser
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Annotated, Any
-from urllib.error import HTTPError, URLError
-from urllib.request import urlopen
+from urllib.parse import urlsplit
 
 import typer
 
@@ -202,8 +202,7 @@ def _run(settings: Config, application: str | None, file: Path | None, listener:
             if not isinstance(settings.origins, str):
                 os.environ["RELAY_ORIGINS"] = json.dumps(settings.origins)
             if not settings.metrics.folder:
-                folder = stack.enter_context(TemporaryDirectory(prefix="relay-"))
-                os.environ["RELAY_METRICS__FOLDER"] = folder
+                os.environ["RELAY_METRICS__FOLDER"] = stack.enter_context(_folder_of_figures())
             application, options["factory"] = "relay.cli:_worker_app", True
         return serving.run(uvicorn.Config(application, workers=settings.workers, **options), listener)
 
@@ -214,6 +213,24 @@ def _with_origins(settings: Config, added: list[str]) -> list[str] | str:
         return "any"
     named = ("same",) if isinstance(settings.origins, str) else settings.origins
     return list(dict.fromkeys((*named, *added)))
+
+
+@contextmanager
+def _folder_of_figures() -> Iterator[str]:
+    """Make a directory for what the workers count, and remove it. Raises ConfigError where none can be written."""
+    places = (None, os.environ.get("XDG_RUNTIME_DIR") or None, "/dev/shm")
+    for place in dict.fromkeys(places):
+        try:
+            folder = TemporaryDirectory(prefix="relay-", dir=place, ignore_cleanup_errors=True)
+        except OSError:
+            continue
+        with folder as path:
+            yield path
+        return
+    raise ConfigError(
+        "metrics.folder: workers share their figures in a directory, and none for temporary files can be written; "
+        "set metrics.folder, or the variable TMPDIR, to one that can, or workers = 1"
+    )
 
 
 def _apply_web_concurrency(settings: Config) -> Config:
@@ -330,11 +347,10 @@ def _when_ready(settings: Config, then: Any) -> None:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             try:
-                urlopen(_page_url(settings) + "health", timeout=1).close()
-            except HTTPError:
-                then()  # somebody's own app, without this route
-                return
-            except (URLError, OSError):
+                with closing(HTTPConnection(host_of(settings), timeout=1)) as connection:  # past any HTTP_PROXY
+                    connection.request("GET", "/health")
+                    connection.getresponse().read()  # whatever it says: an app may have no such route
+            except (HTTPException, OSError):
                 time.sleep(0.05)
             else:
                 then()
@@ -345,6 +361,7 @@ def _when_ready(settings: Config, then: Any) -> None:
 
 def _greet(settings: Config, embedded: bool, open_page: bool) -> None:
     from relay.app import is_shareable
+    from relay.brokers.embedded import BESIDE_AUTH
     from relay.pages import publish_line
 
     page = _page_url(settings)
@@ -357,13 +374,16 @@ def _greet(settings: Config, embedded: bool, open_page: bool) -> None:
     lines += [f"  socket   {path}" for path in paths]
     if embedded:
         lines.append(f"  redis    {settings.redis_url}  (a Valkey of the relay's own; it ends with the relay)")
-    if is_shareable(settings.redis_url):
+    if embedded or is_shareable(settings.redis_url):
         lines.append(f"  publish  {publish_line(settings.redis_url, settings.redis.to_prefix)}")
         if embedded:
-            # With the address: another relay may be started here meanwhile, and `publish` takes the newest.
-            own = f"{_own_name()} publish --redis-url {settings.redis_url}"
+            # With the port: another relay may be started here meanwhile, and `publish` takes the newest. It finds the
+            # password by itself, which then is not shown in the list of processes.
+            own = f"{_own_name()} publish --redis-url redis://127.0.0.1:{urlsplit(settings.redis_url).port}"
             lines.append(f"""           or, without redis-cli:  {own} room:1 new_msg '{{"text":"hi"}}'""")
     typer.echo("\n".join(lines))
+    if embedded and settings.auth.has_keys:
+        logging.getLogger("relay").warning("redis_url: %s", BESIDE_AUTH)
     if open_page:
         webbrowser.open(page)
 

@@ -11,17 +11,17 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import count
 from typing import Literal
 
-from relay import control, handshake, transport, upgrade
+from relay import control, handshake, runfile, transport, upgrade
 from relay.access import Access
 from relay.addresses import counted_as
 from relay.auth import Auth, Authenticate
 from relay.brokers.base import Broker
-from relay.brokers.embedded import EmbeddedValkey
+from relay.brokers.embedded import BESIDE_AUTH, EmbeddedValkey
 from relay.calling import HandlerFailed, is_being_cancelled
 from relay.config import EMBEDDED, Config
 from relay.errors import CloseCode, ConfigError, NotAdmitted
@@ -37,16 +37,13 @@ from relay.metrics import Metrics
 from relay.node import Node
 from relay.outbox import Outboxes
 from relay.reach import Reach
+from relay.siblings import Siblings
 from relay.socket import Socket
 from relay.tokens import Verifier
 from relay.tracing import Trace, Tracer
 from relay.transport import Connection, ReceiveCallable, Scope, SendCallable
 
 _logger = logging.getLogger("relay")
-
-# Ids of sockets are unique among all nodes: a random part for the process, then a number.
-_PROCESS = uuid.uuid4().hex[:8]
-_numbers = count(1)
 
 _STALL_S = 0.5
 """Seconds the event loop may stand still before it is said. Heartbeats, limits and timers all wait meanwhile."""
@@ -96,9 +93,11 @@ class Engine:
             now=time.monotonic(),
         )
         self._embedded: EmbeddedValkey | None = None
+        self._announced = ExitStack()
         if config.redis_url == EMBEDDED:
             self._embedded = EmbeddedValkey()
             config = config.model_copy(update={"redis_url": self._embedded.url})
+            self._announced.enter_context(runfile.announce("", config.redis_url))
         self.config = config
         self.broker: Broker = _make_broker(config, metrics, hooks)
         loop = asyncio.get_running_loop()
@@ -107,6 +106,9 @@ class Engine:
         )
         self.node: Node = Node(config, self.broker, self.hub, metrics, hooks, owner, self._tracer)
         self._name = uuid.uuid4().hex[:8]
+        # Ids of sockets are unique among all nodes: a random part, then a number. Made at the start: forked processes
+        # have the import's state in common.
+        self._numbers = map(f"{uuid.uuid4().hex[:8]}-{{}}".format, count(1))
         self.node.on_order = self._receive_order
         self._verifier = Verifier(config.auth, keys) if config.auth.has_keys else None
         self._auth: Auth | None = None
@@ -114,6 +116,9 @@ class Engine:
             verify = self._verifier.verify if self._verifier else None
             self._auth = Auth(config, self.node.caller, verify, authenticate, decisions=self.node.decisions)
         self._reach = reach or Reach(config, bool(self._verifier or authenticate))
+        if self._embedded is not None and (self._verifier or authenticate):
+            _logger.warning("redis_url: %s", BESIDE_AUTH)
+        self._siblings = Siblings(self._own_bus())
         self.sockets: dict[str, Socket] = {}
         # Sockets that have ended, with handlers under way for what they sent: orders are about these too.
         self._left_behind: dict[asyncio.Task[None], Socket] = {}
@@ -127,6 +132,7 @@ class Engine:
     async def start(self) -> None:
         """Hear the bus, then start the plugins. Raises ConfigError where one of them fails to start."""
         try:
+            await self._check_folder()
             if self._verifier is not None:
                 self._verifier.start()
             await self.node.start()
@@ -138,10 +144,24 @@ class Engine:
         except BaseException:
             await self.stop()
             raise
+        self._siblings.check()
         self._tasks.append(asyncio.create_task(self._sweep()))
         if self.config.metrics.folder:
-            self._tasks.append(asyncio.create_task(self._write_figures()))
+            self._tasks.append(asyncio.create_task(self._keep_figures()))
         self._tasks += [asyncio.create_task(self._run_service(hook)) for hook in self._hooks.services]
+
+    def _own_bus(self) -> str:
+        """The setting that makes a bus for this process alone; empty where others share it."""
+        if self._embedded is not None:
+            return 'redis_url = "embedded"'
+        return 'broadcast_url = "memory://"' if self.config.broadcast_url.startswith("memory") else ""
+
+    async def _check_folder(self) -> None:
+        try:
+            await self._figures.leave()
+        except OSError as error:
+            folder = self.config.metrics.folder
+            raise ConfigError(f"metrics.folder: {folder} cannot be written: {error.strerror}") from None
 
     async def stop(self) -> None:
         """Drain, then stop the plugins, then the bus."""
@@ -162,8 +182,10 @@ class Engine:
         await self.node.stop()
         if self._verifier is not None:
             await self._verifier.close()
-        await self._figures.leave()
+        await self._leave_figures()
         self._figures.close()
+        self._siblings.leave()
+        self._announced.close()
         if self._embedded is not None:
             await asyncio.to_thread(self._embedded.stop)
 
@@ -247,6 +269,7 @@ class Engine:
 
     async def _run(self, socket: Socket) -> None:
         try:
+            self._siblings.check_once()
             await socket.run()
         finally:
             del self.sockets[socket.id]
@@ -290,7 +313,7 @@ class Engine:
         if writer is not None:
             writer.on_shutdown = self._on_shutdown
             writer.close_timeout_s = config.limits.close_timeout_s
-        name, compression = f"{_PROCESS}-{next(_numbers)}", config.compression
+        name, compression = next(self._numbers), config.compression
         connection = Connection(name, scope, receive, send, config.limits, metrics, compression, self._outboxes)
         return Socket(
             shake,
@@ -359,10 +382,16 @@ class Engine:
                     if socket.close(CloseCode.POLICY_VIOLATION, f"no topic joined within {join_s:g} s"):
                         self._metrics.refused["no join in time"] += 1
 
-    async def _write_figures(self) -> None:
+    async def _keep_figures(self) -> None:
         while True:
-            await self._figures.leave()
+            await self._leave_figures()
             await asyncio.sleep(WRITE_INTERVAL_S)
+
+    async def _leave_figures(self) -> None:
+        try:
+            await self._figures.leave()
+        except OSError as error:  # a full disk, say: the others see what was written last
+            transport.throttle.warning("figures", "metrics.folder cannot be written: %s", error)
 
     @property
     def state(self) -> State:

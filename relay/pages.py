@@ -155,6 +155,6 @@ def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> 
 
 
 def publish_line(redis_url: str, to_prefix: str) -> str:
-    """A command that publishes one event, to be pasted into a shell; shows the URL, which must hold no secret."""
+    """A command that publishes one event, to be pasted into a shell; the URL in it may hold a password."""
     channel, payload = shlex.quote(f"{to_prefix}room:1:new_msg"), shlex.quote('{"text":"hi"}')
     return f"redis-cli -u {redis_url} PUBLISH {channel} {payload}"

@@ -9,11 +9,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 
-def _directory() -> Path | None:
+def directory() -> Path | None:
     """Where the files are: in the user's runtime directory, or that for temporary files; None without either."""
-    for base in filter(None, (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir())):
+    bases = [os.environ.get("XDG_RUNTIME_DIR")]
+    with suppress(OSError):  # no directory for temporary files can be written
+        bases.append(tempfile.gettempdir())
+    for base in filter(None, bases):
         path = Path(base) / f"relay-{os.getuid()}"
         with suppress(OSError):
             path.mkdir(mode=0o700, exist_ok=True)
@@ -25,14 +29,21 @@ def _directory() -> Path | None:
 
 @contextmanager
 def announce(page_url: str, redis_url: str | None) -> Iterator[None]:
-    """For the duration of the block, let others on this machine find a relay; without a Redis URL, do nothing."""
-    directory = _directory() if redis_url is not None else None
-    if directory is None:
+    """For the duration of the block, let this user's programs find a relay; without a Redis URL, do nothing.
+
+    Args: page_url: empty for a relay in another app, which does not know its own address.
+          redis_url: its password is for this user alone, so the file is too.
+    """
+    folder = directory() if redis_url is not None else None
+    if folder is None or redis_url is None:
         yield
         return
-    path = directory / f"{os.getpid()}.json"
+    # One process may hold several relays, each with a server of its own.
+    number = "" if page_url else f"-{urlsplit(redis_url).port}"
+    path = folder / f"{os.getpid()}{number}.json"
     unfinished = path.with_suffix(".new")
     with suppress(OSError):  # a full disk, say: the relay is not found then, and serves all the same
+        unfinished.touch(mode=0o600)
         unfinished.write_text(json.dumps({"page": page_url, "redis": redis_url}))
         unfinished.replace(path)  # at once, so that nobody reads half of it
     try:
@@ -53,12 +64,23 @@ def redis_of(page_url: str) -> str | None:
     return next((redis_url for _, page, redis_url in _running() if page == page_url), None)
 
 
+def with_password(redis_url: str) -> str:
+    """The URL, with user and password where it is that of a relay announced here and has none of its own."""
+    given = urlsplit(redis_url)
+    if given.username is None:
+        for _, _, announced in _running():
+            found = urlsplit(announced)
+            if (found.scheme, found.hostname, found.port) == (given.scheme, given.hostname, given.port):
+                return announced
+    return redis_url
+
+
 def _running() -> Iterator[tuple[float, str, str]]:
     """Start, page and Redis URL of each relay that runs. Files of relays that were killed are removed."""
-    directory = _directory()
-    for path in directory.glob("*.json") if directory is not None else ():
+    folder = directory()
+    for path in folder.glob("*.json") if folder is not None else ():
         try:
-            os.kill(int(path.stem), 0)
+            os.kill(int(path.stem.partition("-")[0]), 0)
             announced = json.loads(path.read_text())
             yield path.stat().st_mtime, announced["page"], announced["redis"]
         except (ProcessLookupError, PermissionError, FileNotFoundError):  # its number may be somebody else's by now

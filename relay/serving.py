@@ -5,8 +5,13 @@ Owns what Uvicorn has no setting for; must not know what is served.
 
 import asyncio
 import logging
+import multiprocessing
+import os
+import signal
 import socket as sockets
 import sys
+import threading
+import time
 from typing import Any
 
 import uvicorn
@@ -18,7 +23,12 @@ from relay.errors import ConfigError
 from relay.logs import Throttle
 from relay.server import RelayWebSocketProtocol
 
+_logger = logging.getLogger("relay.server")
+
 _LOOK_S = 0.05
+
+_ORPHAN_MAX_S = 60.0
+"""Seconds that a worker whose supervisor has ended may take to drain."""
 
 
 class Server(uvicorn.Server):
@@ -34,6 +44,14 @@ class Server(uvicorn.Server):
         asyncio.get_running_loop().set_exception_handler(_exception_handler(throttle))
         logging.getLogger("uvicorn.error").addFilter(_Fewer(throttle))
         await super().startup(sockets)
+        self._listeners = [*self.servers, *(sockets or ())]
+        self._loop = asyncio.get_running_loop()
+
+    def stop_listening(self) -> None:
+        """Let the address go at once, before the drain: another server may want it. From any thread."""
+        if self.started:
+            for listener in self._listeners:
+                self._loop.call_soon_threadsafe(listener.close)
 
     async def shutdown(self, sockets: list[sockets.socket] | None = None) -> None:
         """Drain, then shut down as Uvicorn does."""
@@ -58,11 +76,24 @@ class _Worker(multiprocess.Process):
 
     def target(self, sockets: list[sockets.socket] | None = None) -> None:
         """Serve; with settings that no longer make sense, end so that the supervisor does not try for ever."""
+        threading.Thread(target=self._end_with_parent, daemon=True).start()
         try:
             super().target(sockets)
         except ConfigError as error:
             logging.getLogger("relay.server").error("%s", error)
             sys.exit(STARTUP_FAILURE)
+
+    def _end_with_parent(self) -> None:
+        """End when the supervisor has, whatever has ended it: a pipe from it, which multiprocessing makes, says so."""
+        parent = multiprocessing.parent_process()
+        assert parent is not None, "workers are spawned"
+        parent.join()
+        _logger.warning("the supervisor has ended: shutting down")
+        assert isinstance(self.server, Server)
+        self.server.stop_listening()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_ORPHAN_MAX_S)
+        os._exit(1)  # a handler that blocks the event loop must not keep the process
 
 
 class _Fewer(logging.Filter):

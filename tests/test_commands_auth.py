@@ -15,7 +15,7 @@ from relay.auth_config import AuthConfig
 from relay.cli import main
 from relay.tokens import Verifier, load_keys
 from tests.support.keys import EC_PRIVATE, EC_PUBLIC, RSA_PRIVATE, RSA_PUBLIC, SECRET
-from tests.support.process import DEADLINE_S, RelayProcess
+from tests.support.process import DEADLINE_S, RelayProcess, wait_for
 from tests.support.servers import AppServer
 from tests.support.terminal import run_on_terminal
 
@@ -36,6 +36,11 @@ class Command:
             main()
         out, err = self._capsys.readouterr()
         return (caught.value.code if isinstance(caught.value.code, int) else 0), out, err
+
+
+def with_redis(settings: str) -> str:
+    """Settings with a Redis, unless they name a bus: authentication beside the embedded server is warned of."""
+    return settings if "redis_url" in settings else f'redis_url = "redis://127.0.0.1"\n{settings}'
 
 
 @pytest.fixture
@@ -269,10 +274,24 @@ push = false
     ],
 )
 def test_check_warns(relay: Command, settings: str, word: str) -> None:
-    code, out, _ = relay("check", settings=settings)
+    code, out, _ = relay("check", settings=with_redis(settings))
     assert code == 1
     (warning,) = [line for line in lines(out) if line.startswith("warning ")]
     assert word in warning and "hunter2" not in out
+
+
+@pytest.mark.parametrize("bus", ["", 'redis_url = "embedded"\n'])
+def test_check_warns_of_the_embedded_server_beside_authentication(relay: Command, bus: str) -> None:
+    code, out, _ = relay("check", settings=f'{bus}[auth]\nkeys = ["{SECRET}"]\n')
+    assert code == 1
+    (warning,) = [line for line in lines(out) if line.startswith("warning ")]
+    assert "the embedded Valkey asks for no token" in warning
+    assert "the embedded Valkey" not in relay("check", settings=bus)[1]
+
+
+def test_start_warns_of_the_embedded_server_beside_authentication() -> None:
+    with RelayProcess(environ={"RELAY_AUTH__KEYS": json.dumps([SECRET])}) as process:
+        wait_for(lambda: "the embedded Valkey asks for no token" in process.output, "the warning")
 
 
 def test_check_on_a_terminal_is_for_reading(tmp_path: Path) -> None:
@@ -401,7 +420,7 @@ def test_check_refuses_a_plugin_that_cannot_be_imported(relay: Command, tmp_path
     ],
 )
 def test_settings_without_effect_are_warned_of(relay: Command, settings: str, told: str) -> None:
-    code, out, _ = relay("check", settings=settings)
+    code, out, _ = relay("check", settings=with_redis(settings))
     assert code == 1
     (warning,) = (line for line in map(json.loads, out.splitlines()) if line["about"] == "warning")
     assert told in warning["text"]

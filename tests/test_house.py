@@ -59,6 +59,7 @@ HOUSE = {
         "server",
         "frames",
         "scaffold",
+        "siblings",
         "runfile",
         "plugins.system",
         "plugins.loader",
@@ -121,6 +122,7 @@ NEIGHBOURS = {
     ("console", "upgrade"): "the same",
     ("proxy", "transport"): "the words of ASGI: Scope, ReceiveCallable, SendCallable",
     ("rest", "plugins.loader"): "what was loaded is listed, and the plugins' own routes are served",
+    ("siblings", "runfile"): "the directory is the same",
     ("figures", "folder"): "where the workers' figures meet, behind one interface",
     ("brokers.redis", "brokers.redis_publisher"): "hearing is proved by what is published",
     ("brokers.redis", "brokers.redis_connection"): "one way to connect to Redis, for hearing and for publishing",
@@ -167,9 +169,7 @@ OUTSIDE = {
 ASYNCIO_IN_THE_CORE = {"brokers.base": "the future that `publish` returns"}
 
 # Modules hold constants only; these alone hold more.
-STATE = {
-    ("engine", "_numbers"): "ids are unique in the process, whichever relay counts",
-}
+STATE: dict[tuple[str, str], str] = {}
 
 
 class Import(NamedTuple):

@@ -17,6 +17,7 @@ import typer
 from relay.addresses import parse_networks
 from relay.auth_config import AuthConfig, GrantConfig
 from relay.brokers.address import parse_sentinel
+from relay.brokers.embedded import BESIDE_AUTH
 from relay.commands import ConfigFile
 from relay.commands.terminal import console, is_terminal, print_lines
 from relay.config import ANY_HOST, EMBEDDED, ENVELOPE_BYTES, TOKEN_KEY_VARIABLE, Config, Exposure, load, service_links
@@ -285,6 +286,8 @@ def _warnings(config: Config, keys: "tuple[Key, ...]") -> Iterator[str]:
     opened = [entry for entry in auth.anonymous if entry.match == "*" and entry.grant.rights & Right.PUSH]
     if opened and config.anonymous:
         yield "whoever has no token may push to every topic (auth.anonymous)"
+    if auth.has_keys and (not (config.redis_url or config.broadcast_url) or config.redis_url == EMBEDDED):
+        yield f"redis_url: {BESIDE_AUTH}"
     if config.redis_url.startswith("redis://") and not _is_here(config.redis_url):
         yield "redis_url is not rediss://: events and its password travel in the clear"
 

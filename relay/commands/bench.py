@@ -281,7 +281,7 @@ def _bus(settings: Config, url: str) -> "AbstractAsyncContextManager[Publish]":
     """How to publish: to a Redis that is known, or else by REST, under the same address as the socket."""
     parts = urlsplit(url)
     page = f"http://{parts.netloc.replace('localhost', '127.0.0.1')}/"
-    redis_url = settings.redis_url if settings.redis_url != EMBEDDED else ""
+    redis_url = runfile.with_password(settings.redis_url) if settings.redis_url != EMBEDDED else ""
     if found := redis_url or (not settings.broadcast_url and runfile.redis_of(page)):
         return _redis(settings.model_copy(update={"redis_url": found}))
     mount = parts.path.removesuffix("/websocket").rpartition("/")[0]

@@ -24,6 +24,8 @@ def publish(
         if running is None:
             raise ConfigError("no Redis is configured and no relay with an embedded one runs here; give --redis-url")
         settings = settings.model_copy(update={"redis_url": running})
+    else:
+        settings = settings.model_copy(update={"redis_url": runfile.with_password(settings.redis_url)})
     try:
         relays = asyncio.run(_publish(settings, topic, event, payload.encode()))
     except BusUnavailable as error:

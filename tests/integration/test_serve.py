@@ -9,20 +9,24 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 import psutil
 import pytest
+from redis import Redis as SyncRedis
 from redis.asyncio import Redis
+from redis.exceptions import AuthenticationError, NoPermissionError
 from websockets.exceptions import InvalidStatus
 
 from relay import ConfigError, __version__
 from relay.brokers import embedded
 from tests.support.client import Client
-from tests.support.process import RelayProcess, Valkey, launched, wait_for
+from tests.support.process import DEADLINE_S, RelayProcess, Valkey, launched, wait_for
 from tests.support.serving import eventually, figure, heard_on, http_get
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +52,14 @@ def announced(relay: RelayProcess) -> list[Path]:
     return list(Path(relay.environ["XDG_RUNTIME_DIR"]).rglob("*.json"))
 
 
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or waits for whoever adopted it to notice."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 # What it says and answers.
 
 
@@ -58,9 +70,10 @@ def test_greeting_names_every_address(relay: RelayProcess) -> None:
     assert lines[1] == f"  page     http://127.0.0.1:{port}/"
     assert lines[2] == f"  console  http://127.0.0.1:{port}/console"
     assert lines[3] == f"  socket   ws://127.0.0.1:{port}/socket/websocket"
-    assert re.fullmatch(r"  redis    redis://127\.0\.0\.1:\d+  \(a Valkey of the relay's own; .*\)", lines[4])
-    assert lines[5].startswith("  publish  redis-cli -u redis://127.0.0.1:")
-    assert f"relay publish --redis-url {relay.redis_url} room:1 new_msg" in lines[6]
+    url = r"redis://relay:[\w-]{32}@127\.0\.0\.1:\d+"
+    assert re.fullmatch(rf"  redis    {url}  \(a Valkey of the relay's own; .*\)", lines[4])
+    assert lines[5].startswith(f"  publish  redis-cli -u {relay.redis_url} PUBLISH ")
+    assert f"relay publish --redis-url redis://127.0.0.1:{redis_port(relay)} room:1 new_msg" in lines[6]
 
 
 def test_greeting_of_a_relay_on_all_addresses_names_one_to_go_to() -> None:
@@ -88,6 +101,47 @@ async def test_relay_publish_finds_the_running_relay(relay: RelayProcess) -> Non
         await client.expect_event("room:found", "new_msg", {"text": "hi"})
 
 
+async def test_embedded_server_asks_other_users_of_the_machine_for_a_password(relay: RelayProcess) -> None:
+    async with Redis(port=redis_port(relay), protocol=2) as stranger:
+        execute: Any = stranger.execute_command
+        for command in (("PING",), ("PUBLISH", "to:user:alice:e", "{}"), ("CONFIG", "SET", "maxclients", "20")):
+            with pytest.raises(AuthenticationError):
+                await execute(*command)
+
+
+async def test_embedded_server_lets_its_user_do_what_a_relay_needs_and_no_more(relay: RelayProcess) -> None:
+    async with Redis.from_url(relay.redis_url) as redis:
+        assert await redis.ping()
+        execute: Any = redis.execute_command
+        for command in ("CONFIG SET maxclients 20", "SET a b", "GET a", "KEYS *", "MONITOR", "ACL LIST", "SHUTDOWN"):
+            with pytest.raises(NoPermissionError):
+                await execute(*command.split())
+        for command in ("EVAL code 0", "CLIENT KILL TYPE normal", "REPLICAOF h 1", "FLUSHALL"):
+            with pytest.raises(NoPermissionError):
+                await execute(*command.split())
+
+
+async def test_password_of_the_embedded_server_is_for_its_user_alone(relay: RelayProcess) -> None:
+    password = urlsplit(relay.redis_url).password
+    assert password
+    assert relay.process is not None
+    processes = [psutil.Process(relay.process.pid), *relay.children()]
+    assert password not in str([process.cmdline() for process in processes])
+    (path,) = announced(relay)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    for page in ("", "console", "health", "ready", "metrics", "api/topics"):
+        assert password not in (await http_get(f"{relay.http}/{page}"))[1]
+    assert relay.output.count(password) == 2, "in the greeting, and in no line of the log"
+
+
+async def test_relay_publish_takes_the_password_of_the_relay_at_that_address(relay: RelayProcess) -> None:
+    url = f"redis://127.0.0.1:{redis_port(relay)}"
+    ran = await asyncio.to_thread(relay_command, relay, "publish", "room:found", "e", "{}", "--redis-url", url)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert json.loads(ran.stdout)["relays"] == 1
+
+
 async def test_push_comes_out_on_the_embedded_redis(relay: RelayProcess) -> None:
     async with Client.connect(relay.ws) as client, heard_on(relay.redis_url, "from:room:out:*") as heard:
         join_ref = await client.join("room:out")
@@ -109,7 +163,8 @@ async def test_page_and_browser_client_are_served(relay: RelayProcess) -> None:
     status, page = await http_get(f"{relay.http}/")
     assert status == 200
     assert page.lstrip().lower().startswith("<!doctype html>")
-    assert relay.redis_url in page, "the page says how to publish"
+    assert "relay publish room:1 new_msg" in page, "the page says how to publish"
+    assert str(redis_port(relay)) not in page, "the address is for the user of the terminal"
     assert "{{" not in page
     status, client = await http_get(f"{relay.http}/static/relay.js")
     assert status == 200
@@ -297,6 +352,58 @@ async def test_nothing_is_left_when_it_ends(workers: int, number: signal.Signals
         assert announced(relay) == []
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_nothing_is_left_when_it_is_killed(workers: str) -> None:
+    """Neither the embedded server nor the workers outlive it, and its address is free at once."""
+    with RelayProcess("--workers", workers) as relay:
+        assert relay.process is not None
+        children = [child.pid for child in relay.children()]
+        assert len(children) >= int(workers)
+        async with Client.connect(relay.ws) as client:
+            await client.join("room:1")
+            relay.process.kill()
+            await client.expect_closed()
+        wait_for(lambda: all(map(has_ended, children)), "all processes to end")
+        assert port_is_closed(redis_port(relay))
+        assert port_is_closed(int(relay.http.rpartition(":")[2]))
+        assert "Traceback" not in relay.output
+
+
+def test_embedded_server_of_a_thread_ends_with_its_process_and_not_before() -> None:
+    """Linux tells a child when the thread that started it has ended."""
+    code = """
+import sys, threading
+from relay.brokers.embedded import EmbeddedValkey
+servers = []
+thread = threading.Thread(target=lambda: servers.append(EmbeddedValkey()))
+thread.start()
+thread.join()
+print(servers[0].url, flush=True)
+sys.stdin.read()
+"""
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        with SyncRedis.from_url(url) as redis:
+            server = redis.info("server")["process_id"]
+            assert redis.ping()
+        children = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
+        assert server in children
+        process.kill()
+    wait_for(lambda: all(map(has_ended, children)), "the server to end")
+
+
+def test_embedded_server_of_a_thread_is_stopped() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        server = pool.submit(embedded.EmbeddedValkey).result(DEADLINE_S)
+    with SyncRedis.from_url(server.url) as redis:
+        pid = redis.info("server")["process_id"]
+    server.stop()
+    server.stop()  # done already is done
+    assert has_ended(pid)
+
+
 def test_embedded_server_takes_another_port_where_somebody_was_quicker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the choice of a port and its use it can be taken."""
     with socket.socket() as taken:
@@ -307,7 +414,7 @@ def test_embedded_server_takes_another_port_where_somebody_was_quicker(monkeypat
         monkeypatch.setattr(embedded, "_free_port", lambda: next(offered))
         server = embedded.EmbeddedValkey()
         try:
-            assert server.url == f"redis://127.0.0.1:{free}"
+            assert server.url.endswith(f"@127.0.0.1:{free}")
         finally:
             server.stop()
         monkeypatch.setattr(embedded, "_free_port", lambda: port)
@@ -323,6 +430,46 @@ def test_nothing_is_left_when_it_is_stopped_while_it_starts(number: signal.Signa
         assert relay.stop(number, group=True) == 0, relay.output
         wait_for(relay.nothing_is_left, "all processes to end")
         assert relay.output == ""
+
+
+_NO_DIRECTORY = """
+import os, tempfile
+tempfile._candidate_tempdir_list = lambda: ["/proc/nowhere"]
+os.environ.pop("XDG_RUNTIME_DIR", None)
+"""
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_relay_starts_without_a_directory_for_temporary_files(tmp_path: Path, workers: str) -> None:
+    """A read-only root: workers share their figures in memory, and the embedded server needs no file."""
+    (tmp_path / "sitecustomize.py").write_text(_NO_DIRECTORY)
+    with RelayProcess("--workers", workers, environ={"PYTHONPATH": str(tmp_path)}) as relay:
+        async with Client.connect(relay.ws) as client:
+            await client.join("room:1")
+            async with Redis.from_url(relay.redis_url) as redis:
+                await redis.publish("to:room:1:e", "{}")
+            await client.expect_event("room:1", "e", {})
+        assert (await http_get(f"{relay.http}/metrics"))[0] == 200
+        assert "Traceback" not in relay.output
+
+
+def test_relay_without_any_directory_for_its_workers_says_so_in_one_line(tmp_path: Path) -> None:
+    nothing = _NO_DIRECTORY + "made = tempfile.mkdtemp\ntempfile.mkdtemp = lambda *a, **k: made(dir='/proc/nowhere')\n"
+    (tmp_path / "sitecustomize.py").write_text(nothing)
+    with launched("--workers", "2", environ={"PYTHONPATH": str(tmp_path)}) as relay:
+        assert relay.wait() == 2
+        assert relay.output.startswith("relay: metrics.folder: workers share their figures in a directory, and none ")
+        assert relay.output.count("\n") == 1
+        wait_for(relay.nothing_is_left, "all processes to end")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_folder_of_figures_that_cannot_be_written_stops_the_start_in_one_line(workers: str) -> None:
+    with launched("--workers", workers, environ={"RELAY_METRICS__FOLDER": "/proc/nowhere"}) as relay:
+        assert relay.wait() != 0
+        assert "metrics.folder: /proc/nowhere cannot be written: " in relay.output
+        assert "Traceback" not in relay.output
+        wait_for(relay.nothing_is_left, "all processes to end")
 
 
 def test_port_that_is_taken_stops_the_start_and_leaves_nothing() -> None:

@@ -55,7 +55,7 @@ class AppServer:
         self._ready_path = ready
         own = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
         paths = os.pathsep.join((self._folder.name, str(_ROOT)))
-        self._environ = {**own, "PYTHONPATH": paths, "XDG_RUNTIME_DIR": self._folder.name, **(environ or {})}
+        self.environ = {**own, "PYTHONPATH": paths, "XDG_RUNTIME_DIR": self._folder.name, **(environ or {})}
         self._lines: list[str] = []
         self.process: subprocess.Popen[str] | None = None
 
@@ -81,7 +81,7 @@ class AppServer:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=self._environ,
+            env=self.environ,
             cwd=self._folder.name,
             start_new_session=True,
         )
