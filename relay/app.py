@@ -21,7 +21,7 @@ from relay import console, hooks, pages, transport, upgrade
 from relay.addresses import hosts_of, look_behind_proxies, parse_networks
 from relay.auth import Authenticate
 from relay.brokers.base import Direction, Link
-from relay.config import EMBEDDED, Config, explain, load, log_service_links
+from relay.config import EMBEDDED, Config, explain, load
 from relay.console import Console
 from relay.engine import Engine
 from relay.errors import ConfigError, RelayError
@@ -35,6 +35,7 @@ from relay.paths import below, replace_route_path, route_path, segments, split_r
 from relay.plugins import Plugin, system
 from relay.plugins.loader import Loaded, load_plugins
 from relay.reach import SEVERAL_HOSTS, Reach
+from relay.service_links import log_service_links
 from relay.socket import Socket
 from relay.tokens import load_keys
 from relay.topics import is_event, is_topic

@@ -38,8 +38,9 @@ from relay.commands.help import Command, Group
 from relay.commands.link import host_of
 from relay.commands.plugins import new_plugin, plugins
 from relay.commands.publish import publish
-from relay.config import CONFIG_VARIABLE, EMBEDDED, Config, load, log_service_links
+from relay.config import CONFIG_VARIABLE, EMBEDDED, Config, load
 from relay.errors import ConfigError
+from relay.service_links import log_service_links
 
 _logger = logging.getLogger("relay")
 

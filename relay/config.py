@@ -3,7 +3,6 @@
 Owns every setting with its unit and default; must not know who uses it. ``config/relay.toml`` shows them all.
 """
 
-import logging
 import os
 import re
 import tomllib
@@ -31,11 +30,9 @@ from relay.brokers.address import SENTINEL_SCHEMES
 from relay.brokers.base import Direction
 from relay.errors import ConfigError
 from relay.outbox import Overflow, Policy
+from relay.service_links import ENV_PREFIX, service_links
 from relay.web_config import MetricsConfig, ProxyConfig, RestConfig
 
-_logger = logging.getLogger("relay")
-
-ENV_PREFIX = "RELAY_"
 CONFIG_VARIABLE = "RELAY_CONFIG"
 """Names the configuration file where no ``--config`` does."""
 
@@ -471,53 +468,6 @@ class _Environment(EnvSettingsSource):
         self.env_vars: Mapping[str, str | None] = {
             name: value for name, value in self.env_vars.items() if name not in ignored
         }
-
-
-# Kubernetes tells every container of each service in its namespace, and Docker of each linked container, by variables
-# that begin with its name. Those of one named `relay`, or `relay-…`, look like settings: name, value, and whether these
-# two prove a service by themselves, or stand beside what does.
-# Sources: kubernetes.io/docs/concepts/services-networking/service/#environment-variables and
-# docs.docker.com/engine/network/links/#environment-variables.
-_IP = r"[\d.]+|[\da-f:.]*:[\da-f:.]*"
-_LINK_URL = r"(tcp|udp|sctp)://\S+:\d+"
-_LINK_PORT = r"(.+)_PORT_\d+_(TCP|UDP|SCTP)"
-_LINKS = tuple(
-    (re.compile(name), re.compile(value, re.IGNORECASE), is_proof)
-    for name, value, is_proof in (
-        (r"(.+)_SERVICE_HOST", _IP, True),
-        (r"(.+)_PORT", _LINK_URL, True),
-        (rf"{_LINK_PORT}(_START|_END)?", _LINK_URL, True),
-        (rf"{_LINK_PORT}_PROTO", "tcp|udp|sctp", True),
-        (rf"{_LINK_PORT}_ADDR", _IP, True),
-        (rf"{_LINK_PORT}_PORT(_START|_END)?", r"\d+", True),
-        (r"(.+)_SERVICE_PORT(_.+)?", r"\d+", False),
-        (r"(.+)_NAME", r"/.+", False),
-        (r"(.+)_ENV_.+", r"(?s).*", False),
-    )
-)
-
-
-def service_links(environ: Mapping[str, str]) -> list[str]:
-    """Names of the ``RELAY_…`` variables that Kubernetes or Docker has set for a service named ``relay``, ``relay-…``.
-
-    They are told apart by form: by the value (``RELAY_PORT=tcp://10.0.0.1:80``), or, where that says little
-    (``RELAY_SERVICE_PORT=80``), by a variable of the same service beside them.
-    """
-    found = [
-        (name, match[1], is_proof)
-        for name, value in environ.items()
-        if name.startswith(ENV_PREFIX)
-        for names, values, is_proof in _LINKS
-        if (match := names.fullmatch(name)) and values.fullmatch(value)
-    ]
-    services = {service for _, service, is_proof in found if is_proof}
-    return sorted({name for name, service, is_proof in found if is_proof or service in services})
-
-
-def log_service_links() -> None:
-    """Log, once, which variables are ignored as `service_links`."""
-    if ignored := service_links(os.environ):
-        _logger.info("ignoring variables of a Kubernetes service or container link: %s", ", ".join(ignored))
 
 
 def _variables(model: type[BaseModel], prefix: str) -> Iterator[str]:

@@ -21,10 +21,10 @@ from relay.config import (
     RedisConfig,
     TopicConfig,
     load,
-    service_links,
 )
 from relay.errors import ConfigError
 from relay.outbox import Overflow, Policy
+from relay.service_links import service_links
 from relay.web_config import MetricsConfig, ProxyConfig, RestConfig
 
 EXAMPLE = Path(__file__).parents[1] / "config" / "relay.toml"

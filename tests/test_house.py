@@ -83,6 +83,7 @@ HOUSE = {
         "addresses",
         "paths",
         "web_config",
+        "service_links",
         "auth_config",
         "brokers.address",
         "outbox",

@@ -20,11 +20,12 @@ from relay.brokers.address import parse_sentinel
 from relay.brokers.embedded import BESIDE_AUTH
 from relay.commands import ConfigFile
 from relay.commands.terminal import console, is_terminal, print_lines
-from relay.config import ANY_HOST, EMBEDDED, ENVELOPE_BYTES, TOKEN_KEY_VARIABLE, Config, Exposure, load, service_links
+from relay.config import ANY_HOST, EMBEDDED, ENVELOPE_BYTES, TOKEN_KEY_VARIABLE, Config, Exposure, load
 from relay.errors import ConfigError
 from relay.outbox import Overflow
 from relay.plugins.loader import candidates
 from relay.rights import Right, names_of, parse_claim
+from relay.service_links import service_links
 
 if TYPE_CHECKING:
     from relay.keys import Key
