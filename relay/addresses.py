@@ -25,6 +25,9 @@ told from a client on this machine."""
 
 _AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]*)?", re.ASCII | re.IGNORECASE)
 
+# Further forms of an IPv4 address, as inet_aton(3) reads them.
+_NUMBERS = re.compile(r"(0x[\da-f]+|\d+)(\.(0x[\da-f]+|\d+)){0,3}")
+
 _SCHEMES = {"http": "http", "https": "https", "ws": "http", "wss": "https"}
 
 
@@ -98,6 +101,28 @@ def is_loopback_address(text: str) -> bool:
 def is_loopback_host(host: str) -> bool:
     """Say whether a host, as of `host_in`, names this machine: ``localhost``, names below it, loopback addresses."""
     return host == "localhost" or host.endswith(".localhost") or is_loopback_address(host)
+
+
+def is_this_machine(host: str) -> bool:
+    """Say whether a host is this machine: a loopback host in any form that connect(2) takes.
+
+    Such forms are ``127.1``, ``0.0.0.0`` and ``::``, ``[::1]`` and ``LOCALHOST.`` among them.
+    """
+    host = host.lower().strip("[]").removesuffix(".")
+    if is_loopback_host(host):
+        return True
+    found = parse_ip(host)
+    if found is not None:
+        return found.is_unspecified or (found.version == 4 and int(found) >> 24 == 0)
+    if not _NUMBERS.fullmatch(host):
+        return False
+    first, dot, _ = host.partition(".")
+    base = 16 if first.startswith("0x") else 8 if first.startswith("0") else 10
+    try:
+        number = int(first, base)
+    except ValueError:  # 08
+        return False
+    return (number if dot else number >> 24) in (0, 127)
 
 
 def host_in(authority: str) -> str:

@@ -22,7 +22,7 @@ import msgspec
 from jwt.exceptions import PyJWTError
 
 from relay import __version__
-from relay.addresses import origin_of
+from relay.addresses import is_this_machine, origin_of
 from relay.auth_config import AuthConfig
 from relay.errors import ConfigError, NotAdmitted, Reason
 from relay.keys import Key, key_of_jwk, read_key
@@ -311,7 +311,12 @@ def _target(response: httpx.Response, url: httpx.URL) -> str:
 
 
 def _proxy_for(url: httpx.URL) -> str | None:
-    """The proxy that the environment names: ``HTTPS_PROXY``, ``HTTP_PROXY``, ``ALL_PROXY``, but for ``NO_PROXY``."""
+    """The proxy that the environment names: ``HTTPS_PROXY``, ``HTTP_PROXY``, ``ALL_PROXY``, but for ``NO_PROXY``.
+
+    None for this machine, whatever the environment says.
+    """
+    if is_this_machine(url.host):
+        return None
     proxies = getproxies()
     found = proxies.get(url.scheme) or proxies.get("all")
     if not found or proxy_bypass(url.host):

@@ -6,6 +6,7 @@ Owns the address, the token on the way there, and the words for a connection tha
 import base64
 import errno
 import json
+import socket as sockets
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from email.message import Message
@@ -13,15 +14,15 @@ from http import HTTPStatus
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError
-from urllib.parse import urljoin
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.parse import urljoin, urlsplit
+from urllib.request import HTTPRedirectHandler, ProxyHandler, Request, build_opener
 
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_websocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.typing import Subprotocol
 
-from relay.addresses import origin_of
+from relay.addresses import is_this_machine, origin_of, parse_ip
 from relay.commands.terminal import Failed
 from relay.config import Config
 from relay.errors import ConfigError
@@ -64,7 +65,13 @@ async def connected(url: str, token: str | None, **options: Any) -> AsyncIterato
     try:
         # Its pings keep the connection; a relay's own limit is on frames that come from clients.
         async with _Connect(
-            url, subprotocols=subprotocols, open_timeout=TIMEOUT_S, max_size=None, close_timeout=1.0, **options
+            url,
+            subprotocols=subprotocols,
+            open_timeout=TIMEOUT_S,
+            max_size=None,
+            close_timeout=1.0,
+            proxy=None if _is_here(url) else True,
+            **options,
         ) as connection:
             try:
                 yield connection
@@ -94,6 +101,25 @@ class _Connect(connect_websocket):
     def process_redirect(self, exc: Exception) -> Exception | str:
         """Take a redirect for the refusal that it is."""
         return exc
+
+
+def _is_here(url: str) -> bool:
+    """Whether an address is this machine's, which no proxy is asked for: it would be given tokens and keys.
+
+    Besides loopback these are the machine's own name and addresses, such as the one that a relay listens on.
+    """
+    host = urlsplit(url).hostname or ""
+    if is_this_machine(host) or host == sockets.gethostname().lower():
+        return True
+    ip = parse_ip(host)
+    if ip is None:
+        return False
+    with sockets.socket(sockets.AF_INET6 if ip.version == 6 else sockets.AF_INET) as probe:
+        try:
+            probe.bind((str(ip), 0))
+        except OSError:
+            return False
+    return True
 
 
 class _NoRedirects(HTTPRedirectHandler):
@@ -138,7 +164,8 @@ def ask_rest(settings: Config, address: str, path: str, body: Any = None) -> tup
         data = json.dumps(body, ensure_ascii=False).encode()
         headers["Content-Type"] = "application/json"
     try:
-        asking = build_opener(_NoRedirects()).open(Request(f"{address}{path}", data, headers), timeout=TIMEOUT_S)
+        handlers = (_NoRedirects(), ProxyHandler({})) if _is_here(address) else (_NoRedirects(),)
+        asking = build_opener(*handlers).open(Request(f"{address}{path}", data, headers), timeout=TIMEOUT_S)
         with asking as response:
             return json.load(response), response.headers
     except HTTPError as error:

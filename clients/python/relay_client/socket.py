@@ -5,6 +5,8 @@ import base64
 import random
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from ipaddress import ip_address
+from socket import inet_aton
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
@@ -54,6 +56,7 @@ class Socket:
                 reconnect_s: seconds to wait before the n-th try (n from 1) to connect again.
                 rejoin_s: the same for a topic that is joined again over a connection that holds.
                 options: further ones of ``websockets.connect``: ``ssl``, ``additional_headers``, ``max_size``, …
+                    Without ``proxy`` among them this machine is asked directly, whatever ``HTTP_PROXY`` says.
     Raises:     ValueError, TypeError: an address or a header that cannot be sent.
     Attributes: reconnects: how often it was made again.
                 undecodable: how many frames came that are none of Phoenix's V2; each is logged.
@@ -153,6 +156,8 @@ class Socket:
             raise ValueError("params: expected text that UTF-8 can encode") from None
         path = path.rstrip("/") + "/websocket"
         options = {"ping_interval": None, "max_size": None, "close_timeout": CLOSE_TIMEOUT_S, **self._options}
+        if _is_this_machine(urlsplit(self._url).hostname or ""):
+            options.setdefault("proxy", None)  # else HTTP_PROXY would be given the token
         try:
             return await _Connect(
                 urlunsplit((scheme.replace("http", "ws"), host, path, query, "")),
@@ -281,6 +286,22 @@ class _Connect(connect_websocket):
     def process_redirect(self, exc: Exception) -> Exception | str:
         """Take a redirect for the refusal that it is."""
         return exc
+
+
+def _is_this_machine(host: str) -> bool:
+    """Whether a host is ``localhost``, a name below it, or a loopback address in any form that connect(2) takes."""
+    host = host.removesuffix(".")
+    if host == "localhost" or host.endswith(".localhost") or host == "::":
+        return True
+    try:
+        return inet_aton(host)[0] in (0, 127)
+    except OSError:
+        pass
+    try:
+        found = ip_address(host)
+    except ValueError:
+        return False
+    return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 def _origin(url: str) -> str:
