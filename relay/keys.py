@@ -2,7 +2,7 @@
 
 Owns the forms of keys; must not know tokens, nor where published keys are fetched.
 
-A secret is text that an attacker cannot know. A public key is known to everybody, so none may be taken for a secret:
+A secret is text that an attacker cannot know. A public key can be known by anyone, so none may be taken for a secret:
 text that looks like a key in any form is read as that key, or refused with the form that is expected.
 
 Source: RFC 7468 (PEM), 5280 and 5958 (DER), 7517 (JWK), 4253 section 6.6 (OpenSSH); RFC 8725, section 3.1.
@@ -183,7 +183,7 @@ def _parse(text: str, kid: str) -> Key | None:
 
 
 def _check_secret(text: str) -> None:
-    """Refuse what everybody may know. Raises _Unusable."""
+    """Refuse what is not secret. Raises _Unusable."""
     if _JWT.fullmatch(text):
         raise _Unusable(f"a token, which is no key; expected {_FORMS}")
     if _XML.search(text):

@@ -426,7 +426,7 @@ def test_what_cannot_be_sent_is_exit_code_2_in_one_line(command: tuple[Any, ...]
 
 
 def test_what_would_steer_a_terminal_is_shown_and_not_obeyed() -> None:
-    """A server that is nobody's friend: escape sequences, C1 controls, half a pair, text that runs backwards."""
+    """A hostile server: escape sequences, C1 controls, half a pair, text that runs backwards."""
     evil = "\x1b[31m\x9b2J\u202e\u2028\x7f"
 
     def serve(connection: ServerConnection) -> None:

@@ -23,7 +23,7 @@ const DEFAULTS = {
 
 const valueOf = (value) => (typeof value === "function" ? value() : value);
 
-/** Shown as an uncaught error is, but thrown at nobody: the client's own work goes on. */
+/** Show an error as an uncaught one is shown, without throwing it. */
 const report = (error) => (globalThis.reportError ?? console.error)(error);
 
 /** Call what belongs to the page; what it throws is reported. */
