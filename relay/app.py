@@ -127,9 +127,10 @@ class Relay:
     def _make_proxies(self) -> "list[Proxy]":
         if not self.config.proxy:
             return []
-        from relay.proxy import Proxy
+        from relay.proxy import Proxy, Share
 
-        return [Proxy(entry) for entry in self.config.proxy]
+        of_all = Share(self.config.limits.proxied_max)
+        return [Proxy(entry, of_all, self.metrics) for entry in self.config.proxy]
 
     def _make_http(self, routes: list[BaseRoute] | None = None) -> Starlette:
         app = Starlette(routes=self._routes() if routes is None else routes)

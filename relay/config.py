@@ -161,6 +161,9 @@ class LimitsConfig(Table):
     idle_timeout_s: Seconds = Field(60.0, description="seconds without a message or ping before a socket is closed")
     close_timeout_s: Seconds = Field(5.0, description="seconds for a client to answer a close, then it is cut off")
     body_max_bytes: Positive = Field(8_388_608, description="largest body of a REST request, in bytes")
+    proxied_max: OrOff = Field(
+        1000, description="requests under way to all [[proxy]] prefixes together; further ones get 503; 0: no bound"
+    )
     drain_per_s: Positive = Field(1000, description="at the relay's end: sockets closed per second")
     drain_timeout_s: Seconds = Field(20.0, description="seconds until all are; the pace is raised where it must be")
 

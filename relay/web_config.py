@@ -36,6 +36,15 @@ class ProxyConfig(Table):
     prefix: str = Field(min_length=2, pattern="^/", description="path that is forwarded, with all below it")
     target: str = Field(pattern="^https?://", repr=False, description="where to, for example http://127.0.0.1:8001")
     strip_prefix: bool = Field(True, description="leave the prefix out of the forwarded path")
+    requests_max: int = Field(
+        500, ge=0, description="requests under way at a time, streams included; further ones get 503; 0: no bound"
+    )
+    head_timeout_s: float = Field(
+        60.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds for the head of an answer, then 504; how long a body takes is free; 0: no bound",
+    )
 
     @field_validator("target")
     @classmethod

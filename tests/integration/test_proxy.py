@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 
 from relay import Relay
 from tests.support.process import free_port
-from tests.support.serving import Served, eventually, serve
+from tests.support.serving import Served, eventually, figure, http_get, serve
 from tests.support.upstream import Exchange, Upstream
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -573,3 +573,78 @@ async def test_stop_does_not_wait_for_an_idle_connection(upstream: Upstream) -> 
             exchange = asked.exchange
         await eventually(lambda: upstream.is_idle, "all requests to be answered")
     await exchange.closed()
+
+
+# Clients that go, services that hang.
+
+
+async def given_up(served: Served, upstream: Upstream, data: bytes = b"") -> Exchange:
+    """A client that asks, and goes before it is answered."""
+    _, writer = await asyncio.open_connection("127.0.0.1", served.port)
+    length = b"" if not data else b"Content-Length: 100000\r\n"
+    method = b"POST" if data else b"GET"
+    writer.write(method + b" /api/node-plugin/slow HTTP/1.1\r\nHost: localhost\r\n" + length + b"\r\n" + data)
+    exchange = await upstream.next()
+    writer.transport.abort()
+    return exchange
+
+
+@pytest.mark.parametrize("data", [b"", b"x" * 10], ids=["without a body", "while it uploads"])
+async def test_client_that_goes_before_the_answer_ends_the_request_behind(
+    served: Served, upstream: Upstream, data: bytes
+) -> None:
+    """Else a connection would stay for each, up to the last file descriptor."""
+    for _ in range(20):
+        exchange = await given_up(served, upstream, data)
+        await (exchange.read_to_end() if data else exchange.closed())
+    _, text = await http_get(served.http + "/metrics")
+    assert figure(text, "relay_refused_total", reason="proxy: client gone") == 20
+
+
+@pytest.mark.parametrize("of_all", [False, True])
+async def test_more_requests_than_allowed_are_answered_503(upstream: Upstream, of_all: bool) -> None:
+    """One that ends makes room for another."""
+    entry: dict[str, Any] = {"prefix": "/api/node-plugin", "target": upstream.url}
+    settings: dict[str, Any] = {"limits": {"proxied_max": 2}} if of_all else {}
+    relay = Relay(broadcast_url="memory://", proxy=[entry if of_all else {**entry, "requests_max": 2}], **settings)
+    async with serve(relay) as served, client(served) as asker:
+        waiting = [asyncio.create_task(asker.get("/slow")) for _ in range(2)]
+        exchanges = [await upstream.next() for _ in waiting]
+        refused = await asker.get("/third")
+        assert refused.status_code == 503 and "too many requests" in refused.json()["detail"]
+        for exchange in exchanges:
+            await exchange.answer_ok()
+        assert [(await answer).status_code for answer in waiting] == [200, 200]
+        further = asyncio.create_task(asker.get("/further"))
+        await (await upstream.next()).answer_ok()
+        assert (await further).status_code == 200
+        _, text = await http_get(served.http + "/metrics")
+        assert figure(text, "relay_refused_total", reason="proxy: too many requests") == 1
+
+
+async def test_service_that_does_not_answer_in_time_is_told_with_504(upstream: Upstream) -> None:
+    """The time is one for the head: an answer's body, and an upload, may take longer."""
+    entry = {"prefix": "/api/node-plugin", "target": upstream.url, "head_timeout_s": 0.3}
+    async with serve(Relay(broadcast_url="memory://", proxy=[entry])) as served, client(served) as asker:
+        late = asyncio.create_task(asker.get("/slow"))
+        exchange = await upstream.next()
+        answer = await late
+        assert answer.status_code == 504 and "0.3 s" in answer.json()["detail"]
+        await exchange.closed()
+
+        async def parts() -> AsyncIterator[bytes]:
+            for _ in range(5):
+                await asyncio.sleep(0.1)
+                yield b"x"
+
+        long = asyncio.create_task(asker.post("/upload", content=parts()))
+        exchange = await upstream.next()
+        for _ in range(6):
+            await exchange.read_chunk()
+        await exchange.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
+        for _ in range(5):
+            await asyncio.sleep(0.1)
+            await exchange.answer(b"y")
+        assert (await long).content == b"yyyyy"
+        _, text = await http_get(served.http + "/metrics")
+        assert figure(text, "relay_refused_total", reason="proxy: no answer in time") == 1

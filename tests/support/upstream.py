@@ -50,6 +50,14 @@ class Exchange:
         async with asyncio.timeout(_TIMEOUT_S):
             await self.ended.wait()
 
+    async def read_to_end(self) -> None:
+        """Return once the other side has closed the connection, also in the midst of a body."""
+        async with asyncio.timeout(_TIMEOUT_S):
+            try:
+                await self._reader.read()
+            except ConnectionError:
+                pass
+
     def close(self) -> None:
         """Close the connection, whatever has been sent."""
         self._writer.close()
