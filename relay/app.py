@@ -6,11 +6,12 @@ Owns the face of the relay: settings, plugins, routes, and the start and stop of
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 from urllib.parse import quote, urlsplit
 
 from pydantic import ValidationError
@@ -20,7 +21,7 @@ from starlette.routing import BaseRoute, Mount
 from relay import console, hooks, pages, transport, upgrade
 from relay.addresses import hosts_of, look_behind_proxies, parse_networks
 from relay.auth import Authenticate
-from relay.brokers.base import Direction, Link
+from relay.brokers.base import Link
 from relay.config import EMBEDDED, Config, explain, load
 from relay.console import Console
 from relay.engine import Engine
@@ -37,6 +38,7 @@ from relay.plugins.loader import Loaded, load_plugins
 from relay.reach import SEVERAL_HOSTS, Reach
 from relay.service_links import log_service_links
 from relay.socket import Socket
+from relay.threadsafe import LOOP_HAS_ENDED, Call
 from relay.tokens import load_keys
 from relay.topics import is_event, is_topic
 from relay.tracing import Tracer
@@ -171,6 +173,9 @@ class Relay:
 
         Raises: ConfigError: the embedded server or a plugin cannot be started.
         """
+        self._let_go_of_ended()
+        if self._engine is not None and not self._engine.node.home.is_here:
+            raise RelayError(f"the relay has been started in another event loop; expected one for all. {_ONE_LOOP}")
         async with self._starting:
             if self._engine is None:
                 engine = Engine(
@@ -193,8 +198,12 @@ class Relay:
 
     async def stop(self) -> None:
         """Close all sockets with 1012 (come back), and stop all parts."""
+        self._let_go_of_ended()
         engine = self._engine
-        if engine is not None:
+        if engine is not None and not engine.node.home.is_here:
+            stopping = asyncio.run_coroutine_threadsafe(self.stop(), engine.node.home.loop)
+            await asyncio.wrap_future(stopping)
+        elif engine is not None:
             if self._console is not None:
                 self._console.close()
             try:
@@ -204,6 +213,15 @@ class Relay:
                 self._starting = asyncio.Lock()  # the next start may be in another event loop
                 for proxy in self._proxies:
                     await proxy.close()
+
+    def _let_go_of_ended(self) -> None:
+        """Forget an engine whose event loop has ended: nothing of it can go on."""
+        engine = self._engine
+        if engine is not None and engine.node.home.loop.is_closed():
+            self._engine = None
+            self._starting = asyncio.Lock()
+            engine.abandon()
+            _logger.warning("starting again: %s", LOOP_HAS_ENDED)
 
     @asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
@@ -254,17 +272,28 @@ class Relay:
 
     # What code beside it calls: the team's own, plugins, REST routes.
 
-    async def broadcast(self, topic: str, event: str, payload: object) -> None:
-        """Send an event to all subscribers of a topic, on every node.
+    def publish(self, topic: str, event: str, payload: object) -> Call:
+        """Send an event to all subscribers of a topic, on every node; `broadcast` is another name for it.
 
-        Args:   payload: what JSON can say, or ``bytes`` for a binary event.
-        Raises: ValueError: a topic or an event that cannot be; BusUnavailable: the bus did not take it.
+        It starts at once, in whatever thread or event loop it is called. In an event loop ``await`` it to learn whether
+        the bus has taken the event; where nothing awaits it, a failure is logged and counted. In a thread without an
+        event loop it returns once the bus has the event, after ``redis.timeout_s`` at most.
+
+        Args:   payload: what is JSON-serializable (dicts, lists, Pydantic models, dataclasses, dates …), or ``bytes``
+                    for a binary event.
+        Raises: ValueError: a topic or an event that cannot be; TypeError: a payload that is not JSON-serializable;
+                RelayError: the relay is not running; BusUnavailable: the bus did not take it.
         """
-        await self.engine.node.publish(Direction.TO, *_checked(topic, event), hooks.to_payload(payload))
+        node = self.engine.node
+        return node.start_call(partial(node.broadcast, *_checked(topic, event), hooks.to_payload(payload)))
+
+    broadcast = publish
 
     def broadcast_here(self, topic: str, event: str, payload: object) -> bool:
         """Send an event to this process's own subscribers, past the bus; False where nobody has joined."""
-        return self.engine.node.broadcast_here(*_checked(topic, event), hooks.to_payload(payload))
+        node = self.engine.node
+        send = partial(node.broadcast_here, *_checked(topic, event), hooks.to_payload(payload))
+        return node.home.ask(send, self.config.redis.timeout_s)
 
     def socket(self, socket_id: str) -> Socket | None:
         """A socket of this process by its id; None where there is none."""
@@ -274,39 +303,44 @@ class Relay:
     def disconnect(self, socket_id: str, reason: str = "") -> bool: ...
 
     @overload
-    def disconnect(self, *, user: str, reason: str = "") -> Awaitable[None]: ...
+    def disconnect(self, *, user: str, reason: str = "") -> Call: ...
 
-    def disconnect(
-        self, socket_id: str | None = None, reason: str = "", *, user: str | None = None
-    ) -> bool | Awaitable[None]:
+    def disconnect(self, socket_id: str | None = None, reason: str = "", *, user: str | None = None) -> bool | Call:
         """Close a socket of this process with 1001, False where there is none; or all sockets of a user.
 
-        ``await relay.disconnect(user="alice")`` reaches every node; BusUnavailable: only this one. A client comes back
-        unless it is kept out: revoke its token first, or let ``authenticate`` refuse it.
+        ``await relay.disconnect(user="alice")`` reaches every node; BusUnavailable: only this one. It starts at once,
+        from any thread and event loop, as `publish` does. A client comes back unless it is kept out: revoke its token
+        first, or let ``authenticate`` refuse it.
         """
         if user is not None:
-            return self.engine.order("disconnect", user, reason=reason)
+            return self._order("disconnect", user, reason=reason)
         found = self.socket(socket_id or "")
         if found is not None:
             found.disconnect(reason)
         return found is not None
 
-    def kick(self, topic: str, *, user: str) -> Awaitable[None]:
+    def kick(self, topic: str, *, user: str) -> Call:
         """Take a user out of a topic with ``phx_close``, on every node: the client does not rejoin by itself.
 
-        BusUnavailable: only on this one.
+        BusUnavailable: only on this one. It starts at once, from any thread and event loop, as `publish` does.
         """
-        return self.engine.order("kick", user, topic)
+        return self._order("kick", user, topic)
+
+    def _order(self, do: Literal["disconnect", "kick"], user: str, topic: str = "", reason: str = "") -> Call:
+        engine = self.engine
+        return engine.node.start_call(partial(engine.order, do, user, topic, reason))
 
     @property
     def topics(self) -> dict[str, int]:
         """Topics joined in this process, with the number of their subscribers."""
-        return self.engine.hub.topics()
+        return self.engine.node.home.ask(self.engine.hub.topics, self.config.redis.timeout_s)
 
     @property
     def link(self) -> Link:
         """State of the link to the bus."""
-        return Link(False, "the relay is not running") if self._engine is None else self._engine.broker.link
+        if self._engine is None:
+            return Link(False, "the relay is not running")
+        return Link(False, LOOP_HAS_ENDED) if self._engine.node.home.loop.is_closed() else self._engine.broker.link
 
     def _refusal(self) -> str:
         """Say why nobody should be sent here; empty when all is well."""
@@ -336,10 +370,13 @@ class Relay:
         if refused is not None:
             await self._refuse(scope, receive, send, refused)
             return
+        self._let_go_of_ended()
         if self._engine is None:
             # Starlette runs no lifespan of a mounted app: the first request finds the relay asleep.
             _logger.warning("started by the first request; `relay.install(app)` starts it with your app")
             await self.start()
+        if scope["type"] == "websocket" and not self.engine.node.home.is_here:
+            raise RelayError(f"a socket in another event loop than the relay's would hear no event. {_ONE_LOOP}")
         if scope["type"] == "http":
             if path in self._long_poll_paths:
                 await self._refuse(scope, receive, send, self._no_long_poll(path))
@@ -443,6 +480,12 @@ class Relay:
         _ = await receive()
         await self.stop()
         await send({"type": "lifespan.shutdown.complete"})
+
+
+_ONE_LOOP = (
+    "In tests with Starlette's TestClient write `with TestClient(app) as client:`, once, and open all sockets by that "
+    "client: without `with`, each request and each socket has an event loop of its own"
+)
 
 
 def _checked(topic: str, event: str) -> tuple[str, str]:

@@ -50,7 +50,7 @@ async def ask_about_push(socket: Asker, node: Node, metrics: Metrics, push: Push
     def broadcast(event: str, payload: object, to_all: bool) -> Awaitable[None]:
         hooks.check_event(event)
         data = hooks.to_payload(payload)
-        return node.in_loop(node.broadcast(topic, event, data, skip=None if to_all else socket))
+        return node.start_call(partial(node.broadcast, topic, event, data, None if to_all else socket))
 
     request = hooks.Push(socket, topic, push.event, push.payload, reply, broadcast, push.subscription.identity)
     answer: Payload | None = None

@@ -189,6 +189,12 @@ class Engine:
         if self._embedded is not None:
             await asyncio.to_thread(self._embedded.stop)
 
+    def abandon(self) -> None:
+        """Let go of what outlives the event loop, which has ended without `stop`."""
+        self.node.caller.close()
+        if self._embedded is not None:
+            self._embedded.stop()
+
     @property
     def is_draining(self) -> bool:
         """Whether the end has begun: no socket is taken any more."""

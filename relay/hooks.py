@@ -71,7 +71,7 @@ class Socket(Protocol):
     def push(self, topic: str, event: str, payload: object) -> bool:
         """Send an event to this socket alone; False where it has not joined ``topic``.
 
-        Args:   payload: what JSON can say, or ``bytes`` for a binary event.
+        Args:   payload: what is JSON-serializable, see `to_payload`, or ``bytes`` for a binary event.
         Raises: ValueError: an event that cannot be; TypeError: a payload that JSON cannot say.
         """
 
@@ -221,9 +221,10 @@ class Push(_Acts, _Carries):
     def broadcast(self, event: str, payload: object) -> Awaitable[None]:
         """Send an event to all subscribers of the topic, on every node.
 
-        A coroutine function awaits it; a plain function just calls it, which returns once the bus has it.
+        It starts at once. A coroutine function awaits it to learn whether the bus has it; a plain function just calls
+        it, which returns once the bus has it.
 
-        Args:   payload: what JSON can say, or ``bytes`` for a binary event.
+        Args:   payload: what is JSON-serializable, see `to_payload`, or ``bytes`` for a binary event.
         Raises: ValueError: an event that cannot be; TypeError: a payload that JSON cannot say; BusUnavailable.
         """
         return self._broadcast(event, payload, True)
@@ -266,21 +267,40 @@ class RedisMessage:
     """The message as it was published."""
 
 
-def to_payload(value: object) -> Payload:
-    """Make a payload of what a handler gives: ``bytes`` stay bytes, all else becomes JSON.
+def _plain(value: Any) -> Any:
+    """Make what msgspec can write of what it cannot: Pydantic models, and mappings that are no dict."""
+    dump = getattr(type(value), "model_dump", None)
+    if callable(dump):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise NotImplementedError
 
-    Raises: TypeError: what JSON cannot say, NaN and infinite numbers among it.
+
+def to_payload(value: object) -> Payload:
+    """Make a payload of what code gives: ``bytes`` stay bytes, all else becomes JSON.
+
+    Besides what JSON has, at any depth: Pydantic models, dataclasses, enums, dates and times, UUIDs, decimals, sets.
+
+    Raises: TypeError: what is not JSON-serializable, NaN and infinite numbers among it.
     """
     if isinstance(value, msgspec.Raw | bytes):
         return value
+    if isinstance(value, bytearray | memoryview):
+        return bytes(value)
     try:
-        data = msgspec.json.encode(value)
-    except (ValueError, RecursionError) as error:  # half a surrogate pair; a list that contains itself
-        raise TypeError(f"JSON cannot say it: {error}") from error
-    # msgspec writes null for them; only where one stands is there anything to look for.
-    if b"null" in data and _holds_no_number(msgspec.to_builtins(value)):
-        raise TypeError("JSON cannot say it: NaN and infinite numbers are no JSON")
-    return msgspec.Raw(data)
+        data = msgspec.json.encode(value, enc_hook=_plain)
+        # msgspec writes null for them; only where one stands is there anything to look for.
+        if b"null" in data and _holds_no_number(msgspec.to_builtins(value, enc_hook=_plain)):
+            raise ValueError("NaN and infinite numbers are no JSON")
+        return msgspec.Raw(data)
+    # A type that is unknown; half a surrogate pair, or a model that cannot be dumped; a list that contains itself.
+    except (TypeError, NotImplementedError, ValueError, RecursionError) as error:
+        why = str(error) or type(error).__name__
+        raise TypeError(
+            "expected a payload that is JSON-serializable (dict, list, text, number, bool, None, a Pydantic model, a "
+            f"dataclass, a datetime) or bytes, got {type(value).__name__}: {why}"
+        ) from error
 
 
 def _holds_no_number(value: object) -> bool:
@@ -307,9 +327,12 @@ def add_response(response: dict[str, Any], answer: object) -> None:
     """Add what a handler of joins returned. Raises TypeError where it is no dict for JSON: False is no refusal."""
     if answer is None:
         return
+    data = to_payload(answer)  # here, so that a fault is met where the handler is
     if not isinstance(answer, Mapping):
-        raise TypeError(f"expected None or a dict, got {answer!r}")
-    _ = to_payload(answer)
+        found = msgspec.json.decode(data) if isinstance(data, msgspec.Raw) else None
+        if not isinstance(found, dict):
+            raise TypeError(f"expected None or a dict, got {answer!r}")
+        answer = found
     response.update(answer)
 
 

@@ -17,6 +17,8 @@ from relay.metrics import Metrics
 Rest: TypeAlias = Coroutine[None, None, None] | None
 Piece: TypeAlias = Callable[[], Rest]
 
+_CLOSE_TIMEOUT_S = 5.0
+
 
 PIECE_BYTES = 500
 """What a piece that waits takes beside what it is about: itself, its message, its place in the queue."""
@@ -225,8 +227,8 @@ class Lanes:
             asyncio.get_running_loop().call_soon(lane.cancel, lane.number)
         return len(running)
 
-    async def close(self) -> None:
-        """Drop what waits, cancel what runs, and wait for its end."""
+    async def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:
+        """Drop what waits, cancel what runs, and wait for its end; what ignores its cancellation is left behind."""
         tasks, self._cut = dict(self._tasks), False
         held, self._in_flight, in_flight = self.held_bytes, None, self._in_flight
         if in_flight is not None:
@@ -234,6 +236,8 @@ class Lanes:
             in_flight.count(self, -held)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            done, _ = await asyncio.wait(tasks, timeout=timeout_s)
+            tasks = {task: rest for task, rest in tasks.items() if task in done}
         for rest in tasks.values():
             rest.close()  # a task cancelled before its first step has not begun it

@@ -5,10 +5,9 @@ Owns what the broker is asked for; must not know transports or the wire's frames
 
 import asyncio
 import logging
-import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from contextlib import suppress
 from functools import partial
 from inspect import isawaitable
@@ -20,7 +19,7 @@ from relay.brokers.base import Broker, Direction, Event
 from relay.calling import Caller, HandlerFailed
 from relay.config import Config, OnGap
 from relay.control import Order
-from relay.errors import BusUnavailable, Reason
+from relay.errors import BusUnavailable, Reason, RelayError
 from relay.hooks import Event as HookedEvent
 from relay.hooks import Hook, Hooks, InvalidPayload, RedisMessage, matching
 from relay.hooks import Leave as HookedLeave
@@ -29,6 +28,7 @@ from relay.lanes import PIECE_BYTES, InFlight, Lanes, Rest
 from relay.logs import Throttle
 from relay.metrics import Metrics
 from relay.protocol import Subscription
+from relay.threadsafe import LOOP_HAS_ENDED, Call, Home
 from relay.tracing import Tracer
 from relay.wire import Payload, check_payload, fault_of_json, identified
 
@@ -52,13 +52,6 @@ _REST_FROM_S = 0.001
 _REST_MAX_S = 0.005
 _REST_BELOW_EVENTS = 8
 """A batch of more events than this was joined enough: under full load nobody rests."""
-
-
-class _Done:
-    """Something to await that has happened."""
-
-    def __await__(self) -> Generator[None, None, None]:
-        yield from ()
 
 
 class Node:
@@ -93,8 +86,8 @@ class Node:
         self.on_order: Callable[[Order], None] = lambda order: None
         """Called for each order of another node."""
         self._relay = relay
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
+        self.home: Home = Home()
+        """The event loop that all of this lives in."""
         # Events that have to wait for a handler, by topic, and raw Redis messages, by handler.
         self.in_flight: InFlight = InFlight(config.limits.in_flight_total_max_bytes, metrics)
         """What waits for handlers, of all sockets and here."""
@@ -123,26 +116,27 @@ class Node:
 
     async def stop(self) -> None:
         """Stop to hear the bus."""
+        timeout_s = self._config.limits.close_timeout_s
         for task in tuple(self._tasks):
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._lanes.close()
+        if self._tasks:  # not longer: a handler may ignore its cancellation
+            _ = await asyncio.wait(tuple(self._tasks), timeout=timeout_s)
+        await self._lanes.close(timeout_s)
         await self._broker.stop()
         self.caller.close()
 
     def call_in_loop(self, call: Callable[[], object]) -> None:
         """Call now, or, from a handler in a thread, at the event loop's next turn."""
-        if threading.get_ident() == self._thread:
+        if self.home.is_here:
             call()
+        elif self.home.has_ended:
+            raise RelayError(LOOP_HAS_ENDED)
         else:
-            self._loop.call_soon_threadsafe(call)
+            self.home.loop.call_soon_threadsafe(call)
 
-    def in_loop(self, work: Coroutine[None, None, None]) -> Awaitable[None]:
-        """Give back ``work`` to be awaited; to a handler in a thread, when it is done, with nothing left to await."""
-        if threading.get_ident() == self._thread:
-            return work
-        asyncio.run_coroutine_threadsafe(work, self._loop).result()
-        return _Done()
+    def start_call(self, begin: Callable[[], asyncio.Future[None]]) -> Call:
+        """Start what goes over the bus, from any thread and loop; see `Home.call`. Raises BusUnavailable."""
+        return self.home.call(begin, self._config.redis.timeout_s)
 
     def see_out(self, lanes: Lanes) -> asyncio.Task[None] | None:
         """Let the handlers that a socket leaves behind come to their end, each within its time; None without any."""
@@ -406,22 +400,27 @@ class Node:
         """Whether the link to the bus is live, and takes what is published."""
         return self._broker.link.live and not self._broker.refusal
 
-    async def broadcast(self, topic: str, event: str, payload: Payload, skip: Subscriber | None = None) -> None:
-        """Send an event to all subscribers of a topic on every node, except ``skip``. Raises BusUnavailable.
+    def broadcast(
+        self, topic: str, event: str, payload: Payload, skip: Subscriber | None = None
+    ) -> asyncio.Future[None]:
+        """Send an event to all subscribers of a topic on every node, except ``skip``; see `Broker.publish`.
 
         The event goes over the bus like any other, and nothing on it says whom to skip. So the node remembers:
         of the events that come back with these very names and bytes, one shall pass over ``skip``. Should
         somebody else publish the same bytes meanwhile, it does not matter which of the two that is.
         """
-        key = (topic, event, bytes(payload))
-        if skip is not None:
+        key = None if skip is None else (topic, event, bytes(payload))
+        if skip is not None and key is not None:
             self._skips.setdefault(key, deque()).append(skip)
-        try:
-            await self.publish(Direction.TO, topic, event, payload)
-        except BusUnavailable:
-            if skip is not None:
+        future = self.publish(Direction.TO, topic, event, payload)
+        future.add_done_callback(partial(self._broadcast_done, key))
+        return future
+
+    def _broadcast_done(self, key: tuple[str, str, bytes] | None, future: asyncio.Future[None]) -> None:
+        if not future.cancelled() and future.exception() is not None:
+            self._metrics.dropped[Reason.BUS_UNAVAILABLE] += 1
+            if key is not None:
                 _ = self._take_skip(*key)
-            raise
 
     def _take_skip(self, topic: str, event: str, data: bytes) -> Subscriber | None:
         key = (topic, event, data)
@@ -455,7 +454,12 @@ class Node:
         """Tell all nodes to send a user away; see `Broker.publish_control`."""
         future = self._broker.publish_control(control.encode(order))
         future.add_done_callback(self._log_failure)
+        future.add_done_callback(self._order_done)
         return future
+
+    def _order_done(self, future: asyncio.Future[None]) -> None:
+        if not future.cancelled() and future.exception() is not None:
+            self._metrics.dropped["control message not sent"] += 1
 
     def _log_failure(self, future: asyncio.Future[None]) -> None:
         if not future.cancelled() and isinstance(error := future.exception(), BusUnavailable):

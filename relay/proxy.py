@@ -115,6 +115,7 @@ class Proxy:
         # httpx2's transport and not its client, which would follow its own mind: it keeps cookies, of all users in one
         # jar, and asks for compression. Bound to the event loop that uses it first; None until then, and after `close`.
         self._transport: httpx.AsyncHTTPTransport | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def routes(self) -> list[BaseRoute]:
@@ -135,7 +136,8 @@ class Proxy:
             # It could lead out of the target's own path. Servers there are that take \ for /, or drop what follows a ;.
             await _problem(400, "expected a path without the segments . and ..")(scope, receive, send)
             return
-        if self._transport is None:
+        if self._transport is None or self._loop is not asyncio.get_running_loop():
+            self._loop = asyncio.get_running_loop()
             self._transport = httpx.AsyncHTTPTransport(limits=_LIMITS, trust_env=False)
         if not self._requests.take():
             await self._refuse(503, "too many requests", "too many requests under way", scope, receive, send)

@@ -30,6 +30,9 @@ _LOOK_S = 0.05
 _ORPHAN_MAX_S = 60.0
 """Seconds that a worker whose supervisor has ended may take to drain."""
 
+_END_TIMEOUT_S = 3.0
+"""Seconds that a process has to end after its shutdown."""
+
 
 class Server(uvicorn.Server):
     """Ends in three steps: the relay drains its sockets, at its pace; then nobody can connect; then all ends.
@@ -37,6 +40,9 @@ class Server(uvicorn.Server):
     Uvicorn's own stops to listen first. Meanwhile a client is answered 503, which says why, and not by silence:
     with several workers a connection would else wait for a process that takes none any more.
     """
+
+    ends_process = False
+    """Whether the process is to end with it, even if a handler hangs in a thread, or ignores its cancellation."""
 
     async def startup(self, sockets: list[sockets.socket] | None = None) -> None:
         """Start as Uvicorn does, with a log that nobody can flood."""
@@ -63,6 +69,23 @@ class Server(uvicorn.Server):
         while draining & self.server_state.connections and not self.force_exit:  # noqa: ASYNC110 - Uvicorn tells nobody
             await asyncio.sleep(_LOOK_S)
         await super().shutdown(sockets)
+        if self.ends_process:
+            threading.Thread(target=_end_process, name="relay-end", daemon=True).start()
+
+
+def _end_process() -> None:
+    """End a process that does not end by itself: Python waits for threads and tasks without a limit."""
+    time.sleep(_END_TIMEOUT_S)
+    names = sorted(thread.name for thread in threading.enumerate() if not thread.daemon)
+    logging.getLogger("relay.server").warning(
+        "process did not end within %g s after its shutdown: a handler hangs (threads: %s); ending it",
+        _END_TIMEOUT_S,
+        ", ".join(names),
+    )
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 class _Worker(multiprocess.Process):
@@ -72,6 +95,7 @@ class _Worker(multiprocess.Process):
     def server(self) -> uvicorn.Server:
         if self._server is None:
             self._server = Server(self.config)
+            self._server.ends_process = True
         return self._server
 
     def target(self, sockets: list[sockets.socket] | None = None) -> None:
@@ -132,6 +156,7 @@ def run(config: uvicorn.Config, listener: sockets.socket) -> int:
     raise_descriptor_limit()
     if config.workers == 1:
         server = Server(config)
+        server.ends_process = True
         server.run(sockets=[listener])
         return 0 if server.started else STARTUP_FAILURE
     multiprocess.Process = _Worker  # type: ignore[misc]  # the supervisor has no other way to be given one

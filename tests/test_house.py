@@ -72,7 +72,7 @@ HOUSE = {
         "brokers.embedded",
         "brokers",
     ],
-    "middle": ["node", "hub", "auth", "keys", "calling", "tracing", "lanes"],
+    "middle": ["node", "hub", "auth", "keys", "calling", "tracing", "lanes", "threadsafe"],
     "core": [
         "protocol",
         "limits",

@@ -235,7 +235,7 @@ async def test_batch_is_published_as_a_whole_or_not_at_all() -> None:
     async def broadcast(topic: str, event: str, payload: object) -> None:
         published.append((topic, event, payload))
 
-    relay.broadcast = broadcast  # type: ignore[method-assign]
+    relay.broadcast = broadcast  # type: ignore[assignment]
     async with relay.lifespan(), asking(relay) as ask:
         events = [{"topic": "t", "event": f"e{number}", "payload": number} for number in range(5)]
         for wrong in ({"event": "é" * 128}, {"topic": "phoenix"}, {"event": "phx_join"}):
@@ -252,7 +252,7 @@ async def test_payload_left_out_is_an_empty_object() -> None:
     async def broadcast(topic: str, event: str, payload: object) -> None:
         published.append(payload)
 
-    relay.broadcast = broadcast  # type: ignore[method-assign]
+    relay.broadcast = broadcast  # type: ignore[assignment]
     async with relay.lifespan(), asking(relay) as ask:
         for event in ({"topic": "t", "event": "e"}, {"topic": "t", "event": "e", "payload": None}):
             assert (await ask.post("/publish", json=event)).status_code == 200
@@ -265,7 +265,7 @@ async def test_bus_that_is_away_is_told_with_503() -> None:
     async def broadcast(topic: str, event: str, payload: object) -> None:
         raise BusUnavailable("connection refused")
 
-    relay.broadcast = broadcast  # type: ignore[method-assign]
+    relay.broadcast = broadcast  # type: ignore[assignment]
     async with relay.lifespan(), asking(relay) as ask:
         assert reason(await ask.post("/publish", json=EVENT), 503) == "bus unavailable: connection refused"
 
