@@ -274,7 +274,7 @@ def _plain(value: Any) -> Any:
         return value.model_dump(mode="json")
     if isinstance(value, Mapping):
         return dict(value)
-    raise NotImplementedError
+    raise TypeError(f"a {type(value).__name__} is not JSON-serializable")
 
 
 def to_payload(value: object) -> Payload:
@@ -295,7 +295,7 @@ def to_payload(value: object) -> Payload:
             raise ValueError("NaN and infinite numbers are no JSON")
         return msgspec.Raw(data)
     # A type that is unknown; half a surrogate pair, or a model that cannot be dumped; a list that contains itself.
-    except (TypeError, NotImplementedError, ValueError, RecursionError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         why = str(error) or type(error).__name__
         raise TypeError(
             "expected a payload that is JSON-serializable (dict, list, text, number, bool, None, a Pydantic model, a "
