@@ -38,7 +38,7 @@ from relay.plugins.loader import Loaded, load_plugins
 from relay.reach import SEVERAL_HOSTS, Reach
 from relay.service_links import log_service_links
 from relay.socket import Socket
-from relay.threadsafe import LOOP_HAS_ENDED, Call
+from relay.threadsafe import LOOP_HAS_ENDED, ONE_LOOP, Call
 from relay.tokens import load_keys
 from relay.topics import is_event, is_topic
 from relay.tracing import Tracer
@@ -175,7 +175,7 @@ class Relay:
         """
         self._let_go_of_ended()
         if self._engine is not None and not self._engine.node.home.is_here:
-            raise RelayError(f"the relay has been started in another event loop; expected one for all. {_ONE_LOOP}")
+            raise RelayError(f"the relay has been started in another event loop; expected one for all. {ONE_LOOP}")
         async with self._starting:
             if self._engine is None:
                 engine = Engine(
@@ -376,7 +376,7 @@ class Relay:
             _logger.warning("started by the first request; `relay.install(app)` starts it with your app")
             await self.start()
         if scope["type"] == "websocket" and not self.engine.node.home.is_here:
-            raise RelayError(f"a socket in another event loop than the relay's would hear no event. {_ONE_LOOP}")
+            raise RelayError(f"a socket in another event loop than the relay's would hear no event. {ONE_LOOP}")
         if scope["type"] == "http":
             if path in self._long_poll_paths:
                 await self._refuse(scope, receive, send, self._no_long_poll(path))
@@ -480,12 +480,6 @@ class Relay:
         _ = await receive()
         await self.stop()
         await send({"type": "lifespan.shutdown.complete"})
-
-
-_ONE_LOOP = (
-    "In tests with Starlette's TestClient write `with TestClient(app) as client:`, once, and open all sockets by that "
-    "client: without `with`, each request and each socket has an event loop of its own"
-)
 
 
 def _checked(topic: str, event: str) -> tuple[str, str]:

@@ -19,6 +19,11 @@ LOOP_HAS_ENDED = (
     "`async with relay.lifespan():`; in tests with Starlette's TestClient by `with TestClient(app) as client:`"
 )
 
+ONE_LOOP = (
+    "In tests with Starlette's TestClient write `with TestClient(app) as client:`, once, and open all sockets by that "
+    "client: without `with`, each request and each socket has an event loop of its own"
+)
+
 
 class Call(Coroutine[Any, Any, None]):
     """Something that has been started already; may be awaited, in any event loop, and need not be.
