@@ -114,6 +114,10 @@ class RelayHTTPProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Read on, a little at a time, unless the head, or what follows the body, has grown too large."""
         self._unset_keepalive_if_required()
+        if self._upgrade is not None and not self.transport.is_closing():
+            self._upgrade += data  # the request before it reads on: it asks for more, or for its client's end
+            self._hand_over()
+            return
         start = 0
         while start < len(data) and not self.transport.is_closing() and self._upgrade is None:
             start += self._parse(data[start : start + _PIECE_BYTES])
@@ -165,10 +169,12 @@ class RelayHTTPProtocol(HttpToolsProtocol):
         """Upgrade to WebSocket, as soon as the requests before it are answered."""
         assert self._upgrade is not None, "it has been asked for"
         early = self._upgrade
+        is_answering = self._answering is not None and not self._answering.response_complete
         if len(early) > _EARLY_MAX_BYTES:
-            self.send_400_response("expected no data before the upgrade is answered")
-            self._cut("handshake: malformed", "much data behind an upgrade request")
-        elif self._answering is not None and not self._answering.response_complete:
+            if not is_answering:  # else it would be in the midst of another answer
+                self.send_400_response("expected no data before the upgrade is answered")
+            self._cut("handshake: malformed", "much data behind an upgrade request", at_once=is_answering)
+        elif is_answering:
             self.flow.pause_reading()
         else:
             self.flow.resume_reading()

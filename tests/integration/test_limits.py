@@ -166,7 +166,10 @@ async def test_handshakes_are_bounded_in_their_rate(serve_relay: ServeRelay) -> 
 
 async def test_one_address_may_have_a_quarter_of_the_handshakes(serve_relay: ServeRelay) -> None:
     served = await serve_relay(
-        server={"proxy_headers": False}, limits={"handshakes_per_s": 40}, trusted_proxies=["127.0.0.1"]
+        server={"proxy_headers": False},
+        limits={"handshakes_per_s": 40},
+        trusted_proxies=["127.0.0.1"],
+        anonymous=True,
     )
     answers = []
     for _ in range(40):
@@ -225,7 +228,10 @@ async def test_forwarded_addresses_of_anybody_else_are_ignored(
 ) -> None:
     monkeypatch.setattr("relay.transport.throttle", Throttle(logging.getLogger("relay.socket")))
     served = await serve_relay(
-        server={"proxy_headers": False}, limits={"sockets_per_address": 1}, trusted_proxies=["10.0.0.0/8"]
+        server={"proxy_headers": False},
+        limits={"sockets_per_address": 1},
+        trusted_proxies=["10.0.0.0/8"],
+        anonymous=True,
     )
     await connect(served, additional_headers={"X-Forwarded-For": "1.2.3.4"})
     assert (await refusal(served, **{"X-Forwarded-For": "1.2.3.5"}))[0] == 429
@@ -348,7 +354,7 @@ async def test_relay_serve_cuts_slow_handshakes_and_looks_behind_proxies_itself(
 
 async def test_relay_serve_believes_no_proxy_by_default() -> None:
     """Uvicorn alone would believe whoever calls from this machine."""
-    with RelayProcess(environ={"RELAY_LIMITS__SOCKETS_PER_ADDRESS": "1"}) as relay:
+    with RelayProcess(environ={"RELAY_LIMITS__SOCKETS_PER_ADDRESS": "1", "RELAY_ANONYMOUS": "true"}) as relay:
         address = f"{relay.ws}/websocket?vsn=2.0.0"
         async with websockets.connect(address, additional_headers={"X-Forwarded-For": "1.2.3.4"}):
             with pytest.raises(InvalidStatus) as caught:

@@ -12,7 +12,7 @@ from relay import Relay
 from relay.server_http import RelayHTTPProtocol
 from tests.support.client import TEXT, client_frame
 from tests.support.process import Valkey
-from tests.support.serving import Served, figure, http_get, serve
+from tests.support.serving import Served, eventually, figure, http_get, serve
 
 TARGET = "/socket/websocket?vsn=2.0.0"
 KEY = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
@@ -198,3 +198,56 @@ async def test_upgrade_behind_another_request_waits_for_its_answer(valkey: Valke
                 await reader.readuntil(b"}")
             await reader.readuntil(b"HTTP/1.1 101 Switching Protocols\r\n")
         writer.close()
+
+
+@pytest.mark.parametrize("early_bytes", [0, 20_000])
+async def test_what_arrives_while_an_upgrade_waits_is_kept_up_to_a_bound(valkey: Valkey, early_bytes: int) -> None:
+    """The request before it may ask for more of its body, or for its client's end, which reads on."""
+    read, answer_now = bytearray(), asyncio.Event()
+
+    class Http(RelayHTTPProtocol):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            read.extend(data)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            lost.set()
+
+    lost = asyncio.Event()
+    relay = Relay(redis_url=valkey.url, system_topic=False)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope.get("path") != "/slow":
+            await relay(scope, receive, send)
+            return
+        await receive()
+        end = asyncio.create_task(receive())
+        await answer_now.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+        await end
+
+    async with serve(relay, app=app, http=Http) as one:
+        reader, writer = await asyncio.open_connection("127.0.0.1", one.port)
+        host = f"Host: 127.0.0.1:{one.port}\r\n"
+        upgrade = "".join(f"{line}\r\n" for line in (f"GET {TARGET} HTTP/1.1", *LINES[1:])) + host + "\r\n"
+        sent = f"GET /slow HTTP/1.1\r\n{host}\r\n{upgrade}".encode()
+        writer.write(sent)
+        await eventually(lambda: len(read) == len(sent), "the upgrade request to be read")
+        early = bytes(early_bytes) or client_frame(TEXT, b'["1","1","room:1","phx_join",{}]')
+        try:
+            async with asyncio.timeout(20):
+                writer.write(early)
+                await eventually(lambda: len(read) == len(sent + early) or lost.is_set(), "the bytes to be read")
+                if early_bytes:
+                    await lost.wait()
+                    assert await reader.read() == b""
+                    return
+                answer_now.set()
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+                await reader.readuntil(b"okHTTP/1.1 101 Switching Protocols\r\n")
+                await reader.readuntil(b'"phx_reply",{"status":"ok"')
+        finally:
+            answer_now.set()
+            writer.close()
