@@ -11,9 +11,12 @@ Source: RFC 7468 (PEM), 5280 and 5958 (DER), 7517 (JWK), 4253 section 6.6 (OpenS
 import base64
 import binascii
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import jwt
 import msgspec
@@ -37,15 +40,13 @@ _FORMS = "a secret, or a public key as PEM, base64 of DER, JWK or OpenSSH"
 _FAULTS = (PyJWTError, UnsupportedAlgorithm, ValueError, TypeError, OverflowError, RecursionError)
 
 _PEM = re.compile(r"-----BEGIN ([A-Z0-9 ]+)-----(.*?)-----END \1-----", re.DOTALL)
-_PEM_TRACE = re.compile(r"-{2,}\s*(?:BEGIN|END)\b|\b(?:BEGIN|END)\W.{0,40}(?:KEY|CERTIFICATE)|PuTTY-User-Key-File")
+_PEM_TRACE = re.compile(r"-{2,}\s*(?i:BEGIN|END)\b|\b(?:BEGIN|END)\W.{0,40}(?:KEY|CERTIFICATE)|PuTTY-User-Key-File")
 """What is left of a PEM whose lines were damaged on their way, and its relatives."""
-_SSH = re.compile(r"(?:^|\s)((?:ssh-|ecdsa-sha2-|sk-)[a-z0-9@.-]+)\s+(AAAA[A-Za-z0-9+/=]*)")
+_SSH = re.compile(r"(?:^|\s)((?i:ssh-|ecdsa-sha2-|sk-)[A-Za-z0-9@.-]+)\s+(AAAA[A-Za-z0-9+/=]*)")
 _SSH_WIRE = re.compile(rb"\0\0\0[\x07-\x40](?:ssh-|ecdsa-sha2-|sk-)")
 _WRAPPED = re.compile(rb"-----BEGIN |\"kty\"|^(?:ssh-|ecdsa-sha2-)")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_-]{16,}={0,2}")
 _HEX = re.compile(r"(?:0[xX])?(?:[0-9a-fA-F]{2}:?){16,}")
-_BASE64_OF_DER = "MII"
-"""How base64 of a DER structure over 127 bytes begins: 30 82, a sequence with two bytes of length."""
 _OIDS = tuple(
     bytes.fromhex(oid)
     for oid in (
@@ -53,11 +54,26 @@ _OIDS = tuple(
         "06072a8648ce3d0201",  # elliptic curves
         "06082a8648ce3d0301",  # the curve P-256
         "06032b65",  # Ed25519 and its kin
+        "06052b8104",  # other curves
+        "06072a8648ce3804",  # DSA
     )
 )
 _XML = re.compile(r"<[\w:]*(?:KeyValue|KeyInfo|Modulus|X509|EntityDescriptor)\b")
 _PATH = re.compile(r"\S+\.(?:pem|key|pub|crt|cer|der|jwks?|json|txt)", re.IGNORECASE)
-_JWT = re.compile(r"eyJ[\w-]+\.[\w-]+\.[\w-]*")
+_JWT = re.compile(r"\beyJ[\w-]+\.[\w-]+\.[\w-]*")
+_NAMED = re.compile(
+    r"(?:public|private|ssh)[ _-]?key|\b(?:modulus|kty|certificate)\b|did:key:", re.IGNORECASE | re.ASCII
+)
+"""How a key is named in text beside it."""
+_ENCODED = re.compile(r"[A-Za-z0-9+/_-]{12,}")
+_LONG = re.compile(r"[A-Za-z0-9+/_-]{32}|(?:[0-9a-fA-F]{2}[\s:]+){16}")
+_BYTES = re.compile(r"(?:(?:\\|0)x[0-9a-fA-F]{2}[\s,;]*){16,}")
+_NUMBER = re.compile(r"\d{150,}")
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]")
+_LAYERS = 4
+"""Encodings that are looked through, one inside another."""
+_POINTS = {65: (ec.SECP256R1(), ec.SECP256K1()), 97: (ec.SECP384R1(),), 133: (ec.SECP521R1(),)}
+"""Curves by the length of an uncompressed point, a public key as it is. Random bytes are on none of them."""
 _KEYSTORES = (b"\xfe\xed\xfe\xed", b"\xce\xce\xce\xce")  # of Java
 
 
@@ -172,7 +188,7 @@ def _parse(text: str, kid: str) -> Key | None:
         return _usable(_load_ssh(name, base64.b64encode(data).decode()), kid)
     if data.startswith(_KEYSTORES):
         raise _Unusable(f"a keystore of Java; expected {_FORMS}")
-    if _is_der(data) or any(oid in data for oid in _OIDS) or text.startswith(_BASE64_OF_DER):
+    if _is_der(data) or any(oid in data for oid in _OIDS) or _begins_as_der(data):
         return _usable(_load_der(data), kid)
     if len(data) == 65 and data[0] == 4:  # an uncompressed point, as Web Push has its keys
         try:
@@ -184,14 +200,65 @@ def _parse(text: str, kid: str) -> Key | None:
 
 def _check_secret(text: str) -> None:
     """Refuse what is not secret. Raises _Unusable."""
-    if _JWT.fullmatch(text):
+    if _JWT.search(text):
         raise _Unusable(f"a token, which is no key; expected {_FORMS}")
     if _XML.search(text):
         raise _Unusable(f"a key in XML; expected {_FORMS}")
-    if re.match(r"https?://", text):
+    if re.match(r"(?i)https?://", text):
         raise _Unusable("an address, which is no secret; for keys that are published there set auth.jwks_url")
+    if _shows_key(text):
+        raise _Unusable(f"looks like a key in a form that is not known, or cut; expected {_FORMS}")
     if "\n" not in text and (_PATH.fullmatch(text) or ("/" in text and _is_file(text))):
         raise _Unusable("a path, which is no secret; write file: before it")
+
+
+def _shows_key(text: str, layers: int = _LAYERS) -> bool:
+    """Say whether a key is to be seen in ``text``: beside other text, in part, or under further encodings."""
+    text = unquote(_INVISIBLE.sub("", text))
+    if _BYTES.fullmatch(text):
+        text = re.sub(r"(?:\\|0)x|[\s,;]", "", text)
+    if _NUMBER.fullmatch(text) or _PEM_TRACE.search(text) or (_NAMED.search(text) and _LONG.search(text)):
+        return True
+    joined = re.sub(r"\s", "", text)
+    parts = dict.fromkeys((*_ENCODED.findall(text), *_ENCODED.findall(joined)))
+    return any(_holds_key(data, layers) for data in chain(_decodings(joined), *map(_bytes_of, parts)))
+
+
+def _holds_key(data: bytes, layers: int) -> bool:
+    if _is_der(data) or _begins_as_der(data) or any(oid in data for oid in _OIDS) or _SSH_WIRE.search(data):
+        return True
+    if data[:1] == b"\x04" and any(_is_point(data, curve) for curve in _POINTS.get(len(data), ())):
+        return True
+    if layers == 0 or len(data) < 16 or not data.isascii():
+        return False
+    text = data.decode("ascii")
+    return (text.isprintable() or "\n" in text) and (bool(_XML.search(text)) or _shows_key(text, layers - 1))
+
+
+def _is_point(data: bytes, curve: ec.EllipticCurve) -> bool:
+    try:
+        _ = ec.EllipticCurvePublicKey.from_encoded_point(curve, data)
+    except _FAULTS:
+        return False
+    return True
+
+
+def _bytes_of(text: str) -> Iterator[bytes]:
+    """What a run of letters may stand for: hex; base64, of which up to three letters may be missing at the front."""
+    with suppress(ValueError):
+        yield bytes.fromhex(text)
+    text = text.replace("+", "-").replace("/", "_")
+    for missing in range(4):
+        part = text[missing:]
+        with suppress(ValueError):
+            yield base64.urlsafe_b64decode(part[: len(part) - (len(part) % 4 == 1)] + "==")
+
+
+def _decodings(text: str) -> Iterator[bytes]:
+    """What text as a whole may stand for, in rarer encodings."""
+    for decode in (base64.b32decode, base64.a85decode, base64.b85decode):
+        with suppress(ValueError):
+            yield decode(text)
 
 
 def _is_file(text: str) -> bool:
@@ -225,6 +292,11 @@ def _is_der(data: bytes) -> bool:
     count = data[1] & 0x7F if data[1] & 0x80 else 0
     length = int.from_bytes(data[2 : 2 + count]) if count else data[1]
     return count <= 4 and 2 + count + length == len(data) and data[2 + count] in (0x30, 0x02)
+
+
+def _begins_as_der(data: bytes) -> bool:
+    """Whether ``data`` begins as a key of over 255 bytes does, wherever it may have been cut."""
+    return data[:2] == b"\x30\x82" and data[4:5] in (b"\x30", b"\x02")
 
 
 # From a form to a key: each returns the public and the private one.

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from random import Random
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from cryptography import x509
@@ -167,6 +168,34 @@ REFUSED = {
     "a path": ("/run/secrets/public.pem", "file:"),
     "a path without a folder": ("jwt.key", "file:"),
     "a token": (token(), "a token"),
+    "a token behind a word": (f"Bearer {token()}", "a token"),
+    "an address in capitals": ("HTTPS://LOGIN.EXAMPLE.ORG/KEYS", "auth.jwks_url"),
+    "hex of a PEM": (RSA_PUBLIC.encode().hex(), "looks like a key"),
+    "hex in bytes of C": (", ".join(f"0x{byte:02x}" for byte in public_der(EC)), "looks like a key"),
+    "hex in bytes of Python": ("".join(f"\\x{byte:02x}" for byte in public_der(RSA)), "looks like a key"),
+    "base64 of base64": (plain(plain(public_der(EC)).encode()), "looks like a key"),
+    "base64 of base64 of a PEM": (plain(plain(RSA_PUBLIC.encode()).encode()), "looks like a key"),
+    "base64 in URL's encoding": (quote(plain(public_der(RSA)), safe=""), "looks like a key"),
+    "base64 behind a name": (f"public_key: {plain(public_der(EC))}", "looks like a key"),
+    "base64 behind a scheme": (f"base64:{plain(public_der(RSA))}", "looks like a key"),
+    "base64 behind an invisible character": (f"\u200b{plain(public_der(EC))}", "looks like a key"),
+    "base64 with a dot behind it": (f"{plain(public_der(RSA))}.", "looks like a key"),
+    "base64 without its first letters": (plain(public_der(EC))[5:], "looks like a key"),
+    "base64 twice": (f"{plain(public_der(EC))} {plain(public_der(EC))}", "looks like a key"),
+    "base32": (base64.b32encode(public_der(EC)).decode(), "looks like a key"),
+    "a data URL": (f"data:application/x-pem-file;base64,{plain(RSA_PUBLIC.encode())}", "looks like a key"),
+    "PEM in small letters": (RSA_PUBLIC.lower(), "PEM"),
+    "a point in hex": (
+        EC.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint).hex(),
+        "looks like a key",
+    ),
+    "OpenSSH in capitals": (openssh(RSA).replace("ssh-rsa", "SSH-RSA"), "OpenSSH"),
+    "JWK in URL's encoding": (quote(json.dumps(jwk(RSA_PUBLIC, None))), "looks like a key"),
+    "JWK without its braces": (json.dumps(jwk(RSA_PUBLIC, None))[1:-1], "looks like a key"),
+    "JWK in YAML": (f"kty: RSA\nn: {jwk(RSA_PUBLIC, None)['n']}\ne: AQAB", "looks like a key"),
+    "a modulus that openssl prints": (f"Modulus={RSA.public_key().public_numbers().n:X}", "looks like a key"),
+    "a modulus in decimal digits": (str(RSA.public_key().public_numbers().n), "looks like a key"),
+    "XML in base64": (plain(b"<RSAKeyValue><Modulus>AAAA</Modulus></RSAKeyValue>"), "looks like a key"),
     "half a surrogate pair": ("a secret of more than thirty-two bytes \ud83d", "UTF-8"),
 }
 
@@ -205,6 +234,9 @@ def test_path_of_a_file_that_exists_is_not_taken_for_a_secret(tmp_path: Path) ->
         "{a secret in braces, of thirty-two bytes}",
         "the END of a sentence that is a secret",
         "{c0ffee: a secret}",
+        "a secret that is no private key, and no certificate",
+        "%41%42 a secret with %20 in it, of thirty-two bytes",
+        "correct-horse-battery-staple-correct-horse-battery-staple",
         "1" * 64,
     ],
 )
@@ -214,7 +246,7 @@ def test_secret_stays_a_secret_as_it_is_written(text: str) -> None:
 
 
 def test_random_bytes_in_base64_or_hex_are_a_secret() -> None:
-    """None of 2000 is mistaken for a key: one in some 200 000 is, whose base64 begins as that of DER does."""
+    """None of 2000 is mistaken for a key: one in some millions is, which begins as DER does."""
     draw = Random(1)
     for _ in range(2000):
         data = draw.randbytes(draw.randint(16, 80))
