@@ -13,11 +13,14 @@ in order, one at a time.
 """
 
 import math
+import re
+from array import array
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction, signature, unwrap
+from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -76,7 +79,10 @@ class Socket(Protocol):
         """
 
     def leave(self, topic: str) -> bool:
-        """End its subscription with ``phx_close``: the client does not rejoin. False where it has none."""
+        """End its subscription with ``phx_close``: the client does not rejoin. False where it has none.
+
+        A join of ``topic`` that is being decided is refused with ``removed by the server``.
+        """
 
     def disconnect(self, reason: str = "") -> None:
         """Close the socket with 1001; the client reconnects unless it is kept out."""
@@ -109,10 +115,29 @@ class _Carries:
         """The payload as Python values; ``bytes`` stay bytes. Raises InvalidPayload, a ValueError."""
         if self._decoded is msgspec.UNSET:
             try:
-                self._decoded = msgspec.json.decode(self.data) if isinstance(self.data, msgspec.Raw) else self.data
+                decoded = msgspec.json.decode(self.data) if isinstance(self.data, msgspec.Raw) else self.data
             except (ValueError, RecursionError) as error:
                 raise InvalidPayload(self, str(error)) from None
+            if isinstance(self.data, msgspec.Raw) and _is_deep(bytes(self.data)):
+                raise InvalidPayload(self, f"nested deeper than {NESTING_MAX} levels")
+            self._decoded = decoded
         return self._decoded
+
+
+NESTING_MAX = 256
+"""Levels of lists and objects that a handler may read: what it then builds of them Python can write again."""
+
+_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
+_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
+
+
+def _is_deep(data: bytes) -> bool:
+    """Say whether JSON is nested deeper than `NESTING_MAX`, in linear time."""
+    if data.count(b"[") + data.count(b"{") <= NESTING_MAX:
+        return False
+    steps = array("b", _STRINGS.sub(b"", data).translate(_STEPS, _NO_BRACKETS))
+    return max(accumulate(steps), default=0) > NESTING_MAX
 
 
 class Actor(NamedTuple):
@@ -304,12 +329,17 @@ def to_payload(value: object) -> Payload:
 
 
 def _holds_no_number(value: object) -> bool:
-    """Whether a number among it is NaN or infinite."""
-    if isinstance(value, float):
-        return not math.isfinite(value)
-    if isinstance(value, dict):
-        return any(map(_holds_no_number, value.values()))
-    return isinstance(value, list | tuple | set | frozenset) and any(map(_holds_no_number, value))
+    """Whether a number among it is NaN or infinite, at any depth."""
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, float) and not math.isfinite(one):
+            return True
+        if isinstance(one, dict):
+            waiting.extend(one.values())
+        elif isinstance(one, list | tuple | set | frozenset):
+            waiting.extend(one)
+    return False
 
 
 def check_event(event: str) -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import inspect
+import json
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -91,6 +93,29 @@ def test_payload_is_decoded_when_first_asked_for_and_once() -> None:
     assert first == {"a": [1]}
     assert join.payload is first
     assert (join.socket, join.topic) == (SOCKET, "room:1")
+
+
+@pytest.mark.parametrize(
+    ("text", "is_read"),
+    [
+        ("[" * 256 + "]" * 256, True),
+        ("[" * 257 + "]" * 257, False),
+        ('{"a":' * 257 + "1" + "}" * 257, False),
+        ("[" + "[]," * 5000 + "{}]", True),
+        ('{"[[": "' + "[" * 5000 + '"}', True),
+        ('["\\"", "' + "[{" * 5000 + '"]', True),
+        ('["\\\\", ' + "[" * 256 + "]" * 256 + "]", False),
+        ("[" + "[" * 200 + "]" * 200 + "," + "[" * 200 + "]" * 200 + "]", True),
+    ],
+)
+def test_payload_is_read_down_to_256_levels(text: str, is_read: bool) -> None:
+    join = Join(SOCKET, "room:1", raw(text))
+    if is_read:
+        assert join.payload == json.loads(text)
+        return
+    for _ in range(2):
+        with pytest.raises(hooks.InvalidPayload, match="256 levels"):
+            _ = join.payload
 
 
 def test_join_push_and_leave_say_who_acts() -> None:
@@ -207,6 +232,15 @@ def test_payload_that_json_cannot_say_is_a_type_error_whatever_its_fault() -> No
     for value in (object(), {(1, 2): 3}, "half a pair: \ud800", endless):
         with pytest.raises(TypeError):
             hooks.to_payload(value)
+
+
+def test_payload_of_a_handler_may_be_nested_as_deep_as_python_writes_it() -> None:
+    nested: object = None
+    for _ in range(800):
+        nested = [nested]
+    assert bytes(hooks.to_payload(nested)) == b"[" * 800 + b"null" + b"]" * 800
+    with pytest.raises(TypeError, match="infinite"):
+        hooks.to_payload([nested, {"x": [math.nan]}])
 
 
 def test_response_is_none_or_a_payload() -> None:

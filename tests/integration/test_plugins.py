@@ -1163,6 +1163,46 @@ async def test_payload_that_cannot_be_read_is_the_clients_fault(
     assert errors_of(caplog) == []
 
 
+@pytest.mark.parametrize(("depth", "is_read"), [(250, True), (255, True), (256, False), (500, False), (750, False)])
+@pytest.mark.parametrize("answer", ["return", "reply", "broadcast", "push", "join"])
+async def test_nested_payload_is_answered_as_it_came_or_is_the_clients_fault(
+    serve_plugin: ServePlugin, connect: Connect, both: Both, answer: str, depth: int, is_read: bool
+) -> None:
+    """What a handler may read it may also send on, with levels of its own around it."""
+    plugin = Plugin("echo")
+
+    def join(join: Join) -> object:
+        return {"in": {"it": join.payload}}
+
+    def push(push: Push) -> object:
+        push.stop()
+        payload = {"in": {"it": push.payload}}
+        if answer == "reply":
+            push.reply(payload)
+        elif answer == "broadcast":
+            _ = push.broadcast("echo", payload)
+        elif answer == "push":
+            push.socket.push(push.topic, "echo", payload)
+        return payload if answer == "return" else None
+
+    plugin.on_join("room:2")(both(join))
+    plugin.on_push("room:1")(both(push))
+    served = await serve_plugin(plugin)
+    client = await connect(served)
+    nested = '{"a":' + "[" * depth + "null" + "]" * depth + "}"
+    if answer == "join":
+        await client.send_raw(f'["1","1","room:2","phx_join",{nested}]')
+    else:
+        await client.join("room:1")
+        await client.send_raw(f'[null,"1","room:1","read",{nested}]')
+    texts = [str(await client.receive_raw())]
+    if is_read and answer in ("broadcast", "push"):
+        texts.append(str(await client.receive_raw()))
+    assert any(nested in text for text in texts) == is_read
+    assert +served.relay.metrics.plugin_errors == {}
+    assert +served.relay.metrics.refused == ({} if is_read else {"invalid payload": 1})
+
+
 @pytest.mark.parametrize("payload", [*UNREADABLE.values(), b'"\\ud83d"'], ids=[*UNREADABLE, "half a surrogate pair"])
 async def test_event_that_cannot_be_read_is_the_publishers_fault(
     serve_plugin: ServePlugin, connect: Connect, redis: Redis, both: Both, payload: bytes
