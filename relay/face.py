@@ -12,7 +12,7 @@ from relay import hooks, wire
 from relay.access import Access
 from relay.errors import CloseCode, Reason
 from relay.node import Node
-from relay.protocol import Subscription
+from relay.protocol import Join, Subscription
 from relay.transport import Connection
 from relay.wire import Version
 
@@ -30,6 +30,10 @@ class Face:
 
     def subscription(self, topic: str) -> Subscription | None:
         """What this socket has joined under ``topic``."""
+        raise NotImplementedError
+
+    def joining(self, topic: str) -> Join | None:
+        """The join of ``topic`` that is being decided."""
         raise NotImplementedError
 
     def fail(self, subscription: Subscription, reason: Reason | None) -> bool:
@@ -62,10 +66,13 @@ class Face:
         return True
 
     def leave(self, topic: str) -> bool:
-        """End its subscription with ``phx_close``; False where it has none."""
-        if (subscription := self.subscription(topic)) is not None:
+        """End its subscription with ``phx_close``, and refuse a join that is being decided; False for neither."""
+        subscription, join = self.subscription(topic), self.joining(topic)
+        if join is not None:
+            join.removed = True
+        if subscription is not None:
             self._node.call_in_loop(partial(self.fail, subscription, None))
-        return subscription is not None
+        return subscription is not None or join is not None
 
     def disconnect(self, reason: str = "") -> None:
         """Close the socket with 1001."""

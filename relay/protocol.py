@@ -65,6 +65,8 @@ class Join:
     """What this socket had under the same topic: it ends whether the join is accepted or not."""
     began: int = 0
     """When its decision began, as `relay.control.Decisions` counts."""
+    removed: bool = False
+    """Whether the socket was taken out of the topic while this was being decided."""
 
 
 @dataclass(slots=True)
@@ -102,7 +104,7 @@ class Protocol:
         self.version: Version = version
         self.subscriptions: dict[str, Subscription] = {}
         # Topics whose join is being decided: they count towards the limit already.
-        self._joining: set[str] = set()
+        self._joining: dict[str, Join] = {}
         self._topics_max = topics_max
         self._payload_max_bytes = payload_max_bytes
 
@@ -135,12 +137,13 @@ class Protocol:
             return self._error(None, message, Reason.UNMATCHED_TOPIC)
         if not topics.is_topic(topic):
             return self._error(message.join_ref, message, Reason.INVALID_TOPIC)
-        if current is None and len(self.subscriptions.keys() | self._joining) >= self._topics_max:
+        if current is None and len(self.subscriptions.keys() | self._joining.keys()) >= self._topics_max:
             return self._error(message.join_ref, message, Reason.TOO_MANY_TOPICS)
         # A rejoin too: what it replaces may be ended from this side before it is decided.
-        self._joining.add(topic)
         own_ref = message.ref if message.join_ref is None else message.join_ref
-        return Join(Subscription(topic, own_ref), message.join_ref, message.ref, message.payload, current)
+        join = Join(Subscription(topic, own_ref), message.join_ref, message.ref, message.payload, current)
+        self._joining[topic] = join
+        return join
 
     def _receive_push(self, message: Message, current: Subscription) -> Action:
         if not topics.is_event(message.event):
@@ -180,7 +183,7 @@ class Protocol:
 
     def _answer_join(self, join: Join, status: str, response: Payload) -> list[Frame]:
         topic = join.subscription.topic
-        self._joining.discard(topic)
+        _ = self._joining.pop(topic, None)
         frames = [wire.encode_reply(self.version, join.join_ref, join.ref, topic, status, response)]
         # One that was ended from this side in the meantime has been told already.
         if join.replaces is not None and self.has(join.replaces):
@@ -223,6 +226,10 @@ class Protocol:
         subscription = subscription or self.subscriptions.get(topic)
         join_ref = None if subscription is None else subscription.join_ref
         return wire.encode_push(self.version, join_ref, topic, DROPPED_EVENT, wire.json_payload({"dropped": count}))
+
+    def joining(self, topic: str) -> Join | None:
+        """The join of ``topic`` that is being decided."""
+        return self._joining.get(topic)
 
     def has(self, subscription: Subscription) -> bool:
         """Say whether this very subscription is still in force."""

@@ -278,9 +278,10 @@ class Socket(Face):
                 self._unsubscribe(join.subscription)
                 return
             # Again, since handlers and the broker may have taken their time.
-            if self.access is not None and (reason := self.access.judge(join.subscription, join.began)) is not None:
+            reason = None if self.access is None else self.access.judge(join.subscription, join.began)
+            if reason is not None or join.removed:
                 self._unsubscribe(join.subscription)
-                self._refuse_join(join, reason)
+                self._refuse_join(join, reason or Reason.REMOVED)
                 return
             _ = self._last_push.pop(join.subscription.topic, None)  # of what this join replaces
             for frame in self._protocol.accept(join, response):
@@ -423,6 +424,10 @@ class Socket(Face):
     def subscription(self, topic: str) -> Subscription | None:
         """What this socket has joined under ``topic``."""
         return self._protocol.subscriptions.get(topic)
+
+    def joining(self, topic: str) -> Join | None:
+        """The join of ``topic`` that is being decided."""
+        return self._protocol.joining(topic)
 
     @property
     def topics(self) -> tuple[str, ...]:

@@ -416,6 +416,40 @@ async def test_rejoin_under_way_does_not_outlast_a_kick(valkey: Valkey, direct: 
             assert not served.relay.topics
 
 
+@pytest.mark.parametrize("has_joined", [False, True])
+@pytest.mark.parametrize("order", ["leave", "path", "query"])
+async def test_join_under_way_does_not_outlast_the_removal_of_its_socket(
+    valkey: Valkey, direct: bool, order: str, has_joined: bool
+) -> None:
+    """Without any users: the socket is named by its id."""
+    gate = Gate()
+    async with one_or_two(valkey, False, direct, extra_plugins=(slow_join(gate),)) as (served, _):
+        async with Client.connect(served.ws) as client:
+            ref = ""
+            if has_joined:
+                gate.opened.set()
+                ref = await client.join("room:1")
+                gate.opened.clear()
+            (socket,) = served.relay.engine.sockets.values()
+            assert not socket.leave("room:2"), "it has nothing to do with this topic"
+            await client.send("7", "7", "room:1", "phx_join", {})
+            await gate.wait_begun(2 if has_joined else 1)
+            if order == "leave":
+                assert socket.leave("room:1")
+            else:
+                path = (
+                    f"topics/room:1/sockets/{socket.id}" if order == "path" else f"sockets?id={socket.id}&topic=room:1"
+                )
+                async with httpx.AsyncClient(trust_env=False, headers={"X-API-Key": "k" * 16}) as api:
+                    assert (await api.delete(f"{served.http}/api/{path}")).status_code == 204
+            if has_joined:
+                assert await client.receive() == [ref, ref, "room:1", "phx_close", {}]
+            gate.opened.set()
+            assert await client.receive() == client.refusal("7", "7", "room:1", REMOVED)
+            assert not served.relay.topics
+            await client.join("room:1")  # a later one is another decision
+
+
 async def test_order_for_others_leaves_a_join_under_way_alone(valkey: Valkey, direct: bool) -> None:
     gate = Gate()
     async with one_or_two(valkey, False, direct, auth=AUTH, extra_plugins=(slow_join(gate),)) as (served, _):
