@@ -38,6 +38,7 @@ from relay.commands.help import Command, Group
 from relay.commands.link import host_of
 from relay.commands.plugins import new_plugin, plugins
 from relay.commands.publish import publish
+from relay.commands.terminal import is_kept
 from relay.config import CONFIG_VARIABLE, EMBEDDED, Config, load
 from relay.errors import ConfigError
 from relay.service_links import log_service_links
@@ -374,19 +375,31 @@ def _greet(settings: Config, embedded: bool, open_page: bool) -> None:
         lines.append(f"  console  {page}console")
     lines += [f"  socket   {path}" for path in paths]
     if embedded:
-        lines.append(f"  redis    {settings.redis_url}  (a Valkey of the relay's own; it ends with the relay)")
-    if embedded or is_shareable(settings.redis_url):
+        lines += _greet_embedded(settings)
+    elif is_shareable(settings.redis_url):
         lines.append(f"  publish  {publish_line(settings.redis_url, settings.redis.to_prefix)}")
-        if embedded:
-            # With the port: another relay may be started here meanwhile, and `publish` takes the newest. It finds the
-            # password by itself, which then is not shown in the list of processes.
-            own = f"{_own_name()} publish --redis-url redis://127.0.0.1:{urlsplit(settings.redis_url).port}"
-            lines.append(f"""           or, without redis-cli:  {own} room:1 new_msg '{{"text":"hi"}}'""")
     typer.echo("\n".join(lines))
     if embedded and settings.auth.has_keys:
         logging.getLogger("relay").warning("redis_url: %s", BESIDE_AUTH)
     if open_page:
         webbrowser.open(page)
+
+
+def _greet_embedded(settings: Config) -> list[str]:
+    from relay.pages import publish_line
+
+    url, bare = settings.redis_url, f"redis://127.0.0.1:{urlsplit(settings.redis_url).port}"
+    # With the port: another relay may be started here meanwhile, and `publish` takes the newest. It finds the password
+    # by itself, which then is not shown in the list of processes.
+    own = f"""{_own_name()} publish --redis-url {bare} room:1 new_msg '{{"text":"hi"}}'"""
+    if is_kept():
+        why = "its password is not printed to a file or a log; `relay publish` finds it"
+        return [f"  redis    {bare}  (a Valkey of the relay's own; {why})", f"  publish  {own}"]
+    return [
+        f"  redis    {url}  (a Valkey of the relay's own; it ends with the relay)",
+        f"  publish  {publish_line(url, settings.redis.to_prefix)}",
+        f"           or, without redis-cli:  {own}",
+    ]
 
 
 def _own_name() -> str:

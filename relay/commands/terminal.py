@@ -4,6 +4,8 @@ Owns that difference, and the one line on standard error before exit code 1.
 """
 
 import json
+import os
+import stat
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,6 +23,15 @@ class Failed(Exception):
 def is_terminal() -> bool:
     """Whether somebody reads along."""
     return sys.stdout.isatty()
+
+
+def is_kept() -> bool:
+    """Whether what is printed is kept, for others to read: it goes to a file, or by a socket to the system's log."""
+    try:
+        mode = os.fstat(sys.stdout.fileno()).st_mode
+    except (OSError, ValueError):  # closed, or no file at all
+        return False
+    return stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
 
 
 def console() -> "Console":

@@ -135,6 +135,35 @@ async def test_password_of_the_embedded_server_is_for_its_user_alone(relay: Rela
     assert relay.output.count(password) == 2, "in the greeting, and in no line of the log"
 
 
+@pytest.mark.parametrize("kind", ["file", "socket"])
+def test_password_of_the_embedded_server_is_not_printed_to_what_others_may_read(kind: str, tmp_path: Path) -> None:
+    """A socket is what systemd gives as standard output; what comes there is kept in the journal."""
+    ours, theirs = socket.socketpair()
+    path = tmp_path / "out"
+    environ = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+    with ours, theirs, path.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "relay", "serve", "--port", "0"],
+            stdout=file.fileno() if kind == "file" else theirs.fileno(),
+            stderr=subprocess.STDOUT,
+            env=environ,
+        )
+        try:
+            ours.settimeout(DEADLINE_S)
+            output = b""
+            while b"  publish " not in output or not output.endswith(b"\n"):
+                assert process.poll() is None
+                output = path.read_bytes() if kind == "file" else output + ours.recv(65536)
+            (announced,) = (json.loads(one.read_text()) for one in tmp_path.glob("relay-*/*.json"))
+            url = urlsplit(announced["redis"])
+            assert url.password
+            assert url.password not in output.decode()
+            assert f"redis://127.0.0.1:{url.port} " in output.decode()
+        finally:
+            process.terminate()
+            assert process.wait(DEADLINE_S) == 0
+
+
 async def test_relay_publish_takes_the_password_of_the_relay_at_that_address(relay: RelayProcess) -> None:
     url = f"redis://127.0.0.1:{redis_port(relay)}"
     ran = await asyncio.to_thread(relay_command, relay, "publish", "room:found", "e", "{}", "--redis-url", url)
