@@ -82,7 +82,7 @@ def test_relay_greets(relay: RelayProcess) -> None:
     assert "is ready" in relay.output
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "127.1"])
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 @pytest.mark.parametrize(
     ("arguments", "path"),
     [
