@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from http.client import HTTPConnection, HTTPException
@@ -145,22 +145,25 @@ def serve(
         embedded = application is None and (
             settings.redis_url == EMBEDDED or not (settings.redis_url or settings.broadcast_url)
         )
+        own = stack.enter_context(ExitStack())
         if embedded:
             from relay.brokers.embedded import EmbeddedValkey
 
             valkey = EmbeddedValkey()
-            stack.callback(valkey.stop)
+            own.callback(valkey.stop)
             settings = settings.model_copy(update={"redis_url": valkey.url})
-        stack.enter_context(runfile.announce(_page_url(settings), settings.redis_url if embedded else None))
+        own.enter_context(runfile.announce(_page_url(settings), settings.redis_url if embedded else None))
         if application is not None:
             _when_ready(settings, lambda: typer.echo(f"{application} is ready at {_page_url(settings)}"))
         else:
             _when_ready(settings, lambda: _greet(settings, embedded, open_page))
-        code = _run(settings, application, config, listener)
+        code = _run(settings, application, config, listener, own.close)
     sys.exit(code)
 
 
-def _run(settings: Config, application: str | None, file: Path | None, listener: sockets.socket) -> int:
+def _run(
+    settings: Config, application: str | None, file: Path | None, listener: sockets.socket, clean_up: Callable[[], None]
+) -> int:
     """Run Uvicorn until it is stopped; one process here, or several under its supervisor."""
     import uvicorn
 
@@ -193,7 +196,9 @@ def _run(settings: Config, application: str | None, file: Path | None, listener:
     _collect_rarely()
     app = application or _alone(settings)  # workers make their own; what is wrong is said here, once for all of them
     if settings.workers == 1:
-        return serving.run(uvicorn.Config(app, workers=1, **options), listener)  # without, it reads WEB_CONCURRENCY
+        return serving.run(
+            uvicorn.Config(app, workers=1, **options), listener, clean_up
+        )  # without, it reads WEB_CONCURRENCY
     # The workers read the same sources again; what this process has decided travels as variables.
     os.environ.update(RELAY_HOST=settings.host, RELAY_PORT=str(settings.port), RELAY_WORKERS=str(settings.workers))
     if file is not None:
@@ -206,7 +211,7 @@ def _run(settings: Config, application: str | None, file: Path | None, listener:
             if not settings.metrics.folder:
                 os.environ["RELAY_METRICS__FOLDER"] = stack.enter_context(_folder_of_figures())
             application, options["factory"] = "relay.cli:_worker_app", True
-        return serving.run(uvicorn.Config(application, workers=settings.workers, **options), listener)
+        return serving.run(uvicorn.Config(application, workers=settings.workers, **options), listener, clean_up)
 
 
 def _with_origins(settings: Config, added: list[str]) -> list[str] | str:

@@ -11,6 +11,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import count
@@ -187,7 +188,9 @@ class Engine:
         self._siblings.leave()
         self._announced.close()
         if self._embedded is not None:
-            await asyncio.to_thread(self._embedded.stop)
+            # In a thread of its own: handlers that hang may hold all those of the event loop.
+            with ThreadPoolExecutor(1, "relay-embedded") as thread:
+                await asyncio.get_running_loop().run_in_executor(thread, self._embedded.stop)
 
     def abandon(self) -> None:
         """Let go of what outlives the event loop, which has ended without `stop`."""

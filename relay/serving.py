@@ -12,6 +12,7 @@ import socket as sockets
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -44,6 +45,9 @@ class Server(uvicorn.Server):
     ends_process = False
     """Whether the process is to end with it, even if a handler hangs in a thread, or ignores its cancellation."""
 
+    clean_up: Callable[[], None] = staticmethod(lambda: None)
+    """Called, in a thread, before a process is ended that does not end by itself."""
+
     async def startup(self, sockets: list[sockets.socket] | None = None) -> None:
         """Start as Uvicorn does, with a log that nobody can flood."""
         throttle = Throttle(logging.getLogger("relay.server"), interval_s=1.0)
@@ -70,10 +74,10 @@ class Server(uvicorn.Server):
             await asyncio.sleep(_LOOK_S)
         await super().shutdown(sockets)
         if self.ends_process:
-            threading.Thread(target=_end_process, name="relay-end", daemon=True).start()
+            threading.Thread(target=_end_process, args=(self.clean_up,), name="relay-end", daemon=True).start()
 
 
-def _end_process() -> None:
+def _end_process(clean_up: Callable[[], None]) -> None:
     """End a process that does not end by itself: Python waits for threads and tasks without a limit."""
     time.sleep(_END_TIMEOUT_S)
     names = sorted(thread.name for thread in threading.enumerate() if not thread.daemon)
@@ -82,10 +86,13 @@ def _end_process() -> None:
         _END_TIMEOUT_S,
         ", ".join(names),
     )
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    try:
+        clean_up()
+    finally:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 class _Worker(multiprocess.Process):
@@ -151,12 +158,16 @@ def _exception_handler(throttle: Throttle) -> Any:
     return handle
 
 
-def run(config: uvicorn.Config, listener: sockets.socket) -> int:
-    """Serve until stopped, here or in workers; returns the exit code."""
+def run(config: uvicorn.Config, listener: sockets.socket, clean_up: Callable[[], None]) -> int:
+    """Serve until stopped, here or in workers; returns the exit code.
+
+    Args: clean_up: lets go of what the caller would let go of afterwards, where the process has to be ended before.
+    """
     raise_descriptor_limit()
     if config.workers == 1:
         server = Server(config)
         server.ends_process = True
+        server.clean_up = clean_up
         server.run(sockets=[listener])
         return 0 if server.started else STARTUP_FAILURE
     multiprocess.Process = _Worker  # type: ignore[misc]  # the supervisor has no other way to be given one

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -474,5 +475,22 @@ async def test_handler_that_hangs_does_not_keep_the_process(tmp_path: Path, kind
             assert process.process is not None
             process.process.send_signal(SIGTERM)
             assert (await client.expect_closed())[0] == 1012
+            assert list(Path(process.environ["XDG_RUNTIME_DIR"]).glob("*/*.json"))
         assert await asyncio.to_thread(process.wait) == 0
         assert "process did not end within" in process.output
+        assert not list(Path(process.environ["XDG_RUNTIME_DIR"]).glob("*/*"))  # nobody finds it any more
+
+
+async def test_embedded_server_ends_while_handlers_hold_all_threads_of_the_loop() -> None:
+    hang = threading.Event()
+    relay = Relay(redis_url="embedded", system_topic=False)
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(1))
+    async with relay.lifespan():
+        hanging = loop.run_in_executor(None, hang.wait)
+        stopping = asyncio.create_task(relay.stop())
+        done, _ = await asyncio.wait({stopping}, timeout=20)
+        hang.set()
+        assert done, "the stop waits for a thread of the event loop"
+        assert await hanging
+        await stopping
