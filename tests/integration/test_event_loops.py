@@ -464,6 +464,11 @@ async def stubborn(push):
 """
 
 
+def announced(process: RelayProcess) -> list[Path]:
+    """The files by which other programs find a relay."""
+    return list(Path(process.environ["XDG_RUNTIME_DIR"]).glob("*/*"))
+
+
 @pytest.mark.parametrize("kind", ["executor", "stubborn"])
 async def test_handler_that_hangs_does_not_keep_the_process(tmp_path: Path, kind: str) -> None:
     (tmp_path / "hanging").mkdir()
@@ -475,10 +480,10 @@ async def test_handler_that_hangs_does_not_keep_the_process(tmp_path: Path, kind
             assert process.process is not None
             process.process.send_signal(SIGTERM)
             assert (await client.expect_closed())[0] == 1012
-            assert list(Path(process.environ["XDG_RUNTIME_DIR"]).glob("*/*.json"))
+            assert announced(process)
         assert await asyncio.to_thread(process.wait) == 0
         assert "process did not end within" in process.output
-        assert not list(Path(process.environ["XDG_RUNTIME_DIR"]).glob("*/*"))  # nobody finds it any more
+        assert not announced(process)
 
 
 async def test_embedded_server_ends_while_handlers_hold_all_threads_of_the_loop() -> None:
