@@ -163,11 +163,17 @@ class Socket(Face):
         meanwhile as those of a client that stayed.
         """
         task = self._node.see_out(self._lanes)
-        if self.access is not None and task is None:
-            self.access.end()
-        elif self.access is not None and task is not None:
-            task.add_done_callback(self.access.end)
+        if task is None:
+            self._let_go()
+        else:
+            task.add_done_callback(self._let_go)
         return task
+
+    def _let_go(self, _: object = None) -> None:
+        """End the rights, and break the cycle by which the lanes refer to this socket: it is freed at once."""
+        if self.access is not None:
+            self.access.end()
+        self._lanes.give_up = None
 
     def close(self, code: int, reason: str) -> bool:
         """Close the socket after what is already queued for it; False where it was closed already."""
