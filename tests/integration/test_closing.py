@@ -11,6 +11,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import httpx2 as httpx
 import psutil
 import pytest
 from redis.asyncio import Redis
@@ -105,6 +106,35 @@ async def test_server_ends_though_a_client_reads_nothing(name: str, valkey: Valk
             began = time.monotonic()
             await asyncio.to_thread(app.stop)
             assert time.monotonic() - began < 10
+
+
+WATCHED = """
+from relay import Relay
+relay = Relay(redis_url={url!r}, system_topic=False, limits={limits!r})
+
+async def app(scope, receive, send):
+    await relay(scope, receive, send)
+    if scope["type"] == "websocket":
+        print("returned", flush=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["hypercorn", "granian"])
+async def test_relay_is_done_in_time_with_a_socket_that_another_server_keeps(
+    name: str, valkey: Valkey, redis: Redis
+) -> None:
+    """ASGI cannot cut a connection, so these servers keep it until its client goes."""
+    with AppServer(
+        name, WATCHED.format(url=valkey.url, limits=LIMITS | {"outbox_max_bytes": 16 << 20}), ready="/health"
+    ) as app:
+        async with RawSocket.connect(app.ws + "/socket", receive_buffer=4096) as client:
+            await filled(client, redis, f"closing:{name}", 4)
+            async with httpx.AsyncClient(base_url=f"{app.http}/api", trust_env=False) as operator:
+                (socket_id,) = (await operator.get(f"/topics/closing:{name}")).json()["socket_ids"]
+                began = time.monotonic()
+                assert (await operator.delete("/sockets", params={"id": socket_id})).is_success
+            await eventually(lambda: "returned" in app.output, "the relay's coroutine to return")
+            assert time.monotonic() - began < 4
 
 
 # Before the handshake is decided.
