@@ -348,15 +348,20 @@ def _routes(relay: "Relay") -> APIRouter:
         )
 
     @router.delete("/sockets/{socket_id}", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_FOUND)
-    async def disconnect(socket_id: SocketId) -> Response:
+    async def disconnect_by_path(socket_id: SocketId, request: Request) -> Response:
         """Close a socket with 1001; its client reconnects unless it is kept out."""
+        _refuse_topic(request)
+        return await disconnect(socket_id)
+
+    async def disconnect(socket_id: str) -> Response:
         if not relay.disconnect(socket_id):
             raise HTTPException(404, f"no socket {socket_id!r} here")
         return Response(status_code=HTTPStatus.NO_CONTENT)
 
     @router.delete("/users/{user:path}", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_TOLD)
-    async def disconnect_user(user: UserName) -> Response:
+    async def disconnect_user(user: UserName, request: Request) -> Response:
         """Close all sockets of a user with 1001, on every node; whether there are any is not known here."""
+        _refuse_topic(request)
         return await _told(relay.disconnect(user=user))
 
     @router.delete("/topics/{topic:path}/users/{user:path}", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_TOLD)
@@ -365,6 +370,12 @@ def _routes(relay: "Relay") -> APIRouter:
         return await _told(relay.kick(topic, user=user))
 
     return router
+
+
+def _refuse_topic(request: Request) -> None:
+    """Refuse a topic in the query of a path that names none: without it the order says more. Raises HTTPException."""
+    if "topic" in request.query_params:
+        raise HTTPException(422, "a topic in the query goes with ?user=… or ?id=… there; expected no topic here")
 
 
 async def _told(order: Awaitable[None]) -> Response:

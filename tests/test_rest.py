@@ -405,6 +405,14 @@ async def test_order_with_a_misspelt_query_does_nothing(query: str) -> None:
         assert orders == []
 
 
+@pytest.mark.parametrize("path", ["users/alice", "users/a%2Fb", "sockets/1"])
+async def test_topic_in_the_query_of_an_order_by_path_is_refused(path: str) -> None:
+    """Without it the order would be about all of the user's sockets, or about the whole socket."""
+    async with ordered() as (ask, orders):
+        assert "topic" in reason(await ask.delete(f"/{path}?topic=room:1"), 422)
+        assert orders == []
+
+
 async def test_socket_is_named_in_the_query_too() -> None:
     async with ordered() as (ask, _):
         assert reason(await ask.delete("/sockets?id=none"), 404) == "no socket 'none' here"
