@@ -379,7 +379,7 @@ class Relay:
             raise RelayError(f"a socket in another event loop than the relay's would hear no event. {ONE_LOOP}")
         if scope["type"] == "http":
             if path in self._long_poll_paths:
-                await self._refuse(scope, receive, send, self._no_long_poll(path))
+                await self._refuse(scope, receive, send, self._no_long_poll(scope, path))
             elif path in self._socket_paths:
                 self.metrics.refused["handshake: no upgrade"] += 1
                 await upgrade.ask_for_upgrade(scope, receive, send)
@@ -437,8 +437,8 @@ class Relay:
         headers = {"www-authenticate": "Bearer"} if refused.status == HTTPStatus.UNAUTHORIZED else None
         await pages.problem(refused.status, refused.text, headers)(scope, receive, send)
 
-    def _no_long_poll(self, path: tuple[str, ...]) -> Refused:
-        socket = "/" + "/".join((*path[:-1], "websocket"))
+    def _no_long_poll(self, scope: Scope, path: tuple[str, ...]) -> Refused:
+        socket = scope.get("root_path", "") + "/" + "/".join((*path[:-1], "websocket"))
         text = (
             "the relay has no long polling: a WebSocket is needed, at "
             f"{socket}; take the option longPollFallbackMs out of `new Socket(…)`"

@@ -273,6 +273,7 @@ async def test_long_poll_fallback_is_told_what_is_missing(caplog: pytest.LogCapt
             )
             assert status == 404
             assert "longPollFallbackMs" in body and "WebSocket" in body
+            assert "at /relay/socket/websocket;" in body
         assert served.relay.metrics.refused["http: long polling"] == 2
     assert len([record for record in caplog.records if "longPollFallbackMs" in record.message]) == 1
 
