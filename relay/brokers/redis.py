@@ -220,6 +220,7 @@ class _Session:
         self._probe_channels.append(self._fallback)
         # Commands whose replies are still to come, with their pattern; and how many patterns are not confirmed yet.
         self._asked: deque[tuple[str, bytes]] = deque()
+        self._asked_together: Sequence[bytes] = ()
         self._unconfirmed = 0
         self._confirmed = asyncio.Event()
         self._is_live = False
@@ -289,18 +290,13 @@ class _Session:
 
     async def _read(self) -> None:
         connection, sink, metrics = self._connection, self._sink, self._metrics
-        prefix, pattern, control, fallback = (
-            self._settings.to_prefix.encode(),
-            self._pattern,
-            self._control,
-            self._fallback,
-        )
+        prefix = self._settings.to_prefix.encode()
+        pattern, control, fallback = self._pattern, self._control, self._fallback
         raw = {raw.encode() for raw in self._broker._patterns}  # Redis tells of one pattern once, whoever asked for it
         # The pattern for events comes last: none is heard before all are confirmed, so that live means all of them.
         patterns = (*sorted(raw), *((control,) if control else ()), pattern)
         self._unconfirmed = len(patterns)
-        self._asked.extend(("PSUBSCRIBE", each) for each in patterns)
-        connection.write(packed([(b"PSUBSCRIBE", each) for each in patterns]))
+        self._subscribe(patterns)
         gets = connection.replies.gets
         while True:
             self._waiting_since = self._clock()
@@ -336,6 +332,13 @@ class _Session:
                 else:
                     metrics.dropped[Reason.EVENTS_MISSED] += len(events)
 
+    def _subscribe(self, patterns: Sequence[bytes], *, one_by_one: bool = False) -> None:
+        """Ask for patterns in one command, which a server refuses as a whole, or in one for each."""
+        self._asked_together = () if one_by_one else patterns
+        self._asked.extend(("PSUBSCRIBE", each) for each in patterns)
+        commands = [(b"PSUBSCRIBE", each) for each in patterns] if one_by_one else [(b"PSUBSCRIBE", *patterns)]
+        self._connection.write(packed(commands))
+
     def _take_answer(self, reply: Any) -> None:
         """Take the answer to a command: ``["psubscribe", pattern, 1]``, ``["pong", ""]``, or what `read_role` reads."""
         kind = reply if isinstance(reply, bytes) else reply[0]
@@ -358,6 +361,9 @@ class _Session:
             if is_denied(error):
                 self._may_ping = False
                 self._broker._say_denied("PING", "the connections are guarded by probes alone", "+ping")
+        elif command == "PSUBSCRIBE" and len(self._asked_together) > 1 and is_denied(error):
+            self._asked.clear()  # nothing else is asked before all patterns are confirmed
+            self._subscribe(self._asked_together, one_by_one=True)
         elif command == "PSUBSCRIBE" and pattern == self._control and is_denied(error):
             self._probe_channels.remove(self._settings.control_channel.encode())
             self._control_denied()

@@ -422,6 +422,21 @@ async def test_user_with_few_rights_works_and_what_is_missing_is_said_once(
     assert all("allow it with " in text for text in said)
 
 
+@pytest.mark.parametrize(("rules", "calls"), [((), 1), (("resetchannels", "&to:*", "&from:*"), 3)])
+async def test_patterns_are_asked_for_in_one_command_unless_one_is_denied(
+    server: Valkey, rules: tuple[str, ...], calls: int
+) -> None:
+    """Redis refuses a command as a whole; a refused one is asked for again, pattern by pattern."""
+    ask(server, "ACL", "SETUSER", "relay", "on", ">pw", "allchannels", "+@all", *rules)
+    async with broker_on(f"redis://relay:pw@127.0.0.1:{server.port}") as (broker, sink, _):
+        assert broker.link == (True, "")
+        assert await outcome(broker.publish(Direction.TO, "room", "e", b"1")) == "ok"
+        await sink.expect(("room", "e", b"1"))
+    with Redis(port=server.port) as redis:
+        counted = redis.info("commandstats")["cmdstat_psubscribe"]
+    assert counted["calls"] + counted["rejected_calls"] == calls
+
+
 async def test_probe_alone_finds_a_dead_connection_where_ping_is_not_allowed(server: Valkey) -> None:
     ask(server, "ACL", "SETUSER", "relay", "on", ">pw", "allchannels", "-@all", "+psubscribe", "+publish")
     async with Switch.open(server.port) as proxy:
