@@ -3,6 +3,7 @@
 import asyncio
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -24,9 +25,17 @@ settings.register_profile("relay", deadline=None)
 settings.load_profile("relay")
 
 
+# Variables that platforms and shells set, and that the relay, its server, its command line or its clients read.
+_PLATFORM = re.compile(
+    r"relay_.*|uvicorn_.*|web_concurrency|forwarded_allow_ips|(https?|wss?|socks|all|no)_proxy|"
+    r"force_color|no_color|py_colors|tty_\w+|terminal_width|columns|lines",
+    re.IGNORECASE,
+)
+
+
 def pytest_sessionstart() -> None:
     """Settings of the machine must not reach the relays under test."""
-    for name in [name for name in os.environ if name.startswith("RELAY_")]:
+    for name in [name for name in os.environ if _PLATFORM.fullmatch(name)]:
         del os.environ[name]
 
 
