@@ -15,7 +15,7 @@ from broadcaster import Event as Published
 from redis.asyncio import Redis
 
 from relay.brokers.base import Broker, Direction, Event
-from relay.brokers.broadcaster import BroadcasterBroker
+from relay.brokers.broadcaster import BroadcasterBroker, pack
 from relay.brokers.redis import RedisBroker
 from relay.config import Config
 from relay.errors import BusUnavailable
@@ -566,6 +566,29 @@ async def test_messages_that_wait_are_bounded_in_bytes_too(bus: Bus) -> None:
 # What only the broadcaster adapter has to see to; the fake does it on demand.
 
 only_fake = pytest.mark.parametrize("bus", ["fake"], indirect=True)
+
+
+@only_fake
+async def test_gap_is_told_before_events_that_come_with_the_new_subscription(
+    connect: Connect, bus: FakeBus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bus is subscribed topic by topic: an event is there before the last of them is."""
+    pair = await connect(**FAST)
+    await bus.cut()
+    await _expect_down(pair.hearer)
+    subscribe = FakeBackend.subscribe
+    heard_before: list[int] = []
+
+    async def subscribe_with_an_event(backend: FakeBackend, channel: str) -> None:
+        await subscribe(backend, channel)
+        if "room" in channel:
+            backend.queue.put_nowait(Published(channel, pack("room", "e", b"1")))
+
+    monkeypatch.setattr(FakeBackend, "subscribe", subscribe_with_an_event)
+    monkeypatch.setattr(pair.sink, "receive_gap", lambda reason: heard_before.append(len(pair.sink.events)))
+    await bus.heal()
+    await pair.sink.expect(("room", "e", b"1"))
+    assert heard_before == [0]
 
 
 @only_fake
