@@ -99,8 +99,12 @@ class Home:
         return Call(future)
 
     def ask(self, function: Callable[[], T], timeout_s: float) -> T:
-        """Call a plain function in this loop, and return what it returns. Raises RelayError where it has ended."""
-        if self.is_here:
+        """Call a plain function in this loop, and return what it returns. Raises RelayError where it has ended.
+
+        Between two runs of the loop, its own thread may call: nothing else changes then what the function reads.
+        """
+        is_between_runs = not self.loop.is_running() and not self.loop.is_closed()
+        if self.is_here or (is_between_runs and threading.get_ident() == self._thread):
             return function()
         if self.has_ended:
             raise RelayError(LOOP_HAS_ENDED)

@@ -499,3 +499,11 @@ async def test_embedded_server_ends_while_handlers_hold_all_threads_of_the_loop(
         assert done, "the stop waits for a thread of the event loop"
         assert await hanging
         await stopping
+
+
+def test_topics_are_listed_between_two_runs_of_the_loop() -> None:
+    relay = Relay(broadcast_url="memory://", system_topic=False)
+    with asyncio.Runner() as runner:
+        runner.run(relay.start())
+        assert relay.topics == {}
+        runner.run(relay.stop())
