@@ -194,7 +194,8 @@ def test_check_says_what_each_key_was_taken_for_and_shows_none(relay: Command, t
     der = "".join(RSA_PUBLIC.split("\n")[1:-2])
     path = tmp_path / "ec.pem"
     path.write_text(EC_PRIVATE)
-    text = f'[auth]\nkeys = ["{der}", "file:{path}", {{key = "{SECRET}", kid = "old"}}]\nissuer = "us"'
+    keys = f'["{der}", "file:{path}", {{key = "{SECRET}", kid = "old"}}]'
+    text = f'redis_url = "redis://localhost"\n[auth]\nkeys = {keys}\nissuer = "us"'
     code, out, _ = relay("check", settings=text)
     assert code == 0
     assert [json.loads(line)["text"] for line in out.splitlines() if json.loads(line)["about"] == "key"] == [

@@ -280,9 +280,9 @@ async def test_many_bad_clients_write_few_log_lines(
 @pytest.mark.parametrize(
     ("request_bytes", "status"),
     [
-        pytest.param(b"GET /socket/websocket HTTP/1.1\r\nHost: localhost\r\n\r\n", b"404", id="no upgrade"),
+        pytest.param(b"GET /socket/websocket HTTP/1.1\r\nHost: localhost\r\n\r\n", b"426", id="no upgrade"),
         pytest.param(
-            b"POST /socket/websocket HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n", b"404", id="post"
+            b"POST /socket/websocket HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n", b"426", id="post"
         ),
         pytest.param(b"\x00\x01\x02\r\n\r\n", b"400", id="no http"),
         pytest.param(
