@@ -136,7 +136,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         """
         if self.transport.is_closing():
             return
-        self.read_paused = True
+        self.read_paused: bool = True
         self.transport.pause_reading()
         self._hang_up_check = self.loop.call_later(_HANG_UP_CHECK_S, self._check_hang_up)
 
@@ -464,10 +464,12 @@ class _Inbox(_Waiting):
         self._messages: list[Any] = []
 
     def put_nowait(self, message: Any) -> None:
+        """Add a message, and wake the reader."""
         self._messages.append(message)
         self._wake()
 
     async def get(self) -> Any:
+        """Take the oldest message, once there is one."""
         while not self._messages:
             await self._wait()
         return self._messages.pop(0)
@@ -482,6 +484,7 @@ class _Inbox(_Waiting):
             self._messages.pop()
 
     def empty(self) -> bool:
+        """Whether no message waits."""
         return not self._messages
 
 

@@ -161,7 +161,7 @@ class RelayHTTPProtocol(HttpToolsProtocol):
         """
         lines = [b"%s: %s\r\n" % pair for pair in self.headers if pair[0] in (b"content-length", b"transfer-encoding")]
         self._body_follows, self._is_replaying = False, True
-        self.parser = httptools.HttpRequestParser(self)
+        self.parser: httptools.HttpRequestParser = httptools.HttpRequestParser(self)
         self.parser.feed_data(b"POST / HTTP/1.1\r\n" + b"".join(lines) + b"\r\n")
         self._is_replaying = False
 
@@ -211,7 +211,7 @@ class RelayHTTPProtocol(HttpToolsProtocol):
             return
         end = min((at for mark in b"/?#" if (at := rest.find(mark)) >= 0), default=len(rest))
         host, target = rest[:end].rpartition(b"@")[2], rest[end:].partition(b"#")[0]
-        self.url = target if target.startswith(b"/") else b"/" + target
+        self.url: bytes = target if target.startswith(b"/") else b"/" + target
         others = [header for header in self.headers if header[0] != b"host"]
         if len(self.headers) - len(others) <= 1:  # two of them are refused, whatever they say
             self.headers[:] = [(b"host", host), *others]
@@ -334,8 +334,7 @@ class RelayHTTPProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()  # after a reset Uvicorn leaves it running
         self._cutter = self._watch = None
         self._answering = None
-        self.cycle = None  # type: ignore[assignment]
-        self.parser = None  # type: ignore[assignment]
+        vars(self).update(cycle=None, parser=None)  # Uvicorn's own, and typed as if they were never gone
 
     def _await_head(self, after_s: float = 0.0) -> None:
         self._stop_waiting()

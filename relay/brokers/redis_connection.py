@@ -92,7 +92,7 @@ class RedisConnection:
         self._writer = writer
         self._clock = clock
         self.protocol = protocol
-        self.replies = hiredis.Reader()
+        self.replies: hiredis.Reader = hiredis.Reader()
         self.read_at: float = clock()
         """When bytes came last."""
 
