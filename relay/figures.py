@@ -33,7 +33,7 @@ WRITE_INTERVAL_S = 1.0
 
 
 READ_INTERVAL_S = 1.0
-"""Seconds for which what was read is good, whoever asks and how often."""
+"""Seconds for which a reading is reused, however often it is asked for."""
 
 
 class State(NamedTuple):

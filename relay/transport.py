@@ -237,7 +237,7 @@ class Connection:
         if writer is not None and writer.ready:
             writer.write(frame.wire)
         elif writer is not None and not writer.open:
-            return  # after a close frame, or the connection's loss: what is still read of it is answered to nobody
+            return  # after a close frame, or the connection's loss: what is still read of it gets no answer
         elif not self._ended:
             if not self._queue().add_control(frame) and self._close is None:
                 self._metrics.refused["sends and does not read"] += 1

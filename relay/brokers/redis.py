@@ -292,7 +292,7 @@ class _Session:
         connection, sink, metrics = self._connection, self._sink, self._metrics
         prefix = self._settings.to_prefix.encode()
         pattern, control, fallback = self._pattern, self._control, self._fallback
-        raw = {raw.encode() for raw in self._broker._patterns}  # Redis tells of one pattern once, whoever asked for it
+        raw = {raw.encode() for raw in self._broker._patterns}  # Redis reports a pattern once, however often asked
         # The pattern for events comes last: none is heard before all are confirmed, so that live means all of them.
         patterns = (*sorted(raw), *((control,) if control else ()), pattern)
         self._unconfirmed = len(patterns)

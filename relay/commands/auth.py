@@ -313,7 +313,7 @@ def _auth_warnings(auth: AuthConfig, keys: "tuple[Key, ...]") -> Iterator[str]:
 
 
 def _contradictions(config: Config) -> Iterator[str]:
-    """Settings that other settings leave without effect, or with one that nobody wants."""
+    """Settings that other settings leave without effect, or with an unwanted one."""
     limits, redis, auth = config.limits, config.redis, config.auth
     least = limits.payload_max_bytes + ENVELOPE_BYTES
     for name, value, follows in (
