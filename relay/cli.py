@@ -60,7 +60,7 @@ UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 def main() -> None:
     """Run the command line."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="relay", standalone_mode=False)
     except ConfigError as error:
         _say(*error.problems)
         code = 2

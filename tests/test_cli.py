@@ -61,6 +61,13 @@ def test_module_is_the_command() -> None:
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, f"{__version__}\n", "")
 
 
+def test_program_name_is_relay_however_it_is_started() -> None:
+    wrong = subprocess.run([sys.executable, "-m", "relay", "nonsense"], capture_output=True, text=True)
+    assert wrong.stderr == "relay: no such command 'nonsense'; `relay --help` shows how\n"
+    shown = subprocess.run([sys.executable, "-m", "relay", "serve", "--help"], capture_output=True, text=True)
+    assert shown.stdout.split()[:3] == ["Usage:", "relay", "serve"]
+
+
 def test_help_names_the_commands_and_their_options(run: Run) -> None:
     for command, words in (
         ((), ("serve", "publish", "listen", "push", "topics", "bench", "token", "check", "plugins", "new-plugin")),
