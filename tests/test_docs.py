@@ -46,6 +46,7 @@ import pytest
 
 from relay import Config, Relay
 from relay.config import LimitsConfig, load
+from relay.node import _EVENTS_WAITING
 from relay.plugins import Plugin
 from tests.support.client import Client
 from tests.support.node import SCRIPTS, need_browser, need_node, run_checks
@@ -234,6 +235,16 @@ def test_page_on_plugins_shows_every_hook_with_its_signature() -> None:
     assert "`@plugin.service`" in text
     for setting in type(Config().plugins).model_fields:
         assert setting in text, setting
+
+
+def test_number_of_events_that_may_wait_for_a_handler_is_documented() -> None:
+    text = (REPOSITORY / "docs" / "plugins.md").read_text("utf-8")
+    number = f"{_EVENTS_WAITING:_}".replace("_", " ")
+    assert (
+        f"While {number} events of one topic wait for on_event, or {number} messages for one on_redis handler" in text
+    )
+    described = " ".join(str(Plugin.on_redis.__doc__).split())
+    assert f"messages over {number} that wait are dropped and counted" in described
 
 
 class Story:

@@ -108,8 +108,8 @@ class Plugin:
     def on_redis(self, channel: str) -> Callable[[RedisHandler], RedisHandler]:
         """Listen to Redis channels of somebody else's: ``handler(message: RedisMessage, relay: Relay) -> None``.
 
-        ``channel`` is a Redis pattern (PSUBSCRIBE). Messages are handled in order, one at a time per handler; over
-        1000 that wait are dropped and counted. Every relay process hears every message.
+        ``channel`` is a Redis pattern (PSUBSCRIBE). Messages are handled in order, one at a time per handler;
+        messages over 10 000 that wait are dropped and counted. Every relay process receives every message.
         """
         return self._hook("redis", channel)
 
