@@ -6,7 +6,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from relay import __version__  # noqa: E402 - the line above finds it
+from relay.version import __version__  # noqa: E402 - the line above finds it
 from tools import reference  # noqa: E402
 
 project = "relay"

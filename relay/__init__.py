@@ -10,7 +10,7 @@ A team's own code needs no more than this package's top level::
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from relay.version import __version__
 
 __all__ = [
     "BusUnavailable",

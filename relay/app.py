@@ -22,7 +22,8 @@ from relay import console, hooks, pages, transport, upgrade
 from relay.addresses import hosts_of, look_behind_proxies, parse_networks
 from relay.auth import Authenticate
 from relay.brokers.base import Link
-from relay.config import EMBEDDED, Config, explain, load
+from relay.config import EMBEDDED, Config
+from relay.config_sources import explain, load
 from relay.console import Console
 from relay.engine import Engine
 from relay.errors import ConfigError, RelayError

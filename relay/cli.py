@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from relay import __version__, runfile
+from relay import runfile
 from relay.commands import ConfigFile, RedisUrl, epilog
 from relay.commands.auth import check, token
 from relay.commands.bench import bench
@@ -39,9 +39,11 @@ from relay.commands.link import host_of
 from relay.commands.plugins import new_plugin, plugins
 from relay.commands.publish import publish
 from relay.commands.terminal import is_kept
-from relay.config import CONFIG_VARIABLE, EMBEDDED, Config, load
+from relay.config import CONFIG_VARIABLE, EMBEDDED, Config
+from relay.config_sources import load
 from relay.errors import ConfigError
 from relay.service_links import log_service_links
+from relay.version import __version__
 
 _logger = logging.getLogger("relay")
 

@@ -3,35 +3,25 @@
 Owns every setting with its unit and default; must not know who uses it. ``config/relay.toml`` shows them all.
 """
 
-import os
 import re
-import tomllib
-from collections.abc import Container, Iterator, Mapping
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
-    EnvSettingsSource,
     PydanticBaseSettingsSource,
-    SettingsError,
-    TomlConfigSettingsSource,
 )
 
 from relay.addresses import host_in, is_loopback_host, parse_ip, parse_networks
-from relay.auth_config import AuthConfig, Seconds, Table
 from relay.brokers import address
 from relay.brokers.address import SENTINEL_SCHEMES
-from relay.brokers.base import Direction
 from relay.errors import ConfigError
-from relay.outbox import Overflow, Policy
-from relay.service_links import ENV_PREFIX, service_links
-from relay.web_config import MetricsConfig, ProxyConfig, RestConfig
+from relay.rights import Grant, parse_rights
+from relay.service_links import ENV_PREFIX
 
 CONFIG_VARIABLE = "RELAY_CONFIG"
 """Names the configuration file where no ``--config`` does."""
@@ -50,9 +40,6 @@ _HOST_PATTERN = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*", re.ASCII)
 _REDIS_SCHEMES = ("redis", "rediss", "unix", *SENTINEL_SCHEMES)
 _BROADCAST_SCHEMES = ("memory", "postgres", "postgresql", "kafka")
 
-_SECRET = re.compile(r"(^|[._])(url|keys?)(\.|$)")
-"""Settings whose values are not repeated."""
-
 Positive = Annotated[int, Field(gt=0)]
 
 # Of these, zero means none: the limit is off.
@@ -62,6 +49,63 @@ SecondsOrOff = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 ENVELOPE_BYTES = 1_024
 """Room for what a frame has beside its payload: topic, event and refs, of at most 255 bytes each."""
+
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Table(BaseModel, extra="forbid", frozen=True):
+    """Unknown keys are refused, and nothing changes after the start."""
+
+
+def check_url(url: str) -> str:
+    """Give back an http:// or https:// address that names a host. Raises ValueError, which does not repeat it."""
+    try:
+        parts = urlsplit(url)
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number or too large; not repeated, it may be a part of a password
+        named = False
+    if not named:
+        raise ValueError("expected http[s]://host[:port], with a host, and a port of 1 to 65535")
+    return url
+
+
+class Direction(StrEnum):
+    """Which way a message goes: to the browsers, or from one of them. `RedisConfig.prefix` has the prefix of each."""
+
+    TO = "to"
+    FROM = "from"
+    FROM_USER = "from-user"
+    """From one of them, with who that is."""
+
+
+class Overflow(StrEnum):
+    """What happens to a slow reader's events once its outbox is full; a setting of each topic."""
+
+    DISCONNECT = "disconnect"
+    """Close the socket: it comes back and starts afresh. For events of which none may be missing."""
+    DROP_OLDEST = "drop-oldest"
+    """Drop this topic's oldest waiting events to make room."""
+    LATEST = "latest"
+    """Keep one waiting event per topic and event name, the newest. For values that replace each other.
+
+    A newer value takes the place in which the older one waits. So the events of one name arrive in order, and those of
+    several may not: a1 b2 a3 arrives as a3 b2. At the end of the queue instead, a name whose value changes faster than
+    the queue is read would wait without end.
+    """
+
+
+class Policy(NamedTuple):
+    """What a topic's settings say of slow readers."""
+
+    overflow: Overflow = Overflow.DISCONNECT
+    latest_key: str = ""
+    """With ``latest``: keep one waiting event for each value of this key in the payload; of those without, and where
+    this is empty, for each event name."""
+    tell_dropped: bool = False
+    """Tell the client how many of the topic's events it missed, before the next of them."""
+    match: str = "*"
+    """The pattern in ``[[topics]]`` that these settings stand under; what is dropped is counted by it."""
 
 
 class OnGap(StrEnum):
@@ -177,6 +221,139 @@ class LimitsConfig(Table):
                 f"{ENVELOPE_BYTES} for what surrounds a payload), got {' and '.join(small)}"
             )
         return self
+
+
+class KeyConfig(Table):
+    """A key that tokens are signed with."""
+
+    key: str = Field(
+        min_length=1,
+        repr=False,
+        description="a secret; or a public key as PEM, base64 of DER, JWK or OpenSSH; or file:/path",
+    )
+    kid: str = Field("", description='the key\'s name, where tokens say which key signed them; "" fits every token')
+
+
+class GrantConfig(Table):
+    """Rights on topics."""
+
+    match: str = Field(min_length=1, description="pattern of topics as in [[topics]]; {sub} stands for the user")
+    rights: tuple[Literal["join", "push", "presence"], ...] = Field(description="what may be done there")
+
+    @property
+    def grant(self) -> Grant:
+        """The same, to be asked."""
+        return Grant(self.match, parse_rights(self.rights))
+
+
+class AuthConfig(Table):
+    """Who gets in, and what they may do. With nothing set here, whoever can connect may do everything."""
+
+    algorithms: tuple[Literal["HS256", "RS256", "ES256"], ...] = Field(
+        ("HS256", "RS256", "ES256"), min_length=1, description="signatures of tokens that are accepted"
+    )
+    keys: tuple[KeyConfig, ...] = Field((), repr=False, description="keys of tokens; several for rotation")
+    jwks_url: str = Field("", repr=False, pattern="^(https?://.*)?$", description="where public keys are (JWKS)")
+    jwks_cache_s: Seconds = Field(300.0, description="seconds until they are fetched again")
+    jwks_retry_s: Seconds = Field(10.0, description="seconds between two fetches at least, whatever key a token names")
+    issuer: str = Field("", description='what tokens must say in "iss"; "" for no matter what')
+    audience: tuple[str, ...] = Field((), description='one of these must be in a token\'s "aud"; a list')
+    leeway_s: float = Field(10.0, ge=0, allow_inf_nan=False, description="seconds by which clocks may differ")
+    require_expiry: bool = Field(True, description="refuse tokens that never expire")
+    expiry_grace_s: Seconds = Field(5.0, description="seconds to renew an expired token, then its socket is closed")
+    rights_claim: str = Field("topics", min_length=1, description="claim of a token that holds its rights")
+    anonymous: tuple[GrantConfig, ...] = Field((), description="rights of sockets without a token")
+    authenticated: tuple[GrantConfig, ...] = Field((), description="rights of all others, besides their token's own")
+    tangram: bool = Field(False, description="accept and make tangram's tokens, each for one topic: POST /token")
+    tangram_ttl_s: Seconds = Field(3600.0, description="seconds for which those made here are good")
+
+    @field_validator("keys", mode="before")
+    @classmethod
+    def _keys_as_tables(cls, keys: Any) -> Any:
+        return (
+            [{"key": key} if isinstance(key, str) else key for key in keys] if isinstance(keys, list | tuple) else keys
+        )
+
+    @field_validator("jwks_url")
+    @classmethod
+    def _names_a_host(cls, url: str) -> str:
+        return check_url(url) if url else url
+
+    @field_validator("audience", mode="before")
+    @classmethod
+    def _one_or_several(cls, audience: Any) -> Any:
+        return (audience,) if audience and isinstance(audience, str) else audience
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether tokens can be checked."""
+        return bool(self.keys or self.jwks_url)
+
+
+class RestConfig(Table):
+    """The REST interface."""
+
+    path: str = Field("/api", description='where it is mounted; "" turns it off')
+    api_key: str = Field(
+        "",
+        repr=False,
+        description="asked for from all clients; without one, this machine alone is answered, "
+        "and nobody where others are let in",
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _clean_path(cls, path: str) -> str:
+        if path and (not path.startswith("/") or not path.rstrip("/")):
+            raise ValueError('expected a path like "/api", or "" for none')
+        return path.rstrip("/")
+
+
+class ProxyConfig(Table):
+    """A prefix that another process serves."""
+
+    prefix: str = Field(min_length=2, pattern="^/", description="path that is forwarded, with all below it")
+    target: str = Field(pattern="^https?://", repr=False, description="where to, for example http://127.0.0.1:8001")
+    strip_prefix: bool = Field(True, description="leave the prefix out of the forwarded path")
+    requests_max: int = Field(
+        500, ge=0, description="requests under way at a time, streams included; further ones get 503; 0: no bound"
+    )
+    head_timeout_s: float = Field(
+        60.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds for the head of an answer, then 504; how long a body takes is free; 0: no bound",
+    )
+
+    @field_validator("target")
+    @classmethod
+    def _names_a_host(cls, target: str) -> str:
+        return check_url(target)
+
+
+class MetricsConfig(Table):
+    """What ``/metrics`` tells."""
+
+    topics: tuple[str, ...] = Field(
+        (),
+        description="patterns of topics whose events are counted by pattern; a topic counts for the first it matches",
+    )
+    folder: str = Field(
+        "", description="where workers leave their figures for each other; `relay serve` makes one by itself"
+    )
+
+    key: str = Field(
+        "",
+        repr=False,
+        description="bearer key for /metrics; without one, rest.api_key; this machine needs none",
+    )
+    public: bool = Field(
+        False, description="let /metrics answer everybody without a key, also where other machines are let in"
+    )
+
+    def label(self, topic: str) -> str:
+        """The pattern that a topic's events are counted under; empty for none."""
+        return next((pattern for pattern in self.topics if fnmatchcase(topic, pattern)), "")
 
 
 class PluginsConfig(Table):
@@ -403,115 +580,3 @@ def _is_local_page(origin: str) -> bool:
 
 
 _DEFAULT_TOPIC = TopicConfig()
-
-
-def load(path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> Config:
-    """Read the settings from file, variables and flags; a later source wins, key by key.
-
-    Args:   path: a TOML file; without one, the file named by ``RELAY_CONFIG``, or none.
-            flags: values by setting, as the command line gives them; None means not given.
-    Raises: ConfigError: a missing file, an unknown key or a bad value, naming source, key and what was expected.
-    """
-    path = path or os.environ.get(CONFIG_VARIABLE) or None
-    sources = [
-        (str(path), _read_file(Path(path)) if path else {}),
-        ("environment", _read_environment()),
-        ("command line", {key: value for key, value in (flags or {}).items() if value is not None}),
-    ]
-    merged: dict[str, Any] = {}
-    for _, values in sources:
-        _merge(merged, values)
-    try:
-        return Config(**merged)
-    except ValidationError as error:
-        raise ConfigError(*explain(error, sources)) from None
-
-
-def explain(error: ValidationError, sources: list[tuple[str, dict[str, Any]]]) -> list[str]:
-    """Put what pydantic found into one finished sentence for each problem.
-
-    Args: sources: name and values of each source of settings, the strongest last.
-    """
-    return [_explain(problem, sources) for problem in error.errors(include_url=False)]
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb"):  # the source below takes a missing file for an empty one
-            return TomlConfigSettingsSource(Config, path)()
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such configuration file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a TOML file: {error}") from None
-
-
-def _read_environment() -> dict[str, Any]:
-    """Read ``RELAY_PORT``, ``RELAY_LIMITS__TOPICS_PER_SOCKET`` and their like; lists and tables are JSON."""
-    ignored = set(service_links(os.environ))
-    known = {CONFIG_VARIABLE, TOKEN_KEY_VARIABLE, *_variables(Config, ENV_PREFIX)}
-    unknown = sorted(
-        name for name in os.environ if name.startswith(ENV_PREFIX) and name.upper() not in known and name not in ignored
-    )
-    if unknown:
-        raise ConfigError(*(f"environment: {name}: no such setting; see config/relay.toml" for name in unknown))
-    try:
-        return _Environment(Config, {name.lower() for name in ignored})()
-    except SettingsError as error:
-        raise ConfigError(f"environment: {error}: expected JSON") from None
-
-
-class _Environment(EnvSettingsSource):
-    """The variables, without those that are no settings."""
-
-    def __init__(self, settings: type[BaseSettings], ignored: Container[str]) -> None:
-        """Read the variables; those of ``ignored``, in lower case, are left out."""
-        super().__init__(settings)
-        self.env_vars: Mapping[str, str | None] = {
-            name: value for name, value in self.env_vars.items() if name not in ignored
-        }
-
-
-def _variables(model: type[BaseModel], prefix: str) -> Iterator[str]:
-    for name, field in model.model_fields.items():
-        yield prefix + name.upper()
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _variables(field.annotation, f"{prefix}{name.upper()}__")
-
-
-def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = dict(value) if isinstance(value, dict) else value
-
-
-def _explain(problem: ErrorDetails, sources: list[tuple[str, dict[str, Any]]]) -> str:
-    """Say in one line where a bad value stands, which key it is, what was expected and what came."""
-    # Branches of a union appear in the location under their type's name, `tuple[str, ...]`; they are not keys.
-    unknown = problem["type"] == "extra_forbidden"
-    location = [part for part in problem["loc"] if isinstance(part, int) or unknown or "[" not in part]
-    key = ".".join(str(part) for part in location)
-    where = next((name for name, values in reversed(sources) if _holds(values, location)), "settings")
-    if unknown:
-        return f"{where}: {key}: no such setting; see config/relay.toml for all of them"
-    text = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected").replace("tuple", "list")
-    if problem["type"] == "model_type":
-        text = "expected a table"
-    # A URL may hold a password, also where it stands at the wrong key; and a whole table says nothing.
-    came = repr(problem["input"])
-    secret = _SECRET.search(key) or "@" in came or isinstance(problem["input"], dict | Config)
-    shown = "" if secret else f", got {came}"
-    return ": ".join(filter(None, (where, key, text[:1].lower() + text[1:] + shown)))
-
-
-def _holds(values: Any, location: list[int | str]) -> bool:
-    """Say whether a source sets the key at ``location``."""
-    for part in location:
-        try:
-            values = values[part]
-        except (KeyError, IndexError, TypeError):
-            return False
-    return bool(location)

@@ -17,14 +17,15 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from relay import __version__, handshake, hooks, upgrade, wire
+from relay import handshake, hooks, upgrade, wire
+from relay.config import Policy
 from relay.errors import BusUnavailable, CloseCode, Reason, WireError
 from relay.handshake import Refused
 from relay.metrics import BOUNDS_S
-from relay.outbox import Policy
 from relay.protocol import Join, Leave, Protocol, Push, Send, Subscription
 from relay.topics import is_topic
 from relay.transport import Connection, ReceiveCallable, Scope, SendCallable
+from relay.version import __version__
 from relay.wire import Frame, Version
 
 if TYPE_CHECKING:

@@ -20,10 +20,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from relay import __version__
 from relay.descriptors import descriptors
 from relay.errors import DROPPED, ConfigError
 from relay.metrics import BOUNDS_S, Histogram, Metrics
+from relay.version import __version__
 
 if TYPE_CHECKING:
     from relay.folder import Folder

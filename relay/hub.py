@@ -15,9 +15,9 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+from relay.config import Policy
 from relay.errors import Reason
 from relay.metrics import Metrics
-from relay.outbox import Policy
 from relay.protocol import Subscription
 from relay.wire import Frame, Payload, Version, encode_broadcast
 

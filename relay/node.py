@@ -15,9 +15,9 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from relay import control, topics
-from relay.brokers.base import Broker, Direction, Event
+from relay.brokers.base import Broker, Event
 from relay.calling import Caller, HandlerFailed
-from relay.config import Config, OnGap
+from relay.config import Config, Direction, OnGap
 from relay.control import Order
 from relay.errors import BusUnavailable, Reason, RelayError
 from relay.hooks import Event as HookedEvent

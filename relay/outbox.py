@@ -10,41 +10,10 @@ the socket must be closed: a client that asks and never reads.
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import NamedTuple
 
+from relay.config import Overflow, Policy
 from relay.metrics import Metrics
 from relay.wire import Frame
-
-
-class Overflow(StrEnum):
-    """What happens to a slow reader's events once its outbox is full; a setting of each topic."""
-
-    DISCONNECT = "disconnect"
-    """Close the socket: it comes back and starts afresh. For events of which none may be missing."""
-    DROP_OLDEST = "drop-oldest"
-    """Drop this topic's oldest waiting events to make room."""
-    LATEST = "latest"
-    """Keep one waiting event per topic and event name, the newest. For values that replace each other.
-
-    A newer value takes the place in which the older one waits. So the events of one name arrive in order, and those of
-    several may not: a1 b2 a3 arrives as a3 b2. At the end of the queue instead, a name whose value changes faster than
-    the queue is read would wait without end.
-    """
-
-
-class Policy(NamedTuple):
-    """What a topic's settings say of slow readers."""
-
-    overflow: Overflow = Overflow.DISCONNECT
-    latest_key: str = ""
-    """With ``latest``: keep one waiting event for each value of this key in the payload; of those without, and where
-    this is empty, for each event name."""
-    tell_dropped: bool = False
-    """Tell the client how many of the topic's events it missed, before the next of them."""
-    match: str = "*"
-    """The pattern in ``[[topics]]`` that these settings stand under; what is dropped is counted by it."""
-
 
 _Key = tuple[str, str, bytes | None]
 """Topic, event, and the value of the topic's ``latest_key``."""

@@ -15,11 +15,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 
+from relay.config import ProxyConfig
 from relay.logs import Throttle
 from relay.metrics import Metrics
 from relay.paths import split_raw
 from relay.transport import ReceiveCallable, Scope, SendCallable
-from relay.web_config import ProxyConfig
 
 _throttle = Throttle(logging.getLogger("relay.proxy"))
 

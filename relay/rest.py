@@ -26,7 +26,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from relay import __version__
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
 from relay.operators import key_in
@@ -34,6 +33,7 @@ from relay.paths import split_raw
 from relay.plugins.loader import Loaded
 from relay.tokens import sign
 from relay.topics import is_event, is_topic
+from relay.version import __version__
 
 if TYPE_CHECKING:
     from relay.app import Relay

@@ -15,7 +15,7 @@ from relay import excess, hooks, wire
 from relay.access import RENEWAL, Access, Decision
 from relay.asking import ask_about_join, ask_about_push, renew
 from relay.calling import HandlerFailed
-from relay.config import Config
+from relay.config import Config, Policy
 from relay.errors import IN_FLIGHT_FULL, SUBSCRIPTION_ENDED, BusUnavailable, CloseCode, Reason, WireError
 from relay.face import Face
 from relay.handshake import Handshake
@@ -26,7 +26,6 @@ from relay.lanes import Lanes, Piece, Rest
 from relay.limits import Pace
 from relay.metrics import Metrics
 from relay.node import Node
-from relay.outbox import Policy
 from relay.protocol import Join, Leave, Protocol, Push, Send, Subscription
 from relay.tracing import Trace
 from relay.transport import Connection, Scope

@@ -13,16 +13,16 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import parse_qs
 
-from relay import __version__
 from relay.errors import BusUnavailable, ConfigError
 from relay.lanes import Rest
+from relay.version import __version__
 from relay.wire import Message
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.trace import Span
 
-    from relay.brokers.base import Direction
+    from relay.config import Direction
 
 Publish: TypeAlias = "Callable[[Direction, str, str, bytes], asyncio.Future[None]]"
 

@@ -14,12 +14,12 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import Any, TypeAlias
 
-from relay.config import LimitsConfig
+from relay.config import LimitsConfig, Policy
 from relay.errors import CloseCode
 from relay.frames import EXTENSION, FrameWriter
 from relay.logs import Throttle
 from relay.metrics import Metrics
-from relay.outbox import Outbox, Outboxes, Policy
+from relay.outbox import Outbox, Outboxes
 from relay.wire import Frame
 
 _logger = logging.getLogger("relay.socket")

@@ -13,19 +13,24 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from relay import Relay
-from relay.auth_config import AuthConfig, GrantConfig, KeyConfig
 from relay.config import (
+    AuthConfig,
     Config,
+    GrantConfig,
+    KeyConfig,
     LimitsConfig,
+    MetricsConfig,
     OnGap,
+    Overflow,
+    Policy,
+    ProxyConfig,
     RedisConfig,
+    RestConfig,
     TopicConfig,
-    load,
 )
+from relay.config_sources import load
 from relay.errors import ConfigError
-from relay.outbox import Overflow, Policy
 from relay.service_links import service_links
-from relay.web_config import MetricsConfig, ProxyConfig, RestConfig
 
 EXAMPLE = Path(__file__).parents[1] / "config" / "relay.toml"
 SECRET = "hunter2"

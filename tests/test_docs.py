@@ -45,7 +45,8 @@ import jwt
 import pytest
 
 from relay import Config, Relay
-from relay.config import LimitsConfig, load
+from relay.config import LimitsConfig
+from relay.config_sources import load
 from relay.node import _EVENTS_WAITING
 from relay.plugins import Plugin
 from tests.support.client import Client

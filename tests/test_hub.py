@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay import hub as hub_module
+from relay.config import Overflow, Policy
 from relay.errors import Reason
 from relay.hub import SLICE_S, Hub
 from relay.metrics import Metrics
-from relay.outbox import Overflow, Policy
 from relay.protocol import Subscription
 from relay.wire import EMPTY, Frame, Payload, Version, encode_broadcast, json_payload
 

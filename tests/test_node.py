@@ -5,13 +5,12 @@ from collections.abc import Callable
 
 import pytest
 
-from relay.brokers.base import Broker, Direction, Event, Link, Sink
-from relay.config import Config
+from relay.brokers.base import Broker, Event, Link, Sink
+from relay.config import Config, Direction, Policy
 from relay.errors import Reason
 from relay.hub import JOINED_MAX_BYTES, Hub
 from relay.metrics import Metrics
 from relay.node import Node
-from relay.outbox import Policy
 from relay.protocol import Subscription
 from relay.wire import Frame, Version, json_payload
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from relay.config import Overflow, Policy
 from relay.metrics import Metrics
-from relay.outbox import ENTRY_BYTES, Outbox, Outboxes, Overflow, Policy
+from relay.outbox import ENTRY_BYTES, Outbox, Outboxes
 from relay.wire import Frame, Version, check_payload, encode_broadcast
 
 DISCONNECT = Policy(Overflow.DISCONNECT)

@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from relay.config import ProxyConfig
 from relay.proxy import Proxy, _split
-from relay.web_config import ProxyConfig
 
 
 def scope(path: str, root_path: str, raw_path: bytes | None) -> dict[str, Any]:

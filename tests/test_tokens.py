@@ -13,7 +13,7 @@ from typing import Any
 import jwt
 import pytest
 
-from relay.auth_config import AuthConfig
+from relay.config import AuthConfig
 from relay.errors import ConfigError, NotAdmitted, Reason
 from relay.keys import Key, read_key
 from relay.tokens import Verifier, load_keys, parse_jwks, sign

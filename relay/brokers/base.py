@@ -13,20 +13,12 @@ Guarantees of every broker:
 
 import asyncio
 from collections.abc import Sequence
-from enum import StrEnum
 from typing import NamedTuple, Protocol, TypeAlias
+
+from relay.config import Direction
 
 Event: TypeAlias = tuple[str, str, bytes]
 """(topic, event, payload): one event from the bus, its names decoded but not judged, its payload as published."""
-
-
-class Direction(StrEnum):
-    """Which way a message goes: to the browsers, or from one of them. `RedisConfig.prefix` has the prefix of each."""
-
-    TO = "to"
-    FROM = "from"
-    FROM_USER = "from-user"
-    """From one of them, with who that is."""
 
 
 class Link(NamedTuple):

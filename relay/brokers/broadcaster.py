@@ -27,8 +27,8 @@ from urllib.parse import urlsplit
 import msgspec
 from broadcaster import Broadcast, BroadcastBackend
 
-from relay.brokers.base import Direction, Link, Sink
-from relay.config import Config
+from relay.brokers.base import Link, Sink
+from relay.config import Config, Direction
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
 from relay.wire import check_payload

@@ -22,7 +22,7 @@ from typing import Any
 import hiredis
 
 from relay.brokers import address
-from relay.brokers.base import Direction, Event, Link, Sink
+from relay.brokers.base import Event, Link, Sink
 from relay.brokers.redis_connection import (
     Connections,
     LinkLost,
@@ -36,7 +36,7 @@ from relay.brokers.redis_connection import (
 )
 from relay.brokers.redis_publisher import Publisher
 from relay.brokers.redis_publisher import publishing as publishing
-from relay.config import Config
+from relay.config import Config, Direction
 from relay.errors import BusUnavailable, Reason
 from relay.metrics import Metrics
 from relay.topics import RELAY_TOPIC, from_redis_channel, glob_escape, to_redis_channel

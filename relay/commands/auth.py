@@ -15,14 +15,23 @@ from urllib.parse import urlsplit
 import typer
 
 from relay.addresses import parse_networks
-from relay.auth_config import AuthConfig, GrantConfig
 from relay.brokers.address import parse_sentinel
 from relay.brokers.embedded import BESIDE_AUTH
 from relay.commands import ConfigFile
 from relay.commands.terminal import console, is_terminal, print_lines
-from relay.config import ANY_HOST, EMBEDDED, ENVELOPE_BYTES, TOKEN_KEY_VARIABLE, Config, Exposure, load
+from relay.config import (
+    ANY_HOST,
+    EMBEDDED,
+    ENVELOPE_BYTES,
+    TOKEN_KEY_VARIABLE,
+    AuthConfig,
+    Config,
+    Exposure,
+    GrantConfig,
+    Overflow,
+)
+from relay.config_sources import load
 from relay.errors import ConfigError
-from relay.outbox import Overflow
 from relay.plugins.loader import candidates
 from relay.rights import Right, names_of, parse_claim
 from relay.service_links import service_links

@@ -25,7 +25,8 @@ from relay.commands import Params, RedisUrl, RelayFile, Token, json_of
 from relay.commands.link import TIMEOUT_S, ask_rest, connected, socket_url
 from relay.commands.tally import Listener, latencies_ms
 from relay.commands.terminal import Failed, console, fail, is_terminal, print_lines, printable
-from relay.config import EMBEDDED, Config, load
+from relay.config import EMBEDDED, Config
+from relay.config_sources import load
 from relay.errors import BusUnavailable, ConfigError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import typer
 
 from relay.commands import ConfigFile
 from relay.commands.terminal import console, is_terminal, print_lines, printable
-from relay.config import load
+from relay.config_sources import load
 
 
 def plugins(config: ConfigFile = None) -> None:

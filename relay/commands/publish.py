@@ -8,7 +8,8 @@ import asyncio
 from relay import runfile
 from relay.commands import ConfigFile, EventName, Payload, RedisUrl, Topic, event_of, json_of, topic_of
 from relay.commands.terminal import console, fail, is_terminal, print_lines
-from relay.config import EMBEDDED, Config, load
+from relay.config import EMBEDDED, Config
+from relay.config_sources import load
 from relay.errors import BusUnavailable, ConfigError
 
 

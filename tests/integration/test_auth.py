@@ -22,7 +22,7 @@ from websockets.exceptions import InvalidStatus
 from relay import Plugin, Refused, Relay, UpgradeRequest
 from relay.access import Access
 from relay.auth import Auth
-from relay.auth_config import AuthConfig
+from relay.config import AuthConfig
 from relay.logs import SUBJECT
 from relay.tokens import Verifier
 from tests.support.client import Client

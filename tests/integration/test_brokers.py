@@ -14,10 +14,10 @@ from broadcaster import BroadcastBackend
 from broadcaster import Event as Published
 from redis.asyncio import Redis
 
-from relay.brokers.base import Broker, Direction, Event
+from relay.brokers.base import Broker, Event
 from relay.brokers.broadcaster import BroadcasterBroker, pack
 from relay.brokers.redis import RedisBroker
-from relay.config import Config
+from relay.config import Config, Direction
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
 from tests.support.process import Postgres, Valkey, redis_servers

@@ -8,7 +8,7 @@ import pytest
 from redis.asyncio import Redis
 
 from relay import Plugin, Push
-from relay.config import load
+from relay.config_sources import load
 from relay.errors import ConfigError
 from relay.wire import identified
 from tests.support.client import Client

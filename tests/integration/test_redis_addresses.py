@@ -13,8 +13,8 @@ import pytest
 from redis import Redis
 
 from relay import Config
-from relay.brokers.base import Direction
 from relay.brokers.redis import RedisBroker
+from relay.config import Direction
 from relay.metrics import Metrics
 from tests.integration.test_brokers import Sink
 from tests.support.faults import Authority, Proxy, Sentinels

@@ -13,7 +13,7 @@ import redis
 from websockets.exceptions import InvalidStatus
 
 from relay import Config, Relay
-from relay.config import load
+from relay.config_sources import load
 from relay.errors import ConfigError
 from tests.integration.test_auth import ROOMS, WAYS, KeyServer, published, refuse_join
 from tests.support.client import Client

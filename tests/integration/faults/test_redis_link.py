@@ -19,9 +19,8 @@ import uvloop
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
-from relay.brokers.base import Direction
 from relay.brokers.redis import RedisBroker
-from relay.config import Config
+from relay.config import Config, Direction
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
 from tests.integration.test_brokers import Sink

@@ -1,0 +1,139 @@
+"""Where settings come from: a TOML file, ``RELAY_…`` variables and flags, in rising precedence.
+
+Owns these sources, and the sentences about what is wrong in them; the settings themselves are in `relay.config`.
+"""
+
+import os
+import re
+import tomllib
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from relay.config import CONFIG_VARIABLE, TOKEN_KEY_VARIABLE, Config
+from relay.errors import ConfigError
+from relay.service_links import ENV_PREFIX, service_links
+
+_SECRET = re.compile(r"(^|[._])(url|keys?)(\.|$)")
+"""Settings whose values are not repeated."""
+
+
+def load(path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> Config:
+    """Read the settings from file, variables and flags; a later source wins, key by key.
+
+    Args:   path: a TOML file; without one, the file named by ``RELAY_CONFIG``, or none.
+            flags: values by setting, as the command line gives them; None means not given.
+    Raises: ConfigError: a missing file, an unknown key or a bad value, naming source, key and what was expected.
+    """
+    path = path or os.environ.get(CONFIG_VARIABLE) or None
+    sources = [
+        (str(path), _read_file(Path(path)) if path else {}),
+        ("environment", _read_environment()),
+        ("command line", {key: value for key, value in (flags or {}).items() if value is not None}),
+    ]
+    merged: dict[str, Any] = {}
+    for _, values in sources:
+        _merge(merged, values)
+    try:
+        return Config(**merged)
+    except ValidationError as error:
+        raise ConfigError(*explain(error, sources)) from None
+
+
+def explain(error: ValidationError, sources: list[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Put what pydantic found into one finished sentence for each problem.
+
+    Args: sources: name and values of each source of settings, the strongest last.
+    """
+    return [_explain(problem, sources) for problem in error.errors(include_url=False)]
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb"):  # the source below takes a missing file for an empty one
+            return TomlConfigSettingsSource(Config, path)()
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such configuration file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+
+
+def _read_environment() -> dict[str, Any]:
+    """Read ``RELAY_PORT``, ``RELAY_LIMITS__TOPICS_PER_SOCKET`` and their like; lists and tables are JSON."""
+    ignored = set(service_links(os.environ))
+    known = {CONFIG_VARIABLE, TOKEN_KEY_VARIABLE, *_variables(Config, ENV_PREFIX)}
+    unknown = sorted(
+        name for name in os.environ if name.startswith(ENV_PREFIX) and name.upper() not in known and name not in ignored
+    )
+    if unknown:
+        raise ConfigError(*(f"environment: {name}: no such setting; see config/relay.toml" for name in unknown))
+    try:
+        return _Environment(Config, {name.lower() for name in ignored})()
+    except SettingsError as error:
+        raise ConfigError(f"environment: {error}: expected JSON") from None
+
+
+class _Environment(EnvSettingsSource):
+    """The variables, without those that are no settings."""
+
+    def __init__(self, settings: type[BaseSettings], ignored: Container[str]) -> None:
+        """Read the variables; those of ``ignored``, in lower case, are left out."""
+        super().__init__(settings)
+        self.env_vars: Mapping[str, str | None] = {
+            name: value for name, value in self.env_vars.items() if name not in ignored
+        }
+
+
+def _variables(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        yield prefix + name.upper()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _variables(field.annotation, f"{prefix}{name.upper()}__")
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, dict) else value
+
+
+def _explain(problem: ErrorDetails, sources: list[tuple[str, dict[str, Any]]]) -> str:
+    """Say in one line where a bad value stands, which key it is, what was expected and what came."""
+    # Branches of a union appear in the location under their type's name, `tuple[str, ...]`; they are not keys.
+    unknown = problem["type"] == "extra_forbidden"
+    location = [part for part in problem["loc"] if isinstance(part, int) or unknown or "[" not in part]
+    key = ".".join(str(part) for part in location)
+    where = next((name for name, values in reversed(sources) if _holds(values, location)), "settings")
+    if unknown:
+        return f"{where}: {key}: no such setting; see config/relay.toml for all of them"
+    text = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected").replace("tuple", "list")
+    if problem["type"] == "model_type":
+        text = "expected a table"
+    # A URL may hold a password, also where it stands at the wrong key; and a whole table says nothing.
+    came = repr(problem["input"])
+    secret = _SECRET.search(key) or "@" in came or isinstance(problem["input"], dict | Config)
+    shown = "" if secret else f", got {came}"
+    return ": ".join(filter(None, (where, key, text[:1].lower() + text[1:] + shown)))
+
+
+def _holds(values: Any, location: list[int | str]) -> bool:
+    """Say whether a source sets the key at ``location``."""
+    for part in location:
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            return False
+    return bool(location)
