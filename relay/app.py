@@ -36,12 +36,12 @@ from relay.operators import Operators, key_in
 from relay.paths import below, replace_route_path, route_path, segments, split_raw
 from relay.plugins import Plugin, system
 from relay.plugins.loader import Loaded, load_plugins
+from relay.protocol.topics import is_event, is_topic
 from relay.reach import SEVERAL_HOSTS, Reach
 from relay.service_links import log_service_links
 from relay.socket import Socket
 from relay.threadsafe import LOOP_HAS_ENDED, ONE_LOOP, Call
 from relay.tokens import load_keys
-from relay.topics import is_event, is_topic
 from relay.tracing import Tracer
 from relay.transport import ReceiveCallable, Scope, SendCallable
 

@@ -15,8 +15,8 @@ from relay.hooks import Hook
 from relay.hub import Subscriber
 from relay.metrics import Metrics
 from relay.node import Node
-from relay.protocol import Push
-from relay.wire import EMPTY, Payload
+from relay.protocol.payload import EMPTY, Payload
+from relay.protocol.state import Push
 
 
 class Asker(hooks.Socket, Subscriber, Protocol):

@@ -17,16 +17,19 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from relay import handshake, hooks, upgrade, wire
+from relay import handshake, hooks, upgrade
 from relay.config import Policy
 from relay.errors import BusUnavailable, CloseCode, Reason, WireError
 from relay.handshake import Refused
 from relay.metrics import BOUNDS_S
-from relay.protocol import Join, Leave, Protocol, Push, Send, Subscription
-from relay.topics import is_topic
+from relay.protocol import serializer
+from relay.protocol.frame import Frame
+from relay.protocol.payload import encode_payload
+from relay.protocol.serializer import Version
+from relay.protocol.state import Join, Leave, Protocol, Push, Send, Subscription
+from relay.protocol.topics import is_topic
 from relay.transport import Connection, ReceiveCallable, Scope, SendCallable
 from relay.version import __version__
-from relay.wire import Frame, Version
 
 if TYPE_CHECKING:
     from relay.app import Relay
@@ -150,7 +153,7 @@ class _Viewer:
         try:
             while (frame := await connection.receive()) is not None:
                 try:
-                    message = wire.decode(frame, self._version)
+                    message = serializer.decode(frame, self._version)
                 except WireError as error:
                     connection.reject(error.code, str(error))
                     continue
@@ -161,7 +164,7 @@ class _Viewer:
                         self._send(*self._protocol.accept(join))
                         await self._tell_figures()
                     case Join() as join:
-                        self._send(*self._protocol.refuse(join, wire.json_payload({"reason": "unmatched topic"})))
+                        self._send(*self._protocol.refuse(join, encode_payload({"reason": "unmatched topic"})))
                     case Leave() as leave:
                         self._send(*self._protocol.leave(leave))
                     case Push() as push:
@@ -190,7 +193,7 @@ class _Viewer:
         subscription = self._protocol.subscriptions.get(TOPIC)
         if subscription is not None:
             data = hooks.to_payload(payload)
-            self._send(wire.encode_push(self._version, subscription.join_ref, TOPIC, event, data))
+            self._send(serializer.encode_push(self._version, subscription.join_ref, TOPIC, event, data))
 
     async def _tell(self) -> None:
         due = time.monotonic() + _INTERVAL_S

@@ -8,9 +8,9 @@ from relay.journal import Journal
 from relay.limits import Pace
 from relay.logs import Subject
 from relay.metrics import Metrics
-from relay.protocol import Protocol
+from relay.protocol.serializer import Message
+from relay.protocol.state import Protocol
 from relay.transport import Connection
-from relay.wire import Message
 
 
 def turn_away(

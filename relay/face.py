@@ -8,13 +8,14 @@ from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl
 
-from relay import hooks, wire
+from relay import hooks
 from relay.access import Access
 from relay.errors import CloseCode, Reason
 from relay.node import Node
-from relay.protocol import Join, Subscription
+from relay.protocol import serializer
+from relay.protocol.serializer import Version
+from relay.protocol.state import Join, Subscription
 from relay.transport import Connection
-from relay.wire import Version
 
 
 class Face:
@@ -61,7 +62,7 @@ class Face:
         subscription = self.subscription(topic)
         if subscription is None:
             return False
-        frame = wire.encode_push(self.version, subscription.join_ref, topic, event, hooks.to_payload(payload))
+        frame = serializer.encode_push(self.version, subscription.join_ref, topic, event, hooks.to_payload(payload))
         self._node.call_in_loop(partial(self._connection.send_control, frame))
         return True
 

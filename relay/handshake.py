@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
-from relay import wire
 from relay.addresses import host_in, is_loopback_host
-from relay.wire import Version
+from relay.protocol import serializer
+from relay.protocol.serializer import Version
 
 SUBPROTOCOL = "phoenix"
 _TOKEN_PREFIX = "base64url.bearer.phx."
@@ -70,7 +70,7 @@ def check(
         except ValueError:
             return Refused(400, "the token in Sec-WebSocket-Protocol is not base64 of UTF-8 text", "token encoding")
     vsn = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-    version = None if "vsn[]" in vsn else wire.negotiate(vsn.get("vsn", ["1.0.0"])[-1])
+    version = None if "vsn[]" in vsn else serializer.negotiate(vsn.get("vsn", ["1.0.0"])[-1])
     if version is None:
         return Refused(403, "expected vsn=2.0.0 or vsn=1.0.0 in the query", "version")
     return Handshake(version, SUBPROTOCOL if offered else None, token)

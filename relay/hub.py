@@ -18,8 +18,10 @@ from typing import NamedTuple, Protocol
 from relay.config import Policy
 from relay.errors import Reason
 from relay.metrics import Metrics
-from relay.protocol import Subscription
-from relay.wire import Frame, Payload, Version, encode_broadcast
+from relay.protocol.frame import Frame
+from relay.protocol.payload import Payload
+from relay.protocol.serializer import Version, encode_broadcast
+from relay.protocol.state import Subscription
 
 SLICE_S = 0.002
 """Longest time one turn of the fan-out may take, in seconds."""

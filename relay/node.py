@@ -14,7 +14,7 @@ from inspect import isawaitable
 from typing import Any
 from weakref import WeakValueDictionary
 
-from relay import control, topics
+from relay import control
 from relay.brokers.base import Broker, Event
 from relay.calling import Caller, HandlerFailed
 from relay.config import Config, Direction, OnGap
@@ -27,10 +27,11 @@ from relay.hub import JOINED_MAX_BYTES, Hub, Subscriber
 from relay.lanes import PIECE_BYTES, InFlight, Lanes, Rest
 from relay.logs import Throttle
 from relay.metrics import Metrics
-from relay.protocol import Subscription
+from relay.protocol import topics
+from relay.protocol.payload import Payload, classify_payload, fault_of_json, identified
+from relay.protocol.state import Subscription
 from relay.threadsafe import LOOP_HAS_ENDED, Call, Home
 from relay.tracing import Tracer
-from relay.wire import Payload, check_payload, fault_of_json, identified
 
 _logger = logging.getLogger("relay.node")
 
@@ -179,7 +180,7 @@ class Node:
                 metrics.dropped["on_event handler too slow"] += 1
                 self._throttle.warning("on_event", "plugins are too slow for the events of topic %r: dropped", topic)
             else:
-                payload = check_payload(data)
+                payload = classify_payload(data)
                 if payload is data:
                     self._note_binary(topic, event, data)
                 if filtered:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from relay.config import Overflow, Policy
 from relay.metrics import Metrics
-from relay.wire import Frame
+from relay.protocol.frame import Frame
 
 _Key = tuple[str, str, bytes | None]
 """Topic, event, and the value of the topic's ``latest_key``."""

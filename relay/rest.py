@@ -31,8 +31,8 @@ from relay.metrics import Metrics
 from relay.operators import key_in
 from relay.paths import split_raw
 from relay.plugins.loader import Loaded
+from relay.protocol.topics import is_event, is_topic
 from relay.tokens import sign
-from relay.topics import is_event, is_topic
 from relay.version import __version__
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from relay.frames import EXTENSION, FrameWriter
 from relay.limits import Bucket
 from relay.logs import Throttle
 from relay.metrics import count_refusal
-from relay.wire import DEFLATE_WINDOW_BITS
+from relay.protocol.frame import DEFLATE_WINDOW_BITS
 
 _PIECE_BYTES = 4096
 """Bytes parsed at a time."""

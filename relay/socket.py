@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 
-from relay import excess, hooks, wire
+from relay import excess, hooks
 from relay.access import RENEWAL, Access, Decision
 from relay.asking import ask_about_join, ask_about_push, renew
 from relay.calling import HandlerFailed
@@ -26,10 +26,13 @@ from relay.lanes import Lanes, Piece, Rest
 from relay.limits import Pace
 from relay.metrics import Metrics
 from relay.node import Node
-from relay.protocol import Join, Leave, Protocol, Push, Send, Subscription
+from relay.protocol import serializer
+from relay.protocol.frame import Frame
+from relay.protocol.payload import EMPTY, Payload, encode_payload
+from relay.protocol.serializer import Message, Version
+from relay.protocol.state import Join, Leave, Protocol, Push, Send, Subscription
 from relay.tracing import Trace
 from relay.transport import Connection, Scope
-from relay.wire import EMPTY, Frame, Message, Payload, Version
 
 
 class Socket(Face):
@@ -131,7 +134,7 @@ class Socket(Face):
             while (frame := await connection.receive()) is not None:
                 size = connection.last_size
                 try:
-                    message = wire.decode(frame, self.version)
+                    message = serializer.decode(frame, self.version)
                 except WireError as error:
                     connection.reject(error.code, str(error))
                     continue
@@ -312,7 +315,7 @@ class Socket(Face):
         self._journal.join_refused(self if own is None else Actor(self.id, own.user, self.address), topic, reason)
         if join.replaces is not None:
             self._unsubscribe(join.replaces)
-        for frame in self._protocol.refuse(join, response or wire.json_payload({"reason": reason})):
+        for frame in self._protocol.refuse(join, response or encode_payload({"reason": reason})):
             self._connection.send_control(frame)
 
     def _leave(self, leave: Leave) -> Rest:
@@ -371,7 +374,7 @@ class Socket(Face):
     def refuse_push(self, push: Push, reason: str, response: Payload | None = None) -> None:
         """Answer a push with an error, and count it."""
         self._count_refusal(reason)
-        self.reply(push, "error", response or wire.json_payload({"reason": reason}))
+        self.reply(push, "error", response or encode_payload({"reason": reason}))
 
     def stop_push(self, push: Push) -> bool:
         """Refuse a push that had to wait and has no right any more to go on; False where it has."""

@@ -15,8 +15,8 @@ from urllib.parse import parse_qs
 
 from relay.errors import BusUnavailable, ConfigError
 from relay.lanes import Rest
+from relay.protocol.serializer import Message
 from relay.version import __version__
-from relay.wire import Message
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context

@@ -20,7 +20,7 @@ from relay.frames import EXTENSION, FrameWriter
 from relay.logs import Throttle
 from relay.metrics import Metrics
 from relay.outbox import Outbox, Outboxes
-from relay.wire import Frame
+from relay.protocol.frame import Frame
 
 _logger = logging.getLogger("relay.socket")
 throttle: Throttle = Throttle(_logger)

@@ -12,7 +12,7 @@ from relay.auth import Auth
 from relay.calling import Caller
 from relay.errors import NotAdmitted, Reason
 from relay.metrics import Metrics
-from relay.protocol import Subscription
+from relay.protocol.state import Subscription
 from relay.rights import Identity, Rights, parse_claim
 from tests.support.serving import eventually
 

@@ -13,8 +13,10 @@ from relay.config import Overflow, Policy
 from relay.errors import Reason
 from relay.hub import SLICE_S, Hub
 from relay.metrics import Metrics
-from relay.protocol import Subscription
-from relay.wire import EMPTY, Frame, Payload, Version, encode_broadcast, json_payload
+from relay.protocol.frame import Frame
+from relay.protocol.payload import EMPTY, Payload, encode_payload
+from relay.protocol.serializer import Version, encode_broadcast
+from relay.protocol.state import Subscription
 
 STEP = 32
 """Subscribers between two looks at the clock."""
@@ -221,7 +223,7 @@ def test_policy_is_asked_for_once_when_the_first_subscriber_comes() -> None:
 
 def test_event_reaches_all_subscribers_of_its_topic_and_no_other(fixture: Fixture) -> None:
     one, two, other = fixture.reader("t"), fixture.reader("t", "u"), fixture.reader("u")
-    assert fixture.hub.fan_out("t", "e", json_payload({"a": 1})) is True
+    assert fixture.hub.fan_out("t", "e", encode_payload({"a": 1})) is True
     expected = ['[null,null,"t","e",{"a":1}]']
     assert (one.texts, two.texts, other.texts) == (expected, expected, [])
     assert fixture.metrics.deliveries == 2
@@ -266,17 +268,19 @@ def test_ready_and_queued_subscribers_get_the_same(fixture: Fixture) -> None:
 
 def test_events_of_a_topic_that_come_together_are_one_write(fixture: Fixture) -> None:
     reader, old = fixture.reader("t"), fixture.reader("t", version=Version.V1)
-    assert fixture.hub.fan_out_all("t", [("a", EMPTY), ("b", json_payload({"x": "y" * 200})), ("c", b"bytes")]) is True
+    assert (
+        fixture.hub.fan_out_all("t", [("a", EMPTY), ("b", encode_payload({"x": "y" * 200})), ("c", b"bytes")]) is True
+    )
     assert len(reader.wire) == (1 if fixture.ready else 0)
     assert [frame.is_text for frame in reader.got] == [True, True, False]
-    assert reader.texts[:2] == [text("a"), text("b", json_payload({"x": "y" * 200}))]
+    assert reader.texts[:2] == [text("a"), text("b", encode_payload({"x": "y" * 200}))]
     assert len(old.got) == 3
     assert (fixture.metrics.deliveries, fixture.hub.traffic("t")) == (6, (3, 0.0))
 
 
 def test_compressed_and_plain_subscribers_get_the_same(fixture: Fixture) -> None:
     """A frame is compressed once, and only for those that negotiated it."""
-    payload = json_payload({"value": "telemetry " * 50})
+    payload = encode_payload({"value": "telemetry " * 50})
     plain, one, two = (fixture.reader() for _ in range(3))
     one.deflates = two.deflates = True
     for reader in (plain, one, two):

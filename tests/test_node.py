@@ -11,8 +11,10 @@ from relay.errors import Reason
 from relay.hub import JOINED_MAX_BYTES, Hub
 from relay.metrics import Metrics
 from relay.node import Node
-from relay.protocol import Subscription
-from relay.wire import Frame, Version, json_payload
+from relay.protocol.frame import Frame
+from relay.protocol.payload import encode_payload
+from relay.protocol.serializer import Version
+from relay.protocol.state import Subscription
 
 
 class Bus(Broker):
@@ -125,7 +127,7 @@ async def test_one_larger_than_that_goes_alone() -> None:
 async def test_event_that_skips_somebody_keeps_its_place() -> None:
     world = World()
     one, two = world.reader("t"), world.reader("t")
-    await world.node.broadcast("t", "b", json_payload({}), skip=one)
+    await world.node.broadcast("t", "b", encode_payload({}), skip=one)
     await world.node.receive_events([("t", name, b"{}") for name in "abc"])
     assert one.events() == [1, 1]
     assert two.events() == [1, 1, 1]

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from relay.config import Overflow, Policy
 from relay.metrics import Metrics
 from relay.outbox import ENTRY_BYTES, Outbox, Outboxes
-from relay.wire import Frame, Version, check_payload, encode_broadcast
+from relay.protocol.frame import Frame
+from relay.protocol.payload import classify_payload
+from relay.protocol.serializer import Version, encode_broadcast
 
 DISCONNECT = Policy(Overflow.DISCONNECT)
 DROP_OLDEST = Policy(Overflow.DROP_OLDEST)
@@ -164,7 +166,7 @@ def test_clearing_says_how_many_events_were_lost() -> None:
 
 
 def broadcast(payload: str, version: Version = Version.V2, topic: str = "t") -> Frame:
-    return encode_broadcast(version, topic, "position", check_payload(payload.encode()))
+    return encode_broadcast(version, topic, "position", classify_payload(payload.encode()))
 
 
 @pytest.mark.parametrize("version", Version)
@@ -194,7 +196,7 @@ def test_binary_events_have_no_key() -> None:
 
 def test_payload_is_looked_into_once_for_all_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[str] = []
-    monkeypatch.setattr("relay.wire._find_value", lambda frame, key: found.append(key))
+    monkeypatch.setattr("relay.protocol.frame._find_value", lambda frame, key: found.append(key))
     event = broadcast('{"icao24": 1}')
     for _ in range(3):
         Outbox(1000).add_event(event, "t", "position", Policy(Overflow.LATEST, latest_key="icao24"))
@@ -323,7 +325,7 @@ def test_largest_outbox_goes_first_when_all_hold_too_much() -> None:
 def test_bound_of_all_outboxes_is_one_of_memory(policy: Policy) -> None:
     """The smallest of events, each with its place in a queue: five times as much as their bytes."""
     outbox, names = Outbox(1_000_000), [f"e{number}" for number in range(20_000)]
-    events = [encode_broadcast(Version.V2, "t", name, check_payload(b"1")) for name in names]
+    events = [encode_broadcast(Version.V2, "t", name, classify_payload(b"1")) for name in names]
     tracemalloc.start()
     try:
         for event, name in zip(events, names, strict=True):

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from relay.errors import Reason
-from relay.protocol import Action, Join, Leave, Protocol, Push, Send, Subscription, payload_size
-from relay.wire import EMPTY, Frame, Message, Payload, Ref, Version, json_payload
+from relay.protocol.frame import Frame
+from relay.protocol.payload import EMPTY, Payload, encode_payload
+from relay.protocol.serializer import Message, Ref, Version
+from relay.protocol.state import Action, Join, Leave, Protocol, Push, Send, Subscription, payload_size
 
 TOPICS_MAX = 3
 PAYLOAD_MAX_BYTES = 64
@@ -101,12 +103,12 @@ def test_join_is_answered_with_both_refs() -> None:
 
 def test_join_reply_carries_a_payload() -> None:
     protocol = make()
-    frames = protocol.accept(ask_join(protocol, "room:1"), json_payload({"history": [1]}))
+    frames = protocol.accept(ask_join(protocol, "room:1"), encode_payload({"history": [1]}))
     assert [seen(frame)[4] for frame in frames] == [{"status": "ok", "response": {"history": [1]}}]
 
 
 def test_join_hands_on_its_parameters() -> None:
-    action = make().receive(message("1", "1", "room:1", "phx_join", json_payload({"token": "abc"})))
+    action = make().receive(message("1", "1", "room:1", "phx_join", encode_payload({"token": "abc"})))
     assert isinstance(action, Join)
     assert isinstance(action.params, msgspec.Raw)
     assert bytes(action.params) == b'{"token":"abc"}'
@@ -115,7 +117,7 @@ def test_join_hands_on_its_parameters() -> None:
 def test_refused_join_leaves_nothing_joined() -> None:
     protocol = make()
     action = ask_join(protocol, "room:1", "3", "4")
-    frames = protocol.refuse(action, json_payload({"reason": "not you"}))
+    frames = protocol.refuse(action, encode_payload({"reason": "not you"}))
     payload = {"status": "error", "response": {"reason": "not you"}}
     assert [seen(frame) for frame in frames] == [["3", "4", "room:1", "phx_reply", payload]]
     assert protocol.subscriptions == {}
@@ -284,7 +286,7 @@ def test_push_may_be_answered_often_with_any_status() -> None:
     join(protocol, "room:1", "10")
     action = push(protocol, "room:1", "10", "21")
     for status in ("ok", "error", "later", "ok"):
-        frame = protocol.reply(action, status, json_payload([1]))
+        frame = protocol.reply(action, status, encode_payload([1]))
         assert frame is not None
         assert seen(frame) == ["10", "21", "room:1", "phx_reply", {"status": status, "response": [1]}]
 
@@ -350,7 +352,7 @@ def test_push_over_the_limit_is_refused(as_bytes: bool) -> None:
     join(protocol, "room:1", "10")
 
     def payload(size: int) -> Payload:
-        return b"x" * size if as_bytes else json_payload("x" * (size - 2))
+        return b"x" * size if as_bytes else encode_payload("x" * (size - 2))
 
     expected = ["10", "6", "room:1", "phx_reply", error(Reason.PAYLOAD_TOO_LARGE)]
     assert sent(protocol.receive(message("10", "6", "room:1", "e", payload(PAYLOAD_MAX_BYTES + 1)))) == expected
@@ -417,7 +419,7 @@ def test_v1_socket_needs_no_join_ref() -> None:
     ]
 
 
-@given(st.one_of(st.binary(), st.text().map(json_payload)))
+@given(st.one_of(st.binary(), st.text().map(encode_payload)))
 def test_size_of_a_payload_is_that_of_its_bytes(payload: Payload) -> None:
     assert payload_size(payload) == len(bytes(payload))
 
@@ -427,7 +429,7 @@ def test_size_of_a_payload_is_that_of_its_bytes(payload: Payload) -> None:
 TOPICS = ["a", "b", "c", "d", "e:1", "", "phoenix", "x" * 256]
 EVENTS = ["phx_join", "phx_leave", "heartbeat", "new_msg", "phx_reply", "a:b", ""]
 REFS: list[Ref] = [None, "", "1", "2", "007", 1, 2]
-PAYLOADS: list[Payload] = [EMPTY, json_payload("x" * 100), b"", b"x" * 65]
+PAYLOADS: list[Payload] = [EMPTY, encode_payload("x" * 100), b"", b"x" * 65]
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -526,7 +528,7 @@ class AnyOrder(RuleBasedStateMachine):
             frames = self.protocol.leave(action)
             assert self.check(frames[0], action.subscription.join_ref, action.ref, topic, "phx_reply") == OK
         else:
-            response = json_payload({"reason": "not you"})
+            response = encode_payload({"reason": "not you"})
             frames = self.protocol.accept(action) if accepted else self.protocol.refuse(action, response)
             answer = self.check(frames[0], action.join_ref, action.ref, topic, "phx_reply")
             assert answer["status"] == ("ok" if accepted else "error")

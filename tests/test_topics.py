@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from relay.topics import from_redis_channel, glob_escape, is_event, is_topic, to_redis_channel
+from relay.protocol.topics import from_redis_channel, glob_escape, is_event, is_topic, to_redis_channel
 
 prefixes = st.text(min_size=1, max_size=10)
 any_text = st.text(max_size=300)

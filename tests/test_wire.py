@@ -18,22 +18,18 @@ from websockets.frames import Opcode
 from websockets.streams import StreamReader
 
 from relay.errors import CloseCode, WireError
-from relay.wire import (
-    EMPTY,
-    Frame,
+from relay.protocol.frame import Frame
+from relay.protocol.payload import EMPTY, Payload, classify_payload, encode_payload, fault_of_json
+from relay.protocol.serializer import (
     Message,
-    Payload,
     Ref,
     Version,
-    check_payload,
     decode,
     encode_broadcast,
     encode_close,
     encode_error,
     encode_push,
     encode_reply,
-    fault_of_json,
-    json_payload,
     negotiate,
 )
 
@@ -62,7 +58,7 @@ def field(vector: dict[str, Any], name: str) -> Any:
 
 
 def payload_of(value: Any) -> Payload:
-    return value if isinstance(value, bytes) else json_payload(value)
+    return value if isinstance(value, bytes) else encode_payload(value)
 
 
 def encode_vector(vector: dict[str, Any]) -> Frame:
@@ -517,7 +513,7 @@ def test_integer_refs_are_written_as_digits_in_a_binary_frame() -> None:
 
 @pytest.mark.parametrize("version", Version)
 def test_published_json_is_spliced_in_verbatim(version: Version) -> None:
-    payload = check_payload(b'{"a" : 1.0, "b":"\\u00e9"}')
+    payload = classify_payload(b'{"a" : 1.0, "b":"\\u00e9"}')
     for frame in (
         encode_broadcast(version, "t", "e", payload),
         encode_push(version, "1", "t", "e", payload),
@@ -528,12 +524,12 @@ def test_published_json_is_spliced_in_verbatim(version: Version) -> None:
 
 def test_json_payload_refuses_what_json_cannot_say() -> None:
     with pytest.raises(TypeError):
-        json_payload(object())
+        encode_payload(object())
 
 
 def test_number_that_json_cannot_say_is_null() -> None:
     """Source: ECMAScript, ``JSON.stringify``, does the same."""
-    assert bytes(json_payload([float("nan"), float("inf")])) == b"[null,null]"
+    assert bytes(encode_payload([float("nan"), float("inf")])) == b"[null,null]"
 
 
 # Frames.
@@ -632,7 +628,7 @@ def test_frame_shows_what_it_holds() -> None:
 @pytest.mark.parametrize("around", [b"%b", b" \t%b\r\n"], ids=["bare", "whitespace around"])
 def test_valid_json_is_json_verbatim(data: bytes, around: bytes) -> None:
     """Even the whitespace around it, such as the newline of ``redis-cli -x``."""
-    payload = check_payload(around % data)
+    payload = classify_payload(around % data)
     assert isinstance(payload, msgspec.Raw)
     assert bytes(payload) == around % data
 
@@ -648,11 +644,11 @@ def test_half_a_surrogate_pair_in_a_push_is_replaced() -> None:
 def test_half_a_surrogate_pair_in_a_published_payload_is_json_verbatim() -> None:
     """JSON's grammar allows it (RFC 8259, section 8.2), and browsers parse it."""
     for data in (rb'{"a":"\ud83d"}', rb'"\udfff\ud800"'):
-        payload = check_payload(data)
+        payload = classify_payload(data)
         assert isinstance(payload, msgspec.Raw)
         assert bytes(payload) == data
-    assert check_payload(rb'{"a":"\ud83d"') == rb'{"a":"\ud83d"'
-    assert check_payload(b'"\xff \\ud83d"') == b'"\xff \\ud83d"'
+    assert classify_payload(rb'{"a":"\ud83d"') == rb'{"a":"\ud83d"'
+    assert classify_payload(b'"\xff \\ud83d"') == b'"\xff \\ud83d"'
 
 
 @pytest.mark.parametrize(
@@ -691,7 +687,7 @@ def test_half_a_surrogate_pair_in_a_published_payload_is_json_verbatim() -> None
 )
 def test_anything_else_is_bytes(data: bytes) -> None:
     """Nothing published can break the frame around it, or the process that reads it."""
-    assert check_payload(data) is data
+    assert classify_payload(data) is data
 
 
 def is_strict_json(data: bytes) -> bool:
@@ -723,7 +719,7 @@ def test_check_payload_agrees_with_pythons_decoder(data: bytes) -> None:
 
     One exception: ``"\ud83d"``, half a surrogate pair, travels as bytes; Python reads it, a strict decoder does not.
     """
-    taken = isinstance(check_payload(data), msgspec.Raw)
+    taken = isinstance(classify_payload(data), msgspec.Raw)
     if b"\\u" in data.lower():
         assert not taken or is_strict_json(data)
     else:
@@ -732,7 +728,7 @@ def test_check_payload_agrees_with_pythons_decoder(data: bytes) -> None:
 
 @given(nearly_json, versions)
 def test_nothing_published_breaks_the_frame_around_it(data: bytes, version: Version) -> None:
-    frame = encode_broadcast(version, "t", "e", check_payload(data))
+    frame = encode_broadcast(version, "t", "e", classify_payload(data))
     seen = client_sees(frame, version)
     assert (seen["topic"], seen["event"]) == ("t", "e")
     if not is_strict_json(data):
@@ -824,7 +820,7 @@ def test_ref_that_is_a_number_is_bounded_as_text_is(frame: str, version: Version
     ],
 )
 def test_text_that_was_meant_as_json_is_told_from_bytes(data: bytes, fault: str | None) -> None:
-    assert check_payload(data) is data
+    assert classify_payload(data) is data
     found = fault_of_json(data)
     assert (found is None) is (fault is None), found
     assert fault is None or fault in str(found)

@@ -31,7 +31,7 @@ from relay.brokers.base import Link, Sink
 from relay.config import Config, Direction
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
-from relay.wire import check_payload
+from relay.protocol.payload import classify_payload
 
 _logger = logging.getLogger("relay.broadcaster")
 
@@ -48,7 +48,7 @@ _decode = msgspec.json.Decoder(_Envelope).decode
 
 def pack(topic: str, event: str, payload: bytes) -> str:
     """Put an event into an envelope."""
-    checked = check_payload(payload)
+    checked = classify_payload(payload)
     envelope = _Envelope(topic, event)
     # Half a surrogate pair, as an escape, is JSON but not for the decoder of the envelope.
     if isinstance(checked, msgspec.Raw) and b"\\ud" not in payload.lower():

@@ -39,7 +39,7 @@ from relay.brokers.redis_publisher import publishing as publishing
 from relay.config import Config, Direction
 from relay.errors import BusUnavailable, Reason
 from relay.metrics import Metrics
-from relay.topics import RELAY_TOPIC, from_redis_channel, glob_escape, to_redis_channel
+from relay.protocol.topics import RELAY_TOPIC, from_redis_channel, glob_escape, to_redis_channel
 
 _logger = logging.getLogger("relay.redis")
 

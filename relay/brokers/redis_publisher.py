@@ -30,7 +30,7 @@ from relay.brokers.redis_connection import (
 )
 from relay.config import Config, RedisConfig
 from relay.errors import BusUnavailable
-from relay.topics import to_redis_channel
+from relay.protocol.topics import to_redis_channel
 
 _logger = logging.getLogger("relay.redis")
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from relay.errors import ConfigError
-from relay.topics import PROTOCOL_TOPIC, RELAY_TOPIC, is_event, is_topic
+from relay.protocol.topics import PROTOCOL_TOPIC, RELAY_TOPIC, is_event, is_topic
 
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML file with settings.")]
 RelayFile = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="The relay's TOML file.")]

@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from relay.hooks import Event, Push
 from relay.plugins import Plugin
-from relay.wire import Message, Version, decode
+from relay.protocol.serializer import Message, Version, decode
 from tests.support.client import CLOSE, TEXT, Client, RawSocket
 from tests.support.serving import Served, eventually
 

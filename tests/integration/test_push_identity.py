@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 from relay import Plugin, Push
 from relay.config_sources import load
 from relay.errors import ConfigError
-from relay.wire import identified
+from relay.protocol.payload import identified
 from tests.support.client import Client
 from tests.support.keys import SECRET, token
 from tests.support.process import Valkey

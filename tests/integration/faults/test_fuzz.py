@@ -22,9 +22,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from relay.errors import WireError
-from relay.protocol import Join, Leave, Protocol, Push, Send
-from relay.topics import from_redis_channel
-from relay.wire import Frame, Payload, Version, check_payload, decode, encode_broadcast
+from relay.protocol.frame import Frame
+from relay.protocol.payload import Payload, classify_payload
+from relay.protocol.serializer import Version, decode, encode_broadcast
+from relay.protocol.state import Join, Leave, Protocol, Push, Send
+from relay.protocol.topics import from_redis_channel
 from tests.support.client import BINARY, TEXT, Client, RawSocket, client_frame
 from tests.support.serving import Served
 
@@ -161,7 +163,7 @@ def test_decoder_and_protocol_survive_any_frames(version: Version) -> None:
         if isinstance(action, Send):
             answers = [action.frame]
         elif isinstance(action, Join):
-            answers = list(protocol.accept(action) if turn % 3 else protocol.refuse(action, check_payload(b"{}")))
+            answers = list(protocol.accept(action) if turn % 3 else protocol.refuse(action, classify_payload(b"{}")))
         elif isinstance(action, Leave):
             answers = list(protocol.leave(action))
         elif isinstance(action, Push):
@@ -177,7 +179,7 @@ def test_whatever_is_published_reaches_the_client_as_it_is() -> None:
     """JSON stays JSON and anything else stays its bytes; no payload breaks the frame around it."""
 
     def check(data: bytes | str) -> None:
-        payload: Payload = check_payload(data if isinstance(data, bytes) else data.encode())
+        payload: Payload = classify_payload(data if isinstance(data, bytes) else data.encode())
         raw = bytes(payload)
         frame = encode_broadcast(Version.V2, "room:1", "tick", payload)
         if frame.is_text:

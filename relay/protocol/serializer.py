@@ -13,33 +13,19 @@ Source: Phoenix 1.9, ``lib/phoenix/socket/serializers/v1_json_serializer.ex`` an
 """
 
 import re
-import zlib
 from enum import IntEnum
 from typing import TypeAlias
 
 import msgspec
 
 from relay.errors import CloseCode, WireError
-from relay.topics import NAME_MAX_BYTES
+from relay.protocol.frame import Frame
+from relay.protocol.payload import EMPTY, Payload, as_json, encode_payload, replace_lone_surrogates
+from relay.protocol.topics import NAME_MAX_BYTES
 
 Ref: TypeAlias = str | int | None
 """A client's number for a message or a join. phoenix.js sends strings, V1 clients also integers; echoed as it came."""
 
-Payload: TypeAlias = msgspec.Raw | bytes
-"""JSON that was checked and is forwarded verbatim, or the bytes of a binary frame.
-
-Ask ``isinstance(payload, msgspec.Raw)``: msgspec's stubs call `Raw` a subclass of `bytes`, which it is not.
-"""
-
-EMPTY = msgspec.Raw(b"{}")
-"""The payload of everything that has nothing to say."""
-
-DEFLATE_WINDOW_BITS = 12
-"""Window of shared compression, as a power of two. 4 kB: a larger one costs 60 µs a frame, for next to no gain."""
-
-_DEFLATE_MEMORY_LEVEL = 5
-_DEFLATE_MIN_BYTES = 128
-"""Shorter messages are sent as they are: deflating them gains little or nothing."""
 
 _COPY_FROM_BYTES = 4096
 """Of larger frames the payload is copied; below, a copy costs more than what else of the frame it would free."""
@@ -91,110 +77,7 @@ class _TextV1(msgspec.Struct, gc=False):
 
 _decode_v2 = msgspec.json.Decoder(_TextV2).decode
 _decode_v1 = msgspec.json.Decoder(_TextV1).decode
-_check_json = msgspec.json.Decoder(msgspec.Raw).decode
 _encode = msgspec.json.Encoder().encode
-
-
-class _PayloadV2(msgspec.Struct, array_like=True, gc=False):
-    join_ref: msgspec.Raw
-    ref: msgspec.Raw
-    topic: msgspec.Raw
-    event: msgspec.Raw
-    payload: dict[str, msgspec.Raw]
-
-
-class _PayloadV1(msgspec.Struct, gc=False):
-    payload: dict[str, msgspec.Raw]
-
-
-_decode_payload_v2 = msgspec.json.Decoder(_PayloadV2).decode
-_decode_payload_v1 = msgspec.json.Decoder(_PayloadV1).decode
-
-
-def _find_value(frame: "Frame", key: str) -> bytes | None:
-    """Look into a frame of our own making."""
-    if not frame.is_text:
-        return None
-    try:
-        decode = _decode_payload_v2 if frame.data.startswith(b"[") else _decode_payload_v1
-        value = decode(frame.data).payload.get(key)
-    except msgspec.DecodeError:  # the payload is no object
-        return None
-    return None if value is None else bytes(value)
-
-
-class Frame:
-    """One encoded frame, ready for any number of sockets.
-
-    Args: data: the message without its WebSocket header; text is UTF-8.
-          is_text: a text frame (opcode 1) rather than a binary one (opcode 2).
-    """
-
-    __slots__ = ("_deflated", "_text", "_value", "_wire", "data", "is_text", "size")
-
-    def __init__(self, data: bytes, is_text: bool) -> None:
-        self.data: bytes = data
-        self.is_text: bool = is_text
-        self.size: int = len(data)
-        self._wire: bytes | None = None
-        self._deflated: bytes | None = None
-        self._text: str | None = None
-        # Set when asked for: (key, its value in the payload).
-        self._value: tuple[str, bytes | None] | None = None
-
-    def payload_value(self, key: str) -> bytes | None:
-        """The value under ``key`` in the payload of a text frame, as JSON; None where there is none.
-
-        Only a slow reader's outbox asks for it; it is found once for all sockets.
-        """
-        if self._value is None or self._value[0] != key:
-            self._value = (key, _find_value(self, key))
-        return self._value[1]
-
-    @property
-    def text(self) -> str:
-        """The text of a text frame, as ASGI's ``websocket.send`` wants it; decoded once for all sockets."""
-        if self._text is None:
-            self._text = self.data.decode()
-        return self._text
-
-    @property
-    def wire(self) -> bytes:
-        """The frame as it goes to the transport: unmasked, unfragmented, header included; made once for all sockets.
-
-        Source: RFC 6455, section 5.2 – FIN and opcode, then the length in 7, 16 or 64 bits.
-        """
-        if self._wire is None:
-            self._wire = _header(b"\x81" if self.is_text else b"\x82", self.size) + self.data
-        return self._wire
-
-    @property
-    def deflated(self) -> bytes:
-        """The same, compressed for sockets that negotiated it, once for all of them; as it is where that gains nothing.
-
-        Each frame stands for itself, since the sockets have not all had the same ones before it.
-        Source: RFC 7692, section 7.2.1 – RSV1 marks it, the empty block at its end is left out – and 7.1.1.1,
-                ``server_no_context_takeover``.
-        """
-        if self._deflated is None:
-            self._deflated = self.wire
-            if self.size >= _DEFLATE_MIN_BYTES:
-                deflate = zlib.compressobj(wbits=-DEFLATE_WINDOW_BITS, memLevel=_DEFLATE_MEMORY_LEVEL)
-                data = (deflate.compress(self.data) + deflate.flush(zlib.Z_SYNC_FLUSH))[:-4]
-                if len(data) < self.size:
-                    self._deflated = _header(b"\xc1" if self.is_text else b"\xc2", len(data)) + data
-        return self._deflated
-
-    def __repr__(self) -> str:
-        return f"Frame({self.data!r}, is_text={self.is_text})"
-
-
-def _header(first: bytes, size: int) -> bytes:
-    if size < 126:
-        return first + size.to_bytes(1)
-    if size < 65536:
-        return first + b"\x7e" + size.to_bytes(2)
-    return first + b"\x7f" + size.to_bytes(8)
 
 
 def negotiate(vsn: str) -> Version | None:
@@ -233,7 +116,7 @@ def decode(frame: str | bytes, version: Version) -> Message:
         shape = "[join_ref, ref, topic, event, payload]" if version is Version.V2 else "{topic, event, payload, ref}"
         raise WireError(CloseCode.INVALID_PAYLOAD, f"expected {shape}: {error}") from None
     except msgspec.DecodeError as error:
-        if isinstance(frame, str) and (whole := _replace_half_pairs(frame)) != frame:
+        if isinstance(frame, str) and (whole := replace_lone_surrogates(frame)) != frame:
             return decode(whole, version)
         raise WireError(CloseCode.INVALID_PAYLOAD, f"expected JSON: {error}") from None
     except RecursionError:
@@ -271,87 +154,6 @@ def _decode_binary(frame: bytes) -> Message:
     return Message(join_ref or None, ref or None, topic, event, frame[ends[-1] :])
 
 
-def json_payload(value: object) -> msgspec.Raw:
-    """Encode a Python value as a payload. Raises TypeError for what JSON cannot say."""
-    return msgspec.Raw(_encode(value))
-
-
-def check_payload(data: bytes) -> Payload:
-    """Sort what somebody published: valid JSON is returned as JSON, verbatim; anything else as bytes.
-
-    The one check of a payload: syntax by msgspec's decoder, which skips over the value without building
-    it, and UTF-8 by Python's. 0.3 µs for 220 bytes.
-    """
-    try:
-        _ = _check_json(data)
-        if not data.isascii():
-            data.decode()
-    except (RecursionError, UnicodeDecodeError):
-        return data
-    except msgspec.DecodeError:
-        if b"\\u" not in data or not _is_json_but_for_half_pairs(data):
-            return data
-    return msgspec.Raw(data)
-
-
-_BOM = b"\xef\xbb\xbf"
-
-
-def fault_of_json(data: bytes) -> str | None:
-    """Say why bytes that `check_payload` has returned are no JSON; None where they were not meant to be.
-
-    Meant is what begins with ``{`` or ``[``, a byte order mark and spaces set aside, and is text, or ends as JSON does.
-    """
-    text = data.removeprefix(_BOM).strip(b" \t\r\n")
-    if not text.startswith((b"{", b"[")):
-        return None
-    try:
-        _ = data.decode()
-        is_text = b"\0" not in data
-    except UnicodeDecodeError:
-        is_text = False
-        if text.endswith((b"}", b"]")):
-            return "expected UTF-8"
-    if not is_text:
-        return None
-    if data.startswith(_BOM):
-        return "it begins with a byte order mark"
-    if re.search(rb"[\s:,\[](-?(?:NaN|Infinity))\s*[,}\]]", data):
-        return "NaN and Infinity are no JSON"
-    try:
-        _ = _check_json(data)
-    except msgspec.DecodeError as error:
-        return str(error).removeprefix("JSON is malformed: ")
-    except RecursionError:
-        return "nested too deep"
-    return None
-
-
-def _is_json_but_for_half_pairs(data: bytes) -> bool:
-    try:
-        _ = _check_json(_replace_half_pairs(data.decode()))
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
-        return False
-    return True
-
-
-_HIGH, _LOW = r"\\u[dD][89abAB][0-9a-fA-F]{2}", r"\\u[dD][c-fC-F][0-9a-fA-F]{2}"
-# Both begin with the same two characters, which makes the search for them quick.
-_HALF_PAIR = re.compile(rf"{_HIGH}(?!{_LOW})|{_LOW}(?<!{_HIGH}{_LOW})")
-
-
-def _replace_half_pairs(text: str) -> str:
-    r"""Put U+FFFD in the place of half a surrogate pair, as ``"\ud83d"``. Linear in time, whatever the text.
-
-    JSON's grammar allows it, and ``JSON.stringify`` writes it for a string that was cut within an emoji. msgspec
-    refuses it, and UTF-8 has no bytes for it.
-    """
-    if "\0" in text:  # no JSON
-        return text
-    # An escaped backslash begins no escape: out of the way, so that each backslash that is left does.
-    return _HALF_PAIR.sub(r"\\ufffd", text.replace("\\\\", "\0")).replace("\0", "\\\\")
-
-
 def _name(name: str) -> bytes:
     """Write a name's bytes behind its length, as binary frames do."""
     data = name.encode()
@@ -371,18 +173,7 @@ def _text_v2(join_ref: Ref, ref: Ref, topic: str, event: str, payload: msgspec.R
 
 def _text_v1(ref: Ref, topic: str, event: str, payload: Payload) -> Frame:
     head = _encode({"topic": topic, "event": event, "ref": ref})
-    return Frame(b'%b,"payload":%b}' % (head[:-1], bytes(_v1_payload(payload))), True)
-
-
-def _v1_payload(payload: Payload) -> msgspec.Raw:
-    # V1 has no binary frames, and its clients would not survive one: bytes travel as {"base64": "…"}.
-    return payload if isinstance(payload, msgspec.Raw) else json_payload({"base64": payload})
-
-
-def identified(user: str | None, socket_id: str, payload: Payload) -> msgspec.Raw:
-    """Say whose a push is: ``{"user":…,"socket":…,"payload":…}``; bytes stand there as ``{"base64": "…"}``."""
-    fields = (_encode(user), _encode(socket_id), bytes(_v1_payload(payload)))
-    return msgspec.Raw(b'{"user":%b,"socket":%b,"payload":%b}' % fields)
+    return Frame(b'%b,"payload":%b}' % (head[:-1], bytes(as_json(payload))), True)
 
 
 def encode_broadcast(version: Version, topic: str, event: str, payload: Payload) -> Frame:
@@ -424,7 +215,7 @@ def encode_reply(version: Version, join_ref: Ref, ref: Ref, topic: str, status: 
         parts = (_ref(join_ref), _ref(ref), _name(topic), _name(status))
         lengths = bytes((Kind.REPLY, *map(len, parts)))
         return Frame(b"".join((lengths, *parts, response)), False)
-    body = b'{"status":%b,"response":%b}' % (_encode(status), bytes(_v1_payload(response)))
+    body = b'{"status":%b,"response":%b}' % (_encode(status), bytes(as_json(response)))
     if version is Version.V1:
         return _text_v1(ref, topic, "phx_reply", msgspec.Raw(body))
     return _text_v2(join_ref, ref, topic, "phx_reply", msgspec.Raw(body))
@@ -437,7 +228,7 @@ def encode_close(version: Version, join_ref: Ref, topic: str) -> Frame:
 
 def encode_error(version: Version, join_ref: Ref, topic: str, reason: str) -> Frame:
     """Encode ``phx_error``: the subscription broke, the client rejoins (phoenix.js after 1, 2, 5, 10 s)."""
-    return _encode_end(version, join_ref, topic, "phx_error", json_payload({"reason": reason}))
+    return _encode_end(version, join_ref, topic, "phx_error", encode_payload({"reason": reason}))
 
 
 def _encode_end(version: Version, join_ref: Ref, topic: str, event: str, payload: msgspec.Raw) -> Frame:

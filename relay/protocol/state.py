@@ -21,10 +21,12 @@ from typing import TypeAlias
 
 import msgspec
 
-from relay import topics, wire
 from relay.errors import Reason
+from relay.protocol import serializer, topics
+from relay.protocol.frame import Frame
+from relay.protocol.payload import EMPTY, Payload, encode_payload
+from relay.protocol.serializer import Message, Ref, Version
 from relay.rights import Identity
-from relay.wire import EMPTY, Frame, Message, Payload, Ref, Version
 
 DROPPED_EVENT = "relay:dropped"
 """Tells a slow reader what it missed; nobody else can send it, since no event from the bus has a colon."""
@@ -117,13 +119,13 @@ class Protocol:
         """
         topic, event = message.topic, message.event
         if _is_heartbeat(message):
-            return Send(wire.encode_reply(self.version, None, message.ref, topic, "ok", EMPTY))
+            return Send(serializer.encode_reply(self.version, None, message.ref, topic, "ok", EMPTY))
         current = self.subscriptions.get(topic)
         if event == "phx_join":
             return self._receive_join(message, current)
         if current is None:
             if event == "phx_leave":
-                return Send(wire.encode_reply(self.version, message.join_ref, message.ref, topic, "ok", EMPTY))
+                return Send(serializer.encode_reply(self.version, message.join_ref, message.ref, topic, "ok", EMPTY))
             return self._error(None, message, Reason.UNMATCHED_TOPIC)
         if message.join_ref is not None and message.join_ref != current.join_ref:
             return None
@@ -162,8 +164,8 @@ class Protocol:
         return self._error(message.join_ref, message, reason)
 
     def _error(self, join_ref: Ref, message: Message, reason: Reason) -> Send:
-        response = wire.json_payload({"reason": reason})
-        frame = wire.encode_reply(self.version, join_ref, message.ref, message.topic, "error", response)
+        response = encode_payload({"reason": reason})
+        frame = serializer.encode_reply(self.version, join_ref, message.ref, message.topic, "error", response)
         return Send(frame, reason)
 
     # What was decided.
@@ -184,10 +186,10 @@ class Protocol:
     def _answer_join(self, join: Join, status: str, response: Payload) -> list[Frame]:
         topic = join.subscription.topic
         _ = self._joining.pop(topic, None)
-        frames = [wire.encode_reply(self.version, join.join_ref, join.ref, topic, status, response)]
+        frames = [serializer.encode_reply(self.version, join.join_ref, join.ref, topic, status, response)]
         # One that was ended from this side in the meantime has been told already.
         if join.replaces is not None and self.has(join.replaces):
-            frames.append(wire.encode_close(self.version, join.replaces.join_ref, topic))
+            frames.append(serializer.encode_close(self.version, join.replaces.join_ref, topic))
         return frames
 
     def leave(self, leave: Leave) -> list[Frame]:
@@ -195,8 +197,8 @@ class Protocol:
         gone = leave.subscription
         del self.subscriptions[gone.topic]
         return [
-            wire.encode_reply(self.version, gone.join_ref, leave.ref, gone.topic, "ok", EMPTY),
-            wire.encode_close(self.version, gone.join_ref, gone.topic),
+            serializer.encode_reply(self.version, gone.join_ref, leave.ref, gone.topic, "ok", EMPTY),
+            serializer.encode_close(self.version, gone.join_ref, gone.topic),
         ]
 
     def reply(self, push: Push, status: str, response: Payload = EMPTY) -> Frame | None:
@@ -204,7 +206,9 @@ class Protocol:
         if push.ref is None or not self.has(push.subscription):
             return None
         subscription = push.subscription
-        return wire.encode_reply(self.version, subscription.join_ref, push.ref, subscription.topic, status, response)
+        return serializer.encode_reply(
+            self.version, subscription.join_ref, push.ref, subscription.topic, status, response
+        )
 
     def end(self, subscription: Subscription, error: str | None = None) -> Frame | None:
         """End a subscription from this side: ``phx_error`` with a reason (rejoin), or ``phx_close`` (do not).
@@ -215,8 +219,8 @@ class Protocol:
             return None
         del self.subscriptions[subscription.topic]
         if error is None:
-            return wire.encode_close(self.version, subscription.join_ref, subscription.topic)
-        return wire.encode_error(self.version, subscription.join_ref, subscription.topic, error)
+            return serializer.encode_close(self.version, subscription.join_ref, subscription.topic)
+        return serializer.encode_error(self.version, subscription.join_ref, subscription.topic, error)
 
     def tell_dropped(self, topic: str, count: int, subscription: Subscription | None = None) -> Frame:
         """Tell of so many events that the client reads too slowly for, under the ``join_ref`` that is in force.
@@ -225,7 +229,7 @@ class Protocol:
         """
         subscription = subscription or self.subscriptions.get(topic)
         join_ref = None if subscription is None else subscription.join_ref
-        return wire.encode_push(self.version, join_ref, topic, DROPPED_EVENT, wire.json_payload({"dropped": count}))
+        return serializer.encode_push(self.version, join_ref, topic, DROPPED_EVENT, encode_payload({"dropped": count}))
 
     def joining(self, topic: str) -> Join | None:
         """The join of ``topic`` that is being decided."""
