@@ -17,9 +17,9 @@ import msgspec
 
 from relay.auth import Auth
 from relay.errors import CloseCode, NotAdmitted, Reason
+from relay.permissions import Identity, Right
 from relay.protocol.payload import Payload
 from relay.protocol.state import Subscription
-from relay.rights import Identity, Right
 
 RENEWAL = "access_token"
 """The event that renews, and the key in its payload, or in a join's params, under which the new token stands."""

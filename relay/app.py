@@ -19,7 +19,6 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Mount
 
 from relay import console, hooks, pages, transport, upgrade
-from relay.addresses import hosts_of, look_behind_proxies, parse_networks
 from relay.auth import Authenticate
 from relay.brokers.base import Link
 from relay.config import EMBEDDED, Config
@@ -37,6 +36,7 @@ from relay.paths import below, replace_route_path, route_path, segments, split_r
 from relay.plugins import Plugin, system
 from relay.plugins.loader import Loaded, load_plugins
 from relay.protocol.topics import is_event, is_topic
+from relay.proxy_headers import hosts_of, look_behind_proxies, parse_networks
 from relay.reach import SEVERAL_HOSTS, Reach
 from relay.service_links import log_service_links
 from relay.socket import Socket

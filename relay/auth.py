@@ -16,7 +16,7 @@ from relay.control import Decisions
 from relay.errors import NotAdmitted, Reason
 from relay.handshake import find_token
 from relay.hooks import Hook, Refused
-from relay.rights import ALL, Grant, Identity, Rights, bind, escape, parse_claim
+from relay.permissions import ALL, Grant, Identity, Rights, bind, escape, parse_claim
 
 _LAST_SECOND = 1e15
 """Seconds since 1970, in 31 million years."""

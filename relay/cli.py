@@ -29,7 +29,7 @@ from urllib.parse import urlsplit
 
 import typer
 
-from relay import runfile
+from relay import runtime_dir
 from relay.commands import ConfigFile, RedisUrl, epilog
 from relay.commands.auth import check, token
 from relay.commands.bench import bench
@@ -154,7 +154,7 @@ def serve(
             valkey = EmbeddedValkey()
             own.callback(valkey.stop)
             settings = settings.model_copy(update={"redis_url": valkey.url})
-        own.enter_context(runfile.announce(_page_url(settings), settings.redis_url if embedded else None))
+        own.enter_context(runtime_dir.announce(_page_url(settings), settings.redis_url if embedded else None))
         if application is not None:
             _when_ready(settings, lambda: typer.echo(f"{application} is ready at {_page_url(settings)}"))
         else:

@@ -16,11 +16,11 @@ from pydantic_settings import (
     PydanticBaseSettingsSource,
 )
 
-from relay.addresses import host_in, is_loopback_host, parse_ip, parse_networks
-from relay.brokers import address
-from relay.brokers.address import SENTINEL_SCHEMES
+from relay import redis_url
 from relay.errors import ConfigError
-from relay.rights import Grant, parse_rights
+from relay.permissions import Grant, parse_rights
+from relay.proxy_headers import host_in, is_loopback_host, parse_ip, parse_networks
+from relay.redis_url import SENTINEL_SCHEMES
 from relay.service_links import ENV_PREFIX
 
 CONFIG_VARIABLE = "RELAY_CONFIG"
@@ -457,7 +457,7 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
             return url
         allowed = _REDIS_SCHEMES if info.field_name == "redis_url" else _BROADCAST_SCHEMES
         if url.partition("://")[0] in _REDIS_SCHEMES and info.field_name == "redis_url":
-            _ = address.parse(url)  # raises ValueError, naming what is wrong
+            _ = redis_url.parse(url)  # raises ValueError, naming what is wrong
             return url
         try:
             _ = urlsplit(url).port  # raises ValueError for a port that is no number

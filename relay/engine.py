@@ -17,9 +17,8 @@ from functools import partial
 from itertools import count
 from typing import Literal
 
-from relay import control, handshake, runfile, transport, upgrade
+from relay import control, handshake, runtime_dir, transport, upgrade
 from relay.access import Access
-from relay.addresses import counted_as
 from relay.auth import Auth, Authenticate
 from relay.brokers.base import Broker
 from relay.brokers.embedded import BESIDE_AUTH, EmbeddedValkey
@@ -37,6 +36,7 @@ from relay.limits import Admission
 from relay.metrics import Metrics
 from relay.node import Node
 from relay.outbox import Outboxes
+from relay.proxy_headers import counted_as
 from relay.reach import Reach
 from relay.siblings import Siblings
 from relay.socket import Socket
@@ -98,7 +98,7 @@ class Engine:
         if config.redis_url == EMBEDDED:
             self._embedded = EmbeddedValkey()
             config = config.model_copy(update={"redis_url": self._embedded.url})
-            self._announced.enter_context(runfile.announce("", config.redis_url))
+            self._announced.enter_context(runtime_dir.announce("", config.redis_url))
         self.config = config
         self.broker: Broker = _make_broker(config, metrics, hooks)
         loop = asyncio.get_running_loop()

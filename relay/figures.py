@@ -20,8 +20,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from relay.descriptors import descriptors
 from relay.errors import DROPPED, ConfigError
+from relay.fd_limit import descriptors
 from relay.metrics import BOUNDS_S, Histogram, Metrics
 from relay.version import __version__
 

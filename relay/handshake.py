@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
-from relay.addresses import host_in, is_loopback_host
 from relay.protocol import serializer
 from relay.protocol.serializer import Version
+from relay.proxy_headers import host_in, is_loopback_host
 
 SUBPROTOCOL = "phoenix"
 _TOKEN_PREFIX = "base64url.bearer.phx."

@@ -26,9 +26,9 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from relay.errors import RelayError
+from relay.permissions import Identity
 from relay.protocol.payload import Payload
 from relay.protocol.topics import is_event
-from relay.rights import Identity
 
 
 class Refused(RelayError):

@@ -5,9 +5,9 @@ Owns the counting; must not know transports or the clock: the time is passed in,
 
 import math
 
-from relay.addresses import is_loopback_address
 from relay.config import LimitsConfig
 from relay.handshake import Refused
+from relay.proxy_headers import is_loopback_address
 
 
 class Bucket:

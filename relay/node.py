@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 from relay import control
 from relay.brokers.base import Broker, Event
 from relay.calling import Caller, HandlerFailed
+from relay.concurrency import PIECE_BYTES, InFlight, Lanes, Rest
 from relay.config import Config, Direction, OnGap
 from relay.control import Order
 from relay.errors import BusUnavailable, Reason, RelayError
@@ -24,7 +25,6 @@ from relay.hooks import Event as HookedEvent
 from relay.hooks import Hook, Hooks, InvalidPayload, RedisMessage, matching
 from relay.hooks import Leave as HookedLeave
 from relay.hub import JOINED_MAX_BYTES, Hub, Subscriber
-from relay.lanes import PIECE_BYTES, InFlight, Lanes, Rest
 from relay.logs import Throttle
 from relay.metrics import Metrics
 from relay.protocol import topics

@@ -10,7 +10,9 @@ name, so IP addresses pass; health checks of clusters and balancers send them.
 from collections.abc import Mapping
 from typing import Any
 
-from relay.addresses import (
+from relay.config import ANY_HOST, Config
+from relay.handshake import Refused, is_allowed_origin
+from relay.proxy_headers import (
     came_by,
     forwarded_header,
     host_in,
@@ -20,8 +22,6 @@ from relay.addresses import (
     parse_ip,
     parse_networks,
 )
-from relay.config import ANY_HOST, Config
-from relay.handshake import Refused, is_allowed_origin
 
 SEVERAL_HOSTS = Refused(400, "expected one Host header", "several hosts")
 

@@ -17,7 +17,7 @@ import httptools
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from relay.descriptors import descriptors
+from relay.fd_limit import descriptors
 from relay.logs import Throttle
 from relay.metrics import count_refusal
 from relay.server import RelayWebSocketProtocol, break_cycle

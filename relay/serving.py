@@ -19,8 +19,8 @@ import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess, multiprocess
 
-from relay.descriptors import raise_descriptor_limit
 from relay.errors import ConfigError
+from relay.fd_limit import raise_descriptor_limit
 from relay.logs import Throttle
 from relay.server import RelayWebSocketProtocol
 

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from relay import runfile
+from relay import runtime_dir
 
 _logger = logging.getLogger("relay")
 
@@ -35,7 +35,7 @@ class Siblings:
 
     def check(self) -> None:
         """Let the others find this process, and warn where there are others."""
-        folder = runfile.directory() if self._setting else None
+        folder = runtime_dir.directory() if self._setting else None
         if folder is None:
             return
         own = _own()

@@ -15,6 +15,7 @@ from relay import excess, hooks
 from relay.access import RENEWAL, Access, Decision
 from relay.asking import ask_about_join, ask_about_push, renew
 from relay.calling import HandlerFailed
+from relay.concurrency import Lanes, Piece, Rest
 from relay.config import Config, Policy
 from relay.errors import IN_FLIGHT_FULL, SUBSCRIPTION_ENDED, BusUnavailable, CloseCode, Reason, WireError
 from relay.face import Face
@@ -22,7 +23,6 @@ from relay.handshake import Handshake
 from relay.hooks import Actor, Hook
 from relay.hub import Hub
 from relay.journal import Journal, Totals
-from relay.lanes import Lanes, Piece, Rest
 from relay.limits import Pace
 from relay.metrics import Metrics
 from relay.node import Node

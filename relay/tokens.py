@@ -21,11 +21,11 @@ import jwt
 import msgspec
 from jwt.exceptions import PyJWTError
 
-from relay.addresses import is_this_machine, origin_of
 from relay.config import AuthConfig
 from relay.errors import ConfigError, NotAdmitted, Reason
 from relay.keys import Key, key_of_jwk, read_key
 from relay.logs import Throttle
+from relay.proxy_headers import is_this_machine, origin_of
 from relay.version import __version__
 
 _throttle = Throttle(logging.getLogger("relay.auth"))

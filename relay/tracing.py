@@ -13,8 +13,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import parse_qs
 
+from relay.concurrency import Rest
 from relay.errors import BusUnavailable, ConfigError
-from relay.lanes import Rest
 from relay.protocol.serializer import Message
 from relay.version import __version__
 

@@ -12,8 +12,8 @@ from relay.auth import Auth
 from relay.calling import Caller
 from relay.errors import NotAdmitted, Reason
 from relay.metrics import Metrics
+from relay.permissions import Identity, Rights, parse_claim
 from relay.protocol.state import Subscription
-from relay.rights import Identity, Rights, parse_claim
 from tests.support.serving import eventually
 
 

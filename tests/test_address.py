@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from relay import Config, ConfigError, Relay
-from relay.brokers.address import OPTIONS, TCP_OPTIONS, TLS_OPTIONS, parse, parse_sentinel, shown
+from relay.redis_url import OPTIONS, TCP_OPTIONS, TLS_OPTIONS, parse, parse_sentinel, shown
 
 
 def test_address_of_sentinels_names_them_the_master_and_its_credentials() -> None:

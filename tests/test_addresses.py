@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.addresses import client_address, counted_as, look_behind_proxies, origin_of, parse_networks
+from relay.proxy_headers import client_address, counted_as, look_behind_proxies, origin_of, parse_networks
 
 PROXIES = parse_networks(("127.0.0.1", "10.0.0.0/8", "fd00::/8"))
 

@@ -10,7 +10,7 @@ from relay.auth import Auth, UpgradeRequest
 from relay.calling import Caller
 from relay.errors import NotAdmitted, Reason
 from relay.metrics import Metrics
-from relay.rights import ALL, Right
+from relay.permissions import ALL, Right
 
 SCOPE: dict[str, Any] = {"type": "websocket", "path": "/", "query_string": b"", "headers": []}
 

@@ -15,8 +15,8 @@ import pytest
 
 from relay import Relay, hooks
 from relay.hooks import Event, Hook, Hooks, HookTable, Join, Leave, Push, RedisMessage, Refused, Socket
+from relay.permissions import Identity, Rights
 from relay.plugins import Plugin
-from relay.rights import Identity, Rights
 
 SOCKET = cast(Socket, object())
 

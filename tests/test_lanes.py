@@ -5,8 +5,8 @@ import gc
 from collections.abc import Coroutine
 from functools import partial
 
+from relay.concurrency import PIECE_BYTES, InFlight, Lanes
 from relay.errors import IN_FLIGHT_FULL
-from relay.lanes import PIECE_BYTES, InFlight, Lanes
 from relay.metrics import Metrics
 
 

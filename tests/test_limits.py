@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.addresses import counted_as
 from relay.config import LimitsConfig
 from relay.limits import PORTION_BYTES, Admission, Bucket, Pace
+from relay.proxy_headers import counted_as
 
 # Buckets.
 

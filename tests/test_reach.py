@@ -7,7 +7,7 @@ from starlette.testclient import TestClient
 from starlette.types import Receive, Scope, Send
 
 from relay import Config
-from relay.addresses import host_in, is_loopback_address, is_loopback_host
+from relay.proxy_headers import host_in, is_loopback_address, is_loopback_host
 from relay.reach import Reach, is_in_process, is_this_machine
 
 ASGI = {"version": "3.0"}

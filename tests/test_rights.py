@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.rights import (
+from relay.permissions import (
     ALL,
     EVERYTHING,
     Grant,

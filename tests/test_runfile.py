@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from relay import runfile
+from relay import runtime_dir
 
 
 @pytest.fixture(autouse=True)
@@ -41,42 +41,42 @@ def write(folder: Path, pid: int, redis_url: str, age_s: float = 0.0) -> Path:
 
 
 def test_relay_is_found_while_it_runs_and_not_after(folder: Path) -> None:
-    assert runfile.newest() is None
-    with runfile.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:7000"):
-        assert runfile.newest() == "redis://127.0.0.1:7000"
+    assert runtime_dir.newest() is None
+    with runtime_dir.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:7000"):
+        assert runtime_dir.newest() == "redis://127.0.0.1:7000"
         told = json.loads((folder / f"{os.getpid()}.json").read_text())
         assert told == {"page": "http://127.0.0.1:8000/", "redis": "redis://127.0.0.1:7000"}
-    assert runfile.newest() is None
+    assert runtime_dir.newest() is None
     assert list(folder.iterdir()) == []
 
 
 def test_relay_that_fails_is_not_found_afterwards(folder: Path) -> None:
-    with pytest.raises(RuntimeError), runfile.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:7000"):
+    with pytest.raises(RuntimeError), runtime_dir.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:7000"):
         raise RuntimeError
     assert list(folder.iterdir()) == []
 
 
 def test_relay_without_a_redis_of_its_own_announces_nothing(base: Path) -> None:
     """Its address may hold a password."""
-    with runfile.announce("http://127.0.0.1:8000/", None):
+    with runtime_dir.announce("http://127.0.0.1:8000/", None):
         assert list(base.iterdir()) == []
 
 
 def test_relay_whose_file_was_removed_ends_in_good_order(folder: Path) -> None:
-    with runfile.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:7000"):
+    with runtime_dir.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:7000"):
         (folder / f"{os.getpid()}.json").unlink()
 
 
 def test_relay_started_last_wins(folder: Path) -> None:
     write(folder, os.getppid(), "redis://127.0.0.1:1", age_s=60)
-    with runfile.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:2"):
-        assert runfile.newest() == "redis://127.0.0.1:2"
-    assert runfile.newest() == "redis://127.0.0.1:1"
+    with runtime_dir.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:2"):
+        assert runtime_dir.newest() == "redis://127.0.0.1:2"
+    assert runtime_dir.newest() == "redis://127.0.0.1:1"
 
 
 def test_file_of_a_relay_that_was_killed_is_removed(folder: Path, dead_pid: int) -> None:
     path = write(folder, dead_pid, "redis://127.0.0.1:1")
-    assert runfile.newest() is None
+    assert runtime_dir.newest() is None
     assert not path.exists()
 
 
@@ -90,24 +90,24 @@ def test_number_that_is_somebody_elses_process_by_now_is_no_relay(
         raise PermissionError
 
     monkeypatch.setattr(os, "kill", kill)
-    assert runfile.newest() is None
+    assert runtime_dir.newest() is None
     assert not path.exists()
 
 
 def test_file_that_goes_while_it_is_read_is_no_relay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(folder, os.getpid(), "redis://127.0.0.1:1")
     monkeypatch.setattr(os, "kill", lambda pid, number: path.unlink())
-    assert runfile.newest() is None
+    assert runtime_dir.newest() is None
 
 
 def test_file_that_is_being_written_is_not_read(folder: Path) -> None:
     folder.mkdir()
     (folder / f"{os.getpid()}.new").write_text('{"pa')
-    assert runfile.newest() is None
+    assert runtime_dir.newest() is None
 
 
 def test_directory_is_for_its_user_alone(folder: Path) -> None:
-    runfile.newest()
+    runtime_dir.newest()
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
@@ -135,16 +135,16 @@ def test_directory_falls_back_to_the_machines_temporary_one(
             )
 
         monkeypatch.setattr(Path, "lstat", of_somebody)
-    with runfile.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:7000"):
-        assert runfile.newest() == "redis://127.0.0.1:7000"
+    with runtime_dir.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:7000"):
+        assert runtime_dir.newest() == "redis://127.0.0.1:7000"
         assert (base / "tmp" / f"relay-{os.getuid()}" / f"{os.getpid()}.json").exists()
 
 
 def test_without_any_directory_the_relay_serves_and_is_not_found(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(base / "nowhere"))
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(base / "nowhere"))
-    with runfile.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:7000"):
-        assert runfile.newest() is None
+    with runtime_dir.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:7000"):
+        assert runtime_dir.newest() is None
 
 
 def test_full_disk_does_not_stop_the_relay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,8 +152,8 @@ def test_full_disk_does_not_stop_the_relay(folder: Path, monkeypatch: pytest.Mon
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Path, "write_text", write)
-    with runfile.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:7000"):
-        assert runfile.newest() is None
+    with runtime_dir.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:7000"):
+        assert runtime_dir.newest() is None
 
 
 def test_link_in_place_of_the_directory_is_judged_by_its_own_owner(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,5 +168,5 @@ def test_link_in_place_of_the_directory_is_judged_by_its_own_owner(base: Path, m
         return lstat(path)
 
     monkeypatch.setattr(Path, "lstat", noting)
-    runfile.newest()
+    runtime_dir.newest()
     assert base / f"relay-{os.getuid()}" in asked

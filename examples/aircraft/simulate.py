@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from redis import Redis, RedisError
 
-from relay import runfile
+from relay import runtime_dir
 
 AIRPORTS = (
     (52.31, 4.76), (59.65, 17.92), (37.94, 23.94), (41.30, 2.08), (52.36, 13.50),  # Amsterdam to Berlin
@@ -137,7 +137,7 @@ def between(least: float, most: float) -> Callable[[str], float]:
 def main() -> None:
     """Read the command line and fly."""
     parser = argparse.ArgumentParser(description="Publish made-up positions of aircraft over Europe.")
-    default = runfile.newest() or "redis://localhost:6379"
+    default = runtime_dir.newest() or "redis://localhost:6379"
     parser.add_argument("--redis-url", default=default, help="[default: of the relay started last, now %(default)s]")
     parser.add_argument("--channel", default="jet1090-full", help="Redis channel [default: %(default)s]")
     parser.add_argument("--aircraft", type=between(1, 2000), default=160, help="how many [default: %(default)s]")

@@ -21,7 +21,7 @@ from typing import Any
 
 import hiredis
 
-from relay.brokers import address
+from relay import redis_url
 from relay.brokers.base import Event, Link, Sink
 from relay.brokers.redis_connection import (
     Connections,
@@ -72,8 +72,8 @@ class RedisBroker:
         self._redis = config.redis
         self._metrics = metrics
         self._clock = clock
-        self._connections = Connections(address.parse(config.redis_url), config.redis.timeout_s, clock)
-        self._address = address.shown(config.redis_url)
+        self._connections = Connections(redis_url.parse(config.redis_url), config.redis.timeout_s, clock)
+        self._address = redis_url.shown(config.redis_url)
         self._publisher = Publisher(
             self._connections, config.redis, clock, self._address, self._role_changed, self._say_denied
         )

@@ -27,7 +27,7 @@ from redis.asyncio.sentinel import (
 )
 from redis.backoff import NoBackoff
 
-from relay.brokers.address import RedisAddress
+from relay.redis_url import RedisAddress
 
 _READ_BYTES = 256 * 1024
 """Most bytes taken from the socket at a time: some 1 000 events of 220 bytes."""

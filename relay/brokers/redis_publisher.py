@@ -16,7 +16,7 @@ from typing import Any
 
 import hiredis
 
-from relay.brokers import address
+from relay import redis_url
 from relay.brokers.redis_connection import (
     MASTER,
     Connections,
@@ -315,8 +315,8 @@ async def publishing(config: Config) -> AsyncIterator[Callable[[Sequence[tuple[s
     Yields: a function of topics, events and payloads, which publishes them in order. It returns how many
             subscriptions took the last: the relays that listen. It raises BusUnavailable where Redis took them not.
     """
-    where = address.shown(config.redis_url)
-    connections = Connections(address.parse(config.redis_url), config.redis.timeout_s)
+    where = redis_url.shown(config.redis_url)
+    connections = Connections(redis_url.parse(config.redis_url), config.redis.timeout_s)
     connection: RedisConnection | None = None
 
     async def publish(events: Sequence[tuple[str, str, bytes]]) -> int:

@@ -14,8 +14,6 @@ from urllib.parse import urlsplit
 
 import typer
 
-from relay.addresses import parse_networks
-from relay.brokers.address import parse_sentinel
 from relay.brokers.embedded import BESIDE_AUTH
 from relay.commands import ConfigFile
 from relay.commands.terminal import console, is_terminal, print_lines
@@ -32,8 +30,10 @@ from relay.config import (
 )
 from relay.config_sources import load
 from relay.errors import ConfigError
+from relay.permissions import Right, names_of, parse_claim
 from relay.plugins.loader import candidates
-from relay.rights import Right, names_of, parse_claim
+from relay.proxy_headers import parse_networks
+from relay.redis_url import parse_sentinel
 from relay.service_links import service_links
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from uuid import uuid4
 import typer
 from websockets.asyncio.client import ClientConnection
 
-from relay import runfile
+from relay import runtime_dir
 from relay.commands import Params, RedisUrl, RelayFile, Token, json_of
 from relay.commands.link import TIMEOUT_S, ask_rest, connected, socket_url
 from relay.commands.tally import Listener, latencies_ms
@@ -91,7 +91,7 @@ def bench(
     topics = topics or min(TOPICS, sockets)
     if topics > sockets:
         raise ConfigError(f"--topics: expected at most as many as --sockets, {sockets}, got {topics}")
-    from relay.descriptors import raise_descriptor_limit
+    from relay.fd_limit import raise_descriptor_limit
 
     settings = load(config, {"redis_url": redis_url})
     run = f"bench:{uuid4().hex[:8]}"
@@ -282,8 +282,8 @@ def _bus(settings: Config, url: str) -> "AbstractAsyncContextManager[Publish]":
     """How to publish: to a Redis that is known, or else by REST, under the same address as the socket."""
     parts = urlsplit(url)
     page = f"http://{parts.netloc.replace('localhost', '127.0.0.1')}/"
-    redis_url = runfile.with_password(settings.redis_url) if settings.redis_url != EMBEDDED else ""
-    if found := redis_url or (not settings.broadcast_url and runfile.redis_of(page)):
+    redis_url = runtime_dir.with_password(settings.redis_url) if settings.redis_url != EMBEDDED else ""
+    if found := redis_url or (not settings.broadcast_url and runtime_dir.redis_of(page)):
         return _redis(settings.model_copy(update={"redis_url": found}))
     mount = parts.path.removesuffix("/websocket").rpartition("/")[0]
     return _rest(settings, f"http{parts.scheme.removeprefix('ws')}://{parts.netloc}{mount}{settings.rest.path}")

@@ -22,10 +22,10 @@ from websockets.asyncio.client import connect as connect_websocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.typing import Subprotocol
 
-from relay.addresses import is_this_machine, origin_of, parse_ip
 from relay.commands.terminal import Failed
 from relay.config import Config
 from relay.errors import ConfigError
+from relay.proxy_headers import is_this_machine, origin_of, parse_ip
 
 TIMEOUT_S = 10.0
 """For the connection, and for each reply."""

@@ -5,7 +5,7 @@ Owns which Redis is meant; the publishing is that of `relay.brokers.redis`.
 
 import asyncio
 
-from relay import runfile
+from relay import runtime_dir
 from relay.commands import ConfigFile, EventName, Payload, RedisUrl, Topic, event_of, json_of, topic_of
 from relay.commands.terminal import console, fail, is_terminal, print_lines
 from relay.config import EMBEDDED, Config
@@ -21,12 +21,12 @@ def publish(
     _ = json_of("JSON", payload)  # it is sent as it was written
     settings = load(config, {"redis_url": redis_url})
     if not settings.redis_url or settings.redis_url == EMBEDDED:
-        running = runfile.newest()
+        running = runtime_dir.newest()
         if running is None:
             raise ConfigError("no Redis is configured and no relay with an embedded one runs here; give --redis-url")
         settings = settings.model_copy(update={"redis_url": running})
     else:
-        settings = settings.model_copy(update={"redis_url": runfile.with_password(settings.redis_url)})
+        settings = settings.model_copy(update={"redis_url": runtime_dir.with_password(settings.redis_url)})
     try:
         relays = asyncio.run(_publish(settings, topic, event, payload.encode()))
     except BusUnavailable as error:

@@ -22,11 +22,11 @@ from typing import TypeAlias
 import msgspec
 
 from relay.errors import Reason
+from relay.permissions import Identity
 from relay.protocol import serializer, topics
 from relay.protocol.frame import Frame
 from relay.protocol.payload import EMPTY, Payload, encode_payload
 from relay.protocol.serializer import Message, Ref, Version
-from relay.rights import Identity
 
 DROPPED_EVENT = "relay:dropped"
 """Tells a slow reader what it missed; nobody else can send it, since no event from the bus has a colon."""

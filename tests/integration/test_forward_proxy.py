@@ -14,7 +14,7 @@ import httpx2 as httpx
 import pytest
 
 import relay_client
-from relay.addresses import is_this_machine
+from relay.proxy_headers import is_this_machine
 from relay.tokens import _proxy_for
 from tests.support.process import DEADLINE_S, RelayProcess
 
