@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from relay.auth import UpgradeRequest
     from relay.config import Config
     from relay.errors import BusUnavailable, ConfigError
-    from relay.hooks import Event, Join, Leave, Push, RedisMessage, Refused
     from relay.plugins import Plugin
+    from relay.plugins.hooks import Event, Join, Leave, Push, RedisMessage, Refused
 
 _HOMES = {
     "Relay": "relay.app",

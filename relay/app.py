@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Mount
 
-from relay import console, hooks, pages, transport, upgrade
+from relay import console, pages, transport, upgrade
 from relay.auth import Authenticate
 from relay.brokers.base import Link
 from relay.config import EMBEDDED, Config
@@ -28,12 +28,12 @@ from relay.engine import Engine
 from relay.errors import ConfigError, RelayError
 from relay.figures import IDLE, Figures, State
 from relay.handshake import Refused
-from relay.hooks import check_handler
 from relay.keys import Key
 from relay.metrics import REFUSED_STATE, Metrics
 from relay.operators import Operators, key_in
 from relay.paths import below, replace_route_path, route_path, segments, split_raw
-from relay.plugins import Plugin, system
+from relay.plugins import Plugin, hooks, system
+from relay.plugins.hooks import check_handler
 from relay.plugins.loader import Loaded, load_plugins
 from relay.protocol.topics import is_event, is_topic
 from relay.proxy_headers import hosts_of, look_behind_proxies, parse_networks

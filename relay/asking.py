@@ -7,14 +7,14 @@ from collections.abc import Awaitable
 from functools import partial
 from typing import Any, Protocol
 
-from relay import hooks
 from relay.access import Access, tokens_in
-from relay.calling import HandlerFailed
 from relay.errors import BusUnavailable, Reason
-from relay.hooks import Hook
 from relay.hub import Subscriber
 from relay.metrics import Metrics
 from relay.node import Node
+from relay.plugins import hooks
+from relay.plugins.dispatcher import HandlerFailed
+from relay.plugins.hooks import Hook
 from relay.protocol.payload import EMPTY, Payload
 from relay.protocol.state import Push
 

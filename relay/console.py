@@ -17,11 +17,12 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from relay import handshake, hooks, upgrade
+from relay import handshake, upgrade
 from relay.config import Policy
 from relay.errors import BusUnavailable, CloseCode, Reason, WireError
 from relay.handshake import Refused
 from relay.metrics import BOUNDS_S
+from relay.plugins import hooks
 from relay.protocol import serializer
 from relay.protocol.frame import Frame
 from relay.protocol.payload import encode_payload

@@ -22,13 +22,11 @@ from relay.access import Access
 from relay.auth import Auth, Authenticate
 from relay.brokers.base import Broker
 from relay.brokers.embedded import BESIDE_AUTH, EmbeddedValkey
-from relay.calling import HandlerFailed, is_being_cancelled
 from relay.config import EMBEDDED, Config
 from relay.errors import CloseCode, ConfigError, NotAdmitted
 from relay.figures import WRITE_INTERVAL_S, Figures, State
 from relay.frames import EXTENSION, FrameWriter
 from relay.handshake import Refused
-from relay.hooks import Hook, Hooks
 from relay.hub import Hub
 from relay.journal import Journal
 from relay.keys import Key
@@ -36,6 +34,8 @@ from relay.limits import Admission
 from relay.metrics import Metrics
 from relay.node import Node
 from relay.outbox import Outboxes
+from relay.plugins.dispatcher import HandlerFailed, is_being_cancelled
+from relay.plugins.hooks import Hook, Hooks
 from relay.proxy_headers import counted_as
 from relay.reach import Reach
 from relay.siblings import Siblings

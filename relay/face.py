@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl
 
-from relay import hooks
 from relay.access import Access
 from relay.errors import CloseCode, Reason
 from relay.node import Node
+from relay.plugins import hooks
 from relay.protocol import serializer
 from relay.protocol.serializer import Version
 from relay.protocol.state import Join, Subscription

@@ -16,17 +16,17 @@ from weakref import WeakValueDictionary
 
 from relay import control
 from relay.brokers.base import Broker, Event
-from relay.calling import Caller, HandlerFailed
 from relay.concurrency import PIECE_BYTES, InFlight, Lanes, Rest
 from relay.config import Config, Direction, OnGap
 from relay.control import Order
 from relay.errors import BusUnavailable, Reason, RelayError
-from relay.hooks import Event as HookedEvent
-from relay.hooks import Hook, Hooks, InvalidPayload, RedisMessage, matching
-from relay.hooks import Leave as HookedLeave
 from relay.hub import JOINED_MAX_BYTES, Hub, Subscriber
 from relay.logs import Throttle
 from relay.metrics import Metrics
+from relay.plugins.dispatcher import Caller, HandlerFailed
+from relay.plugins.hooks import Event as HookedEvent
+from relay.plugins.hooks import Hook, Hooks, InvalidPayload, RedisMessage, matching
+from relay.plugins.hooks import Leave as HookedLeave
 from relay.protocol import topics
 from relay.protocol.payload import Payload, classify_payload, fault_of_json, identified
 from relay.protocol.state import Subscription

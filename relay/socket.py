@@ -11,21 +11,22 @@ import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 
-from relay import excess, hooks
+from relay import excess
 from relay.access import RENEWAL, Access, Decision
 from relay.asking import ask_about_join, ask_about_push, renew
-from relay.calling import HandlerFailed
 from relay.concurrency import Lanes, Piece, Rest
 from relay.config import Config, Policy
 from relay.errors import IN_FLIGHT_FULL, SUBSCRIPTION_ENDED, BusUnavailable, CloseCode, Reason, WireError
 from relay.face import Face
 from relay.handshake import Handshake
-from relay.hooks import Actor, Hook
 from relay.hub import Hub
 from relay.journal import Journal, Totals
 from relay.limits import Pace
 from relay.metrics import Metrics
 from relay.node import Node
+from relay.plugins import hooks
+from relay.plugins.dispatcher import HandlerFailed
+from relay.plugins.hooks import Actor, Hook
 from relay.protocol import serializer
 from relay.protocol.frame import Frame
 from relay.protocol.payload import EMPTY, Payload, encode_payload

@@ -9,10 +9,10 @@ import pytest
 from relay import Config
 from relay.access import Access, tokens_in
 from relay.auth import Auth
-from relay.calling import Caller
 from relay.errors import NotAdmitted, Reason
 from relay.metrics import Metrics
 from relay.permissions import Identity, Rights, parse_claim
+from relay.plugins.dispatcher import Caller
 from relay.protocol.state import Subscription
 from tests.support.serving import eventually
 

@@ -7,10 +7,10 @@ import pytest
 
 from relay import Config, Refused
 from relay.auth import Auth, UpgradeRequest
-from relay.calling import Caller
 from relay.errors import NotAdmitted, Reason
 from relay.metrics import Metrics
 from relay.permissions import ALL, Right
+from relay.plugins.dispatcher import Caller
 
 SCOPE: dict[str, Any] = {"type": "websocket", "path": "/", "query_string": b"", "headers": []}
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from relay import calling
-from relay.calling import Caller, HandlerFailed
-from relay.hooks import Hook, Refused, to_response
 from relay.metrics import Metrics
+from relay.plugins import dispatcher
+from relay.plugins.dispatcher import Caller, HandlerFailed
+from relay.plugins.hooks import Hook, Refused, to_response
 from tests.support.serving import eventually
 
 
@@ -173,7 +173,7 @@ async def test_cancellation_from_outside_goes_on_its_way() -> None:
 
 
 async def test_threads_of_one_plugin_are_no_other_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calling, "_THREADS", 2)
+    monkeypatch.setattr(dispatcher, "_THREADS", 2)
     released = threading.Event()
 
     def blocks(argument: object) -> None:
@@ -190,7 +190,7 @@ async def test_threads_of_one_plugin_are_no_other_plugins(monkeypatch: pytest.Mo
 
 
 async def test_handler_given_up_before_its_turn_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calling, "_THREADS", 1)
+    monkeypatch.setattr(dispatcher, "_THREADS", 1)
     released = threading.Event()
     called: list[str] = []
 

@@ -13,10 +13,10 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from relay import Relay, hooks
-from relay.hooks import Event, Hook, Hooks, HookTable, Join, Leave, Push, RedisMessage, Refused, Socket
+from relay import Relay
 from relay.permissions import Identity, Rights
-from relay.plugins import Plugin
+from relay.plugins import Plugin, hooks
+from relay.plugins.hooks import Event, Hook, Hooks, HookTable, Join, Leave, Push, RedisMessage, Refused, Socket
 
 SOCKET = cast(Socket, object())
 

@@ -10,7 +10,7 @@ import pytest
 from relay.config import PluginsConfig
 from relay.errors import ConfigError
 from relay.plugins.loader import load_plugins
-from relay.scaffold import write_plugin
+from relay.plugins.scaffold import write_plugin
 
 
 @pytest.mark.parametrize("name", ["hello", "my_plugin2"])

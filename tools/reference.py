@@ -13,9 +13,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from relay import Plugin, Relay, hooks
+from relay import Plugin, Relay
 from relay.config import Config
 from relay.figures import FIGURES
+from relay.plugins import hooks
 from relay.rest import make_rest
 
 _HANDED = (hooks.Join, hooks.Leave, hooks.Push, hooks.Event, hooks.RedisMessage, hooks.Socket)

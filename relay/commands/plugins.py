@@ -45,7 +45,7 @@ def new_plugin(
     directory: Annotated[Path, typer.Option("--in", metavar="DIR", help="Where to put it.")] = Path("plugins"),
 ) -> None:
     """Write a small plugin with a test: a package, ready to run."""
-    from relay.scaffold import write_plugin
+    from relay.plugins.scaffold import write_plugin
 
     folder = write_plugin(name, directory)
     typer.echo(f"wrote {folder}/")

@@ -16,7 +16,18 @@ Owns what a plugin's author writes; `relay.hooks` says what each handler is give
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from relay.hooks import Event, Handler, Hook, HookTable, Join, Leave, Push, RedisMessage, check_handler, is_async
+from relay.plugins.hooks import (
+    Event,
+    Handler,
+    Hook,
+    HookTable,
+    Join,
+    Leave,
+    Push,
+    RedisMessage,
+    check_handler,
+    is_async,
+)
 
 if TYPE_CHECKING:
     from fastapi import APIRouter

@@ -18,8 +18,8 @@ from typing import Any
 
 from relay.config import PluginsConfig
 from relay.errors import ConfigError
-from relay.hooks import Hooks, HookTable, check_handler, is_async
 from relay.plugins import Plugin
+from relay.plugins.hooks import Hooks, HookTable, check_handler, is_async
 
 _logger = logging.getLogger("relay.plugins")
 

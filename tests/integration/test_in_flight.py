@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from relay.hooks import Event, Push
 from relay.plugins import Plugin
+from relay.plugins.hooks import Event, Push
 from relay.protocol.serializer import Message, Version, decode
 from tests.support.client import CLOSE, TEXT, Client, RawSocket
 from tests.support.serving import Served, eventually

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from relay.hooks import to_payload
+from relay.plugins.hooks import to_payload
 from tests.support.client import Client
 from tests.support.serving import Served, figure, http_get
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from relay.scaffold import write_plugin
+from relay.plugins.scaffold import write_plugin
 from tests.support.keys import OTHER_SECRET, SECRET, token
 from tests.support.node import need_browser, run_checks
 from tests.support.process import RelayProcess, Valkey

@@ -37,7 +37,7 @@ from relay import (
     engine,
     node,
 )
-from relay.hooks import Socket
+from relay.plugins.hooks import Socket
 from tests.support.client import Client
 from tests.support.process import RelayProcess, Valkey
 from tests.support.serving import Served, eventually, heard_on, http_get, serve

@@ -13,9 +13,9 @@ import pytest
 from redis.asyncio import Redis
 
 from relay import Relay
-from relay.hooks import Push
 from relay.journal import LINES_MAX
 from relay.plugins import Plugin
+from relay.plugins.hooks import Push
 from tests.support.client import CLOSE, TEXT, Client, RawSocket, client_frame
 from tests.support.faults import lossy_network
 from tests.support.process import RelayProcess, Valkey

@@ -16,9 +16,9 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from relay.hooks import Actor, Hook, InvalidPayload, Join, Leave, Push, Refused
 from relay.logs import SUBJECT, Throttle
 from relay.metrics import Metrics
+from relay.plugins.hooks import Actor, Hook, InvalidPayload, Join, Leave, Push, Refused
 from relay.tracing import Tracer
 
 T = TypeVar("T")
