@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Mount
 
-from relay import console, pages, transport, upgrade
+from relay import console, pages
 from relay.auth import Authenticate
 from relay.brokers.base import Link
 from relay.config import EMBEDDED, Config
@@ -27,7 +27,6 @@ from relay.console import Console
 from relay.engine import Engine
 from relay.errors import ConfigError, RelayError
 from relay.figures import IDLE, Figures, State
-from relay.handshake import Refused
 from relay.keys import Key
 from relay.metrics import REFUSED_STATE, Metrics
 from relay.operators import Operators, key_in
@@ -37,13 +36,15 @@ from relay.plugins.hooks import check_handler
 from relay.plugins.loader import Loaded, load_plugins
 from relay.protocol.topics import is_event, is_topic
 from relay.proxy_headers import hosts_of, look_behind_proxies, parse_networks
-from relay.reach import SEVERAL_HOSTS, Reach
 from relay.service_links import log_service_links
 from relay.socket import Socket
 from relay.threadsafe import LOOP_HAS_ENDED, ONE_LOOP, Call
 from relay.tokens import load_keys
 from relay.tracing import Tracer
-from relay.transport import ReceiveCallable, Scope, SendCallable
+from relay.transports import handshake, websocket
+from relay.transports.base import ReceiveCallable, Scope, SendCallable
+from relay.transports.handshake import Refused
+from relay.transports.network_access import SEVERAL_HOSTS, Reach
 
 if TYPE_CHECKING:
     from relay.proxy import Proxy
@@ -383,7 +384,7 @@ class Relay:
                 await self._refuse(scope, receive, send, self._no_long_poll(scope, path))
             elif path in self._socket_paths:
                 self.metrics.refused["handshake: no upgrade"] += 1
-                await upgrade.ask_for_upgrade(scope, receive, send)
+                await handshake.ask_for_upgrade(scope, receive, send)
             else:
                 await self._http(self._canonical(scope, path), receive, send)
         elif path in self._socket_paths:
@@ -393,7 +394,7 @@ class Relay:
         else:
             known = ", ".join(sorted("/" + "/".join(path) for path in self._socket_paths))
             self.metrics.refused["handshake: path"] += 1
-            await upgrade.refuse(scope, receive, send, Refused(404, f"no socket here; expected {known}", "path"))
+            await handshake.refuse(scope, receive, send, Refused(404, f"no socket here; expected {known}", "path"))
 
     def _check_reach(self, came: Scope, scope: Scope, path: tuple[str, ...]) -> Refused | None:
         """Check where a request comes from, and under which name, before any route.
@@ -431,9 +432,9 @@ class Relay:
         self.metrics.refused[f"{door}: {refused.kind}"] += 1
         address = (scope.get("client") or (None,))[0]
         text = f"{what} refused: %s; address %s"
-        transport.throttle.warning(f"{door}: {refused.kind}", text, refused.text, address, address=address)
+        websocket.throttle.warning(f"{door}: {refused.kind}", text, refused.text, address, address=address)
         if scope["type"] == "websocket":
-            await upgrade.refuse(scope, receive, send, refused)
+            await handshake.refuse(scope, receive, send, refused)
             return
         headers = {"www-authenticate": "Bearer"} if refused.status == HTTPStatus.UNAUTHORIZED else None
         await pages.problem(refused.status, refused.text, headers)(scope, receive, send)

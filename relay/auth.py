@@ -13,10 +13,10 @@ from starlette.requests import HTTPConnection
 from relay.config import Config
 from relay.control import Decisions
 from relay.errors import NotAdmitted, Reason
-from relay.handshake import find_token
 from relay.permissions import ALL, Grant, Identity, Rights, bind, escape, parse_claim
 from relay.plugins.dispatcher import Caller, HandlerFailed
 from relay.plugins.hooks import Hook, Refused
+from relay.transports.handshake import find_token
 
 _LAST_SECOND = 1e15
 """Seconds since 1970, in 31 million years."""

@@ -169,8 +169,8 @@ def _run(
     """Run Uvicorn until it is stopped; one process here, or several under its supervisor."""
     import uvicorn
 
-    from relay import serving
-    from relay.server_http import RelayHTTPProtocol
+    from relay.transports import uvicorn_server
+    from relay.transports.uvicorn_http import RelayHTTPProtocol
 
     options: dict[str, Any] = {
         "ws": "relay.server:RelayWebSocketProtocol",
@@ -198,7 +198,7 @@ def _run(
     _collect_rarely()
     app = application or _alone(settings)  # workers make their own; what is wrong is said here, once for all of them
     if settings.workers == 1:
-        return serving.run(
+        return uvicorn_server.run(
             uvicorn.Config(app, workers=1, **options), listener, clean_up
         )  # without, it reads WEB_CONCURRENCY
     # The workers read the same sources again; what this process has decided travels as variables.
@@ -213,7 +213,7 @@ def _run(
             if not settings.metrics.folder:
                 os.environ["RELAY_METRICS__FOLDER"] = stack.enter_context(_folder_of_figures())
             application, options["factory"] = "relay.cli:_worker_app", True
-        return serving.run(uvicorn.Config(application, workers=settings.workers, **options), listener, clean_up)
+        return uvicorn_server.run(uvicorn.Config(application, workers=settings.workers, **options), listener, clean_up)
 
 
 def _with_origins(settings: Config, added: list[str]) -> list[str] | str:

@@ -17,10 +17,8 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from relay import handshake, upgrade
 from relay.config import Policy
 from relay.errors import BusUnavailable, CloseCode, Reason, WireError
-from relay.handshake import Refused
 from relay.metrics import BOUNDS_S
 from relay.plugins import hooks
 from relay.protocol import serializer
@@ -29,7 +27,10 @@ from relay.protocol.payload import encode_payload
 from relay.protocol.serializer import Version
 from relay.protocol.state import Join, Leave, Protocol, Push, Send, Subscription
 from relay.protocol.topics import is_topic
-from relay.transport import Connection, ReceiveCallable, Scope, SendCallable
+from relay.transports import handshake
+from relay.transports.base import ReceiveCallable, Scope, SendCallable
+from relay.transports.handshake import Refused
+from relay.transports.websocket import Connection
 from relay.version import __version__
 
 if TYPE_CHECKING:
@@ -72,9 +73,9 @@ class Console:
                 shake = Refused(fault.status, fault.text, "console")
         if isinstance(shake, Refused):
             relay.metrics.refused[f"handshake: {shake.kind}"] += 1
-            await upgrade.refuse(scope, receive, send, shake)
+            await handshake.refuse(scope, receive, send, shake)
             return
-        await upgrade.accept(receive, send, shake.subprotocol)
+        await handshake.accept(receive, send, shake.subprotocol)
         self._numbers += 1
         connection = Connection(
             f"console-{self._numbers}", scope, receive, send, relay.engine.config.limits, relay.metrics

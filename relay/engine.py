@@ -17,7 +17,7 @@ from functools import partial
 from itertools import count
 from typing import Literal
 
-from relay import control, handshake, runtime_dir, transport, upgrade
+from relay import control, runtime_dir
 from relay.access import Access
 from relay.auth import Auth, Authenticate
 from relay.brokers.base import Broker
@@ -25,24 +25,26 @@ from relay.brokers.embedded import BESIDE_AUTH, EmbeddedValkey
 from relay.config import EMBEDDED, Config
 from relay.errors import CloseCode, ConfigError, NotAdmitted
 from relay.figures import WRITE_INTERVAL_S, Figures, State
-from relay.frames import EXTENSION, FrameWriter
-from relay.handshake import Refused
 from relay.hub import Hub
 from relay.journal import Journal
 from relay.keys import Key
-from relay.limits import Admission
 from relay.metrics import Metrics
 from relay.node import Node
-from relay.outbox import Outboxes
 from relay.plugins.dispatcher import HandlerFailed, is_being_cancelled
 from relay.plugins.hooks import Hook, Hooks
 from relay.proxy_headers import counted_as
-from relay.reach import Reach
 from relay.siblings import Siblings
 from relay.socket import Socket
 from relay.tokens import Verifier
 from relay.tracing import Trace, Tracer
-from relay.transport import Connection, ReceiveCallable, Scope, SendCallable
+from relay.transports import handshake, websocket
+from relay.transports.admission import Admission
+from relay.transports.base import ReceiveCallable, Scope, SendCallable
+from relay.transports.handshake import Refused
+from relay.transports.network_access import Reach
+from relay.transports.outbox import Outboxes
+from relay.transports.websocket import Connection
+from relay.transports.writer import EXTENSION, FrameWriter
 
 _logger = logging.getLogger("relay")
 
@@ -297,10 +299,10 @@ class Engine:
         if refused.status == 429 and any(name == b"x-forwarded-for" for name, _ in scope["headers"]):
             hint = "; it came with X-Forwarded-For: is this a proxy that `trusted_proxies` should name?"
         address = (scope.get("client") or (None,))[0]
-        transport.throttle.warning(
+        websocket.throttle.warning(
             refused.kind, "handshake refused: %s%s; address %s", refused.text, hint, address, address=address
         )
-        await upgrade.refuse(scope, receive, send, refused)
+        await handshake.refuse(scope, receive, send, refused)
 
     async def _accept(
         self, scope: Scope, receive: ReceiveCallable, send: SendCallable, trace: Trace | None
@@ -317,7 +319,7 @@ class Engine:
         if isinstance(shake, Refused):
             await self._refuse(scope, receive, send, shake)
             return None
-        await upgrade.accept(receive, send, shake.subprotocol)
+        await handshake.accept(receive, send, shake.subprotocol)
         writer: FrameWriter | None = (scope.get("extensions") or {}).get(EXTENSION)
         if writer is not None:
             writer.on_shutdown = self._on_shutdown
@@ -374,12 +376,12 @@ class Engine:
             late_s, last = now - last - pause_s, now
             if late_s > _STALL_S:
                 self._metrics.stalls += 1
-                transport.throttle.warning(
+                websocket.throttle.warning(
                     "stall", "the event loop stood still for %.1f s: a handler blocks, or the machine does", late_s
                 )
                 due = now + look_s
             self._journal.flush()
-            transport.throttle.flush()
+            websocket.throttle.flush()
             if now < due:
                 continue
             due = now + look_s
@@ -400,7 +402,7 @@ class Engine:
         try:
             await self._figures.leave()
         except OSError as error:  # a full disk, say: the others see what was written last
-            transport.throttle.warning("figures", "metrics.folder cannot be written: %s", error)
+            websocket.throttle.warning("figures", "metrics.folder cannot be written: %s", error)
 
     @property
     def state(self) -> State:

@@ -5,12 +5,12 @@ Owns the answer and its counting; must not know the clock, nor what the message 
 
 from relay.errors import CloseCode, Reason
 from relay.journal import Journal
-from relay.limits import Pace
 from relay.logs import Subject
 from relay.metrics import Metrics
 from relay.protocol.serializer import Message
 from relay.protocol.state import Protocol
-from relay.transport import Connection
+from relay.rate_limit import Pace
+from relay.transports.websocket import Connection
 
 
 def turn_away(

@@ -15,7 +15,7 @@ from relay.plugins import hooks
 from relay.protocol import serializer
 from relay.protocol.serializer import Version
 from relay.protocol.state import Join, Subscription
-from relay.transport import Connection
+from relay.transports.websocket import Connection
 
 
 class Face:

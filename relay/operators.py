@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from relay.config import Config
 from relay.logs import Throttle
-from relay.reach import Reach, is_foreign_page, is_this_machine
+from relay.transports.network_access import Reach, is_foreign_page, is_this_machine
 
 
 class NotAllowed(NamedTuple):

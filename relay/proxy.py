@@ -19,7 +19,7 @@ from relay.config import ProxyConfig
 from relay.logs import Throttle
 from relay.metrics import Metrics
 from relay.paths import split_raw
-from relay.transport import ReceiveCallable, Scope, SendCallable
+from relay.transports.base import ReceiveCallable, Scope, SendCallable
 
 _throttle = Throttle(logging.getLogger("relay.proxy"))
 

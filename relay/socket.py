@@ -18,10 +18,8 @@ from relay.concurrency import Lanes, Piece, Rest
 from relay.config import Config, Policy
 from relay.errors import IN_FLIGHT_FULL, SUBSCRIPTION_ENDED, BusUnavailable, CloseCode, Reason, WireError
 from relay.face import Face
-from relay.handshake import Handshake
 from relay.hub import Hub
 from relay.journal import Journal, Totals
-from relay.limits import Pace
 from relay.metrics import Metrics
 from relay.node import Node
 from relay.plugins import hooks
@@ -32,8 +30,11 @@ from relay.protocol.frame import Frame
 from relay.protocol.payload import EMPTY, Payload, encode_payload
 from relay.protocol.serializer import Message, Version
 from relay.protocol.state import Join, Leave, Protocol, Push, Send, Subscription
+from relay.rate_limit import Pace
 from relay.tracing import Trace
-from relay.transport import Connection, Scope
+from relay.transports.base import Scope
+from relay.transports.handshake import Handshake
+from relay.transports.websocket import Connection
 
 
 class Socket(Face):

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from relay.frames import EXTENSION, FrameWriter
+from relay.transports.writer import EXTENSION, FrameWriter
 
 
 class FakeTransport(Transport):

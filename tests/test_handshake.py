@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.handshake import Handshake, Refused, check, find_token, is_allowed_origin, token_from
 from relay.protocol.serializer import Version
+from relay.transports.handshake import Handshake, Refused, check, find_token, is_allowed_origin, token_from
 
 PREFIX = "base64url.bearer.phx."
 Origins = str | tuple[str, ...]

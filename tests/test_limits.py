@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.config import LimitsConfig
-from relay.limits import PORTION_BYTES, Admission, Bucket, Pace
 from relay.proxy_headers import counted_as
+from relay.rate_limit import PORTION_BYTES, Bucket, Pace
+from relay.transports.admission import Admission
 
 # Buckets.
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from relay.config import Overflow, Policy
 from relay.metrics import Metrics
-from relay.outbox import ENTRY_BYTES, Outbox, Outboxes
 from relay.protocol.frame import Frame
 from relay.protocol.payload import classify_payload
 from relay.protocol.serializer import Version, encode_broadcast
+from relay.transports.outbox import ENTRY_BYTES, Outbox, Outboxes
 
 DISCONNECT = Policy(Overflow.DISCONNECT)
 DROP_OLDEST = Policy(Overflow.DROP_OLDEST)

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from relay.server import _Gate, _Inbox
+from relay.transports.uvicorn_websocket import _Gate, _Inbox
 
 
 async def test_messages_are_handed_over_in_order_as_a_queue_does() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from relay.logs import Throttle
-from relay.serving import _exception_handler, _Fewer
+from relay.transports.uvicorn_server import _exception_handler, _Fewer
 
 _LOGGER = logging.getLogger("relay.server")
 

@@ -16,8 +16,9 @@ import psutil
 import pytest
 from redis.asyncio import Redis
 
-from relay import Relay, server
-from relay.server_http import RelayHTTPProtocol
+from relay import Relay
+from relay.transports import uvicorn_websocket
+from relay.transports.uvicorn_http import RelayHTTPProtocol
 from tests.support.client import CLOSE, TEXT, RawSocket, client_frame
 from tests.support.process import RelayProcess, Valkey
 from tests.support.servers import AppServer
@@ -238,7 +239,7 @@ async def test_client_that_goes_before_the_decision_is_noticed(undecided: Any, h
     await undecided(body)
 
 
-def _protocols(served: Any) -> list[server.RelayWebSocketProtocol]:
+def _protocols(served: Any) -> list[uvicorn_websocket.RelayWebSocketProtocol]:
     # By type(): isinstance() asks weak proxies too, and one whose object has gone raises ReferenceError.
-    found = (one for one in gc.get_objects() if issubclass(type(one), server.RelayWebSocketProtocol))
+    found = (one for one in gc.get_objects() if issubclass(type(one), uvicorn_websocket.RelayWebSocketProtocol))
     return [one for one in found if one.server is not None and one.server[1] == served.port]

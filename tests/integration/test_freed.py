@@ -17,7 +17,7 @@ import uvicorn
 import uvloop
 
 from relay import Relay
-from relay.server_http import RelayHTTPProtocol
+from relay.transports.uvicorn_http import RelayHTTPProtocol
 from tests.support.client import CLOSE, PING, TEXT, client_frame
 from tests.support.process import Valkey, wait_for
 

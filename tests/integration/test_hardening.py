@@ -19,10 +19,11 @@ import pytest
 from fastapi import APIRouter
 from starlette.responses import Response, StreamingResponse
 
-from relay import Plugin, Relay, server_http
+from relay import Plugin, Relay
 from relay.config import LimitsConfig
-from relay.server import _Inbox
-from relay.server_http import HEAD_MAX_BYTES, RelayHTTPProtocol
+from relay.transports import uvicorn_http
+from relay.transports.uvicorn_http import HEAD_MAX_BYTES, RelayHTTPProtocol
+from relay.transports.uvicorn_websocket import _Inbox
 from tests.support.client import CLOSE, PING, PONG, TEXT, Client, RawSocket, client_frame
 from tests.support.process import RelayProcess, Valkey
 from tests.support.serving import Served, eventually, figure, http_get, serve
@@ -161,14 +162,14 @@ async def test_few_requests_at_once_are_answered_in_order(valkey: Valkey) -> Non
 
 @pytest.mark.parametrize("path", ["/api/big", "/api/whole"])
 async def test_answer_that_nobody_reads_is_cut(valkey: Valkey, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_http, "_UNREAD_S", 0.3)
+    monkeypatch.setattr(uvicorn_http, "_UNREAD_S", 0.3)
     async with served_with_a_big_answer(valkey) as served, one_that_reads_nothing(served.port, get(path)):
         await is_cut_off(served, "http: answer not read")
 
 
 async def test_answer_that_is_read_slowly_is_not_cut(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes many times as long as an answer may lie unread."""
-    monkeypatch.setattr(server_http, "_UNREAD_S", 0.3)
+    monkeypatch.setattr(uvicorn_http, "_UNREAD_S", 0.3)
     loop = asyncio.get_running_loop()
     async with (
         served_with_a_big_answer(valkey, send_buffer=65_536) as served,  # a larger one hides what is read
@@ -189,7 +190,7 @@ async def test_closed_connection_whose_last_bytes_nobody_reads_is_aborted(
     valkey: Valkey, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A close alone waits for a buffer that nobody empties."""
-    monkeypatch.setattr(server_http, "_UNREAD_S", 0.3)
+    monkeypatch.setattr(uvicorn_http, "_UNREAD_S", 0.3)
     request_ = get(path, "Connection: close\r\n")
     async with served_with_a_big_answer(valkey, send_buffer=4096) as served:
         async with one_that_reads_nothing(served.port, request_):

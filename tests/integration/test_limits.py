@@ -16,7 +16,7 @@ from websockets.exceptions import InvalidStatus
 
 from relay import Plugin, Push
 from relay.logs import Throttle
-from relay.server_http import HEAD_MAX_BYTES, RelayHTTPProtocol
+from relay.transports.uvicorn_http import HEAD_MAX_BYTES, RelayHTTPProtocol
 from tests.support.client import Client
 from tests.support.process import RelayProcess
 from tests.support.serving import Served, eventually, figure, http_get

@@ -13,7 +13,7 @@ from websockets.exceptions import InvalidStatus
 
 from relay import Plugin, Relay
 from relay.brokers.broadcaster import BroadcasterBroker
-from relay.upgrade import accept
+from relay.transports.handshake import accept
 from tests.support.client import Client
 from tests.support.keys import SECRET, token
 from tests.support.process import Valkey

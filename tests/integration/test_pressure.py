@@ -48,7 +48,7 @@ async def test_client_that_sends_and_never_reads_is_closed(valkey: Valkey, direc
 
 async def test_answers_to_pings_do_not_pile_up(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
     """On servers other than ours this is the server's affair. So many pings would end the socket by themselves."""
-    monkeypatch.setattr("relay.server._IDLE_FRAMES_MAX", 100_000)
+    monkeypatch.setattr("relay.transports.uvicorn_websocket._IDLE_FRAMES_MAX", 100_000)
     relay = Relay(redis_url=valkey.url, system_topic=False)
     count = 40_000
     pings = client_frame(PING, b"x" * 125) * (count // 10)

@@ -10,8 +10,9 @@ import pytest
 from fastapi import APIRouter, FastAPI, Request
 from starlette.testclient import TestClient
 
-from relay import Plugin, Relay, transport
+from relay import Plugin, Relay
 from relay.logs import Throttle
+from relay.transports import websocket
 from tests.support.client import Client
 from tests.support.servers import AppServer
 from tests.support.serving import Served, eventually, serve
@@ -127,7 +128,7 @@ async def test_requests_through_a_proxy_are_refused_where_clients_are_not_authen
 @pytest.fixture
 def throttle(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that other tests have not used: of each kind there is a line in 10 s."""
-    monkeypatch.setattr(transport, "throttle", Throttle(logging.getLogger("relay.transport")))
+    monkeypatch.setattr(websocket, "throttle", Throttle(logging.getLogger("relay.transport")))
 
 
 @pytest.mark.usefixtures("throttle")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from relay import Relay
-from relay.server_http import RelayHTTPProtocol
+from relay.transports.uvicorn_http import RelayHTTPProtocol
 from tests.support.client import TEXT, client_frame
 from tests.support.process import Valkey
 from tests.support.serving import Served, eventually, figure, http_get, serve

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from relay.config import ANY_HOST, Config
-from relay.handshake import Refused, is_allowed_origin
 from relay.proxy_headers import (
     came_by,
     forwarded_header,
@@ -22,6 +21,7 @@ from relay.proxy_headers import (
     parse_ip,
     parse_networks,
 )
+from relay.transports.handshake import Refused, is_allowed_origin
 
 SEVERAL_HOSTS = Refused(400, "expected one Host header", "several hosts")
 

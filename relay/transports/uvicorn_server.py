@@ -22,7 +22,7 @@ from uvicorn.supervisors import Multiprocess, multiprocess
 from relay.errors import ConfigError
 from relay.fd_limit import raise_descriptor_limit
 from relay.logs import Throttle
-from relay.server import RelayWebSocketProtocol
+from relay.transports.uvicorn_websocket import RelayWebSocketProtocol
 
 _logger = logging.getLogger("relay.server")
 

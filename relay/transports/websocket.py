@@ -10,24 +10,22 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable, MutableMapping
 from contextlib import suppress
-from typing import Any, TypeAlias
+from typing import Any
 
 from relay.config import LimitsConfig, Policy
 from relay.errors import CloseCode
-from relay.frames import EXTENSION, FrameWriter
 from relay.logs import Throttle
 from relay.metrics import Metrics
-from relay.outbox import Outbox, Outboxes
 from relay.protocol.frame import Frame
+from relay.transports.base import ReceiveCallable, Scope, SendCallable
+from relay.transports.outbox import Outbox, Outboxes
+from relay.transports.writer import EXTENSION, FrameWriter
 
 _logger = logging.getLogger("relay.socket")
 throttle: Throttle = Throttle(_logger)
 
-Scope: TypeAlias = MutableMapping[str, Any]
-ReceiveCallable: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
-SendCallable: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 _FOUND_BY_SERVER = (CloseCode.PROTOCOL_ERROR, CloseCode.INVALID_PAYLOAD, CloseCode.TOO_BIG)
 """Codes of a disconnect that say that the server closed for a frame which it could not read, or not hold."""

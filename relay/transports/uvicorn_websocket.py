@@ -1,0 +1,530 @@
+"""Our Uvicorn protocol class: an ASGI extension that writes ready frames to the transport.
+
+Owns what is particular to Uvicorn; must not know what the frames say. ``relay serve`` uses it by itself, a
+team's own server by one line::
+
+    uvicorn.run(app, ws="relay.server:RelayWebSocketProtocol", ws_ping_interval=None)
+
+The extension (`relay.frames`) goes past ASGI's ``send``: a frame that is encoded once, header included, is
+written to each socket in one synchronous call.
+"""
+
+import asyncio
+import base64
+import logging
+import select
+from asyncio import BaseTransport, TimerHandle, Transport
+from http import HTTPStatus
+from time import monotonic
+from typing import Any, cast
+
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.datastructures import Headers
+from websockets.exceptions import SecurityError
+from websockets.extensions.permessage_deflate import PerMessageDeflate, ServerPerMessageDeflateFactory
+from websockets.frames import Close, Frame
+from websockets.server import ServerProtocol
+
+from relay.errors import CloseCode
+from relay.logs import Throttle
+from relay.metrics import count_refusal
+from relay.protocol.frame import DEFLATE_WINDOW_BITS
+from relay.rate_limit import Bucket
+from relay.transports.writer import EXTENSION, FrameWriter
+
+_PIECE_BYTES = 4096
+"""Bytes parsed at a time."""
+
+_CLOSE_TIMEOUT_S = 5.0
+"""Seconds from the close of a connection to its end, where no relay says otherwise."""
+
+_HANG_UP_CHECK_S = 0.5
+"""Seconds between two looks whether a client has gone whose handshake is being decided."""
+
+# Pings, pongs and small fragments: so many at once, and so many per second on average. Browsers send none.
+_IDLE_FRAMES_MAX = 1000
+_IDLE_FRAMES_PER_S = 20
+_FRAGMENT_MIN_BYTES = 128
+
+_WEBSOCKET_VERSION = "13"
+
+_throttle = Throttle(logging.getLogger("relay.server"))
+
+# Without contexts on the client's side too: each would hold 7 kB here.
+_DEFLATE = ServerPerMessageDeflateFactory(server_no_context_takeover=True, client_no_context_takeover=True)
+
+
+class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
+    """Uvicorn's own class, with the extension in its scope and without secrets in its log."""
+
+    frame_writer: FrameWriter | None = None
+    # Set while the handshake is being decided; not one of the instance's own, whose dict would grow by a size.
+    _hang_up_check: TimerHandle | None = None
+    # What cuts a connection that is being closed; Uvicorn's own name, since 0.54.
+    close_timer: TimerHandle | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Offer compression, where it is on, without a context: with one, no frame could serve two sockets.
+
+        What Uvicorn uses of a queue and an event for each socket takes less here than asyncio's own, which hold four
+        deques: 3 kB of 20.
+        """
+        super().__init__(*args, **kwargs)
+        self.queue: _Inbox = _Inbox()  # type: ignore[assignment]
+        self.writable: asyncio.Event = cast(asyncio.Event, _Gate())
+        # What was read from the transport and is not parsed yet, while the application has messages to take.
+        self._unparsed = b""
+        # What the application is told once that is parsed too, where the connection was lost before.
+        self._farewell: dict[str, Any] | None = None
+        # Frames that carry nothing.
+        self._idle_frames = Bucket(_IDLE_FRAMES_PER_S, _IDLE_FRAMES_MAX, monotonic())
+        if self.config.ws_per_message_deflate:
+            self.conn.available_extensions = [_DEFLATE]
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        """Learn the transport; log nothing below a warning.
+
+        Uvicorn logs each handshake with its query string, where tokens travel; the relay logs its own line.
+        """
+        super().connection_made(transport)
+        # The HTTP protocol that hands its connection over has read all it will; its parser would hold it in a cycle.
+        if hasattr(http := cast(Transport, transport).get_protocol(), "parser"):
+            http.parser = None
+        self.logger: logging.Logger = cast(logging.Logger, _quiet)
+        self.conn.debug = False  # websockets would log every header and frame
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what came, a little at a time and no further than the application keeps up.
+
+        One read brings up to 256 kB: tens of thousands of frames, or, compressed, hundreds of MB.
+        """
+        self._unparsed = self._unparsed + data if self._unparsed else data
+        self._parse()
+        if self.conn.handshake_exc is not None and not self.handshake_initiated:
+            self._refuse_head()
+
+    def _parse(self) -> None:
+        is_lost = self._farewell is not None
+        while self._unparsed and not self.read_paused and (is_lost or not self.transport.is_closing()):
+            piece, self._unparsed = self._unparsed[:_PIECE_BYTES], self._unparsed[_PIECE_BYTES:]
+            super().data_received(piece)
+        if self._farewell is not None and not self._unparsed:
+            self.queue.put_nowait(self._farewell)
+            self._farewell = None
+            self._let_go()
+        self._watch_end()
+
+    async def receive(self) -> Any:
+        """Hand over the next message, and read on when it was the last."""
+        message = await self.queue.get()
+        if self.handshake_complete and self.queue.empty():
+            self._read_on()
+        return message
+
+    def _read_on(self) -> None:
+        if self.read_paused:
+            self.read_paused = False
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
+        if self._unparsed:
+            self._parse()
+
+    def _await_decision(self) -> None:
+        """Read nothing until the application has decided on the handshake; a client has nothing to say before.
+
+        A connection that is not read from does not tell that the client has gone, so it is looked at.
+        """
+        if self.transport.is_closing():
+            return
+        self.read_paused: bool = True
+        self.transport.pause_reading()
+        self._hang_up_check = self.loop.call_later(_HANG_UP_CHECK_S, self._check_hang_up)
+
+    def _check_hang_up(self) -> None:
+        if has_hung_up(self.transport):
+            self.transport.abort()
+        else:
+            self._hang_up_check = self.loop.call_later(_HANG_UP_CHECK_S, self._check_hang_up)
+
+    def _decided(self) -> None:
+        if self._hang_up_check is not None:
+            self._hang_up_check.cancel()
+            del self._hang_up_check
+
+    def _watch_end(self) -> None:
+        """Cut a connection that is being closed, if it has not ended in time: a close waits for a client that reads."""
+        if self.close_timer is None and self.transport.is_closing() and not self.disconnected:
+            self._cut_later()
+
+    def _cut_later(self) -> None:
+        timeout_s = _CLOSE_TIMEOUT_S if self.frame_writer is None else self.frame_writer.close_timeout_s
+        self.close_timer = self.loop.call_later(timeout_s, self.transport.abort)
+
+    def _refuse_head(self) -> None:
+        """Answer a request that Uvicorn's HTTP parser has taken and websockets has not; Uvicorn would let it hang."""
+        error = self.conn.handshake_exc
+        cause = error and (error.__cause__ or error)
+        if isinstance(cause, SecurityError):
+            self._refuse(431, "expected lines of at most 8 KiB and at most 128 headers", "head too large")
+        else:
+            self._refuse(400, f"the upgrade request cannot be read: {cause}", "malformed")
+
+    def _refuse(self, status: int, text: str, kind: str, *headers: str) -> None:
+        """Answer an upgrade request with an HTTP error, and close."""
+        self.handshake_initiated = self.handshake_complete = self.close_sent = True
+        count_refusal(self.app_state, f"handshake: {kind}")
+        _throttle.warning(kind, "handshake refused: %.255s", " ".join(text.split()))
+        body = f"{text}\n".encode(errors="replace")
+        head = (
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
+            "Connection: close",
+            "Content-Type: text/plain; charset=utf-8",
+            f"Content-Length: {len(body)}",
+            *headers,
+        )
+        self.transport.write("".join(f"{line}\r\n" for line in (*head, "")).encode() + body)
+        self.transport.close()
+        self._watch_end()
+
+    def handle_connect(self, event: Any) -> None:
+        """Check the request, and offer the extension to the application."""
+        if (refusal := _refusal(event.headers)) is not None:
+            self._refuse(*refusal)
+            return
+        _tidy(event.headers)
+        super().handle_connect(event)
+        if hasattr(self, "scope"):
+            self.scope["subprotocols"] = [each for each in self.scope["subprotocols"] if each]
+            self.frame_writer = FrameWriter(self.transport, _deflates(self.conn))
+            extensions = cast(dict[str, Any], self.scope["extensions"])
+            extensions[EXTENSION] = self.frame_writer
+            self._await_decision()
+        else:  # the handshake was answered with an error: of a header that is not checked above
+            count_refusal(self.app_state, "handshake: malformed")
+            _throttle.warning("malformed", "handshake refused: %.255s", self.conn.handshake_exc)
+
+    def pause_writing(self) -> None:
+        """Tell both paths that the transport's buffer is full."""
+        super().pause_writing()
+        if self.frame_writer is not None:
+            self.frame_writer.pause()
+
+    def resume_writing(self) -> None:
+        """Tell both paths that the transport's buffer has drained."""
+        super().resume_writing()
+        if self.frame_writer is not None:
+            self.frame_writer.resume()
+
+    def handle_ping(self) -> None:
+        """Answer, and note the sign of life; while the client reads nothing, answers to it must not pile up.
+
+        Source: RFC 6455, section 5.5.3 – of pings not yet answered, all but the newest may be passed over.
+        """
+        if not self._may_idle():
+            return
+        writer = self.frame_writer
+        if writer is not None and not self.frames:  # else it would keep an unfinished message here for ever
+            writer.last_ping = monotonic()
+        if not self.disconnected and (writer is None or not writer.paused):
+            super().handle_ping()
+        else:
+            _ = self.conn.data_to_send()
+
+    def handle_pong(self, event: Frame) -> None:
+        """Note the answer to a ping of the server's, if it is one."""
+        if self._may_idle():
+            super().handle_pong(event)
+
+    def handle_cont(self, event: Frame) -> None:
+        """Keep a fragment."""
+        if len(event.data) >= _FRAGMENT_MIN_BYTES or self._may_idle():
+            super().handle_cont(event)
+
+    def _may_idle(self) -> bool:
+        """Let a frame pass that carries nothing or next to it; close where they come without an end.
+
+        Such a frame costs as much as any, and no limit of the application's ever sees it.
+        """
+        if self.close_sent:
+            return False
+        if self._idle_frames.take(monotonic()):
+            return True
+        count_refusal(self.app_state, "empty frames")
+        _throttle.warning("idle frames", "socket closed with 1008: too many pings, pongs or small fragments")
+        self.frames.clear()
+        self.conn.fail(CloseCode.POLICY_VIOLATION, "too many pings, pongs or small fragments")
+        self.handle_parser_exception()
+        return False
+
+    def handle_close(self, event: Frame) -> None:
+        """End the extension before the close frame is answered."""
+        self._end_writer()
+        if not self._ends_lost(self.conn.close_rcvd):
+            super().handle_close(event)
+
+    def handle_parser_exception(self) -> None:
+        """End the extension before the close frame that tells what was wrong with the client's bytes."""
+        self._end_writer()
+        if not self._ends_lost(self.conn.close_sent):
+            super().handle_parser_exception()
+
+    def _ends_lost(self, close: Close | None) -> bool:
+        """Say whether the connection was lost before; then nothing is answered, and nothing after this is read."""
+        if self._farewell is None:
+            return False
+        assert close is not None, "the parser has it"
+        self._farewell |= {"code": close.code, "reason": close.reason}
+        self._unparsed = b""
+        return True
+
+    def drain(self) -> bool:
+        """Tell the relay that the server ends and that it is to close the socket; False where there is none."""
+        writer = self.frame_writer
+        if writer is None or writer.on_shutdown is None or not writer.open:
+            return False
+        writer.on_shutdown()
+        return True
+
+    def shutdown(self) -> None:
+        """Let the relay close the socket, at its pace; one that no relay has taken is closed with 1012 here."""
+        if not self.drain():
+            self._end_writer()
+            super().shutdown()
+            self._watch_end()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the extension; the transport is gone.
+
+        What was read before and is not parsed yet goes to the application first, at the pace that it takes it.
+        """
+        self._end_writer()
+        self._decided()
+        if self.close_timer is not None:
+            self.close_timer.cancel()
+            self.close_timer = None
+        is_over = self.close_sent or self.conn.close_rcvd is not None or not self.handshake_complete
+        super().connection_lost(exc)
+        break_cycle(self.transport)
+        if self._unparsed and not is_over:
+            self._farewell = self.queue.take_back()
+            self._parse()
+        else:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Break the cycles of a connection whose end the application has been told.
+
+        So it is freed at once and not by a later collection: the parser is a generator over its own protocol, and an
+        exception that is kept has a traceback to it.
+        """
+        self._unparsed = b""
+        self.frames.clear()
+        self.conn.parser.close()
+        for error in (self.conn.handshake_exc, self.conn.parser_exc):
+            if error is not None:
+                error.__traceback__ = error.__context__ = error.__cause__ = None
+        self.conn.handshake_exc = self.conn.parser_exc = None
+        self._forget_handshake()
+
+    def _forget_handshake(self) -> None:
+        for name in ("request", "response"):
+            vars(self).pop(name, None)
+
+    async def send(self, message: Any) -> None:
+        """End the extension before the application's own close frame, after pressure has gone.
+
+        The disconnect that follows is the client's answer to the close, or the end of the connection: Uvicorn tells of
+        one as soon as the close is sent, and an application that believes it leaves the connection to itself.
+        """
+        kind = message["type"]
+        if kind == "websocket.close":
+            await self.writable.wait()
+            self._end_writer()
+        is_closed, is_accepted = self.close_sent, self.handshake_complete
+        await super().send(message)
+        if kind == "websocket.close":
+            if is_accepted and self.close_sent and not is_closed:
+                self.queue.discard_disconnect()
+                if self.close_timer is not None:
+                    self.close_timer.cancel()  # Uvicorn's own, which waits for a client that reads
+                self._cut_later()
+            self._parse()  # the client's answer may be among what was left, and an application that closes asks no more
+        if kind == "websocket.accept":
+            # The handshake is over; its headers would stay for the life of the socket, 2 kB of them.
+            self._forget_handshake()
+            self._decided()
+            if self.queue.empty():
+                self._read_on()
+        if kind == "websocket.http.response.body" and not message.get("more_body", False):
+            self.handshake_complete: bool = True  # or Uvicorn logs an error, as if the handshake had not been answered
+        self._watch_end()
+
+    def on_task_complete(self, task: asyncio.Task[None]) -> None:
+        """See to it that a connection which the application leaves behind ends in time."""
+        super().on_task_complete(task)
+        self._watch_end()
+
+    def keepalive_timeout(self) -> None:
+        """Close a connection whose client does not answer pings, in time."""
+        super().keepalive_timeout()
+        self._watch_end()
+
+    def _end_writer(self) -> None:
+        if self.frame_writer is not None:
+            self.frame_writer.end()
+
+
+def _elements(headers: Headers, name: str) -> list[str]:
+    """The elements of a header that is a list, in one line or several."""
+    values = ",".join(headers.get_all(name)).split(",")
+    return [element for each in values if (element := each.strip(" \t"))]
+
+
+def _refusal(headers: Headers) -> tuple[int, str, str, *tuple[str, ...]] | None:
+    """Why an upgrade request cannot pass, as `RelayWebSocketProtocol._refuse` takes it; RFC 6455, section 4.2."""
+    versions = headers.get_all("Sec-WebSocket-Version")
+    if versions != [_WEBSOCKET_VERSION]:
+        text = f"expected Sec-WebSocket-Version: {_WEBSOCKET_VERSION}, got {', '.join(versions)[:100] or 'none'}"
+        known = f"Sec-WebSocket-Version: {_WEBSOCKET_VERSION}"
+        return (426, text, "websocket version", known, "Upgrade: websocket")
+    keys = headers.get_all("Sec-WebSocket-Key")
+    if len(keys) != 1 or not _is_key(keys[0]):
+        text = f"expected one Sec-WebSocket-Key, the base64 of 16 bytes, got {', '.join(keys)[:100] or 'none'}"
+        return (400, text, "malformed")
+    return None
+
+
+def _is_key(text: str) -> bool:
+    try:
+        return len(base64.b64decode(text.encode(), validate=True)) == 16
+    except ValueError:
+        return False
+
+
+def _tidy(headers: Headers) -> None:
+    """Write the lists as websockets takes them: one protocol to upgrade to, and no header without an element."""
+    if "websocket" in (element.lower() for element in _elements(headers, "Upgrade")):
+        del headers["Upgrade"]
+        headers["Upgrade"] = "websocket"
+    for name in ("Connection", "Sec-WebSocket-Protocol", "Sec-WebSocket-Extensions"):
+        if name in headers:
+            elements = _elements(headers, name)
+            del headers[name]
+            if elements:
+                headers[name] = ", ".join(elements)
+
+
+def has_hung_up(transport: BaseTransport) -> bool:
+    """Whether the other side has closed the connection, though nothing is read from it."""
+    poll = select.poll()
+    poll.register(transport.get_extra_info("socket").fileno(), getattr(select, "POLLRDHUP", 0))
+    return bool(poll.poll(0))  # POLLHUP and POLLERR come unasked
+
+
+def break_cycle(transport: BaseTransport) -> None:
+    """Let a transport that is lost be freed at once: asyncio's own refers to itself by a bound method."""
+    if hasattr(transport, "_read_ready_cb"):
+        transport._read_ready_cb = _nothing
+
+
+def _nothing() -> None:
+    return None
+
+
+class _Waiting:
+    """Whoever waits for something to happen; nearly always nobody, or one."""
+
+    __slots__ = ("_futures",)
+
+    def __init__(self) -> None:
+        self._futures: list[asyncio.Future[None]] = []
+
+    async def _wait(self) -> None:
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._futures.append(future)
+        try:
+            await future
+        finally:
+            self._futures.remove(future)
+
+    def _wake(self) -> None:
+        for future in self._futures:
+            if not future.done():
+                future.set_result(None)
+
+
+class _Inbox(_Waiting):
+    """Messages for the application, in the manner of `asyncio.Queue`."""
+
+    __slots__ = ("_messages",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        # A list: it holds no more than one read from the transport brings, since reading is paused until it is empty.
+        self._messages: list[Any] = []
+
+    def put_nowait(self, message: Any) -> None:
+        """Add a message, and wake the reader."""
+        self._messages.append(message)
+        self._wake()
+
+    async def get(self) -> Any:
+        """Take the oldest message, once there is one."""
+        while not self._messages:
+            await self._wait()
+        return self._messages.pop(0)
+
+    def take_back(self) -> Any:
+        """Take what was put last."""
+        return self._messages.pop()
+
+    def discard_disconnect(self) -> None:
+        """Take back a disconnect that came last."""
+        if self._messages and self._messages[-1]["type"] == "websocket.disconnect":
+            self._messages.pop()
+
+    def empty(self) -> bool:
+        """Whether no message waits."""
+        return not self._messages
+
+
+class _Gate(_Waiting):
+    """Open or closed, in the manner of `asyncio.Event`; open at first."""
+
+    __slots__ = ("_open",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._open = True
+
+    def set(self) -> None:
+        self._open = True
+        self._wake()
+
+    def clear(self) -> None:
+        self._open = False
+
+    async def wait(self) -> None:
+        while not self._open:
+            await self._wait()
+
+
+def _deflates(conn: ServerProtocol) -> bool:
+    """Say whether the client takes what `relay.wire.Frame.deflated` makes: it may have asked for a smaller window."""
+    return any(
+        isinstance(extension, PerMessageDeflate) and extension.local_max_window_bits >= DEFLATE_WINDOW_BITS
+        for extension in conn.extensions
+    )
+
+
+class _QuietLogger(logging.LoggerAdapter[logging.Logger]):
+    """Passes on what matters: warnings and errors, except a traceback for a client's bad UTF-8."""
+
+    level = logging.WARNING
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        if level >= logging.WARNING and msg != "Invalid UTF-8 sequence received from client.":
+            super().log(level, msg, *args, **kwargs)
+
+
+_quiet = _QuietLogger(logging.getLogger("uvicorn.error"), {})
