@@ -30,7 +30,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from relay.app import Relay
-    from relay.auth import UpgradeRequest
+    from relay.auth.authenticator import UpgradeRequest
     from relay.config import Config
     from relay.errors import BusUnavailable, ConfigError
     from relay.plugins import Plugin
@@ -41,9 +41,9 @@ _HOMES = {
     "Config": "relay.config",
     "BusUnavailable": "relay.errors",
     "ConfigError": "relay.errors",
-    **dict.fromkeys(("Event", "Join", "Leave", "Push", "RedisMessage", "Refused"), "relay.hooks"),
+    **dict.fromkeys(("Event", "Join", "Leave", "Push", "RedisMessage", "Refused"), "relay.plugins.hooks"),
     "Plugin": "relay.plugins",
-    "UpgradeRequest": "relay.auth",
+    "UpgradeRequest": "relay.auth.authenticator",
 }
 
 

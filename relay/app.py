@@ -19,7 +19,10 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Mount
 
 from relay import console, pages
-from relay.auth import Authenticate
+from relay.auth.api_key import Operators, key_in
+from relay.auth.authenticator import Authenticate
+from relay.auth.keys import Key
+from relay.auth.tokens import load_keys
 from relay.brokers.base import Link
 from relay.config import EMBEDDED, Config
 from relay.config_sources import explain, load
@@ -27,9 +30,7 @@ from relay.console import Console
 from relay.engine import Engine
 from relay.errors import ConfigError, RelayError
 from relay.figures import IDLE, Figures, State
-from relay.keys import Key
 from relay.metrics import REFUSED_STATE, Metrics
-from relay.operators import Operators, key_in
 from relay.paths import below, replace_route_path, route_path, segments, split_raw
 from relay.plugins import Plugin, hooks, system
 from relay.plugins.hooks import check_handler
@@ -39,7 +40,6 @@ from relay.proxy_headers import hosts_of, look_behind_proxies, parse_networks
 from relay.service_links import log_service_links
 from relay.socket import Socket
 from relay.threadsafe import LOOP_HAS_ENDED, ONE_LOOP, Call
-from relay.tokens import load_keys
 from relay.tracing import Tracer
 from relay.transports import handshake, websocket
 from relay.transports.base import ReceiveCallable, Scope, SendCallable

@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from functools import partial
 from typing import Any, Protocol
 
-from relay.access import Access, tokens_in
+from relay.auth.session import Access, tokens_in
 from relay.errors import BusUnavailable, Reason
 from relay.hub import Subscriber
 from relay.metrics import Metrics

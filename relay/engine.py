@@ -18,8 +18,10 @@ from itertools import count
 from typing import Literal
 
 from relay import control, runtime_dir
-from relay.access import Access
-from relay.auth import Auth, Authenticate
+from relay.auth.authenticator import Auth, Authenticate
+from relay.auth.keys import Key
+from relay.auth.session import Access
+from relay.auth.tokens import Verifier
 from relay.brokers.base import Broker
 from relay.brokers.embedded import BESIDE_AUTH, EmbeddedValkey
 from relay.config import EMBEDDED, Config
@@ -27,7 +29,6 @@ from relay.errors import CloseCode, ConfigError, NotAdmitted
 from relay.figures import WRITE_INTERVAL_S, Figures, State
 from relay.hub import Hub
 from relay.journal import Journal
-from relay.keys import Key
 from relay.metrics import Metrics
 from relay.node import Node
 from relay.plugins.dispatcher import HandlerFailed, is_being_cancelled
@@ -35,7 +36,6 @@ from relay.plugins.hooks import Hook, Hooks
 from relay.proxy_headers import counted_as
 from relay.siblings import Siblings
 from relay.socket import Socket
-from relay.tokens import Verifier
 from relay.tracing import Trace, Tracer
 from relay.transports import handshake, websocket
 from relay.transports.admission import Admission

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl
 
-from relay.access import Access
+from relay.auth.session import Access
 from relay.errors import CloseCode, Reason
 from relay.node import Node
 from relay.plugins import hooks

@@ -15,6 +15,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from relay import control
+from relay.auth.decisions import Decisions
 from relay.brokers.base import Broker, Event
 from relay.concurrency import PIECE_BYTES, InFlight, Lanes, Rest
 from relay.config import Config, Direction, OnGap
@@ -104,7 +105,7 @@ class Node:
         hub.on_idle = self._hub_idle.set
         self._tasks: set[asyncio.Task[None]] = set()
         self._leftovers: set[asyncio.Task[None]] = set()
-        self.decisions: control.Decisions = control.Decisions()
+        self.decisions: Decisions = Decisions()
         """Joins and handshakes that take their time, and the orders that overtake them."""
         self._gap_task: asyncio.Task[None] | None = None
         # Topics the broker was asked for, and the lock under which each is asked for or given back.

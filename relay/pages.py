@@ -14,10 +14,10 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
+from relay.auth.api_key import Operators, key_in
 from relay.brokers.base import Link
 from relay.config import Config
 from relay.metrics import Metrics
-from relay.operators import Operators, key_in
 from relay.version import __version__
 
 _STATIC = Path(__file__).parent / "static"

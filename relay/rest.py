@@ -26,13 +26,13 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from relay.auth.api_key import key_in
+from relay.auth.tokens import sign
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
-from relay.operators import key_in
 from relay.paths import split_raw
 from relay.plugins.loader import Loaded
 from relay.protocol.topics import is_event, is_topic
-from relay.tokens import sign
 from relay.version import __version__
 
 if TYPE_CHECKING:

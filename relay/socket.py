@@ -12,8 +12,8 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 
 from relay import excess
-from relay.access import RENEWAL, Access, Decision
 from relay.asking import ask_about_join, ask_about_push, renew
+from relay.auth.session import RENEWAL, Access, Decision
 from relay.concurrency import Lanes, Piece, Rest
 from relay.config import Config, Policy
 from relay.errors import IN_FLIGHT_FULL, SUBSCRIPTION_ENDED, BusUnavailable, CloseCode, Reason, WireError

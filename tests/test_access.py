@@ -7,8 +7,8 @@ import msgspec
 import pytest
 
 from relay import Config
-from relay.access import Access, tokens_in
-from relay.auth import Auth
+from relay.auth.authenticator import Auth
+from relay.auth.session import Access, tokens_in
 from relay.errors import NotAdmitted, Reason
 from relay.metrics import Metrics
 from relay.permissions import Identity, Rights, parse_claim

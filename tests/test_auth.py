@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from relay import Config, Refused
-from relay.auth import Auth, UpgradeRequest
+from relay.auth.authenticator import Auth, UpgradeRequest
 from relay.errors import NotAdmitted, Reason
 from relay.metrics import Metrics
 from relay.permissions import ALL, Right

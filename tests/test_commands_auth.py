@@ -11,9 +11,9 @@ from typing import Any
 import jwt
 import pytest
 
+from relay.auth.tokens import Verifier, load_keys
 from relay.cli import main
 from relay.config import AuthConfig
-from relay.tokens import Verifier, load_keys
 from tests.support.keys import EC_PRIVATE, EC_PUBLIC, RSA_PRIVATE, RSA_PUBLIC, SECRET
 from tests.support.process import DEADLINE_S, RelayProcess, wait_for
 from tests.support.servers import AppServer

@@ -2,7 +2,8 @@
 
 import pytest
 
-from relay.control import Decisions, Order, decode, encode
+from relay.auth.decisions import Decisions
+from relay.control import Order, decode, encode
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from relay.auth.keys import read_key
 from relay.errors import ConfigError
-from relay.keys import read_key
 from tests.support.keys import EC_PRIVATE, EC_PUBLIC, RSA_PRIVATE, RSA_PUBLIC, SECRET, b64, jwk, token
 
 RSA: Any = load_pem_private_key(RSA_PRIVATE.encode(), None)

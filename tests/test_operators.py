@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from relay import Config
+from relay.auth.api_key import Operators, key_in
 from relay.config import AuthConfig, KeyConfig, MetricsConfig, RestConfig
-from relay.operators import Operators, key_in
 
 KEYLESS = Operators(Config(), authenticates=False)
 KEYED = Operators(Config(rest=RestConfig(api_key="sésame"), anonymous=True), authenticates=True)

@@ -13,10 +13,11 @@ from typing import Any
 import jwt
 import pytest
 
+from relay.auth.jwks import parse_jwks
+from relay.auth.keys import Key, read_key
+from relay.auth.tokens import Verifier, load_keys, sign
 from relay.config import AuthConfig
 from relay.errors import ConfigError, NotAdmitted, Reason
-from relay.keys import Key, read_key
-from relay.tokens import Verifier, load_keys, parse_jwks, sign
 from tests.support.keys import (
     EC_PRIVATE,
     EC_PUBLIC,

@@ -37,7 +37,7 @@ from relay.redis_url import parse_sentinel
 from relay.service_links import service_links
 
 if TYPE_CHECKING:
-    from relay.keys import Key
+    from relay.auth.keys import Key
 
 _DURATION = re.compile(r"(\d+)([smhd]?)")
 _UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -76,8 +76,8 @@ def token(
     config: ConfigFile = None,
 ) -> None:
     """Make a token and print it, alone on its line."""
-    from relay.keys import read_key
-    from relay.tokens import load_keys, sign
+    from relay.auth.keys import read_key
+    from relay.auth.tokens import load_keys, sign
 
     auth = load(config).auth
     claims: dict[str, Any] = {"sub": sub, "iat": int(time.time())}

@@ -10,10 +10,7 @@ import msgspec
 DEFLATE_WINDOW_BITS = 12
 """Window of shared compression, as a power of two. 4 kB: a larger one costs 60 µs a frame, for next to no gain."""
 
-
 _DEFLATE_MEMORY_LEVEL = 5
-
-
 _DEFLATE_MIN_BYTES = 128
 """Shorter messages are sent as they are: deflating them gains little or nothing."""
 

@@ -14,13 +14,10 @@ Payload: TypeAlias = msgspec.Raw | bytes
 Ask ``isinstance(payload, msgspec.Raw)``: msgspec's stubs call `Raw` a subclass of `bytes`, which it is not.
 """
 
-
 EMPTY = msgspec.Raw(b"{}")
 """The payload of everything that has nothing to say."""
 
-
 _check_json = msgspec.json.Decoder(msgspec.Raw).decode
-
 
 _encode = msgspec.json.Encoder().encode
 

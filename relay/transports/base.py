@@ -5,8 +5,6 @@ from typing import Any, TypeAlias
 
 Scope: TypeAlias = MutableMapping[str, Any]
 
-
 ReceiveCallable: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
-
 
 SendCallable: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]

@@ -20,11 +20,11 @@ from starlette.middleware.sessions import SessionMiddleware
 from websockets.exceptions import InvalidStatus
 
 from relay import Plugin, Refused, Relay, UpgradeRequest
-from relay.access import Access
-from relay.auth import Auth
+from relay.auth.authenticator import Auth
+from relay.auth.session import Access
+from relay.auth.tokens import Verifier
 from relay.config import AuthConfig
 from relay.logs import SUBJECT
-from relay.tokens import Verifier
 from tests.support.client import Client
 from tests.support.keys import EC_PRIVATE, EC_PUBLIC, OTHER_SECRET, RSA_PRIVATE, RSA_PUBLIC, SECRET, jwk, token
 from tests.support.node import need_node, run_checks

@@ -14,8 +14,8 @@ import httpx2 as httpx
 import pytest
 
 import relay_client
+from relay.auth.jwks import _proxy_for
 from relay.proxy_headers import is_this_machine
-from relay.tokens import _proxy_for
 from tests.support.process import DEADLINE_S, RelayProcess
 
 ROOT = Path(__file__).parents[2]

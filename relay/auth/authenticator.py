@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 from starlette.authentication import AuthCredentials, UnauthenticatedUser
 from starlette.requests import HTTPConnection
 
+from relay.auth.decisions import Decisions
 from relay.config import Config
-from relay.control import Decisions
 from relay.errors import NotAdmitted, Reason
 from relay.permissions import ALL, Grant, Identity, Rights, bind, escape, parse_claim
 from relay.plugins.dispatcher import Caller, HandlerFailed

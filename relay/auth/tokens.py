@@ -8,38 +8,24 @@ for ES256. So no token can have a public key taken for a secret, and ``none`` is
 Source: RFC 7515, 7517, 7519; RFC 8725 (best current practices), sections 3.1 and 3.2.
 """
 
-import asyncio
-import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
-from urllib.request import getproxies, proxy_bypass
 
-import httpx2 as httpx
 import jwt
-import msgspec
 from jwt.exceptions import PyJWTError
 
+from relay.auth.jwks import Fetch, PublishedKeys
+from relay.auth.keys import Key, read_key
 from relay.config import AuthConfig
 from relay.errors import ConfigError, NotAdmitted, Reason
-from relay.keys import Key, key_of_jwk, read_key
-from relay.logs import Throttle
-from relay.proxy_headers import is_this_machine, origin_of
-from relay.version import __version__
-
-_throttle = Throttle(logging.getLogger("relay.auth"))
 
 _TOKEN_MAX_BYTES = 16_384
-_JWKS_MAX_BYTES = 1_048_576
 _LAST_SECOND = 1e15
 """Seconds since 1970, in 31 million years: what is past it is no time, and neither is NaN."""
-_FETCH_TIMEOUT_S = 5.0
-_TIMEOUT = httpx.Timeout(_FETCH_TIMEOUT_S)
 _FAULTS = (PyJWTError, ValueError, TypeError, OverflowError, RecursionError)
 """What PyJWT raises for a token that is none; some of it escapes from the JSON inside."""
-
-Fetch = Callable[[], Awaitable[bytes]]
 
 
 def load_keys(config: AuthConfig) -> tuple[Key, ...]:
@@ -77,7 +63,7 @@ class Verifier:
     ) -> None:
         self._config = config
         self._keys = keys
-        self._published = _PublishedKeys(config, fetch, clock) if config.jwks_url else None
+        self._published = PublishedKeys(config, fetch, clock) if config.jwks_url else None
 
     def start(self) -> None:
         """Fetch published keys before the first client comes."""
@@ -211,140 +197,3 @@ def _type_of(value: object) -> str:
 def _fitting(keys: Iterable[Key], algorithm: str, kid: str) -> tuple[Key, ...]:
     """Those a token may be signed with; a key or a token without a ``kid`` fits any."""
     return tuple(key for key in keys if key.algorithm == algorithm and (not kid or not key.kid or key.kid == kid))
-
-
-class _PublishedKeys:
-    """The keys at ``jwks_url``, fetched when they are needed, by one task at a time.
-
-    While the address does not answer, the keys that are known serve on.
-    """
-
-    def __init__(self, config: AuthConfig, fetch: Fetch | None, clock: Callable[[], float]) -> None:
-        self._config = config
-        self._fetch = fetch or self._get
-        self._clock = clock
-        self._keys: tuple[Key, ...] = ()
-        self._fetched_at = self._tried_at = float("-inf")
-        self._task: asyncio.Task[None] | None = None
-
-    @property
-    def are_known(self) -> bool:
-        """Whether any were fetched yet."""
-        return bool(self._keys)
-
-    def start(self) -> None:
-        self._refresh()
-
-    async def close(self) -> None:
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-    async def keys(self, kid: str) -> tuple[Key, ...]:
-        """All keys, fetched anew where they are old or ``kid`` is not among them; not more often than allowed."""
-        is_old = self._clock() - self._fetched_at > self._config.jwks_cache_s
-        is_missing = not self._keys or (bool(kid) and all(key.kid != kid for key in self._keys))
-        if is_old or is_missing:
-            failed_last = self._tried_at > self._fetched_at
-            self._refresh()
-            # Clients wait for what may help them; not for an address that has not answered while old keys will do.
-            if self._task is not None and (is_missing or not failed_last):
-                await asyncio.wait((self._task,))
-        return self._keys
-
-    def _refresh(self) -> None:
-        running = self._task is not None and not self._task.done()
-        if not running and self._clock() - self._tried_at >= self._config.jwks_retry_s:
-            self._tried_at = self._clock()
-            self._task = asyncio.create_task(self._run(), name="relay-jwks")
-
-    async def _run(self) -> None:
-        try:
-            async with asyncio.timeout(_FETCH_TIMEOUT_S):
-                keys = parse_jwks(await self._fetch())
-        except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
-            # Its text may name the address, which may hold a password.
-            what = str(error) if isinstance(error, _JwksError) else type(error).__name__
-            known = "those known serve on" if self._keys else "no token can be checked against them"
-            _throttle.warning("jwks", "auth.jwks_url: the keys cannot be fetched (%s); %s", what, known)
-        else:
-            self._keys = keys
-            self._fetched_at = self._tried_at
-
-    async def _get(self) -> bytes:
-        url = httpx.URL(self._config.jwks_url)
-        headers = {"accept": "application/json", "user-agent": f"relay/{__version__}"}
-        request = httpx.Request("GET", url, headers=headers, extensions={"timeout": _TIMEOUT.as_dict()})
-        if url.userinfo:
-            request = next(httpx.BasicAuth(url.username, url.password).auth_flow(request))
-        # httpx2's transport and not its client, whose log shows the whole address, with its password and its query.
-        async with httpx.AsyncHTTPTransport(proxy=_proxy_for(url)) as transport:
-            response = await transport.handle_async_request(request)
-            try:
-                return await _read(response, url)
-            finally:
-                await response.aclose()
-
-
-async def _read(response: httpx.Response, url: httpx.URL) -> bytes:
-    if response.is_redirect:
-        raise _JwksError(
-            f"status {response.status_code}, a redirect to {_target(response, url)}, which is not followed"
-        )
-    if response.status_code != 200:
-        raise _JwksError(f"status {response.status_code}")
-    body = bytearray()
-    async for chunk in response.aiter_bytes():
-        body += chunk
-        if len(body) > _JWKS_MAX_BYTES:
-            raise _JwksError(f"more than {_JWKS_MAX_BYTES} bytes")
-    return bytes(body)
-
-
-def _target(response: httpx.Response, url: httpx.URL) -> str:
-    """Scheme and host to which a redirect points: its path may hold a secret."""
-    try:
-        return origin_of(str(url.join(response.headers.get("location", ""))))
-    except (httpx.InvalidURL, ValueError):
-        return "another address"
-
-
-def _proxy_for(url: httpx.URL) -> str | None:
-    """The proxy that the environment names: ``HTTPS_PROXY``, ``HTTP_PROXY``, ``ALL_PROXY``, but for ``NO_PROXY``.
-
-    None for this machine, whatever the environment says.
-    """
-    if is_this_machine(url.host):
-        return None
-    proxies = getproxies()
-    found = proxies.get(url.scheme) or proxies.get("all")
-    if not found or proxy_bypass(url.host):
-        return None
-    return found if "://" in found else f"http://{found}"
-
-
-class _JwksError(ValueError):
-    """What was fetched is no key set; the text is fit for the log."""
-
-
-def parse_jwks(data: bytes) -> tuple[Key, ...]:
-    """Read a key set: its RSA keys and those on P-256, for signatures. Raises ValueError where it holds none.
-
-    Secrets in it (``oct``) are passed over: nobody publishes a secret that is one.
-    """
-    try:
-        entries = msgspec.json.decode(data)["keys"]
-    except (msgspec.MsgspecError, KeyError, TypeError, RecursionError, UnicodeError):
-        raise _JwksError("no key set") from None
-    keys = tuple(key for entry in entries if (key := _parse_jwk(entry))) if isinstance(entries, list) else ()
-    if not keys:
-        raise _JwksError("no usable key in it")
-    return keys
-
-
-def _parse_jwk(entry: object) -> Key | None:
-    try:
-        return key_of_jwk(entry) if isinstance(entry, dict) else None
-    except _FAULTS:
-        return None

@@ -15,7 +15,7 @@ from typing import TypeAlias
 
 import msgspec
 
-from relay.auth import Auth
+from relay.auth.authenticator import Auth
 from relay.errors import CloseCode, NotAdmitted, Reason
 from relay.permissions import Identity, Right
 from relay.protocol.payload import Payload
