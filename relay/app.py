@@ -24,6 +24,7 @@ from relay.auth.authenticator import Authenticate
 from relay.auth.keys import Key
 from relay.auth.tokens import load_keys
 from relay.brokers.base import Link
+from relay.channels.socket import Socket
 from relay.config import EMBEDDED, Config
 from relay.config_sources import explain, load
 from relay.console import Console
@@ -38,7 +39,6 @@ from relay.plugins.loader import Loaded, load_plugins
 from relay.protocol.topics import is_event, is_topic
 from relay.proxy_headers import hosts_of, look_behind_proxies, parse_networks
 from relay.service_links import log_service_links
-from relay.socket import Socket
 from relay.threadsafe import LOOP_HAS_ENDED, ONE_LOOP, Call
 from relay.tracing import Tracer
 from relay.transports import handshake, websocket

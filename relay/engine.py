@@ -17,25 +17,26 @@ from functools import partial
 from itertools import count
 from typing import Literal
 
-from relay import control, runtime_dir
+from relay import runtime_dir
 from relay.auth.authenticator import Auth, Authenticate
 from relay.auth.keys import Key
 from relay.auth.session import Access
 from relay.auth.tokens import Verifier
 from relay.brokers.base import Broker
 from relay.brokers.embedded import BESIDE_AUTH, EmbeddedValkey
+from relay.channels import control
+from relay.channels.hub import Hub
+from relay.channels.pubsub import Node
+from relay.channels.socket import Socket
 from relay.config import EMBEDDED, Config
 from relay.errors import CloseCode, ConfigError, NotAdmitted
 from relay.figures import WRITE_INTERVAL_S, Figures, State
-from relay.hub import Hub
 from relay.journal import Journal
 from relay.metrics import Metrics
-from relay.node import Node
 from relay.plugins.dispatcher import HandlerFailed, is_being_cancelled
 from relay.plugins.hooks import Hook, Hooks
 from relay.proxy_headers import counted_as
 from relay.siblings import Siblings
-from relay.socket import Socket
 from relay.tracing import Trace, Tracer
 from relay.transports import handshake, websocket
 from relay.transports.admission import Admission

@@ -3,7 +3,7 @@
 import pytest
 
 from relay.auth.decisions import Decisions
-from relay.control import Order, decode, encode
+from relay.channels.control import Order, decode, encode
 
 
 @pytest.mark.parametrize(

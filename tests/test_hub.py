@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay import hub as hub_module
+from relay.channels import hub as hub_module
+from relay.channels.hub import SLICE_S, Hub
 from relay.config import Overflow, Policy
 from relay.errors import Reason
-from relay.hub import SLICE_S, Hub
 from relay.metrics import Metrics
 from relay.protocol.frame import Frame
 from relay.protocol.payload import EMPTY, Payload, encode_payload

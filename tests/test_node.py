@@ -6,11 +6,11 @@ from collections.abc import Callable
 import pytest
 
 from relay.brokers.base import Broker, Event, Link, Sink
+from relay.channels.hub import JOINED_MAX_BYTES, Hub
+from relay.channels.pubsub import Node
 from relay.config import Config, Direction, Policy
 from relay.errors import Reason
-from relay.hub import JOINED_MAX_BYTES, Hub
 from relay.metrics import Metrics
-from relay.node import Node
 from relay.protocol.frame import Frame
 from relay.protocol.payload import encode_payload
 from relay.protocol.serializer import Version

@@ -28,8 +28,6 @@ class _PayloadV1(msgspec.Struct, gc=False):
 
 
 _decode_payload_v2 = msgspec.json.Decoder(_PayloadV2).decode
-
-
 _decode_payload_v1 = msgspec.json.Decoder(_PayloadV1).decode
 
 

@@ -23,20 +23,8 @@ import pytest
 from fastapi import APIRouter, Depends, FastAPI, HTTPException
 from redis.asyncio import Redis
 
-from relay import (
-    BusUnavailable,
-    ConfigError,
-    Event,
-    Join,
-    Leave,
-    Plugin,
-    Push,
-    RedisMessage,
-    Refused,
-    Relay,
-    engine,
-    node,
-)
+from relay import BusUnavailable, ConfigError, Event, Join, Leave, Plugin, Push, RedisMessage, Refused, Relay, engine
+from relay.channels import pubsub
 from relay.plugins.hooks import Socket
 from tests.support.client import Client
 from tests.support.process import RelayProcess, Valkey
@@ -1299,7 +1287,7 @@ async def test_events_too_many_for_a_hanging_handler_are_dropped_and_counted_and
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(node, "_EVENTS_WAITING", 3)
+    monkeypatch.setattr(pubsub, "_EVENTS_WAITING", 3)
     plugin, gate = Plugin("p"), asyncio.Event()
 
     @plugin.on_event("stuck:*")
@@ -1418,7 +1406,7 @@ async def test_relays_own_channels_can_be_listened_to_as_well(
 async def test_messages_too_many_for_a_slow_handler_are_dropped_and_counted(
     serve_plugin: ServePlugin, redis: Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(node, "_EVENTS_WAITING", 2)
+    monkeypatch.setattr(pubsub, "_EVENTS_WAITING", 2)
     plugin, heard, gate = Plugin("slow"), [], asyncio.Event()
 
     @plugin.on_redis("test-flood")
@@ -1668,7 +1656,7 @@ def test_plugin_that_cannot_be_imported_stops_the_server_or_is_skipped(tmp_path:
 
 def test_socket_given_to_handlers_is_what_the_types_say() -> None:
     """`relay.hooks.Socket` is the promise; the real one has all of it."""
-    from relay.socket import Socket as RealSocket
+    from relay.channels.socket import Socket as RealSocket
 
     promised = {name for name in dir(Socket) if not name.startswith("_")}
     assert promised == {"address", "claims", "disconnect", "id", "leave", "push", "query", "user"}

@@ -11,17 +11,17 @@ import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 
-from relay import excess
-from relay.asking import ask_about_join, ask_about_push, renew
 from relay.auth.session import RENEWAL, Access, Decision
+from relay.channels import excess
+from relay.channels.asking import ask_about_join, ask_about_push, renew
+from relay.channels.handle import Face
+from relay.channels.hub import Hub
+from relay.channels.pubsub import Node
 from relay.concurrency import Lanes, Piece, Rest
 from relay.config import Config, Policy
 from relay.errors import IN_FLIGHT_FULL, SUBSCRIPTION_ENDED, BusUnavailable, CloseCode, Reason, WireError
-from relay.face import Face
-from relay.hub import Hub
 from relay.journal import Journal, Totals
 from relay.metrics import Metrics
-from relay.node import Node
 from relay.plugins import hooks
 from relay.plugins.dispatcher import HandlerFailed
 from relay.plugins.hooks import Actor, Hook

@@ -14,14 +14,14 @@ from inspect import isawaitable
 from typing import Any
 from weakref import WeakValueDictionary
 
-from relay import control
 from relay.auth.decisions import Decisions
 from relay.brokers.base import Broker, Event
+from relay.channels import control
+from relay.channels.control import Order
+from relay.channels.hub import JOINED_MAX_BYTES, Hub, Subscriber
 from relay.concurrency import PIECE_BYTES, InFlight, Lanes, Rest
 from relay.config import Config, Direction, OnGap
-from relay.control import Order
 from relay.errors import BusUnavailable, Reason, RelayError
-from relay.hub import JOINED_MAX_BYTES, Hub, Subscriber
 from relay.logs import Throttle
 from relay.metrics import Metrics
 from relay.plugins.dispatcher import Caller, HandlerFailed

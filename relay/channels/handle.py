@@ -9,8 +9,8 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from relay.auth.session import Access
+from relay.channels.pubsub import Node
 from relay.errors import CloseCode, Reason
-from relay.node import Node
 from relay.plugins import hooks
 from relay.protocol import serializer
 from relay.protocol.serializer import Version

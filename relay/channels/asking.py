@@ -8,10 +8,10 @@ from functools import partial
 from typing import Any, Protocol
 
 from relay.auth.session import Access, tokens_in
+from relay.channels.hub import Subscriber
+from relay.channels.pubsub import Node
 from relay.errors import BusUnavailable, Reason
-from relay.hub import Subscriber
 from relay.metrics import Metrics
-from relay.node import Node
 from relay.plugins import hooks
 from relay.plugins.dispatcher import HandlerFailed
 from relay.plugins.hooks import Hook

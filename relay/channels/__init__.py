@@ -1,0 +1,1 @@
+"""Channels: sockets and their joined topics, the fan-out, and the bridge to the broker."""
