@@ -6,9 +6,9 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class BrowserClient(BuildHookInterface):
-    """Add ``relay/static/relay.js``; not to an editable install, where a second ``relay/`` would hide the real one."""
+    """Add ``relay/web/static/relay.js``; not to an editable install, where a second ``relay/`` would hide the real one."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatchling before each build; ``version`` is ``standard`` or ``editable``."""
         if version == "standard":
-            build_data["force_include"]["clients/browser/relay.js"] = "relay/static/relay.js"
+            build_data["force_include"]["clients/browser/relay.js"] = "relay/web/static/relay.js"

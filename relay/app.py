@@ -18,7 +18,6 @@ from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Mount
 
-from relay import console, pages
 from relay.auth.api_key import Operators, key_in
 from relay.auth.authenticator import Authenticate
 from relay.auth.keys import Key
@@ -27,10 +26,8 @@ from relay.brokers.base import Link
 from relay.channels.socket import Socket
 from relay.config import EMBEDDED, Config
 from relay.config_sources import explain, load
-from relay.console import Console
 from relay.engine import Engine
 from relay.errors import ConfigError, RelayError
-from relay.figures import IDLE, Figures, State
 from relay.metrics import REFUSED_STATE, Metrics
 from relay.paths import below, replace_route_path, route_path, segments, split_raw
 from relay.plugins import Plugin, hooks, system
@@ -45,9 +42,12 @@ from relay.transports import handshake, websocket
 from relay.transports.base import ReceiveCallable, Scope, SendCallable
 from relay.transports.handshake import Refused
 from relay.transports.network_access import SEVERAL_HOSTS, Reach
+from relay.web import console, pages
+from relay.web.console import Console
+from relay.web.prometheus import IDLE, Figures, State
 
 if TYPE_CHECKING:
-    from relay.proxy import Proxy
+    from relay.web.proxy import Proxy
 
 _logger = logging.getLogger("relay")
 
@@ -131,7 +131,7 @@ class Relay:
     def _make_proxies(self) -> "list[Proxy]":
         if not self.config.proxy:
             return []
-        from relay.proxy import Proxy, Share
+        from relay.web.proxy import Proxy, Share
 
         of_all = Share(self.config.limits.proxied_max)
         return [Proxy(entry, of_all, self.metrics) for entry in self.config.proxy]
@@ -146,12 +146,12 @@ class Relay:
         for proxy in self._proxies:
             routes += proxy.routes
         if self.config.rest.path:
-            from relay.rest import make_rest
+            from relay.web.rest import make_rest
 
             routes += pages.docs_routes(self.config.rest.path)
             routes.append(Mount(self.config.rest.path, make_rest(self)))
         if self.config.auth.tangram:
-            from relay.rest import token_route
+            from relay.web.rest import token_route
 
             routes.append(token_route(self))
         for mount in routes:
@@ -242,7 +242,7 @@ class Relay:
                   REST app, so that its dependencies, middleware and ``/docs`` serve them.
         """
         if plugin_routes_in_app:
-            from relay.rest import add_plugin_routes
+            from relay.web.rest import add_plugin_routes
 
             add_plugin_routes(self.plugins, app)
             self._http = self._make_http(self._routes_without_plugins())

@@ -371,7 +371,7 @@ def _when_ready(settings: Config, then: Any) -> None:
 def _greet(settings: Config, embedded: bool, open_page: bool) -> None:
     from relay.app import is_shareable
     from relay.brokers.embedded import BESIDE_AUTH
-    from relay.pages import publish_line
+    from relay.web.pages import publish_line
 
     page = _page_url(settings)
     paths = [f"ws{page.removeprefix('http').rstrip('/')}{path}/websocket" for path in settings.socket_paths]
@@ -393,7 +393,7 @@ def _greet(settings: Config, embedded: bool, open_page: bool) -> None:
 
 
 def _greet_embedded(settings: Config) -> list[str]:
-    from relay.pages import publish_line
+    from relay.web.pages import publish_line
 
     url, bare = settings.redis_url, f"redis://127.0.0.1:{urlsplit(settings.redis_url).port}"
     # With the port: another relay may be started here meanwhile, and `publish` takes the newest. It finds the password

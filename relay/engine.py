@@ -30,7 +30,6 @@ from relay.channels.pubsub import Node
 from relay.channels.socket import Socket
 from relay.config import EMBEDDED, Config
 from relay.errors import CloseCode, ConfigError, NotAdmitted
-from relay.figures import WRITE_INTERVAL_S, Figures, State
 from relay.journal import Journal
 from relay.metrics import Metrics
 from relay.plugins.dispatcher import HandlerFailed, is_being_cancelled
@@ -46,6 +45,7 @@ from relay.transports.network_access import Reach
 from relay.transports.outbox import Outboxes
 from relay.transports.websocket import Connection
 from relay.transports.writer import EXTENSION, FrameWriter
+from relay.web.prometheus import WRITE_INTERVAL_S, Figures, State
 
 _logger = logging.getLogger("relay")
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from relay.figures import FIGURES
+from relay.web.prometheus import FIGURES
 from tests.support.node import SCRIPTS, compile_typescript, need_node
 from tests.support.process import RelayProcess
 

@@ -16,9 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from relay import Plugin, Relay
 from relay.config import Overflow
 from relay.errors import DROPPED
-from relay.figures import FIGURES, READ_INTERVAL_S, Figures, State
-from relay.folder import Folder
 from relay.metrics import Metrics
+from relay.web.multiprocess import Folder
+from relay.web.prometheus import FIGURES, READ_INTERVAL_S, Figures, State
 
 DOCS = Path(__file__).parents[1] / "docs" / "metrics.md"
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from relay.config import ProxyConfig
-from relay.proxy import Proxy, _split
+from relay.web.proxy import Proxy, _split
 
 
 def scope(path: str, root_path: str, raw_path: bytes | None) -> dict[str, Any]:

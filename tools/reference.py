@@ -15,9 +15,9 @@ from pydantic_core import PydanticUndefined
 
 from relay import Plugin, Relay
 from relay.config import Config
-from relay.figures import FIGURES
 from relay.plugins import hooks
-from relay.rest import make_rest
+from relay.web.prometheus import FIGURES
+from relay.web.rest import make_rest
 
 _HANDED = (hooks.Join, hooks.Leave, hooks.Push, hooks.Event, hooks.RedisMessage, hooks.Socket)
 """What handlers are given."""

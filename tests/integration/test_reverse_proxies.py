@@ -14,7 +14,7 @@ from fastapi import APIRouter
 from websockets.exceptions import InvalidStatus
 
 from relay import Plugin, Relay
-from relay.rest import make_rest
+from relay.web.rest import make_rest
 from tests.support.client import Client
 from tests.support.process import Valkey, free_port
 from tests.support.serving import http_get, serve

@@ -26,7 +26,7 @@ from relay.metrics import BOUNDS_S, Histogram, Metrics
 from relay.version import __version__
 
 if TYPE_CHECKING:
-    from relay.folder import Folder
+    from relay.web.multiprocess import Folder
 
 WRITE_INTERVAL_S = 1.0
 """Seconds between two writes of a worker's figures; what a worker has counted since is lost where it is killed."""
@@ -333,7 +333,7 @@ def _text(snapshot: Snapshot) -> bytes:
 
 
 def _open(folder: str) -> "Folder":
-    from relay.folder import Folder  # locks files, which not every system can
+    from relay.web.multiprocess import Folder  # locks files, which not every system can
 
     path = Path(folder)
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
