@@ -6,7 +6,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class BrowserClient(BuildHookInterface):
-    """Add ``relay/web/static/relay.js``; not to an editable install, where a second ``relay/`` would hide the real one."""
+    """Add ``relay.js``, but not to an editable install, where a second ``relay/`` would hide the real one."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatchling before each build; ``version`` is ``standard`` or ``editable``."""

@@ -13,8 +13,8 @@ import pytest
 from typer.main import get_command
 
 from relay import __version__
-from relay.cli import app, main
-from relay.commands import EXAMPLES
+from relay.cli.main import app, main
+from relay.cli.options import EXAMPLES
 from tests.support.cli_page import PAGE, page
 from tests.support.process import DEADLINE_S, Valkey, free_port
 from tests.support.terminal import run_on_terminal

@@ -12,7 +12,7 @@ import jwt
 import pytest
 
 from relay.auth.tokens import Verifier, load_keys
-from relay.cli import main
+from relay.cli.main import main
 from relay.config import AuthConfig
 from tests.support.keys import EC_PRIVATE, EC_PUBLIC, RSA_PRIVATE, RSA_PUBLIC, SECRET
 from tests.support.process import DEADLINE_S, RelayProcess, wait_for

@@ -11,7 +11,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from relay.commands.tally import Listener, latencies_ms, percentile
+from relay.cli.stats import Listener, latencies_ms, percentile
 from tests.support.process import DEADLINE_S, RelayProcess, Valkey, free_port, wait_for
 from tests.support.terminal import run_on_terminal
 

@@ -43,7 +43,7 @@ class _Static(StaticFiles):
 
     def __init__(self) -> None:
         super().__init__(directory=_STATIC)
-        source = _STATIC.parents[1] / "clients" / "browser"
+        source = _STATIC.parents[2] / "clients" / "browser"
         if not (_STATIC / _CLIENT).exists() and (source / _CLIENT).exists():
             self.all_directories.append(source)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from typer.main import get_command
 
-from relay.cli import app
-from relay.commands import EXAMPLES, EXIT_CODES
+from relay.cli.main import app
+from relay.cli.options import EXAMPLES, EXIT_CODES
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 

@@ -22,7 +22,7 @@ from websockets.asyncio.client import connect as connect_websocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 from websockets.typing import Subprotocol
 
-from relay.commands.terminal import Failed
+from relay.cli.output import Failed
 from relay.config import Config
 from relay.errors import ConfigError
 from relay.proxy_headers import is_this_machine, origin_of, parse_ip

@@ -19,9 +19,9 @@ from typing import Annotated, Any
 import typer
 from websockets.asyncio.client import ClientConnection
 
-from relay.commands import EventName, Params, Payload, RelayFile, Token, Topic, event_of, json_of, token_of, topic_of
-from relay.commands.link import TIMEOUT_S, Lost, ask_rest, connected, rest_url, socket_url
-from relay.commands.terminal import Failed, console, fail, is_terminal, json_line, print_lines, printable
+from relay.cli.connection import TIMEOUT_S, Lost, ask_rest, connected, rest_url, socket_url
+from relay.cli.options import EventName, Params, Payload, RelayFile, Token, Topic, event_of, json_of, token_of, topic_of
+from relay.cli.output import Failed, console, fail, is_terminal, json_line, print_lines, printable
 from relay.config_sources import load
 
 READABLE_PER_S = 20

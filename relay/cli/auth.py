@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 import typer
 
 from relay.brokers.embedded import BESIDE_AUTH
-from relay.commands import ConfigFile
-from relay.commands.terminal import console, is_terminal, print_lines
+from relay.cli.options import ConfigFile
+from relay.cli.output import console, is_terminal, print_lines
 from relay.config import (
     ANY_HOST,
     EMBEDDED,

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from relay.commands import ConfigFile
-from relay.commands.terminal import console, is_terminal, print_lines, printable
+from relay.cli.options import ConfigFile
+from relay.cli.output import console, is_terminal, print_lines, printable
 from relay.config_sources import load
 
 

@@ -30,15 +30,15 @@ from urllib.parse import urlsplit
 import typer
 
 from relay import runtime_dir
-from relay.commands import ConfigFile, RedisUrl, epilog
-from relay.commands.auth import check, token
-from relay.commands.bench import bench
-from relay.commands.client import listen, push, topics
-from relay.commands.help import Command, Group
-from relay.commands.link import host_of
-from relay.commands.plugins import new_plugin, plugins
-from relay.commands.publish import publish
-from relay.commands.terminal import is_kept
+from relay.cli.auth import check, token
+from relay.cli.bench import bench
+from relay.cli.client import listen, push, topics
+from relay.cli.connection import host_of
+from relay.cli.help import Command, Group
+from relay.cli.options import ConfigFile, RedisUrl, epilog
+from relay.cli.output import is_kept
+from relay.cli.plugins import new_plugin, plugins
+from relay.cli.publish import publish
 from relay.config import CONFIG_VARIABLE, EMBEDDED, Config
 from relay.config_sources import load
 from relay.errors import ConfigError

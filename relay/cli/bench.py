@@ -21,10 +21,10 @@ import typer
 from websockets.asyncio.client import ClientConnection
 
 from relay import runtime_dir
-from relay.commands import Params, RedisUrl, RelayFile, Token, json_of
-from relay.commands.link import TIMEOUT_S, ask_rest, connected, socket_url
-from relay.commands.tally import Listener, latencies_ms
-from relay.commands.terminal import Failed, console, fail, is_terminal, print_lines, printable
+from relay.cli.connection import TIMEOUT_S, ask_rest, connected, socket_url
+from relay.cli.options import Params, RedisUrl, RelayFile, Token, json_of
+from relay.cli.output import Failed, console, fail, is_terminal, print_lines, printable
+from relay.cli.stats import Listener, latencies_ms
 from relay.config import EMBEDDED, Config
 from relay.config_sources import load
 from relay.errors import BusUnavailable, ConfigError

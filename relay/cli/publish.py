@@ -6,8 +6,8 @@ Owns which Redis is meant; the publishing is that of `relay.brokers.redis`.
 import asyncio
 
 from relay import runtime_dir
-from relay.commands import ConfigFile, EventName, Payload, RedisUrl, Topic, event_of, json_of, topic_of
-from relay.commands.terminal import console, fail, is_terminal, print_lines
+from relay.cli.options import ConfigFile, EventName, Payload, RedisUrl, Topic, event_of, json_of, topic_of
+from relay.cli.output import console, fail, is_terminal, print_lines
 from relay.config import EMBEDDED, Config
 from relay.config_sources import load
 from relay.errors import BusUnavailable, ConfigError
