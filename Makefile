@@ -93,10 +93,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet
 	@touch .venv/.run $@
 
 # The oldest versions that pyproject.toml allows; the oldest Starlette uses a name of anyio that later ones have moved.
-# Left out: tests of pages and files, and those that start `relay serve`.
-FLOORS_TESTS = $(filter-out $(addprefix tests/test_, $(addsuffix .py, \
-	cli commands_auth commands_bench commands_client deployment docs house runfile scaffold site)), $(wildcard tests/test_*.py)) \
-	tests/integration/test_brokers.py
+# The layout is left out: it does not depend on them.
+FLOORS_TESTS = $(filter-out tests/unit/test_house.py, $(shell find tests/unit -name 'test_*.py')) tests/integration/test_brokers.py
 
 build/floors/.made: requirements-floors.lock pyproject.toml
 	@tools/venv.sh build/floors

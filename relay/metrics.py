@@ -1,6 +1,6 @@
 """Counters of one relay process, and the words to read them by.
 
-Owns the numbers; must not know how they are shown (`relay.figures` does). Every drop, refusal and gap is counted
+Owns the numbers; must not know how they are shown (`relay.web.prometheus` does). Every drop, refusal and gap is counted
 here: a loss that is not counted is a bug.
 """
 

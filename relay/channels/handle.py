@@ -1,4 +1,4 @@
-"""What plugins see of a socket; see `relay.hooks.Socket`. Handlers may run in threads.
+"""What plugins see of a socket; see `relay.plugins.hooks.Socket`. Handlers may run in threads.
 
 Owns the way from a handler's call to the event loop; must not know the socket's messages.
 """
@@ -19,7 +19,7 @@ from relay.transports.websocket import Connection
 
 
 class Face:
-    """The part of a socket that handlers use. The names below are filled in by `relay.socket.Socket`."""
+    """The part of a socket that handlers use. The names below are filled in by `relay.channels.socket.Socket`."""
 
     __slots__ = ()
 

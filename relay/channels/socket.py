@@ -38,7 +38,7 @@ from relay.transports.websocket import Connection
 
 
 class Socket(Face):
-    """One client connection; the hub knows it as a subscriber, plugins as `relay.hooks.Socket`."""
+    """One client connection; the hub knows it as a subscriber, plugins as `relay.plugins.hooks.Socket`."""
 
     __slots__ = (
         "_config",

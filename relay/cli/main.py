@@ -1,4 +1,4 @@
-"""The command line: ``relay serve``, and the commands of `relay.commands`.
+"""The command line: ``relay serve``, and the commands of `relay.cli`.
 
 Owns what is said of wrong usage, and the exit codes; leaves the work to the modules below it. Exit codes: 0
 done, 1 failed, 2 wrong usage or settings.

@@ -10,7 +10,7 @@
             raise Refused("nothing to say")
         await push.broadcast("new_msg", push.payload)
 
-Owns what a plugin's author writes; `relay.hooks` says what each handler is given.
+Owns what a plugin's author writes; `relay.plugins.hooks` says what each handler is given.
 """
 
 from collections.abc import Awaitable, Callable, Mapping

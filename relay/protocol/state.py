@@ -66,7 +66,7 @@ class Join:
     replaces: Subscription | None
     """What this socket had under the same topic: it ends whether the join is accepted or not."""
     began: int = 0
-    """When its decision began, as `relay.control.Decisions` counts."""
+    """When its decision began, as `relay.auth.decisions.Decisions` counts."""
     removed: bool = False
     """Whether the socket was taken out of the topic while this was being decided."""
 

@@ -5,7 +5,7 @@ team's own server by one line::
 
     uvicorn.run(app, ws="relay.server:RelayWebSocketProtocol", ws_ping_interval=None)
 
-The extension (`relay.frames`) goes past ASGI's ``send``: a frame that is encoded once, header included, is
+The extension ``relay.frames`` goes past ASGI's ``send``: a frame that is encoded once, header included, is
 written to each socket in one synchronous call.
 """
 
@@ -510,7 +510,7 @@ class _Gate(_Waiting):
 
 
 def _deflates(conn: ServerProtocol) -> bool:
-    """Say whether the client takes what `relay.wire.Frame.deflated` makes: it may have asked for a smaller window."""
+    """Say whether the client takes what `relay.protocol.frame.Frame.deflated` makes: it may have asked for a smaller window."""
     return any(
         isinstance(extension, PerMessageDeflate) and extension.local_max_window_bits >= DEFLATE_WINDOW_BITS
         for extension in conn.extensions

@@ -2,7 +2,7 @@
 
 Owns the connection and its outbox; must not know messages, topics' subscribers or Redis.
 
-A frame is written straight to the transport where the server offers that (`relay.frames`), else through
+A frame is written straight to the transport where the server offers that (``relay.frames``), else through
 ASGI's ``send`` by a task of the connection's own. Under pressure both queue in the outbox.
 """
 
@@ -194,7 +194,7 @@ class Connection:
 
     @property
     def deflates(self) -> bool:
-        """Whether events are written as `relay.wire.Frame.deflated`."""
+        """Whether events are written as `relay.protocol.frame.Frame.deflated`."""
         return self._deflates
 
     def direct_write(self) -> Callable[[bytes], object] | None:

@@ -1,6 +1,6 @@
 """The way past ASGI's ``send``: what a server offers a socket that wants to write ready frames.
 
-Owns the interface between `relay.server` and `relay.transport`, which do not know each other. A server
+Owns the interface between `relay.transports.uvicorn_websocket` and `relay.transports.websocket`, which do not know each other. A server
 offers it as ``scope["extensions"]["relay.frames"]``; where it is absent, the portable path serves.
 """
 
@@ -24,7 +24,7 @@ class WriterOwner(Protocol):
 class FrameWriter:
     """Writes frames of one socket, header included, straight to its transport.
 
-    Args: deflates: whether the client takes frames compressed by `relay.wire.Frame.deflated`.
+    Args: deflates: whether the client takes frames compressed by `relay.protocol.frame.Frame.deflated`.
 
     ``ready`` says that the next frame may be written without queueing. The socket's owner gives it; the server only
     takes it away, when the transport's buffer is full or the socket is closing.

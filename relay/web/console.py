@@ -4,7 +4,7 @@ Owns what is told to operators, and what they may do; must not know how the page
 
 It speaks as all sockets do, over a path of its own, ``/console/socket/websocket``, with one topic, ``console``. It is
 no client of the relay: it counts as no socket, asks no plugin, needs no bus, so that it works when these do not. Who
-may connect is said by `relay.operators`; phoenix.js's ``authToken`` carries the API key.
+may connect is said by `relay.auth.api_key`; phoenix.js's ``authToken`` carries the API key.
 """
 
 import asyncio

@@ -3,7 +3,7 @@
 Owns names, meanings and the text format; must not know sockets or the bus. ``docs/metrics.md`` holds the same table;
 a test compares the two.
 
-Each of several workers leaves its figures in a folder (`relay.folder`) once a second. Whichever of them is asked adds
+Each of several workers leaves its figures in a folder (`relay.web.multiprocess`) once a second. Whichever of them is asked adds
 them all up. What a worker that has ended had counted stays in the sums, what it held (sockets, bytes) does not.
 """
 

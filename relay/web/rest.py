@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from relay.app import Relay
 
 
-# What a schema can say of names; `relay.topics` says all.
+# What a schema can say of names; `relay.protocol.topics` says all.
 _TOPIC = r"^[^\x00-\x1f\x7f-\x9f]*$"
 _EVENT = r"^[^:\x00-\x1f\x7f-\x9f]*$"
 
@@ -234,7 +234,7 @@ def make_rest(relay: "Relay") -> FastAPI:
         "process that answers; events reach the subscribers of all.",
         # Addresses in the schema are relative to where the app is mounted; FastAPI finds that out by itself.
         redirect_slashes=False,
-        docs_url=None,  # a page of the relay's own, with no scripts from elsewhere: `relay.pages`
+        docs_url=None,  # a page of the relay's own, with no scripts from elsewhere: `relay.web.pages`
         redoc_url=None,
     )
     app.add_exception_handler(RequestValidationError, _invalid_request)

@@ -531,7 +531,7 @@ async def test_order_between_the_decision_and_the_open_socket_closes_it(
         await gate.pass_through()
         await accept(*arguments)
 
-    monkeypatch.setattr("relay.upgrade.accept", slowly)
+    monkeypatch.setattr("relay.transports.handshake.accept", slowly)
     async with one_or_two(valkey, False, direct, auth=AUTH) as (served, other):
 
         async def connect() -> tuple[int, str]:

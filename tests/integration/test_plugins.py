@@ -1655,7 +1655,7 @@ def test_plugin_that_cannot_be_imported_stops_the_server_or_is_skipped(tmp_path:
 
 
 def test_socket_given_to_handlers_is_what_the_types_say() -> None:
-    """`relay.hooks.Socket` is the promise; the real one has all of it."""
+    """`relay.plugins.hooks.Socket` is the promise; the real one has all of it."""
     from relay.channels.socket import Socket as RealSocket
 
     promised = {name for name in dir(Socket) if not name.startswith("_")}

@@ -1,6 +1,6 @@
 """REST as operators and backends use it: over a real server, with sockets that see what it does.
 
-What is refused, and with which words, is in ``tests/test_rest.py``.
+What is refused, and with which words, is in ``tests/unit/web/test_rest.py``.
 """
 
 from collections.abc import Awaitable, Callable

@@ -1,4 +1,4 @@
-// The map of docs/tutorial.md in a real browser, driven by tests/test_docs.py.
+// The map of docs/tutorial.md in a real browser, driven by tests/integration/test_docs.py.
 //   node tutorial-chromium.mjs <relay http url> [<token that opens it> <key of the console>]
 
 import { inBrowser } from "./chromium.mjs"

@@ -1,0 +1,61 @@
+"""The documentation as a site: built as `make docs` does, where a link that leads nowhere is an error."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from relay.config import Config
+from tools import reference
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_site_is_built_without_a_warning(tmp_path: Path) -> None:
+    made, site = str(tmp_path / "made"), tmp_path / "site"
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", made, "docs", str(site)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    pages = {page.relative_to(site).with_suffix("") for page in site.rglob("*.html")}
+    written = {page.relative_to(ROOT / "docs").with_suffix("") for page in (ROOT / "docs").rglob("*.md")}
+    assert written <= pages
+    for page in (
+        "cli",
+        "reference/settings",
+    ):  # what stands there is typed: no “quotes”, and no dash for an option's two
+        assert not re.search(r"[“”]|–[a-z]", (site / f"{page}.html").read_text()), page
+    front = (site / "index.html").read_text()
+    assert all(f'href="{page}.html"' in front for page in written - {Path("index")}), "every page is in the index"
+    assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="(?:https?:)?//', front), "no request to another host"
+
+
+def test_reference_names_every_setting_with_its_meaning() -> None:
+    text = reference.settings()
+    rows = re.findall(r"^\| `(\w+)` \| `.+` \| .* \| (.*) \|$", text, re.MULTILINE)
+    assert all(meaning for _, meaning in rows)
+    assert {"port", "jwks_url", "outbox_max_bytes", "latest_key", "strip_prefix", "api_key"} <= {
+        name for name, _ in rows
+    }
+    assert set(Config.model_fields) <= {name for name, _ in rows} | set(
+        re.findall(r"^## `\[+(\w+)\]+`$", text, re.MULTILINE)
+    )
+
+
+def test_reference_describes_every_hook_and_request() -> None:
+    hooks, requests = reference.plugin(), reference.http()
+    for name in (
+        "on_join",
+        "on_leave",
+        "on_push",
+        "on_event",
+        "on_redis",
+        "service",
+        "include_router",
+        "broadcast",
+        "kick",
+    ):
+        assert re.search(rf"^### (?:async )?`{name}`\n\n```python\n{name}\(.*\).*\n```\n\n\S", hooks, re.MULTILINE), (
+            name
+        )
+    assert "| `POST /publish` |" in requests
+    assert "| `GET /sockets/{socket_id}` |" in requests

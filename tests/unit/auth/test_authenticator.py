@@ -1,0 +1,238 @@
+"""`relay.auth.authenticator`: what an upgrade request proves. Over real sockets it is in ``integration/test_auth.py``."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from relay import Config, Refused
+from relay.auth.authenticator import Auth, UpgradeRequest
+from relay.errors import NotAdmitted, Reason
+from relay.metrics import Metrics
+from relay.permissions import ALL, Right
+from relay.plugins.dispatcher import Caller
+
+SCOPE: dict[str, Any] = {"type": "websocket", "path": "/", "query_string": b"", "headers": []}
+
+
+class Clock:
+    """Monotonic and wall clock, stepped apart."""
+
+    monotonic = 500.0
+    wall = 1_000_000.0
+
+
+def make(verified: Any = None, function: Any = None, **settings: Any) -> tuple[Auth, Clock]:
+    clock = Clock()
+
+    async def verify(token: str) -> Any:
+        if token == "bad":
+            raise NotAdmitted(401, "token", "bad")
+        return verified
+
+    auth = Auth(
+        Config(**settings),
+        Caller(Metrics(), 5.0),
+        verify if verified is not None else None,
+        function,
+        lambda: clock.monotonic,
+        lambda: clock.wall,
+    )
+    return auth, clock
+
+
+async def refusal(auth: Auth, token: str | None = "t") -> NotAdmitted:
+    with pytest.raises(NotAdmitted) as caught:
+        await auth.admit(SCOPE, token)
+    return caught.value
+
+
+async def test_expiry_is_reckoned_on_the_monotonic_clock() -> None:
+    auth, clock = make({"sub": "alice", "exp": 1_000_060}, auth={"leeway_s": 7})
+    identity = await auth.admit(SCOPE, "t")
+    assert identity.expires_at == 500 + 60 + 7
+    clock.wall -= 3600  # whoever is in already does not notice
+    assert identity.expires_at == 567
+    assert identity.is_expired(567) and not identity.is_expired(566.9)
+
+
+@pytest.mark.parametrize("exp", [999_993, 0, -1, False])
+async def test_claims_that_have_expired_are_refused(exp: Any) -> None:
+    auth, _ = make({"sub": "alice", "exp": exp}, auth={"leeway_s": 7})
+    error = await refusal(auth)
+    assert (error.kind, error.reason) == ("token expired", Reason.TOKEN_EXPIRED)
+
+
+async def test_of_token_and_function_whichever_ends_first_counts() -> None:
+    for mine, expected in ((1_000_030, 530), (1_000_090, 560), (None, 560)):
+
+        async def function(request: UpgradeRequest, mine: Any = mine) -> Any:
+            return {"sub": "alice", "exp": mine}
+
+        auth, _ = make({"sub": "alice", "exp": 1_000_060}, function, auth={"leeway_s": 0})
+        assert (await auth.admit(SCOPE, "t")).expires_at == expected
+
+
+@pytest.mark.parametrize(
+    "claims",
+    [
+        {"sub": "alice", "topics": "room"},
+        {"sub": "alice", "topics": {"*": ["all"]}},
+        {"sub": ["alice"]},
+        {"sub": True},
+        {"sub": "al\ud800ice"},
+        {"sub": "alice", "exp": "soon"},
+        {"sub": "alice", "exp": [1]},
+    ],
+)
+async def test_claims_that_cannot_be_read_are_refused(claims: Any) -> None:
+    auth, _ = make(claims)
+    assert (await refusal(auth)).kind == "token claims"
+
+
+async def test_users_may_be_numbers_or_missing() -> None:
+    for sub, user in ((7, "7"), ("7", "7"), (0, "0"), (None, None)):
+        auth, _ = make({"sub": sub})
+        assert (await auth.admit(SCOPE, "t")).user == user
+
+
+async def test_rights_are_those_of_the_claim_and_of_the_settings() -> None:
+    auth, _ = make(
+        {"sub": "al*", "may": {"room:{sub}": "push"}, "topics": {"*": "join"}},
+        auth={"rights_claim": "may", "authenticated": [{"match": "user:{sub}", "rights": ["join"]}]},
+    )
+    rights = (await auth.admit(SCOPE, "t")).rights
+    assert (rights.on("user:al*"), rights.on("room:al*")) == (Right.JOIN, Right.PUSH)
+    assert rights.on("user:alice") is rights.on("room:alice") is rights.on("x") is Right.NONE
+
+
+async def test_without_a_token_only_where_anonymous_is_asked_for_or_nothing_checks() -> None:
+    auth, _ = make({"sub": "alice"})
+    assert (await refusal(auth, None)).kind == "no token"
+    for auth, _ in (
+        make({"sub": "alice"}, anonymous=True, auth={"anonymous": [{"match": "a", "rights": ["join"]}]}),
+        make(auth={"anonymous": [{"match": "a", "rights": ["join"]}, {"match": "{sub}", "rights": ["join"]}]}),
+    ):
+        identity = await auth.admit(SCOPE, None)
+        assert (identity.user, identity.expires_at, identity.claims) == (None, None, {})
+        assert (identity.rights.on("a"), identity.rights.on(""), identity.rights.on("b")) == (Right.JOIN, 0, 0)
+
+
+async def test_bad_token_does_not_make_anybody_anonymous() -> None:
+    auth, _ = make({"sub": "alice"}, anonymous=True)
+    assert (await refusal(auth, "bad")).status == 401
+
+
+async def test_functions_refusal_is_an_answer_and_its_fault_is_not() -> None:
+    async def refusing(request: UpgradeRequest) -> Any:
+        raise Refused("go away")
+
+    async def failing(request: UpgradeRequest) -> Any:
+        raise ValueError("hunter2")
+
+    auth, _ = make(None, refusing)
+    error = await refusal(auth)
+    assert (error.status, str(error), error.reason) == (403, "go away", Reason.UNAUTHORIZED)
+    auth, _ = make(None, failing, anonymous=True)
+    error = await refusal(auth)
+    assert (error.status, error.reason) == (503, Reason.AUTH_UNAVAILABLE)
+    assert "hunter2" not in str(error)
+
+
+async def test_later_token_is_judged_without_what_the_handshake_brought() -> None:
+    seen: list[UpgradeRequest] = []
+
+    def function(request: UpgradeRequest) -> dict[str, str] | None:
+        seen.append(request)
+        return {"sub": "eve"} if "user" in request.session else None
+
+    auth, _ = make(None, function)
+    scope = {**SCOPE, "headers": [(b"cookie", b"a=b")], "session": {"user": "eve"}}
+    assert (await auth.admit(scope, None)).user == "eve"
+    with pytest.raises(NotAdmitted):
+        await auth.identify("t")
+    assert seen[-1].user.is_authenticated is False
+    assert (seen[-1].token, dict(seen[-1].headers), seen[-1].client, seen[-1].cookies) == ("t", {}, None, {})
+    auth._caller.close()
+
+
+async def test_where_nothing_checks_tokens_they_prove_nothing() -> None:
+    auth, _ = make(auth={"anonymous": [{"match": "a", "rights": ["join"]}]})
+    assert not auth.checks_tokens
+    with pytest.raises(NotAdmitted):
+        await auth.identify("t")
+
+
+async def test_tangrams_claims_open_one_topic_letter_by_letter() -> None:
+    claims = {"id": "me", "channel": "room:*", "exp": 1_000_060}
+    auth, _ = make(claims, auth={"tangram": True, "keys": ["x"]})
+    identity = await auth.admit(SCOPE, "t")
+    assert identity.user == "me"
+    assert (identity.rights.on("room:*"), identity.rights.on("room:1")) == (ALL, Right.NONE)
+    off, _ = make(claims)
+    identity = await off.admit(SCOPE, "t")
+    assert (identity.user, identity.rights.on("room:*")) == (None, Right.NONE)
+    # Who has a subject has a token of ours.
+    both, _ = make({**claims, "sub": "alice"}, auth={"tangram": True})
+    assert (await both.admit(SCOPE, "t")).rights.on("room:*") is Right.NONE
+
+
+async def test_tangrams_claims_open_nothing_that_the_settings_grant() -> None:
+    """Their ``id`` is a name that the topic's owner chose, not the subject of a token."""
+    granted = [{"match": "user:{sub}", "rights": ["join"]}, {"match": "lobby", "rights": ["join"]}]
+    auth, _ = make({"id": "alice", "channel": "room"}, auth={"tangram": True, "authenticated": granted})
+    rights = (await auth.identify("t")).rights
+    assert (rights.on("room"), rights.on("user:alice"), rights.on("lobby")) == (ALL, Right.NONE, Right.NONE)
+    # A token with a subject has them, beside what it says.
+    auth, _ = make({"sub": "alice"}, auth={"tangram": True, "authenticated": granted})
+    assert (await auth.identify("t")).rights.on("user:alice") is Right.JOIN
+
+
+@pytest.mark.parametrize("channel", ["", None, 7, ["lobby"], {"lobby": 1}])
+async def test_tangrams_claims_without_a_topic_are_refused(channel: Any) -> None:
+    auth, _ = make(
+        {"id": "alice", "channel": channel},
+        auth={"tangram": True, "authenticated": [{"match": "*", "rights": ["join"]}]},
+    )
+    error = await refusal(auth)
+    assert (error.kind, '"channel"' in str(error)) == ("token claims", True)
+
+
+@pytest.mark.parametrize(
+    ("claims", "claim"),
+    [
+        ({"sub": ["alice"]}, "sub"),
+        ({"sub": ""}, "sub"),
+        ({"sub": 10**5000}, "sub"),
+        ({"sub": "alice", "topics": 5}, "topics"),
+        ({"sub": "alice", "topics": "room:*:join"}, "topics"),
+        ({"sub": "alice", "topics": [["room", "join"]]}, "topics"),
+        ({"sub": "alice", "topics": {"room:*": True}}, "topics"),
+        ({"sub": "alice", "topics": {"room:*": ["join", 1]}}, "topics"),
+        ({"sub": "alice", "topics": {"": ["join"]}}, "topics"),
+        ({"sub": "alice", "exp": "soon"}, "exp"),
+        ({"sub": "alice", "exp": float("nan")}, "exp"),
+        ({"sub": "alice", "exp": float("inf")}, "exp"),
+        ({"sub": "alice", "exp": 10**400}, "exp"),
+    ],
+)
+async def test_refusal_names_the_claim_that_cannot_be_read(claims: Any, claim: str) -> None:
+    auth, _ = make(claims)
+    error = await refusal(auth)
+    assert (error.kind, f'malformed: "{claim}": ' in str(error)) == ("token claims", True)
+
+
+async def test_handshakes_do_not_wait_for_each_other() -> None:
+    gate = asyncio.Event()
+
+    async def slow(request: UpgradeRequest) -> Any:
+        if request.token == "slow":
+            await gate.wait()
+        return {"sub": request.token}
+
+    auth, _ = make(None, slow)
+    waiting = asyncio.create_task(auth.admit(SCOPE, "slow"))
+    fast = await auth.admit(SCOPE, "fast")
+    assert fast.user == "fast" and not waiting.done()
+    gate.set()
+    assert (await waiting).user == "slow"

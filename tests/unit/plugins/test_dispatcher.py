@@ -1,0 +1,253 @@
+"""Handlers are called in time, off the loop where they may block, and keep their faults to themselves."""
+
+import asyncio
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from relay.metrics import Metrics
+from relay.plugins import dispatcher
+from relay.plugins.dispatcher import Caller, HandlerFailed
+from relay.plugins.hooks import Hook, Refused, to_response
+from tests.support.serving import eventually
+
+
+@asynccontextmanager
+async def calls(timeout_s: float = 20.0) -> AsyncIterator[tuple[Caller, Metrics]]:
+    metrics = Metrics()
+    caller = Caller(metrics, timeout_s)
+    yield caller, metrics
+    caller.close()
+
+
+def as_is(answer: Any) -> Any:
+    return answer
+
+
+def hook(function: Callable[..., Any], plugin: str = "p") -> Hook:
+    return Hook(plugin, function)
+
+
+def plain(argument: str) -> str:
+    return f"{argument} in {threading.current_thread().name}"
+
+
+async def coroutine(argument: str) -> str:
+    return plain(argument)
+
+
+def wrapped(argument: str) -> Awaitable[str]:
+    """What a decorator makes of a coroutine function that it does not know for one."""
+    return coroutine(argument)
+
+
+async def test_coroutine_function_runs_in_the_loop_and_plain_function_in_a_thread() -> None:
+    async with calls() as (caller, metrics):
+        assert await caller.call(hook(coroutine), "hi") == "hi in MainThread"
+        assert await caller.call(hook(plain), "hi") == "hi in relay-plugin"
+        assert await caller.call(hook(wrapped), "hi") == "hi in MainThread"
+        assert await caller.ask(hook(plain), "hi", str.upper) == "HI IN RELAY-PLUGIN"
+        assert metrics.plugin_calls == {"p": 4}
+        assert metrics.plugin_errors == {}
+
+
+async def test_time_of_handlers_is_counted_however_they_end() -> None:
+    async with calls(timeout_s=0.02) as (caller, metrics):
+        assert await caller.call(hook(coroutine), "hi")
+        caller.call_here(hook(plain), "hi")
+        with pytest.raises(HandlerFailed):
+            await caller.call(hook(raises(ValueError("no"))), "hi")
+        assert metrics.plugin_time["p"].sum_s < 0.02
+        with pytest.raises(HandlerFailed):
+            await caller.call(hook(asyncio.Event().wait, "slow"))
+        assert metrics.plugin_time["p"].count == 3
+        assert metrics.plugin_time["slow"].count == 1
+        assert metrics.plugin_time["slow"].sum_s >= 0.02
+
+
+def raises(error: BaseException) -> Callable[[object], None]:
+    def handler(argument: object) -> None:
+        raise error
+
+    return handler
+
+
+def raises_later(error: BaseException) -> Callable[[object], Awaitable[None]]:
+    async def handler(argument: object) -> None:
+        raise error
+
+    return handler
+
+
+@pytest.mark.parametrize("make", [raises, raises_later], ids=["plain", "coroutine"])
+@pytest.mark.parametrize(
+    "error",
+    [ValueError("boom"), SystemExit(3), TimeoutError("of its own"), StopIteration(), asyncio.CancelledError()],
+    ids=lambda error: type(error).__name__,
+)
+async def test_fault_of_a_handler_is_logged_once_and_counted(
+    make: Callable[[BaseException], Callable[..., Any]], error: BaseException, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also those that end a program, or a task."""
+    async with calls() as (caller, metrics):
+        broken = hook(make(error))
+        for _ in range(3):
+            with pytest.raises(HandlerFailed) as failed:
+                await caller.call(broken, None)
+            assert "did not end" not in str(failed.value)
+        assert metrics.plugin_errors == {"p": 3}
+    [record] = caplog.records
+    assert record.levelno == logging.ERROR
+    assert record.name == "relay.plugins"
+    assert record.getMessage().startswith("plugin p: raises")
+    assert record.exc_info is not None
+
+
+async def test_refusal_is_an_answer_only_where_it_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    async with calls() as (caller, metrics):
+        for refuses in (hook(raises(Refused("no"))), hook(raises_later(Refused("no")))):
+            with pytest.raises(Refused, match="no"):
+                await caller.ask(refuses, None, as_is)
+        assert metrics.plugin_errors == {}
+        with pytest.raises(HandlerFailed):
+            await caller.call(hook(raises(Refused("no"))), None)
+        assert metrics.plugin_errors == {"p": 1}
+    assert "only on_join and on_push may" in caplog.text
+
+
+async def test_answer_that_cannot_be_sent_is_a_fault(caplog: pytest.LogCaptureFixture) -> None:
+    async with calls() as (caller, metrics):
+        with pytest.raises(HandlerFailed):
+            await caller.ask(hook(lambda argument: object()), None, to_response)
+        assert metrics.plugin_errors == {"p": 1}
+    assert "returned what cannot be sent" in caplog.text
+
+
+async def test_hook_on_the_way_of_every_event_is_called_in_the_loop(caplog: pytest.LogCaptureFixture) -> None:
+    async with calls() as (caller, metrics):
+        assert caller.call_here(hook(plain), "hi") == "hi in MainThread"
+        for error in (ValueError("boom"), SystemExit()):
+            with pytest.raises(HandlerFailed):
+                caller.call_here(hook(raises(error)), None)
+        assert metrics.plugin_calls == {"p": 3}
+        assert metrics.plugin_errors == {"p": 2}
+
+
+async def test_handlers_that_hang_are_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    released = threading.Event()
+
+    async def hangs(argument: object) -> None:
+        await asyncio.Event().wait()
+
+    def hangs_in_thread(argument: object) -> None:
+        released.wait()
+
+    async with calls(timeout_s=0.05) as (caller, metrics):
+        for function in (hangs, hangs_in_thread):
+            with pytest.raises(HandlerFailed, match=r"did not end within 0\.05 s"):
+                await caller.call(hook(function), None)
+        assert metrics.plugin_errors == {"p": 2}
+        released.set()  # what it returns now is ignored
+        assert await caller.call(hook(plain), "hi") == "hi in relay-plugin"
+    assert caplog.text.count("did not end within 0.05 s") == 2
+
+
+async def test_cancellation_from_outside_goes_on_its_way() -> None:
+    async with calls() as (caller, metrics):
+
+        async def hangs(argument: object) -> None:
+            await asyncio.Event().wait()
+
+        task = asyncio.create_task(caller.call(hook(hangs), None))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert metrics.plugin_errors == {}
+
+
+async def test_threads_of_one_plugin_are_no_other_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher, "_THREADS", 2)
+    released = threading.Event()
+
+    def blocks(argument: object) -> None:
+        released.wait()
+
+    async with calls(timeout_s=20) as (caller, metrics):
+        blocked = [asyncio.create_task(caller.call(hook(blocks, "bad"), None)) for _ in range(3)]
+        await eventually(lambda: metrics.plugin_calls["bad"] == 3, "the calls")
+        assert await caller.call(hook(plain, "good"), "hi") == "hi in relay-plugin"
+        blocked[2].cancel()  # it waits for a thread, and will not be called any more
+        released.set()
+        await asyncio.gather(*blocked, return_exceptions=True)
+        assert await caller.call(hook(plain, "bad"), "hi") == "hi in relay-plugin"
+
+
+async def test_handler_given_up_before_its_turn_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher, "_THREADS", 1)
+    released = threading.Event()
+    called: list[str] = []
+
+    def blocks(argument: object) -> None:
+        released.wait()
+
+    async with calls(timeout_s=0.05) as (caller, _):
+        first = asyncio.create_task(caller.call(hook(blocks), None))
+        second = asyncio.create_task(caller.call(hook(called.append), "late"))
+        for task in (first, second):
+            with pytest.raises(HandlerFailed):
+                await task
+        released.set()
+        await caller.call(hook(called.append), "next")
+    assert called == ["next"]
+
+
+async def test_threads_are_reused_and_end_with_the_caller() -> None:
+    before = set(threading.enumerate())
+    async with calls() as (caller, _):
+        for _ in range(5):
+            await caller.call(hook(plain), "hi")
+        [thread] = set(threading.enumerate()) - before
+        assert thread.name == "relay-plugin"
+    await eventually(lambda: not thread.is_alive(), "the thread to end")
+
+
+def test_hanging_handler_does_not_keep_the_process_alive() -> None:
+    """The standard library's thread pool joins its threads at exit, and would wait for ever."""
+    script = """
+import asyncio, threading, time
+from relay.plugins.dispatcher import Caller, HandlerFailed
+from relay.plugins.hooks import Hook
+from relay.metrics import Metrics
+
+later = threading.Event()
+
+def hangs(argument):
+    threading.Event().wait()
+
+def ends_late(argument):
+    later.wait()
+
+async def main():
+    caller = Caller(Metrics(), 0.05)
+    for function in (hangs, ends_late):
+        try:
+            await caller.call(Hook("p", function), None)
+        except HandlerFailed:
+            print("given up")
+    caller.close()
+
+asyncio.run(main())
+later.set()  # its thread finds the loop closed
+time.sleep(0.1)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0
+    assert ended.stdout == "given up\ngiven up\n"
+    assert "Exception in thread" not in ended.stderr

@@ -1,0 +1,55 @@
+"""`relay.log`: one line at each turn of a socket's life, and a bounded number of them."""
+
+import logging
+
+import pytest
+
+from relay.journal import INTERVAL_S, LINES_MAX, Journal, Totals
+
+
+class Somebody:
+    """A socket, as far as the log is concerned."""
+
+    id = "1f-7"
+    user: str | None = None
+    address = "10.0.0.1"
+
+
+def test_storm_of_connects_writes_few_lines_and_tells_of_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "relay.socket")
+    now = 0.0
+    journal = Journal(lambda: now)
+    for _ in range(10_000):
+        journal.connected(Somebody())
+    assert len(caplog.messages) == LINES_MAX
+    journal.join_refused(Somebody(), "room:1", "unauthorized")
+    assert "refused" in caplog.messages[-1], "other kinds go on"
+    now = INTERVAL_S
+    journal.connected(Somebody())
+    assert caplog.messages[-1].endswith(f" ({10_000 - LINES_MAX} more of this kind since the last line)")
+
+
+def test_lines_that_were_left_out_are_told_of_though_none_comes_after_them(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "relay.socket")
+    now = 0.0
+    journal = Journal(lambda: now)
+    for _ in range(LINES_MAX + 3):
+        journal.connected(Somebody())
+    journal.flush()
+    assert len(caplog.messages) == LINES_MAX, "the interval is not over"
+    now = INTERVAL_S
+    journal.flush()
+    journal.flush()
+    assert caplog.messages[LINES_MAX:] == ["3 more lines of the kind 'connect' were left out"]
+
+
+def test_nothing_that_a_client_says_breaks_a_line(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "relay.socket")
+    journal = Journal()
+    bad = "%s\nERROR relay: \x1b[31mforged" + 1000 * "x"
+    journal.join_refused(Somebody(), bad, bad.replace("\x1b", ""))
+    journal.rate_limited(Somebody(), bad, bad)
+    journal.disconnected(Somebody(), 1000, bad, "client", Totals(1.0, 0, 0, 0, 0))
+    assert len(caplog.messages) == 3
+    for message in caplog.messages:
+        assert "\n" not in message and "\x1b" not in message and len(message) < 700

@@ -1,0 +1,112 @@
+"""`relay.transports.writer`: when a frame may go straight to the transport."""
+
+from asyncio import Transport
+from typing import Any
+
+import pytest
+
+from relay.transports.writer import EXTENSION, FrameWriter
+
+
+class FakeTransport(Transport):
+    """Notes what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written: list[bytes] = []
+        self.aborted = False
+
+    def write(self, data: Any) -> None:
+        self.written.append(bytes(data))
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+@pytest.fixture
+def transport() -> FakeTransport:
+    return FakeTransport()
+
+
+@pytest.fixture
+def writer(transport: FakeTransport) -> FrameWriter:
+    return FrameWriter(transport)
+
+
+def test_extension_has_a_name_of_its_own() -> None:
+    """Source: ASGI, "Extensions": the scope's dictionary is shared with the server's."""
+    assert EXTENSION == "relay.frames"
+
+
+def test_frames_go_straight_to_the_transport(writer: FrameWriter, transport: FakeTransport) -> None:
+    writer.write(b"\x81\x02{}")
+    assert transport.written == [b"\x81\x02{}"]
+    writer.abort()
+    assert transport.aborted
+
+
+def test_writer_waits_for_its_socket_to_be_ready(writer: FrameWriter) -> None:
+    assert (writer.open, writer.paused, writer.ready, writer.last_ping) == (True, False, False, 0.0)
+
+
+class Owner:
+    """Notes what it is told, and how the writer was then: whether paused, and whether ready."""
+
+    def __init__(self, writer: FrameWriter) -> None:
+        self.told: list[tuple[str, bool, bool]] = []
+        self._writer = writer
+        writer.owner = self
+
+    def flush(self) -> None:
+        self.told.append(("flush", self._writer.paused, self._writer.ready))
+
+    def readiness_changed(self) -> None:
+        self.told.append(("changed", self._writer.paused, self._writer.ready))
+
+
+def test_full_buffer_takes_readiness_away(writer: FrameWriter) -> None:
+    writer.set_ready(True)
+    writer.pause()
+    assert (writer.paused, writer.ready, writer.open) == (True, False, True)
+
+
+def test_owner_learns_of_each_change_of_readiness_once(writer: FrameWriter) -> None:
+    """Whoever writes without asking each time relies on it."""
+    owner = Owner(writer)
+    writer.set_ready(True)
+    writer.set_ready(True)
+    writer.pause()
+    writer.pause()
+    writer.end()
+    assert owner.told == [("changed", False, True), ("changed", True, False)]
+
+
+def test_drained_buffer_leaves_readiness_to_the_socket(writer: FrameWriter) -> None:
+    """It has an outbox to send first."""
+    owner = Owner(writer)
+    writer.pause()
+    writer.resume()
+    assert owner.told == [("flush", False, False)]
+
+
+def test_drained_buffer_wakes_nobody_where_nobody_listens(writer: FrameWriter) -> None:
+    writer.pause()
+    writer.resume()
+    assert not writer.paused
+
+
+def test_ended_writer_is_neither_open_nor_ready(writer: FrameWriter) -> None:
+    """The next event must not be written behind the close frame."""
+    writer.set_ready(True)
+    writer.end()
+    assert (writer.open, writer.ready) == (False, False)
+
+
+def test_nothing_follows_a_close_frame(writer: FrameWriter) -> None:
+    """Source: RFC 6455, section 5.5.1."""
+    writer.set_ready(True)
+    writer.pause()
+    owner = Owner(writer)
+    writer.end()
+    writer.resume()
+    assert (writer.open, writer.ready, owner.told) == (False, False, [])
