@@ -176,7 +176,7 @@ class Relay:
         Raises: ConfigError: the embedded server or a plugin cannot be started.
         """
         self._let_go_of_ended()
-        if self._engine is not None and not self._engine.node.home.is_here:
+        if self._engine is not None and not self._engine.pubsub.home.is_here:
             raise RelayError(f"the relay has been started in another event loop; expected one for all. {ONE_LOOP}")
         async with self._starting:
             if self._engine is None:
@@ -202,8 +202,8 @@ class Relay:
         """Close all sockets with 1012 (come back), and stop all parts."""
         self._let_go_of_ended()
         engine = self._engine
-        if engine is not None and not engine.node.home.is_here:
-            stopping = asyncio.run_coroutine_threadsafe(self.stop(), engine.node.home.loop)
+        if engine is not None and not engine.pubsub.home.is_here:
+            stopping = asyncio.run_coroutine_threadsafe(self.stop(), engine.pubsub.home.loop)
             await asyncio.wrap_future(stopping)
         elif engine is not None:
             if self._console is not None:
@@ -219,7 +219,7 @@ class Relay:
     def _let_go_of_ended(self) -> None:
         """Forget an engine whose event loop has ended: nothing of it can go on."""
         engine = self._engine
-        if engine is not None and engine.node.home.loop.is_closed():
+        if engine is not None and engine.pubsub.home.loop.is_closed():
             self._engine = None
             self._starting = asyncio.Lock()
             engine.abandon()
@@ -286,16 +286,16 @@ class Relay:
         Raises: ValueError: a topic or an event that cannot be; TypeError: a payload that is not JSON-serializable;
                 RelayError: the relay is not running; BusUnavailable: the bus did not take it.
         """
-        node = self.engine.node
-        return node.start_call(partial(node.broadcast, *_checked(topic, event), hooks.to_payload(payload)))
+        pubsub = self.engine.pubsub
+        return pubsub.start_call(partial(pubsub.broadcast, *_checked(topic, event), hooks.to_payload(payload)))
 
     broadcast = publish
 
     def broadcast_here(self, topic: str, event: str, payload: object) -> bool:
         """Send an event to this process's own subscribers, past the bus; False where nobody has joined."""
-        node = self.engine.node
-        send = partial(node.broadcast_here, *_checked(topic, event), hooks.to_payload(payload))
-        return node.home.ask(send, self.config.redis.timeout_s)
+        pubsub = self.engine.pubsub
+        send = partial(pubsub.broadcast_here, *_checked(topic, event), hooks.to_payload(payload))
+        return pubsub.home.ask(send, self.config.redis.timeout_s)
 
     def socket(self, socket_id: str) -> Socket | None:
         """A socket of this process by its id; None where there is none."""
@@ -330,19 +330,19 @@ class Relay:
 
     def _order(self, do: Literal["disconnect", "kick"], user: str, topic: str = "", reason: str = "") -> Call:
         engine = self.engine
-        return engine.node.start_call(partial(engine.order, do, user, topic, reason))
+        return engine.pubsub.start_call(partial(engine.order, do, user, topic, reason))
 
     @property
     def topics(self) -> dict[str, int]:
         """Topics joined in this process, with the number of their subscribers."""
-        return self.engine.node.home.ask(self.engine.hub.topics, self.config.redis.timeout_s)
+        return self.engine.pubsub.home.ask(self.engine.hub.topics, self.config.redis.timeout_s)
 
     @property
     def link(self) -> Link:
         """State of the link to the bus."""
         if self._engine is None:
             return Link(False, "the relay is not running")
-        return Link(False, LOOP_HAS_ENDED) if self._engine.node.home.loop.is_closed() else self._engine.broker.link
+        return Link(False, LOOP_HAS_ENDED) if self._engine.pubsub.home.loop.is_closed() else self._engine.broker.link
 
     def _refusal(self) -> str:
         """Say why nobody should be sent here; empty when all is well."""
@@ -377,7 +377,7 @@ class Relay:
             # Starlette runs no lifespan of a mounted app: the first request finds the relay asleep.
             _logger.warning("started by the first request; `relay.install(app)` starts it with your app")
             await self.start()
-        if scope["type"] == "websocket" and not self.engine.node.home.is_here:
+        if scope["type"] == "websocket" and not self.engine.pubsub.home.is_here:
             raise RelayError(f"a socket in another event loop than the relay's would hear no event. {ONE_LOOP}")
         if scope["type"] == "http":
             if path in self._long_poll_paths:

@@ -26,7 +26,7 @@ from relay.brokers.base import Broker
 from relay.brokers.embedded import BESIDE_AUTH, EmbeddedValkey
 from relay.channels import control
 from relay.channels.hub import Hub
-from relay.channels.pubsub import Node
+from relay.channels.pubsub import PubSub
 from relay.channels.socket import Socket
 from relay.config import EMBEDDED, Config
 from relay.errors import CloseCode, ConfigError, NotAdmitted
@@ -108,17 +108,17 @@ class Engine:
         self.hub: Hub = Hub(
             metrics, lambda topic: config.topic(topic).policy, loop.call_soon, label_of=config.metrics.label
         )
-        self.node: Node = Node(config, self.broker, self.hub, metrics, hooks, owner, self._tracer)
+        self.pubsub: PubSub = PubSub(config, self.broker, self.hub, metrics, hooks, owner, self._tracer)
         self._name = uuid.uuid4().hex[:8]
         # Ids of sockets are unique among all nodes: a random part, then a number. Made at the start: forked processes
         # have the import's state in common.
         self._numbers = map(f"{uuid.uuid4().hex[:8]}-{{}}".format, count(1))
-        self.node.on_order = self._receive_order
+        self.pubsub.on_order = self._receive_order
         self._verifier = Verifier(config.auth, keys) if config.auth.has_keys else None
         self._auth: Auth | None = None
         if self._verifier or authenticate or config.auth.anonymous or config.auth.authenticated:
             verify = self._verifier.verify if self._verifier else None
-            self._auth = Auth(config, self.node.caller, verify, authenticate, decisions=self.node.decisions)
+            self._auth = Auth(config, self.pubsub.caller, verify, authenticate, decisions=self.pubsub.decisions)
         self._reach = reach or Reach(config, bool(self._verifier or authenticate))
         if self._embedded is not None and (self._verifier or authenticate):
             _logger.warning("redis_url: %s", BESIDE_AUTH)
@@ -139,10 +139,10 @@ class Engine:
             await self._check_folder()
             if self._verifier is not None:
                 self._verifier.start()
-            await self.node.start()
+            await self.pubsub.start()
             for hook in self._hooks.startup:
                 try:
-                    await self.node.caller.call(hook, self._owner)
+                    await self.pubsub.caller.call(hook, self._owner)
                 except HandlerFailed as error:
                     raise ConfigError(f"plugin {hook.plugin} failed to start: its on_startup {error}") from error
         except BaseException:
@@ -175,15 +175,15 @@ class Engine:
         with suppress(TimeoutError):
             async with asyncio.timeout(self.config.limits.close_timeout_s):
                 await self._no_sockets.wait()
-        await self.node.finish(self.config.limits.close_timeout_s)
+        await self.pubsub.finish(self.config.limits.close_timeout_s)
         for task in self._tasks:
             task.cancel()
         if self._tasks:  # a service that does not heed its cancellation is left behind
             _ = await asyncio.wait(self._tasks, timeout=self.config.limits.close_timeout_s)
         for hook in self._hooks.shutdown:
             with suppress(HandlerFailed):  # logged and counted there
-                await self.node.caller.call(hook, self._owner)
-        await self.node.stop()
+                await self.pubsub.caller.call(hook, self._owner)
+        await self.pubsub.stop()
         if self._verifier is not None:
             await self._verifier.close()
         await self._leave_figures()
@@ -197,7 +197,7 @@ class Engine:
 
     def abandon(self) -> None:
         """Let go of what outlives the event loop, which has ended without `stop`."""
-        self.node.caller.close()
+        self.pubsub.caller.close()
         if self._embedded is not None:
             self._embedded.stop()
 
@@ -255,7 +255,7 @@ class Engine:
             await self._refuse(scope, receive, send, refused)
             return
         try:
-            began = self.node.decisions.begin()
+            began = self.pubsub.decisions.begin()
             try:
                 socket = await self._accept(scope, receive, send, trace)
                 if socket is not None:
@@ -263,7 +263,7 @@ class Engine:
                         trace.accepted(socket.id)
                     self._enter(socket, began)
             finally:
-                self.node.decisions.end(began)
+                self.pubsub.decisions.end(began)
             if socket is not None:
                 await self._run(socket)
         finally:
@@ -275,7 +275,7 @@ class Engine:
         self._no_sockets.clear()
         if self.is_draining:  # the end began during its handshake
             self._close_for_restart(socket)
-        elif socket.user is not None and self.node.decisions.overtaken(began, socket.user):
+        elif socket.user is not None and self.pubsub.decisions.overtaken(began, socket.user):
             socket.disconnect()
             self._metrics.sent_away += 1
 
@@ -332,7 +332,7 @@ class Engine:
             scope,
             connection,
             config=config,
-            node=self.node,
+            pubsub=self.pubsub,
             hub=self.hub,
             metrics=metrics,
             journal=self._journal,
@@ -348,14 +348,14 @@ class Engine:
         """Send a user away here and on all other nodes; the future fails with BusUnavailable where they do not hear."""
         order = control.Order(do, user, self._name, topic, reason)
         self._carry_out(order)
-        return self.node.publish_order(order)
+        return self.pubsub.publish_order(order)
 
     def _receive_order(self, order: control.Order) -> None:
         if order.sender != self._name:  # else it has come back to us
             self._carry_out(order)
 
     def _carry_out(self, order: control.Order) -> None:
-        self.node.decisions.order(order.user, order.topic)
+        self.pubsub.decisions.order(order.user, order.topic)
         for socket in (*self.sockets.values(), *self._left_behind.values()):
             if socket.access is not None:
                 self._metrics.sent_away += socket.access.send_away(order.user, order.topic, order.reason)
@@ -408,7 +408,7 @@ class Engine:
     @property
     def state(self) -> State:
         """What this process holds at this moment; asked for in another thread too."""
-        return State(dict(self._paths), len(self.hub), self.broker.link.live, self.node.can_publish)
+        return State(dict(self._paths), len(self.hub), self.broker.link.live, self.pubsub.can_publish)
 
     async def _run_service(self, hook: Hook) -> None:
         """Run a plugin's service as long as the relay runs; when it ends or raises, start it again after a while."""
@@ -424,9 +424,9 @@ class Engine:
             except (Exception, SystemExit, asyncio.CancelledError) as error:
                 if is_being_cancelled():  # by stop(); an error then is one of its cleaning up
                     if not isinstance(error, asyncio.CancelledError):
-                        _ = self.node.caller.failed(hook, "(a service) raised at its end:", error)
+                        _ = self.pubsub.caller.failed(hook, "(a service) raised at its end:", error)
                     return
-                _ = self.node.caller.failed(hook, f"(a service) raised; starting it again in {wait_s:g} s:", error)
+                _ = self.pubsub.caller.failed(hook, f"(a service) raised; starting it again in {wait_s:g} s:", error)
             if time.monotonic() - started > _SERVICE_BACKOFF_MAX_S:
                 wait_s = _SERVICE_BACKOFF_S
             await asyncio.sleep(random.uniform(wait_s / 2, wait_s))

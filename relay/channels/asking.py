@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from relay.auth.session import Access, tokens_in
 from relay.channels.hub import Subscriber
-from relay.channels.pubsub import Node
+from relay.channels.pubsub import PubSub
 from relay.errors import BusUnavailable, Reason
 from relay.metrics import Metrics
 from relay.plugins import hooks
@@ -32,25 +32,25 @@ class Asker(hooks.Socket, Subscriber, Protocol):
         """Refuse a push that had to wait and has no right any more to go on; False where it has."""
 
 
-async def ask_about_join(node: Node, request: hooks.Join, found: tuple[Hook, ...]) -> Payload:
+async def ask_about_join(pubsub: PubSub, request: hooks.Join, found: tuple[Hook, ...]) -> Payload:
     """What the join's reply says once all handlers allow it. Raises Refused, InvalidPayload, HandlerFailed."""
     response: dict[str, Any] = {}
     for hook in found:
-        await node.caller.ask(hook, request, partial(hooks.add_response, response))
+        await pubsub.caller.ask(hook, request, partial(hooks.add_response, response))
     return hooks.to_payload(response)
 
 
-async def ask_about_push(socket: Asker, node: Node, metrics: Metrics, push: Push, found: tuple[Hook, ...]) -> None:
+async def ask_about_push(socket: Asker, pubsub: PubSub, metrics: Metrics, push: Push, found: tuple[Hook, ...]) -> None:
     """Have handlers deal with a push, then pass it on to the bus unless one of them stopped it."""
     topic = push.subscription.topic
 
     def reply(status: str, response: object) -> None:  # handlers may run in threads
-        node.call_in_loop(partial(socket.reply, push, status, hooks.to_payload(response)))
+        pubsub.call_in_loop(partial(socket.reply, push, status, hooks.to_payload(response)))
 
     def broadcast(event: str, payload: object, to_all: bool) -> Awaitable[None]:
         hooks.check_event(event)
         data = hooks.to_payload(payload)
-        return node.start_call(partial(node.broadcast, topic, event, data, None if to_all else socket))
+        return pubsub.start_call(partial(pubsub.broadcast, topic, event, data, None if to_all else socket))
 
     request = hooks.Push(socket, topic, push.event, push.payload, reply, broadcast, push.subscription.identity)
     answer: Payload | None = None
@@ -58,7 +58,7 @@ async def ask_about_push(socket: Asker, node: Node, metrics: Metrics, push: Push
         if socket.stop_push(push):
             return
         try:
-            value = await node.caller.ask(hook, request, hooks.to_response)
+            value = await pubsub.caller.ask(hook, request, hooks.to_response)
             answer = value if answer is None else answer
         except hooks.Refused as refusal:
             socket.refuse_push(push, refusal.reason, refusal.response)
@@ -71,7 +71,7 @@ async def ask_about_push(socket: Asker, node: Node, metrics: Metrics, push: Push
             return
     if socket.stop_push(push):  # again: handlers may have taken their time
         return
-    if request.forwarded and not await _forward(node, metrics, push, request.user, socket.id):
+    if request.forwarded and not await _forward(pubsub, metrics, push, request.user, socket.id):
         socket.refuse_push(push, Reason.BUS_UNAVAILABLE)
     elif answer is not None:
         socket.reply(push, "ok", answer)
@@ -89,11 +89,11 @@ async def renew(socket: Asker, access: Access | None, push: Push) -> None:
         socket.refuse_push(push, reason)
 
 
-async def _forward(node: Node, metrics: Metrics, push: Push, user: str | None, socket_id: str) -> bool:
-    if not node.can_publish:
+async def _forward(pubsub: PubSub, metrics: Metrics, push: Push, user: str | None, socket_id: str) -> bool:
+    if not pubsub.can_publish:
         return False
     try:
-        await node.publish_push(push.subscription.topic, push.event, push.payload, user, socket_id)
+        await pubsub.publish_push(push.subscription.topic, push.event, push.payload, user, socket_id)
     except BusUnavailable:
         return False
     metrics.pushes_out += 1

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from relay.auth.session import Access
-from relay.channels.pubsub import Node
+from relay.channels.pubsub import PubSub
 from relay.errors import CloseCode, Reason
 from relay.plugins import hooks
 from relay.protocol import serializer
@@ -24,7 +24,7 @@ class Face:
     __slots__ = ()
 
     _connection: Connection
-    _node: Node
+    _pubsub: PubSub
     _query: bytes
     access: Access | None
     version: Version
@@ -63,7 +63,7 @@ class Face:
         if subscription is None:
             return False
         frame = serializer.encode_push(self.version, subscription.join_ref, topic, event, hooks.to_payload(payload))
-        self._node.call_in_loop(partial(self._connection.send_control, frame))
+        self._pubsub.call_in_loop(partial(self._connection.send_control, frame))
         return True
 
     def leave(self, topic: str) -> bool:
@@ -72,10 +72,10 @@ class Face:
         if join is not None:
             join.removed = True
         if subscription is not None:
-            self._node.call_in_loop(partial(self.fail, subscription, None))
+            self._pubsub.call_in_loop(partial(self.fail, subscription, None))
         return subscription is not None or join is not None
 
     def disconnect(self, reason: str = "") -> None:
         """Close the socket with 1001."""
         text = (reason or "disconnected by the server").encode()[:123].decode(errors="ignore")
-        self._node.call_in_loop(partial(self._connection.close, CloseCode.GOING_AWAY, text))
+        self._pubsub.call_in_loop(partial(self._connection.close, CloseCode.GOING_AWAY, text))

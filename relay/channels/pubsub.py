@@ -1,4 +1,4 @@
-"""Where hub meets broker: joins and leaves told to the broker, events from it to the hub, pushes to it; gaps.
+"""The bridge between hub and broker: joins and leaves told to the broker, events from it to the hub, pushes to it; gaps.
 
 Owns what the broker is asked for; must not know transports or the wire's frames.
 """
@@ -56,7 +56,7 @@ _REST_BELOW_EVENTS = 8
 """A batch of more events than this was joined enough: under full load nobody rests."""
 
 
-class Node:
+class PubSub:
     """One relay process among others on the same bus.
 
     Args: config: limits, topic settings and the pace of rejoins.

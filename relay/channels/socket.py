@@ -16,7 +16,7 @@ from relay.channels import excess
 from relay.channels.asking import ask_about_join, ask_about_push, renew
 from relay.channels.handle import Face
 from relay.channels.hub import Hub
-from relay.channels.pubsub import Node
+from relay.channels.pubsub import PubSub
 from relay.concurrency import Lanes, Piece, Rest
 from relay.config import Config, Policy
 from relay.errors import IN_FLIGHT_FULL, SUBSCRIPTION_ENDED, BusUnavailable, CloseCode, Reason, WireError
@@ -52,7 +52,7 @@ class Socket(Face):
         "_lanes",
         "_last_push",
         "_metrics",
-        "_node",
+        "_pubsub",
         "_protocol",
         "_pushes",
         "_query",
@@ -74,7 +74,7 @@ class Socket(Face):
         connection: Connection,
         *,
         config: Config,
-        node: Node,
+        pubsub: PubSub,
         hub: Hub,
         metrics: Metrics,
         journal: Journal,
@@ -87,7 +87,7 @@ class Socket(Face):
         self._query: bytes = scope["query_string"]
         self.version: Version = shake.version
         self._config = config
-        self._node = node
+        self._pubsub = pubsub
         self._hub = hub
         self._metrics = metrics
         self._journal = journal
@@ -107,7 +107,7 @@ class Socket(Face):
             shake.version, topics_max=limits.topics_per_socket, payload_max_bytes=limits.payload_max_bytes
         )
         connection.tell_dropped = self._protocol.tell_dropped
-        self._lanes = Lanes(node.in_flight, self._give_up_waiting)
+        self._lanes = Lanes(pubsub.in_flight, self._give_up_waiting)
         # The newest unanswered push of each topic: a leave waits for it, so that its reply comes first.
         self._last_push: dict[str, asyncio.Future[None]] = {}
         # Joins that plugins have allowed, by topic, and whose end they are still to be told.
@@ -166,7 +166,7 @@ class Socket(Face):
         What plugins have begun, or are still to hear of, is not cut off by a client that has gone. Its rights end
         meanwhile as those of a client that stayed.
         """
-        task = self._node.see_out(self._lanes)
+        task = self._pubsub.see_out(self._lanes)
         if task is None:
             self._let_go()
         else:
@@ -226,20 +226,20 @@ class Socket(Face):
         return None
 
     def _join(self, join: Join) -> Rest:
-        join.began = self._node.decisions.begin()
+        join.began = self._pubsub.decisions.begin()
         if (rest := self._admit(join)) is not None:
             return self._decide(join, rest)
-        self._node.decisions.end(join.began)
+        self._pubsub.decisions.end(join.began)
         return None
 
     async def _decide(self, join: Join, rest: Coroutine[None, None, None]) -> None:
         try:
             await rest
         finally:
-            self._node.decisions.end(join.began)
+            self._pubsub.decisions.end(join.began)
 
     def _admit(self, join: Join) -> Rest:
-        reason = self._node.refuse_join()
+        reason = self._pubsub.refuse_join()
         if reason is None and self.access is not None:
             admitted = self.access.admit(join.subscription, join.params)
             if callable(admitted):
@@ -257,7 +257,7 @@ class Socket(Face):
             self._refuse_join(join, reason)
             return None
         topic = join.subscription.topic
-        found = tuple(hooks.matching(self._node.hooks.join, topic))
+        found = tuple(hooks.matching(self._pubsub.hooks.join, topic))
         return self._ask_to_join(join, found) if found or topic in self._known else self._enter(join, EMPTY)
 
     async def _ask_to_join(self, join: Join, found: tuple[Hook, ...]) -> None:
@@ -267,7 +267,7 @@ class Socket(Face):
         if topic in self._known and (told := self._tell_left(self._known[topic])) is not None:
             await told
         try:
-            response = await ask_about_join(self._node, request, found)
+            response = await ask_about_join(self._pubsub, request, found)
         except hooks.Refused as refusal:
             self._refuse_join(join, refusal.reason, refusal.response)
         except hooks.InvalidPayload:
@@ -280,7 +280,7 @@ class Socket(Face):
 
     def _enter(self, join: Join, response: Payload) -> Rest:
         """Reply and subscribe, as soon as the broker hears the topic."""
-        if self._node.hooks.leave:
+        if self._pubsub.hooks.leave:
             self._known[join.subscription.topic] = join.subscription
 
         def enter() -> None:
@@ -301,7 +301,7 @@ class Socket(Face):
             self._metrics.joins += 1
             self._joins += 1
 
-        hearing = self._node.join(join.subscription.topic, enter)
+        hearing = self._pubsub.join(join.subscription.topic, enter)
         return None if hearing is None else self._enter_later(join, hearing)
 
     async def _enter_later(self, join: Join, hearing: Coroutine[None, None, None]) -> None:
@@ -346,16 +346,16 @@ class Socket(Face):
         if not self._config.topic(topic).push:
             self.refuse_push(push, Reason.PUSH_NOT_ALLOWED)
             return None
-        found = tuple(hooks.matching(self._node.hooks.push, topic, push.event))
+        found = tuple(hooks.matching(self._pubsub.hooks.push, topic, push.event))
         if found:
-            return ask_about_push(self, self._node, self._metrics, push, found)
-        if not self._node.can_publish:
+            return ask_about_push(self, self._pubsub, self._metrics, push, found)
+        if not self._pubsub.can_publish:
             self.refuse_push(push, Reason.BUS_UNAVAILABLE)
             return None
         self._lanes.pending += 1
         own = push.subscription.identity
         user = self.user if own is None else own.user
-        future = self._node.publish_push(topic, push.event, push.payload, user, self.id)
+        future = self._pubsub.publish_push(topic, push.event, push.payload, user, self.id)
         self._last_push[topic] = future
         future.add_done_callback(partial(self._pushed, push))
         if self._trace is not None:
@@ -408,14 +408,14 @@ class Socket(Face):
         self._connection.settle_dropped(topic, partial(self._protocol.tell_dropped, subscription=subscription))
         self._events += self._hub.events_for(topic, self)
         if self._hub.remove(topic, self):
-            self._node.left(topic)
+            self._pubsub.left(topic)
         self._lanes.run(topic, partial(self._tell_left, subscription))
 
     def _tell_left(self, subscription: Subscription) -> Rest:
         if self._known.get(subscription.topic) is not subscription:
             return None
         del self._known[subscription.topic]
-        return self._node.tell_left(hooks.Leave(self, subscription.topic, subscription.identity))
+        return self._pubsub.tell_left(hooks.Leave(self, subscription.topic, subscription.identity))
 
     # What others send through it: the node's side, and the hub's.
 

@@ -510,7 +510,7 @@ class _Gate(_Waiting):
 
 
 def _deflates(conn: ServerProtocol) -> bool:
-    """Say whether the client takes what `relay.protocol.frame.Frame.deflated` makes: it may have asked for a smaller window."""
+    """Say whether the client takes `Frame.deflated`: it may have asked for a smaller window."""
     return any(
         isinstance(extension, PerMessageDeflate) and extension.local_max_window_bits >= DEFLATE_WINDOW_BITS
         for extension in conn.extensions

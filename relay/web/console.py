@@ -285,7 +285,7 @@ class _Viewer:
         if self._tap is not None:
             tap, self._tap = self._tap, None
             if engine.hub.remove(tap.topic, tap):
-                engine.node.left(tap.topic)
+                engine.pubsub.left(tap.topic)
         if topic is None:
             return
         if not is_topic(topic):
@@ -295,7 +295,7 @@ class _Viewer:
         def enter() -> None:
             engine.hub.tap(topic, tap)
 
-        hearing = engine.node.join(topic, enter)
+        hearing = engine.pubsub.join(topic, enter)
         if hearing is not None:
             try:
                 await hearing

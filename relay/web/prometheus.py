@@ -3,8 +3,9 @@
 Owns names, meanings and the text format; must not know sockets or the bus. ``docs/metrics.md`` holds the same table;
 a test compares the two.
 
-Each of several workers leaves its figures in a folder (`relay.web.multiprocess`) once a second. Whichever of them is asked adds
-them all up. What a worker that has ended had counted stays in the sums, what it held (sockets, bytes) does not.
+Each of several workers writes its figures to a directory (`relay.web.multiprocess`) once a second. The one that is
+asked adds them all up. What a worker that has ended had counted stays in the sums, what it held (sockets, bytes) does
+not.
 """
 
 import asyncio

@@ -179,7 +179,7 @@ async def test_push_under_way_when_events_may_have_been_missed_is_not_published(
     pushing = await make(serve_relay, connect)
     async with nothing_published(valkey, pushing):
         await pushing.push(range(2))
-        pushing.served.relay.engine.node.receive_gap("a test")
+        pushing.served.relay.engine.pubsub.receive_gap("a test")
         assert (await pushing.client.receive())[3] == "phx_error"
         pushing.gate.opened.set()
         assert (await pushing.client.receive())[4]["response"] == {"reason": "unmatched topic"}
@@ -294,7 +294,7 @@ async def one_or_two(valkey: Valkey, elsewhere: bool, direct: bool, **settings: 
             relay = Relay(redis_url=valkey.url, system_topic=False, auth=AUTH, rest={"api_key": "k" * 16})
             other = await stack.enter_async_context(serve(relay, direct=direct))
         yield served, other
-        decisions = served.relay.engine.node.decisions
+        decisions = served.relay.engine.pubsub.decisions
         await eventually(lambda: not decisions._under_way, "the end of all decisions")
         assert len(decisions) == 0, "nothing is kept once no decision is under way"
 
@@ -397,7 +397,7 @@ async def test_join_that_waits_for_the_bus_does_not_outlast_an_order(
     await served.relay.kick("room:1", user="alice")
     gate.opened.set()
     assert await client.receive() == client.refusal("1", "1", "room:1", REMOVED)
-    assert len(served.relay.engine.node.decisions) == 0
+    assert len(served.relay.engine.pubsub.decisions) == 0
 
 
 async def test_rejoin_under_way_does_not_outlast_a_kick(valkey: Valkey, direct: bool) -> None:
@@ -565,5 +565,5 @@ async def test_client_that_goes_during_its_handshake_leaves_no_decision(valkey: 
         connecting.cancel()
         with suppress(asyncio.CancelledError):
             await connecting
-        assert len(served.relay.engine.node.decisions) == 100
+        assert len(served.relay.engine.pubsub.decisions) == 100
         gate.opened.set()

@@ -458,7 +458,7 @@ async def test_handled_push_that_the_bus_does_not_take_is_not_acknowledged(
         future.set_exception(BusUnavailable("OOM"))
         return future
 
-    monkeypatch.setattr(served.relay.engine.node, "_publish", publish)
+    monkeypatch.setattr(served.relay.engine.pubsub, "_publish", publish)
     refusal = {"status": "error", "response": {"reason": "bus unavailable"}}
     assert await client.push(join_ref, "room:1", "say") == refusal
 
@@ -868,7 +868,7 @@ async def test_on_leave_is_called_once_for_each_way_a_subscription_ends(
     await expect("room:sent-away", "first", "second")
 
     await client.join("room:gap")
-    served.relay.engine.node.receive_gap("test")
+    served.relay.engine.pubsub.receive_gap("test")
     assert (await client.receive())[3] == "phx_error"
     await expect("room:gap", "first", "second")
 

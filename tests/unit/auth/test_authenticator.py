@@ -1,4 +1,4 @@
-"""`relay.auth.authenticator`: what an upgrade request proves. Over real sockets it is in ``integration/test_auth.py``."""
+"""`relay.auth.authenticator`: what an upgrade request proves. Over sockets: ``integration/test_auth.py``."""
 
 import asyncio
 from typing import Any

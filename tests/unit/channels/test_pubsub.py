@@ -7,7 +7,7 @@ import pytest
 
 from relay.brokers.base import Broker, Event, Link, Sink
 from relay.channels.hub import JOINED_MAX_BYTES, Hub
-from relay.channels.pubsub import Node
+from relay.channels.pubsub import PubSub
 from relay.config import Config, Direction, Policy
 from relay.errors import Reason
 from relay.metrics import Metrics
@@ -82,7 +82,7 @@ class World:
         self.metrics = Metrics()
         self.hub = Hub(self.metrics, lambda topic: Policy(), asyncio.get_running_loop().call_soon, lambda: self.now)
         self.bus = Bus()
-        self.node = Node(Config(), self.bus, self.hub, self.metrics, clock=lambda: self.now, sleep=self._sleep)
+        self.pubsub = PubSub(Config(), self.bus, self.hub, self.metrics, clock=lambda: self.now, sleep=self._sleep)
 
     async def _sleep(self, seconds: float) -> None:
         self.rests.append(seconds)
@@ -100,7 +100,7 @@ async def test_events_of_a_topic_that_follow_each_other_are_one_write() -> None:
     world = World()
     reader = world.reader("t", "u")
     topics = ["t", "t", "u", "t", "unheard", "t", "t"]
-    await world.node.receive_events([(topic, f"e{place}", b"{}") for place, topic in enumerate(topics)])
+    await world.pubsub.receive_events([(topic, f"e{place}", b"{}") for place, topic in enumerate(topics)])
     assert reader.events() == [2, 1, 3]
     names = [f'"e{place}"'.encode() for place, topic in enumerate(topics) if topic != "unheard"]
     whole = b"".join(reader.writes)
@@ -112,7 +112,7 @@ async def test_joined_events_are_no_more_than_a_transport_takes() -> None:
     world = World()
     reader = world.reader("t")
     payload = b'"' + b"x" * (JOINED_MAX_BYTES // 3) + b'"'
-    await world.node.receive_events([("t", "e", payload)] * 5)
+    await world.pubsub.receive_events([("t", "e", payload)] * 5)
     assert reader.events() == [2, 2, 1]
 
 
@@ -120,29 +120,29 @@ async def test_one_larger_than_that_goes_alone() -> None:
     world = World()
     reader = world.reader("t")
     large = b'"' + b"x" * JOINED_MAX_BYTES + b'"'
-    await world.node.receive_events([("t", "e", b"{}"), ("t", "e", large), ("t", "e", b"{}")])
+    await world.pubsub.receive_events([("t", "e", b"{}"), ("t", "e", large), ("t", "e", b"{}")])
     assert reader.events() == [1, 1, 1]
 
 
 async def test_event_that_skips_somebody_keeps_its_place() -> None:
     world = World()
     one, two = world.reader("t"), world.reader("t")
-    await world.node.broadcast("t", "b", encode_payload({}), skip=one)
-    await world.node.receive_events([("t", name, b"{}") for name in "abc"])
+    await world.pubsub.broadcast("t", "b", encode_payload({}), skip=one)
+    await world.pubsub.receive_events([("t", name, b"{}") for name in "abc"])
     assert one.events() == [1, 1]
     assert two.events() == [1, 1, 1]
     assert [b'"a"' in data or b'"c"' in data for data in one.writes] == [True, True]
-    assert not world.node._skips
+    assert not world.pubsub._skips
 
 
 async def test_long_fan_out_is_followed_by_a_rest_as_long() -> None:
     """What comes meanwhile is delivered together; 5 ms is the most that an event waits for it."""
     world = World()
     world.reader("t", cost_s=0.002)
-    await world.node.receive_events([("t", "e", b"{}")])
+    await world.pubsub.receive_events([("t", "e", b"{}")])
     assert world.rests == [pytest.approx(0.002)]
     world.reader("t", cost_s=0.02)
-    await world.node.receive_events([("t", "e", b"{}")])
+    await world.pubsub.receive_events([("t", "e", b"{}")])
     assert world.rests[1:] == [0.005]
 
 
@@ -150,7 +150,7 @@ async def test_short_fan_out_and_full_load_take_no_rest() -> None:
     """Under full load many events come at once, and are joined anyway."""
     world = World()
     world.reader("t", cost_s=0.0005)
-    await world.node.receive_events([("t", "e", b"{}")])
+    await world.pubsub.receive_events([("t", "e", b"{}")])
     world.reader("u", cost_s=0.02)
-    await world.node.receive_events([("u", "e", b"{}")] * 8)
+    await world.pubsub.receive_events([("u", "e", b"{}")] * 8)
     assert world.rests == []
