@@ -1,6 +1,6 @@
 """`Relay`: the ASGI application, and what a team's own code and its plugins call.
 
-Owns the face of the relay: settings, plugins, routes, and the start and stop of the engine behind it.
+Owns the face of the relay: settings, plugins, routes, and the start and stop of the node behind it.
 """
 
 import asyncio
@@ -26,9 +26,9 @@ from relay.brokers.base import Link
 from relay.channels.socket import Socket
 from relay.config import EMBEDDED, Config
 from relay.config_sources import explain, load
-from relay.engine import Engine
 from relay.errors import ConfigError, RelayError
 from relay.metrics import REFUSED_STATE, Metrics
+from relay.node import Node
 from relay.paths import below, replace_route_path, route_path, segments, split_raw
 from relay.plugins import Plugin, hooks, system
 from relay.plugins.hooks import check_handler
@@ -106,7 +106,7 @@ class Relay:
         self.operators: Operators = Operators(self.config, self.authenticates)
         self._reach = Reach(self.config, self.authenticates)
         self._trusted_proxies = parse_networks(self.config.trusted_proxies)
-        self._engine: Engine | None = None
+        self._node: Node | None = None
         self._starting = asyncio.Lock()
         self._console = Console(self) if self.config.console else None
         self._proxies = self._make_proxies()
@@ -176,11 +176,11 @@ class Relay:
         Raises: ConfigError: the embedded server or a plugin cannot be started.
         """
         self._let_go_of_ended()
-        if self._engine is not None and not self._engine.pubsub.home.is_here:
+        if self._node is not None and not self._node.pubsub.home.is_here:
             raise RelayError(f"the relay has been started in another event loop; expected one for all. {ONE_LOOP}")
         async with self._starting:
-            if self._engine is None:
-                engine = Engine(
+            if self._node is None:
+                node = Node(
                     self.config,
                     self.metrics,
                     self.plugins.hooks,
@@ -191,38 +191,38 @@ class Relay:
                     keys=self.keys,
                     reach=self._reach,
                 )
-                self._engine = engine  # plugins may use the relay while they start
+                self._node = node  # plugins may use the relay while they start
                 try:
-                    await engine.start()
+                    await node.start()
                 except BaseException:
-                    self._engine = None
+                    self._node = None
                     raise
 
     async def stop(self) -> None:
         """Close all sockets with 1012 (come back), and stop all parts."""
         self._let_go_of_ended()
-        engine = self._engine
-        if engine is not None and not engine.pubsub.home.is_here:
-            stopping = asyncio.run_coroutine_threadsafe(self.stop(), engine.pubsub.home.loop)
+        node = self._node
+        if node is not None and not node.pubsub.home.is_here:
+            stopping = asyncio.run_coroutine_threadsafe(self.stop(), node.pubsub.home.loop)
             await asyncio.wrap_future(stopping)
-        elif engine is not None:
+        elif node is not None:
             if self._console is not None:
                 self._console.close()
             try:
-                await engine.stop()
+                await node.stop()
             finally:
-                self._engine = None
+                self._node = None
                 self._starting = asyncio.Lock()  # the next start may be in another event loop
                 for proxy in self._proxies:
                     await proxy.close()
 
     def _let_go_of_ended(self) -> None:
-        """Forget an engine whose event loop has ended: nothing of it can go on."""
-        engine = self._engine
-        if engine is not None and engine.pubsub.home.loop.is_closed():
-            self._engine = None
+        """Forget a node whose event loop has ended: nothing of it can go on."""
+        node = self._node
+        if node is not None and node.pubsub.home.loop.is_closed():
+            self._node = None
             self._starting = asyncio.Lock()
-            engine.abandon()
+            node.abandon()
             _logger.warning("starting again: %s", LOOP_HAS_ENDED)
 
     @asynccontextmanager
@@ -264,13 +264,13 @@ class Relay:
             self.plugins = plugins
 
     @property
-    def engine(self) -> Engine:
+    def node(self) -> Node:
         """The running parts. Raises RelayError while the relay does not run."""
-        if self._engine is None:
+        if self._node is None:
             raise RelayError(
                 "the relay is not running: expected its lifespan (`async with relay.lifespan():`) or start() first"
             )
-        return self._engine
+        return self._node
 
     # What code beside it calls: the team's own, plugins, REST routes.
 
@@ -286,20 +286,20 @@ class Relay:
         Raises: ValueError: a topic or an event that cannot be; TypeError: a payload that is not JSON-serializable;
                 RelayError: the relay is not running; BusUnavailable: the bus did not take it.
         """
-        pubsub = self.engine.pubsub
+        pubsub = self.node.pubsub
         return pubsub.start_call(partial(pubsub.broadcast, *_checked(topic, event), hooks.to_payload(payload)))
 
     broadcast = publish
 
     def broadcast_here(self, topic: str, event: str, payload: object) -> bool:
         """Send an event to this process's own subscribers, past the bus; False where nobody has joined."""
-        pubsub = self.engine.pubsub
+        pubsub = self.node.pubsub
         send = partial(pubsub.broadcast_here, *_checked(topic, event), hooks.to_payload(payload))
         return pubsub.home.ask(send, self.config.redis.timeout_s)
 
     def socket(self, socket_id: str) -> Socket | None:
         """A socket of this process by its id; None where there is none."""
-        return self.engine.sockets.get(socket_id)
+        return self.node.sockets.get(socket_id)
 
     @overload
     def disconnect(self, socket_id: str, reason: str = "") -> bool: ...
@@ -329,29 +329,29 @@ class Relay:
         return self._order("kick", user, topic)
 
     def _order(self, do: Literal["disconnect", "kick"], user: str, topic: str = "", reason: str = "") -> Call:
-        engine = self.engine
-        return engine.pubsub.start_call(partial(engine.order, do, user, topic, reason))
+        node = self.node
+        return node.pubsub.start_call(partial(node.order, do, user, topic, reason))
 
     @property
     def topics(self) -> dict[str, int]:
         """Topics joined in this process, with the number of their subscribers."""
-        return self.engine.pubsub.home.ask(self.engine.hub.topics, self.config.redis.timeout_s)
+        return self.node.pubsub.home.ask(self.node.hub.topics, self.config.redis.timeout_s)
 
     @property
     def link(self) -> Link:
         """State of the link to the bus."""
-        if self._engine is None:
+        if self._node is None:
             return Link(False, "the relay is not running")
-        return Link(False, LOOP_HAS_ENDED) if self._engine.pubsub.home.loop.is_closed() else self._engine.broker.link
+        return Link(False, LOOP_HAS_ENDED) if self._node.pubsub.home.loop.is_closed() else self._node.broker.link
 
     def _refusal(self) -> str:
         """Say why nobody should be sent here; empty when all is well."""
-        if self._engine is not None and self._engine.is_draining:
+        if self._node is not None and self._node.is_draining:
             return "the relay is restarting"
         return "" if self.link.live else self.link.reason
 
     def _state(self) -> State:
-        return IDLE if self._engine is None else self._engine.state
+        return IDLE if self._node is None else self._node.state
 
     @property
     def publish_command(self) -> str:
@@ -373,11 +373,11 @@ class Relay:
             await self._refuse(scope, receive, send, refused)
             return
         self._let_go_of_ended()
-        if self._engine is None:
+        if self._node is None:
             # Starlette runs no lifespan of a mounted app: the first request finds the relay asleep.
             _logger.warning("started by the first request; `relay.install(app)` starts it with your app")
             await self.start()
-        if scope["type"] == "websocket" and not self.engine.pubsub.home.is_here:
+        if scope["type"] == "websocket" and not self.node.pubsub.home.is_here:
             raise RelayError(f"a socket in another event loop than the relay's would hear no event. {ONE_LOOP}")
         if scope["type"] == "http":
             if path in self._long_poll_paths:
@@ -388,7 +388,7 @@ class Relay:
             else:
                 await self._http(self._canonical(scope, path), receive, send)
         elif path in self._socket_paths:
-            await self.engine.serve_socket(scope, receive, send)
+            await self.node.serve_socket(scope, receive, send)
         elif self._console is not None and path == _CONSOLE_SOCKET:
             await self._console.serve(scope, receive, send)
         else:

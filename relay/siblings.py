@@ -1,8 +1,8 @@
 """Other processes of the same app, where each has a bus of its own, so that events reach a part of the sockets only.
 
 Owns how they find each other: by a file each, in the directory of `relay.runtime_dir`. Two are of one app where one
-parent has started them and they listen on the same address: workers of a server do (Uvicorn, Hypercorn, Granian, gunicorn),
-and two unrelated relays cannot.
+parent has started them and they listen on the same address: workers of a server do (Uvicorn, Hypercorn, Granian,
+gunicorn), and two unrelated relays cannot.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The bridge between hub and broker: joins and leaves told to the broker, events from it to the hub, pushes to it; gaps.
+"""The bridge between hub and broker: subscriptions and pushes to the broker, events and gaps from it.
 
 Owns what the broker is asked for; must not know transports or the wire's frames.
 """

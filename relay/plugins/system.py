@@ -32,7 +32,7 @@ _LOOK_S = 0.1
 @plugin.service
 async def tell(relay: "Relay") -> None:
     """Send the figures for ever; measures nothing while nobody listens."""
-    metrics, hub = relay.metrics, relay.engine.hub
+    metrics, hub = relay.metrics, relay.node.hub
     started = last_time = time.monotonic()
     last_deliveries = metrics.deliveries
     told = 0

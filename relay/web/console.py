@@ -78,7 +78,7 @@ class Console:
         await handshake.accept(receive, send, shake.subprotocol)
         self._numbers += 1
         connection = Connection(
-            f"console-{self._numbers}", scope, receive, send, relay.engine.config.limits, relay.metrics
+            f"console-{self._numbers}", scope, receive, send, relay.node.config.limits, relay.metrics
         )
         viewer = _Viewer(relay, connection, shake.version, str((scope.get("client") or "?")[0]))
         self._viewers.add(viewer)
@@ -144,7 +144,7 @@ class _Viewer:
         self._connection = connection
         self._version = version
         self._address = address
-        limits = relay.engine.config.limits
+        limits = relay.node.config.limits
         self._protocol = Protocol(version, topics_max=1, payload_max_bytes=limits.payload_max_bytes)
         self._tap: _Tap | None = None
 
@@ -264,28 +264,28 @@ class _Viewer:
 
     def _topics(self, search: str) -> object:
         """Those whose names contain ``search``, the most joined first."""
-        hub, needle = self._relay.engine.hub, search.lower()
+        hub, needle = self._relay.node.hub, search.lower()
         found = [(count, name) for name, count in hub.topics().items() if needle in name.lower()]
         first = heapq.nsmallest(_LISTED_MAX, found, key=lambda one: (-one[0], one[1]))
         return {"total": len(found), "topics": [self._row(name, count) for count, name in first]}
 
     def _row(self, name: str, count: int) -> dict[str, Any]:
-        traffic = self._relay.engine.hub.traffic(name)
+        traffic = self._relay.node.hub.traffic(name)
         events, rate = traffic or (0, 0.0)
         return {"topic": name, "sockets": count, "events": events, "events_per_s": round(rate, 2)}
 
     def _topic(self, topic: str) -> object:
-        joined = [socket for socket in self._relay.engine.sockets.values() if socket.subscription(topic)]
+        joined = [socket for socket in self._relay.node.sockets.values() if socket.subscription(topic)]
         ids = [{"id": socket.id, "address": socket.address, "user": socket.user} for socket in joined[:_LISTED_MAX]]
         return {**self._row(topic, len(joined)), "joined": ids}
 
     async def _watch(self, topic: str | None) -> None:
         """Begin to tell the events of a topic, in place of those of another."""
-        engine = self._relay.engine
+        node = self._relay.node
         if self._tap is not None:
             tap, self._tap = self._tap, None
-            if engine.hub.remove(tap.topic, tap):
-                engine.pubsub.left(tap.topic)
+            if node.hub.remove(tap.topic, tap):
+                node.pubsub.left(tap.topic)
         if topic is None:
             return
         if not is_topic(topic):
@@ -293,9 +293,9 @@ class _Viewer:
         tap = self._tap = _Tap(topic)
 
         def enter() -> None:
-            engine.hub.tap(topic, tap)
+            node.hub.tap(topic, tap)
 
-        hearing = engine.pubsub.join(topic, enter)
+        hearing = node.pubsub.join(topic, enter)
         if hearing is not None:
             try:
                 await hearing
@@ -308,7 +308,7 @@ class _Viewer:
         needle = search.lower()
         found = [
             socket
-            for socket in self._relay.engine.sockets.values()
+            for socket in self._relay.node.sockets.values()
             if not needle
             or needle in socket.id
             or needle in (socket.user or "").lower()

@@ -304,10 +304,10 @@ def _routes(relay: "Relay") -> APIRouter:
     @router.get("/topics/{topic:path}", responses=_NOT_FOUND)
     async def topic(topic: TopicName) -> TopicDetails:
         """One topic: its sockets, and the events it had since its first subscriber came."""
-        traffic = relay.engine.hub.traffic(topic)
+        traffic = relay.node.hub.traffic(topic)
         if traffic is None:
             raise HTTPException(404, f"nobody has joined {topic!r} here")
-        ids = [socket.id for socket in relay.engine.sockets.values() if socket.subscription(topic)]
+        ids = [socket.id for socket in relay.node.sockets.values() if socket.subscription(topic)]
         return TopicDetails(
             topic=topic,
             sockets=len(ids),

@@ -84,7 +84,7 @@ async def test_token_is_taken_from_each_place(serve_relay: ServeRelay, connect: 
     client = await connect(served, **WAYS[way](token("alice", ROOMS)))
     join_ref = await client.join("room:1")
     assert (await client.push(join_ref, "room:1", "shout"))["status"] == "ok"
-    (socket,) = served.relay.engine.sockets.values()
+    (socket,) = served.relay.node.sockets.values()
     assert (socket.user, socket.claims["sub"]) == ("alice", "alice")
     status, text, headers = await refused(served, **WAYS[way](token(key=OTHER_SECRET)))
     assert (status, text) == (401, "the token is not signed with a key that is known here\n")
@@ -102,7 +102,7 @@ async def test_first_place_counts_where_tokens_differ(serve_relay: ServeRelay, c
         options = options | way | {"query": query}
         await connect(served, **options)
         expected.append(name)
-        assert [socket.user for socket in served.relay.engine.sockets.values()] == expected
+        assert [socket.user for socket in served.relay.node.sockets.values()] == expected
     # A bad first one is not made good by a second.
     assert (await refused(served, query=f"token=bad&userToken={token()}"))[0] == 401
 
@@ -335,7 +335,7 @@ async def test_function_says_who_it_is(serve_relay: ServeRelay, connect: Connect
         served, query="token=t&x=1", additional_headers={"Cookie": "theme=dark", "X-Test": "yes"}, origin=served.http
     )
     await client.join("room:1")
-    assert [socket.user for socket in served.relay.engine.sockets.values()] == ["7"]
+    assert [socket.user for socket in served.relay.node.sockets.values()] == ["7"]
     (request,) = seen
     assert (request.headers["x-test"], request.cookies, request.query_params["x"]) == ("yes", {"theme": "dark"}, "1")
     assert request.client is not None and request.client.host == "127.0.0.1"
@@ -506,7 +506,7 @@ async def test_new_token_in_a_joins_params_renews_an_expired_socket(serve_relay:
         assert await refuse_join(client, "room:1", {"access_token": token("bob", ROOMS)}) == "token of another user"
         await client.join("room:1", {name: token("alice", ROOMS)})
         await client.join("room:2")
-        *_, socket = served.relay.engine.sockets.values()
+        *_, socket = served.relay.node.sockets.values()
         assert not socket.access.identity.is_expired(time.monotonic() + 30)
 
 
@@ -586,7 +586,7 @@ async def test_join_that_takes_longer_than_its_token_is_refused(serve_relay: Ser
     served = await serve_relay(auth={**AUTH, "expiry_grace_s": 5}, extra_plugins=(plugin,))
     client = await connect(served, query=with_token(token("alice", ROOMS, ttl_s=1)))
     await client.send("1", "1", "room:1", "phx_join", {})
-    (socket,) = served.relay.engine.sockets.values()
+    (socket,) = served.relay.node.sockets.values()
     await eventually(lambda: socket.access.identity.is_expired(time.monotonic()), "the end of the token")
     expired.set()
     assert await client.receive() == client.refusal("1", "1", "room:1", "token expired")
@@ -673,7 +673,7 @@ async def test_rest_sends_users_away(serve_relay: ServeRelay, connect: Connect) 
     async with httpx.AsyncClient(trust_env=False, base_url=f"{served.http}/api", headers=AS_OPERATOR) as api:
         assert (await api.delete("/topics/room:1%2F2/users/auth0%7Ca%2Fb")).status_code == 204
         assert await client.receive() == [ref, ref, "room:1/2", "phx_close", {}]
-        (socket_id,) = served.relay.engine.sockets
+        (socket_id,) = served.relay.node.sockets
         assert (await api.get(f"/sockets/{socket_id}")).json()["user"] == "auth0|a/b"
         assert (await api.delete("/users/auth0%7Ca%2Fb")).status_code == 204
         assert (await client.expect_closed())[0] == 1001
@@ -751,7 +751,7 @@ async def test_tangrams_token_opens_its_channel_and_no_other(serve_relay: ServeR
     assert await refuse_join(client, "room:1") == "unauthorized"
     ref = await client.join("room:2", {"token": given["token"]})
     assert (await client.push(ref, "room:2", "x"))["status"] == "ok"
-    (socket,) = served.relay.engine.sockets.values()
+    (socket,) = served.relay.node.sockets.values()
     assert socket.user == "me"
 
 

@@ -66,7 +66,7 @@ async def test_socket_that_is_closed_is_cut_in_time_on_uvicorn(
     app = Relay(redis_url=valkey.url, system_topic=False, limits=LIMITS)
     async with serve(app, ws=ws) as served, RawSocket.connect(served.ws, receive_buffer=4096) as client:
         await filled(client, redis, topic, amount)
-        (held,) = app.engine.sockets.values()
+        (held,) = app.node.sockets.values()
         held.disconnect("enough")
         process = psutil.Process()
 
@@ -76,7 +76,7 @@ async def test_socket_that_is_closed_is_cut_in_time_on_uvicorn(
             )
 
         began = time.monotonic()
-        await eventually(lambda: not app.engine.sockets and not is_open(), "the connection to be cut")
+        await eventually(lambda: not app.node.sockets and not is_open(), "the connection to be cut")
         assert time.monotonic() - began < 4
 
 

@@ -284,7 +284,7 @@ async def test_events_of_a_watched_topic_are_told_as_they_came(served: Served, r
         assert base64.b64decode(events[1]["base64"]).endswith(b"blob\xff\x00")
         assert len(events[2]["frame"]) == _SHOWN_MAX_BYTES < events[2]["size"]
         await watching.ask("watch", topic="")
-        assert "room:watched" not in served.relay.engine.hub
+        assert "room:watched" not in served.relay.node.hub
 
 
 async def test_looking_at_a_topic_does_not_join_it(served: Served, connect: Connect) -> None:
@@ -319,7 +319,7 @@ async def test_watching_ends_with_the_connection(served: Served) -> None:
     async with operator(served) as watching:
         for topic in ("room:1", "room:2"):
             await watching.ask("watch", topic=topic)
-        hub = served.relay.engine.hub
+        hub = served.relay.node.hub
         assert ("room:1" in hub, "room:2" in hub) == (False, True)
     await eventually(lambda: "room:2" not in hub, "the end of the watch")
 
@@ -353,7 +353,7 @@ async def test_socket_is_disconnected(served: Served, connect: Connect) -> None:
         assert await watching.ask("disconnect", id=socket["id"]) == {}
         assert await client.expect_closed() == (1001, "disconnected by the server")
         gone = {"status": "error", "response": {"reason": f"no socket {socket['id']!r} here"}}
-        await eventually(lambda: not served.relay.engine.sockets, "its end")
+        await eventually(lambda: not served.relay.node.sockets, "its end")
         assert await watching.push("disconnect", {"id": socket["id"]}) == gone
         assert await watching.push("socket", {"id": socket["id"]}) == gone
 

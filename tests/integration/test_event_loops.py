@@ -164,7 +164,7 @@ async def test_own_sockets_are_reached_and_topics_listed_from_a_thread(
     assert await client.receive() == said(1)
     assert await in_thread(lambda: served.relay.topics) == {"room:1": 1}
     assert await in_thread(lambda: asyncio.run(awaited_value(lambda: served.relay.topics))) == {"room:1": 1}
-    (socket_id,) = served.relay.engine.sockets
+    (socket_id,) = served.relay.node.sockets
     assert await in_thread(lambda: served.relay.disconnect(socket_id)) is True
     assert (await client.expect_closed())[0] == 1001
 

@@ -246,7 +246,7 @@ async def test_frames_that_carry_nothing_may_not_go_on_for_ever(valkey: Valkey, 
         _ = flood.cancel()
         _ = await asyncio.gather(flood, return_exceptions=True)
         await other.expect_alive()
-        await eventually(lambda: len(relay.engine.sockets) == 1, "the end of the other socket")
+        await eventually(lambda: len(relay.node.sockets) == 1, "the end of the other socket")
         assert relay.metrics.refused["empty frames"] == 1
 
 

@@ -115,7 +115,7 @@ async def test_what_ended_sockets_left_behind_counts_and_is_dropped_past_the_bou
             opcode, frame = await client.read_frame()  # all is read, or it was itself the one with the most
             assert opcode == CLOSE or b'"all"' in frame
             client.reset()
-    await eventually(lambda: not served.relay.engine.sockets, "all sockets to end")
+    await eventually(lambda: not served.relay.node.sockets, "all sockets to end")
     await eventually(lambda: slow.begun == 10, "one handler for each")
     assert 0 < metrics.in_flight_bytes <= 500_000
     assert metrics.refused["in flight full"] > 0

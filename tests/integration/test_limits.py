@@ -206,7 +206,7 @@ async def test_clients_behind_a_trusted_proxy_are_counted_one_by_one(
     client = await connect(served, additional_headers={"X-Forwarded-For": "1.2.3.4"})
     await client.join("room:1")
     await connect(served, additional_headers={"X-Forwarded-For": "1.2.3.5"})
-    assert [socket.address for socket in served.relay.engine.sockets.values()] == ["1.2.3.4", "1.2.3.5"]
+    assert [socket.address for socket in served.relay.node.sockets.values()] == ["1.2.3.4", "1.2.3.5"]
     # What the client wrote into the header itself stands on the left, and does not help.
     assert (await refusal(served, **{"X-Forwarded-For": "6.6.6.6, 1.2.3.4"}))[0] == 429
 
@@ -235,7 +235,7 @@ async def test_forwarded_addresses_of_anybody_else_are_ignored(
     )
     await connect(served, additional_headers={"X-Forwarded-For": "1.2.3.4"})
     assert (await refusal(served, **{"X-Forwarded-For": "1.2.3.5"}))[0] == 429
-    assert [socket.address for socket in served.relay.engine.sockets.values()] == ["127.0.0.1"]
+    assert [socket.address for socket in served.relay.node.sockets.values()] == ["127.0.0.1"]
     assert "is this a proxy that `trusted_proxies` should name?" in caplog.text
 
 

@@ -134,7 +134,7 @@ async def test_disconnect_says_when_it_was_the_relay(serve_relay: ServeRelay, ca
     served = await serve_relay()
     async with Client.connect(served.ws) as client:
         await client.join("room:1")
-        (socket_id,) = served.relay.engine.sockets
+        (socket_id,) = served.relay.node.sockets
         assert served.relay.disconnect(socket_id, "enough")
         await client.expect_closed()
         await eventually(lambda: "disconnected" in caplog.text, "the line")

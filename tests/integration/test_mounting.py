@@ -50,7 +50,7 @@ async def converse(served: Served, topic: str = "room:1", **options: Any) -> str
         assert await client.push(join_ref, topic, "shout", 1) == {"status": "ok", "response": {}}
         await served.relay.broadcast(topic, "new_msg", {"text": "hi"})
         await client.expect_event(topic, "new_msg", {"text": "hi"})
-        (socket,) = [socket for socket in served.relay.engine.sockets.values() if topic in socket.topics]
+        (socket,) = [socket for socket in served.relay.node.sockets.values() if topic in socket.topics]
         return socket.path
 
 

@@ -66,7 +66,7 @@ class Pushing:
             await self.client.send(self.join_ref, str(number), "room:1", "msg", {"i": number})
         await self.gate.wait_begun()
         metrics = self.served.relay.metrics
-        (socket,) = self.served.relay.engine.sockets.values()
+        (socket,) = self.served.relay.node.sockets.values()
         await eventually(lambda: socket._lanes.pending == len(numbers), "all pushes to have come")
         assert metrics.pushes_in == 1, "the others wait for their turn"
 
@@ -92,7 +92,7 @@ async def nothing_published(valkey: Valkey, pushing: Pushing) -> AsyncIterator[N
     """Nothing of the client's comes out on Redis during the block, nor after it."""
     async with heard_on(valkey.url, "from:*") as hear, Redis.from_url(valkey.url) as redis:
         yield
-        await eventually(lambda: not pushing.served.relay.engine._left_behind, "the handlers' end")
+        await eventually(lambda: not pushing.served.relay.node._left_behind, "the handlers' end")
         await redis.publish("from:room:1:last", b"{}")
         channel, _ = await hear()
         while channel != "from:room:1:last":
@@ -124,7 +124,7 @@ async def test_pushes_that_wait_fall_with_a_socket_that_the_relay_closes(
     pushing = await make(serve_relay, connect)
     async with nothing_published(valkey, pushing):
         await pushing.push(range(5))
-        (socket,) = pushing.served.relay.engine.sockets.values()
+        (socket,) = pushing.served.relay.node.sockets.values()
         assert socket.close(code, "enough")
         assert await pushing.client.expect_closed() == (code, "enough")
         pushing.gate.opened.set()
@@ -179,7 +179,7 @@ async def test_push_under_way_when_events_may_have_been_missed_is_not_published(
     pushing = await make(serve_relay, connect)
     async with nothing_published(valkey, pushing):
         await pushing.push(range(2))
-        pushing.served.relay.engine.pubsub.receive_gap("a test")
+        pushing.served.relay.node.pubsub.receive_gap("a test")
         assert (await pushing.client.receive())[3] == "phx_error"
         pushing.gate.opened.set()
         assert (await pushing.client.receive())[4]["response"] == {"reason": "unmatched topic"}
@@ -233,7 +233,7 @@ async def test_what_a_client_sent_before_it_left_is_handled(
     async with heard_on(valkey.url, "from:room:1:*") as hear:
         await pushing.push(range(3))
         await pushing.client.connection.close()
-        await eventually(lambda: not pushing.served.relay.engine.sockets, "the socket's end")
+        await eventually(lambda: not pushing.served.relay.node.sockets, "the socket's end")
         pushing.gate.opened.set()
         assert [(await hear())[1] for _ in range(3)] == [b'{"i": %d}' % number for number in range(3)]
     assert pushing.refused[ENDED] == 0
@@ -243,7 +243,7 @@ async def test_pushes_before_a_restart_are_handled(serve_relay: ServeRelay, conn
     pushing = await make(serve_relay, connect)
     async with heard_on(valkey.url, "from:room:1:*") as hear:
         await pushing.push(range(3))
-        pushing.served.relay.engine.drain()
+        pushing.served.relay.node.drain()
         assert (await pushing.client.expect_closed())[0] == 1012
         pushing.gate.opened.set()
         assert [(await hear())[1] for _ in range(3)] == [b'{"i": %d}' % number for number in range(3)]
@@ -258,11 +258,11 @@ async def test_order_reaches_what_a_socket_has_left_behind(
     async with nothing_published(valkey, pushing):
         await pushing.push(range(5))
         await pushing.client.connection.close()
-        await eventually(lambda: not pushing.served.relay.engine.sockets, "the socket's end")
+        await eventually(lambda: not pushing.served.relay.node.sockets, "the socket's end")
         relay = pushing.served.relay
         await (relay.disconnect(user="alice") if order == "disconnect" else relay.kick("room:1", user="alice"))
         pushing.gate.opened.set()
-        await eventually(lambda: not relay.engine._left_behind, "the handlers' end")
+        await eventually(lambda: not relay.node._left_behind, "the handlers' end")
     assert pushing.handled == [0]
     counted = {"disconnect": {ENDED: 5}, "kick": {ENDED: 1, "unmatched topic": 4}}[order]
     assert {reason: pushing.refused[reason] for reason in counted} == counted
@@ -294,7 +294,7 @@ async def one_or_two(valkey: Valkey, elsewhere: bool, direct: bool, **settings: 
             relay = Relay(redis_url=valkey.url, system_topic=False, auth=AUTH, rest={"api_key": "k" * 16})
             other = await stack.enter_async_context(serve(relay, direct=direct))
         yield served, other
-        decisions = served.relay.engine.pubsub.decisions
+        decisions = served.relay.node.pubsub.decisions
         await eventually(lambda: not decisions._under_way, "the end of all decisions")
         assert len(decisions) == 0, "nothing is kept once no decision is under way"
 
@@ -302,14 +302,14 @@ async def one_or_two(valkey: Valkey, elsewhere: bool, direct: bool, **settings: 
 async def give(order: str, served: Served, other: Served, topic: str = "room:1") -> None:
     """Give an order, and wait until it has come to where the decision is."""
     orders: list[Any] = []
-    engine = served.relay.engine
-    carry_out = engine._carry_out
+    node = served.relay.node
+    carry_out = node._carry_out
 
     def note(order: Any) -> None:
         orders.append(order)
         carry_out(order)
 
-    engine._carry_out = note  # type: ignore[method-assign]
+    node._carry_out = note  # type: ignore[method-assign]
     if order == "rest":
         async with httpx.AsyncClient(trust_env=False, headers={"X-API-Key": "k" * 16}) as api:
             assert (await api.delete(f"{other.http}/api/users/alice")).status_code == 204
@@ -321,7 +321,7 @@ async def give(order: str, served: Served, other: Served, topic: str = "room:1")
     else:
         await other.relay.kick(topic, user="alice")
     await eventually(lambda: orders, "the order to arrive")
-    engine._carry_out = carry_out  # type: ignore[method-assign]
+    node._carry_out = carry_out  # type: ignore[method-assign]
 
 
 def slow_join(gate: Gate) -> Plugin:
@@ -397,7 +397,7 @@ async def test_join_that_waits_for_the_bus_does_not_outlast_an_order(
     await served.relay.kick("room:1", user="alice")
     gate.opened.set()
     assert await client.receive() == client.refusal("1", "1", "room:1", REMOVED)
-    assert len(served.relay.engine.pubsub.decisions) == 0
+    assert len(served.relay.node.pubsub.decisions) == 0
 
 
 async def test_rejoin_under_way_does_not_outlast_a_kick(valkey: Valkey, direct: bool) -> None:
@@ -430,7 +430,7 @@ async def test_join_under_way_does_not_outlast_the_removal_of_its_socket(
                 gate.opened.set()
                 ref = await client.join("room:1")
                 gate.opened.clear()
-            (socket,) = served.relay.engine.sockets.values()
+            (socket,) = served.relay.node.sockets.values()
             assert not socket.leave("room:2"), "it has nothing to do with this topic"
             await client.send("7", "7", "room:1", "phx_join", {})
             await gate.wait_begun(2 if has_joined else 1)
@@ -565,5 +565,5 @@ async def test_client_that_goes_during_its_handshake_leaves_no_decision(valkey: 
         connecting.cancel()
         with suppress(asyncio.CancelledError):
             await connecting
-        assert len(served.relay.engine.pubsub.decisions) == 100
+        assert len(served.relay.node.pubsub.decisions) == 100
         gate.opened.set()

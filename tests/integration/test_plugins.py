@@ -23,7 +23,7 @@ import pytest
 from fastapi import APIRouter, Depends, FastAPI, HTTPException
 from redis.asyncio import Redis
 
-from relay import BusUnavailable, ConfigError, Event, Join, Leave, Plugin, Push, RedisMessage, Refused, Relay, engine
+from relay import BusUnavailable, ConfigError, Event, Join, Leave, Plugin, Push, RedisMessage, Refused, Relay, node
 from relay.channels import pubsub
 from relay.plugins.hooks import Socket
 from tests.support.client import Client
@@ -190,7 +190,7 @@ async def test_join_is_allowed_and_its_reply_is_merged(serve_plugin: ServePlugin
     served = await serve_plugin(plugin)
     client = await connect(served, query="user=ada")
     _, reply = await ask_to_join(client, "room:1", {"token": "t"})
-    [socket_id] = served.relay.engine.sockets
+    [socket_id] = served.relay.node.sockets
     assert reply == ok({"a": 1, "b": 2, "id": socket_id})
     assert seen == [("room:1", {"token": "t"}, "127.0.0.1", {"user": "ada", "vsn": "2.0.0"}, {})]
     assert (await ask_to_join(client, "elsewhere"))[1] == ok()
@@ -349,7 +349,7 @@ async def test_reply_after_the_client_has_gone_is_dropped_silently(
         assert (await client.receive())[3] == "phx_close"
     else:
         await client.connection.close()
-        await eventually(lambda: not served.relay.engine.sockets, "the socket's end")
+        await eventually(lambda: not served.relay.node.sockets, "the socket's end")
     push = kept[0]
     push.reply({"too": "late"})
     push.socket.disconnect()
@@ -385,7 +385,7 @@ async def test_what_a_client_pushed_is_handled_to_the_end_after_it_has_gone(
             await send_push(client, join_ref, "room:gone", "say", number)
         await eventually(lambda: served.relay.metrics.plugin_calls["p"], "the first push")
         await client.connection.close()
-        await eventually(lambda: not served.relay.engine.sockets, "the socket's end")
+        await eventually(lambda: not served.relay.node.sockets, "the socket's end")
         assert log == []
         gate.set()
         assert [await heard() for _ in range(3)] == [("from:room:gone:say", b"%d" % number) for number in range(3)]
@@ -458,7 +458,7 @@ async def test_handled_push_that_the_bus_does_not_take_is_not_acknowledged(
         future.set_exception(BusUnavailable("OOM"))
         return future
 
-    monkeypatch.setattr(served.relay.engine.pubsub, "_publish", publish)
+    monkeypatch.setattr(served.relay.node.pubsub, "_publish", publish)
     refusal = {"status": "error", "response": {"reason": "bus unavailable"}}
     assert await client.push(join_ref, "room:1", "say") == refusal
 
@@ -650,7 +650,7 @@ async def test_services_and_routes_speak_through_the_relay(
     status, body = await http_get(f"{served.http}/api/p/shout")
     assert (status, json.loads(body)) == (200, {"topics": {"room:s": 1}, "here": False})
     await client.expect_event("room:s", "shouted", {})
-    [socket_id] = served.relay.engine.sockets
+    [socket_id] = served.relay.node.sockets
     assert (await http_get(f"{served.http}/api/p/end/nobody"))[1] == "false"
     assert (await http_get(f"{served.http}/api/p/end/{socket_id}"))[1] == "true"
     assert await client.expect_closed() == (1001, "bye")
@@ -848,8 +848,8 @@ async def test_on_leave_is_called_once_for_each_way_a_subscription_ends(
     plugin.on_leave()(both(lambda leave: log.append(("second", leave.topic, leave.socket.id))))
     served = await serve_plugin(plugin)
     client = await connect(served)
-    [socket_id] = served.relay.engine.sockets
-    socket = served.relay.engine.sockets[socket_id]
+    [socket_id] = served.relay.node.sockets
+    socket = served.relay.node.sockets[socket_id]
 
     async def expect(topic: str, *names: str) -> None:
         await eventually(lambda: len(log) >= len(names), f"on_leave of {topic}")
@@ -868,7 +868,7 @@ async def test_on_leave_is_called_once_for_each_way_a_subscription_ends(
     await expect("room:sent-away", "first", "second")
 
     await client.join("room:gap")
-    served.relay.engine.pubsub.receive_gap("test")
+    served.relay.node.pubsub.receive_gap("test")
     assert (await client.receive())[3] == "phx_error"
     await expect("room:gap", "first", "second")
 
@@ -914,7 +914,7 @@ async def test_leave_of_a_subscription_is_handled_before_the_join_that_follows_i
     await client.send("1", "2", "room:1", "phx_leave", {})
     await client.send("3", "3", "room:1", "phx_join", {})
     await eventually(lambda: log == ["join", "leave"] * 3 + ["join"], "all joins and leaves")
-    assert members == list(served.relay.engine.sockets)
+    assert members == list(served.relay.node.sockets)
     await client.connection.close()
     await eventually(lambda: not members, "the last leave")
 
@@ -936,7 +936,7 @@ async def test_join_that_was_allowed_in_vain_is_left_too(serve_plugin: ServePlug
     await client.send("1", "1", "room:1", "phx_join", {})
     await eventually(lambda: served.relay.metrics.plugin_calls["p"], "the join")
     await client.connection.close()
-    await eventually(lambda: not served.relay.engine.sockets, "the socket's end")
+    await eventually(lambda: not served.relay.node.sockets, "the socket's end")
     gate.set()
     await eventually(lambda: log == ["allowed", "left"], "on_leave")
     assert served.relay.topics == {}
@@ -954,7 +954,7 @@ async def test_join_that_the_bus_does_not_take_is_left_too(
     async def subscribe(topic: str) -> None:
         raise BusUnavailable("no")
 
-    monkeypatch.setattr(served.relay.engine.broker, "subscribe", subscribe)
+    monkeypatch.setattr(served.relay.node.broker, "subscribe", subscribe)
     assert (await ask_to_join(client, "room:1"))[1] == {"status": "error", "response": {"reason": "bus unavailable"}}
     await eventually(lambda: log == ["allowed", "left"], "on_leave")
 
@@ -976,7 +976,7 @@ async def test_on_leave_is_not_called_for_a_join_that_was_refused(serve_plugin: 
     assert (await ask_to_join(client, "room:2", {"no": 1}))[1]["status"] == "error"
     assert (await client.receive())[3] == "phx_close"
     await client.connection.close()
-    await eventually(lambda: not served.relay.engine.sockets, "the socket's end")
+    await eventually(lambda: not served.relay.node.sockets, "the socket's end")
     assert left == ["room:2"]
 
 
@@ -1439,15 +1439,15 @@ async def test_foreign_channels_need_redis() -> None:
 @pytest.fixture
 def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Services are started again at once; the list holds the waits there would have been."""
-    monkeypatch.setattr(engine, "_SERVICE_BACKOFF_S", 0.01)
-    monkeypatch.setattr(engine, "_SERVICE_BACKOFF_MAX_S", 0.04)
+    monkeypatch.setattr(node, "_SERVICE_BACKOFF_S", 0.01)
+    monkeypatch.setattr(node, "_SERVICE_BACKOFF_MAX_S", 0.04)
     waits: list[float] = []
 
     def uniform(low: float, high: float) -> float:
         waits.append(high)
         return 0.001
 
-    monkeypatch.setattr(engine.random, "uniform", uniform)  # type: ignore[attr-defined]
+    monkeypatch.setattr(node.random, "uniform", uniform)  # type: ignore[attr-defined]
     return waits
 
 

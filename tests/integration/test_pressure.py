@@ -35,12 +35,12 @@ async def test_client_that_sends_and_never_reads_is_closed(valkey: Valkey, direc
             await loop.sock_sendall(client, UPGRADE)
 
             async def flood() -> None:
-                while relay.engine.sockets or not relay.metrics.sockets_opened:
+                while relay.node.sockets or not relay.metrics.sockets_opened:
                     await loop.sock_sendall(client, heartbeats)
 
             flooding = asyncio.create_task(flood())
             await eventually(lambda: relay.metrics.sockets_opened, "the socket to open")
-            await eventually(lambda: not relay.engine.sockets, "the socket to be given up")
+            await eventually(lambda: not relay.node.sockets, "the socket to be given up")
             flooding.cancel()
             _ = await asyncio.gather(flooding, return_exceptions=True)
         assert relay.metrics.refused["sends and does not read"] == 1
@@ -54,7 +54,7 @@ async def test_answers_to_pings_do_not_pile_up(valkey: Valkey, monkeypatch: pyte
     pings = client_frame(PING, b"x" * 125) * (count // 10)
     async with serve(relay, send_buffer=8192) as served:
         async with RawSocket.connect(served.ws, receive_buffer=4096) as client:
-            (socket,) = relay.engine.sockets.values()
+            (socket,) = relay.node.sockets.values()
             writer = socket._connection._writer
             assert writer is not None
             for _ in range(10):

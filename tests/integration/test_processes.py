@@ -91,10 +91,10 @@ relay = Relay(broadcast_url="memory://", system_topic=False)
 
 async def ids():
     async with relay.lifespan():
-        relay.engine.sockets
+        relay.node.sockets
         started = relay.figures.snapshot()["process_start_time_seconds"][""]
         assert started == psutil.Process().create_time(), "the figures are those of this process"
-        return [next(relay.engine._numbers) for _ in range(3)]
+        return [next(relay.node._numbers) for _ in range(3)]
 
 
 reading, writing = os.pipe()

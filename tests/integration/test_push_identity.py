@@ -41,7 +41,7 @@ async def test_push_is_published_with_user_and_socket_beside_the_unchanged_one(
         assert await client.push(join_ref, "room:id", "shout", payload) == OK
         told = dict([await heard(), await heard()])
         assert json.loads(told["from:room:id:shout"]) == payload
-        (socket_id,) = served.relay.engine.sockets
+        (socket_id,) = served.relay.node.sockets
         assert json.loads(told["from-user:room:id:shout"]) == {"user": "alice", "socket": socket_id, "payload": payload}
 
 
@@ -65,7 +65,7 @@ async def test_push_through_a_handler_has_it_too_and_by_default_nothing_more_is_
             if switched_on:
                 channel, data = await heard()
                 assert channel == "who:room:handler:shout"
-                (socket_id,) = served.relay.engine.sockets
+                (socket_id,) = served.relay.node.sockets
                 assert json.loads(data) == {"user": None, "socket": socket_id, "payload": 1}
             async with Redis.from_url(valkey.url) as publisher:
                 await publisher.publish("end:room:handler:e", "")

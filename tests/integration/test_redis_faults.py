@@ -274,7 +274,7 @@ async def test_fault_of_our_own_is_a_gap_and_leaves_nobody_deaf(
         raise ZeroDivisionError("a mistake")
 
     with monkeypatch.context() as broken:
-        broken.setattr(served.relay.engine.pubsub, "receive_events", fail)
+        broken.setattr(served.relay.node.pubsub, "receive_events", fail)
         async with Redis.from_url(server.url) as redis:
             await redis.publish("to:room:1:new_msg", "1")
         await eventually(lambda: not served.relay.link.live or served.relay.metrics.gaps, "the fault to be noticed")

@@ -134,12 +134,12 @@ async def test_topic_tells_its_traffic(served: Served, redis: Redis, connect: Co
     await client.join("room:rates")
     quiet = (await ask(served, "GET", "/topics/room:rates")).json()
     assert (quiet["events"], quiet["events_per_s"]) == (0, 0.0)
-    started = served.relay.engine.hub._clock()
+    started = served.relay.node.hub._clock()
     for number in range(50):
         await redis.publish("to:room:rates:tick", str(number))
         await client.expect_event("room:rates", "tick", number)
 
-    clock = served.relay.engine.hub._clock
+    clock = served.relay.node.hub._clock
     await eventually(lambda: clock() - started > 1, "a second to pass: a rate is of no less")
     found = (await ask(served, "GET", "/topics/room:rates")).json()
     assert found["events"] == 50

@@ -74,7 +74,7 @@ async def test_relay_works_behind_a_proxy_with_our_file(proxy: str, tmp_path: Pa
         # Another address of this machine, to be told from the proxy's own.
         async with Client.connect(url, origin=f"http://127.0.0.1:{port}", local_addr=("127.0.0.2", 0)) as client:
             await client.join("room:1")
-            assert [socket.address for socket in relay.engine.sockets.values()] == ["127.0.0.2"]
+            assert [socket.address for socket in relay.node.sockets.values()] == ["127.0.0.2"]
             await relay.broadcast("room:1", "new_msg", {"text": "grüezi"})
             assert (await client.receive())[3:] == ["new_msg", {"text": "grüezi"}]
         with pytest.raises(InvalidStatus) as refused:

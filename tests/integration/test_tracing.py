@@ -202,7 +202,7 @@ async def test_token_that_expires_later_is_no_outcome_of_its_handshake(
 
 
 def test_relay_without_tracing_imports_nothing_for_it() -> None:
-    code = "import relay.app, relay.cli, relay.engine, sys; sys.exit('opentelemetry' in sys.modules)"
+    code = "import relay.app, relay.cli, relay.node, sys; sys.exit('opentelemetry' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -138,7 +138,7 @@ async def test_what_came_before_the_end_of_a_connection_is_handled(
             if end == "reset":
                 client.reset()
         assert [int((await heard())[1]) for _ in range(pushes)] == list(range(pushes))
-        await eventually(lambda: not relay.engine.sockets, "the socket's end")
+        await eventually(lambda: not relay.node.sockets, "the socket's end")
         await eventually(lambda: relay.metrics.pushes_out == pushes, "the last push")
         assert +relay.metrics.refused == {}
 

@@ -352,14 +352,14 @@ async def ordered(
     relay = Relay(broadcast_url="memory://", system_topic=False)
     orders: list[tuple[str, ...]] = []
     async with relay.lifespan():
-        engine = relay.engine
-        order = engine.order
+        node = relay.node
+        order = node.order
 
         def noted(do: Any, user: str, topic: str = "", reason: str = "") -> Any:
             orders.append((do, user, topic))
             return order(do, user, topic, reason)
 
-        engine.order = noted  # type: ignore[method-assign]
+        node.order = noted  # type: ignore[method-assign]
 
         outer = Starlette(routes=[Mount(unquote(prefix) or "/", relay)])
 

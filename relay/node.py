@@ -59,7 +59,7 @@ _SERVICE_BACKOFF_S = 1.0
 _SERVICE_BACKOFF_MAX_S = 30.0
 
 
-class Engine:
+class Node:
     """A running relay.
 
     Args: owner: what handlers are given as ``relay``.
