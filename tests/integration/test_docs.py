@@ -45,9 +45,9 @@ import jwt
 import pytest
 
 from relay import Config, Relay
+from relay.channels.pubsub import _EVENTS_WAITING
 from relay.config import LimitsConfig
 from relay.config_sources import load
-from relay.node import _EVENTS_WAITING
 from relay.plugins import Plugin
 from tests.support.client import Client
 from tests.support.node import SCRIPTS, need_browser, need_node, run_checks
