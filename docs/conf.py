@@ -20,7 +20,7 @@ myst_enable_extensions = ["html_image"]
 smartquotes = False  # what stands in a page may be typed
 html_theme = "furo"
 html_title = f"relay {__version__}"
-html_favicon = "../relay/static/favicon.svg"
+html_favicon = "../relay/web/static/favicon.svg"
 html_copy_source = False
 html_show_sphinx = False
 

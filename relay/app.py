@@ -6,6 +6,7 @@ Owns the face of the relay: settings, plugins, routes, and the start and stop of
 import asyncio
 import logging
 import re
+import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -18,7 +19,7 @@ from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Mount
 
-from relay.auth.api_key import Operators, key_in
+from relay.auth.api_key import ApiKeyAuth, api_key_from
 from relay.auth.authenticator import Authenticate
 from relay.auth.keys import Key
 from relay.auth.tokens import load_keys
@@ -32,19 +33,19 @@ from relay.node import Node
 from relay.paths import below, replace_route_path, route_path, segments, split_raw
 from relay.plugins import Plugin, hooks, system
 from relay.plugins.hooks import check_handler
-from relay.plugins.loader import Loaded, load_plugins
+from relay.plugins.loader import PluginSet, load_plugins
 from relay.protocol.topics import is_event, is_topic
-from relay.proxy_headers import hosts_of, look_behind_proxies, parse_networks
+from relay.proxy_headers import apply_forwarded_headers, hosts_of, parse_networks
 from relay.service_links import log_service_links
 from relay.threadsafe import LOOP_HAS_ENDED, ONE_LOOP, Call
 from relay.tracing import Tracer
 from relay.transports import handshake, websocket
 from relay.transports.base import ReceiveCallable, Scope, SendCallable
-from relay.transports.handshake import Refused
-from relay.transports.network_access import SEVERAL_HOSTS, Reach
+from relay.transports.handshake import HandshakeRejected
+from relay.transports.network_access import SEVERAL_HOSTS, NetworkAccess
 from relay.web import console, pages
 from relay.web.console import Console
-from relay.web.prometheus import IDLE, Figures, State
+from relay.web.prometheus import IDLE, MetricsExporter, State
 
 if TYPE_CHECKING:
     from relay.web.proxy import Proxy
@@ -97,14 +98,14 @@ class Relay:
         self._authenticate = authenticate
         self._tracer = Tracer() if self.config.tracing else None
         self.metrics: Metrics = Metrics()
-        self.figures: Figures = Figures(self.metrics, self._state, self.config.metrics.folder)
+        self.figures: MetricsExporter = MetricsExporter(self.metrics, self._state, self.config.metrics.folder)
         builtins = (system.plugin,) if self.config.system_topic else ()
-        self.plugins: Loaded = load_plugins(self.config.plugins, (*extra_plugins, *builtins))
+        self.plugins: PluginSet = load_plugins(self.config.plugins, (*extra_plugins, *builtins))
         for name in (found.name for found in self.plugins.found if found.plugin):
             # Or the first fault would be no rise of anything.
             self.metrics.plugin_calls[name] = self.metrics.plugin_errors[name] = 0
-        self.operators: Operators = Operators(self.config, self.authenticates)
-        self._reach = Reach(self.config, self.authenticates)
+        self.operators: ApiKeyAuth = ApiKeyAuth(self.config, self.authenticates)
+        self._reach = NetworkAccess(self.config, self.authenticates)
         self._trusted_proxies = parse_networks(self.config.trusted_proxies)
         self._node: Node | None = None
         self._starting = asyncio.Lock()
@@ -257,7 +258,7 @@ class Relay:
         app.router.lifespan_context = lifespan
 
     def _routes_without_plugins(self) -> list[BaseRoute]:
-        plugins, self.plugins = self.plugins, Loaded(hooks=self.plugins.hooks)
+        plugins, self.plugins = self.plugins, PluginSet(hooks=self.plugins.hooks)
         try:
             return self._routes()
         finally:
@@ -291,11 +292,22 @@ class Relay:
 
     broadcast = publish
 
-    def broadcast_here(self, topic: str, event: str, payload: object) -> bool:
+    def local_broadcast(self, topic: str, event: str, payload: object) -> bool:
         """Send an event to this process's own subscribers, past the bus; False where nobody has joined."""
         pubsub = self.node.pubsub
-        send = partial(pubsub.broadcast_here, *_checked(topic, event), hooks.to_payload(payload))
+        send = partial(pubsub.local_broadcast, *_checked(topic, event), hooks.to_payload(payload))
         return pubsub.home.ask(send, self.config.redis.timeout_s)
+
+    def broadcast_here(self, topic: str, event: str, payload: object) -> bool:
+        """Call `local_broadcast`, under its former name."""
+        warnings.warn("Relay.broadcast_here is now Relay.local_broadcast", DeprecationWarning, stacklevel=2)
+        return self.local_broadcast(topic, event, payload)
+
+    @property
+    def engine(self) -> Node:
+        """The running `node`, under its former name."""
+        warnings.warn("Relay.engine is now Relay.node", DeprecationWarning, stacklevel=2)
+        return self.node
 
     def socket(self, socket_id: str) -> Socket | None:
         """A socket of this process by its id; None where there is none."""
@@ -330,7 +342,7 @@ class Relay:
 
     def _order(self, do: Literal["disconnect", "kick"], user: str, topic: str = "", reason: str = "") -> Call:
         node = self.node
-        return node.pubsub.start_call(partial(node.order, do, user, topic, reason))
+        return node.pubsub.start_call(partial(node.send_control, do, user, topic, reason))
 
     @property
     def topics(self) -> dict[str, int]:
@@ -366,7 +378,7 @@ class Relay:
             scope.get("state", {})[REFUSED_STATE] = self.metrics.refused
             await self._serve_lifespan(receive, send)
             return
-        came, scope = scope, look_behind_proxies(scope, self._trusted_proxies)
+        came, scope = scope, apply_forwarded_headers(scope, self._trusted_proxies)
         path = segments(route_path(scope))
         refused = self._check_reach(came, scope, path)
         if refused is not None:
@@ -394,9 +406,11 @@ class Relay:
         else:
             known = ", ".join(sorted("/" + "/".join(path) for path in self._socket_paths))
             self.metrics.refused["handshake: path"] += 1
-            await handshake.refuse(scope, receive, send, Refused(404, f"no socket here; expected {known}", "path"))
+            await handshake.refuse(
+                scope, receive, send, HandshakeRejected(404, f"no socket here; expected {known}", "path")
+            )
 
-    def _check_reach(self, came: Scope, scope: Scope, path: tuple[str, ...]) -> Refused | None:
+    def _check_reach(self, came: Scope, scope: Scope, path: tuple[str, ...]) -> HandshakeRejected | None:
         """Check where a request comes from, and under which name, before any route.
 
         Args: came: the scope as the server gave it.
@@ -411,8 +425,10 @@ class Relay:
         refused = None if is_exempt else self._reach.check(came, scope)
         if refused is None or scope["type"] == "websocket" or not self._is_for_operators(path):
             return refused
-        fault = self.operators.admit(scope, key_in(scope), "rest")
-        return fault and Refused(fault.status, fault.text, "wrong key" if fault.is_wrong_key else "not allowed")
+        fault = self.operators.authorize(scope, api_key_from(scope), "rest")
+        return fault and HandshakeRejected(
+            fault.status, fault.text, "wrong key" if fault.is_wrong_key else "not allowed"
+        )
 
     def _is_proxied(self, path: tuple[str, ...]) -> bool:
         return any(path[: len(prefix)] == prefix for prefix in self._proxied_paths)
@@ -423,7 +439,9 @@ class Relay:
         is_rest = depth > 0 and path[:depth] == self._rest_path and path[depth : depth + 1] in _REST_NAMES
         return (is_rest or (path == ("token",) and self.config.auth.tangram)) and not self._is_proxied(path)
 
-    async def _refuse(self, scope: Scope, receive: ReceiveCallable, send: SendCallable, refused: Refused) -> None:
+    async def _refuse(
+        self, scope: Scope, receive: ReceiveCallable, send: SendCallable, refused: HandshakeRejected
+    ) -> None:
         """Refuse a request of either kind; counted, and logged at a sane rate."""
         if scope["type"] == "websocket":
             what, door = "handshake", "handshake"
@@ -439,13 +457,13 @@ class Relay:
         headers = {"www-authenticate": "Bearer"} if refused.status == HTTPStatus.UNAUTHORIZED else None
         await pages.problem(refused.status, refused.text, headers)(scope, receive, send)
 
-    def _no_long_poll(self, scope: Scope, path: tuple[str, ...]) -> Refused:
+    def _no_long_poll(self, scope: Scope, path: tuple[str, ...]) -> HandshakeRejected:
         socket = scope.get("root_path", "") + "/" + "/".join((*path[:-1], "websocket"))
         text = (
             "the relay has no long polling: a WebSocket is needed, at "
             f"{socket}; take the option longPollFallbackMs out of `new Socket(…)`"
         )
-        return Refused(404, text, "long polling")
+        return HandshakeRejected(404, text, "long polling")
 
     def _canonical(self, scope: Scope, path: tuple[str, ...]) -> Scope:
         """The scope of a request for one of the relay's own routes with single slashes in its path.

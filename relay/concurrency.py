@@ -14,20 +14,20 @@ from typing import TypeAlias
 from relay.errors import IN_FLIGHT_FULL
 from relay.metrics import Metrics
 
-Rest: TypeAlias = Coroutine[None, None, None] | None
-Piece: TypeAlias = Callable[[], Rest]
+Continuation: TypeAlias = Coroutine[None, None, None] | None
+Job: TypeAlias = Callable[[], Continuation]
 
 _CLOSE_TIMEOUT_S = 5.0
 
 
-PIECE_BYTES = 500
+JOB_BYTES = 500
 """What a piece that waits takes beside what it is about: itself, its message, its place in the queue."""
 
 
 class InFlight:
     """What is under way in all lanes of a relay, in bytes: past a bound, the owner with the most gives up.
 
-    Args: max_bytes: the bound, `PIECE_BYTES` for each piece that waits included; 0 for none.
+    Args: max_bytes: the bound, `JOB_BYTES` for each piece that waits included; 0 for none.
           metrics: ``in_flight_bytes`` there is the sum.
     """
 
@@ -37,9 +37,9 @@ class InFlight:
         self._max_bytes = max_bytes
         self._metrics = metrics
         # Those with an owner that can give up, and in which something is under way.
-        self._members: set[Lanes] = set()
+        self._members: set[KeyedQueue] = set()
 
-    def count(self, lanes: "Lanes", more_bytes: int) -> None:
+    def count(self, lanes: "KeyedQueue", more_bytes: int) -> None:
         """Count what has come into lanes, or left them; past the bound, have those with the most given up."""
         self._metrics.in_flight_bytes += more_bytes
         if more_bytes <= 0:
@@ -56,7 +56,7 @@ class InFlight:
             if self._metrics.in_flight_bytes == before:  # nothing of it waits: running handlers hold all that there is
                 self._metrics.refused[IN_FLIGHT_FULL] += most.cut_off()
 
-    def has_room(self, lanes: "Lanes", key: Hashable, more_bytes: int) -> bool:
+    def has_room(self, lanes: "KeyedQueue", key: Hashable, more_bytes: int) -> bool:
         """Say whether more may wait in lanes whose owner cannot give up: a sixteenth for each key, half for all keys.
 
         What need not wait for others of its key may always come.
@@ -75,14 +75,14 @@ class _Lane:
     __slots__ = ("number", "pieces", "size", "task", "waiting_bytes")
 
     def __init__(self, size: int) -> None:
-        self.pieces: deque[tuple[Piece, int]] = deque()
+        self.pieces: deque[tuple[Job, int]] = deque()
         self.waiting_bytes = 0
         # Of the one that runs: its size, and which one it is since the lane began.
         self.size = size
         self.number = 0
         self.task: asyncio.Task[None] | None = None
 
-    def pop(self) -> Piece:
+    def pop(self) -> Job:
         piece, self.size = self.pieces.popleft()
         self.waiting_bytes -= self.size
         self.number += 1
@@ -94,7 +94,7 @@ class _Lane:
             self.task.cancel()
 
 
-class Lanes:
+class KeyedQueue:
     """Lanes of one owner; `close` ends them all.
 
     Args: in_flight: where their bytes are counted, if anywhere.
@@ -116,14 +116,14 @@ class Lanes:
         self._tasks: dict[asyncio.Task[None], Coroutine[None, None, None]] = {}
         self._changed: asyncio.Future[None] | None = None
 
-    def run(self, key: Hashable, piece: Piece, size: int = 0) -> None:
+    def run(self, key: Hashable, piece: Job, size: int = 0) -> None:
         """Do ``piece`` now, or behind those of its key that are under way.
 
         Args: size: of what it is about, in bytes; not counted where it is done at once.
         """
         lane = self._lanes.get(key)
         if lane is not None:
-            size += PIECE_BYTES
+            size += JOB_BYTES
             self.pending += 1
             lane.pieces.append((piece, size))
             lane.waiting_bytes += size
@@ -142,7 +142,7 @@ class Lanes:
             if self._in_flight is not None:
                 self._in_flight.count(self, more_bytes)
 
-    async def _work_off(self, key: Hashable, lane: _Lane, rest: Rest) -> None:
+    async def _work_off(self, key: Hashable, lane: _Lane, rest: Continuation) -> None:
         try:
             while True:
                 try:
@@ -202,7 +202,7 @@ class Lanes:
         """Whether a further piece of a key would have to wait."""
         return key in self._lanes
 
-    def drop(self, goes: Callable[[Piece], bool]) -> int:
+    def drop(self, goes: Callable[[Job], bool]) -> int:
         """Drop the pieces that wait and of which ``goes`` is true; returns how many."""
         dropped = dropped_bytes = 0
         for lane in self._lanes.values():

@@ -7,7 +7,7 @@ Exceptions::
     RelayError
     ├── ConfigError        the settings do not make sense; the start is stopped
     ├── WireError          a client's frame cannot be decoded; carries the close code
-    ├── NotAdmitted        a client has not proved who it is
+    ├── AuthenticationError        a client has not proved who it is
     └── BusUnavailable     the broker did not take a message
 """
 
@@ -120,7 +120,7 @@ class WireError(RelayError):
         super().__init__(text.encode()[:123].decode(errors="ignore"))
 
 
-class NotAdmitted(RelayError):
+class AuthenticationError(RelayError):
     """A client has not proved who it is, or may not come in.
 
     ``status`` and ``kind`` are for a handshake: HTTP status, and a short word for the counter. ``reason`` is for a

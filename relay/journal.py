@@ -30,7 +30,7 @@ class Totals(NamedTuple):
     """Of these, events that it missed because it read too slowly."""
 
 
-class Journal:
+class ConnectionLog:
     """Writes these lines, all under one logger, ``relay.socket``."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -18,10 +18,10 @@ from itertools import count
 from typing import Literal
 
 from relay import runtime_dir
-from relay.auth.authenticator import Auth, Authenticate
+from relay.auth.authenticator import Authenticate, Authenticator
 from relay.auth.keys import Key
-from relay.auth.session import Access
-from relay.auth.tokens import Verifier
+from relay.auth.session import SocketAuth
+from relay.auth.tokens import TokenVerifier
 from relay.brokers.base import Broker
 from relay.brokers.embedded import BESIDE_AUTH, EmbeddedValkey
 from relay.channels import control
@@ -29,23 +29,23 @@ from relay.channels.hub import Hub
 from relay.channels.pubsub import PubSub
 from relay.channels.socket import Socket
 from relay.config import EMBEDDED, Config
-from relay.errors import CloseCode, ConfigError, NotAdmitted
-from relay.journal import Journal
+from relay.errors import AuthenticationError, CloseCode, ConfigError
+from relay.journal import ConnectionLog
 from relay.metrics import Metrics
-from relay.plugins.dispatcher import HandlerFailed, is_being_cancelled
+from relay.plugins.dispatcher import HandlerError, is_being_cancelled
 from relay.plugins.hooks import Hook, Hooks
-from relay.proxy_headers import counted_as
+from relay.proxy_headers import rate_limit_key
 from relay.siblings import Siblings
 from relay.tracing import Trace, Tracer
 from relay.transports import handshake, websocket
-from relay.transports.admission import Admission
+from relay.transports.admission import ConnectionLimiter
 from relay.transports.base import ReceiveCallable, Scope, SendCallable
-from relay.transports.handshake import Refused
-from relay.transports.network_access import Reach
-from relay.transports.outbox import Outboxes
-from relay.transports.websocket import Connection
-from relay.transports.writer import EXTENSION, FrameWriter
-from relay.web.prometheus import WRITE_INTERVAL_S, Figures, State
+from relay.transports.handshake import HandshakeRejected
+from relay.transports.network_access import NetworkAccess
+from relay.transports.outbox import OutboxBudget
+from relay.transports.websocket import WebSocketTransport
+from relay.transports.writer import EXTENSION, DirectWriter
+from relay.web.prometheus import WRITE_INTERVAL_S, MetricsExporter, State
 
 _logger = logging.getLogger("relay")
 
@@ -76,21 +76,21 @@ class Node:
         metrics: Metrics,
         hooks: Hooks,
         owner: object,
-        figures: Figures,
+        figures: MetricsExporter,
         tracer: Tracer | None = None,
         authenticate: Authenticate | None = None,
         keys: tuple[Key, ...] = (),
-        reach: Reach | None = None,
+        reach: NetworkAccess | None = None,
     ) -> None:
         self._tracer = tracer
-        self._journal = Journal()
+        self._journal = ConnectionLog()
         self._metrics = metrics
         self._figures = figures
         self._hooks = hooks
         self._owner = owner
         limits = config.limits
-        self._outboxes = Outboxes(limits.outboxes_max_bytes, metrics)
-        self._admission = Admission(
+        self._outboxes = OutboxBudget(limits.outboxes_max_bytes, metrics)
+        self._admission = ConnectionLimiter(
             sockets_max=limits.sockets_max,
             sockets_per_address=limits.sockets_per_address,
             handshakes_per_s=limits.handshakes_per_s,
@@ -113,13 +113,15 @@ class Node:
         # Ids of sockets are unique among all nodes: a random part, then a number. Made at the start: forked processes
         # have the import's state in common.
         self._numbers = map(f"{uuid.uuid4().hex[:8]}-{{}}".format, count(1))
-        self.pubsub.on_order = self._receive_order
-        self._verifier = Verifier(config.auth, keys) if config.auth.has_keys else None
-        self._auth: Auth | None = None
+        self.pubsub.on_control = self._receive_order
+        self._verifier = TokenVerifier(config.auth, keys) if config.auth.has_keys else None
+        self._auth: Authenticator | None = None
         if self._verifier or authenticate or config.auth.anonymous or config.auth.authenticated:
             verify = self._verifier.verify if self._verifier else None
-            self._auth = Auth(config, self.pubsub.caller, verify, authenticate, decisions=self.pubsub.decisions)
-        self._reach = reach or Reach(config, bool(self._verifier or authenticate))
+            self._auth = Authenticator(
+                config, self.pubsub.caller, verify, authenticate, decisions=self.pubsub.decisions
+            )
+        self._reach = reach or NetworkAccess(config, bool(self._verifier or authenticate))
         if self._embedded is not None and (self._verifier or authenticate):
             _logger.warning("redis_url: %s", BESIDE_AUTH)
         self._siblings = Siblings(self._own_bus())
@@ -143,13 +145,13 @@ class Node:
             for hook in self._hooks.startup:
                 try:
                     await self.pubsub.caller.call(hook, self._owner)
-                except HandlerFailed as error:
+                except HandlerError as error:
                     raise ConfigError(f"plugin {hook.plugin} failed to start: its on_startup {error}") from error
         except BaseException:
             await self.stop()
             raise
         self._siblings.check()
-        self._tasks.append(asyncio.create_task(self._sweep()))
+        self._tasks.append(asyncio.create_task(self._check_idle()))
         if self.config.metrics.folder:
             self._tasks.append(asyncio.create_task(self._keep_figures()))
         self._tasks += [asyncio.create_task(self._run_service(hook)) for hook in self._hooks.services]
@@ -175,13 +177,13 @@ class Node:
         with suppress(TimeoutError):
             async with asyncio.timeout(self.config.limits.close_timeout_s):
                 await self._no_sockets.wait()
-        await self.pubsub.finish(self.config.limits.close_timeout_s)
+        await self.pubsub.join_background(self.config.limits.close_timeout_s)
         for task in self._tasks:
             task.cancel()
         if self._tasks:  # a service that does not heed its cancellation is left behind
             _ = await asyncio.wait(self._tasks, timeout=self.config.limits.close_timeout_s)
         for hook in self._hooks.shutdown:
-            with suppress(HandlerFailed):  # logged and counted there
+            with suppress(HandlerError):  # logged and counted there
                 await self.pubsub.caller.call(hook, self._owner)
         await self.pubsub.stop()
         if self._verifier is not None:
@@ -246,11 +248,11 @@ class Node:
         self, scope: Scope, receive: ReceiveCallable, send: SendCallable, trace: Trace | None
     ) -> None:
         if self.is_draining:
-            await self._refuse(scope, receive, send, Refused(503, "the relay is restarting", "restarting"))
+            await self._refuse(scope, receive, send, HandshakeRejected(503, "the relay is restarting", "restarting"))
             return
         client = scope.get("client")
-        address = counted_as(client[0]) if client else None
-        refused = self._admission.enter(address, time.monotonic())
+        address = rate_limit_key(client[0]) if client else None
+        refused = self._admission.acquire(address, time.monotonic())
         if refused is not None:
             await self._refuse(scope, receive, send, refused)
             return
@@ -267,7 +269,7 @@ class Node:
             if socket is not None:
                 await self._run(socket)
         finally:
-            self._admission.leave(address)
+            self._admission.release(address)
 
     def _enter(self, socket: Socket, began: int) -> None:
         self.sockets[socket.id] = socket
@@ -286,13 +288,15 @@ class Node:
         finally:
             del self.sockets[socket.id]
             self._paths[socket.path] -= 1
-            if (task := socket.see_out()) is not None:
+            if (task := socket.finish_in_background()) is not None:
                 self._left_behind[task] = socket
                 task.add_done_callback(self._left_behind.pop)
             if not self.sockets:
                 self._no_sockets.set()
 
-    async def _refuse(self, scope: Scope, receive: ReceiveCallable, send: SendCallable, refused: Refused) -> None:
+    async def _refuse(
+        self, scope: Scope, receive: ReceiveCallable, send: SendCallable, refused: HandshakeRejected
+    ) -> None:
         self._metrics.refused[f"handshake: {refused.kind}"] += 1
         if self._tracer is not None:
             self._tracer.note(refused.kind)
@@ -311,22 +315,22 @@ class Node:
         """Do the handshake of a ``websocket`` scope; None where it was refused."""
         config, metrics = self.config, self._metrics
         shake = handshake.check(scope, config.origins, has_local_pages=self._reach.has_local_pages(scope))
-        access: Callable[..., Access] | None = None
-        if self._auth is not None and not isinstance(shake, Refused):
+        access: Callable[..., SocketAuth] | None = None
+        if self._auth is not None and not isinstance(shake, HandshakeRejected):
             try:
-                access = partial(Access, self._auth, await self._auth.admit(scope, shake.auth_token))
-            except NotAdmitted as error:
-                shake = Refused(error.status, str(error), error.kind)
-        if isinstance(shake, Refused):
+                access = partial(SocketAuth, self._auth, await self._auth.authenticate_request(scope, shake.auth_token))
+            except AuthenticationError as error:
+                shake = HandshakeRejected(error.status, str(error), error.kind)
+        if isinstance(shake, HandshakeRejected):
             await self._refuse(scope, receive, send, shake)
             return None
         await handshake.accept(receive, send, shake.subprotocol)
-        writer: FrameWriter | None = (scope.get("extensions") or {}).get(EXTENSION)
+        writer: DirectWriter | None = (scope.get("extensions") or {}).get(EXTENSION)
         if writer is not None:
             writer.on_shutdown = self._on_shutdown
             writer.close_timeout_s = config.limits.close_timeout_s
         name, compression = next(self._numbers), config.compression
-        connection = Connection(name, scope, receive, send, config.limits, metrics, compression, self._outboxes)
+        connection = WebSocketTransport(name, scope, receive, send, config.limits, metrics, compression, self._outboxes)
         return Socket(
             shake,
             scope,
@@ -342,25 +346,25 @@ class Node:
 
     # Sending users away.
 
-    def order(
+    def send_control(
         self, do: Literal["disconnect", "kick"], user: str, topic: str = "", reason: str = ""
     ) -> asyncio.Future[None]:
         """Send a user away here and on all other nodes; the future fails with BusUnavailable where they do not hear."""
-        order = control.Order(do, user, self._name, topic, reason)
-        self._carry_out(order)
-        return self.pubsub.publish_order(order)
+        order = control.ControlMessage(do, user, self._name, topic, reason)
+        self._apply_control(order)
+        return self.pubsub.publish_control_message(order)
 
-    def _receive_order(self, order: control.Order) -> None:
+    def _receive_order(self, order: control.ControlMessage) -> None:
         if order.sender != self._name:  # else it has come back to us
-            self._carry_out(order)
+            self._apply_control(order)
 
-    def _carry_out(self, order: control.Order) -> None:
+    def _apply_control(self, order: control.ControlMessage) -> None:
         self.pubsub.decisions.order(order.user, order.topic)
         for socket in (*self.sockets.values(), *self._left_behind.values()):
             if socket.access is not None:
-                self._metrics.sent_away += socket.access.send_away(order.user, order.topic, order.reason)
+                self._metrics.sent_away += socket.access.disconnect_user(order.user, order.topic, order.reason)
 
-    async def _sweep(self) -> None:
+    async def _check_idle(self) -> None:
         """Close idle sockets, say when the loop has stood still, and which lines the log has left out.
 
         One coarse look at all sockets costs less than a timer for each. After a standstill the look is put off:
@@ -424,9 +428,10 @@ class Node:
             except (Exception, SystemExit, asyncio.CancelledError) as error:
                 if is_being_cancelled():  # by stop(); an error then is one of its cleaning up
                     if not isinstance(error, asyncio.CancelledError):
-                        _ = self.pubsub.caller.failed(hook, "(a service) raised at its end:", error)
+                        _ = self.pubsub.caller.record_failure(hook, "(a service) raised at its end:", error)
                     return
-                _ = self.pubsub.caller.failed(hook, f"(a service) raised; starting it again in {wait_s:g} s:", error)
+                text = f"(a service) raised; starting it again in {wait_s:g} s:"
+                _ = self.pubsub.caller.record_failure(hook, text, error)
             if time.monotonic() - started > _SERVICE_BACKOFF_MAX_S:
                 wait_s = _SERVICE_BACKOFF_S
             await asyncio.sleep(random.uniform(wait_s / 2, wait_s))

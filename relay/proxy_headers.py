@@ -65,7 +65,7 @@ def client_address(peer: str, forwarded_for: Sequence[str], trusted: Sequence[Ne
     return str(found)
 
 
-def look_behind_proxies(scope: MutableMapping[str, Any], trusted: Sequence[Network]) -> MutableMapping[str, Any]:
+def apply_forwarded_headers(scope: MutableMapping[str, Any], trusted: Sequence[Network]) -> MutableMapping[str, Any]:
     """Put the client's own address and scheme into an ASGI scope that came through trusted proxies.
 
     Returns: the scope itself where nothing is to be changed, else a copy.
@@ -84,7 +84,7 @@ def look_behind_proxies(scope: MutableMapping[str, Any], trusted: Sequence[Netwo
     return {**scope, **changes} if changes else scope
 
 
-def counted_as(address: str) -> str:
+def rate_limit_key(address: str) -> str:
     """Say under which name an address is counted: itself, of IPv6 its /64 network; what is no address, as it is."""
     found = _parse_host(address)
     if isinstance(found, IPv6Address):

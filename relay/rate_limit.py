@@ -8,7 +8,7 @@ import math
 from relay.config import LimitsConfig
 
 
-class Bucket:
+class TokenBucket:
     """A token bucket: so many at once, and so many a second for long.
 
     Args: per_s: tokens that come in each second.
@@ -45,14 +45,14 @@ PORTION_BYTES = 65_536
 """A message counts once for each such portion of it that has begun: what it costs to read grows with its size."""
 
 
-class Pace:
+class MessageRateLimiter:
     """One socket's joins and pushes against the rates that the settings allow it."""
 
     __slots__ = ("_excess_max", "_joins", "_pushes")
 
     def __init__(self, limits: LimitsConfig, now: float) -> None:
-        self._joins = Bucket(limits.joins_per_s, limits.joins_burst, now) if limits.joins_per_s else None
-        self._pushes = Bucket(limits.pushes_per_s, limits.pushes_burst, now) if limits.pushes_per_s else None
+        self._joins = TokenBucket(limits.joins_per_s, limits.joins_burst, now) if limits.joins_per_s else None
+        self._pushes = TokenBucket(limits.pushes_per_s, limits.pushes_burst, now) if limits.pushes_per_s else None
         self._excess_max = limits.rate_limited_max or math.inf
 
     def allows(self, event: str, now: float, size: int = 0) -> bool:

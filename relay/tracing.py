@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import parse_qs
 
-from relay.concurrency import Rest
+from relay.concurrency import Continuation
 from relay.errors import BusUnavailable, ConfigError
 from relay.protocol.serializer import Message
 from relay.version import __version__
@@ -134,7 +134,7 @@ class Trace:
         """Let the span of the message that is being handled last until ``future`` is done."""
         self._until = future
 
-    def handle(self, handle: Callable[[Message], Rest], message: Message) -> Rest:
+    def handle(self, handle: Callable[[Message], Continuation], message: Message) -> Continuation:
         """Handle a message, with a span for a join or a push; heartbeats and leaves have none."""
         if message.topic == "phoenix" or message.event == "phx_leave":
             return handle(message)

@@ -56,7 +56,7 @@ async def hear(message: RedisMessage, relay: Relay) -> None:
         _ = seen.pop(report.icao24, None)
         seen[report.icao24] = now, topic, report
     for topic, reports in tiles.items():
-        relay.broadcast_here(topic, "positions", {"aircraft": reports})
+        relay.local_broadcast(topic, "positions", {"aircraft": reports})
     while seen and seen[oldest := next(iter(seen))][0] < now - KEPT_S:
         del seen[oldest]
 

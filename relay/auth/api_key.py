@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from relay.config import Config
 from relay.logs import Throttle
-from relay.transports.network_access import Reach, is_foreign_page, is_this_machine
+from relay.transports.network_access import NetworkAccess, is_foreign_page, is_this_machine
 
 
-class NotAllowed(NamedTuple):
+class AccessDenied(NamedTuple):
     """Why somebody may not: HTTP status, and a sentence for the client."""
 
     status: int
@@ -23,14 +23,14 @@ class NotAllowed(NamedTuple):
     """Whether a key was given, and is not the one."""
 
 
-def key_in(scope: Mapping[str, Any]) -> bytes:
+def api_key_from(scope: Mapping[str, Any]) -> bytes:
     """The key that a request brings, as ``Authorization: Bearer <key>`` or ``X-API-Key: <key>``; empty for none."""
     headers: dict[bytes, bytes] = dict(scope["headers"])
     scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
     return bearer if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
 
 
-class Operators:
+class ApiKeyAuth:
     """Says who may operate one relay, and who may see its figures.
 
     Args: config: ``rest.api_key`` decides, where it is set; for figures ``metrics.key`` and ``metrics.public``.
@@ -41,25 +41,25 @@ class Operators:
         self._api_key = config.rest.api_key.encode()
         self._metrics_key = (config.metrics.key or config.rest.api_key).encode()
         self._metrics_are_public = config.metrics.public
-        self._reach = Reach(config, authenticates)
+        self._reach = NetworkAccess(config, authenticates)
         # Where others are let in, all clients may come from a proxy on this machine.
         self._openings = config.exposure(authenticates).openings
         self._throttle = Throttle(logging.getLogger("relay.operators"))
 
-    def admit(self, scope: Mapping[str, Any], given: bytes, door: str) -> NotAllowed | None:
+    def authorize(self, scope: Mapping[str, Any], given: bytes, door: str) -> AccessDenied | None:
         """As `check`, and say in the log from where a wrong key came, never which. To be counted by the caller.
 
         Args: door: where it was tried.
         """
         return self._logged(scope, self.check(scope, given), door)
 
-    def _logged(self, scope: Mapping[str, Any], fault: NotAllowed | None, door: str) -> NotAllowed | None:
+    def _logged(self, scope: Mapping[str, Any], fault: AccessDenied | None, door: str) -> AccessDenied | None:
         if fault is not None and fault.is_wrong_key:
             address = (scope.get("client") or (None,))[0]
             self._throttle.warning(door, "%s: refused a wrong API key; address %s", door, address, address=address)
         return fault
 
-    def check(self, scope: Mapping[str, Any], given: bytes) -> NotAllowed | None:
+    def check(self, scope: Mapping[str, Any], given: bytes) -> AccessDenied | None:
         """Say why a request may not operate the relay; None where it may.
 
         Args: given: the key that it brings.
@@ -67,35 +67,35 @@ class Operators:
         if self._api_key:
             if hmac.compare_digest(given, self._api_key):
                 return None
-            return NotAllowed(401, "expected the API key", is_wrong_key=given != b"")
+            return AccessDenied(401, "expected the API key", is_wrong_key=given != b"")
         if self._openings:
             named = ", ".join(self._openings)
-            return NotAllowed(
+            return AccessDenied(
                 403, f"an API key is required because other clients are allowed ({named}); set rest.api_key"
             )
         if not is_this_machine(scope):
-            return NotAllowed(403, "only clients on this machine are answered; set rest.api_key to let others in")
+            return AccessDenied(403, "only clients on this machine are answered; set rest.api_key to let others in")
         if is_foreign_page(scope):
-            return NotAllowed(403, "pages of other origins are not answered; set rest.api_key")
+            return AccessDenied(403, "pages of other origins are not answered; set rest.api_key")
         return None
 
     def has_key(self, scope: Mapping[str, Any]) -> bool:
         """Say whether a request brings the API key."""
-        return bool(self._api_key) and hmac.compare_digest(key_in(scope), self._api_key)
+        return bool(self._api_key) and hmac.compare_digest(api_key_from(scope), self._api_key)
 
     def may_know_reasons(self, scope: Mapping[str, Any]) -> bool:
         """Say whether a request may learn why the relay is not ready: it may name what is behind the relay."""
         return self.has_key(scope) or (is_this_machine(scope) and not is_foreign_page(scope))
 
-    def admit_to_metrics(self, scope: Mapping[str, Any]) -> NotAllowed | None:
+    def admit_to_metrics(self, scope: Mapping[str, Any]) -> AccessDenied | None:
         """Say why a request may not see the figures; None where it may. A wrong key is logged."""
-        given = key_in(scope)
+        given = api_key_from(scope)
         if self._metrics_are_public or (self._metrics_key and hmac.compare_digest(given, self._metrics_key)):
             return None
         if is_this_machine(scope) if self._openings else self._reach.check(scope) is None:
             return None
         what = "set metrics.key and send it as a bearer key, or set metrics.public = true"
         if not self._metrics_key:
-            return NotAllowed(403, f"/metrics answers this machine alone; {what}")
+            return AccessDenied(403, f"/metrics answers this machine alone; {what}")
         text = f"expected the key of /metrics (metrics.key, else rest.api_key); or {what}"
-        return self._logged(scope, NotAllowed(401, text, is_wrong_key=given != b""), "metrics")
+        return self._logged(scope, AccessDenied(401, text, is_wrong_key=given != b""), "metrics")

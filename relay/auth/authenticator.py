@@ -12,9 +12,9 @@ from starlette.requests import HTTPConnection
 
 from relay.auth.decisions import Decisions
 from relay.config import Config
-from relay.errors import NotAdmitted, Reason
+from relay.errors import AuthenticationError, Reason
 from relay.permissions import ALL, Grant, Identity, Rights, bind, escape, parse_claim
-from relay.plugins.dispatcher import Caller, HandlerFailed
+from relay.plugins.dispatcher import HandlerError, HandlerRunner
 from relay.plugins.hooks import Hook, Refused
 from relay.transports.handshake import find_token
 
@@ -44,7 +44,7 @@ class UpgradeRequest(HTTPConnection):
 Authenticate: TypeAlias = Callable[[UpgradeRequest], Claims | Awaitable[Claims | None] | None]
 
 
-class Auth:
+class Authenticator:
     """Decides who gets in.
 
     Args: config: ``auth`` and ``anonymous`` are used.
@@ -58,7 +58,7 @@ class Auth:
     def __init__(
         self,
         config: Config,
-        caller: Caller,
+        caller: HandlerRunner,
         verify: Verify | None = None,
         function: Authenticate | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -86,20 +86,20 @@ class Auth:
         """Seconds in which an expired identity can be renewed."""
         return self._settings.expiry_grace_s
 
-    async def admit(self, scope: Mapping[str, Any], auth_token: str | None) -> Identity:
-        """Say who sends an upgrade request. Raises NotAdmitted."""
+    async def authenticate_request(self, scope: Mapping[str, Any], auth_token: str | None) -> Identity:
+        """Say who sends an upgrade request. Raises AuthenticationError."""
         identity = await self._identify(scope, find_token(scope, auth_token))
         if identity is not None:
             return identity
         if not self._lets_anonymous_in:
-            raise NotAdmitted(401, "no token", "expected a token; the setting `anonymous` would do without")
+            raise AuthenticationError(401, "no token", "expected a token; the setting `anonymous` would do without")
         return self._anonymous
 
-    async def identify(self, token: str) -> Identity:
-        """Say whose token it is that came later. Raises NotAdmitted."""
+    async def authenticate_token(self, token: str) -> Identity:
+        """Say whose token it is that came later. Raises AuthenticationError."""
         identity = await self._identify(_bare_scope(), token)
         if identity is None:
-            raise NotAdmitted(401, "token", "nothing here checks tokens")
+            raise AuthenticationError(401, "token", "nothing here checks tokens")
         return identity
 
     async def _identify(self, scope: Mapping[str, Any], token: str | None) -> Identity | None:
@@ -108,7 +108,7 @@ class Auth:
             identity = await self._decide(scope, token)
             if identity is not None and self.decisions.overtaken(began, identity.user):
                 text = "this user was disconnected in the meantime; try again"
-                raise NotAdmitted(503, "removed", text, Reason.REMOVED)
+                raise AuthenticationError(503, "removed", text, Reason.REMOVED)
             return identity
         finally:
             self.decisions.end(began)
@@ -119,11 +119,11 @@ class Auth:
         if self._hook is not None:
             request = UpgradeRequest(scope, token, claims)
             try:
-                answer = await self._caller.ask(self._hook, request, _checked)
+                answer = await self._caller.call_with_result(self._hook, request, _checked)
             except Refused as refusal:
-                raise NotAdmitted(403, "by authenticate", refusal.reason, Reason.UNAUTHORIZED) from None
-            except HandlerFailed:  # logged and counted there
-                raise NotAdmitted(
+                raise AuthenticationError(403, "by authenticate", refusal.reason, Reason.UNAUTHORIZED) from None
+            except HandlerError:  # logged and counted there
+                raise AuthenticationError(
                     503, "authenticate failed", "authentication has failed; try again", Reason.AUTH_UNAVAILABLE
                 ) from None
             if answer is not None:
@@ -137,12 +137,12 @@ class Auth:
             # Of a token and a function that adds to it, whichever ends first.
             ends = min((_seconds(at) for at in expiry if at is not None), default=None)
         except ValueError as error:
-            raise NotAdmitted(401, "token claims", f"the token's claims are malformed: {error}") from None
+            raise AuthenticationError(401, "token claims", f"the token's claims are malformed: {error}") from None
         expires_at = None
         if ends is not None:
             expires_at = self._clock() + ends + self._settings.leeway_s - self._wall()
             if expires_at <= self._clock():
-                raise NotAdmitted(401, "token expired", "the token has expired", Reason.TOKEN_EXPIRED)
+                raise AuthenticationError(401, "token expired", "the token has expired", Reason.TOKEN_EXPIRED)
         return Identity(user, Rights(bind(granted, user), bind(grants, user)), dict(claims), expires_at)
 
     def _read(self, claims: Claims) -> tuple[str | None, tuple[Grant, ...], tuple[Grant, ...]]:

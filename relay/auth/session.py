@@ -15,8 +15,8 @@ from typing import TypeAlias
 
 import msgspec
 
-from relay.auth.authenticator import Auth
-from relay.errors import CloseCode, NotAdmitted, Reason
+from relay.auth.authenticator import Authenticator
+from relay.errors import AuthenticationError, CloseCode, Reason
 from relay.permissions import Identity, Right
 from relay.protocol.payload import Payload
 from relay.protocol.state import Subscription
@@ -50,7 +50,7 @@ def tokens_in(payload: Payload) -> tuple[str | None, str | None]:
     return found.token or None, found.access_token or None
 
 
-class Access:
+class SocketAuth:
     """One socket's access.
 
     Args: subscriptions: what the socket has joined, kept up to date by its owner.
@@ -74,7 +74,7 @@ class Access:
 
     def __init__(
         self,
-        auth: Auth,
+        auth: Authenticator,
         identity: Identity,
         subscriptions: Mapping[str, Subscription],
         fail: Callable[[Subscription, Reason | None], object],
@@ -97,7 +97,7 @@ class Access:
 
     # Joins.
 
-    def admit(self, subscription: Subscription, params: Payload) -> Reason | None | Decision:
+    def authorize_join(self, subscription: Subscription, params: Payload) -> Reason | None | Decision:
         """Decide on a join: why it is refused, or None; or what decides, where it brings a token."""
         token, access_token = tokens_in(params)
         if (token is None and access_token is None) or not self._auth.checks_tokens:
@@ -111,8 +111,8 @@ class Access:
             return reason
         if token is not None:
             try:
-                identity = await self._auth.identify(token)
-            except NotAdmitted as error:
+                identity = await self._auth.authenticate_token(token)
+            except AuthenticationError as error:
                 return error.reason
             if self.identity.is_expired(self._clock()) and _same_user(identity, self.identity):
                 self._take(identity)
@@ -154,8 +154,8 @@ class Access:
         if token is None:
             return Reason.INVALID_TOKEN
         try:
-            identity = await self._auth.identify(token)
-        except NotAdmitted as error:
+            identity = await self._auth.authenticate_token(token)
+        except AuthenticationError as error:
             return error.reason
         own = None if subscription is None else subscription.identity
         if subscription is not None and own and self._subscriptions.get(subscription.topic) is not subscription:
@@ -221,7 +221,7 @@ class Access:
 
     # Orders.
 
-    def send_away(self, user: str, topic: str, reason: str) -> int:
+    def disconnect_user(self, user: str, topic: str, reason: str) -> int:
         """Close the socket if it is this user's, or with a ``topic`` that one alone; returns how much was ended.
 
         A topic that was opened by a token of its own is that token's user's.

@@ -19,7 +19,7 @@ from jwt.exceptions import PyJWTError
 from relay.auth.jwks import Fetch, PublishedKeys
 from relay.auth.keys import Key, read_key
 from relay.config import AuthConfig
-from relay.errors import ConfigError, NotAdmitted, Reason
+from relay.errors import AuthenticationError, ConfigError, Reason
 
 _TOKEN_MAX_BYTES = 16_384
 _LAST_SECOND = 1e15
@@ -46,7 +46,7 @@ def sign(claims: Mapping[str, Any], key: Key) -> str:
     return jwt.encode(dict(claims), key.private, key.algorithm, {"kid": key.kid} if key.kid else None)
 
 
-class Verifier:
+class TokenVerifier:
     """Checks tokens.
 
     Args: keys: the static ones.
@@ -76,25 +76,25 @@ class Verifier:
             await self._published.close()
 
     async def verify(self, token: str) -> dict[str, Any]:
-        """Check a token's signature, times, issuer and audience; returns its claims. Raises NotAdmitted."""
+        """Check a token's signature, times, issuer and audience; returns its claims. Raises AuthenticationError."""
         if len(token) > _TOKEN_MAX_BYTES:
-            raise NotAdmitted(401, "token", f"expected a token of at most {_TOKEN_MAX_BYTES} bytes")
+            raise AuthenticationError(401, "token", f"expected a token of at most {_TOKEN_MAX_BYTES} bytes")
         try:
             header = jwt.get_unverified_header(token)
         except jwt.InvalidTokenError as error:
             text = 'the token\'s header "kid" is no text' if "Key ID" in str(error) else "the token is no JWT"
-            raise NotAdmitted(401, "token", text) from None
+            raise AuthenticationError(401, "token", text) from None
         except _FAULTS:
-            raise NotAdmitted(401, "token", "the token is no JWT") from None
+            raise AuthenticationError(401, "token", "the token is no JWT") from None
         algorithm, kid = header.get("alg"), header.get("kid") or ""
         if algorithm not in self._config.algorithms:
             allowed = ", ".join(self._config.algorithms)
-            raise NotAdmitted(401, "token algorithm", f"expected a token signed with one of {allowed}")
+            raise AuthenticationError(401, "token algorithm", f"expected a token signed with one of {allowed}")
         keys = _fitting(self._keys, algorithm, kid)
         if self._published is not None and not any(key.kid == kid for key in keys if kid):
             keys += _fitting(await self._published.keys(kid), algorithm, kid)
             if not keys and not self._published.are_known:
-                raise NotAdmitted(
+                raise AuthenticationError(
                     503, "no keys", "the keys of tokens cannot be fetched; try again", Reason.AUTH_UNAVAILABLE
                 )
         for key in keys:
@@ -102,7 +102,7 @@ class Verifier:
                 return self._decode(token, key)
             except jwt.InvalidSignatureError:
                 continue
-        raise NotAdmitted(401, "token signature", "the token is not signed with a key that is known here")
+        raise AuthenticationError(401, "token signature", "the token is not signed with a key that is known here")
 
     def _decode(self, token: str, key: Key) -> dict[str, Any]:
         config = self._config
@@ -124,24 +124,24 @@ class Verifier:
             raise self._refusal(fault)
         return claims
 
-    def _refusal(self, error: Exception) -> NotAdmitted:
+    def _refusal(self, error: Exception) -> AuthenticationError:
         """What is wrong with a token that is signed well, and whose claims have the right types."""
         if isinstance(error, jwt.ExpiredSignatureError):
-            return NotAdmitted(401, "token expired", "the token has expired", Reason.TOKEN_EXPIRED)
+            return AuthenticationError(401, "token expired", "the token has expired", Reason.TOKEN_EXPIRED)
         if isinstance(error, jwt.InvalidIssuerError):
-            return NotAdmitted(401, "token issuer", "the token is of another issuer")
+            return AuthenticationError(401, "token issuer", "the token is of another issuer")
         if isinstance(error, jwt.InvalidAudienceError) and not self._config.audience:
             text = 'the token is for another audience: it has a claim "aud", and auth.audience is not set here'
-            return NotAdmitted(401, "token audience", text)
+            return AuthenticationError(401, "token audience", text)
         if isinstance(error, jwt.InvalidAudienceError):
-            return NotAdmitted(401, "token audience", "the token is for another audience")
+            return AuthenticationError(401, "token audience", "the token is for another audience")
         if isinstance(error, jwt.ImmatureSignatureError):
             claim = "iat" if "(iat)" in str(error) else "nbf"
             text = f'the token is not valid yet: its claim "{claim}" lies in the future; do the clocks agree?'
-            return NotAdmitted(401, "token time", text)
+            return AuthenticationError(401, "token time", text)
         if isinstance(error, jwt.MissingRequiredClaimError):
-            return NotAdmitted(401, "token claims", f"the token lacks the claim {error.claim!r}")
-        return NotAdmitted(401, "token claims", "the token's claims are malformed")
+            return AuthenticationError(401, "token claims", f"the token lacks the claim {error.claim!r}")
+        return AuthenticationError(401, "token claims", "the token's claims are malformed")
 
 
 def _read_claims(check: Callable[..., dict[str, Any]]) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def _read_claims(check: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     except jwt.InvalidSignatureError:
         raise
     except _FAULTS:
-        raise NotAdmitted(401, "token claims", "the token's claims are no JSON object") from None
+        raise AuthenticationError(401, "token claims", "the token's claims are no JSON object") from None
 
 
 _SIGNATURE_ALONE: Any = {f"verify_{claim}": False for claim in ("exp", "nbf", "iat", "aud", "iss", "sub", "jti")}
@@ -169,11 +169,11 @@ _TYPES = {
 
 
 def _check_types(claims: Mapping[str, Any]) -> None:
-    """Check the types of registered claims. Raises NotAdmitted, which names the claim and no value."""
+    """Check the types of registered claims. Raises AuthenticationError, which names the claim and no value."""
     for claim, (expected, section) in _TYPES.items():
         if claim in claims and not _has_type(claims[claim], expected):
             text = f'the token\'s claim "{claim}": expected {expected}, got {_type_of(claims[claim])}'
-            raise NotAdmitted(401, "token claims", f"{text} (RFC 7519, section {section})")
+            raise AuthenticationError(401, "token claims", f"{text} (RFC 7519, section {section})")
 
 
 def _has_type(value: object, expected: str) -> bool:

@@ -40,7 +40,7 @@ class Sink(Protocol):
     def receive_control(self, data: bytes) -> None:
         """Take what a node has published by `Broker.publish_control`; its own too."""
 
-    def receive_gap(self, reason: str) -> None:
+    def on_gap(self, reason: str) -> None:
         """Learn that events may have been missed; hearing has been restored."""
 
 

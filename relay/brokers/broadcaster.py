@@ -219,7 +219,7 @@ class BroadcasterBroker:
                 if lost_at is not None:
                     self._metrics.gaps += 1
                     _logger.warning("gap: events of the last %.1f s may have been missed", self._clock() - lost_at)
-                    sink.receive_gap("the bus was away")
+                    sink.on_gap("the bus was away")
                     lost_at = None
                 settled()
                 await self._serve(backend, sink)

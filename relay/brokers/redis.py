@@ -136,7 +136,7 @@ class RedisBroker:
                 away_s = self._clock() - lost_at
                 self._metrics.gaps += 1
                 _logger.warning("gap: events of the last %.1f s may have been missed", away_s)
-                sink.receive_gap(fault)
+                sink.on_gap(fault)
                 lost_at = None
             settled()
 

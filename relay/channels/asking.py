@@ -7,13 +7,13 @@ from collections.abc import Awaitable
 from functools import partial
 from typing import Any, Protocol
 
-from relay.auth.session import Access, tokens_in
+from relay.auth.session import SocketAuth, tokens_in
 from relay.channels.hub import Subscriber
 from relay.channels.pubsub import PubSub
 from relay.errors import BusUnavailable, Reason
 from relay.metrics import Metrics
 from relay.plugins import hooks
-from relay.plugins.dispatcher import HandlerFailed
+from relay.plugins.dispatcher import HandlerError
 from relay.plugins.hooks import Hook
 from relay.protocol.payload import EMPTY, Payload
 from relay.protocol.state import Push
@@ -33,10 +33,10 @@ class Asker(hooks.Socket, Subscriber, Protocol):
 
 
 async def ask_about_join(pubsub: PubSub, request: hooks.Join, found: tuple[Hook, ...]) -> Payload:
-    """What the join's reply says once all handlers allow it. Raises Refused, InvalidPayload, HandlerFailed."""
+    """What the join's reply says once all handlers allow it. Raises Refused, InvalidPayload, HandlerError."""
     response: dict[str, Any] = {}
     for hook in found:
-        await pubsub.caller.ask(hook, request, partial(hooks.add_response, response))
+        await pubsub.caller.call_with_result(hook, request, partial(hooks.add_response, response))
     return hooks.to_payload(response)
 
 
@@ -58,7 +58,7 @@ async def ask_about_push(socket: Asker, pubsub: PubSub, metrics: Metrics, push: 
         if socket.stop_push(push):
             return
         try:
-            value = await pubsub.caller.ask(hook, request, hooks.to_response)
+            value = await pubsub.caller.call_with_result(hook, request, hooks.to_response)
             answer = value if answer is None else answer
         except hooks.Refused as refusal:
             socket.refuse_push(push, refusal.reason, refusal.response)
@@ -66,7 +66,7 @@ async def ask_about_push(socket: Asker, pubsub: PubSub, metrics: Metrics, push: 
         except hooks.InvalidPayload:
             socket.refuse_push(push, Reason.INVALID_PAYLOAD)
             return
-        except HandlerFailed:
+        except HandlerError:
             socket.refuse_push(push, Reason.INTERNAL)
             return
     if socket.stop_push(push):  # again: handlers may have taken their time
@@ -79,7 +79,7 @@ async def ask_about_push(socket: Asker, pubsub: PubSub, metrics: Metrics, push: 
         socket.reply(push, "ok", EMPTY)
 
 
-async def renew(socket: Asker, access: Access | None, push: Push) -> None:
+async def renew(socket: Asker, access: SocketAuth | None, push: Push) -> None:
     """Take the token that a push brings for the one that was given before."""
     _, token = tokens_in(push.payload)
     reason = None if access is None else await access.renew(token, push.subscription)

@@ -12,28 +12,28 @@ from typing import Literal
 import msgspec
 
 
-class Order(msgspec.Struct, frozen=True, omit_defaults=True):
+class ControlMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     """One order. Whoever gives it has carried it out already where it is, under the name ``sender``."""
 
-    do: Literal["disconnect", "kick"]
+    action: Literal["disconnect", "kick"] = msgspec.field(name="do")
     user: str
     sender: str
     topic: str = ""
     reason: str = ""
 
 
-_decode = msgspec.json.Decoder(Order).decode
+_decode = msgspec.json.Decoder(ControlMessage).decode
 
 
-def encode(order: Order) -> bytes:
+def encode(order: ControlMessage) -> bytes:
     """Write an order."""
     return msgspec.json.encode(order)
 
 
-def decode(data: bytes) -> Order | None:
+def decode(data: bytes) -> ControlMessage | None:
     """Read an order; None for what is none, or is one that this version does not know."""
     try:
         order = _decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         return None
-    return None if not order.user or (order.do == "kick" and not order.topic) else order
+    return None if not order.user or (order.action == "kick" and not order.topic) else order

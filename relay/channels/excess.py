@@ -4,21 +4,21 @@ Owns the answer and its counting; must not know the clock, nor what the message 
 """
 
 from relay.errors import CloseCode, Reason
-from relay.journal import Journal
+from relay.journal import ConnectionLog
 from relay.logs import Subject
 from relay.metrics import Metrics
 from relay.protocol.serializer import Message
-from relay.protocol.state import Protocol
-from relay.rate_limit import Pace
-from relay.transports.websocket import Connection
+from relay.protocol.state import ChannelsProtocol
+from relay.rate_limit import MessageRateLimiter
+from relay.transports.websocket import WebSocketTransport
 
 
 def turn_away(
-    pace: Pace,
-    protocol: Protocol,
-    connection: Connection,
+    pace: MessageRateLimiter,
+    protocol: ChannelsProtocol,
+    connection: WebSocketTransport,
     metrics: Metrics,
-    journal: Journal,
+    journal: ConnectionLog,
     socket: Subject,
     message: Message,
 ) -> bool:

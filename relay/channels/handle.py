@@ -8,14 +8,14 @@ from functools import partial
 from typing import Any
 from urllib.parse import parse_qsl
 
-from relay.auth.session import Access
+from relay.auth.session import SocketAuth
 from relay.channels.pubsub import PubSub
 from relay.errors import CloseCode, Reason
 from relay.plugins import hooks
 from relay.protocol import serializer
 from relay.protocol.serializer import Version
 from relay.protocol.state import Join, Subscription
-from relay.transports.websocket import Connection
+from relay.transports.websocket import WebSocketTransport
 
 
 class Face:
@@ -23,10 +23,10 @@ class Face:
 
     __slots__ = ()
 
-    _connection: Connection
+    _connection: WebSocketTransport
     _pubsub: PubSub
     _query: bytes
-    access: Access | None
+    access: SocketAuth | None
     version: Version
 
     def subscription(self, topic: str) -> Subscription | None:
@@ -37,7 +37,7 @@ class Face:
         """The join of ``topic`` that is being decided."""
         raise NotImplementedError
 
-    def fail(self, subscription: Subscription, reason: Reason | None) -> bool:
+    def end_subscription(self, subscription: Subscription, reason: Reason | None) -> bool:
         """End a subscription with ``phx_error`` or ``phx_close``."""
         raise NotImplementedError
 
@@ -72,7 +72,7 @@ class Face:
         if join is not None:
             join.removed = True
         if subscription is not None:
-            self._pubsub.call_in_loop(partial(self.fail, subscription, None))
+            self._pubsub.call_in_loop(partial(self.end_subscription, subscription, None))
         return subscription is not None or join is not None
 
     def disconnect(self, reason: str = "") -> None:

@@ -55,7 +55,7 @@ class Subscriber(Protocol):
     def subscription(self, topic: str) -> Subscription | None:
         """What this socket has joined under ``topic``."""
 
-    def fail(self, subscription: Subscription, reason: Reason) -> bool:
+    def end_subscription(self, subscription: Subscription, reason: Reason) -> bool:
         """End a subscription with ``phx_error``, so that the client rejoins; False where it has ended already."""
 
 
@@ -157,8 +157,8 @@ def _encode(version: Version, topic: str, events: Sequence[tuple[str, Payload]])
 def _join(frames: Sequence[Frame], deflates: bool) -> bytes:
     """All frames in one piece, as sockets that deflate take them, or as others do."""
     if len(frames) == 1:
-        return frames[0].deflated if deflates else frames[0].wire
-    return b"".join([frame.deflated if deflates else frame.wire for frame in frames])
+        return frames[0].ws_frame_compressed if deflates else frames[0].ws_frame
+    return b"".join([frame.ws_frame_compressed if deflates else frame.ws_frame for frame in frames])
 
 
 class Hub:
@@ -224,7 +224,7 @@ class Hub:
             if not entry.held:
                 entry.held = None
 
-    def tap(self, topic: str, subscriber: Subscriber) -> None:
+    def add_observer(self, topic: str, subscriber: Subscriber) -> None:
         """Subscribe somebody who only looks on: by that no topic is joined, and no list grows."""
         _ = self.add(topic, subscriber)
         self._taps[subscriber] = topic
@@ -278,7 +278,7 @@ class Hub:
         """Each topic with each of its subscribers."""
         return ((name, subscriber) for name, topic in self._topics.items() for subscriber in topic.subscribers)
 
-    def traffic(self, topic: str) -> Traffic | None:
+    def stats(self, topic: str) -> Traffic | None:
         """How many events a topic has; None where nobody has joined it."""
         entry = self._topics.get(topic)
         if entry is None:

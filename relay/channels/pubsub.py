@@ -17,14 +17,14 @@ from weakref import WeakValueDictionary
 from relay.auth.decisions import Decisions
 from relay.brokers.base import Broker, Event
 from relay.channels import control
-from relay.channels.control import Order
+from relay.channels.control import ControlMessage
 from relay.channels.hub import JOINED_MAX_BYTES, Hub, Subscriber
-from relay.concurrency import PIECE_BYTES, InFlight, Lanes, Rest
+from relay.concurrency import JOB_BYTES, Continuation, InFlight, KeyedQueue
 from relay.config import Config, Direction, OnGap
 from relay.errors import BusUnavailable, Reason, RelayError
 from relay.logs import Throttle
 from relay.metrics import Metrics
-from relay.plugins.dispatcher import Caller, HandlerFailed
+from relay.plugins.dispatcher import HandlerError, HandlerRunner
 from relay.plugins.hooks import Event as HookedEvent
 from relay.plugins.hooks import Hook, Hooks, InvalidPayload, RedisMessage, matching
 from relay.plugins.hooks import Leave as HookedLeave
@@ -50,9 +50,9 @@ instead would make everybody wait for one handler.
 # A fan-out that took long is followed by a rest, so that what comes meanwhile is delivered together, with one write for
 # each socket. At 500 sockets and 200 events/s that saves a third of a delivery's cost, for at most 5 ms more until it
 # arrives. A longer rest saves more (three times the fan-out, up to 10 ms: half), and doubles the latency.
-_REST_FROM_S = 0.001
-_REST_MAX_S = 0.005
-_REST_BELOW_EVENTS = 8
+_BATCH_PAUSE_FROM_S = 0.001
+_BATCH_PAUSE_MAX_S = 0.005
+_BATCH_PAUSE_BELOW_EVENTS = 8
 """A batch of more events than this was joined enough: under full load nobody rests."""
 
 
@@ -83,9 +83,9 @@ class PubSub:
         self._clock = clock
         self._sleep = sleep
         self.hooks = hooks
-        self.caller: Caller = Caller(metrics, config.plugins.timeout_s, tracer)
+        self.caller: HandlerRunner = HandlerRunner(metrics, config.plugins.timeout_s, tracer)
         self._publish = broker.publish if tracer is None else tracer.around(broker.publish)
-        self.on_order: Callable[[Order], None] = lambda order: None
+        self.on_control: Callable[[ControlMessage], None] = lambda order: None
         """Called for each order of another node."""
         self._relay = relay
         self.home: Home = Home()
@@ -93,7 +93,7 @@ class PubSub:
         # Events that have to wait for a handler, by topic, and raw Redis messages, by handler.
         self.in_flight: InFlight = InFlight(config.limits.in_flight_total_max_bytes, metrics)
         """What waits for handlers, of all sockets and here."""
-        self._lanes = Lanes(self.in_flight)
+        self._lanes = KeyedQueue(self.in_flight)
         # Subscribers that an event, told by its bytes, shall not reach; see broadcast().
         self._skips: dict[tuple[str, str, bytes], deque[Subscriber]] = {}
         self._config = config
@@ -140,7 +140,7 @@ class PubSub:
         """Start what goes over the bus, from any thread and loop; see `Home.call`. Raises BusUnavailable."""
         return self.home.call(begin, self._config.redis.timeout_s)
 
-    def see_out(self, lanes: Lanes) -> asyncio.Task[None] | None:
+    def finish_in_background(self, lanes: KeyedQueue) -> asyncio.Task[None] | None:
         """Let the handlers that a socket leaves behind come to their end, each within its time; None without any."""
         if not lanes.running:
             return None
@@ -149,13 +149,13 @@ class PubSub:
         task.add_done_callback(self._leftovers.discard)
         return task
 
-    async def _see_out(self, lanes: Lanes) -> None:
+    async def _see_out(self, lanes: KeyedQueue) -> None:
         try:
             await lanes.wait()
         finally:
             await lanes.close()
 
-    async def finish(self, deadline_s: float) -> None:
+    async def join_background(self, deadline_s: float) -> None:
         """Wait for what `see_out` was given, and no longer than ``deadline_s``."""
         if self._leftovers:
             _ = await asyncio.wait(self._leftovers, timeout=deadline_s)
@@ -202,8 +202,8 @@ class PubSub:
             self._hub_idle.clear()
             await self._hub_idle.wait()
         spent_s = self._clock() - began
-        if spent_s > _REST_FROM_S and len(events) < _REST_BELOW_EVENTS:
-            await self._sleep(min(spent_s, _REST_MAX_S))
+        if spent_s > _BATCH_PAUSE_FROM_S and len(events) < _BATCH_PAUSE_BELOW_EVENTS:
+            await self._sleep(min(spent_s, _BATCH_PAUSE_MAX_S))
 
     def _note_binary(self, topic: str, event: str, data: bytes) -> None:
         """Count an event that is delivered as bytes although its publisher meant JSON, and say why now and then."""
@@ -212,7 +212,7 @@ class PubSub:
             text = "payload of event %r on topic %r looks like JSON and is none: %s; delivered as binary"
             self._throttle.warning("no JSON", text, event, topic, fault)
 
-    def _filter(self, topic: str, name: str, data: Payload, skip: Subscriber | None) -> Rest:
+    def _filter(self, topic: str, name: str, data: Payload, skip: Subscriber | None) -> Continuation:
         """Pass an event through the handlers for it and deliver what is left of it."""
         event: HookedEvent | None = HookedEvent(topic, name, data)
         found = tuple(matching(self.hooks.event, topic, name))
@@ -220,13 +220,13 @@ class PubSub:
             return self._filter_later(found, event, skip)
         for at, hook in enumerate(found):
             try:
-                answer = event and self.caller.call_here(hook, event)
+                answer = event and self.caller.call_inline(hook, event)
                 if not isinstance(answer, HookedEvent) and isawaitable(
                     answer
                 ):  # of a plain function: its call alone could tell
                     return self._filter_later(found[at:], event, skip, answer)
                 event = self._checked(hook, answer)
-            except HandlerFailed:
+            except HandlerError:
                 event = None
             except InvalidPayload as error:
                 self._drop_unreadable(topic, error)
@@ -254,11 +254,11 @@ class PubSub:
                 if hook.is_async:
                     event = self._checked(hook, await self.caller.call(hook, event))
                     continue
-                given: Any = self.caller.call_here(hook, event) if answer is None else answer
+                given: Any = self.caller.call_inline(hook, event) if answer is None else answer
                 answer = None
                 given = await self.caller.wait(hook, given, event) if isawaitable(given) else given
                 event = self._checked(hook, given)
-            except HandlerFailed:
+            except HandlerError:
                 event = None
             except InvalidPayload as error:
                 self._drop_unreadable(topic, error)
@@ -271,8 +271,10 @@ class PubSub:
         if isinstance(answer, HookedEvent):
             if topics.is_event(answer.event):
                 return answer
-            raise self.caller.failed(hook, "returned an event with a name that cannot be", ValueError(answer.event))
-        raise self.caller.failed(hook, "returned neither an Event nor None", TypeError(type(answer).__name__))
+            raise self.caller.record_failure(
+                hook, "returned an event with a name that cannot be", ValueError(answer.event)
+            )
+        raise self.caller.record_failure(hook, "returned neither an Event nor None", TypeError(type(answer).__name__))
 
     def _deliver(self, event: HookedEvent | None, skip: Subscriber | None) -> None:
         if event is None:
@@ -294,7 +296,7 @@ class PubSub:
     def _may_wait(self, key: Hashable, data: bytes) -> bool:
         """Say whether an event or a message may queue for a handler that is busy with others of its key."""
         lanes = self._lanes
-        return lanes.waiting(key) < _EVENTS_WAITING and self.in_flight.has_room(lanes, key, len(data) + PIECE_BYTES)
+        return lanes.waiting(key) < _EVENTS_WAITING and self.in_flight.has_room(lanes, key, len(data) + JOB_BYTES)
 
     def receive_control(self, data: bytes) -> None:
         """Take an order from another node; what is none is dropped."""
@@ -303,16 +305,16 @@ class PubSub:
             self._metrics.dropped["control message not understood"] += 1
             self._throttle.warning("control", "a message on the control channel was not understood: dropped")
         else:
-            self.on_order(order)
+            self.on_control(order)
 
     async def _call_redis_hook(self, hook: Hook, message: RedisMessage) -> None:
-        with suppress(HandlerFailed):  # logged and counted there
+        with suppress(HandlerError):  # logged and counted there
             await self.caller.call(hook, message, self._relay)
 
     async def tell_left(self, leave: HookedLeave) -> None:
         """Tell the handlers for it, in order, that a subscription has ended."""
         for hook in matching(self.hooks.leave, leave.topic):
-            with suppress(HandlerFailed):  # logged and counted there
+            with suppress(HandlerError):  # logged and counted there
                 await self.caller.call(hook, leave)
 
     def _fault(self, event: str, data: bytes) -> str | None:
@@ -322,11 +324,11 @@ class PubSub:
             return Reason.PAYLOAD_TOO_LARGE
         return None
 
-    def broadcast_here(self, topic: str, event: str, payload: Payload) -> bool:
+    def local_broadcast(self, topic: str, event: str, payload: Payload) -> bool:
         """Deliver an event of this process's own to its own sockets, past the bus; False where nobody has joined."""
         return self._hub.fan_out(topic, event, payload)
 
-    def receive_gap(self, reason: str) -> None:
+    def on_gap(self, reason: str) -> None:
         """Tell the subscribers, at a pace, that they may have missed events.
 
         Each gets a ``phx_error``, rejoins by itself and refetches what it needs, unless its topic ignores gaps. Those
@@ -345,17 +347,17 @@ class PubSub:
         portion = max(1, round(self._config.rejoins_per_s / 20))
         for subscriber, subscription in pending[portion:]:
             self._hub.hold(subscription.topic, subscriber)
-        self._ask_to_rejoin(pending[:portion])
-        self._gap_task = self._spawn(self._ask_rest_to_rejoin(pending[portion:], portion))
+        self._request_rejoins(pending[:portion])
+        self._gap_task = self._spawn(self._request_remaining_rejoins(pending[portion:], portion))
 
-    async def _ask_rest_to_rejoin(self, pending: list[tuple[Subscriber, Subscription]], portion: int) -> None:
+    async def _request_remaining_rejoins(self, pending: list[tuple[Subscriber, Subscription]], portion: int) -> None:
         for start in range(0, len(pending), portion):
             await asyncio.sleep(0.05)
-            self._ask_to_rejoin(pending[start : start + portion])
+            self._request_rejoins(pending[start : start + portion])
 
-    def _ask_to_rejoin(self, pending: list[tuple[Subscriber, Subscription]]) -> None:
+    def _request_rejoins(self, pending: list[tuple[Subscriber, Subscription]]) -> None:
         for subscriber, subscription in pending:
-            if subscriber.fail(subscription, Reason.EVENTS_MISSED):
+            if subscriber.end_subscription(subscription, Reason.EVENTS_MISSED):
                 self._metrics.rejoins_asked += 1
 
     # From sockets.
@@ -364,25 +366,25 @@ class PubSub:
         """Say why nobody can join now; None when they can."""
         return None if self._broker.link.live else Reason.BUS_UNAVAILABLE
 
-    def join(self, topic: str, enter: Callable[[], None]) -> Coroutine[None, None, None] | None:
-        """Call ``enter`` once events of ``topic`` are heard: at once, or in the returned coroutine.
+    def subscribe(self, topic: str, on_ready: Callable[[], None]) -> Coroutine[None, None, None] | None:
+        """Call ``on_ready`` once events of ``topic`` are heard: at once, or in the returned coroutine.
 
-        ``enter`` writes the join reply and adds the subscriber, with nothing in between: no event is
+        ``on_ready`` writes the join reply and adds the subscriber, with nothing in between: no event is
         delivered before the reply, none is lost after it.
         """
         if not self._broker.needs_subscribe:
-            enter()
+            on_ready()
             return None
-        return self._hear(topic, enter)
+        return self._hear(topic, on_ready)
 
-    async def _hear(self, topic: str, enter: Callable[[], None]) -> None:
+    async def _hear(self, topic: str, on_ready: Callable[[], None]) -> None:
         async with self._lock(topic):
             if topic not in self._heard:
                 await self._broker.subscribe(topic)
                 self._heard.add(topic)
-            enter()
+            on_ready()
 
-    def left(self, topic: str) -> None:
+    def unsubscribe(self, topic: str) -> None:
         """Learn that the last local subscriber of ``topic`` has left."""
         if topic in self._heard:
             _ = self._spawn(self._stop_hearing(topic))
@@ -452,14 +454,14 @@ class PubSub:
             return push
         return _all_of(push, self.publish(Direction.FROM_USER, topic, event, identified(user, socket_id, payload)))
 
-    def publish_order(self, order: Order) -> asyncio.Future[None]:
+    def publish_control_message(self, order: ControlMessage) -> asyncio.Future[None]:
         """Tell all nodes to send a user away; see `Broker.publish_control`."""
         future = self._broker.publish_control(control.encode(order))
         future.add_done_callback(self._log_failure)
-        future.add_done_callback(self._order_done)
+        future.add_done_callback(self._control_done)
         return future
 
-    def _order_done(self, future: asyncio.Future[None]) -> None:
+    def _control_done(self, future: asyncio.Future[None]) -> None:
         if not future.cancelled() and future.exception() is not None:
             self._metrics.dropped["control message not sent"] += 1
 

@@ -11,30 +11,30 @@ import time
 from collections.abc import Callable, Coroutine
 from functools import partial
 
-from relay.auth.session import RENEWAL, Access, Decision
+from relay.auth.session import RENEWAL, Decision, SocketAuth
 from relay.channels import excess
 from relay.channels.asking import ask_about_join, ask_about_push, renew
 from relay.channels.handle import Face
 from relay.channels.hub import Hub
 from relay.channels.pubsub import PubSub
-from relay.concurrency import Lanes, Piece, Rest
+from relay.concurrency import Continuation, Job, KeyedQueue
 from relay.config import Config, Policy
 from relay.errors import IN_FLIGHT_FULL, SUBSCRIPTION_ENDED, BusUnavailable, CloseCode, Reason, WireError
-from relay.journal import Journal, Totals
+from relay.journal import ConnectionLog, Totals
 from relay.metrics import Metrics
 from relay.plugins import hooks
-from relay.plugins.dispatcher import HandlerFailed
-from relay.plugins.hooks import Actor, Hook
+from relay.plugins.dispatcher import HandlerError
+from relay.plugins.hooks import Hook, SocketInfo
 from relay.protocol import serializer
 from relay.protocol.frame import Frame
 from relay.protocol.payload import EMPTY, Payload, encode_payload
 from relay.protocol.serializer import Message, Version
-from relay.protocol.state import Join, Leave, Protocol, Push, Send, Subscription
-from relay.rate_limit import Pace
+from relay.protocol.state import ChannelsProtocol, Join, Leave, Push, Send, Subscription
+from relay.rate_limit import MessageRateLimiter
 from relay.tracing import Trace
 from relay.transports.base import Scope
-from relay.transports.handshake import Handshake
-from relay.transports.websocket import Connection
+from relay.transports.handshake import HandshakeAccepted
+from relay.transports.websocket import WebSocketTransport
 
 
 class Socket(Face):
@@ -69,16 +69,16 @@ class Socket(Face):
 
     def __init__(
         self,
-        shake: Handshake,
+        shake: HandshakeAccepted,
         scope: Scope,
-        connection: Connection,
+        connection: WebSocketTransport,
         *,
         config: Config,
         pubsub: PubSub,
         hub: Hub,
         metrics: Metrics,
-        journal: Journal,
-        access: Callable[..., Access] | None = None,
+        journal: ConnectionLog,
+        access: Callable[..., SocketAuth] | None = None,
         trace: Trace | None = None,
     ) -> None:
         self.id: str = connection.id
@@ -103,11 +103,11 @@ class Socket(Face):
         """In monotonic seconds."""
         self.joinless_since: float = self.opened_at
         """When it was opened; infinite once it has joined a topic."""
-        self._protocol = Protocol(
+        self._protocol = ChannelsProtocol(
             shake.version, topics_max=limits.topics_per_socket, payload_max_bytes=limits.payload_max_bytes
         )
         connection.tell_dropped = self._protocol.tell_dropped
-        self._lanes = Lanes(pubsub.in_flight, self._give_up_waiting)
+        self._lanes = KeyedQueue(pubsub.in_flight, self._give_up_waiting)
         # The newest unanswered push of each topic: a leave waits for it, so that its reply comes first.
         self._last_push: dict[str, asyncio.Future[None]] = {}
         # Joins that plugins have allowed, by topic, and whose end they are still to be told.
@@ -115,9 +115,9 @@ class Socket(Face):
         self._ended = False
         # Whether the relay has ended all there was, so that nothing that waits may go on.
         self._revoked = False
-        self.access: Access | None = None
+        self.access: SocketAuth | None = None
         if access is not None:
-            self.access = access(self._protocol.subscriptions, self.fail, self.close, self._count_refusal)
+            self.access = access(self._protocol.subscriptions, self.end_subscription, self.close, self._count_refusal)
 
     # Its life.
 
@@ -125,7 +125,7 @@ class Socket(Face):
         """Serve the socket until it is closed by either side."""
         connection, lanes, busy = self._connection, self._lanes, self._config.limits.pushes_in_flight
         most_bytes = self._config.limits.in_flight_max_bytes
-        pace = Pace(self._config.limits, connection.last_received)
+        pace = MessageRateLimiter(self._config.limits, connection.last_received)
         turn_away = partial(excess.turn_away, pace, self._protocol, connection, self._metrics, self._journal, self)
         # Chosen once: without tracing a message costs what it did.
         handle = self._handle if self._trace is None else partial(self._trace.handle, self._handle)
@@ -160,13 +160,13 @@ class Socket(Face):
             totals = Totals(open_s, self._joins, self._pushes, self._events, connection.dropped)
             self._journal.disconnected(self, *connection.ending, totals)
 
-    def see_out(self) -> asyncio.Task[None] | None:
+    def finish_in_background(self) -> asyncio.Task[None] | None:
         """Let go of a socket that has ended, once what it leaves behind has come to its end; None where nothing has.
 
         What plugins have begun, or are still to hear of, is not cut off by a client that has gone. Its rights end
         meanwhile as those of a client that stayed.
         """
-        task = self._pubsub.see_out(self._lanes)
+        task = self._pubsub.finish_in_background(self._lanes)
         if task is None:
             self._let_go()
         else:
@@ -198,7 +198,7 @@ class Socket(Face):
     def _give_up_waiting(self) -> None:
         """Drop what waits for handlers, and close: of all sockets too much is under way, and of this one most."""
         self._metrics.refused[IN_FLIGHT_FULL] += self._lanes.drop(_is_message)
-        self._connection.give_up("in flight", "too much of this client waits for handlers, and of all clients")
+        self._connection.evict("in flight", "too much of this client waits for handlers, and of all clients")
 
     def idle_s(self, now: float) -> float:
         """Seconds since the client's last message or ping, at the monotonic time ``now``."""
@@ -206,7 +206,7 @@ class Socket(Face):
 
     # What the client sent.
 
-    def _handle(self, message: Message) -> Rest:
+    def _handle(self, message: Message) -> Continuation:
         """Do what a message asks for; the coroutine returned, if any, is what is left to wait for."""
         match self._protocol.receive(message):
             case Send(frame, refused):
@@ -225,7 +225,7 @@ class Socket(Face):
                 self._metrics.refused["stale join_ref"] += 1
         return None
 
-    def _join(self, join: Join) -> Rest:
+    def _join(self, join: Join) -> Continuation:
         join.began = self._pubsub.decisions.begin()
         if (rest := self._admit(join)) is not None:
             return self._decide(join, rest)
@@ -238,10 +238,10 @@ class Socket(Face):
         finally:
             self._pubsub.decisions.end(join.began)
 
-    def _admit(self, join: Join) -> Rest:
+    def _admit(self, join: Join) -> Continuation:
         reason = self._pubsub.refuse_join()
         if reason is None and self.access is not None:
-            admitted = self.access.admit(join.subscription, join.params)
+            admitted = self.access.authorize_join(join.subscription, join.params)
             if callable(admitted):
                 return self._join_later(join, admitted)
             reason = admitted
@@ -251,7 +251,7 @@ class Socket(Face):
         if (rest := self._admitted(join, await decide())) is not None:
             await rest
 
-    def _admitted(self, join: Join, reason: Reason | None) -> Rest:
+    def _admitted(self, join: Join, reason: Reason | None) -> Continuation:
         """Go on with a join that has the right to be, unless there is a ``reason`` why not."""
         if reason is not None:
             self._refuse_join(join, reason)
@@ -272,13 +272,13 @@ class Socket(Face):
             self._refuse_join(join, refusal.reason, refusal.response)
         except hooks.InvalidPayload:
             self._refuse_join(join, Reason.INVALID_PAYLOAD)
-        except HandlerFailed:
+        except HandlerError:
             self._refuse_join(join, Reason.JOIN_CRASHED)
         else:
             if (rest := self._enter(join, response)) is not None:
                 await rest
 
-    def _enter(self, join: Join, response: Payload) -> Rest:
+    def _enter(self, join: Join, response: Payload) -> Continuation:
         """Reply and subscribe, as soon as the broker hears the topic."""
         if self._pubsub.hooks.leave:
             self._known[join.subscription.topic] = join.subscription
@@ -301,7 +301,7 @@ class Socket(Face):
             self._metrics.joins += 1
             self._joins += 1
 
-        hearing = self._pubsub.join(join.subscription.topic, enter)
+        hearing = self._pubsub.subscribe(join.subscription.topic, enter)
         return None if hearing is None else self._enter_later(join, hearing)
 
     async def _enter_later(self, join: Join, hearing: Coroutine[None, None, None]) -> None:
@@ -314,17 +314,17 @@ class Socket(Face):
     def _refuse_join(self, join: Join, reason: str, response: Payload | None = None) -> None:
         self._count_refusal(reason)
         topic, own = join.subscription.topic, join.subscription.identity
-        self._journal.join_refused(self if own is None else Actor(self.id, own.user, self.address), topic, reason)
+        self._journal.join_refused(self if own is None else SocketInfo(self.id, own.user, self.address), topic, reason)
         if join.replaces is not None:
             self._unsubscribe(join.replaces)
         for frame in self._protocol.refuse(join, response or encode_payload({"reason": reason})):
             self._connection.send_control(frame)
 
-    def _leave(self, leave: Leave) -> Rest:
+    def _leave(self, leave: Leave) -> Continuation:
         pushed = self._last_push.get(leave.subscription.topic)
         if pushed is not None:
             return self._leave_after(pushed, leave)
-        if self._protocol.has(leave.subscription):  # else it was ended from this side while the leave waited
+        if self._protocol.is_current(leave.subscription):  # else it was ended from this side while the leave waited
             self._unsubscribe(leave.subscription)
             for frame in self._protocol.leave(leave):
                 self._connection.send_control(frame)
@@ -334,7 +334,7 @@ class Socket(Face):
         _ = await asyncio.wait((pushed,))
         _ = self._leave(leave)
 
-    def _push(self, push: Push) -> Rest:
+    def _push(self, push: Push) -> Continuation:
         topic = push.subscription.topic
         self._metrics.pushes_in += 1
         self._pushes += 1
@@ -380,7 +380,7 @@ class Socket(Face):
 
     def stop_push(self, push: Push) -> bool:
         """Refuse a push that had to wait and has no right any more to go on; False where it has."""
-        if self._revoked or not self._protocol.has(push.subscription):
+        if self._revoked or not self._protocol.is_current(push.subscription):
             self._metrics.refused[SUBSCRIPTION_ENDED] += 1
             return True
         reason = None if self.access is None else self.access.may_push(push.subscription)
@@ -408,10 +408,10 @@ class Socket(Face):
         self._connection.settle_dropped(topic, partial(self._protocol.tell_dropped, subscription=subscription))
         self._events += self._hub.events_for(topic, self)
         if self._hub.remove(topic, self):
-            self._pubsub.left(topic)
+            self._pubsub.unsubscribe(topic)
         self._lanes.run(topic, partial(self._tell_left, subscription))
 
-    def _tell_left(self, subscription: Subscription) -> Rest:
+    def _tell_left(self, subscription: Subscription) -> Continuation:
         if self._known.get(subscription.topic) is not subscription:
             return None
         del self._known[subscription.topic]
@@ -464,7 +464,7 @@ class Socket(Face):
         return True
 
 
-def _is_message(piece: Piece) -> bool:
+def _is_message(piece: Job) -> bool:
     """Whether a piece of work is a message of the client's: the others tell plugins of an end."""
     return isinstance(piece, partial) and isinstance(piece.args[-1], Message)
 

@@ -212,7 +212,7 @@ def _run(
                 os.environ["RELAY_ORIGINS"] = json.dumps(settings.origins)
             if not settings.metrics.folder:
                 os.environ["RELAY_METRICS__FOLDER"] = stack.enter_context(_folder_of_figures())
-            application, options["factory"] = "relay.cli:_worker_app", True
+            application, options["factory"] = "relay.cli.main:_worker_app", True
         return uvicorn_server.run(uvicorn.Config(application, workers=settings.workers, **options), listener, clean_up)
 
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from relay.logs import SUBJECT, Throttle
 from relay.metrics import Metrics
-from relay.plugins.hooks import Actor, Hook, InvalidPayload, Join, Leave, Push, Refused
+from relay.plugins.hooks import Hook, InvalidPayload, Join, Leave, Push, Refused, SocketInfo
 from relay.tracing import Tracer
 
 T = TypeVar("T")
@@ -32,11 +32,11 @@ _FAULTS = (Exception, SystemExit)
 """What a handler may raise to its own cost alone; without a name here, ``sys.exit()`` in one would end the relay."""
 
 
-class HandlerFailed(Exception):
+class HandlerError(Exception):
     """A handler raised, or did not end in time. It has been logged and counted; ``str(error)`` is for no client."""
 
 
-class Caller:
+class HandlerRunner:
     """Calls handlers with a time limit.
 
     Coroutine functions run in the event loop, plain functions in threads, where they may block.
@@ -52,26 +52,26 @@ class Caller:
         # Each plugin has its own: one whose handlers hang in all of them is in nobody else's way.
         self._threads: defaultdict[str, _Threads] = defaultdict(_Threads)
 
-    async def ask(self, hook: Hook, argument: object, take: Callable[[Any], T]) -> T:
+    async def call_with_result(self, hook: Hook, argument: object, take: Callable[[Any], T]) -> T:
         """Call a handler that may refuse, and give what ``take`` makes of its answer.
 
         Args:   take: raises TypeError for an answer that will not do.
-        Raises: Refused, which is an answer; InvalidPayload, the client's fault; HandlerFailed.
+        Raises: Refused, which is an answer; InvalidPayload, the client's fault; HandlerError.
         """
         with _about(argument):
             answer = await self._call(hook, argument)
             try:
                 return take(answer)
             except TypeError as error:
-                raise self.failed(hook, "returned what cannot be sent", error) from None
+                raise self.record_failure(hook, "returned what cannot be sent", error) from None
 
     async def call(self, hook: Hook, *arguments: object) -> Any:
-        """Call a handler that has nothing to refuse. Raises InvalidPayload, HandlerFailed."""
+        """Call a handler that has nothing to refuse. Raises InvalidPayload, HandlerError."""
         with _about(*arguments[:1]):
             try:
                 return await self._call(hook, *arguments)
             except Refused as error:
-                raise self.failed(hook, "raised Refused, which only on_join and on_push may", error) from None
+                raise self.record_failure(hook, "raised Refused, which only on_join and on_push may", error) from None
 
     async def _call(self, hook: Hook, *arguments: object) -> Any:
         if self._tracer is None:
@@ -80,12 +80,12 @@ class Caller:
             return await self._run(hook, *arguments)
 
     async def wait(self, hook: Hook, answer: Awaitable[Any], *arguments: object) -> Any:
-        """Wait for what a handler has returned to `call_here`, to be awaited. Raises InvalidPayload, HandlerFailed."""
+        """Wait for what a handler has returned to `call_inline`, to be awaited. Raises InvalidPayload, HandlerError."""
         with _about(*arguments[:1]):
             try:
                 return await self._in_time(hook, answer, arguments)
             except Refused as error:
-                raise self.failed(hook, "raised Refused, which only on_join and on_push may", error) from None
+                raise self.record_failure(hook, "raised Refused, which only on_join and on_push may", error) from None
 
     async def _run(self, hook: Hook, *arguments: object) -> Any:
         self._metrics.plugin_calls[hook.plugin] += 1
@@ -111,20 +111,20 @@ class Caller:
             raise self._judged(error, hook, arguments) from None
         except TimeoutError as error:
             what = f"did not end within {self._timeout_s:g} s" if limit.expired() else "raised"
-            raise self.failed(hook, what, error) from None
+            raise self.record_failure(hook, what, error) from None
         except asyncio.CancelledError as error:
             if is_being_cancelled():
                 raise
-            raise self.failed(hook, "was cancelled by itself", error) from None
+            raise self.record_failure(hook, "was cancelled by itself", error) from None
         except _FAULTS as error:
-            raise self.failed(hook, "raised", error) from None
+            raise self.record_failure(hook, "raised", error) from None
         finally:
             self._metrics.plugin_time[hook.plugin].observe(time.perf_counter() - began)
 
-    def call_here(self, hook: Hook, *arguments: object) -> Any:
+    def call_inline(self, hook: Hook, *arguments: object) -> Any:
         """Call a plain function in the event loop, for hooks on the way of every event.
 
-        Raises: InvalidPayload, HandlerFailed.
+        Raises: InvalidPayload, HandlerError.
         """
         self._metrics.plugin_calls[hook.plugin] += 1
         began = time.perf_counter()
@@ -133,20 +133,20 @@ class Caller:
         except InvalidPayload as error:
             raise self._judged(error, hook, arguments) from None
         except _FAULTS as error:
-            raise self.failed(hook, "raised", error) from None
+            raise self.record_failure(hook, "raised", error) from None
         finally:
             self._metrics.plugin_time[hook.plugin].observe(time.perf_counter() - began)
 
     def _judged(self, error: InvalidPayload, hook: Hook, arguments: tuple[object, ...]) -> Exception:
         """The same, where it is about what the handler was given, and so no fault of the plugin's."""
-        return error if error.carrier in arguments else self.failed(hook, "raised", error)
+        return error if error.carrier in arguments else self.record_failure(hook, "raised", error)
 
-    def failed(self, hook: Hook, what: str, error: BaseException) -> HandlerFailed:
+    def record_failure(self, hook: Hook, what: str, error: BaseException) -> HandlerError:
         """Log and count a handler's fault."""
         self._metrics.plugin_errors[hook.plugin] += 1
         # The first of a kind with its traceback, the others as a number: a broken handler is called often.
         self._throttle.error(f"{hook.plugin}.{hook.name}", error, "plugin %s: %s %s", hook.plugin, hook.name, what)
-        return HandlerFailed(what)
+        return HandlerError(what)
 
     def close(self) -> None:
         """End the threads that wait for work, and wait for none that hangs."""
@@ -160,7 +160,7 @@ def _about(argument: object = None) -> Iterator[None]:
     if not isinstance(argument, Join | Push | Leave):
         yield
         return
-    token = SUBJECT.set(Actor(argument.socket.id, argument.user, argument.socket.address))
+    token = SUBJECT.set(SocketInfo(argument.socket.id, argument.user, argument.socket.address))
     try:
         yield
     finally:

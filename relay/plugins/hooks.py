@@ -94,13 +94,13 @@ class InvalidPayload(RelayError, ValueError):
     It is the fault of who sent it: a push or a join is refused with ``invalid payload``, an event is dropped.
     """
 
-    def __init__(self, carrier: "_Carries", text: str) -> None:
+    def __init__(self, carrier: "_WithPayload", text: str) -> None:
         super().__init__(f"the payload cannot be read: {text}")
-        self.carrier: _Carries = carrier
+        self.carrier: _WithPayload = carrier
         """Whose payload it is."""
 
 
-class _Carries:
+class _WithPayload:
     """A payload, decoded when it is first asked for."""
 
     __slots__ = ("_decoded", "data")
@@ -140,7 +140,7 @@ def _is_deep(data: bytes) -> bool:
     return max(accumulate(steps), default=0) > NESTING_MAX
 
 
-class Actor(NamedTuple):
+class SocketInfo(NamedTuple):
     """Who acts, as a line of the log names it: a socket, and the user on whose behalf it does."""
 
     id: str
@@ -148,7 +148,7 @@ class Actor(NamedTuple):
     address: str | None
 
 
-class _Acts:
+class _WithUser:
     """Something that a socket does on a topic, on behalf of a user."""
 
     __slots__ = ()
@@ -167,7 +167,7 @@ class _Acts:
         return self.socket.claims if self._identity is None else self._identity.claims
 
 
-class Join(_Acts, _Carries):
+class Join(_WithUser, _WithPayload):
     """A client asks for a topic; ``payload`` is the join's params: in phoenix.js the second argument of ``channel``."""
 
     __slots__ = ("_identity", "socket", "topic")
@@ -182,7 +182,7 @@ class Join(_Acts, _Carries):
 
 
 @dataclass(frozen=True, slots=True)
-class Leave(_Acts):
+class Leave(_WithUser):
     """A subscription has ended: the client left, joined anew, or is gone, or was sent away."""
 
     socket: Socket
@@ -192,7 +192,7 @@ class Leave(_Acts):
     _identity: Identity | None = field(default=None, repr=False)
 
 
-class Push(_Acts, _Carries):
+class Push(_WithUser, _WithPayload):
     """A client pushes an event to a topic it has joined. All of it may be used in a thread."""
 
     __slots__ = ("_broadcast", "_identity", "_reply", "event", "forwarded", "replied", "socket", "topic")
@@ -259,7 +259,7 @@ class Push(_Acts, _Carries):
         return self._broadcast(event, payload, False)
 
 
-class Event(_Carries):
+class Event(_WithPayload):
     """An event on its way from the bus to the subscribers of its topic."""
 
     __slots__ = ("event", "topic")

@@ -27,7 +27,7 @@ ENTRY_POINTS = "relay.plugins"
 
 
 @dataclass
-class Found:
+class PluginInfo:
     """One plugin that was found, loaded or not."""
 
     name: str
@@ -62,21 +62,21 @@ def router_path(route: Any) -> str:
 
 
 @dataclass
-class Loaded:
+class PluginSet:
     """All plugins, and their hooks in the order they are called."""
 
-    found: list[Found] = field(default_factory=list)
+    found: list[PluginInfo] = field(default_factory=list)
     hooks: Hooks = Hooks()
 
 
-def load_plugins(config: PluginsConfig, builtins: tuple[Plugin, ...] = ()) -> Loaded:
+def load_plugins(config: PluginsConfig, builtins: tuple[Plugin, ...] = ()) -> PluginSet:
     """Find and import all plugins.
 
     Raises: ConfigError: one cannot be imported, with its name and reason, unless ``on_error`` is ``skip``.
     """
-    found = [Found(plugin.name, "built-in", plugin) for plugin in builtins]
+    found = [PluginInfo(plugin.name, "built-in", plugin) for plugin in builtins]
     for name, source, load in candidates(config):
-        entry = Found(name, source)
+        entry = PluginInfo(name, source)
         try:
             _examine(entry, load())
         except (Exception, SystemExit) as error:  # a plugin's import may raise anything
@@ -91,7 +91,7 @@ def load_plugins(config: PluginsConfig, builtins: tuple[Plugin, ...] = ()) -> Lo
         for kind, hooks in entry.plugin.hooks.entries.items() if entry.plugin else ():
             for hook in hooks:
                 table.add(kind, hook)
-    return Loaded(found, table.freeze())
+    return PluginSet(found, table.freeze())
 
 
 def candidates(config: PluginsConfig) -> Iterator[tuple[str, str, Callable[[], object]]]:
@@ -129,7 +129,7 @@ def _import_package(init: Path) -> ModuleType:
 class _Registration:
     """A plugin's ``register_plugin``, whose faults name the plugin. Raises ConfigError."""
 
-    entry: Found
+    entry: PluginInfo
     register: Callable[[Any], object]
 
     def __call__(self, app: Any) -> None:
@@ -140,7 +140,7 @@ class _Registration:
             raise ConfigError(f"plugin {self.entry.name} ({self.entry.source}): {fault}") from error
 
 
-def _examine(entry: Found, thing: object) -> None:
+def _examine(entry: PluginInfo, thing: object) -> None:
     """Take out of a module, or of what an entry point names, what makes it a plugin."""
     if isinstance(thing, Plugin):
         entry.plugin = thing

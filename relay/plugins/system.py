@@ -53,5 +53,5 @@ async def tell(relay: "Relay") -> None:
                 "events_per_s": round((deliveries - last_deliveries) / (now - last_time), 1),
                 "uptime_s": round(now - started),
             }
-            relay.broadcast_here(TOPIC, EVENT, figures)
+            relay.local_broadcast(TOPIC, EVENT, figures)
         told, last_time, last_deliveries = subscribers, now, deliveries

@@ -50,14 +50,14 @@ class Frame:
           is_text: a text frame (opcode 1) rather than a binary one (opcode 2).
     """
 
-    __slots__ = ("_deflated", "_text", "_value", "_wire", "data", "is_text", "size")
+    __slots__ = ("_ws_frame_compressed", "_text", "_value", "_ws_frame", "data", "is_text", "size")
 
     def __init__(self, data: bytes, is_text: bool) -> None:
         self.data: bytes = data
         self.is_text: bool = is_text
         self.size: int = len(data)
-        self._wire: bytes | None = None
-        self._deflated: bytes | None = None
+        self._ws_frame: bytes | None = None
+        self._ws_frame_compressed: bytes | None = None
         self._text: str | None = None
         # Set when asked for: (key, its value in the payload).
         self._value: tuple[str, bytes | None] | None = None
@@ -79,31 +79,31 @@ class Frame:
         return self._text
 
     @property
-    def wire(self) -> bytes:
+    def ws_frame(self) -> bytes:
         """The frame as it goes to the transport: unmasked, unfragmented, header included; made once for all sockets.
 
         Source: RFC 6455, section 5.2 – FIN and opcode, then the length in 7, 16 or 64 bits.
         """
-        if self._wire is None:
-            self._wire = _header(b"\x81" if self.is_text else b"\x82", self.size) + self.data
-        return self._wire
+        if self._ws_frame is None:
+            self._ws_frame = _header(b"\x81" if self.is_text else b"\x82", self.size) + self.data
+        return self._ws_frame
 
     @property
-    def deflated(self) -> bytes:
+    def ws_frame_compressed(self) -> bytes:
         """The same, compressed for sockets that negotiated it, once for all of them; as it is where that gains nothing.
 
         Each frame stands for itself, since the sockets have not all had the same ones before it.
         Source: RFC 7692, section 7.2.1 – RSV1 marks it, the empty block at its end is left out – and 7.1.1.1,
                 ``server_no_context_takeover``.
         """
-        if self._deflated is None:
-            self._deflated = self.wire
+        if self._ws_frame_compressed is None:
+            self._ws_frame_compressed = self.ws_frame
             if self.size >= _DEFLATE_MIN_BYTES:
                 deflate = zlib.compressobj(wbits=-DEFLATE_WINDOW_BITS, memLevel=_DEFLATE_MEMORY_LEVEL)
                 data = (deflate.compress(self.data) + deflate.flush(zlib.Z_SYNC_FLUSH))[:-4]
                 if len(data) < self.size:
-                    self._deflated = _header(b"\xc1" if self.is_text else b"\xc2", len(data)) + data
-        return self._deflated
+                    self._ws_frame_compressed = _header(b"\xc1" if self.is_text else b"\xc2", len(data)) + data
+        return self._ws_frame_compressed
 
     def __repr__(self) -> str:
         return f"Frame({self.data!r}, is_text={self.is_text})"

@@ -40,7 +40,7 @@ class Version(IntEnum):
     V2 = 2
 
 
-class Kind(IntEnum):
+class BinaryKind(IntEnum):
     """First byte of a binary V2 frame."""
 
     PUSH = 0
@@ -141,7 +141,7 @@ def _is_long(ref: Ref) -> bool:
 
 def _decode_binary(frame: bytes) -> Message:
     """Decode a binary push: ``00 jl rl tl el join_ref ref topic event data``, each length one byte."""
-    if not frame or frame[0] != Kind.PUSH:
+    if not frame or frame[0] != BinaryKind.PUSH:
         came = f"kind {frame[0]}" if frame else "an empty frame"
         raise WireError(CloseCode.UNSUPPORTED, f"expected a binary push (kind 0), got {came}")
     ends = [5]
@@ -186,7 +186,7 @@ def encode_broadcast(version: Version, topic: str, event: str, payload: Payload)
         return _text_v1(None, topic, event, payload)
     if not isinstance(payload, msgspec.Raw):
         topic_bytes, event_bytes = _name(topic), _name(event)
-        lengths = bytes((Kind.BROADCAST, len(topic_bytes), len(event_bytes)))
+        lengths = bytes((BinaryKind.BROADCAST, len(topic_bytes), len(event_bytes)))
         return Frame(b"".join((lengths, topic_bytes, event_bytes, payload)), False)
     return _text_v2(None, None, topic, event, payload)
 
@@ -200,7 +200,7 @@ def encode_push(version: Version, join_ref: Ref, topic: str, event: str, payload
         return _text_v1(None, topic, event, payload)
     if not isinstance(payload, msgspec.Raw):
         join_bytes, topic_bytes, event_bytes = _ref(join_ref), _name(topic), _name(event)
-        lengths = bytes((Kind.PUSH, len(join_bytes), len(topic_bytes), len(event_bytes)))
+        lengths = bytes((BinaryKind.PUSH, len(join_bytes), len(topic_bytes), len(event_bytes)))
         return Frame(b"".join((lengths, join_bytes, topic_bytes, event_bytes, payload)), False)
     return _text_v2(join_ref, None, topic, event, payload)
 
@@ -213,7 +213,7 @@ def encode_reply(version: Version, join_ref: Ref, ref: Ref, topic: str, status: 
     """
     if version is Version.V2 and not isinstance(response, msgspec.Raw):
         parts = (_ref(join_ref), _ref(ref), _name(topic), _name(status))
-        lengths = bytes((Kind.REPLY, *map(len, parts)))
+        lengths = bytes((BinaryKind.REPLY, *map(len, parts)))
         return Frame(b"".join((lengths, *parts, response)), False)
     body = b'{"status":%b,"response":%b}' % (_encode(status), bytes(as_json(response)))
     if version is Version.V1:

@@ -2,7 +2,7 @@
 
 Owns what a socket has joined and under which ``join_ref``; must not know transports, brokers or the clock.
 
-The owner feeds decoded messages to `Protocol.receive` and does what the returned action says. A `Join`,
+The owner feeds decoded messages to `ChannelsProtocol.receive` and does what the returned action says. A `Join`,
 `Leave` or `Push` is answered through the protocol again, so that the wire's rules live in one place::
 
     message ─► receive() ─► None            dropped: the message was stale
@@ -56,7 +56,7 @@ class Send:
 
 @dataclass(slots=True)
 class Join:
-    """The client asks for a topic. Decide, then call `Protocol.accept` or `Protocol.refuse`."""
+    """The client asks for a topic. Decide, then call `ChannelsProtocol.accept` or `ChannelsProtocol.refuse`."""
 
     subscription: Subscription
     join_ref: Ref
@@ -73,7 +73,7 @@ class Join:
 
 @dataclass(slots=True)
 class Leave:
-    """The client gives a topic up. Take the subscriber out, then call `Protocol.leave`."""
+    """The client gives a topic up. Take the subscriber out, then call `ChannelsProtocol.leave`."""
 
     subscription: Subscription
     ref: Ref
@@ -81,7 +81,7 @@ class Leave:
 
 @dataclass(slots=True)
 class Push:
-    """The client pushes an event to a topic it has joined. Answer with `Protocol.reply`, once, often or never."""
+    """The client pushes an event to a topic it has joined; answer with `ChannelsProtocol.reply`, if at all."""
 
     subscription: Subscription
     ref: Ref
@@ -92,7 +92,7 @@ class Push:
 Action: TypeAlias = Send | Join | Leave | Push
 
 
-class Protocol:
+class ChannelsProtocol:
     """Joins, refs and stale rules of one socket.
 
     Args: version: the serializer negotiated in the handshake.
@@ -188,7 +188,7 @@ class Protocol:
         _ = self._joining.pop(topic, None)
         frames = [serializer.encode_reply(self.version, join.join_ref, join.ref, topic, status, response)]
         # One that was ended from this side in the meantime has been told already.
-        if join.replaces is not None and self.has(join.replaces):
+        if join.replaces is not None and self.is_current(join.replaces):
             frames.append(serializer.encode_close(self.version, join.replaces.join_ref, topic))
         return frames
 
@@ -203,7 +203,7 @@ class Protocol:
 
     def reply(self, push: Push, status: str, response: Payload = EMPTY) -> Frame | None:
         """Answer a push under its ref; None where the client has left in the meantime, or asked for no answer."""
-        if push.ref is None or not self.has(push.subscription):
+        if push.ref is None or not self.is_current(push.subscription):
             return None
         subscription = push.subscription
         return serializer.encode_reply(
@@ -215,7 +215,7 @@ class Protocol:
 
         Returns None where it has ended already.
         """
-        if not self.has(subscription):
+        if not self.is_current(subscription):
             return None
         del self.subscriptions[subscription.topic]
         if error is None:
@@ -235,7 +235,7 @@ class Protocol:
         """The join of ``topic`` that is being decided."""
         return self._joining.get(topic)
 
-    def has(self, subscription: Subscription) -> bool:
+    def is_current(self, subscription: Subscription) -> bool:
         """Say whether this very subscription is still in force."""
         return self.subscriptions.get(subscription.topic) is subscription
 

@@ -4,8 +4,8 @@ Owns the counting; must not know transports or the clock: the time is passed in,
 """
 
 from relay.proxy_headers import is_loopback_address
-from relay.rate_limit import Bucket
-from relay.transports.handshake import Refused
+from relay.rate_limit import TokenBucket
+from relay.transports.handshake import HandshakeRejected
 
 _OWN_NETWORK = "::/64"
 """The network of ``::1``, as it is counted."""
@@ -25,8 +25,8 @@ class _Shares:
     def __init__(self, per_s: float, now: float) -> None:
         self._per_s = per_s
         self._since = now
-        self._young: dict[str, Bucket] = {}
-        self._old: dict[str, Bucket] = {}
+        self._young: dict[str, TokenBucket] = {}
+        self._old: dict[str, TokenBucket] = {}
 
     def take(self, address: str, now: float) -> bool:
         if now - self._since >= 1:
@@ -35,7 +35,7 @@ class _Shares:
         if bucket is None:
             if len(self) >= _SHARES_MAX:
                 return True
-            bucket = Bucket(self._per_s, self._per_s, now)
+            bucket = TokenBucket(self._per_s, self._per_s, now)
         self._young[address] = bucket
         return bucket.take(now)
 
@@ -43,7 +43,7 @@ class _Shares:
         return len(self._young) + len(self._old)
 
 
-class Admission:
+class ConnectionLimiter:
     """Counts who is in, and says who may still come. Zero turns a limit off.
 
     Args: sockets_max: sockets in all.
@@ -59,13 +59,13 @@ class Admission:
         self.sockets: int = 0
         self._sockets_max = sockets_max
         self._sockets_per_address = sockets_per_address
-        self._handshakes = Bucket(handshakes_per_s, handshakes_per_s, now) if handshakes_per_s else None
+        self._handshakes = TokenBucket(handshakes_per_s, handshakes_per_s, now) if handshakes_per_s else None
         shared = handshakes_per_s and sockets_per_address
         self._shares = _Shares(max(10, handshakes_per_s / 4), now) if shared else None
         self._addresses: dict[str, int] = {}
 
-    def enter(self, address: str | None, now: float) -> Refused | None:
-        """Let a client in, who must `leave` later, or say why not.
+    def acquire(self, address: str | None, now: float) -> HandshakeRejected | None:
+        """Let a client in, who must `release` later, or say why not.
 
         Args: address: what it is counted by; None is not counted.
         """
@@ -74,20 +74,22 @@ class Admission:
         is_own = address is None or address == _OWN_NETWORK or is_loopback_address(address)
         shares = None if is_own else self._shares
         if shares is not None and address is not None and not shares.take(address, now):
-            return Refused(429, "too many handshakes of this address at once; try again", "handshakes per address", 1)
+            return HandshakeRejected(
+                429, "too many handshakes of this address at once; try again", "handshakes per address", 1
+            )
         if self._handshakes is not None and not self._handshakes.take(now):
-            return Refused(503, "too many handshakes at once; try again", "handshakes per second", 1)
+            return HandshakeRejected(503, "too many handshakes at once; try again", "handshakes per second", 1)
         if 0 < self._sockets_max <= self.sockets:
-            return Refused(503, "no room for another socket; try again later", "sockets in all", 10)
+            return HandshakeRejected(503, "no room for another socket; try again later", "sockets in all", 10)
         if address is not None:
             count = self._addresses.get(address, 0)
             if 0 < self._sockets_per_address <= count:
-                return Refused(429, "too many sockets of this address", "sockets per address", 10)
+                return HandshakeRejected(429, "too many sockets of this address", "sockets per address", 10)
             self._addresses[address] = count + 1
         self.sockets += 1
         return None
 
-    def leave(self, address: str | None) -> None:
+    def release(self, address: str | None) -> None:
         """Count one that was let in as gone."""
         self.sockets -= 1
         if address is not None:

@@ -23,7 +23,7 @@ _TOKEN_PREFIX = "base64url.bearer.phx."
 _DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 
-class Refused(NamedTuple):
+class HandshakeRejected(NamedTuple):
     """Why a handshake is refused: HTTP status, a sentence for the client, and a short word for the counter."""
 
     status: int
@@ -35,7 +35,7 @@ class Refused(NamedTuple):
     """The line of the settings that would let it pass; for the log alone."""
 
 
-class Handshake(NamedTuple):
+class HandshakeAccepted(NamedTuple):
     """An upgrade request that may pass."""
 
     version: Version
@@ -47,7 +47,7 @@ class Handshake(NamedTuple):
 
 def check(
     scope: Mapping[str, Any], origins: str | tuple[str, ...], *, has_local_pages: bool = False
-) -> Handshake | Refused:
+) -> HandshakeAccepted | HandshakeRejected:
     """Check an upgrade request, in Phoenix's order.
 
     Args: scope: an ASGI ``websocket`` scope.
@@ -60,21 +60,23 @@ def check(
         is_local = has_local_pages and origins == "same" and is_loopback_host(_host_of_page(origin))
         if not is_local:
             text = f"origin {origin!r} may not connect; the relay's setting `origins` names those that may"
-            return Refused(403, text, "origin", hint=_line_to_paste(origin, origins))
+            return HandshakeRejected(403, text, "origin", hint=_line_to_paste(origin, origins))
     offered = _subprotocols(scope)
     token = None
     if offered:
         if SUBPROTOCOL not in offered:
-            return Refused(403, f"expected subprotocol {SUBPROTOCOL!r} among those offered", "subprotocol")
+            return HandshakeRejected(403, f"expected subprotocol {SUBPROTOCOL!r} among those offered", "subprotocol")
         try:
             token = token_from(offered)
         except ValueError:
-            return Refused(400, "the token in Sec-WebSocket-Protocol is not base64 of UTF-8 text", "token encoding")
+            return HandshakeRejected(
+                400, "the token in Sec-WebSocket-Protocol is not base64 of UTF-8 text", "token encoding"
+            )
     vsn = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
     version = None if "vsn[]" in vsn else serializer.negotiate(vsn.get("vsn", ["1.0.0"])[-1])
     if version is None:
-        return Refused(403, "expected vsn=2.0.0 or vsn=1.0.0 in the query", "version")
-    return Handshake(version, SUBPROTOCOL if offered else None, token)
+        return HandshakeRejected(403, "expected vsn=2.0.0 or vsn=1.0.0 in the query", "version")
+    return HandshakeAccepted(version, SUBPROTOCOL if offered else None, token)
 
 
 def _host_of_page(origin: str) -> str:
@@ -176,7 +178,7 @@ async def accept(receive: ReceiveCallable, send: SendCallable, subprotocol: str 
     await send({"type": "websocket.accept", "subprotocol": subprotocol})
 
 
-async def refuse(scope: Scope, receive: ReceiveCallable, send: SendCallable, refused: Refused) -> None:
+async def refuse(scope: Scope, receive: ReceiveCallable, send: SendCallable, refused: HandshakeRejected) -> None:
     """Answer an upgrade request with an HTTP error: the ASGI denial response where the server has it, else 403."""
     await receive()
     if "websocket.http.response" not in (scope.get("extensions") or {}):

@@ -21,9 +21,9 @@ from relay.proxy_headers import (
     parse_ip,
     parse_networks,
 )
-from relay.transports.handshake import Refused, is_allowed_origin
+from relay.transports.handshake import HandshakeRejected, is_allowed_origin
 
-SEVERAL_HOSTS = Refused(400, "expected one Host header", "several hosts")
+SEVERAL_HOSTS = HandshakeRejected(400, "expected one Host header", "several hosts")
 
 
 def is_in_process(scope: Mapping[str, Any]) -> bool:
@@ -55,7 +55,7 @@ def _is_from_here(scope: Mapping[str, Any]) -> bool:
     return client is not None and is_loopback_address(client[0]) and forwarded_header(scope) is None
 
 
-class Reach:
+class NetworkAccess:
     """Who may reach one relay.
 
     Args: authenticates: whether it asks clients who they are, by keys or by a function.
@@ -67,7 +67,7 @@ class Reach:
         self._hosts = config.allowed_hosts or ((ANY_HOST,) if authenticates else ())
         self._is_local = not config.is_exposed and not self._trusted
 
-    def check(self, scope: Mapping[str, Any], seen: Mapping[str, Any] | None = None) -> Refused | None:
+    def check(self, scope: Mapping[str, Any], seen: Mapping[str, Any] | None = None) -> HandshakeRejected | None:
         """Say why a request is not answered, whatever it asks for; None where it may pass.
 
         Args: scope: as the server gives it.
@@ -84,21 +84,23 @@ class Reach:
         if self._allows(host):
             return None
         if not host:
-            return Refused(403, "expected a Host header with the name of this relay", "host not allowed")
+            return HandshakeRejected(403, "expected a Host header with the name of this relay", "host not allowed")
         text = f'host {host!r} is not allowed; where this relay has that name, set allowed_hosts = ["{host}"]'
-        return Refused(403, text, "host not allowed")
+        return HandshakeRejected(403, text, "host not allowed")
 
-    def _stranger(self, scope: Mapping[str, Any], seen: Mapping[str, Any]) -> Refused | None:
+    def _stranger(self, scope: Mapping[str, Any], seen: Mapping[str, Any]) -> HandshakeRejected | None:
         client = seen.get("client")
         is_local = client is not None and is_loopback_address(client[0])
         text = "this relay authenticates no clients, so it answers this machine alone; "
         what = "set auth, authenticate= or anonymous"
         if scope["type"] == "websocket" and not is_local:
-            return Refused(403, text + what, "from another machine")
+            return HandshakeRejected(403, text + what, "from another machine")
         if (header := forwarded_header(scope)) is None:
             return None
         if not (self._trusted and is_local and came_by(scope, self._trusted)):
-            return Refused(403, f"{text}the request came through a proxy ({header}); {what}", "from another machine")
+            return HandshakeRejected(
+                403, f"{text}the request came through a proxy ({header}); {what}", "from another machine"
+            )
         return None
 
     def _allows(self, host: str) -> bool:

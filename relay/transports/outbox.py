@@ -32,7 +32,7 @@ ENTRY_BYTES = 140
 """What a waiting frame takes beside its own bytes: its entry, its key, its places in the queue and in the table."""
 
 
-class Outboxes:
+class OutboxBudget:
     """All outboxes of a relay: a bound for the memory of all, past which the largest goes first.
 
     A frame that waits for many sockets counts as often as it waits, though it is held once.
@@ -62,7 +62,7 @@ class Outboxes:
             self._members.add(outbox)
             while 0 < self.max_bytes < self._held_bytes:
                 largest = max(self._members, key=lambda member: member.held_bytes)
-                _ = largest.give_up()
+                _ = largest.evict()
                 assert largest not in self._members, "an outbox that is given up is emptied"
         elif not outbox.held_bytes:
             self._members.discard(outbox)
@@ -83,19 +83,19 @@ class Outbox:
         "_latest",
         "_outboxes",
         "_tell_dropped",
-        "_untold",
+        "_pending_notices",
         "control_bytes",
         "dropped",
         "event_bytes",
-        "give_up",
+        "evict",
         "max_bytes",
     )
 
     def __init__(
         self,
         max_bytes: int,
-        outboxes: Outboxes | None = None,
-        give_up: Callable[[], object] = lambda: None,
+        outboxes: OutboxBudget | None = None,
+        evict: Callable[[], object] = lambda: None,
         tell_dropped: Callable[[str, int], Frame] | None = None,
     ) -> None:
         self.max_bytes: int = max_bytes
@@ -104,7 +104,7 @@ class Outbox:
         self.dropped: int = 0
         """Events dropped since the socket opened."""
         self._outboxes = outboxes
-        self.give_up: Callable[[], object] = give_up
+        self.evict: Callable[[], object] = evict
         # Its bytes and its frames, as they were counted last.
         self._counted = (0, 0)
         self._tell_dropped = tell_dropped
@@ -112,10 +112,10 @@ class Outbox:
         # The waiting event of each key under the policy `latest`.
         self._latest: dict[_Key, _Entry] = {}
         # How many events of which topics were dropped that the client wants to be told of.
-        self._untold: dict[str, int] = {}
+        self._pending_notices: dict[str, int] = {}
 
     def __len__(self) -> int:
-        return len(self._entries) + len(self._untold)
+        return len(self._entries) + len(self._pending_notices)
 
     @property
     def waiting_bytes(self) -> int:
@@ -145,7 +145,7 @@ class Outbox:
         if dropped:
             self.dropped += dropped
             if policy.tell_dropped and self._tell_dropped is not None:
-                self._untold[topic] = self._untold.get(topic, 0) + dropped
+                self._pending_notices[topic] = self._pending_notices.get(topic, 0) + dropped
         self._count()
         return dropped
 
@@ -188,31 +188,31 @@ class Outbox:
 
     def pop(self) -> Frame:
         """Take the oldest frame, or what is to be told before it. Raises IndexError when there is none."""
-        if self._untold and (told := self._pop_untold()) is not None:
+        if self._pending_notices and (told := self._pop_notice()) is not None:
             return told
         entry = self._entries.popleft()
         self._forget(entry)
         self._count()
         return entry.frame
 
-    def _pop_untold(self) -> Frame | None:
+    def _pop_notice(self) -> Frame | None:
         """What the client has to know before the next frame: of that frame's topic, or, after the last one, of any."""
         assert self._tell_dropped is not None, "else nothing is kept to be told"
         if self._entries:
             key = self._entries[0].key
-            if key is None or key[0] not in self._untold:
+            if key is None or key[0] not in self._pending_notices:
                 return None
             topic = key[0]
         else:
-            topic = next(iter(self._untold))
-        return self._tell_dropped(topic, self._untold.pop(topic))
+            topic = next(iter(self._pending_notices))
+        return self._tell_dropped(topic, self._pending_notices.pop(topic))
 
     def settle_dropped(self, topic: str, tell_dropped: Callable[[str, int], Frame]) -> None:
         """Put what is still to be told of ``topic`` in its place: the subscription that missed it ends.
 
         That is before the topic's first waiting event, or, where none waits, before what follows.
         """
-        if not (count := self._untold.pop(topic, 0)):
+        if not (count := self._pending_notices.pop(topic, 0)):
             return
         told = _Entry(tell_dropped(topic, count), None, "")
         place = (at for at, entry in enumerate(self._entries) if entry.key is not None and entry.key[0] == topic)
@@ -226,7 +226,7 @@ class Outbox:
         self.dropped += events.total()
         self._entries.clear()
         self._latest.clear()
-        self._untold.clear()
+        self._pending_notices.clear()
         self.event_bytes = self.control_bytes = 0
         self._count()
         return events

@@ -29,8 +29,8 @@ from relay.errors import CloseCode
 from relay.logs import Throttle
 from relay.metrics import count_refusal
 from relay.protocol.frame import DEFLATE_WINDOW_BITS
-from relay.rate_limit import Bucket
-from relay.transports.writer import EXTENSION, FrameWriter
+from relay.rate_limit import TokenBucket
+from relay.transports.writer import EXTENSION, DirectWriter
 
 _PIECE_BYTES = 4096
 """Bytes parsed at a time."""
@@ -57,7 +57,7 @@ _DEFLATE = ServerPerMessageDeflateFactory(server_no_context_takeover=True, clien
 class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     """Uvicorn's own class, with the extension in its scope and without secrets in its log."""
 
-    frame_writer: FrameWriter | None = None
+    frame_writer: DirectWriter | None = None
     # Set while the handshake is being decided; not one of the instance's own, whose dict would grow by a size.
     _hang_up_check: TimerHandle | None = None
     # What cuts a connection that is being closed; Uvicorn's own name, since 0.54.
@@ -77,7 +77,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         # What the application is told once that is parsed too, where the connection was lost before.
         self._farewell: dict[str, Any] | None = None
         # Frames that carry nothing.
-        self._idle_frames = Bucket(_IDLE_FRAMES_PER_S, _IDLE_FRAMES_MAX, monotonic())
+        self._idle_frames = TokenBucket(_IDLE_FRAMES_PER_S, _IDLE_FRAMES_MAX, monotonic())
         if self.config.ws_per_message_deflate:
             self.conn.available_extensions = [_DEFLATE]
 
@@ -195,7 +195,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         super().handle_connect(event)
         if hasattr(self, "scope"):
             self.scope["subprotocols"] = [each for each in self.scope["subprotocols"] if each]
-            self.frame_writer = FrameWriter(self.transport, _deflates(self.conn))
+            self.frame_writer = DirectWriter(self.transport, _deflates(self.conn))
             extensions = cast(dict[str, Any], self.scope["extensions"])
             extensions[EXTENSION] = self.frame_writer
             self._await_decision()

@@ -20,8 +20,8 @@ from relay.logs import Throttle
 from relay.metrics import Metrics
 from relay.protocol.frame import Frame
 from relay.transports.base import ReceiveCallable, Scope, SendCallable
-from relay.transports.outbox import Outbox, Outboxes
-from relay.transports.writer import EXTENSION, FrameWriter
+from relay.transports.outbox import Outbox, OutboxBudget
+from relay.transports.writer import EXTENSION, DirectWriter
 
 _logger = logging.getLogger("relay.socket")
 throttle: Throttle = Throttle(_logger)
@@ -31,10 +31,10 @@ _FOUND_BY_SERVER = (CloseCode.PROTOCOL_ERROR, CloseCode.INVALID_PAYLOAD, CloseCo
 """Codes of a disconnect that say that the server closed for a frame which it could not read, or not hold."""
 
 _HEAD_START_S = 0.5
-"""Seconds for the server to take a close before it is asked for more messages; see `Connection._next_event`."""
+"""Seconds for the server to take a close before it is asked for more messages; see `WebSocketTransport._next_event`."""
 
 
-class Connection:
+class WebSocketTransport:
     """An accepted WebSocket, used by one task: the one that made it and reads from it.
 
     Args: id: for the log.
@@ -78,7 +78,7 @@ class Connection:
         limits: LimitsConfig,
         metrics: Metrics,
         compression: bool = False,
-        outboxes: Outboxes | None = None,
+        outboxes: OutboxBudget | None = None,
     ) -> None:
         self.id: str = id
         self._receive = receive
@@ -113,7 +113,7 @@ class Connection:
         """Called when `direct_write` would answer otherwise than before."""
         self.on_close: Callable[[], None] = _nothing
         """Called when the relay begins to close the connection."""
-        self._writer: FrameWriter | None = (scope.get("extensions") or {}).get(EXTENSION)
+        self._writer: DirectWriter | None = (scope.get("extensions") or {}).get(EXTENSION)
         self._deflates = compression and self._writer is not None and self._writer.deflates
         if self._writer is not None:
             self._writer.owner = self
@@ -209,7 +209,7 @@ class Connection:
         """Write an event's frame, or queue it as its topic's policy says. Never blocks, never raises."""
         writer = self._writer
         if writer is not None and writer.ready:
-            writer.write(frame.deflated if self._deflates else frame.wire)
+            writer.write(frame.ws_frame_compressed if self._deflates else frame.ws_frame)
             return
         if self._close is not None or self._ended:
             self._metrics.dropped["socket closed"] += 1
@@ -233,7 +233,7 @@ class Connection:
         """Write a reply, a close or an error; never dropped, whatever the pressure."""
         writer = self._writer
         if writer is not None and writer.ready:
-            writer.write(frame.wire)
+            writer.write(frame.ws_frame)
         elif writer is not None and not writer.open:
             return  # after a close frame, or the connection's loss: what is still read of it gets no answer
         elif not self._ended:
@@ -264,7 +264,7 @@ class Connection:
         self._warn("outboxes", "the largest outbox of too many; closed with 1013")
         self.close(CloseCode.SLOW_READER, "this client reads too slowly, and too much waits for all such")
 
-    def give_up(self, kind: str, reason: str) -> None:
+    def evict(self, kind: str, reason: str) -> None:
         """Close a socket of which the relay holds too much; nothing where it is closed already."""
         if self.close(CloseCode.SLOW_READER, reason):
             self._warn(kind, "closed with 1013: %s", reason)
@@ -298,7 +298,7 @@ class Connection:
         assert writer is not None, "the portable path has a task for this"
         while outbox and not writer.paused and writer.open:
             frame = outbox.pop()
-            writer.write(frame.deflated if self._deflates else frame.wire)
+            writer.write(frame.ws_frame_compressed if self._deflates else frame.ws_frame)
         writer.set_ready(writer.open and not writer.paused and self._close is None)
         if not outbox:
             _resolve(self._drained)
@@ -412,7 +412,7 @@ class Connection:
         # What refers back to this connection: without a cycle it is freed at once, and not by a later collection.
         self.on_readiness = self.on_close = _nothing
         if self._outbox is not None:
-            self._outbox.give_up = _nothing
+            self._outbox.evict = _nothing
         self._main = self._closer = self._writing = self._receiving = self._wake = None
 
 

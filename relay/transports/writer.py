@@ -21,7 +21,7 @@ class WriterOwner(Protocol):
         """Learn that ``ready`` is another than before."""
 
 
-class FrameWriter:
+class DirectWriter:
     """Writes frames of one socket, header included, straight to its transport.
 
     Args: deflates: whether the client takes frames compressed by `relay.protocol.frame.Frame.deflated`.

@@ -25,12 +25,12 @@ from relay.protocol import serializer
 from relay.protocol.frame import Frame
 from relay.protocol.payload import encode_payload
 from relay.protocol.serializer import Version
-from relay.protocol.state import Join, Leave, Protocol, Push, Send, Subscription
+from relay.protocol.state import ChannelsProtocol, Join, Leave, Push, Send, Subscription
 from relay.protocol.topics import is_topic
 from relay.transports import handshake
 from relay.transports.base import ReceiveCallable, Scope, SendCallable
-from relay.transports.handshake import Refused
-from relay.transports.websocket import Connection
+from relay.transports.handshake import HandshakeRejected
+from relay.transports.websocket import WebSocketTransport
 from relay.version import __version__
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Console:
 
     def __init__(self, relay: "Relay") -> None:
         self._relay = relay
-        self._viewers: set[_Viewer] = set()
+        self._viewers: set[ConsoleSession] = set()
         self._numbers = 0
 
     async def serve(self, scope: Scope, receive: ReceiveCallable, send: SendCallable) -> None:
@@ -67,20 +67,20 @@ class Console:
         relay = self._relay
         # With a key no page can be made to connect in its user's name, so that any origin will do.
         shake = handshake.check(scope, "any" if relay.config.rest.api_key else "same")
-        if not isinstance(shake, Refused):
-            fault = relay.operators.admit(scope, (shake.auth_token or "").encode(), "console")
+        if not isinstance(shake, HandshakeRejected):
+            fault = relay.operators.authorize(scope, (shake.auth_token or "").encode(), "console")
             if fault is not None:
-                shake = Refused(fault.status, fault.text, "console")
-        if isinstance(shake, Refused):
+                shake = HandshakeRejected(fault.status, fault.text, "console")
+        if isinstance(shake, HandshakeRejected):
             relay.metrics.refused[f"handshake: {shake.kind}"] += 1
             await handshake.refuse(scope, receive, send, shake)
             return
         await handshake.accept(receive, send, shake.subprotocol)
         self._numbers += 1
-        connection = Connection(
+        connection = WebSocketTransport(
             f"console-{self._numbers}", scope, receive, send, relay.node.config.limits, relay.metrics
         )
-        viewer = _Viewer(relay, connection, shake.version, str((scope.get("client") or "?")[0]))
+        viewer = ConsoleSession(relay, connection, shake.version, str((scope.get("client") or "?")[0]))
         self._viewers.add(viewer)
         try:
             await viewer.run()
@@ -93,7 +93,7 @@ class Console:
             viewer.close()
 
 
-class _Tap:
+class TopicObserver:
     """A subscriber of the hub that keeps what it is sent, as far as people can read it.
 
     Args: topic: whose events.
@@ -131,22 +131,22 @@ class _Tap:
         """Nothing that a gap could end."""
         return None
 
-    def fail(self, subscription: Subscription, reason: Reason) -> bool:
+    def end_subscription(self, subscription: Subscription, reason: Reason) -> bool:
         """Nothing that could be ended."""
         return False
 
 
-class _Viewer:
+class ConsoleSession:
     """One connection of an operator."""
 
-    def __init__(self, relay: "Relay", connection: Connection, version: Version, address: str) -> None:
+    def __init__(self, relay: "Relay", connection: WebSocketTransport, version: Version, address: str) -> None:
         self._relay = relay
         self._connection = connection
         self._version = version
         self._address = address
         limits = relay.node.config.limits
-        self._protocol = Protocol(version, topics_max=1, payload_max_bytes=limits.payload_max_bytes)
-        self._tap: _Tap | None = None
+        self._protocol = ChannelsProtocol(version, topics_max=1, payload_max_bytes=limits.payload_max_bytes)
+        self._tap: TopicObserver | None = None
 
     async def run(self) -> None:
         """Serve until the connection is closed by either side."""
@@ -270,7 +270,7 @@ class _Viewer:
         return {"total": len(found), "topics": [self._row(name, count) for count, name in first]}
 
     def _row(self, name: str, count: int) -> dict[str, Any]:
-        traffic = self._relay.node.hub.traffic(name)
+        traffic = self._relay.node.hub.stats(name)
         events, rate = traffic or (0, 0.0)
         return {"topic": name, "sockets": count, "events": events, "events_per_s": round(rate, 2)}
 
@@ -285,17 +285,17 @@ class _Viewer:
         if self._tap is not None:
             tap, self._tap = self._tap, None
             if node.hub.remove(tap.topic, tap):
-                node.pubsub.left(tap.topic)
+                node.pubsub.unsubscribe(tap.topic)
         if topic is None:
             return
         if not is_topic(topic):
             raise hooks.Refused(f"no topic: {topic!r}")
-        tap = self._tap = _Tap(topic)
+        tap = self._tap = TopicObserver(topic)
 
         def enter() -> None:
-            node.hub.tap(topic, tap)
+            node.hub.add_observer(topic, tap)
 
-        hearing = node.pubsub.join(topic, enter)
+        hearing = node.pubsub.subscribe(topic, enter)
         if hearing is not None:
             try:
                 await hearing

@@ -20,16 +20,16 @@ _ENDED = "ended.json"
 _LOCK = "lock"
 
 
-class Folder:
+class SnapshotStore:
     """The folder, as one worker sees it.
 
     Args: path: where it is; made where it is not.
           bury: makes one of what several workers have left that have ended.
     """
 
-    def __init__(self, path: Path, bury: Callable[[list[Any]], Any]) -> None:
+    def __init__(self, path: Path, merge_exited: Callable[[list[Any]], Any]) -> None:
         self._path = path
-        self._bury = bury
+        self._merge_exited = merge_exited
         # This worker's file, whose descriptor holds the lock; opened by the first write.
         self._own: int | None = None
 
@@ -38,7 +38,7 @@ class Folder:
         self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
         with self._locked(fcntl.LOCK_EX):
             if self._own is None:
-                self._bury_the_ended()
+                self._merge_files()
                 self._own = os.open(self._path / f"{uuid.uuid4().hex}.json", os.O_WRONLY | os.O_CREAT, 0o600)
                 fcntl.flock(self._own, fcntl.LOCK_EX)
                 # With this object the worker ends, so that one process may be several workers, one after the other.
@@ -50,11 +50,11 @@ class Folder:
         """What each worker that lives has left, and last what is left of the others."""
         with self._locked(fcntl.LOCK_SH):
             living, ended = self._sorted()
-            return [*map(_read, living), self._bury([_read(path) for path in ended])]
+            return [*map(_read, living), self._merge_exited([_read(path) for path in ended])]
 
-    def _bury_the_ended(self) -> None:
+    def _merge_files(self) -> None:
         _, ended = self._sorted()
-        text = json.dumps(self._bury([_read(path) for path in ended]))
+        text = json.dumps(self._merge_exited([_read(path) for path in ended]))
         unfinished = self._path / "unfinished"
         unfinished.write_text(text, "utf-8")
         unfinished.replace(self._path / _ENDED)

@@ -14,7 +14,7 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from relay.auth.api_key import Operators, key_in
+from relay.auth.api_key import ApiKeyAuth, api_key_from
 from relay.brokers.base import Link
 from relay.config import Config
 from relay.metrics import Metrics
@@ -51,7 +51,7 @@ class _Static(StaticFiles):
 def routes(
     config: Config,
     metrics: Metrics,
-    operators: Operators,
+    operators: ApiKeyAuth,
     link: Callable[[], Link],
     refusal: Callable[[], str],
     figures: Callable[[], Awaitable[bytes]],
@@ -109,7 +109,7 @@ def routes(
 
     async def access(request: Request) -> Response:
         """Whether the console's socket will let this client in: a browser is not told why a handshake fails."""
-        fault = operators.admit(request.scope, key_in(request.scope), "console")
+        fault = operators.authorize(request.scope, api_key_from(request.scope), "console")
         if fault is not None and fault.is_wrong_key:  # the page asks without one first
             metrics.refused["handshake: console"] += 1
         return JSONResponse(

@@ -27,7 +27,7 @@ from relay.metrics import BOUNDS_S, Histogram, Metrics
 from relay.version import __version__
 
 if TYPE_CHECKING:
-    from relay.web.multiprocess import Folder
+    from relay.web.multiprocess import SnapshotStore
 
 WRITE_INTERVAL_S = 1.0
 """Seconds between two writes of a worker's figures; what a worker has counted since is lost where it is killed."""
@@ -63,7 +63,7 @@ Snapshot: TypeAlias = dict[str, dict[str, Value]]
 Source: TypeAlias = Callable[[Metrics, State, psutil.Process], Mapping[str, float | Histogram]]
 
 
-class Figure(NamedTuple):
+class MetricSpec(NamedTuple):
     """One figure: its name (a counter's without ``_total``), what it means, and how it is read."""
 
     name: str
@@ -90,8 +90,8 @@ def _of(field: str) -> Source:
     return read
 
 
-def _counter(field: str, meaning: str, label: str = "", name: str = "") -> Figure:
-    return Figure(f"relay_{name or field}", "counter", meaning, label, _of(field))
+def _counter(field: str, meaning: str, label: str = "", name: str = "") -> MetricSpec:
+    return MetricSpec(f"relay_{name or field}", "counter", meaning, label, _of(field))
 
 
 def _open_files(process: psutil.Process) -> int:
@@ -102,10 +102,12 @@ def _open_files(process: psutil.Process) -> int:
         return process.num_fds()
 
 
-FIGURES: tuple[Figure, ...] = (
-    Figure("relay_sockets", "gauge", "Sockets open now, by how frames are written.", "path", lambda m, s, p: s.sockets),
+FIGURES: tuple[MetricSpec, ...] = (
+    MetricSpec(
+        "relay_sockets", "gauge", "Sockets open now, by how frames are written.", "path", lambda m, s, p: s.sockets
+    ),
     _counter("sockets_opened", "Sockets ever opened."),
-    Figure(
+    MetricSpec(
         "relay_topics",
         "gauge",
         "Topics with at least one subscriber; a topic counts once for each worker.",
@@ -121,21 +123,21 @@ FIGURES: tuple[Figure, ...] = (
     _counter("deliveries", "Frames of events written, or queued, for a socket."),
     _counter("delivered_bytes", "Bytes of those frames, before compression and without their WebSocket headers."),
     _counter("cut_off_bytes", "Bytes written to sockets that were cut off before the kernel had taken them."),
-    Figure(
+    MetricSpec(
         "relay_fan_out_seconds",
         "histogram",
         "For each event, the time from its arrival at the hub to the last of its deliveries.",
         "",
         _of("fan_out"),
     ),
-    Figure(
+    MetricSpec(
         "relay_outbox_bytes",
         "gauge",
         "Bytes waiting for sockets that read too slowly.",
         "",
         _of("outbox_bytes"),
     ),
-    Figure(
+    MetricSpec(
         "relay_dropped",
         "counter",
         "Events not delivered, by reason.",
@@ -148,7 +150,7 @@ FIGURES: tuple[Figure, ...] = (
         "refused", "Handshakes, joins, pushes and REST requests refused, and sockets sent away, by reason.", "reason"
     ),
     _counter("malformed", "Frames from clients that could not be understood, by close code.", "code"),
-    Figure(
+    MetricSpec(
         "relay_in_flight_bytes",
         "gauge",
         "Bytes of messages and events that wait for plugins' handlers, or are with them.",
@@ -160,7 +162,7 @@ FIGURES: tuple[Figure, ...] = (
     _counter("sent_away", "Sockets and subscriptions ended for a user that was sent away."),
     _counter("drained", "Sockets closed because the relay ends."),
     _counter("stalls", "Times the event loop was blocked for too long."),
-    Figure(
+    MetricSpec(
         "relay_link_live",
         "gauge",
         "1 while the subscription to the bus is live, in every worker.",
@@ -168,7 +170,7 @@ FIGURES: tuple[Figure, ...] = (
         lambda m, s, p: {"": s.link_live},
         min,
     ),
-    Figure(
+    MetricSpec(
         "relay_link_pushes",
         "gauge",
         "1 while the bus takes pushes, in every worker; 0 on a replica, or without a connection to publish on.",
@@ -176,7 +178,7 @@ FIGURES: tuple[Figure, ...] = (
         lambda m, s, p: {"": s.link_pushes},
         min,
     ),
-    Figure(
+    MetricSpec(
         "relay_link_lag_seconds",
         "gauge",
         "Time that the subscription's last ping took; 0 before the first, and on a bus that has none. "
@@ -189,38 +191,40 @@ FIGURES: tuple[Figure, ...] = (
     _counter("topic_deliveries", "Deliveries of those events, by the same pattern.", "topic"),
     _counter("plugin_calls", "Handlers and services called, by plugin.", "plugin"),
     _counter("plugin_errors", "Handlers that raised or did not end in time, by plugin.", "plugin"),
-    Figure(
+    MetricSpec(
         "relay_plugin_seconds",
         "histogram",
         "How long handlers took, their waiting included, by plugin; services are not among them.",
         "plugin",
         _of("plugin_time"),
     ),
-    Figure("relay_workers", "gauge", "Processes that these figures are of.", "", lambda m, s, p: {"": 1}),
-    Figure("relay_info", "gauge", "1, for the version that runs.", "version", lambda m, s, p: {__version__: 1}, max),
-    Figure(
+    MetricSpec("relay_workers", "gauge", "Processes that these figures are of.", "", lambda m, s, p: {"": 1}),
+    MetricSpec(
+        "relay_info", "gauge", "1, for the version that runs.", "version", lambda m, s, p: {__version__: 1}, max
+    ),
+    MetricSpec(
         "process_cpu_seconds",
         "counter",
         "Processor time, user and system.",
         "",
         lambda m, s, p: {"": sum(p.cpu_times()[:2])},
     ),
-    Figure(
+    MetricSpec(
         "process_resident_memory_bytes",
         "gauge",
         "Resident memory; what workers share counts once for each.",
         "",
         lambda m, s, p: {"": p.memory_info().rss},
     ),
-    Figure("process_open_fds", "gauge", "Open file descriptors.", "", lambda m, s, p: {"": _open_files(p)}),
-    Figure(
+    MetricSpec("process_open_fds", "gauge", "Open file descriptors.", "", lambda m, s, p: {"": _open_files(p)}),
+    MetricSpec(
         "process_max_fds",
         "gauge",
         "File descriptors that it may have open; of workers, all together.",
         "",
         lambda m, s, p: {"": descriptors()},
     ),
-    Figure(
+    MetricSpec(
         "process_start_time_seconds",
         "gauge",
         "When the process started, in seconds since 1970; of workers, the first of those that run.",
@@ -245,7 +249,7 @@ class _Kept(Generic[T]):
         return self._kept[1]
 
 
-class Figures:
+class MetricsExporter:
     """The figures of one relay, and of its fellow workers.
 
     Reading them lists files and waits for locks, so that a relay that runs reads them in a thread, by the coroutines
@@ -333,14 +337,14 @@ def _text(snapshot: Snapshot) -> bytes:
     return generate_latest(registry)
 
 
-def _open(folder: str) -> "Folder":
-    from relay.web.multiprocess import Folder  # locks files, which not every system can
+def _open(folder: str) -> "SnapshotStore":
+    from relay.web.multiprocess import SnapshotStore  # locks files, which not every system can
 
     path = Path(folder)
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError(f"metrics.folder: expected a directory that can be made and written to, got {folder}")
-    return Folder(path, _counted)
+    return SnapshotStore(path, _counted)
 
 
 def _counted(snapshots: list[Snapshot]) -> Snapshot:
@@ -360,7 +364,7 @@ def _merged(snapshots: list[Snapshot]) -> Snapshot:
     return merged
 
 
-def _one(figure: Figure, values: list[Value]) -> Value:
+def _one(figure: MetricSpec, values: list[Value]) -> Value:
     histograms = [value for value in values if isinstance(value, list)]
     if histograms:
         return [sum(parts) for parts in zip(*histograms, strict=True)]
@@ -378,7 +382,7 @@ class _Families(Collector):
             yield _family(figure, self._snapshot[figure.name])
 
 
-def _family(figure: Figure, values: Mapping[str, Value]) -> Metric:
+def _family(figure: MetricSpec, values: Mapping[str, Value]) -> Metric:
     names = [figure.label] if figure.label else []
     if figure.kind == "histogram":
         histogram = HistogramMetricFamily(figure.name, figure.meaning, labels=names)

@@ -257,7 +257,7 @@ def _split(scope: Scope) -> tuple[str, bytes]:
 
 
 def _end_to_end(headers: Iterable[tuple[bytes, bytes]]) -> Iterable[tuple[bytes, bytes]]:
-    """Leave out what is of one connection only, and what ``Connection`` names besides."""
+    """Leave out what is of one connection only, and what ``WebSocketTransport`` names besides."""
     pairs = [(name.lower(), value) for name, value in headers]
     named = {word.strip().lower() for name, value in pairs if name == b"connection" for word in value.split(b",")}
     return [(name, value) for name, value in pairs if name not in _HOP_BY_HOP and name not in named]

@@ -26,12 +26,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from relay.auth.api_key import key_in
+from relay.auth.api_key import api_key_from
 from relay.auth.tokens import sign
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
 from relay.paths import split_raw
-from relay.plugins.loader import Loaded
+from relay.plugins.loader import PluginSet
 from relay.protocol.topics import is_event, is_topic
 from relay.version import __version__
 
@@ -246,7 +246,7 @@ def make_rest(relay: "Relay") -> FastAPI:
     return app
 
 
-def add_plugin_routes(plugins: Loaded, app: FastAPI) -> None:
+def add_plugin_routes(plugins: PluginSet, app: FastAPI) -> None:
     """Give the REST routes of all plugins to an app: their routers, and what their ``register_plugin`` does."""
     for found in plugins.found:
         for router in found.plugin.routers if found.plugin else ():
@@ -304,7 +304,7 @@ def _routes(relay: "Relay") -> APIRouter:
     @router.get("/topics/{topic:path}", responses=_NOT_FOUND)
     async def topic(topic: TopicName) -> TopicDetails:
         """One topic: its sockets, and the events it had since its first subscriber came."""
-        traffic = relay.node.hub.traffic(topic)
+        traffic = relay.node.hub.stats(topic)
         if traffic is None:
             raise HTTPException(404, f"nobody has joined {topic!r} here")
         ids = [socket.id for socket in relay.node.sockets.values() if socket.subscription(topic)]
@@ -433,7 +433,7 @@ def _check(event: Event, payload_max_bytes: int) -> None:
 
 def _authorize(request: Request, relay: "Relay") -> None:
     """Let a request pass. Raises HTTPException."""
-    fault = relay.operators.admit(request.scope, key_in(request.scope), "rest")
+    fault = relay.operators.authorize(request.scope, api_key_from(request.scope), "rest")
     if fault is not None:
         relay.metrics.refused["rest: wrong key" if fault.is_wrong_key else "rest: not allowed"] += 1
         headers = {"WWW-Authenticate": "Bearer"} if fault.status == HTTPStatus.UNAUTHORIZED else None

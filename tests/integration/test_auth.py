@@ -20,9 +20,9 @@ from starlette.middleware.sessions import SessionMiddleware
 from websockets.exceptions import InvalidStatus
 
 from relay import Plugin, Refused, Relay, UpgradeRequest
-from relay.auth.authenticator import Auth
-from relay.auth.session import Access
-from relay.auth.tokens import Verifier
+from relay.auth.authenticator import Authenticator
+from relay.auth.session import SocketAuth
+from relay.auth.tokens import TokenVerifier
 from relay.config import AuthConfig
 from relay.logs import SUBJECT
 from tests.support.client import Client
@@ -230,7 +230,7 @@ async def test_address_of_keys_is_asked_with_its_password_and_through_the_proxy_
     made = token("alice", key=RSA_PRIVATE, algorithm="RS256", kid="a")
     monkeypatch.setenv("HTTP_PROXY", f"127.0.0.1:{key_server.server_port}")
     for host in (f"127.0.0.1:{key_server.server_port}", "login.example.org"):
-        verifier = Verifier(AuthConfig(jwks_url=f"http://us%40er:p:w@{host}/jwks?apikey=a%20b"), ())
+        verifier = TokenVerifier(AuthConfig(jwks_url=f"http://us%40er:p:w@{host}/jwks?apikey=a%20b"), ())
         assert (await verifier.verify(made))["sub"] == "alice"
         await verifier.close()
     authorization = "Basic " + base64.b64encode(b"us@er:p:w").decode()
@@ -600,7 +600,7 @@ class WallClock:
         self.step_s = 0.0
         self._real = time.time
         monkeypatch.setattr(time, "time", self)
-        for function in (Auth.__init__, Access.__init__):
+        for function in (Authenticator.__init__, SocketAuth.__init__):
             found: Any = function.__defaults__
             mine = tuple(self if each is self._real else each for each in found)
             monkeypatch.setattr(function, "__defaults__", mine)

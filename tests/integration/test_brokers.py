@@ -48,7 +48,7 @@ class Sink:
     def receive_control(self, data: bytes) -> None:
         self.orders.append(data)
 
-    def receive_gap(self, reason: str) -> None:
+    def on_gap(self, reason: str) -> None:
         self.gaps.append(reason)
 
     async def expect(self, *events: Event) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import jwt
 import pytest
 
-from relay.auth.tokens import Verifier, load_keys
+from relay.auth.tokens import TokenVerifier, load_keys
 from relay.cli.main import main
 from relay.config import AuthConfig
 from tests.support.keys import EC_PRIVATE, EC_PUBLIC, RSA_PRIVATE, RSA_PUBLIC, SECRET
@@ -84,7 +84,7 @@ async def test_token_fits_the_settings_it_is_made_under(relay: Command) -> None:
     )
     _, out, _ = relay("token", "--sub", "alice", "--topic", "a:join", settings=text)
     config = AuthConfig(issuer="us", audience=("relay",), keys=({"key": SECRET, "kid": "k"},))
-    claims = await Verifier(config, load_keys(config)).verify(out.strip())
+    claims = await TokenVerifier(config, load_keys(config)).verify(out.strip())
     assert (claims["may"], jwt.get_unverified_header(out.strip())["kid"]) == ({"a": ["join"]}, "k")
 
 

@@ -107,7 +107,7 @@ def test_deployment_sets_no_variable_that_the_relay_refuses(name: str) -> None:
     environ |= {"RELAY_ALLOWED_HOSTS": "[]", "RELAY_HOST": "0.0.0.0", "RELAY_PORT": "8000", "RELAY_ANONYMOUS": "true"}
     environ.pop("RELAY_API_KEY", None)  # compose's own, for the one below it
     done = subprocess.run(
-        [sys.executable, "-c", "from relay.config import load; load().check_exposure()"],
+        [sys.executable, "-c", "from relay.config_sources import load; load().check_exposure()"],
         env={**os.environ, **environ},
         capture_output=True,
         text=True,

@@ -160,7 +160,7 @@ async def test_own_sockets_are_reached_and_topics_listed_from_a_thread(
     served = await serve_relay()
     client = await connect(served)
     await client.join("room:1")
-    assert await in_thread(lambda: served.relay.broadcast_here("room:1", "said", {"n": 1})) is True
+    assert await in_thread(lambda: served.relay.local_broadcast("room:1", "said", {"n": 1})) is True
     assert await client.receive() == said(1)
     assert await in_thread(lambda: served.relay.topics) == {"room:1": 1}
     assert await in_thread(lambda: asyncio.run(awaited_value(lambda: served.relay.topics))) == {"room:1": 1}
@@ -273,7 +273,7 @@ async def test_models_are_sent_by_every_call(
     assert (await client.receive())[3:] == ["sent", expected]
     await served.relay.broadcast("room:1", "replaced", {})
     assert (await client.receive())[3:] == ["replaced", expected]
-    served.relay.broadcast_here("room:1", "sent", payload)
+    served.relay.local_broadcast("room:1", "sent", payload)
     assert (await client.receive())[3:] == ["sent", expected]
 
 
@@ -282,7 +282,7 @@ async def test_payload_that_is_not_serializable_raises_at_the_call(serve_relay: 
     loop_of_its_own: list[Any] = []
     loop_of_its_own.append(loop_of_its_own)
     for payload in (object(), {"a": object()}, {"a": [lambda: 1]}, "\ud83d", loop_of_its_own, {object(): 1}):
-        for call in (served.relay.publish, served.relay.broadcast, served.relay.broadcast_here):
+        for call in (served.relay.publish, served.relay.broadcast, served.relay.local_broadcast):
             with pytest.raises(
                 TypeError, match="expected a payload that is JSON-serializable.*got (object|dict|str|list)"
             ):
@@ -384,7 +384,7 @@ def test_call_after_its_event_loop_has_ended_is_an_error_that_says_what_to_write
     for call in (
         lambda: relay.broadcast("room:1", "said", {}),
         lambda: asyncio.run(awaited(lambda: relay.broadcast("room:1", "said", {}))),
-        lambda: relay.broadcast_here("room:1", "said", {}),
+        lambda: relay.local_broadcast("room:1", "said", {}),
         lambda: relay.disconnect(user="alice"),
         lambda: client.post("/say/1"),
     ):

@@ -179,7 +179,7 @@ async def test_push_under_way_when_events_may_have_been_missed_is_not_published(
     pushing = await make(serve_relay, connect)
     async with nothing_published(valkey, pushing):
         await pushing.push(range(2))
-        pushing.served.relay.node.pubsub.receive_gap("a test")
+        pushing.served.relay.node.pubsub.on_gap("a test")
         assert (await pushing.client.receive())[3] == "phx_error"
         pushing.gate.opened.set()
         assert (await pushing.client.receive())[4]["response"] == {"reason": "unmatched topic"}
@@ -303,13 +303,13 @@ async def give(order: str, served: Served, other: Served, topic: str = "room:1")
     """Give an order, and wait until it has come to where the decision is."""
     orders: list[Any] = []
     node = served.relay.node
-    carry_out = node._carry_out
+    carry_out = node._apply_control
 
     def note(order: Any) -> None:
         orders.append(order)
         carry_out(order)
 
-    node._carry_out = note  # type: ignore[method-assign]
+    node._apply_control = note  # type: ignore[method-assign]
     if order == "rest":
         async with httpx.AsyncClient(trust_env=False, headers={"X-API-Key": "k" * 16}) as api:
             assert (await api.delete(f"{other.http}/api/users/alice")).status_code == 204
@@ -321,7 +321,7 @@ async def give(order: str, served: Served, other: Served, topic: str = "room:1")
     else:
         await other.relay.kick(topic, user="alice")
     await eventually(lambda: orders, "the order to arrive")
-    node._carry_out = carry_out  # type: ignore[method-assign]
+    node._apply_control = carry_out  # type: ignore[method-assign]
 
 
 def slow_join(gate: Gate) -> Plugin:

@@ -626,14 +626,14 @@ async def test_services_and_routes_speak_through_the_relay(
     async def clock(relay: Relay) -> None:
         await begin.wait()
         await relay.broadcast("room:s", "tick", {"n": 1})
-        relay.broadcast_here("room:s", "tock", {"n": 2})
+        relay.local_broadcast("room:s", "tock", {"n": 2})
         await asyncio.Event().wait()
 
     @router.get("/shout")
     async def shout() -> dict[str, Any]:
         [relay] = relays
         await relay.broadcast("room:s", "shouted", {})
-        return {"topics": relay.topics, "here": relay.broadcast_here("nobody", "x", {})}
+        return {"topics": relay.topics, "here": relay.local_broadcast("nobody", "x", {})}
 
     @router.get("/end/{socket_id}")
     def end(socket_id: str) -> bool:
@@ -868,7 +868,7 @@ async def test_on_leave_is_called_once_for_each_way_a_subscription_ends(
     await expect("room:sent-away", "first", "second")
 
     await client.join("room:gap")
-    served.relay.node.pubsub.receive_gap("test")
+    served.relay.node.pubsub.on_gap("test")
     assert (await client.receive())[3] == "phx_error"
     await expect("room:gap", "first", "second")
 

@@ -362,7 +362,7 @@ async def test_loop_that_keeps_up_loses_nothing_of_a_burst_far_over_its_limit(se
     """Thousands of events come in one read: the loops have their turns in between."""
     async with connect(served.ws) as socket, socket.join("python:burst", limit=200) as room:
         for number in range(5000):
-            served.relay.broadcast_here("python:burst", "n", number)
+            served.relay.local_broadcast("python:burst", "n", number)
         assert [(await next_of(room)).payload for _ in range(5000)] == list(range(5000))
         assert room.dropped == 0
 

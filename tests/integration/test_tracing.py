@@ -133,7 +133,7 @@ async def test_handlers_have_spans_and_what_they_do_is_below(serve_relay: ServeR
     assert parent_of(handler) == id_of(shout)
     assert parent_of(spans("team's own")[0]) == id_of(handler), "also in a thread"
     assert parent_of(spans("publish")[0]) == id_of(shout)
-    assert spans("handler", handler="chat.<locals>.fails", plugin="chat", outcome="HandlerFailed")
+    assert spans("handler", handler="chat.<locals>.fails", plugin="chat", outcome="HandlerError")
     assert spans("push", event="fails", outcome="internal error")
     assert spans("join", topic="room:closed", outcome="by a plugin")
     assert spans("handler", handler="chat.<locals>.join", outcome="Refused")

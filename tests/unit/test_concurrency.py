@@ -5,7 +5,7 @@ import gc
 from collections.abc import Coroutine
 from functools import partial
 
-from relay.concurrency import PIECE_BYTES, InFlight, Lanes
+from relay.concurrency import JOB_BYTES, InFlight, KeyedQueue
 from relay.errors import IN_FLIGHT_FULL
 from relay.metrics import Metrics
 
@@ -36,7 +36,7 @@ async def turns(count: int = 3) -> None:
 
 
 async def test_piece_without_a_rest_is_done_at_once() -> None:
-    lanes, work = Lanes(), Work()
+    lanes, work = KeyedQueue(), Work()
     lanes.run("a", lambda: work.quick("1"))
     assert work.log == ["1 called"]
     assert lanes.pending == 0
@@ -44,7 +44,7 @@ async def test_piece_without_a_rest_is_done_at_once() -> None:
 
 
 async def test_pieces_of_one_key_run_in_order_one_at_a_time() -> None:
-    lanes, work = Lanes(), Work()
+    lanes, work = KeyedQueue(), Work()
     lanes.run("a", lambda: work.piece("1"))
     lanes.run("a", lambda: work.quick("2"))
     lanes.run("a", lambda: work.piece("3"))
@@ -61,7 +61,7 @@ async def test_pieces_of_one_key_run_in_order_one_at_a_time() -> None:
 
 
 async def test_other_keys_go_on_while_one_waits() -> None:
-    lanes, work = Lanes(), Work()
+    lanes, work = KeyedQueue(), Work()
     lanes.run("a", lambda: work.piece("1"))
     lanes.run("b", lambda: work.piece("2"))
     lanes.run("c", lambda: work.quick("3"))
@@ -74,7 +74,7 @@ async def test_other_keys_go_on_while_one_waits() -> None:
 
 
 async def test_key_is_free_again_in_the_very_turn_in_which_its_last_piece_ends() -> None:
-    lanes, work = Lanes(), Work()
+    lanes, work = KeyedQueue(), Work()
 
     async def first() -> None:
         await asyncio.sleep(0)
@@ -88,7 +88,7 @@ async def test_key_is_free_again_in_the_very_turn_in_which_its_last_piece_ends()
 
 async def test_piece_may_begin_another_of_its_own_key() -> None:
     """A socket's leave tells plugins of it in the lane of its topic, from within that lane."""
-    lanes, work = Lanes(), Work()
+    lanes, work = KeyedQueue(), Work()
 
     def outer() -> None:
         work.quick("outer")
@@ -103,7 +103,7 @@ async def test_piece_may_begin_another_of_its_own_key() -> None:
 
 
 async def test_piece_that_raises_blocks_neither_its_key_nor_the_count() -> None:
-    lanes, work = Lanes(), Work()
+    lanes, work = KeyedQueue(), Work()
 
     async def broken() -> None:
         raise RuntimeError("boom")
@@ -121,7 +121,7 @@ async def test_piece_that_raises_blocks_neither_its_key_nor_the_count() -> None:
 
 
 async def test_waiter_goes_on_once_enough_pieces_are_done() -> None:
-    lanes, work = Lanes(), Work()
+    lanes, work = KeyedQueue(), Work()
     for name in ("1", "2", "3"):
         lanes.run(name, lambda name=name: work.piece(name))  # type: ignore[misc]
     waiter = asyncio.create_task(lanes.wait_below(2))
@@ -136,7 +136,7 @@ async def test_waiter_goes_on_once_enough_pieces_are_done() -> None:
 
 
 async def test_owner_may_count_pieces_of_its_own() -> None:
-    lanes = Lanes()
+    lanes = KeyedQueue()
     lanes.pending += 2
     waiter = asyncio.create_task(lanes.wait_below(1))
     await turns()
@@ -146,7 +146,7 @@ async def test_owner_may_count_pieces_of_its_own() -> None:
 
 
 async def test_close_cancels_what_runs_and_drops_what_waits() -> None:
-    lanes, work = Lanes(), Work()
+    lanes, work = KeyedQueue(), Work()
     lanes.run("a", lambda: work.piece("1"))
     lanes.run("a", lambda: work.quick("2"))
     await turns()
@@ -158,7 +158,7 @@ async def test_close_cancels_what_runs_and_drops_what_waits() -> None:
 
 async def test_close_before_a_piece_has_begun_leaves_no_coroutine_behind() -> None:
     """Python warns of a coroutine that was never awaited, and a warning fails the test."""
-    lanes, work = Lanes(), Work()
+    lanes, work = KeyedQueue(), Work()
     lanes.run("a", lambda: work.piece("1"))
     await lanes.close()
     del lanes
@@ -167,13 +167,13 @@ async def test_close_before_a_piece_has_begun_leaves_no_coroutine_behind() -> No
 
 
 async def test_close_of_idle_lanes_does_nothing() -> None:
-    lanes = Lanes()
+    lanes = KeyedQueue()
     await lanes.close()
     assert lanes.pending == 0
 
 
 async def test_waiting_pieces_are_dropped_and_others_keep_their_order() -> None:
-    lanes, work = Lanes(), Work()
+    lanes, work = KeyedQueue(), Work()
     for key in "ab":
         lanes.run(key, partial(work.piece, f"{key}1"))
         for number in "234":
@@ -193,18 +193,18 @@ async def test_waiting_pieces_are_dropped_and_others_keep_their_order() -> None:
 
 async def test_bytes_count_while_a_piece_waits_or_runs() -> None:
     metrics, work = Metrics(), Work()
-    lanes = Lanes(InFlight(0, metrics))
+    lanes = KeyedQueue(InFlight(0, metrics))
     lanes.run("a", lambda: work.quick("0"), 1000)
     assert (lanes.held_bytes, metrics.in_flight_bytes) == (0, 0), "what is done at once is not counted"
     lanes.run("a", lambda: work.piece("1"), 10)
     lanes.run("a", lambda: work.piece("2"), 20)
     lanes.run("a", lambda: work.quick("3"), 30)
     lanes.run("b", lambda: work.piece("4"), 40)
-    assert lanes.held_bytes == metrics.in_flight_bytes == 100 + 2 * PIECE_BYTES
-    assert lanes.waiting_bytes("a") == 50 + 2 * PIECE_BYTES
+    assert lanes.held_bytes == metrics.in_flight_bytes == 100 + 2 * JOB_BYTES
+    assert lanes.waiting_bytes("a") == 50 + 2 * JOB_BYTES
     work.gates["1"].set()
     await turns()
-    assert lanes.held_bytes == metrics.in_flight_bytes == 90 + 2 * PIECE_BYTES
+    assert lanes.held_bytes == metrics.in_flight_bytes == 90 + 2 * JOB_BYTES
     work.gates["2"].set()
     await turns()
     assert lanes.held_bytes == metrics.in_flight_bytes == 40
@@ -215,17 +215,17 @@ async def test_bytes_count_while_a_piece_waits_or_runs() -> None:
 
 async def test_bytes_of_what_is_dropped_or_closed_count_no_more() -> None:
     metrics, work = Metrics(), Work()
-    lanes = Lanes(InFlight(0, metrics))
+    lanes = KeyedQueue(InFlight(0, metrics))
     for name in "123":
         lanes.run("a", partial(work.piece, name), 10)
     assert lanes.drop(lambda piece: isinstance(piece, partial) and piece.args == ("2",)) == 1
-    assert lanes.held_bytes == metrics.in_flight_bytes == 20 + PIECE_BYTES
+    assert lanes.held_bytes == metrics.in_flight_bytes == 20 + JOB_BYTES
     await lanes.close()
     assert (metrics.in_flight_bytes, lanes.running) == (0, False)
 
 
 async def test_waiting_for_bytes_ends_when_there_are_fewer() -> None:
-    lanes, work = Lanes(), Work()
+    lanes, work = KeyedQueue(), Work()
     lanes.run("a", lambda: work.piece("1"), 1000)
     waiting = asyncio.ensure_future(lanes.wait_below(10, 1000))
     await turns()
@@ -236,14 +236,14 @@ async def test_waiting_for_bytes_ends_when_there_are_fewer() -> None:
 
 async def test_lanes_with_the_most_give_up_when_all_hold_too_much() -> None:
     metrics, work, gone = Metrics(), Work(), list[str]()
-    in_flight = InFlight(3000 + 2 * PIECE_BYTES, metrics)
+    in_flight = InFlight(3000 + 2 * JOB_BYTES, metrics)
 
-    def make(name: str) -> Lanes:
+    def make(name: str) -> KeyedQueue:
         def give_up() -> None:
             gone.append(name)
             assert lanes.drop(lambda piece: True) == 1
 
-        lanes = Lanes(in_flight, give_up)
+        lanes = KeyedQueue(in_flight, give_up)
         return lanes
 
     small, large = make("small"), make("large")
@@ -253,8 +253,8 @@ async def test_lanes_with_the_most_give_up_when_all_hold_too_much() -> None:
     assert gone == []
     small.run("b", lambda: work.piece("more"), 1)
     assert gone == ["large"]
-    assert (large.held_bytes, small.held_bytes) == (1000, 1001 + PIECE_BYTES)
-    assert metrics.in_flight_bytes == 2001 + PIECE_BYTES
+    assert (large.held_bytes, small.held_bytes) == (1000, 1001 + JOB_BYTES)
+    assert metrics.in_flight_bytes == 2001 + JOB_BYTES
     for gate in ("500 1", "1000 1", "more"):
         work.gates[gate].set()
     await turns(6)
@@ -267,7 +267,7 @@ async def test_lanes_with_the_most_give_up_when_all_hold_too_much() -> None:
 async def test_running_piece_is_cut_off_where_nothing_waits_and_the_next_of_its_key_goes_on() -> None:
     """As a join's on_leave, which holds nothing, must be called whatever became of the push before it."""
     metrics, work = Metrics(), Work()
-    lanes = Lanes(InFlight(1000, metrics), lambda: None)
+    lanes = KeyedQueue(InFlight(1000, metrics), lambda: None)
     lanes.run("a", lambda: work.piece("large"), 900)
     lanes.run("b", lambda: work.piece("larger"), 901)
     assert metrics.refused[IN_FLIGHT_FULL] == 2
@@ -280,7 +280,7 @@ async def test_running_piece_is_cut_off_where_nothing_waits_and_the_next_of_its_
 async def test_owner_that_cannot_give_up_has_half_and_each_of_its_keys_a_sixteenth() -> None:
     metrics, work = Metrics(), Work()
     in_flight = InFlight(16_000, metrics)
-    lanes = Lanes(in_flight)
+    lanes = KeyedQueue(in_flight)
     assert in_flight.has_room(lanes, "a", 100_000), "it need not wait"
     lanes.run("a", lambda: work.piece("1"), 7500)
     assert in_flight.has_room(lanes, "a", 500)
@@ -288,7 +288,7 @@ async def test_owner_that_cannot_give_up_has_half_and_each_of_its_keys_a_sixteen
     lanes.run("b", lambda: work.piece("2"), 0)
     assert in_flight.has_room(lanes, "b", 500)
     await lanes.close()
-    lanes = Lanes(in_flight)
+    lanes = KeyedQueue(in_flight)
     lanes.run("a", lambda: work.piece("3"), 0)
     assert in_flight.has_room(lanes, "a", 1000)
     assert not in_flight.has_room(lanes, "a", 1001)

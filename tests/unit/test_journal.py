@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from relay.journal import INTERVAL_S, LINES_MAX, Journal, Totals
+from relay.journal import INTERVAL_S, LINES_MAX, ConnectionLog, Totals
 
 
 class Somebody:
@@ -18,7 +18,7 @@ class Somebody:
 def test_storm_of_connects_writes_few_lines_and_tells_of_the_others(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "relay.socket")
     now = 0.0
-    journal = Journal(lambda: now)
+    journal = ConnectionLog(lambda: now)
     for _ in range(10_000):
         journal.connected(Somebody())
     assert len(caplog.messages) == LINES_MAX
@@ -32,7 +32,7 @@ def test_storm_of_connects_writes_few_lines_and_tells_of_the_others(caplog: pyte
 def test_lines_that_were_left_out_are_told_of_though_none_comes_after_them(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "relay.socket")
     now = 0.0
-    journal = Journal(lambda: now)
+    journal = ConnectionLog(lambda: now)
     for _ in range(LINES_MAX + 3):
         journal.connected(Somebody())
     journal.flush()
@@ -45,7 +45,7 @@ def test_lines_that_were_left_out_are_told_of_though_none_comes_after_them(caplo
 
 def test_nothing_that_a_client_says_breaks_a_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "relay.socket")
-    journal = Journal()
+    journal = ConnectionLog()
     bad = "%s\nERROR relay: \x1b[31mforged" + 1000 * "x"
     journal.join_refused(Somebody(), bad, bad.replace("\x1b", ""))
     journal.rate_limited(Somebody(), bad, bad)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.proxy_headers import client_address, counted_as, look_behind_proxies, origin_of, parse_networks
+from relay.proxy_headers import apply_forwarded_headers, client_address, origin_of, parse_networks, rate_limit_key
 
 PROXIES = parse_networks(("127.0.0.1", "10.0.0.0/8", "fd00::/8"))
 
@@ -62,7 +62,7 @@ def test_no_header_makes_it_raise(forwarded: list[str]) -> None:
     ],
 )
 def test_ipv6_clients_are_counted_by_their_network(address: str, expected: str) -> None:
-    assert counted_as(address) == expected
+    assert rate_limit_key(address) == expected
 
 
 def scope(kind: str, peer: str | None, *headers: tuple[bytes, bytes]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ FORWARDED = ((b"x-forwarded-for", b"1.2.3.4"), (b"x-forwarded-proto", b"https"))
 @pytest.mark.parametrize(("kind", "scheme"), [("http", "https"), ("websocket", "wss")])
 def test_scope_behind_a_trusted_proxy_shows_the_client(kind: str, scheme: str) -> None:
     came = scope(kind, "10.0.0.1", *FORWARDED)
-    seen = look_behind_proxies(came, PROXIES)
+    seen = apply_forwarded_headers(came, PROXIES)
     assert (seen["client"], seen["scheme"]) == (("1.2.3.4", 0), scheme)
     assert came == scope(kind, "10.0.0.1", *FORWARDED), "the server's own is left as it is"
 
@@ -84,10 +84,10 @@ def test_scope_behind_a_trusted_proxy_shows_the_client(kind: str, scheme: str) -
 @pytest.mark.parametrize("peer", ["9.9.9.9", None])
 def test_scope_of_anybody_else_stays_as_it_is(peer: str | None) -> None:
     came = scope("websocket", peer, *FORWARDED)
-    assert look_behind_proxies(came, PROXIES) is came
+    assert apply_forwarded_headers(came, PROXIES) is came
     trusted = scope("websocket", "10.0.0.1", (b"x-forwarded-proto", b"gopher"))
-    assert look_behind_proxies(trusted, PROXIES) is trusted
-    assert look_behind_proxies(scope("http", "10.0.0.1", *FORWARDED), ()) == scope("http", "10.0.0.1", *FORWARDED)
+    assert apply_forwarded_headers(trusted, PROXIES) is trusted
+    assert apply_forwarded_headers(scope("http", "10.0.0.1", *FORWARDED), ()) == scope("http", "10.0.0.1", *FORWARDED)
 
 
 @pytest.mark.parametrize(

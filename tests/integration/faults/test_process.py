@@ -364,7 +364,7 @@ def test_relay_takes_as_many_descriptors_as_it_may() -> None:
     """The soft limit is often 1 024, and a socket takes one."""
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 700))\n"
-        "from relay.serving import raise_descriptor_limit as go\n"
+        "from relay.fd_limit import raise_descriptor_limit as go\n"
         "go(); print(resource.getrlimit(resource.RLIMIT_NOFILE))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 
 from relay import Config
-from relay.auth.api_key import Operators, key_in
+from relay.auth.api_key import ApiKeyAuth, api_key_from
 from relay.config import AuthConfig, KeyConfig, MetricsConfig, RestConfig
 
-KEYLESS = Operators(Config(), authenticates=False)
-KEYED = Operators(Config(rest=RestConfig(api_key="sésame"), anonymous=True), authenticates=True)
+KEYLESS = ApiKeyAuth(Config(), authenticates=False)
+KEYED = ApiKeyAuth(Config(rest=RestConfig(api_key="sésame"), anonymous=True), authenticates=True)
 
 
 def scope(client: str | None = "127.0.0.1", **headers: str) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def scope(client: str | None = "127.0.0.1", **headers: str) -> dict[str, Any]:
     ],
 )
 def test_key_is_found_in_two_headers(headers: dict[str, str], key: str) -> None:
-    assert key_in(scope(**headers)) == key.encode()
+    assert api_key_from(scope(**headers)) == key.encode()
 
 
 @pytest.mark.parametrize("client", ["127.0.0.1", "192.168.1.9", None])
@@ -42,10 +42,10 @@ def test_with_a_key_it_alone_decides(client: str | None) -> None:
 
 
 def test_wrong_key_is_logged_with_its_address_and_without_itself(caplog: pytest.LogCaptureFixture) -> None:
-    operators = Operators(Config(rest=RestConfig(api_key="sésame")), authenticates=False)
+    operators = ApiKeyAuth(Config(rest=RestConfig(api_key="sésame")), authenticates=False)
     for given in ("sésame", "", "a-guess", "another-guess"):
-        _ = operators.admit(scope("192.168.1.9"), given.encode(), "rest")
-    _ = operators.admit(scope(None), b"a-guess", "console")
+        _ = operators.authorize(scope("192.168.1.9"), given.encode(), "rest")
+    _ = operators.authorize(scope(None), b"a-guess", "console")
     assert [(record.name, record.levelname, record.message) for record in caplog.records] == [
         ("relay.operators", "WARNING", "rest: refused a wrong API key; address 192.168.1.9"),
         ("relay.operators", "WARNING", "console: refused a wrong API key; address None"),
@@ -112,7 +112,7 @@ def test_without_a_key_nobody_else_may(client: str | None, headers: dict[str, st
 )
 def test_without_a_key_nobody_may_where_others_are_let_in(config: Config, authenticates: bool) -> None:
     """A proxy on this machine that writes no header makes everybody look local."""
-    fault = Operators(config, authenticates).check(scope(), b"")
+    fault = ApiKeyAuth(config, authenticates).check(scope(), b"")
     assert fault is not None
     assert fault.status == 403
     assert "set rest.api_key" in fault.text
@@ -120,7 +120,7 @@ def test_without_a_key_nobody_may_where_others_are_let_in(config: Config, authen
 
 def test_pages_of_this_machine_are_no_reason_for_a_key() -> None:
     config = Config(origins=("same", "http://localhost:5173", "//app.localhost", "http://127.0.0.1:3000"))
-    assert Operators(config, authenticates=False).check(scope(), b"") is None
+    assert ApiKeyAuth(config, authenticates=False).check(scope(), b"") is None
 
 
 # Who sees the figures.
@@ -128,10 +128,10 @@ def test_pages_of_this_machine_are_no_reason_for_a_key() -> None:
 OPEN: dict[str, Any] = {"anonymous": True}
 
 
-def metrics(*, authenticates: bool = False, api_key: str = "", **settings: Any) -> Operators:
+def metrics(*, authenticates: bool = False, api_key: str = "", **settings: Any) -> ApiKeyAuth:
     opened = {name: settings.pop(name) for name in list(settings) if name in Config.model_fields}
     config = Config(metrics=MetricsConfig(**settings), rest=RestConfig(api_key=api_key), **opened)
-    return Operators(config, authenticates)
+    return ApiKeyAuth(config, authenticates)
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 
 from relay import Config, Refused
-from relay.auth.authenticator import Auth, UpgradeRequest
-from relay.errors import NotAdmitted, Reason
+from relay.auth.authenticator import Authenticator, UpgradeRequest
+from relay.errors import AuthenticationError, Reason
 from relay.metrics import Metrics
 from relay.permissions import ALL, Right
-from relay.plugins.dispatcher import Caller
+from relay.plugins.dispatcher import HandlerRunner
 
 SCOPE: dict[str, Any] = {"type": "websocket", "path": "/", "query_string": b"", "headers": []}
 
@@ -22,17 +22,17 @@ class Clock:
     wall = 1_000_000.0
 
 
-def make(verified: Any = None, function: Any = None, **settings: Any) -> tuple[Auth, Clock]:
+def make(verified: Any = None, function: Any = None, **settings: Any) -> tuple[Authenticator, Clock]:
     clock = Clock()
 
     async def verify(token: str) -> Any:
         if token == "bad":
-            raise NotAdmitted(401, "token", "bad")
+            raise AuthenticationError(401, "token", "bad")
         return verified
 
-    auth = Auth(
+    auth = Authenticator(
         Config(**settings),
-        Caller(Metrics(), 5.0),
+        HandlerRunner(Metrics(), 5.0),
         verify if verified is not None else None,
         function,
         lambda: clock.monotonic,
@@ -41,15 +41,15 @@ def make(verified: Any = None, function: Any = None, **settings: Any) -> tuple[A
     return auth, clock
 
 
-async def refusal(auth: Auth, token: str | None = "t") -> NotAdmitted:
-    with pytest.raises(NotAdmitted) as caught:
-        await auth.admit(SCOPE, token)
+async def refusal(auth: Authenticator, token: str | None = "t") -> AuthenticationError:
+    with pytest.raises(AuthenticationError) as caught:
+        await auth.authenticate_request(SCOPE, token)
     return caught.value
 
 
 async def test_expiry_is_reckoned_on_the_monotonic_clock() -> None:
     auth, clock = make({"sub": "alice", "exp": 1_000_060}, auth={"leeway_s": 7})
-    identity = await auth.admit(SCOPE, "t")
+    identity = await auth.authenticate_request(SCOPE, "t")
     assert identity.expires_at == 500 + 60 + 7
     clock.wall -= 3600  # whoever is in already does not notice
     assert identity.expires_at == 567
@@ -70,7 +70,7 @@ async def test_of_token_and_function_whichever_ends_first_counts() -> None:
             return {"sub": "alice", "exp": mine}
 
         auth, _ = make({"sub": "alice", "exp": 1_000_060}, function, auth={"leeway_s": 0})
-        assert (await auth.admit(SCOPE, "t")).expires_at == expected
+        assert (await auth.authenticate_request(SCOPE, "t")).expires_at == expected
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ async def test_claims_that_cannot_be_read_are_refused(claims: Any) -> None:
 async def test_users_may_be_numbers_or_missing() -> None:
     for sub, user in ((7, "7"), ("7", "7"), (0, "0"), (None, None)):
         auth, _ = make({"sub": sub})
-        assert (await auth.admit(SCOPE, "t")).user == user
+        assert (await auth.authenticate_request(SCOPE, "t")).user == user
 
 
 async def test_rights_are_those_of_the_claim_and_of_the_settings() -> None:
@@ -101,7 +101,7 @@ async def test_rights_are_those_of_the_claim_and_of_the_settings() -> None:
         {"sub": "al*", "may": {"room:{sub}": "push"}, "topics": {"*": "join"}},
         auth={"rights_claim": "may", "authenticated": [{"match": "user:{sub}", "rights": ["join"]}]},
     )
-    rights = (await auth.admit(SCOPE, "t")).rights
+    rights = (await auth.authenticate_request(SCOPE, "t")).rights
     assert (rights.on("user:al*"), rights.on("room:al*")) == (Right.JOIN, Right.PUSH)
     assert rights.on("user:alice") is rights.on("room:alice") is rights.on("x") is Right.NONE
 
@@ -113,7 +113,7 @@ async def test_without_a_token_only_where_anonymous_is_asked_for_or_nothing_chec
         make({"sub": "alice"}, anonymous=True, auth={"anonymous": [{"match": "a", "rights": ["join"]}]}),
         make(auth={"anonymous": [{"match": "a", "rights": ["join"]}, {"match": "{sub}", "rights": ["join"]}]}),
     ):
-        identity = await auth.admit(SCOPE, None)
+        identity = await auth.authenticate_request(SCOPE, None)
         assert (identity.user, identity.expires_at, identity.claims) == (None, None, {})
         assert (identity.rights.on("a"), identity.rights.on(""), identity.rights.on("b")) == (Right.JOIN, 0, 0)
 
@@ -148,9 +148,9 @@ async def test_later_token_is_judged_without_what_the_handshake_brought() -> Non
 
     auth, _ = make(None, function)
     scope = {**SCOPE, "headers": [(b"cookie", b"a=b")], "session": {"user": "eve"}}
-    assert (await auth.admit(scope, None)).user == "eve"
-    with pytest.raises(NotAdmitted):
-        await auth.identify("t")
+    assert (await auth.authenticate_request(scope, None)).user == "eve"
+    with pytest.raises(AuthenticationError):
+        await auth.authenticate_token("t")
     assert seen[-1].user.is_authenticated is False
     assert (seen[-1].token, dict(seen[-1].headers), seen[-1].client, seen[-1].cookies) == ("t", {}, None, {})
     auth._caller.close()
@@ -159,33 +159,33 @@ async def test_later_token_is_judged_without_what_the_handshake_brought() -> Non
 async def test_where_nothing_checks_tokens_they_prove_nothing() -> None:
     auth, _ = make(auth={"anonymous": [{"match": "a", "rights": ["join"]}]})
     assert not auth.checks_tokens
-    with pytest.raises(NotAdmitted):
-        await auth.identify("t")
+    with pytest.raises(AuthenticationError):
+        await auth.authenticate_token("t")
 
 
 async def test_tangrams_claims_open_one_topic_letter_by_letter() -> None:
     claims = {"id": "me", "channel": "room:*", "exp": 1_000_060}
     auth, _ = make(claims, auth={"tangram": True, "keys": ["x"]})
-    identity = await auth.admit(SCOPE, "t")
+    identity = await auth.authenticate_request(SCOPE, "t")
     assert identity.user == "me"
     assert (identity.rights.on("room:*"), identity.rights.on("room:1")) == (ALL, Right.NONE)
     off, _ = make(claims)
-    identity = await off.admit(SCOPE, "t")
+    identity = await off.authenticate_request(SCOPE, "t")
     assert (identity.user, identity.rights.on("room:*")) == (None, Right.NONE)
     # Who has a subject has a token of ours.
     both, _ = make({**claims, "sub": "alice"}, auth={"tangram": True})
-    assert (await both.admit(SCOPE, "t")).rights.on("room:*") is Right.NONE
+    assert (await both.authenticate_request(SCOPE, "t")).rights.on("room:*") is Right.NONE
 
 
 async def test_tangrams_claims_open_nothing_that_the_settings_grant() -> None:
     """Their ``id`` is a name that the topic's owner chose, not the subject of a token."""
     granted = [{"match": "user:{sub}", "rights": ["join"]}, {"match": "lobby", "rights": ["join"]}]
     auth, _ = make({"id": "alice", "channel": "room"}, auth={"tangram": True, "authenticated": granted})
-    rights = (await auth.identify("t")).rights
+    rights = (await auth.authenticate_token("t")).rights
     assert (rights.on("room"), rights.on("user:alice"), rights.on("lobby")) == (ALL, Right.NONE, Right.NONE)
     # A token with a subject has them, beside what it says.
     auth, _ = make({"sub": "alice"}, auth={"tangram": True, "authenticated": granted})
-    assert (await auth.identify("t")).rights.on("user:alice") is Right.JOIN
+    assert (await auth.authenticate_token("t")).rights.on("user:alice") is Right.JOIN
 
 
 @pytest.mark.parametrize("channel", ["", None, 7, ["lobby"], {"lobby": 1}])
@@ -231,8 +231,8 @@ async def test_handshakes_do_not_wait_for_each_other() -> None:
         return {"sub": request.token}
 
     auth, _ = make(None, slow)
-    waiting = asyncio.create_task(auth.admit(SCOPE, "slow"))
-    fast = await auth.admit(SCOPE, "fast")
+    waiting = asyncio.create_task(auth.authenticate_request(SCOPE, "slow"))
+    fast = await auth.authenticate_request(SCOPE, "fast")
     assert fast.user == "fast" and not waiting.done()
     gate.set()
     assert (await waiting).user == "slow"

@@ -7,12 +7,12 @@ import msgspec
 import pytest
 
 from relay import Config
-from relay.auth.authenticator import Auth
-from relay.auth.session import Access, tokens_in
-from relay.errors import NotAdmitted, Reason
+from relay.auth.authenticator import Authenticator
+from relay.auth.session import SocketAuth, tokens_in
+from relay.errors import AuthenticationError, Reason
 from relay.metrics import Metrics
 from relay.permissions import Identity, Rights, parse_claim
-from relay.plugins.dispatcher import Caller
+from relay.plugins.dispatcher import HandlerRunner
 from relay.protocol.state import Subscription
 from tests.support.serving import eventually
 
@@ -49,9 +49,9 @@ class Owner:
         self.done: list[Any] = []
         self.tokens = tokens or {}
         self.counted: list[str] = []
-        auth = Auth(Config(auth={"expiry_grace_s": grace_s}), Caller(Metrics(), 5.0), self._verify)
-        auth.identify = self._identify  # type: ignore[method-assign]  # tokens are names here
-        self.access = Access(
+        auth = Authenticator(Config(auth={"expiry_grace_s": grace_s}), HandlerRunner(Metrics(), 5.0), self._verify)
+        auth.authenticate_token = self._identify  # type: ignore[method-assign]  # tokens are names here
+        self.access = SocketAuth(
             auth, identity, self.subscriptions, self._fail, self._close, self.counted.append, lambda: self.now
         )
 
@@ -60,7 +60,7 @@ class Owner:
 
     async def _identify(self, token: str) -> Identity:
         if token not in self.tokens:
-            raise NotAdmitted(401, "token", "bad")
+            raise AuthenticationError(401, "token", "bad")
         return self.tokens[token]
 
     def _fail(self, subscription: Subscription, reason: Reason | None) -> bool:
@@ -73,7 +73,7 @@ class Owner:
 
     async def join(self, topic: str, **params: str) -> Reason | None:
         subscription = Subscription(topic, "1")
-        decided = self.access.admit(subscription, msgspec.Raw(msgspec.json.encode(params)))
+        decided = self.access.authorize_join(subscription, msgspec.Raw(msgspec.json.encode(params)))
         if callable(decided):
             decided = await decided()
         if decided is None:
@@ -163,11 +163,11 @@ async def test_user_is_sent_away_from_a_topic_or_altogether() -> None:
     owner = Owner(identity("alice"), tokens)
     for topic, params in (("a", {}), ("b", {}), ("c", {"token": "bob"})):
         await owner.join(topic, **params)
-    assert owner.access.send_away("carol", "", "") == owner.access.send_away("alice", "c", "") == 0
-    assert owner.access.send_away("alice", "a", "") == 1
-    assert owner.access.send_away("bob", "", "") == 1
+    assert owner.access.disconnect_user("carol", "", "") == owner.access.disconnect_user("alice", "c", "") == 0
+    assert owner.access.disconnect_user("alice", "a", "") == 1
+    assert owner.access.disconnect_user("bob", "", "") == 1
     assert owner.done == [("a", None), ("c", None)]
-    assert owner.access.send_away("alice", "", "é" * 200) == 1
+    assert owner.access.disconnect_user("alice", "", "é" * 200) == 1
     assert owner.done[2:] == [1001]
     owner.access.end()
 

@@ -15,9 +15,9 @@ import pytest
 
 from relay.auth.jwks import parse_jwks
 from relay.auth.keys import Key, read_key
-from relay.auth.tokens import Verifier, load_keys, sign
+from relay.auth.tokens import TokenVerifier, load_keys, sign
 from relay.config import AuthConfig
-from relay.errors import ConfigError, NotAdmitted, Reason
+from relay.errors import AuthenticationError, ConfigError, Reason
 from tests.support.keys import (
     EC_PRIVATE,
     EC_PUBLIC,
@@ -34,13 +34,13 @@ from tests.support.keys import (
 )
 
 
-def verifier(*keys: Any, **settings: Any) -> Verifier:
+def verifier(*keys: Any, **settings: Any) -> TokenVerifier:
     config = AuthConfig(keys=keys, **settings)
-    return Verifier(config, load_keys(config))
+    return TokenVerifier(config, load_keys(config))
 
 
-async def refusal(verifier: Verifier, token: str) -> NotAdmitted:
-    with pytest.raises(NotAdmitted) as caught:
+async def refusal(verifier: TokenVerifier, token: str) -> AuthenticationError:
+    with pytest.raises(AuthenticationError) as caught:
         await verifier.verify(token)
     assert token not in str(caught.value)
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
@@ -236,7 +236,7 @@ def signed(body: bytes, head: bytes = b'{"alg":"HS256"}') -> str:
 async def test_token_that_is_malformed_is_refused_and_nothing_is_raised(made: str) -> None:
     error = await refusal(verifier(SECRET, RSA_PUBLIC), made) if made else None
     if error is None:
-        with pytest.raises(NotAdmitted) as caught:
+        with pytest.raises(AuthenticationError) as caught:
             await verifier(SECRET).verify(made)
         error = caught.value
     assert error.status == 401
@@ -309,7 +309,7 @@ class Published:
         self.gate: asyncio.Event | None = None
         config = AuthConfig(jwks_url="https://login.example.org/jwks", **settings)
         fetch: Callable[[], Awaitable[bytes]] = self._fetch
-        self.verifier = Verifier(config, load_keys(config), fetch, lambda: self.now)
+        self.verifier = TokenVerifier(config, load_keys(config), fetch, lambda: self.now)
 
     async def _fetch(self) -> bytes:
         self.fetches += 1
@@ -322,7 +322,7 @@ class Published:
     async def accepts(self, kid: str | None = "a", key: str = RSA_PRIVATE, algorithm: str = "RS256") -> bool:
         try:
             await self.verifier.verify(token(key=key, algorithm=algorithm, kid=kid))
-        except NotAdmitted:
+        except AuthenticationError:
             return False
         return True
 

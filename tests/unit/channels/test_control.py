@@ -3,18 +3,18 @@
 import pytest
 
 from relay.auth.decisions import Decisions
-from relay.channels.control import Order, decode, encode
+from relay.channels.control import ControlMessage, decode, encode
 
 
 @pytest.mark.parametrize(
     "order",
     [
-        Order("disconnect", "alice", "n1"),
-        Order("disconnect", "é", "n1", reason="banned"),
-        Order("kick", "a", "n", "room:1"),
+        ControlMessage("disconnect", "alice", "n1"),
+        ControlMessage("disconnect", "é", "n1", reason="banned"),
+        ControlMessage("kick", "a", "n", "room:1"),
     ],
 )
-def test_order_comes_back_as_it_was(order: Order) -> None:
+def test_order_comes_back_as_it_was(order: ControlMessage) -> None:
     assert decode(encode(order)) == order
 
 
@@ -41,7 +41,7 @@ def test_what_is_no_order_is_none(data: bytes) -> None:
 
 def test_order_of_a_later_version_with_more_in_it_is_understood() -> None:
     data = b'{"do":"disconnect","user":"alice","sender":"n","until":5}'
-    assert decode(data) == Order("disconnect", "alice", "n")
+    assert decode(data) == ControlMessage("disconnect", "alice", "n")
 
 
 def test_order_overtakes_decisions_that_began_before_it() -> None:

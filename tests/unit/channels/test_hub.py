@@ -107,7 +107,7 @@ class Reader:
     def subscription(self, topic: str) -> Subscription | None:
         raise AssertionError("the hub does not ask")
 
-    def fail(self, subscription: Subscription, reason: Reason) -> bool:
+    def end_subscription(self, subscription: Subscription, reason: Reason) -> bool:
         raise AssertionError("the hub does not end subscriptions")
 
     @property
@@ -183,8 +183,8 @@ def test_topics_are_listed_with_their_subscribers(fixture: Fixture) -> None:
 
 def test_who_only_looks_on_is_delivered_to_and_makes_no_topic_joined(fixture: Fixture) -> None:
     hub, one, tap = fixture.hub, fixture.reader("t"), fixture.reader()
-    hub.tap("t", tap)
-    hub.tap("u", another := fixture.reader())
+    hub.add_observer("t", tap)
+    hub.add_observer("u", another := fixture.reader())
     assert (hub.topics(), len(hub), hub.count("t")) == ({"t": 1}, 1, 2)
     assert hub.fan_out("t", "e", EMPTY) and hub.fan_out("u", "e", EMPTY)
     assert len(tap.got) == len(another.got) == 1
@@ -275,7 +275,7 @@ def test_events_of_a_topic_that_come_together_are_one_write(fixture: Fixture) ->
     assert [frame.is_text for frame in reader.got] == [True, True, False]
     assert reader.texts[:2] == [text("a"), text("b", encode_payload({"x": "y" * 200}))]
     assert len(old.got) == 3
-    assert (fixture.metrics.deliveries, fixture.hub.traffic("t")) == (6, (3, 0.0))
+    assert (fixture.metrics.deliveries, fixture.hub.stats("t")) == (6, (3, 0.0))
 
 
 def test_compressed_and_plain_subscribers_get_the_same(fixture: Fixture) -> None:
@@ -490,16 +490,16 @@ def test_every_subscriber_hears_its_topics_in_order_whatever_happens(
 
 
 def test_traffic_of_a_topic_nobody_has_joined_is_unknown(fixture: Fixture) -> None:
-    assert fixture.hub.traffic("t") is None
+    assert fixture.hub.stats("t") is None
 
 
 def test_traffic_counts_events_not_deliveries(fixture: Fixture) -> None:
     fixture.reader("t")
     fixture.reader("t")
-    assert fixture.hub.traffic("t") == (0, 0.0)
+    assert fixture.hub.stats("t") == (0, 0.0)
     for _ in range(3):
         fixture.hub.fan_out("t", "e", EMPTY)
-    assert fixture.hub.traffic("t") == (3, 0.0), "no second is over yet"
+    assert fixture.hub.stats("t") == (3, 0.0), "no second is over yet"
 
 
 def test_traffic_tells_the_rate_of_the_last_full_second_with_events(fixture: Fixture) -> None:
@@ -508,9 +508,9 @@ def test_traffic_tells_the_rate_of_the_last_full_second_with_events(fixture: Fix
         fixture.hub.fan_out("t", "e", EMPTY)
     fixture.loop.now += 2
     fixture.hub.fan_out("t", "e", EMPTY)
-    assert fixture.hub.traffic("t") == (11, 5.0)
+    assert fixture.hub.stats("t") == (11, 5.0)
     fixture.loop.now += 0.5
-    assert fixture.hub.traffic("t") == (11, 5.0)
+    assert fixture.hub.stats("t") == (11, 5.0)
 
 
 def test_traffic_of_a_quiet_topic_fades(fixture: Fixture) -> None:
@@ -518,9 +518,9 @@ def test_traffic_of_a_quiet_topic_fades(fixture: Fixture) -> None:
     fixture.loop.now += 1
     fixture.hub.fan_out("t", "e", EMPTY)
     fixture.loop.now += 4
-    assert fixture.hub.traffic("t") == (1, 0.25)
+    assert fixture.hub.stats("t") == (1, 0.25)
     fixture.loop.now += 96
-    assert fixture.hub.traffic("t") == (1, 0.01)
+    assert fixture.hub.stats("t") == (1, 0.01)
 
 
 def test_bytes_delivered_are_counted_for_each_version(fixture: Fixture) -> None:

@@ -60,12 +60,12 @@ class Reader:
         self._world.now += self._cost_s
 
     def send_event(self, frame: Frame, topic: str, event: str, policy: Policy) -> None:
-        self._write(frame.wire)  # the hub sends so to each where somebody is left out
+        self._write(frame.ws_frame)  # the hub sends so to each where somebody is left out
 
     def subscription(self, topic: str) -> Subscription | None:
         raise AssertionError("nobody asks")
 
-    def fail(self, subscription: Subscription, reason: Reason) -> bool:
+    def end_subscription(self, subscription: Subscription, reason: Reason) -> bool:
         raise AssertionError("nobody fails")
 
     def events(self) -> list[int]:

@@ -13,15 +13,15 @@ import pytest
 
 from relay.metrics import Metrics
 from relay.plugins import dispatcher
-from relay.plugins.dispatcher import Caller, HandlerFailed
+from relay.plugins.dispatcher import HandlerError, HandlerRunner
 from relay.plugins.hooks import Hook, Refused, to_response
 from tests.support.serving import eventually
 
 
 @asynccontextmanager
-async def calls(timeout_s: float = 20.0) -> AsyncIterator[tuple[Caller, Metrics]]:
+async def calls(timeout_s: float = 20.0) -> AsyncIterator[tuple[HandlerRunner, Metrics]]:
     metrics = Metrics()
-    caller = Caller(metrics, timeout_s)
+    caller = HandlerRunner(metrics, timeout_s)
     yield caller, metrics
     caller.close()
 
@@ -52,7 +52,7 @@ async def test_coroutine_function_runs_in_the_loop_and_plain_function_in_a_threa
         assert await caller.call(hook(coroutine), "hi") == "hi in MainThread"
         assert await caller.call(hook(plain), "hi") == "hi in relay-plugin"
         assert await caller.call(hook(wrapped), "hi") == "hi in MainThread"
-        assert await caller.ask(hook(plain), "hi", str.upper) == "HI IN RELAY-PLUGIN"
+        assert await caller.call_with_result(hook(plain), "hi", str.upper) == "HI IN RELAY-PLUGIN"
         assert metrics.plugin_calls == {"p": 4}
         assert metrics.plugin_errors == {}
 
@@ -60,11 +60,11 @@ async def test_coroutine_function_runs_in_the_loop_and_plain_function_in_a_threa
 async def test_time_of_handlers_is_counted_however_they_end() -> None:
     async with calls(timeout_s=0.02) as (caller, metrics):
         assert await caller.call(hook(coroutine), "hi")
-        caller.call_here(hook(plain), "hi")
-        with pytest.raises(HandlerFailed):
+        caller.call_inline(hook(plain), "hi")
+        with pytest.raises(HandlerError):
             await caller.call(hook(raises(ValueError("no"))), "hi")
         assert metrics.plugin_time["p"].sum_s < 0.02
-        with pytest.raises(HandlerFailed):
+        with pytest.raises(HandlerError):
             await caller.call(hook(asyncio.Event().wait, "slow"))
         assert metrics.plugin_time["p"].count == 3
         assert metrics.plugin_time["slow"].count == 1
@@ -98,7 +98,7 @@ async def test_fault_of_a_handler_is_logged_once_and_counted(
     async with calls() as (caller, metrics):
         broken = hook(make(error))
         for _ in range(3):
-            with pytest.raises(HandlerFailed) as failed:
+            with pytest.raises(HandlerError) as failed:
                 await caller.call(broken, None)
             assert "did not end" not in str(failed.value)
         assert metrics.plugin_errors == {"p": 3}
@@ -113,9 +113,9 @@ async def test_refusal_is_an_answer_only_where_it_is_asked_for(caplog: pytest.Lo
     async with calls() as (caller, metrics):
         for refuses in (hook(raises(Refused("no"))), hook(raises_later(Refused("no")))):
             with pytest.raises(Refused, match="no"):
-                await caller.ask(refuses, None, as_is)
+                await caller.call_with_result(refuses, None, as_is)
         assert metrics.plugin_errors == {}
-        with pytest.raises(HandlerFailed):
+        with pytest.raises(HandlerError):
             await caller.call(hook(raises(Refused("no"))), None)
         assert metrics.plugin_errors == {"p": 1}
     assert "only on_join and on_push may" in caplog.text
@@ -123,18 +123,18 @@ async def test_refusal_is_an_answer_only_where_it_is_asked_for(caplog: pytest.Lo
 
 async def test_answer_that_cannot_be_sent_is_a_fault(caplog: pytest.LogCaptureFixture) -> None:
     async with calls() as (caller, metrics):
-        with pytest.raises(HandlerFailed):
-            await caller.ask(hook(lambda argument: object()), None, to_response)
+        with pytest.raises(HandlerError):
+            await caller.call_with_result(hook(lambda argument: object()), None, to_response)
         assert metrics.plugin_errors == {"p": 1}
     assert "returned what cannot be sent" in caplog.text
 
 
 async def test_hook_on_the_way_of_every_event_is_called_in_the_loop(caplog: pytest.LogCaptureFixture) -> None:
     async with calls() as (caller, metrics):
-        assert caller.call_here(hook(plain), "hi") == "hi in MainThread"
+        assert caller.call_inline(hook(plain), "hi") == "hi in MainThread"
         for error in (ValueError("boom"), SystemExit()):
-            with pytest.raises(HandlerFailed):
-                caller.call_here(hook(raises(error)), None)
+            with pytest.raises(HandlerError):
+                caller.call_inline(hook(raises(error)), None)
         assert metrics.plugin_calls == {"p": 3}
         assert metrics.plugin_errors == {"p": 2}
 
@@ -150,7 +150,7 @@ async def test_handlers_that_hang_are_given_up(caplog: pytest.LogCaptureFixture)
 
     async with calls(timeout_s=0.05) as (caller, metrics):
         for function in (hangs, hangs_in_thread):
-            with pytest.raises(HandlerFailed, match=r"did not end within 0\.05 s"):
+            with pytest.raises(HandlerError, match=r"did not end within 0\.05 s"):
                 await caller.call(hook(function), None)
         assert metrics.plugin_errors == {"p": 2}
         released.set()  # what it returns now is ignored
@@ -201,7 +201,7 @@ async def test_handler_given_up_before_its_turn_is_not_called(monkeypatch: pytes
         first = asyncio.create_task(caller.call(hook(blocks), None))
         second = asyncio.create_task(caller.call(hook(called.append), "late"))
         for task in (first, second):
-            with pytest.raises(HandlerFailed):
+            with pytest.raises(HandlerError):
                 await task
         released.set()
         await caller.call(hook(called.append), "next")
@@ -222,7 +222,7 @@ def test_hanging_handler_does_not_keep_the_process_alive() -> None:
     """The standard library's thread pool joins its threads at exit, and would wait for ever."""
     script = """
 import asyncio, threading, time
-from relay.plugins.dispatcher import Caller, HandlerFailed
+from relay.plugins.dispatcher import HandlerRunner, HandlerError
 from relay.plugins.hooks import Hook
 from relay.metrics import Metrics
 
@@ -235,11 +235,11 @@ def ends_late(argument):
     later.wait()
 
 async def main():
-    caller = Caller(Metrics(), 0.05)
+    caller = HandlerRunner(Metrics(), 0.05)
     for function in (hangs, ends_late):
         try:
             await caller.call(Hook("p", function), None)
-        except HandlerFailed:
+        except HandlerError:
             print("given up")
     caller.close()
 

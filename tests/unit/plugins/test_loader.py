@@ -13,7 +13,7 @@ from fastapi import APIRouter, FastAPI
 from relay.config import PluginsConfig
 from relay.errors import ConfigError
 from relay.plugins import Plugin
-from relay.plugins.loader import Found, Loaded, load_plugins
+from relay.plugins.loader import PluginInfo, PluginSet, load_plugins
 
 PLUGIN = """
 from relay import Plugin
@@ -32,7 +32,7 @@ def write(folder: Path, name: str, text: str | None = None) -> Path:
     return package
 
 
-def load(*paths: Path, builtins: tuple[Plugin, ...] = (), **settings: Any) -> Loaded:
+def load(*paths: Path, builtins: tuple[Plugin, ...] = (), **settings: Any) -> PluginSet:
     return load_plugins(PluginsConfig(paths=paths, **settings), builtins)
 
 
@@ -248,7 +248,7 @@ def test_list_says_what_each_plugin_registers() -> None:
 
     lines = [
         line.replace(f"{test_list_says_what_each_plugin_registers.__name__}.<locals>.", "")
-        for line in Found("chat", "built-in", plugin, print).registers()
+        for line in PluginInfo("chat", "built-in", plugin, print).registers()
     ]
     assert lines == [
         "on_join room:* → join",

@@ -554,15 +554,15 @@ def test_wire_is_what_a_websocket_client_expects(size: int, is_text: bool) -> No
     """Source: RFC 6455, section 5.2, at the edges of its three lengths."""
     data = bytes(size) if not is_text else b"x" * size
     frame = Frame(data, is_text)
-    parsed = parse(frame.wire)
+    parsed = parse(frame.ws_frame)
     assert (parsed.opcode, bytes(parsed.data), parsed.fin) == (Opcode.TEXT if is_text else Opcode.BINARY, data, True)
     assert frame.size == size
-    assert len(frame.wire) == size + (2 if size < 126 else 4 if size < 65536 else 10)
+    assert len(frame.ws_frame) == size + (2 if size < 126 else 4 if size < 65536 else 10)
 
 
 def test_frame_is_made_once_for_all_sockets() -> None:
     frame = encode_broadcast(Version.V2, "t", "é", EMPTY)
-    assert frame.wire is frame.wire
+    assert frame.ws_frame is frame.ws_frame
     assert frame.text is frame.text
     assert frame.text == '[null,null,"t","é",{}]'
 
@@ -583,16 +583,16 @@ def test_deflated_is_what_a_client_that_negotiated_it_expects(size: int, is_text
     """Source: RFC 7692, section 6 (RSV1 beside FIN and opcode) and 7.2.1; a window of 4 kB."""
     data = (b'{"icao24":"3c6500","lat":48.1}' * (size // 30 + 1))[:size]
     frame = Frame(data, is_text)
-    assert inflate(frame.deflated) == (0xC1 if is_text else 0xC2, data)
-    assert len(frame.deflated) < size
-    assert frame.deflated is frame.deflated, "once for all sockets"
+    assert inflate(frame.ws_frame_compressed) == (0xC1 if is_text else 0xC2, data)
+    assert len(frame.ws_frame_compressed) < size
+    assert frame.ws_frame_compressed is frame.ws_frame_compressed, "once for all sockets"
 
 
 @pytest.mark.parametrize("data", [b"", b"x" * 127, random.Random(1).randbytes(1000)])
 def test_what_deflating_does_not_shorten_is_sent_as_it_is(data: bytes) -> None:
     """Source: RFC 7692, section 6: an endpoint may leave any message uncompressed."""
     frame = Frame(data, False)
-    assert frame.deflated == frame.wire
+    assert frame.ws_frame_compressed == frame.ws_frame
 
 
 def test_frame_shows_what_it_holds() -> None:

@@ -13,14 +13,14 @@ from relay.errors import Reason
 from relay.protocol.frame import Frame
 from relay.protocol.payload import EMPTY, Payload, encode_payload
 from relay.protocol.serializer import Message, Ref, Version
-from relay.protocol.state import Action, Join, Leave, Protocol, Push, Send, Subscription, payload_size
+from relay.protocol.state import Action, ChannelsProtocol, Join, Leave, Push, Send, Subscription, payload_size
 
 TOPICS_MAX = 3
 PAYLOAD_MAX_BYTES = 64
 
 
-def make(version: Version = Version.V2, topics_max: int = TOPICS_MAX) -> Protocol:
-    return Protocol(version, topics_max=topics_max, payload_max_bytes=PAYLOAD_MAX_BYTES)
+def make(version: Version = Version.V2, topics_max: int = TOPICS_MAX) -> ChannelsProtocol:
+    return ChannelsProtocol(version, topics_max=topics_max, payload_max_bytes=PAYLOAD_MAX_BYTES)
 
 
 def message(join_ref: Ref, ref: Ref, topic: str, event: str, payload: Payload = EMPTY) -> Message:
@@ -39,19 +39,19 @@ def sent(action: Action | None) -> Any:
     return seen(action.frame)
 
 
-def ask_join(protocol: Protocol, topic: str, join_ref: Ref = "10", ref: Ref = "11") -> Join:
+def ask_join(protocol: ChannelsProtocol, topic: str, join_ref: Ref = "10", ref: Ref = "11") -> Join:
     action = protocol.receive(message(join_ref, ref, topic, "phx_join"))
     assert isinstance(action, Join)
     return action
 
 
-def join(protocol: Protocol, topic: str, join_ref: Ref = "10", ref: Ref = "11") -> Subscription:
+def join(protocol: ChannelsProtocol, topic: str, join_ref: Ref = "10", ref: Ref = "11") -> Subscription:
     action = ask_join(protocol, topic, join_ref, ref)
     protocol.accept(action)
     return action.subscription
 
 
-def push(protocol: Protocol, topic: str, join_ref: Ref, ref: Ref = "20", event: str = "new_msg") -> Push:
+def push(protocol: ChannelsProtocol, topic: str, join_ref: Ref, ref: Ref = "20", event: str = "new_msg") -> Push:
     action = protocol.receive(message(join_ref, ref, topic, event))
     assert isinstance(action, Push)
     return action
@@ -121,7 +121,7 @@ def test_refused_join_leaves_nothing_joined() -> None:
     payload = {"status": "error", "response": {"reason": "not you"}}
     assert [seen(frame) for frame in frames] == [["3", "4", "room:1", "phx_reply", payload]]
     assert protocol.subscriptions == {}
-    assert not protocol.has(action.subscription)
+    assert not protocol.is_current(action.subscription)
 
 
 def test_join_without_join_ref_is_known_by_its_ref() -> None:
@@ -183,13 +183,13 @@ def test_second_join_to_a_topic_closes_the_first() -> None:
     old = join(protocol, "room:1", "1", "1")
     action = ask_join(protocol, "room:1", "2", "3")
     assert action.replaces is old
-    assert protocol.has(old), "the first stays until the second is decided"
+    assert protocol.is_current(old), "the first stays until the second is decided"
     assert [seen(frame) for frame in protocol.accept(action)] == [
         ["2", "3", "room:1", "phx_reply", OK],
         ["1", "1", "room:1", "phx_close", {}],
     ]
-    assert not protocol.has(old)
-    assert protocol.has(action.subscription)
+    assert not protocol.is_current(old)
+    assert protocol.is_current(action.subscription)
     frame = protocol.reply(push(protocol, "room:1", "2"), "ok")
     assert frame is not None
     assert seen(frame)[0] == "2", "later frames carry the new join_ref"
@@ -222,7 +222,7 @@ def test_same_join_ref_twice_still_makes_two_subscriptions() -> None:
     first, second = join(protocol, "room:1", "1"), join(protocol, "room:1", "1")
     assert first != second
     assert protocol.end(first) is None
-    assert protocol.has(second)
+    assert protocol.is_current(second)
 
 
 # Leaves.
@@ -253,7 +253,7 @@ def test_stale_leave_is_dropped() -> None:
     protocol = make()
     subscription = join(protocol, "room:1", "10")
     assert protocol.receive(message("9", "5", "room:1", "phx_leave")) is None
-    assert protocol.has(subscription)
+    assert protocol.is_current(subscription)
 
 
 def test_push_after_a_leave_finds_no_topic() -> None:
@@ -522,7 +522,7 @@ class AnyOrder(RuleBasedStateMachine):
         action = self.under_way.pop(topic)
         old = self.joined.get(topic)
         if isinstance(action, Leave):
-            if not self.protocol.has(action.subscription):
+            if not self.protocol.is_current(action.subscription):
                 assert old is None, "it was ended while the leave waited"
                 return
             frames = self.protocol.leave(action)

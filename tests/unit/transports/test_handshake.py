@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.protocol.serializer import Version
-from relay.transports.handshake import Handshake, Refused, check, find_token, is_allowed_origin, token_from
+from relay.transports.handshake import (
+    HandshakeAccepted,
+    HandshakeRejected,
+    check,
+    find_token,
+    is_allowed_origin,
+    token_from,
+)
 
 PREFIX = "base64url.bearer.phx."
 Origins = str | tuple[str, ...]
@@ -27,13 +34,13 @@ def scope(
     return {"type": "websocket", "query_string": query.encode(), "headers": headers, "subprotocols": subprotocols or []}
 
 
-def accepted(result: Handshake | Refused) -> Handshake:
-    assert isinstance(result, Handshake), result
+def accepted(result: HandshakeAccepted | HandshakeRejected) -> HandshakeAccepted:
+    assert isinstance(result, HandshakeAccepted), result
     return result
 
 
-def refused(result: Handshake | Refused) -> tuple[int, str]:
-    assert isinstance(result, Refused), result
+def refused(result: HandshakeAccepted | HandshakeRejected) -> tuple[int, str]:
+    assert isinstance(result, HandshakeRejected), result
     assert result.text
     return result.status, result.kind
 
@@ -58,7 +65,7 @@ def refused(result: Handshake | Refused) -> tuple[int, str]:
 )
 def test_vsn_chooses_the_version(query: str, version: Version) -> None:
     """Absent means V1. Source: Phoenix 1.9, ``socket.ex: negotiate_serializer``."""
-    assert accepted(check(scope(query), "same")) == Handshake(version, None, None)
+    assert accepted(check(scope(query), "same")) == HandshakeAccepted(version, None, None)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +168,7 @@ def test_origin_is_allowed_or_not(origin: str, host: str, origins: Origins, allo
 def test_pages_of_this_machine_may_connect_where_the_relay_is_for_it_alone(origin: str, allowed: bool) -> None:
     """A development server, as Vite's at http://localhost:5173."""
     request = scope(origin=origin, host="127.0.0.1:8000")
-    assert isinstance(check(request, "same", has_local_pages=True), Handshake) is allowed
+    assert isinstance(check(request, "same", has_local_pages=True), HandshakeAccepted) is allowed
     assert refused(check(request, "same")) == (403, "origin")
     assert refused(check(request, ("//app.example",), has_local_pages=True)) == (403, "origin")
 
@@ -180,7 +187,7 @@ def test_pages_of_this_machine_may_connect_where_the_relay_is_for_it_alone(origi
 )
 def test_refused_origin_comes_with_the_line_to_paste(origin: str, origins: Origins, line: str) -> None:
     result = check(scope(origin=origin), origins)
-    assert isinstance(result, Refused)
+    assert isinstance(result, HandshakeRejected)
     assert result.hint == line
 
 
@@ -216,7 +223,7 @@ def encoded(token: str, *, urlsafe: bool = False) -> str:
 
 def test_phoenix_is_answered_where_it_was_offered() -> None:
     """Browsers fail the connection otherwise. Source: RFC 6455, section 4.1."""
-    assert accepted(check(scope(subprotocols=["phoenix"]), "same")) == Handshake(Version.V2, "phoenix", None)
+    assert accepted(check(scope(subprotocols=["phoenix"]), "same")) == HandshakeAccepted(Version.V2, "phoenix", None)
     assert accepted(check(scope(subprotocols=["chat", "phoenix"]), "same")).subprotocol == "phoenix"
     assert accepted(check(scope(), "same")).subprotocol is None
 
@@ -267,7 +274,7 @@ def test_token_that_is_not_base64_of_utf8_is_the_clients_fault(text: str) -> Non
         token_from([PREFIX + text])
     result = check(scope(subprotocols=["phoenix", PREFIX + text]), "same")
     assert refused(result) == (400, "token encoding")
-    assert isinstance(result, Refused)
+    assert isinstance(result, HandshakeRejected)
     assert text not in result.text or len(text) < 3
 
 

@@ -8,7 +8,7 @@ from starlette.types import Receive, Scope, Send
 
 from relay import Config
 from relay.proxy_headers import host_in, is_loopback_address, is_loopback_host
-from relay.transports.network_access import Reach, is_in_process, is_this_machine
+from relay.transports.network_access import NetworkAccess, is_in_process, is_this_machine
 
 ASGI = {"version": "3.0"}
 STRANGERS = [
@@ -51,8 +51,8 @@ def scope(
     }
 
 
-def reach(authenticates: bool = False, **settings: Any) -> Reach:
-    return Reach(Config(**settings), authenticates)
+def reach(authenticates: bool = False, **settings: Any) -> NetworkAccess:
+    return NetworkAccess(Config(**settings), authenticates)
 
 
 # Addresses and names.

@@ -12,7 +12,7 @@ from relay.metrics import Metrics
 from relay.protocol.frame import Frame
 from relay.protocol.payload import classify_payload
 from relay.protocol.serializer import Version, encode_broadcast
-from relay.transports.outbox import ENTRY_BYTES, Outbox, Outboxes
+from relay.transports.outbox import ENTRY_BYTES, Outbox, OutboxBudget
 
 DISCONNECT = Policy(Overflow.DISCONNECT)
 DROP_OLDEST = Policy(Overflow.DROP_OLDEST)
@@ -298,15 +298,15 @@ def test_closing_a_socket_leaves_nothing_to_tell() -> None:
 
 def test_largest_outbox_goes_first_when_all_hold_too_much() -> None:
     metrics = Metrics()
-    together = Outboxes(100 + 4 * ENTRY_BYTES, metrics)
+    together = OutboxBudget(100 + 4 * ENTRY_BYTES, metrics)
     gone: list[str] = []
 
     def make(name: str) -> Outbox:
-        def give_up() -> None:
+        def evict() -> None:
             gone.append(name)
             outbox.clear()
 
-        outbox = Outbox(1000, together, give_up)
+        outbox = Outbox(1000, together, evict)
         return outbox
 
     small, large, late = make("small"), make("large"), make("late")
@@ -339,7 +339,7 @@ def test_bound_of_all_outboxes_is_one_of_memory(policy: Policy) -> None:
 
 def test_no_bound_for_all_outboxes_where_it_is_zero() -> None:
     metrics = Metrics()
-    outbox = Outbox(1000, Outboxes(0, metrics))
+    outbox = Outbox(1000, OutboxBudget(0, metrics))
     outbox.add_event(frame("1", 900), "t", "e", DISCONNECT)
     assert (len(outbox), metrics.outbox_bytes) == (1, 900)
 
@@ -363,7 +363,7 @@ def test_every_event_is_sent_waiting_or_counted_and_the_bound_holds(steps: list[
     """A loss that is not counted is a bug. Order holds within all that was not replaced."""
     policies = {"t": DROP_OLDEST, "u": LATEST, "v": DISCONNECT}
     metrics = Metrics()
-    outbox = Outbox(max_bytes, Outboxes(0, metrics))
+    outbox = Outbox(max_bytes, OutboxBudget(0, metrics))
     number = numbers()
     added = dropped = controls = 0
     sent: list[str] = []

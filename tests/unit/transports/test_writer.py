@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from relay.transports.writer import EXTENSION, FrameWriter
+from relay.transports.writer import EXTENSION, DirectWriter
 
 
 class FakeTransport(Transport):
@@ -29,8 +29,8 @@ def transport() -> FakeTransport:
 
 
 @pytest.fixture
-def writer(transport: FakeTransport) -> FrameWriter:
-    return FrameWriter(transport)
+def writer(transport: FakeTransport) -> DirectWriter:
+    return DirectWriter(transport)
 
 
 def test_extension_has_a_name_of_its_own() -> None:
@@ -38,21 +38,21 @@ def test_extension_has_a_name_of_its_own() -> None:
     assert EXTENSION == "relay.frames"
 
 
-def test_frames_go_straight_to_the_transport(writer: FrameWriter, transport: FakeTransport) -> None:
+def test_frames_go_straight_to_the_transport(writer: DirectWriter, transport: FakeTransport) -> None:
     writer.write(b"\x81\x02{}")
     assert transport.written == [b"\x81\x02{}"]
     writer.abort()
     assert transport.aborted
 
 
-def test_writer_waits_for_its_socket_to_be_ready(writer: FrameWriter) -> None:
+def test_writer_waits_for_its_socket_to_be_ready(writer: DirectWriter) -> None:
     assert (writer.open, writer.paused, writer.ready, writer.last_ping) == (True, False, False, 0.0)
 
 
 class Owner:
     """Notes what it is told, and how the writer was then: whether paused, and whether ready."""
 
-    def __init__(self, writer: FrameWriter) -> None:
+    def __init__(self, writer: DirectWriter) -> None:
         self.told: list[tuple[str, bool, bool]] = []
         self._writer = writer
         writer.owner = self
@@ -64,13 +64,13 @@ class Owner:
         self.told.append(("changed", self._writer.paused, self._writer.ready))
 
 
-def test_full_buffer_takes_readiness_away(writer: FrameWriter) -> None:
+def test_full_buffer_takes_readiness_away(writer: DirectWriter) -> None:
     writer.set_ready(True)
     writer.pause()
     assert (writer.paused, writer.ready, writer.open) == (True, False, True)
 
 
-def test_owner_learns_of_each_change_of_readiness_once(writer: FrameWriter) -> None:
+def test_owner_learns_of_each_change_of_readiness_once(writer: DirectWriter) -> None:
     """Whoever writes without asking each time relies on it."""
     owner = Owner(writer)
     writer.set_ready(True)
@@ -81,7 +81,7 @@ def test_owner_learns_of_each_change_of_readiness_once(writer: FrameWriter) -> N
     assert owner.told == [("changed", False, True), ("changed", True, False)]
 
 
-def test_drained_buffer_leaves_readiness_to_the_socket(writer: FrameWriter) -> None:
+def test_drained_buffer_leaves_readiness_to_the_socket(writer: DirectWriter) -> None:
     """It has an outbox to send first."""
     owner = Owner(writer)
     writer.pause()
@@ -89,20 +89,20 @@ def test_drained_buffer_leaves_readiness_to_the_socket(writer: FrameWriter) -> N
     assert owner.told == [("flush", False, False)]
 
 
-def test_drained_buffer_wakes_nobody_where_nobody_listens(writer: FrameWriter) -> None:
+def test_drained_buffer_wakes_nobody_where_nobody_listens(writer: DirectWriter) -> None:
     writer.pause()
     writer.resume()
     assert not writer.paused
 
 
-def test_ended_writer_is_neither_open_nor_ready(writer: FrameWriter) -> None:
+def test_ended_writer_is_neither_open_nor_ready(writer: DirectWriter) -> None:
     """The next event must not be written behind the close frame."""
     writer.set_ready(True)
     writer.end()
     assert (writer.open, writer.ready) == (False, False)
 
 
-def test_nothing_follows_a_close_frame(writer: FrameWriter) -> None:
+def test_nothing_follows_a_close_frame(writer: DirectWriter) -> None:
     """Source: RFC 6455, section 5.5.1."""
     writer.set_ready(True)
     writer.pause()

@@ -17,13 +17,13 @@ from relay import Plugin, Relay
 from relay.config import Overflow
 from relay.errors import DROPPED
 from relay.metrics import Metrics
-from relay.web.multiprocess import Folder
-from relay.web.prometheus import FIGURES, READ_INTERVAL_S, Figures, State
+from relay.web.multiprocess import SnapshotStore
+from relay.web.prometheus import FIGURES, READ_INTERVAL_S, MetricsExporter, State
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
 
 
-def read(figures: Figures) -> dict[tuple[str, tuple[str, ...]], float]:
+def read(figures: MetricsExporter) -> dict[tuple[str, tuple[str, ...]], float]:
     """Every sample, as Prometheus's own parser reads it, by name and the values of its labels."""
     families = list(text_string_to_metric_families(figures.text().decode()))
     assert all(family.documentation for family in families)
@@ -36,8 +36,8 @@ def state(sockets: int = 0, topics: int = 0, live: bool = True) -> State:
     return State({"direct": sockets, "portable": 0}, topics, live)
 
 
-def lone(metrics: Metrics, now: Callable[[], State] = state) -> Figures:
-    return Figures(metrics, now)
+def lone(metrics: Metrics, now: Callable[[], State] = state) -> MetricsExporter:
+    return MetricsExporter(metrics, now)
 
 
 def test_every_counter_of_the_relay_is_shown() -> None:
@@ -121,8 +121,8 @@ def test_figures_of_the_process_are_its_own() -> None:
 
 def test_any_worker_tells_the_sums_of_all(tmp_path: Path) -> None:
     one, two = Metrics(), Metrics()
-    first = Figures(one, lambda: state(3, 2), str(tmp_path))
-    second = Figures(two, lambda: state(4, 1, live=False), str(tmp_path))
+    first = MetricsExporter(one, lambda: state(3, 2), str(tmp_path))
+    second = MetricsExporter(two, lambda: state(4, 1, live=False), str(tmp_path))
     one.joins, two.joins = 10, 5
     one.outbox_bytes, two.outbox_bytes = 100, 20
     one.dropped["a"] += 1
@@ -147,8 +147,8 @@ def test_any_worker_tells_the_sums_of_all(tmp_path: Path) -> None:
 
 def test_sums_of_all_are_a_snapshot_too_and_of_one_alone_its_own(tmp_path: Path) -> None:
     one, two = Metrics(joins=10), Metrics(joins=5)
-    first = Figures(one, lambda: state(3), str(tmp_path))
-    Figures(two, lambda: state(4), str(tmp_path)).write()
+    first = MetricsExporter(one, lambda: state(3), str(tmp_path))
+    MetricsExporter(two, lambda: state(4), str(tmp_path)).write()
     del two
     ended = first.of_all()
     assert ended["relay_joins"] == {"": 15}
@@ -159,17 +159,17 @@ def test_sums_of_all_are_a_snapshot_too_and_of_one_alone_its_own(tmp_path: Path)
 
 def test_worker_that_is_asked_tells_its_own_figures_as_they_are_now(tmp_path: Path) -> None:
     metrics = Metrics()
-    figures = Figures(metrics, state, str(tmp_path))
+    figures = MetricsExporter(metrics, state, str(tmp_path))
     for joins in (1, 2):
         metrics.joins = joins
         assert read(figures)["relay_joins_total", ()] == joins
 
 
 def test_what_an_ended_worker_counted_stays_and_what_it_held_goes(tmp_path: Path) -> None:
-    living = Figures(Metrics(), lambda: state(1), str(tmp_path))
+    living = MetricsExporter(Metrics(), lambda: state(1), str(tmp_path))
     for place in range(1, 4):
         metrics = Metrics(joins=5, outbox_bytes=10)
-        ending = Figures(metrics, lambda: state(10, 10), str(tmp_path))
+        ending = MetricsExporter(metrics, lambda: state(10, 10), str(tmp_path))
         ending.write()
         assert read(living)["relay_sockets", ("direct",)] == 11
         del ending  # as a process that ends, the system closes its files
@@ -191,7 +191,7 @@ async def test_figures_are_read_in_another_thread_and_once_a_second() -> None:
         threads.append(threading.current_thread())
         return state(1)
 
-    figures = Figures(metrics, ask_state, clock=lambda: now[0])
+    figures = MetricsExporter(metrics, ask_state, clock=lambda: now[0])
     texts = await asyncio.gather(*(figures.current_text() for _ in range(20)))
     assert len(threads) == 1 and threads[0] is not threading.main_thread()
     assert len(set(texts)) == 1 and b"relay_joins_total 1.0" in texts[0]
@@ -206,7 +206,7 @@ async def test_figures_are_read_in_another_thread_and_once_a_second() -> None:
 
 
 async def test_event_loop_goes_on_while_the_lock_of_the_folder_is_waited_for(tmp_path: Path) -> None:
-    figures = Figures(Metrics(), state, str(tmp_path))
+    figures = MetricsExporter(Metrics(), state, str(tmp_path))
     figures.write()
     with (tmp_path / "lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -220,10 +220,10 @@ async def test_event_loop_goes_on_while_the_lock_of_the_folder_is_waited_for(tmp
 
 
 def test_open_files_are_counted_without_a_list_of_them_where_the_system_knows() -> None:
-    before = Figures(Metrics(), state).snapshot()["process_open_fds"][""]
+    before = MetricsExporter(Metrics(), state).snapshot()["process_open_fds"][""]
     kept = [os.dup(0) for _ in range(200)]
     try:
-        after = Figures(Metrics(), state).snapshot()["process_open_fds"][""]
+        after = MetricsExporter(Metrics(), state).snapshot()["process_open_fds"][""]
     finally:
         for number in kept:
             os.close(number)
@@ -240,22 +240,22 @@ def total(values: list[int]) -> int:
 
 def test_ended_workers_do_not_fill_the_folder(tmp_path: Path) -> None:
     for _ in range(20):
-        Folder(tmp_path, total).write(1)
-    folder = Folder(tmp_path, total)
+        SnapshotStore(tmp_path, total).write(1)
+    folder = SnapshotStore(tmp_path, total)
     folder.write(100)
     assert folder.read() == [100, 20]
     assert len(list(tmp_path.iterdir())) <= 4
 
 
 def test_shorter_value_replaces_a_longer_one(tmp_path: Path) -> None:
-    folder = Folder(tmp_path, list)
+    folder = SnapshotStore(tmp_path, list)
     folder.write(["long"] * 100)
     folder.write(["short"])
     assert folder.read()[0] == ["short"]
 
 
 def test_folder_is_made_for_its_user_alone(tmp_path: Path) -> None:
-    folder = Folder(tmp_path / "a" / "b", list)
+    folder = SnapshotStore(tmp_path / "a" / "b", list)
     folder.write([])
     assert (tmp_path / "a" / "b").stat().st_mode & 0o077 == 0
     (path,) = (path for path in (tmp_path / "a" / "b").glob("*.json") if path.name != "ended.json")

@@ -353,13 +353,13 @@ async def ordered(
     orders: list[tuple[str, ...]] = []
     async with relay.lifespan():
         node = relay.node
-        order = node.order
+        order = node.send_control
 
         def noted(do: Any, user: str, topic: str = "", reason: str = "") -> Any:
             orders.append((do, user, topic))
             return order(do, user, topic, reason)
 
-        node.order = noted  # type: ignore[method-assign]
+        node.send_control = noted  # type: ignore[method-assign]
 
         outer = Starlette(routes=[Mount(unquote(prefix) or "/", relay)])
 
