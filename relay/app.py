@@ -12,13 +12,13 @@ from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Mount
 
-from relay import console, hooks, pages, transport, upgrade
+from relay import console, hooks, pages, upgrade
 from relay.addresses import hosts_of, look_behind_proxies, parse_networks
 from relay.auth import Authenticate
 from relay.brokers.base import Link
@@ -30,6 +30,7 @@ from relay.figures import IDLE, Figures, State
 from relay.handshake import Refused
 from relay.hooks import check_handler
 from relay.keys import Key
+from relay.logs import RateLimitedLoggers
 from relay.metrics import REFUSED_STATE, Metrics
 from relay.operators import Operators, key_in
 from relay.paths import below, replace_route_path, route_path, segments, split_raw
@@ -101,12 +102,14 @@ class Relay:
         for name in (found.name for found in self.plugins.found if found.plugin):
             # Or the first fault would be no rise of anything.
             self.metrics.plugin_calls[name] = self.metrics.plugin_errors[name] = 0
-        self.operators: Operators = Operators(self.config, self.authenticates)
+        self._loggers = RateLimitedLoggers()
+        self._log = self._loggers.get("relay.socket")
+        self.operators: Operators = Operators(self.config, self.authenticates, self._loggers)
         self._reach = Reach(self.config, self.authenticates)
         self._trusted_proxies = parse_networks(self.config.trusted_proxies)
         self._engine: Engine | None = None
         self._starting = asyncio.Lock()
-        self._console = Console(self) if self.config.console else None
+        self._console = Console(self, self._log) if self.config.console else None
         self._proxies = self._make_proxies()
         self._http = self._make_http()
         self._socket_paths = frozenset((*segments(path), "websocket") for path in self.config.socket_paths)
@@ -132,7 +135,7 @@ class Relay:
         from relay.proxy import Proxy, Share
 
         of_all = Share(self.config.limits.proxied_max)
-        return [Proxy(entry, of_all, self.metrics) for entry in self.config.proxy]
+        return [Proxy(entry, of_all, self.metrics, self._loggers) for entry in self.config.proxy]
 
     def _make_http(self, routes: list[BaseRoute] | None = None) -> Starlette:
         app = Starlette(routes=self._routes() if routes is None else routes)
@@ -184,6 +187,7 @@ class Relay:
                     self.plugins.hooks,
                     self,
                     self.figures,
+                    self._loggers,
                     self._tracer,
                     authenticate=self._authenticate,
                     keys=self.keys,
@@ -213,6 +217,7 @@ class Relay:
                 self._starting = asyncio.Lock()  # the next start may be in another event loop
                 for proxy in self._proxies:
                     await proxy.close()
+                self._loggers.flush(at_once=True)  # what ending requests have left since the engine's own flush
 
     def _let_go_of_ended(self) -> None:
         """Forget an engine whose event loop has ended: nothing of it can go on."""
@@ -430,7 +435,7 @@ class Relay:
         self.metrics.refused[f"{door}: {refused.kind}"] += 1
         address = (scope.get("client") or (None,))[0]
         text = f"{what} refused: %s; address %s"
-        transport.throttle.warning(f"{door}: {refused.kind}", text, refused.text, address, address=address)
+        self._log.warning(f"{door}: {refused.kind}", text, refused.text, address, address=address)
         if scope["type"] == "websocket":
             await upgrade.refuse(scope, receive, send, refused)
             return
@@ -489,12 +494,3 @@ def _checked(topic: str, event: str) -> tuple[str, str]:
             f"got {topic!r}, {event!r}"
         )
     return topic, event
-
-
-def is_shareable(redis_url: str) -> bool:
-    """Whether an address may be shown to people: on this machine, and without credentials."""
-    if not redis_url.startswith("redis://"):
-        return False
-    parts = urlsplit(redis_url)
-    loopback = parts.hostname in ("127.0.0.1", "::1", "localhost")
-    return loopback and "@" not in parts.netloc and not parts.query

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from relay import __version__, handshake, hooks, upgrade, wire
 from relay.errors import BusUnavailable, CloseCode, Reason, WireError
 from relay.handshake import Refused
+from relay.logs import RateLimitedLogger
 from relay.metrics import BOUNDS_S
 from relay.outbox import Policy
 from relay.protocol import Join, Leave, Protocol, Push, Send, Subscription
@@ -49,10 +50,14 @@ _LISTED_MAX = 200
 
 
 class Console:
-    """What the operators of one relay see of this process."""
+    """What the operators of one relay see of this process.
 
-    def __init__(self, relay: "Relay") -> None:
+    Args: log: for warnings about its connections.
+    """
+
+    def __init__(self, relay: "Relay", log: RateLimitedLogger) -> None:
         self._relay = relay
+        self._log = log
         self._viewers: set[_Viewer] = set()
         self._numbers = 0
 
@@ -72,7 +77,7 @@ class Console:
         await upgrade.accept(receive, send, shake.subprotocol)
         self._numbers += 1
         connection = Connection(
-            f"console-{self._numbers}", scope, receive, send, relay.engine.config.limits, relay.metrics
+            f"console-{self._numbers}", scope, receive, send, relay.engine.config.limits, relay.metrics, self._log
         )
         viewer = _Viewer(relay, connection, shake.version, str((scope.get("client") or "?")[0]))
         self._viewers.add(viewer)

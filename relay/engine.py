@@ -17,7 +17,7 @@ from functools import partial
 from itertools import count
 from typing import Literal
 
-from relay import control, handshake, runfile, transport, upgrade
+from relay import control, handshake, runfile, upgrade
 from relay.access import Access
 from relay.addresses import counted_as
 from relay.auth import Auth, Authenticate
@@ -34,6 +34,7 @@ from relay.hub import Hub
 from relay.journal import Journal
 from relay.keys import Key
 from relay.limits import Admission
+from relay.logs import RateLimitedLoggers
 from relay.metrics import Metrics
 from relay.node import Node
 from relay.outbox import Outboxes
@@ -61,6 +62,7 @@ class Engine:
 
     Args: owner: what handlers are given as ``relay``.
           figures: written for the other workers while this one runs.
+          loggers: the relay's, flushed now and then while this runs.
           tracer: makes spans; None where the settings want none.
           authenticate: the team's own say in who gets in.
           keys: the static keys of tokens.
@@ -74,13 +76,16 @@ class Engine:
         hooks: Hooks,
         owner: object,
         figures: Figures,
+        loggers: RateLimitedLoggers,
         tracer: Tracer | None = None,
         authenticate: Authenticate | None = None,
         keys: tuple[Key, ...] = (),
         reach: Reach | None = None,
     ) -> None:
         self._tracer = tracer
-        self._journal = Journal()
+        self._loggers = loggers
+        self._log = loggers.get("relay.socket")
+        self._journal = Journal(loggers)
         self._metrics = metrics
         self._figures = figures
         self._hooks = hooks
@@ -105,13 +110,13 @@ class Engine:
         self.hub: Hub = Hub(
             metrics, lambda topic: config.topic(topic).policy, loop.call_soon, label_of=config.metrics.label
         )
-        self.node: Node = Node(config, self.broker, self.hub, metrics, hooks, owner, self._tracer)
+        self.node: Node = Node(config, self.broker, self.hub, metrics, hooks, owner, tracer, loggers=loggers)
         self._name = uuid.uuid4().hex[:8]
         # Ids of sockets are unique among all nodes: a random part, then a number. Made at the start: forked processes
         # have the import's state in common.
         self._numbers = map(f"{uuid.uuid4().hex[:8]}-{{}}".format, count(1))
         self.node.on_order = self._receive_order
-        self._verifier = Verifier(config.auth, keys) if config.auth.has_keys else None
+        self._verifier = Verifier(config.auth, keys, loggers=loggers) if config.auth.has_keys else None
         self._auth: Auth | None = None
         if self._verifier or authenticate or config.auth.anonymous or config.auth.authenticated:
             verify = self._verifier.verify if self._verifier else None
@@ -187,6 +192,7 @@ class Engine:
         self._figures.close()
         self._siblings.leave()
         self._announced.close()
+        self._loggers.flush(at_once=True)
         if self._embedded is not None:
             # In a thread of its own: handlers that hang may hold all those of the event loop.
             with ThreadPoolExecutor(1, "relay-embedded") as thread:
@@ -195,6 +201,7 @@ class Engine:
     def abandon(self) -> None:
         """Let go of what outlives the event loop, which has ended without `stop`."""
         self.node.caller.close()
+        self._loggers.flush(at_once=True)
         if self._embedded is not None:
             self._embedded.stop()
 
@@ -297,7 +304,7 @@ class Engine:
         if refused.status == 429 and any(name == b"x-forwarded-for" for name, _ in scope["headers"]):
             hint = "; it came with X-Forwarded-For: is this a proxy that `trusted_proxies` should name?"
         address = (scope.get("client") or (None,))[0]
-        transport.throttle.warning(
+        self._log.warning(
             refused.kind, "handshake refused: %s%s; address %s", refused.text, hint, address, address=address
         )
         await upgrade.refuse(scope, receive, send, refused)
@@ -323,7 +330,9 @@ class Engine:
             writer.on_shutdown = self._on_shutdown
             writer.close_timeout_s = config.limits.close_timeout_s
         name, compression = next(self._numbers), config.compression
-        connection = Connection(name, scope, receive, send, config.limits, metrics, compression, self._outboxes)
+        connection = Connection(
+            name, scope, receive, send, config.limits, metrics, self._log, compression, self._outboxes
+        )
         return Socket(
             shake,
             scope,
@@ -358,7 +367,7 @@ class Engine:
                 self._metrics.sent_away += socket.access.send_away(order.user, order.topic, order.reason)
 
     async def _sweep(self) -> None:
-        """Close idle sockets, say when the loop has stood still, and which lines the log has left out.
+        """Close idle sockets, say when the loop has stood still, and how many messages the log has suppressed.
 
         One coarse look at all sockets costs less than a timer for each. After a standstill the look is put off:
         heartbeats that came meanwhile have not been read yet.
@@ -374,12 +383,11 @@ class Engine:
             late_s, last = now - last - pause_s, now
             if late_s > _STALL_S:
                 self._metrics.stalls += 1
-                transport.throttle.warning(
+                self._log.warning(
                     "stall", "the event loop stood still for %.1f s: a handler blocks, or the machine does", late_s
                 )
                 due = now + look_s
-            self._journal.flush()
-            transport.throttle.flush()
+            self._loggers.flush()
             if now < due:
                 continue
             due = now + look_s
@@ -400,7 +408,7 @@ class Engine:
         try:
             await self._figures.leave()
         except OSError as error:  # a full disk, say: the others see what was written last
-            transport.throttle.warning("figures", "metrics.folder cannot be written: %s", error)
+            self._log.warning("figures", "metrics.folder cannot be written: %s", error)
 
     @property
     def state(self) -> State:

@@ -4,7 +4,6 @@ Owns what the broker is asked for; must not know transports or the wire's frames
 """
 
 import asyncio
-import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
@@ -25,15 +24,12 @@ from relay.hooks import Hook, Hooks, InvalidPayload, RedisMessage, matching
 from relay.hooks import Leave as HookedLeave
 from relay.hub import JOINED_MAX_BYTES, Hub, Subscriber
 from relay.lanes import PIECE_BYTES, InFlight, Lanes, Rest
-from relay.logs import Throttle
+from relay.logs import RateLimitedLoggers
 from relay.metrics import Metrics
 from relay.protocol import Subscription
 from relay.threadsafe import LOOP_HAS_ENDED, Call, Home
 from relay.tracing import Tracer
 from relay.wire import Payload, check_payload, fault_of_json, identified
-
-_logger = logging.getLogger("relay.node")
-
 
 _NO_HOOKS = Hooks()
 
@@ -64,6 +60,7 @@ class Node:
           relay: what handlers of raw Redis messages are given beside the message.
           tracer: makes spans, where they are asked for.
           clock, sleep: monotonic seconds, and what waits for some.
+          loggers: the relay's.
     """
 
     def __init__(
@@ -77,11 +74,14 @@ class Node:
         tracer: Tracer | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        loggers: RateLimitedLoggers | None = None,
     ) -> None:
         self._clock = clock
         self._sleep = sleep
         self.hooks = hooks
-        self.caller: Caller = Caller(metrics, config.plugins.timeout_s, tracer)
+        loggers = loggers or RateLimitedLoggers()
+        self._log = loggers.get("relay.node")
+        self.caller: Caller = Caller(metrics, config.plugins.timeout_s, tracer, loggers)
         self._publish = broker.publish if tracer is None else tracer.around(broker.publish)
         self.on_order: Callable[[Order], None] = lambda order: None
         """Called for each order of another node."""
@@ -98,7 +98,6 @@ class Node:
         self._broker = broker
         self._hub = hub
         self._metrics = metrics
-        self._throttle = Throttle(_logger)
         self._hub_idle = asyncio.Event()
         hub.on_idle = self._hub_idle.set
         self._tasks: set[asyncio.Task[None]] = set()
@@ -174,10 +173,10 @@ class Node:
                 metrics.events_unheard += 1
             elif (fault := self._fault(event, data)) is not None:
                 metrics.dropped[fault] += 1
-                self._throttle.warning(fault, "event on topic %r dropped: %s", topic, fault)
+                self._log.warning(fault, "event on topic %r dropped: %s", topic, fault)
             elif filtered and not self._may_wait(topic, data):
                 metrics.dropped["on_event handler too slow"] += 1
-                self._throttle.warning("on_event", "plugins are too slow for the events of topic %r: dropped", topic)
+                self._log.warning("on_event", "plugins are too slow for the events of topic %r: dropped", topic)
             else:
                 payload = check_payload(data)
                 if payload is data:
@@ -208,7 +207,7 @@ class Node:
         if (fault := fault_of_json(data)) is not None:
             self._metrics.events_not_json += 1
             text = "payload of event %r on topic %r looks like JSON and is none: %s; delivered as binary"
-            self._throttle.warning("no JSON", text, event, topic, fault)
+            self._log.warning("no JSON", text, event, topic, fault)
 
     def _filter(self, topic: str, name: str, data: Payload, skip: Subscriber | None) -> Rest:
         """Pass an event through the handlers for it and deliver what is left of it."""
@@ -234,7 +233,7 @@ class Node:
 
     def _drop_unreadable(self, topic: str, error: InvalidPayload) -> None:
         self._metrics.dropped[Reason.INVALID_PAYLOAD] += 1
-        self._throttle.warning(Reason.INVALID_PAYLOAD, "event on topic %r dropped for its publisher: %s", topic, error)
+        self._log.warning(Reason.INVALID_PAYLOAD, "event on topic %r dropped for its publisher: %s", topic, error)
 
     async def _filter_later(
         self,
@@ -285,7 +284,7 @@ class Node:
             if hook.topic == pattern:
                 if not self._may_wait(hook, data):
                     self._metrics.dropped["on_redis handler too slow"] += 1
-                    self._throttle.warning(hook.plugin, "plugin %s is too slow for %s: dropped", hook.plugin, pattern)
+                    self._log.warning(hook.plugin, "plugin %s is too slow for %s: dropped", hook.plugin, pattern)
                 else:
                     self._lanes.run(hook, partial(self._call_redis_hook, hook, message), len(data))
 
@@ -299,7 +298,7 @@ class Node:
         order = control.decode(data)
         if order is None:
             self._metrics.dropped["control message not understood"] += 1
-            self._throttle.warning("control", "a message on the control channel was not understood: dropped")
+            self._log.warning("control", "a message on the control channel was not understood: dropped")
         else:
             self.on_order(order)
 
@@ -463,7 +462,7 @@ class Node:
 
     def _log_failure(self, future: asyncio.Future[None]) -> None:
         if not future.cancelled() and isinstance(error := future.exception(), BusUnavailable):
-            self._throttle.warning("bus", "the bus did not take a message: %s", error)
+            self._log.warning("bus", "the bus did not take a message: %s", error)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

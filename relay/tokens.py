@@ -9,7 +9,6 @@ Source: RFC 7515, 7517, 7519; RFC 8725 (best current practices), sections 3.1 an
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
@@ -26,9 +25,7 @@ from relay.addresses import is_this_machine, origin_of
 from relay.auth_config import AuthConfig
 from relay.errors import ConfigError, NotAdmitted, Reason
 from relay.keys import Key, key_of_jwk, read_key
-from relay.logs import Throttle
-
-_throttle = Throttle(logging.getLogger("relay.auth"))
+from relay.logs import RateLimitedLogger, RateLimitedLoggers
 
 _TOKEN_MAX_BYTES = 16_384
 _JWKS_MAX_BYTES = 1_048_576
@@ -66,6 +63,7 @@ class Verifier:
     Args: keys: the static ones.
           fetch: gets what is at ``jwks_url``; for tests.
           clock: monotonic seconds.
+          loggers: the relay's, where a fetch that fails is logged.
     """
 
     def __init__(
@@ -74,10 +72,12 @@ class Verifier:
         keys: tuple[Key, ...],
         fetch: Fetch | None = None,
         clock: Callable[[], float] = time.monotonic,
+        loggers: RateLimitedLoggers | None = None,
     ) -> None:
         self._config = config
         self._keys = keys
-        self._published = _PublishedKeys(config, fetch, clock) if config.jwks_url else None
+        log = (loggers or RateLimitedLoggers()).get("relay.auth")
+        self._published = _PublishedKeys(config, fetch, clock, log) if config.jwks_url else None
 
     def start(self) -> None:
         """Fetch published keys before the first client comes."""
@@ -219,8 +219,11 @@ class _PublishedKeys:
     While the address does not answer, the keys that are known serve on.
     """
 
-    def __init__(self, config: AuthConfig, fetch: Fetch | None, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, config: AuthConfig, fetch: Fetch | None, clock: Callable[[], float], log: RateLimitedLogger
+    ) -> None:
         self._config = config
+        self._log = log
         self._fetch = fetch or self._get
         self._clock = clock
         self._keys: tuple[Key, ...] = ()
@@ -267,7 +270,7 @@ class _PublishedKeys:
             # Its text may name the address, which may hold a password.
             what = str(error) if isinstance(error, _JwksError) else type(error).__name__
             known = "those known serve on" if self._keys else "no token can be checked against them"
-            _throttle.warning("jwks", "auth.jwks_url: the keys cannot be fetched (%s); %s", what, known)
+            self._log.warning("jwks", "auth.jwks_url: the keys cannot be fetched (%s); %s", what, known)
         else:
             self._keys = keys
             self._fetched_at = self._tried_at

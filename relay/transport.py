@@ -17,13 +17,12 @@ from typing import Any, TypeAlias
 from relay.config import LimitsConfig
 from relay.errors import CloseCode
 from relay.frames import EXTENSION, FrameWriter
-from relay.logs import Throttle
+from relay.logs import RateLimitedLogger
 from relay.metrics import Metrics
 from relay.outbox import Outbox, Outboxes, Policy
 from relay.wire import Frame
 
 _logger = logging.getLogger("relay.socket")
-throttle: Throttle = Throttle(_logger)
 
 Scope: TypeAlias = MutableMapping[str, Any]
 ReceiveCallable: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -42,6 +41,7 @@ class Connection:
     Args: id: for the log.
           compression: whether frames of events are compressed for a client that negotiated it.
           outboxes: what its outbox is counted in.
+          log: for warnings about it, shared with all others of its relay.
     """
 
     __slots__ = (
@@ -53,6 +53,7 @@ class Connection:
         "_ended",
         "_gone",
         "_limits",
+        "_log",
         "_main",
         "_metrics",
         "_outbox",
@@ -79,10 +80,12 @@ class Connection:
         send: SendCallable,
         limits: LimitsConfig,
         metrics: Metrics,
+        log: RateLimitedLogger,
         compression: bool = False,
         outboxes: Outboxes | None = None,
     ) -> None:
         self.id: str = id
+        self._log = log
         self._receive = receive
         self._send = send
         self._limits = limits
@@ -331,7 +334,7 @@ class Connection:
         self.close(code, reason)
 
     def _warn(self, kind: str, text: str, *args: object) -> None:
-        throttle.warning(kind, f"socket %s: {text}", self.id, *args, socket=self.id)
+        self._log.warning(kind, f"socket %s: {text}", self.id, *args, socket=self.id)
 
     def close(self, code: int, reason: str) -> bool:
         """Close after what is already queued; cut the client off if it does not answer in time.
