@@ -13,7 +13,7 @@ from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from pydantic import ValidationError
 from starlette.applications import Starlette
@@ -28,6 +28,7 @@ from relay.channels.socket import Socket
 from relay.config import EMBEDDED, Config
 from relay.config_sources import explain, load
 from relay.errors import ConfigError, RelayError
+from relay.logs import RateLimitedLoggers
 from relay.metrics import REFUSED_STATE, Metrics
 from relay.node import Node
 from relay.paths import below, replace_route_path, route_path, segments, split_raw
@@ -39,7 +40,7 @@ from relay.proxy_headers import apply_forwarded_headers, hosts_of, parse_network
 from relay.service_links import log_service_links
 from relay.threadsafe import LOOP_HAS_ENDED, ONE_LOOP, Call
 from relay.tracing import Tracer
-from relay.transports import handshake, websocket
+from relay.transports import handshake
 from relay.transports.base import ReceiveCallable, Scope, SendCallable
 from relay.transports.handshake import HandshakeRejected
 from relay.transports.network_access import SEVERAL_HOSTS, NetworkAccess
@@ -104,12 +105,14 @@ class Relay:
         for name in (found.name for found in self.plugins.found if found.plugin):
             # Or the first fault would be no rise of anything.
             self.metrics.plugin_calls[name] = self.metrics.plugin_errors[name] = 0
-        self.operators: ApiKeyAuth = ApiKeyAuth(self.config, self.authenticates)
+        self._loggers = RateLimitedLoggers()
+        self._log = self._loggers.get("relay.socket")
+        self.operators: ApiKeyAuth = ApiKeyAuth(self.config, self.authenticates, self._loggers)
         self._reach = NetworkAccess(self.config, self.authenticates)
         self._trusted_proxies = parse_networks(self.config.trusted_proxies)
         self._node: Node | None = None
         self._starting = asyncio.Lock()
-        self._console = Console(self) if self.config.console else None
+        self._console = Console(self, self._log) if self.config.console else None
         self._proxies = self._make_proxies()
         self._http = self._make_http()
         self._socket_paths = frozenset((*segments(path), "websocket") for path in self.config.socket_paths)
@@ -135,7 +138,7 @@ class Relay:
         from relay.web.proxy import Proxy, Share
 
         of_all = Share(self.config.limits.proxied_max)
-        return [Proxy(entry, of_all, self.metrics) for entry in self.config.proxy]
+        return [Proxy(entry, of_all, self.metrics, self._loggers) for entry in self.config.proxy]
 
     def _make_http(self, routes: list[BaseRoute] | None = None) -> Starlette:
         app = Starlette(routes=self._routes() if routes is None else routes)
@@ -187,6 +190,7 @@ class Relay:
                     self.plugins.hooks,
                     self,
                     self.figures,
+                    self._loggers,
                     self._tracer,
                     authenticate=self._authenticate,
                     keys=self.keys,
@@ -216,6 +220,7 @@ class Relay:
                 self._starting = asyncio.Lock()  # the next start may be in another event loop
                 for proxy in self._proxies:
                     await proxy.close()
+                self._loggers.flush(at_once=True)  # what ending requests have left since the node's own flush
 
     def _let_go_of_ended(self) -> None:
         """Forget a node whose event loop has ended: nothing of it can go on."""
@@ -450,7 +455,7 @@ class Relay:
         self.metrics.refused[f"{door}: {refused.kind}"] += 1
         address = (scope.get("client") or (None,))[0]
         text = f"{what} refused: %s; address %s"
-        websocket.throttle.warning(f"{door}: {refused.kind}", text, refused.text, address, address=address)
+        self._log.warning(f"{door}: {refused.kind}", text, refused.text, address, address=address)
         if scope["type"] == "websocket":
             await handshake.refuse(scope, receive, send, refused)
             return
@@ -509,12 +514,3 @@ def _checked(topic: str, event: str) -> tuple[str, str]:
             f"got {topic!r}, {event!r}"
         )
     return topic, event
-
-
-def is_shareable(redis_url: str) -> bool:
-    """Whether an address may be shown to people: on this machine, and without credentials."""
-    if not redis_url.startswith("redis://"):
-        return False
-    parts = urlsplit(redis_url)
-    loopback = parts.hostname in ("127.0.0.1", "::1", "localhost")
-    return loopback and "@" not in parts.netloc and not parts.query

@@ -4,16 +4,13 @@ Owns the words of these lines; must not know what led to them. Of each kind ther
 `INTERVAL_S`, so that a storm of clients does not fill a disk.
 """
 
-import logging
-import time
-from collections.abc import Callable
 from typing import NamedTuple
 
-from relay.logs import Subject, Throttle
+from relay.logs import RateLimitedLoggers, Subject
 
 LINES_MAX = 200
 INTERVAL_S = 10.0
-"""So many lines of one kind in so many seconds; then one says how many were left out."""
+"""So many lines of one kind in so many seconds; then one says how many were suppressed."""
 
 
 class Totals(NamedTuple):
@@ -33,26 +30,22 @@ class Totals(NamedTuple):
 class ConnectionLog:
     """Writes these lines, all under one logger, ``relay.socket``."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._throttle = Throttle(logging.getLogger("relay.socket"), INTERVAL_S, clock, LINES_MAX)
-
-    def flush(self) -> None:
-        """Say what was left out, where nothing has come after it; to be called now and then."""
-        self._throttle.flush(logging.INFO)
+    def __init__(self, loggers: RateLimitedLoggers) -> None:
+        self._log = loggers.get("relay.socket", INTERVAL_S, LINES_MAX)
 
     def connected(self, socket: Subject) -> None:
         """A handshake was accepted."""
-        self._throttle.info("connect", socket, "connected")
+        self._log.info("connect", socket, "connected")
 
     def join_refused(self, socket: Subject, topic: str, reason: str) -> None:
         """A join was answered with an error."""
         text = "join of %.255r refused: %.255s"
-        self._throttle.info("join refused", socket, text, topic, _line(reason), topic=topic[:255], reason=reason[:255])
+        self._log.info("join refused", socket, text, topic, _line(reason), topic=topic[:255], reason=reason[:255])
 
     def rate_limited(self, socket: Subject, topic: str, event: str) -> None:
         """A message over the rate was turned away."""
         text = "rate limited: %.255r on %.255r"
-        self._throttle.info("rate limited", socket, text, event, topic, topic=topic[:255])
+        self._log.info("rate limited", socket, text, event, topic, topic=topic[:255])
 
     def disconnected(self, socket: Subject, code: int | None, reason: str, by: str, totals: Totals) -> None:
         """A socket has ended.
@@ -60,7 +53,7 @@ class ConnectionLog:
         Args: code: of the close; None where there was none.
               by: "client" or "relay".
         """
-        self._throttle.info(
+        self._log.info(
             "disconnect",
             socket,
             "disconnected by the %s, code %s %.123r, after %.1f s; %d joins, %d pushes, %d events, %d of them dropped",

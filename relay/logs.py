@@ -40,12 +40,15 @@ def about(subject: Subject) -> dict[str, object]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
-class Throttle:
-    """Write the first lines of a kind at once, then so many each interval, saying how many were left out.
+class RateLimitedLogger:
+    """Write the first messages of a kind at once, then so many each interval, and say how many were suppressed.
+
+    The number comes with the next message of the kind, or from `flush`, whichever is first.
 
     Args: logger: where to.
-          interval_s: seconds, counted from the first of the lines that were written in them.
+          interval_s: seconds, counted from the first of the messages that were written in them.
           lines: of one kind in an interval.
+          later: ``later(delay_s, flush)`` calls `flush` after a while; for an owner that does not call it by a clock.
     """
 
     def __init__(
@@ -54,29 +57,32 @@ class Throttle:
         interval_s: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
         lines: int = 1,
+        later: Callable[[float, Callable[[], None]], object] | None = None,
     ) -> None:
         self._logger = logger
         self._interval_s = interval_s
         self._clock = clock
         self._lines = lines
+        self._later = later
         # By kind: when the interval began, and how many lines it may still have.
         self._began: dict[str, float] = {}
         self._room: dict[str, int] = {}
-        self._left_out: dict[str, int] = {}
+        # By kind: how many messages were suppressed, and the level of the last.
+        self._suppressed: dict[str, tuple[int, int]] = {}
 
     def warning(self, kind: str, text: str, *args: object, **fields: object) -> None:
         """Log ``text % args`` as a warning, unless the interval has all its lines of this ``kind``.
 
         Args: fields: what the JSON form has beside the message, and the ``kind``.
         """
-        if self._is_due(kind):
-            text += self._left_out_since(kind)
+        if self._is_due(kind, logging.WARNING):
+            text += self._take_suppressed(kind)
             self._logger.warning(text, *args, extra={"kind": kind, **fields})
 
     def error(self, kind: str, error: BaseException, text: str, *args: object) -> None:
         """Log ``text % args`` as an error, with the traceback of ``error``, under the same rule."""
-        if self._is_due(kind):
-            text += self._left_out_since(kind)
+        if self._is_due(kind, logging.ERROR):
+            text += self._take_suppressed(kind)
             self._logger.error(text, *args, exc_info=error)
 
     def info(self, kind: str, subject: Subject, text: str, *args: object, **fields: object) -> None:
@@ -84,13 +90,13 @@ class Throttle:
 
         The ``kind`` is one of the fields.
         """
-        if self._logger.isEnabledFor(logging.INFO) and self._is_due(kind):
+        if self._logger.isEnabledFor(logging.INFO) and self._is_due(kind, logging.INFO):
             user = "" if subject.user is None else f", user {subject.user!r}"
-            text = f"socket %s: {text}; address %s%s{self._left_out_since(kind)}"
+            text = f"socket %s: {text}; address %s%s{self._take_suppressed(kind)}"
             extra = {"kind": kind, **about(subject), **fields}
             self._logger.info(text, subject.id, *args, subject.address, user, extra=extra)
 
-    def _is_due(self, kind: str) -> bool:
+    def _is_due(self, kind: str, level: int) -> bool:
         now = self._clock()
         began = self._began.get(kind)
         if began is None or now - began >= self._interval_s:
@@ -100,18 +106,56 @@ class Throttle:
         if self._room[kind]:
             self._room[kind] -= 1
             return True
-        self._left_out[kind] = self._left_out.get(kind, 0) + 1
+        count, _ = self._suppressed.get(kind, (0, 0))
+        self._suppressed[kind] = count + 1, level
+        if count == 0 and self._later is not None:
+            self._later(began + self._interval_s - now + 0.01, self.flush)  # a timer may be early by a tick
         return False
 
-    def flush(self, level: int = logging.WARNING) -> None:
-        """Say how many lines were left out of each kind whose interval is over and that has had no line since."""
-        now = self._clock()
-        for kind in [kind for kind in self._left_out if now - self._began[kind] >= self._interval_s]:
-            self._logger.log(level, "%d more lines of the kind %r were left out", self._left_out.pop(kind), kind)
+    def flush(self, *, at_once: bool = False) -> None:
+        """Say how many messages were suppressed of each kind whose interval is over, at the level that they had.
 
-    def _left_out_since(self, kind: str) -> str:
-        left_out = self._left_out.pop(kind, 0)
-        return f" ({left_out} more of this kind since the last line)" if left_out else ""
+        Args: at_once: of each kind, since nothing comes later.
+        """
+        now = self._clock()
+        for kind in tuple(self._suppressed):
+            if at_once or now - self._began[kind] >= self._interval_s:
+                count, level = self._suppressed.pop(kind)
+                text = "%d similar message%s suppressed (%s)"
+                extra = {"kind": kind, "suppressed": count}
+                self._logger.log(level, text, count, "s" if count > 1 else "", kind, extra=extra)
+
+    def _take_suppressed(self, kind: str) -> str:
+        count, _ = self._suppressed.pop(kind, (0, 0))
+        return f" ({count} similar message{'s' if count > 1 else ''} suppressed)" if count else ""
+
+
+class RateLimitedLoggers:
+    """The rate-limited loggers of one owner, a relay or a server, which flushes all of them together.
+
+    Args: later: as of `RateLimitedLogger`.
+    """
+
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        later: Callable[[float, Callable[[], None]], object] | None = None,
+    ) -> None:
+        self._clock = clock
+        self._later = later
+        self._made: dict[tuple[str, float, int], RateLimitedLogger] = {}
+
+    def get(self, name: str, interval_s: float = 10.0, lines: int = 1) -> RateLimitedLogger:
+        """The one that writes to the logger ``name`` at this rate: the same one at each call."""
+        key = (name, interval_s, lines)
+        if key not in self._made:
+            self._made[key] = RateLimitedLogger(logging.getLogger(name), interval_s, self._clock, lines, self._later)
+        return self._made[key]
+
+    def flush(self, *, at_once: bool = False) -> None:
+        """Flush each; see `RateLimitedLogger.flush`."""
+        for logger in self._made.values():
+            logger.flush(at_once=at_once)
 
 
 _STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime", "taskName", "color_message"}

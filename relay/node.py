@@ -31,13 +31,14 @@ from relay.channels.socket import Socket
 from relay.config import EMBEDDED, Config
 from relay.errors import AuthenticationError, CloseCode, ConfigError
 from relay.journal import ConnectionLog
+from relay.logs import RateLimitedLoggers
 from relay.metrics import Metrics
 from relay.plugins.dispatcher import HandlerError, is_being_cancelled
 from relay.plugins.hooks import Hook, Hooks
 from relay.proxy_headers import rate_limit_key
 from relay.siblings import Siblings
 from relay.tracing import Trace, Tracer
-from relay.transports import handshake, websocket
+from relay.transports import handshake
 from relay.transports.admission import ConnectionLimiter
 from relay.transports.base import ReceiveCallable, Scope, SendCallable
 from relay.transports.handshake import HandshakeRejected
@@ -64,6 +65,7 @@ class Node:
 
     Args: owner: what handlers are given as ``relay``.
           figures: written for the other workers while this one runs.
+          loggers: the relay's, flushed now and then while this runs.
           tracer: makes spans; None where the settings want none.
           authenticate: the team's own say in who gets in.
           keys: the static keys of tokens.
@@ -77,13 +79,16 @@ class Node:
         hooks: Hooks,
         owner: object,
         figures: MetricsExporter,
+        loggers: RateLimitedLoggers,
         tracer: Tracer | None = None,
         authenticate: Authenticate | None = None,
         keys: tuple[Key, ...] = (),
         reach: NetworkAccess | None = None,
     ) -> None:
         self._tracer = tracer
-        self._journal = ConnectionLog()
+        self._loggers = loggers
+        self._log = loggers.get("relay.socket")
+        self._journal = ConnectionLog(loggers)
         self._metrics = metrics
         self._figures = figures
         self._hooks = hooks
@@ -108,13 +113,13 @@ class Node:
         self.hub: Hub = Hub(
             metrics, lambda topic: config.topic(topic).policy, loop.call_soon, label_of=config.metrics.label
         )
-        self.pubsub: PubSub = PubSub(config, self.broker, self.hub, metrics, hooks, owner, self._tracer)
+        self.pubsub: PubSub = PubSub(config, self.broker, self.hub, metrics, hooks, owner, tracer, loggers=loggers)
         self._name = uuid.uuid4().hex[:8]
         # Ids of sockets are unique among all nodes: a random part, then a number. Made at the start: forked processes
         # have the import's state in common.
         self._numbers = map(f"{uuid.uuid4().hex[:8]}-{{}}".format, count(1))
         self.pubsub.on_control = self._receive_order
-        self._verifier = TokenVerifier(config.auth, keys) if config.auth.has_keys else None
+        self._verifier = TokenVerifier(config.auth, keys, loggers=loggers) if config.auth.has_keys else None
         self._auth: Authenticator | None = None
         if self._verifier or authenticate or config.auth.anonymous or config.auth.authenticated:
             verify = self._verifier.verify if self._verifier else None
@@ -192,6 +197,7 @@ class Node:
         self._figures.close()
         self._siblings.leave()
         self._announced.close()
+        self._loggers.flush(at_once=True)
         if self._embedded is not None:
             # In a thread of its own: handlers that hang may hold all those of the event loop.
             with ThreadPoolExecutor(1, "relay-embedded") as thread:
@@ -200,6 +206,7 @@ class Node:
     def abandon(self) -> None:
         """Let go of what outlives the event loop, which has ended without `stop`."""
         self.pubsub.caller.close()
+        self._loggers.flush(at_once=True)
         if self._embedded is not None:
             self._embedded.stop()
 
@@ -304,7 +311,7 @@ class Node:
         if refused.status == 429 and any(name == b"x-forwarded-for" for name, _ in scope["headers"]):
             hint = "; it came with X-Forwarded-For: is this a proxy that `trusted_proxies` should name?"
         address = (scope.get("client") or (None,))[0]
-        websocket.throttle.warning(
+        self._log.warning(
             refused.kind, "handshake refused: %s%s; address %s", refused.text, hint, address, address=address
         )
         await handshake.refuse(scope, receive, send, refused)
@@ -330,7 +337,9 @@ class Node:
             writer.on_shutdown = self._on_shutdown
             writer.close_timeout_s = config.limits.close_timeout_s
         name, compression = next(self._numbers), config.compression
-        connection = WebSocketTransport(name, scope, receive, send, config.limits, metrics, compression, self._outboxes)
+        connection = WebSocketTransport(
+            name, scope, receive, send, config.limits, metrics, self._log, compression, self._outboxes
+        )
         return Socket(
             shake,
             scope,
@@ -365,7 +374,7 @@ class Node:
                 self._metrics.sent_away += socket.access.disconnect_user(order.user, order.topic, order.reason)
 
     async def _check_idle(self) -> None:
-        """Close idle sockets, say when the loop has stood still, and which lines the log has left out.
+        """Close idle sockets, say when the loop has stood still, and how many messages the log has suppressed.
 
         One coarse look at all sockets costs less than a timer for each. After a standstill the look is put off:
         heartbeats that came meanwhile have not been read yet.
@@ -381,12 +390,11 @@ class Node:
             late_s, last = now - last - pause_s, now
             if late_s > _STALL_S:
                 self._metrics.stalls += 1
-                websocket.throttle.warning(
+                self._log.warning(
                     "stall", "the event loop stood still for %.1f s: a handler blocks, or the machine does", late_s
                 )
                 due = now + look_s
-            self._journal.flush()
-            websocket.throttle.flush()
+            self._loggers.flush()
             if now < due:
                 continue
             due = now + look_s
@@ -407,7 +415,7 @@ class Node:
         try:
             await self._figures.leave()
         except OSError as error:  # a full disk, say: the others see what was written last
-            websocket.throttle.warning("figures", "metrics.folder cannot be written: %s", error)
+            self._log.warning("figures", "metrics.folder cannot be written: %s", error)
 
     @property
     def state(self) -> State:

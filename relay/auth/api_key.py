@@ -5,12 +5,11 @@ wrong key; must not know what is then done.
 """
 
 import hmac
-import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from relay.config import Config
-from relay.logs import Throttle
+from relay.logs import RateLimitedLoggers
 from relay.transports.network_access import NetworkAccess, is_foreign_page, is_this_machine
 
 
@@ -35,16 +34,17 @@ class ApiKeyAuth:
 
     Args: config: ``rest.api_key`` decides, where it is set; for figures ``metrics.key`` and ``metrics.public``.
           authenticates: whether clients are asked who they are, by keys or by a function.
+          loggers: the relay's, where wrong keys are logged.
     """
 
-    def __init__(self, config: Config, authenticates: bool) -> None:
+    def __init__(self, config: Config, authenticates: bool, loggers: RateLimitedLoggers | None = None) -> None:
         self._api_key = config.rest.api_key.encode()
         self._metrics_key = (config.metrics.key or config.rest.api_key).encode()
         self._metrics_are_public = config.metrics.public
         self._reach = NetworkAccess(config, authenticates)
         # Where others are let in, all clients may come from a proxy on this machine.
         self._openings = config.exposure(authenticates).openings
-        self._throttle = Throttle(logging.getLogger("relay.operators"))
+        self._log = (loggers or RateLimitedLoggers()).get("relay.operators")
 
     def authorize(self, scope: Mapping[str, Any], given: bytes, door: str) -> AccessDenied | None:
         """As `check`, and say in the log from where a wrong key came, never which. To be counted by the caller.
@@ -56,7 +56,7 @@ class ApiKeyAuth:
     def _logged(self, scope: Mapping[str, Any], fault: AccessDenied | None, door: str) -> AccessDenied | None:
         if fault is not None and fault.is_wrong_key:
             address = (scope.get("client") or (None,))[0]
-            self._throttle.warning(door, "%s: refused a wrong API key; address %s", door, address, address=address)
+            self._log.warning(door, "%s: refused a wrong API key; address %s", door, address, address=address)
         return fault
 
     def check(self, scope: Mapping[str, Any], given: bytes) -> AccessDenied | None:

@@ -6,7 +6,6 @@ Source: RFC 7517.
 """
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from urllib.request import getproxies, proxy_bypass
 
@@ -16,11 +15,10 @@ from jwt.exceptions import PyJWTError
 
 from relay.auth.keys import Key, key_of_jwk
 from relay.config import AuthConfig
-from relay.logs import Throttle
+from relay.logs import RateLimitedLogger
 from relay.proxy_headers import is_this_machine, origin_of
 from relay.version import __version__
 
-_throttle = Throttle(logging.getLogger("relay.auth"))
 _FAULTS = (PyJWTError, ValueError, TypeError, OverflowError, RecursionError)
 """What is raised for an entry that is not a key."""
 
@@ -36,8 +34,11 @@ class PublishedKeys:
     While the address does not answer, the keys that are known serve on.
     """
 
-    def __init__(self, config: AuthConfig, fetch: Fetch | None, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, config: AuthConfig, fetch: Fetch | None, clock: Callable[[], float], log: RateLimitedLogger
+    ) -> None:
         self._config = config
+        self._log = log
         self._fetch = fetch or self._get
         self._clock = clock
         self._keys: tuple[Key, ...] = ()
@@ -84,7 +85,7 @@ class PublishedKeys:
             # Its text may name the address, which may hold a password.
             what = str(error) if isinstance(error, _JwksError) else type(error).__name__
             known = "those known serve on" if self._keys else "no token can be checked against them"
-            _throttle.warning("jwks", "auth.jwks_url: the keys cannot be fetched (%s); %s", what, known)
+            self._log.warning("jwks", "auth.jwks_url: the keys cannot be fetched (%s); %s", what, known)
         else:
             self._keys = keys
             self._fetched_at = self._tried_at

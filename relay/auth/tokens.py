@@ -20,6 +20,7 @@ from relay.auth.jwks import Fetch, PublishedKeys
 from relay.auth.keys import Key, read_key
 from relay.config import AuthConfig
 from relay.errors import AuthenticationError, ConfigError, Reason
+from relay.logs import RateLimitedLoggers
 
 _TOKEN_MAX_BYTES = 16_384
 _LAST_SECOND = 1e15
@@ -52,6 +53,7 @@ class TokenVerifier:
     Args: keys: the static ones.
           fetch: gets what is at ``jwks_url``; for tests.
           clock: monotonic seconds.
+          loggers: the relay's, where a fetch that fails is logged.
     """
 
     def __init__(
@@ -60,10 +62,12 @@ class TokenVerifier:
         keys: tuple[Key, ...],
         fetch: Fetch | None = None,
         clock: Callable[[], float] = time.monotonic,
+        loggers: RateLimitedLoggers | None = None,
     ) -> None:
         self._config = config
         self._keys = keys
-        self._published = PublishedKeys(config, fetch, clock) if config.jwks_url else None
+        log = (loggers or RateLimitedLoggers()).get("relay.auth")
+        self._published = PublishedKeys(config, fetch, clock, log) if config.jwks_url else None
 
     def start(self) -> None:
         """Fetch published keys before the first client comes."""

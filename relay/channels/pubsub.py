@@ -4,7 +4,6 @@ Owns what the broker is asked for; must not know transports or the wire's frames
 """
 
 import asyncio
-import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
@@ -22,7 +21,7 @@ from relay.channels.hub import JOINED_MAX_BYTES, Hub, Subscriber
 from relay.concurrency import JOB_BYTES, Continuation, InFlight, KeyedQueue
 from relay.config import Config, Direction, OnGap
 from relay.errors import BusUnavailable, Reason, RelayError
-from relay.logs import Throttle
+from relay.logs import RateLimitedLoggers
 from relay.metrics import Metrics
 from relay.plugins.dispatcher import HandlerError, HandlerRunner
 from relay.plugins.hooks import Event as HookedEvent
@@ -33,9 +32,6 @@ from relay.protocol.payload import Payload, classify_payload, fault_of_json, ide
 from relay.protocol.state import Subscription
 from relay.threadsafe import LOOP_HAS_ENDED, Call, Home
 from relay.tracing import Tracer
-
-_logger = logging.getLogger("relay.node")
-
 
 _NO_HOOKS = Hooks()
 
@@ -66,6 +62,7 @@ class PubSub:
           relay: what handlers of raw Redis messages are given beside the message.
           tracer: makes spans, where they are asked for.
           clock, sleep: monotonic seconds, and what waits for some.
+          loggers: the relay's.
     """
 
     def __init__(
@@ -79,11 +76,14 @@ class PubSub:
         tracer: Tracer | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        loggers: RateLimitedLoggers | None = None,
     ) -> None:
         self._clock = clock
         self._sleep = sleep
         self.hooks = hooks
-        self.caller: HandlerRunner = HandlerRunner(metrics, config.plugins.timeout_s, tracer)
+        loggers = loggers or RateLimitedLoggers()
+        self._log = loggers.get("relay.node")
+        self.caller: HandlerRunner = HandlerRunner(metrics, config.plugins.timeout_s, tracer, loggers)
         self._publish = broker.publish if tracer is None else tracer.around(broker.publish)
         self.on_control: Callable[[ControlMessage], None] = lambda order: None
         """Called for each order of another node."""
@@ -100,7 +100,6 @@ class PubSub:
         self._broker = broker
         self._hub = hub
         self._metrics = metrics
-        self._throttle = Throttle(_logger)
         self._hub_idle = asyncio.Event()
         hub.on_idle = self._hub_idle.set
         self._tasks: set[asyncio.Task[None]] = set()
@@ -176,10 +175,10 @@ class PubSub:
                 metrics.events_unheard += 1
             elif (fault := self._fault(event, data)) is not None:
                 metrics.dropped[fault] += 1
-                self._throttle.warning(fault, "event on topic %r dropped: %s", topic, fault)
+                self._log.warning(fault, "event on topic %r dropped: %s", topic, fault)
             elif filtered and not self._may_wait(topic, data):
                 metrics.dropped["on_event handler too slow"] += 1
-                self._throttle.warning("on_event", "plugins are too slow for the events of topic %r: dropped", topic)
+                self._log.warning("on_event", "plugins are too slow for the events of topic %r: dropped", topic)
             else:
                 payload = classify_payload(data)
                 if payload is data:
@@ -210,7 +209,7 @@ class PubSub:
         if (fault := fault_of_json(data)) is not None:
             self._metrics.events_not_json += 1
             text = "payload of event %r on topic %r looks like JSON and is none: %s; delivered as binary"
-            self._throttle.warning("no JSON", text, event, topic, fault)
+            self._log.warning("no JSON", text, event, topic, fault)
 
     def _filter(self, topic: str, name: str, data: Payload, skip: Subscriber | None) -> Continuation:
         """Pass an event through the handlers for it and deliver what is left of it."""
@@ -236,7 +235,7 @@ class PubSub:
 
     def _drop_unreadable(self, topic: str, error: InvalidPayload) -> None:
         self._metrics.dropped[Reason.INVALID_PAYLOAD] += 1
-        self._throttle.warning(Reason.INVALID_PAYLOAD, "event on topic %r dropped for its publisher: %s", topic, error)
+        self._log.warning(Reason.INVALID_PAYLOAD, "event on topic %r dropped for its publisher: %s", topic, error)
 
     async def _filter_later(
         self,
@@ -289,7 +288,7 @@ class PubSub:
             if hook.topic == pattern:
                 if not self._may_wait(hook, data):
                     self._metrics.dropped["on_redis handler too slow"] += 1
-                    self._throttle.warning(hook.plugin, "plugin %s is too slow for %s: dropped", hook.plugin, pattern)
+                    self._log.warning(hook.plugin, "plugin %s is too slow for %s: dropped", hook.plugin, pattern)
                 else:
                     self._lanes.run(hook, partial(self._call_redis_hook, hook, message), len(data))
 
@@ -303,7 +302,7 @@ class PubSub:
         order = control.decode(data)
         if order is None:
             self._metrics.dropped["control message not understood"] += 1
-            self._throttle.warning("control", "a message on the control channel was not understood: dropped")
+            self._log.warning("control", "a message on the control channel was not understood: dropped")
         else:
             self.on_control(order)
 
@@ -467,7 +466,7 @@ class PubSub:
 
     def _log_failure(self, future: asyncio.Future[None]) -> None:
         if not future.cancelled() and isinstance(error := future.exception(), BusUnavailable):
-            self._throttle.warning("bus", "the bus did not take a message: %s", error)
+            self._log.warning("bus", "the bus did not take a message: %s", error)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

@@ -369,7 +369,6 @@ def _when_ready(settings: Config, then: Any) -> None:
 
 
 def _greet(settings: Config, embedded: bool, open_page: bool) -> None:
-    from relay.app import is_shareable
     from relay.brokers.embedded import BESIDE_AUTH
     from relay.web.pages import publish_line
 
@@ -383,7 +382,7 @@ def _greet(settings: Config, embedded: bool, open_page: bool) -> None:
     lines += [f"  socket   {path}" for path in paths]
     if embedded:
         lines += _greet_embedded(settings)
-    elif is_shareable(settings.redis_url):
+    elif _is_shareable(settings.redis_url):
         lines.append(f"  publish  {publish_line(settings.redis_url, settings.redis.to_prefix)}")
     typer.echo("\n".join(lines))
     if embedded and settings.auth.has_keys:
@@ -443,3 +442,12 @@ for _name, _command in (
     ("new-plugin", new_plugin),
 ):
     app.command(_name, cls=Command, epilog=epilog(_name))(_command)
+
+
+def _is_shareable(redis_url: str) -> bool:
+    """Whether an address may be shown to people: on this machine, and without credentials."""
+    if not redis_url.startswith("redis://"):
+        return False
+    parts = urlsplit(redis_url)
+    loopback = parts.hostname in ("127.0.0.1", "::1", "localhost")
+    return loopback and "@" not in parts.netloc and not parts.query

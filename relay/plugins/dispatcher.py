@@ -5,7 +5,6 @@ Owns the isolation of plugins; must not know what the hooks mean.
 
 import asyncio
 import inspect
-import logging
 import threading
 import time
 from collections import defaultdict
@@ -16,14 +15,12 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from relay.logs import SUBJECT, Throttle
+from relay.logs import SUBJECT, RateLimitedLoggers
 from relay.metrics import Metrics
 from relay.plugins.hooks import Hook, InvalidPayload, Join, Leave, Push, Refused, SocketInfo
 from relay.tracing import Tracer
 
 T = TypeVar("T")
-
-_logger = logging.getLogger("relay.plugins")
 
 _THREADS = 32
 """Plain functions of one plugin that may run at a time; further ones wait for one to end."""
@@ -42,13 +39,20 @@ class HandlerRunner:
     Coroutine functions run in the event loop, plain functions in threads, where they may block.
 
     Args: timeout_s: seconds until a handler is given up. A thread cannot be ended; what it returns is ignored.
+          loggers: the relay's, where handlers' faults are logged.
     """
 
-    def __init__(self, metrics: Metrics, timeout_s: float, tracer: Tracer | None = None) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        timeout_s: float,
+        tracer: Tracer | None = None,
+        loggers: RateLimitedLoggers | None = None,
+    ) -> None:
         self._metrics = metrics
         self._timeout_s = timeout_s
         self._tracer = tracer
-        self._throttle = Throttle(_logger)
+        self._log = (loggers or RateLimitedLoggers()).get("relay.plugins")
         # Each plugin has its own: one whose handlers hang in all of them is in nobody else's way.
         self._threads: defaultdict[str, _Threads] = defaultdict(_Threads)
 
@@ -145,7 +149,7 @@ class HandlerRunner:
         """Log and count a handler's fault."""
         self._metrics.plugin_errors[hook.plugin] += 1
         # The first of a kind with its traceback, the others as a number: a broken handler is called often.
-        self._throttle.error(f"{hook.plugin}.{hook.name}", error, "plugin %s: %s %s", hook.plugin, hook.name, what)
+        self._log.error(f"{hook.plugin}.{hook.name}", error, "plugin %s: %s %s", hook.plugin, hook.name, what)
         return HandlerError(what)
 
     def close(self) -> None:

@@ -9,7 +9,6 @@ Uvicorn gives a client all the time it wants, and any number of bytes and reques
 minute (slowloris) would take all of a process's files, and a hundred that ask and never read 8 MB each.
 """
 
-import logging
 from asyncio import TimerHandle, Transport
 from typing import Any, cast
 
@@ -18,9 +17,8 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from relay.fd_limit import descriptors
-from relay.logs import Throttle
 from relay.metrics import count_refusal
-from relay.transports.uvicorn_websocket import RelayWebSocketProtocol, break_cycle
+from relay.transports.uvicorn_websocket import RelayWebSocketProtocol, break_cycle, server_loggers, warn
 
 HEAD_MAX_BYTES = 65_536
 """Largest head of a request: its first line and its headers."""
@@ -46,8 +44,6 @@ _PATIENCE_S = 1.0
 _SCHEMES = (b"http", b"https", b"ws", b"wss")
 
 _REFUSAL = b"HTTP/1.1 503 Service Unavailable\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-
-_throttle = Throttle(logging.getLogger("relay.server"))
 
 
 class RelayHTTPProtocol(HttpToolsProtocol):
@@ -271,6 +267,7 @@ class RelayHTTPProtocol(HttpToolsProtocol):
     def shutdown(self) -> None:
         """Let what is being answered end; a client that does not read its answer is not waited for."""
         super().shutdown()
+        server_loggers(self.config).flush(at_once=True)
         self._unread_s = min(_UNREAD_S, self._close_timeout_s)
         self._watch_reader()
 
@@ -354,7 +351,7 @@ class RelayHTTPProtocol(HttpToolsProtocol):
         """Close the connection, and count and log it; at once where nothing more can be told to the client."""
         self._stop_waiting()
         count_refusal(self.app_state, kind)
-        _throttle.warning(kind, "connection cut: %s", reason)
+        warn(self.config, kind, "connection cut: %s", reason)
         if at_once:
             self.transport.abort()
         else:

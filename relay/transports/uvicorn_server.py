@@ -21,8 +21,8 @@ from uvicorn.supervisors import Multiprocess, multiprocess
 
 from relay.errors import ConfigError
 from relay.fd_limit import raise_descriptor_limit
-from relay.logs import Throttle
-from relay.transports.uvicorn_websocket import RelayWebSocketProtocol
+from relay.logs import RateLimitedLogger
+from relay.transports.uvicorn_websocket import RelayWebSocketProtocol, server_loggers
 
 _logger = logging.getLogger("relay.server")
 
@@ -50,9 +50,9 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[sockets.socket] | None = None) -> None:
         """Start as Uvicorn does, with a log that nobody can flood."""
-        throttle = Throttle(logging.getLogger("relay.server"), interval_s=1.0)
-        asyncio.get_running_loop().set_exception_handler(_exception_handler(throttle))
-        logging.getLogger("uvicorn.error").addFilter(_Fewer(throttle))
+        log = server_loggers(self.config).get("relay.server", interval_s=1.0)
+        asyncio.get_running_loop().set_exception_handler(_exception_handler(log))
+        logging.getLogger("uvicorn.error").addFilter(_Fewer(log))
         await super().startup(sockets)
         self._listeners = [*self.servers, *(sockets or ())]
         self._loop = asyncio.get_running_loop()
@@ -73,6 +73,7 @@ class Server(uvicorn.Server):
         while draining & self.server_state.connections and not self.force_exit:  # noqa: ASYNC110 - Uvicorn tells nobody
             await asyncio.sleep(_LOOK_S)
         await super().shutdown(sockets)
+        server_loggers(self.config).flush(at_once=True)
         if self.ends_process:
             threading.Thread(target=_end_process, args=(self.clean_up,), name="relay-end", daemon=True).start()
 
@@ -132,18 +133,18 @@ class _Fewer(logging.Filter):
 
     _COMMON = ("Invalid HTTP request received.", "Unsupported upgrade request.")
 
-    def __init__(self, throttle: Throttle) -> None:
+    def __init__(self, log: RateLimitedLogger) -> None:
         super().__init__()
-        self._throttle = throttle
+        self._log = log
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.msg not in self._COMMON:
             return True
-        self._throttle.warning(str(record.msg), str(record.msg))
+        self._log.warning(str(record.msg), str(record.msg))
         return False
 
 
-def _exception_handler(throttle: Throttle) -> Any:
+def _exception_handler(log: RateLimitedLogger) -> Any:
     """Make a handler of the event loop's complaints that writes the one about descriptors once a second at most.
 
     asyncio's own loop utters it once for each place in the backlog, 2 048 lines in one go (Python 3.11 to 3.13).
@@ -151,7 +152,7 @@ def _exception_handler(throttle: Throttle) -> Any:
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         if "socket.accept() out of system resource" in context["message"]:
-            throttle.warning("accept", "no connection can be taken: %s", context.get("exception"))
+            log.warning("accept", "no connection can be taken: %s", context.get("exception"))
         else:
             loop.default_exception_handler(context)
 

@@ -18,6 +18,7 @@ from http import HTTPStatus
 from time import monotonic
 from typing import Any, cast
 
+import uvicorn
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.datastructures import Headers
 from websockets.exceptions import SecurityError
@@ -26,7 +27,7 @@ from websockets.frames import Close, Frame
 from websockets.server import ServerProtocol
 
 from relay.errors import CloseCode
-from relay.logs import Throttle
+from relay.logs import RateLimitedLoggers
 from relay.metrics import count_refusal
 from relay.protocol.frame import DEFLATE_WINDOW_BITS
 from relay.rate_limit import TokenBucket
@@ -48,10 +49,27 @@ _FRAGMENT_MIN_BYTES = 128
 
 _WEBSOCKET_VERSION = "13"
 
-_throttle = Throttle(logging.getLogger("relay.server"))
-
 # Without contexts on the client's side too: each would hold 7 kB here.
 _DEFLATE = ServerPerMessageDeflateFactory(server_no_context_takeover=True, client_no_context_takeover=True)
+
+
+def server_loggers(config: uvicorn.Config) -> RateLimitedLoggers:
+    """The rate-limited loggers of one server, which all its connections share.
+
+    A connection is made, and may be refused, before any relay is known, or where there is none. Its server's settings
+    are what it has in common with the others, so they hold the loggers. Under plain Uvicorn nothing calls a flush
+    by a clock: a timer does, and the server's end.
+    """
+    found: RateLimitedLoggers | None = vars(config).get("rate_limited_loggers")
+    if found is None:
+        found = RateLimitedLoggers(later=lambda delay_s, flush: asyncio.get_running_loop().call_later(delay_s, flush))
+        vars(config)["rate_limited_loggers"] = found
+    return found
+
+
+def warn(config: uvicorn.Config, kind: str, text: str, *args: object) -> None:
+    """Log a warning about a connection of this server; see `RateLimitedLogger.warning`."""
+    server_loggers(config).get("relay.server").warning(kind, text, *args)
 
 
 class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
@@ -173,7 +191,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         """Answer an upgrade request with an HTTP error, and close."""
         self.handshake_initiated = self.handshake_complete = self.close_sent = True
         count_refusal(self.app_state, f"handshake: {kind}")
-        _throttle.warning(kind, "handshake refused: %.255s", " ".join(text.split()))
+        warn(self.config, kind, "handshake refused: %.255s", " ".join(text.split()))
         body = f"{text}\n".encode(errors="replace")
         head = (
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}",
@@ -201,7 +219,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             self._await_decision()
         else:  # the handshake was answered with an error: of a header that is not checked above
             count_refusal(self.app_state, "handshake: malformed")
-            _throttle.warning("malformed", "handshake refused: %.255s", self.conn.handshake_exc)
+            warn(self.config, "malformed", "handshake refused: %.255s", self.conn.handshake_exc)
 
     def pause_writing(self) -> None:
         """Tell both paths that the transport's buffer is full."""
@@ -250,7 +268,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         if self._idle_frames.take(monotonic()):
             return True
         count_refusal(self.app_state, "empty frames")
-        _throttle.warning("idle frames", "socket closed with 1008: too many pings, pongs or small fragments")
+        warn(self.config, "idle frames", "socket closed with 1008: too many pings, pongs or small fragments")
         self.frames.clear()
         self.conn.fail(CloseCode.POLICY_VIOLATION, "too many pings, pongs or small fragments")
         self.handle_parser_exception()
@@ -287,6 +305,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
 
     def shutdown(self) -> None:
         """Let the relay close the socket, at its pace; one that no relay has taken is closed with 1012 here."""
+        server_loggers(self.config).flush(at_once=True)
         if not self.drain():
             self._end_writer()
             super().shutdown()

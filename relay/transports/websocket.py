@@ -16,7 +16,7 @@ from typing import Any
 
 from relay.config import LimitsConfig, Policy
 from relay.errors import CloseCode
-from relay.logs import Throttle
+from relay.logs import RateLimitedLogger
 from relay.metrics import Metrics
 from relay.protocol.frame import Frame
 from relay.transports.base import ReceiveCallable, Scope, SendCallable
@@ -24,7 +24,6 @@ from relay.transports.outbox import Outbox, OutboxBudget
 from relay.transports.writer import EXTENSION, DirectWriter
 
 _logger = logging.getLogger("relay.socket")
-throttle: Throttle = Throttle(_logger)
 
 
 _FOUND_BY_SERVER = (CloseCode.PROTOCOL_ERROR, CloseCode.INVALID_PAYLOAD, CloseCode.TOO_BIG)
@@ -40,6 +39,7 @@ class WebSocketTransport:
     Args: id: for the log.
           compression: whether frames of events are compressed for a client that negotiated it.
           outboxes: what its outbox is counted in.
+          log: for warnings about it, shared with all others of its relay.
     """
 
     __slots__ = (
@@ -51,6 +51,7 @@ class WebSocketTransport:
         "_ended",
         "_gone",
         "_limits",
+        "_log",
         "_main",
         "_metrics",
         "_outbox",
@@ -77,10 +78,12 @@ class WebSocketTransport:
         send: SendCallable,
         limits: LimitsConfig,
         metrics: Metrics,
+        log: RateLimitedLogger,
         compression: bool = False,
         outboxes: OutboxBudget | None = None,
     ) -> None:
         self.id: str = id
+        self._log = log
         self._receive = receive
         self._send = send
         self._limits = limits
@@ -329,7 +332,7 @@ class WebSocketTransport:
         self.close(code, reason)
 
     def _warn(self, kind: str, text: str, *args: object) -> None:
-        throttle.warning(kind, f"socket %s: {text}", self.id, *args, socket=self.id)
+        self._log.warning(kind, f"socket %s: {text}", self.id, *args, socket=self.id)
 
     def close(self, code: int, reason: str) -> bool:
         """Close after what is already queued; cut the client off if it does not answer in time.

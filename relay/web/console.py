@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from relay.config import Policy
 from relay.errors import BusUnavailable, CloseCode, Reason, WireError
+from relay.logs import RateLimitedLogger
 from relay.metrics import BOUNDS_S
 from relay.plugins import hooks
 from relay.protocol import serializer
@@ -55,10 +56,14 @@ _LISTED_MAX = 200
 
 
 class Console:
-    """What the operators of one relay see of this process."""
+    """What the operators of one relay see of this process.
 
-    def __init__(self, relay: "Relay") -> None:
+    Args: log: for warnings about its connections.
+    """
+
+    def __init__(self, relay: "Relay", log: RateLimitedLogger) -> None:
         self._relay = relay
+        self._log = log
         self._viewers: set[ConsoleSession] = set()
         self._numbers = 0
 
@@ -78,7 +83,7 @@ class Console:
         await handshake.accept(receive, send, shake.subprotocol)
         self._numbers += 1
         connection = WebSocketTransport(
-            f"console-{self._numbers}", scope, receive, send, relay.node.config.limits, relay.metrics
+            f"console-{self._numbers}", scope, receive, send, relay.node.config.limits, relay.metrics, self._log
         )
         viewer = ConsoleSession(relay, connection, shake.version, str((scope.get("client") or "?")[0]))
         self._viewers.add(viewer)

@@ -4,7 +4,6 @@ Owns HTTP forwarding over httpx2, streaming both ways; must not know what it car
 """
 
 import asyncio
-import logging
 import re
 from collections.abc import AsyncIterator, Callable, Iterable
 from http import HTTPStatus
@@ -16,12 +15,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 
 from relay.config import ProxyConfig
-from relay.logs import Throttle
+from relay.logs import RateLimitedLoggers
 from relay.metrics import Metrics
 from relay.paths import split_raw
 from relay.transports.base import ReceiveCallable, Scope, SendCallable
-
-_throttle = Throttle(logging.getLogger("relay.proxy"))
 
 _SEGMENT = re.compile(rb"(?:^|[/\\])([^/\\;]*)")
 """A part of a path, without its parameters."""
@@ -104,10 +101,18 @@ class Proxy:
 
     Args: of_all: what all prefixes of a relay may have under way together.
           metrics: where what is refused is counted.
+          loggers: the relay's, where it is logged.
     """
 
-    def __init__(self, entry: ProxyConfig, of_all: "Share | None" = None, metrics: Metrics | None = None) -> None:
+    def __init__(
+        self,
+        entry: ProxyConfig,
+        of_all: "Share | None" = None,
+        metrics: Metrics | None = None,
+        loggers: RateLimitedLoggers | None = None,
+    ) -> None:
         self._entry = entry
+        self._log = (loggers or RateLimitedLoggers()).get("relay.proxy")
         self._requests = Share(entry.requests_max)
         self._of_all = Share(0) if of_all is None else of_all
         self._metrics = Metrics() if metrics is None else metrics
@@ -180,7 +185,7 @@ class Proxy:
             await self._refuse(504, "no answer in time", text, scope, client.receive, send)
             return
         except httpx.TransportError as error:
-            _throttle.warning(self._entry.prefix, "%s: %s", self._entry.prefix, str(error) or type(error).__name__)
+            self._log.warning(self._entry.prefix, "%s: %s", self._entry.prefix, str(error) or type(error).__name__)
             text = f"{self._entry.prefix}: the service behind it does not answer"
             await _problem(502, text)(scope, client.receive, send)
             return
@@ -217,7 +222,7 @@ class Proxy:
         self, status: int, kind: str, text: str, scope: Scope, receive: ReceiveCallable, send: SendCallable
     ) -> None:
         self._count(kind)
-        _throttle.warning(f"{self._entry.prefix}: {kind}", "%s: %s", self._entry.prefix, text)
+        self._log.warning(f"{self._entry.prefix}: {kind}", "%s: %s", self._entry.prefix, text)
         await _problem(status, f"{self._entry.prefix}: {text}")(scope, receive, send)
 
     def _request(self, request: Request, client: "_Client", mount: str, path: bytes) -> httpx.Request:

@@ -5,11 +5,10 @@ Owns the routes under ``rest.path``; must not know how events travel. Errors are
 ``X-API-Key: <key>``; with none set, only clients on this machine are answered.
 """
 
-import json
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from http import HTTPStatus
 from http.client import responses as phrases
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,10 +27,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from relay.auth.api_key import api_key_from
 from relay.auth.tokens import sign
+from relay.config import RedisConfig
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
 from relay.paths import split_raw
+from relay.plugins.hooks import to_payload
 from relay.plugins.loader import PluginSet
+from relay.protocol.payload import Payload
 from relay.protocol.topics import is_event, is_topic
 from relay.version import __version__
 
@@ -128,8 +130,8 @@ _NOT_TOLD = {
 }
 _NOT_PUBLISHED = {
     **_described(400, "The body cannot be read"),
-    **_described(413, "The body is larger than the relay reads, or a payload larger than it delivers"),
-    **_described(503, "The bus did not take it"),
+    **_described(413, "The body is larger than the relay reads, or a payload or a batch larger than it can publish"),
+    **_described(503, "The bus did not take it; of a batch, not all of it"),
 }
 
 TopicName = Annotated[str, Path(description="topic; may contain colons and slashes")]
@@ -277,14 +279,12 @@ def _routes(relay: "Relay") -> APIRouter:
     async def publish(body: EventOrEvents) -> Published:
         """Publish one event, or several in order. Either all of them can be published, or nothing is."""
         events = body.events if isinstance(body, Events) else [body]
-        for event in events:
-            _check(event, relay.config.limits.payload_max_bytes)
-        try:
-            for event in events:
-                await relay.broadcast(event.topic, event.event, event.payload)
-        except BusUnavailable as error:
-            raise HTTPException(503, f"bus unavailable: {error}") from None
-        return Published(published=len(events))
+        payloads = [_encode(event, relay.config.limits.payload_max_bytes) for event in events]
+        if len(events) > 1:
+            _check_batch(payloads, relay.config.redis)
+        # All start in this turn of the event loop: the bus gets them in order, and they share one round trip.
+        calls = [relay.broadcast(event.topic, event.event, data) for event, data in zip(events, payloads, strict=True)]
+        return Published(published=await _wait_for(calls))
 
     @router.get("/topics")
     async def topics(response: Response) -> list[Topic]:
@@ -419,16 +419,42 @@ def token_route(relay: "Relay") -> Route:
     return Route("/token", make_token, methods=["POST"])
 
 
-def _check(event: Event, payload_max_bytes: int) -> None:
-    """Let an event pass that can be delivered. Raises HTTPException."""
+def _encode(event: Event, payload_max_bytes: int) -> Payload:
+    """Encode the payload of an event that can be delivered. Raises HTTPException for any other."""
     if not is_topic(event.topic) or not is_event(event.event):
         raise HTTPException(422, f"topic {event.topic!r} or event {event.event!r} cannot be")
     try:
-        size = len(json.dumps(event.payload, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode())
-    except ValueError:  # Python reads NaN, Infinity and halves of surrogate pairs as JSON
+        data = to_payload(event.payload)
+    except TypeError:  # Python reads NaN, Infinity and halves of surrogate pairs as JSON
         raise HTTPException(422, f"payload of {event.event!r}: holds what JSON cannot say, in UTF-8") from None
-    if size > payload_max_bytes:
+    if (size := len(data)) > payload_max_bytes:
         raise HTTPException(413, f"payload of {event.event!r}: {size} bytes; expected at most {payload_max_bytes}")
+    return data
+
+
+def _check_batch(payloads: list[Payload], queue: RedisConfig) -> None:
+    """Check that a batch fits into the queue to the bus, which takes it in one piece. Raises HTTPException."""
+    size, most, most_bytes = sum(map(len, payloads)), queue.publish_queue_max, queue.publish_queue_max_bytes
+    if len(payloads) > most or size > most_bytes:
+        text = f"expected at most {most} (redis.publish_queue_max) and {most_bytes} (redis.publish_queue_max_bytes)"
+        raise HTTPException(413, f"events: {len(payloads)} events of {size} bytes; {text}")
+
+
+async def _wait_for(calls: Sequence[Awaitable[None]]) -> int:
+    """Wait until the bus has answered for each event; returns how many there are.
+
+    Raises: HTTPException: it did not take all of them; says why of the first, and how many it did take.
+    """
+    faults: list[BusUnavailable] = []
+    for call in calls:
+        try:
+            await call
+        except BusUnavailable as error:
+            faults.append(error)
+    if faults:
+        taken = f"; it has confirmed {len(calls) - len(faults)} of {len(calls)} events" if len(calls) > 1 else ""
+        raise HTTPException(503, f"bus unavailable: {faults[0]}{taken}")
+    return len(calls)
 
 
 def _authorize(request: Request, relay: "Relay") -> None:

@@ -4,7 +4,6 @@ What is said of each limit to users is in ``docs/limits.md``, whose tables name 
 """
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -15,7 +14,6 @@ import websockets
 from websockets.exceptions import InvalidStatus
 
 from relay import Plugin, Push
-from relay.logs import Throttle
 from relay.transports.uvicorn_http import HEAD_MAX_BYTES, RelayHTTPProtocol
 from tests.support.client import Client
 from tests.support.process import RelayProcess
@@ -224,9 +222,8 @@ async def test_clients_of_one_ipv6_network_are_counted_together(serve_relay: Ser
 
 
 async def test_forwarded_addresses_of_anybody_else_are_ignored(
-    serve_relay: ServeRelay, connect: Connect, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    serve_relay: ServeRelay, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("relay.transport.throttle", Throttle(logging.getLogger("relay.socket")))
     served = await serve_relay(
         server={"proxy_headers": False},
         limits={"sockets_per_address": 1},

@@ -1,7 +1,6 @@
 """Who reaches which route: hosts, forwarded headers and paths, over a real server, alone and mounted."""
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,8 +10,6 @@ from fastapi import APIRouter, FastAPI, Request
 from starlette.testclient import TestClient
 
 from relay import Plugin, Relay
-from relay.logs import Throttle
-from relay.transports import websocket
 from tests.support.client import Client
 from tests.support.servers import AppServer
 from tests.support.serving import Served, eventually, serve
@@ -125,13 +122,6 @@ async def test_requests_through_a_proxy_are_refused_where_clients_are_not_authen
             assert await statuses(served, "127.0.0.1", header) <= {200, 101}
 
 
-@pytest.fixture
-def throttle(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that other tests have not used: of each kind there is a line in 10 s."""
-    monkeypatch.setattr(websocket, "throttle", Throttle(logging.getLogger("relay.transport")))
-
-
-@pytest.mark.usefixtures("throttle")
 async def test_refusals_are_logged_once_in_a_while(caplog: pytest.LogCaptureFixture) -> None:
     async with served_relay() as served:
         for _ in range(5):
@@ -264,7 +254,6 @@ async def test_socket_path_with_a_slash_joins() -> None:
         await client.join("room:1")
 
 
-@pytest.mark.usefixtures("throttle")
 async def test_long_poll_fallback_is_told_what_is_missing(caplog: pytest.LogCaptureFixture) -> None:
     """phoenix.js with `longPollFallbackMs` asks there when the WebSocket does not open in time."""
     async with served_relay("/relay") as served:
@@ -282,7 +271,6 @@ async def test_long_poll_fallback_is_told_what_is_missing(caplog: pytest.LogCapt
 # Pages of other servers on this machine.
 
 
-@pytest.mark.usefixtures("throttle")
 async def test_page_of_a_development_server_may_connect(caplog: pytest.LogCaptureFixture) -> None:
     vite = "Origin: http://localhost:5173"
     async with served_relay() as served:

@@ -12,6 +12,7 @@ import pytest
 from redis.asyncio import Redis
 
 from tests.support.client import Client
+from tests.support.faults import Proxy
 from tests.support.process import Valkey
 from tests.support.serving import Served, eventually, heard_on
 
@@ -74,6 +75,44 @@ async def test_batch_arrives_in_its_order_over_several_topics(served: Served, co
     assert (await ask(served, "POST", "/publish", json={"events": events})).json() == {"published": 100}
     for event in events:
         await client.expect_event(event["topic"], event["event"], event["payload"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("direct", [True], ids=["direct"])
+async def test_events_of_a_batch_share_round_trips(serve_relay: ServeRelay, connect: Connect, valkey: Valkey) -> None:
+    async with Proxy.open(valkey.port) as proxy:
+        served = await serve_relay(redis_url=f"redis://127.0.0.1:{proxy.port}")
+        client = await connect(served)
+        await client.join("batch:fast")
+        reads = 0
+
+        def count(data: bytes) -> bytes:
+            nonlocal reads
+            reads += 1  # of what Valkey sends: at least one for each round trip
+            return data
+
+        proxy.rewrite = count
+        events = [{"topic": "batch:fast", "event": f"step{number}", "payload": number} for number in range(200)]
+        assert (await ask(served, "POST", "/publish", json={"events": events})).json() == {"published": 200}
+        for number in range(200):
+            await client.expect_event("batch:fast", f"step{number}", number)
+        assert reads < 50
+
+
+@pytest.mark.parametrize("direct", [True], ids=["direct"])
+async def test_batch_that_redis_takes_in_part_is_answered_with_the_number(serve_relay: ServeRelay) -> None:
+    with Valkey() as valkey:
+        rules = ("allchannels", "-@all", "+psubscribe", "+publish", "+ping", "+role")
+        async with Redis.from_url(valkey.url) as redis:
+            execute: Any = redis.execute_command
+            await execute("ACL", "SETUSER", "relay", "on", ">pw", *rules)
+            served = await serve_relay(redis_url=valkey.url.replace("//", "//relay:pw@"))
+            channels = ("&to:room:1:*", "&to:relay:*")
+            await execute("ACL", "SETUSER", "relay", "resetchannels", *channels)
+            events = [{"topic": topic, "event": "e"} for topic in ("room:1", "room:2", "room:1")]
+            answer = await ask(served, "POST", "/publish", json={"events": events})
+            assert answer.status_code == 503
+            assert answer.json()["detail"].startswith("bus unavailable: PUBLISH to:room:2:e: ")
+            assert answer.json()["detail"].endswith("; it has confirmed 2 of 3 events")
 
 
 async def test_batch_with_one_bad_name_publishes_nothing(served: Served, connect: Connect) -> None:

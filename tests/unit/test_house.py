@@ -47,6 +47,7 @@ def test_modules_have_a_docstring() -> None:
 
 MUTABLE_CALLS = {"list", "dict", "set", "bytearray", "deque", "defaultdict", "Counter", "OrderedDict", "count", "cycle"}
 MUTABLE_CALLS |= {"WeakValueDictionary", "WeakKeyDictionary", "WeakSet", "ContextVar", "Lock", "Event", "Queue"}
+MUTABLE_CALLS |= {"RateLimitedLogger", "RateLimitedLoggers"}
 CHANGING = {"append", "add", "update", "pop", "popleft", "popitem", "clear", "setdefault", "extend", "insert"}
 CHANGING |= {"remove", "discard", "appendleft"}
 

@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from relay.journal import INTERVAL_S, LINES_MAX, ConnectionLog, Totals
+from relay.logs import RateLimitedLoggers
 
 
 class Somebody:
@@ -18,7 +19,8 @@ class Somebody:
 def test_storm_of_connects_writes_few_lines_and_tells_of_the_others(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "relay.socket")
     now = 0.0
-    journal = ConnectionLog(lambda: now)
+    loggers = RateLimitedLoggers(lambda: now)
+    journal = ConnectionLog(loggers)
     for _ in range(10_000):
         journal.connected(Somebody())
     assert len(caplog.messages) == LINES_MAX
@@ -26,26 +28,27 @@ def test_storm_of_connects_writes_few_lines_and_tells_of_the_others(caplog: pyte
     assert "refused" in caplog.messages[-1], "other kinds go on"
     now = INTERVAL_S
     journal.connected(Somebody())
-    assert caplog.messages[-1].endswith(f" ({10_000 - LINES_MAX} more of this kind since the last line)")
+    assert caplog.messages[-1].endswith(f" ({10_000 - LINES_MAX} similar messages suppressed)")
 
 
-def test_lines_that_were_left_out_are_told_of_though_none_comes_after_them(caplog: pytest.LogCaptureFixture) -> None:
+def test_suppressed_lines_are_counted_though_none_comes_after_them(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "relay.socket")
     now = 0.0
-    journal = ConnectionLog(lambda: now)
+    loggers = RateLimitedLoggers(lambda: now)
+    journal = ConnectionLog(loggers)
     for _ in range(LINES_MAX + 3):
         journal.connected(Somebody())
-    journal.flush()
+    loggers.flush()
     assert len(caplog.messages) == LINES_MAX, "the interval is not over"
     now = INTERVAL_S
-    journal.flush()
-    journal.flush()
-    assert caplog.messages[LINES_MAX:] == ["3 more lines of the kind 'connect' were left out"]
+    loggers.flush()
+    loggers.flush()
+    assert caplog.messages[LINES_MAX:] == ["3 similar messages suppressed (connect)"]
 
 
 def test_nothing_that_a_client_says_breaks_a_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "relay.socket")
-    journal = ConnectionLog()
+    journal = ConnectionLog(RateLimitedLoggers())
     bad = "%s\nERROR relay: \x1b[31mforged" + 1000 * "x"
     journal.join_refused(Somebody(), bad, bad.replace("\x1b", ""))
     journal.rate_limited(Somebody(), bad, bad)

@@ -5,13 +5,14 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import relay
-from relay.logs import LOGGERS, SUBJECT, JsonFormatter, TextFormatter, Throttle
+from relay.logs import LOGGERS, SUBJECT, JsonFormatter, RateLimitedLogger, RateLimitedLoggers, TextFormatter
 
 logger = logging.getLogger("relay.tests.logs")
 
@@ -32,56 +33,56 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def throttle(clock: Clock, caplog: pytest.LogCaptureFixture) -> Throttle:
+def limited(clock: Clock, caplog: pytest.LogCaptureFixture) -> RateLimitedLogger:
     caplog.set_level(logging.WARNING, logger.name)
-    return Throttle(logger, 10.0, clock)
+    return RateLimitedLogger(logger, 10.0, clock)
 
 
-def test_first_line_of_a_kind_is_written_at_once(throttle: Throttle, caplog: pytest.LogCaptureFixture) -> None:
-    throttle.warning("slow", "socket %s reads slowly", "1f")
+def test_first_line_of_a_kind_is_written_at_once(limited: RateLimitedLogger, caplog: pytest.LogCaptureFixture) -> None:
+    limited.warning("slow", "socket %s reads slowly", "1f")
     assert caplog.messages == ["socket 1f reads slowly"]
     assert caplog.records[0].levelno == logging.WARNING
 
 
-def test_lines_within_the_interval_are_left_out_and_told_with_the_next(
-    throttle: Throttle, clock: Clock, caplog: pytest.LogCaptureFixture
+def test_messages_within_the_interval_are_suppressed_and_counted_with_the_next(
+    limited: RateLimitedLogger, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     for number in range(4):
-        throttle.warning("slow", "socket %d", number)
+        limited.warning("slow", "socket %d", number)
         clock.now += 3.0
     clock.now = 10.0
-    throttle.warning("slow", "socket %d", 5)
+    limited.warning("slow", "socket %d", 5)
     clock.now = 20.0
-    throttle.warning("slow", "socket %d", 6)
-    assert caplog.messages == ["socket 0", "socket 5 (3 more of this kind since the last line)", "socket 6"]
+    limited.warning("slow", "socket %d", 6)
+    assert caplog.messages == ["socket 0", "socket 5 (3 similar messages suppressed)", "socket 6"]
 
 
 def test_interval_begins_with_the_line_that_was_written(
-    throttle: Throttle, clock: Clock, caplog: pytest.LogCaptureFixture
+    limited: RateLimitedLogger, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Else a steady stream of lines would never be heard of again."""
     for _ in range(21):
-        throttle.warning("slow", "line")
+        limited.warning("slow", "line")
         clock.now += 1.0
     assert len(caplog.messages) == 3
 
 
-def test_kinds_do_not_silence_each_other(throttle: Throttle, caplog: pytest.LogCaptureFixture) -> None:
-    throttle.warning("slow", "one")
-    throttle.warning("bus", "two")
-    throttle.warning("slow", "three")
+def test_kinds_do_not_silence_each_other(limited: RateLimitedLogger, caplog: pytest.LogCaptureFixture) -> None:
+    limited.warning("slow", "one")
+    limited.warning("bus", "two")
+    limited.warning("slow", "three")
     assert caplog.messages == ["one", "two"]
 
 
 def test_error_is_written_with_its_traceback_under_the_same_rule(
-    throttle: Throttle, clock: Clock, caplog: pytest.LogCaptureFixture
+    limited: RateLimitedLogger, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     fault = ValueError("broken")
-    throttle.error("plugin", fault, "plugin %r failed", "echo")
-    throttle.error("plugin", fault, "plugin %r failed", "echo")
+    limited.error("plugin", fault, "plugin %r failed", "echo")
+    limited.error("plugin", fault, "plugin %r failed", "echo")
     clock.now = 10.0
-    throttle.error("plugin", fault, "plugin %r failed", "echo")
-    told = "plugin 'echo' failed (1 more of this kind since the last line)"
+    limited.error("plugin", fault, "plugin %r failed", "echo")
+    told = "plugin 'echo' failed (1 similar message suppressed)"
     assert caplog.messages == ["plugin 'echo' failed", told]
     assert all(record.levelno == logging.ERROR for record in caplog.records)
     assert all(record.exc_info is not None and record.exc_info[1] is fault for record in caplog.records)
@@ -89,16 +90,79 @@ def test_error_is_written_with_its_traceback_under_the_same_rule(
 
 def test_clock_is_monotonic_by_default() -> None:
     """A wall clock that is set back would silence the log."""
-    assert inspect.signature(Throttle).parameters["clock"].default.__name__ == "monotonic"
+    assert inspect.signature(RateLimitedLogger).parameters["clock"].default.__name__ == "monotonic"
 
 
 def test_so_many_lines_of_a_kind_are_written_in_an_interval(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
-    throttle = Throttle(logger, 1.0, clock, lines=3)
+    limited = RateLimitedLogger(logger, 1.0, clock, lines=3)
     for number in range(10_000):
-        throttle.warning("storm", "line %d", number)
+        limited.warning("storm", "line %d", number)
     clock.now = 1.0
-    throttle.warning("storm", "line")
-    assert caplog.messages == ["line 0", "line 1", "line 2", "line (9997 more of this kind since the last line)"]
+    limited.warning("storm", "line")
+    assert caplog.messages == ["line 0", "line 1", "line 2", "line (9997 similar messages suppressed)"]
+
+
+def test_flush_says_how_many_messages_were_suppressed_of_which_kind_and_at_which_level(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger.name)
+    limited = RateLimitedLogger(logger, 10.0, clock)
+    for _ in range(13):
+        limited.warning("malformed", "refused")
+    for _ in range(3):
+        limited.error("plugin", ValueError("broken"), "failed")
+        limited.info("connect", Somebody(), "connected")
+    caplog.clear()
+    limited.flush()
+    assert caplog.messages == [], "the interval is not over"
+    clock.now = 10.0
+    limited.flush()
+    limited.flush()
+    assert [(record.levelno, record.message) for record in caplog.records] == [
+        (logging.WARNING, "12 similar messages suppressed (malformed)"),
+        (logging.ERROR, "2 similar messages suppressed (plugin)"),
+        (logging.INFO, "2 similar messages suppressed (connect)"),
+    ]
+    assert vars(caplog.records[0]).items() >= {"kind": "malformed", "suppressed": 12}.items()
+
+
+def test_flush_at_once_does_not_wait_for_the_interval(
+    limited: RateLimitedLogger, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(2):
+        limited.warning("slow", "line")
+    limited.flush(at_once=True)
+    assert caplog.messages == ["line", "1 similar message suppressed (slow)"]
+
+
+def test_flush_is_scheduled_for_the_end_of_the_interval_where_a_timer_is_given(
+    clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    timers: list[tuple[float, Callable[[], None]]] = []
+    limited = RateLimitedLogger(logger, 10.0, clock, later=lambda delay_s, flush: timers.append((delay_s, flush)))
+    limited.warning("slow", "line")
+    clock.now = 4.0
+    for _ in range(3):
+        limited.warning("slow", "line")
+    ((delay_s, flush),) = timers
+    assert 6.0 < delay_s < 6.1
+    clock.now += delay_s
+    flush()
+    assert caplog.messages == ["line", "3 similar messages suppressed (slow)"]
+
+
+def test_loggers_of_one_owner_are_flushed_together(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    loggers, others = RateLimitedLoggers(clock), RateLimitedLoggers(clock)
+    assert loggers.get("relay.node") is loggers.get("relay.node")
+    for name in ("relay.node", "relay.proxy"):
+        for _ in range(2):
+            loggers.get(name).warning("kind", "line")
+        others.get(name).warning("kind", "another's line")
+    loggers.flush(at_once=True)
+    others.flush(at_once=True)
+    said = [record.name for record in caplog.records if record.message == "1 similar message suppressed (kind)"]
+    assert said == ["relay.node", "relay.proxy"]
+    assert caplog.messages.count("another's line") == 2
 
 
 class Somebody:
@@ -110,10 +174,10 @@ class Somebody:
         self.address = "10.0.0.1"
 
 
-def test_line_about_a_socket_names_it(throttle: Throttle, caplog: pytest.LogCaptureFixture) -> None:
+def test_line_about_a_socket_names_it(limited: RateLimitedLogger, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger.name)
-    throttle.info("one", Somebody(), "joined %d topics", 3, topics=3)
-    throttle.info("two", Somebody(None), "left")
+    limited.info("one", Somebody(), "joined %d topics", 3, topics=3)
+    limited.info("two", Somebody(None), "left")
     assert caplog.messages == [
         "socket 1f-7: joined 3 topics; address 10.0.0.1, user 'ada'",
         "socket 1f-7: left; address 10.0.0.1",
@@ -123,12 +187,12 @@ def test_line_about_a_socket_names_it(throttle: Throttle, caplog: pytest.LogCapt
     assert not hasattr(caplog.records[1], "user")
 
 
-def test_line_that_nobody_reads_is_not_counted_as_left_out(
-    throttle: Throttle, caplog: pytest.LogCaptureFixture
+def test_message_below_the_level_is_not_counted_as_suppressed(
+    limited: RateLimitedLogger, caplog: pytest.LogCaptureFixture
 ) -> None:
-    throttle.info("one", Somebody(), "unread")
+    limited.info("one", Somebody(), "unread")
     caplog.set_level(logging.INFO, logger.name)
-    throttle.info("one", Somebody(), "read")
+    limited.info("one", Somebody(), "read")
     assert caplog.messages == ["socket 1f-7: read; address 10.0.0.1, user 'ada'"]
 
 
@@ -300,5 +364,5 @@ def test_record_without_such_text_keeps_its_pattern(caplog: pytest.LogCaptureFix
 def test_every_logger_of_the_relay_is_among_those_that_clean() -> None:
     folder = Path(relay.__file__).parent
     text = "".join(path.read_text() for path in folder.rglob("*.py"))
-    named = set(re.findall(r"getLogger\(\"(relay[a-z_.]*)\"\)", text))
+    named = set(re.findall(r"(?:getLogger|\.get)\(\"(relay[a-z_.]*)\"", text))
     assert named == set(LOGGERS)

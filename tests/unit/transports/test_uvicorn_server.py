@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from relay.logs import Throttle
+from relay.logs import RateLimitedLogger
 from relay.transports.uvicorn_server import _exception_handler, _Fewer
 
 _LOGGER = logging.getLogger("relay.server")
@@ -19,7 +19,7 @@ _LOGGER = logging.getLogger("relay.server")
 def test_complaints_about_descriptors_are_written_once_a_second_at_most(caplog: pytest.LogCaptureFixture) -> None:
     """Source: ``asyncio.selector_events``: one complaint for each place in the backlog (Python 3.11 to 3.13)."""
     now = 0.0
-    handle = _exception_handler(Throttle(_LOGGER, 1.0, clock=lambda: now))
+    handle = _exception_handler(RateLimitedLogger(_LOGGER, 1.0, clock=lambda: now))
     loop = asyncio.new_event_loop()
     context = {
         "message": "socket.accept() out of system resource",
@@ -33,13 +33,13 @@ def test_complaints_about_descriptors_are_written_once_a_second_at_most(caplog: 
     loop.close()
     assert [record.getMessage() for record in caplog.records] == [
         "no connection can be taken: [Errno 24] Too many open files",
-        "no connection can be taken: [Errno 24] Too many open files (2047 more of this kind since the last line)",
+        "no connection can be taken: [Errno 24] Too many open files (2047 similar messages suppressed)",
     ]
 
 
 def test_other_complaints_of_the_loop_are_written_as_ever(caplog: pytest.LogCaptureFixture) -> None:
     loop = asyncio.new_event_loop()
-    handle = _exception_handler(Throttle(_LOGGER, 1.0))
+    handle = _exception_handler(RateLimitedLogger(_LOGGER, 1.0))
     for _ in range(2):
         handle(loop, {"message": "something else"})
     loop.close()
@@ -49,8 +49,10 @@ def test_other_complaints_of_the_loop_are_written_as_ever(caplog: pytest.LogCapt
 @pytest.mark.parametrize(
     ("text", "passes"), [("Invalid HTTP request received.", False), ("Exception in ASGI application\n", True)]
 )
-def test_lines_that_anybody_can_cause_are_throttled(caplog: pytest.LogCaptureFixture, text: str, passes: bool) -> None:
-    fewer = _Fewer(Throttle(_LOGGER, 1.0))
+def test_lines_that_anybody_can_cause_are_rate_limited(
+    caplog: pytest.LogCaptureFixture, text: str, passes: bool
+) -> None:
+    fewer = _Fewer(RateLimitedLogger(_LOGGER, 1.0))
     record: Any = logging.LogRecord("uvicorn.error", logging.WARNING, "", 0, text, None, None)
     assert [fewer.filter(record) for _ in range(3)] == [passes] * 3
     assert len(caplog.records) == (not passes)
