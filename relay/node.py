@@ -10,21 +10,19 @@ import random
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from functools import partial
 from itertools import count
 from typing import Literal
 
 from relay import runtime_dir
 from relay.auth.authenticator import Authenticate, Authenticator
 from relay.auth.keys import Key
-from relay.auth.session import SocketAuth
 from relay.auth.tokens import TokenVerifier
 from relay.brokers.base import Broker
 from relay.brokers.embedded import BESIDE_AUTH, EmbeddedValkey
 from relay.channels import control
+from relay.channels.channel import Services
 from relay.channels.hub import Hub
 from relay.channels.pubsub import PubSub
 from relay.channels.socket import Socket
@@ -33,6 +31,7 @@ from relay.errors import AuthenticationError, CloseCode, ConfigError
 from relay.journal import ConnectionLog
 from relay.logs import RateLimitedLoggers
 from relay.metrics import Metrics
+from relay.permissions import Identity
 from relay.plugins.dispatcher import HandlerError, is_being_cancelled
 from relay.plugins.hooks import Hook, Hooks
 from relay.proxy_headers import rate_limit_key
@@ -88,7 +87,6 @@ class Node:
         self._tracer = tracer
         self._loggers = loggers
         self._log = loggers.get("relay.socket")
-        self._journal = ConnectionLog(loggers)
         self._metrics = metrics
         self._figures = figures
         self._hooks = hooks
@@ -120,12 +118,13 @@ class Node:
         self._numbers = map(f"{uuid.uuid4().hex[:8]}-{{}}".format, count(1))
         self.pubsub.on_control = self._receive_order
         self._verifier = TokenVerifier(config.auth, keys, loggers=loggers) if config.auth.has_keys else None
-        self._auth: Authenticator | None = None
+        authenticator: Authenticator | None = None
         if self._verifier or authenticate or config.auth.anonymous or config.auth.authenticated:
             verify = self._verifier.verify if self._verifier else None
-            self._auth = Authenticator(
+            authenticator = Authenticator(
                 config, self.pubsub.caller, verify, authenticate, decisions=self.pubsub.decisions
             )
+        self._services = Services(config, self.pubsub, self.hub, metrics, ConnectionLog(loggers), authenticator)
         self._reach = reach or NetworkAccess(config, bool(self._verifier or authenticate))
         if self._embedded is not None and (self._verifier or authenticate):
             _logger.warning("redis_url: %s", BESIDE_AUTH)
@@ -133,7 +132,7 @@ class Node:
         self.sockets: dict[str, Socket] = {}
         # Sockets that have ended, with handlers under way for what they sent: orders are about these too.
         self._left_behind: dict[asyncio.Task[None], Socket] = {}
-        self._paths: Counter[str] = Counter({"direct": 0, "portable": 0})
+        self._write_modes: Counter[str] = Counter({"direct": 0, "portable": 0})
         self._no_sockets = asyncio.Event()
         self._no_sockets.set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -280,7 +279,7 @@ class Node:
 
     def _enter(self, socket: Socket, began: int) -> None:
         self.sockets[socket.id] = socket
-        self._paths[socket.path] += 1
+        self._write_modes[socket.write_mode] += 1
         self._no_sockets.clear()
         if self.is_draining:  # the end began during its handshake
             self._close_for_restart(socket)
@@ -294,7 +293,7 @@ class Node:
             await socket.run()
         finally:
             del self.sockets[socket.id]
-            self._paths[socket.path] -= 1
+            self._write_modes[socket.write_mode] -= 1
             if (task := socket.finish_in_background()) is not None:
                 self._left_behind[task] = socket
                 task.add_done_callback(self._left_behind.pop)
@@ -320,12 +319,12 @@ class Node:
         self, scope: Scope, receive: ReceiveCallable, send: SendCallable, trace: Trace | None
     ) -> Socket | None:
         """Do the handshake of a ``websocket`` scope; None where it was refused."""
-        config, metrics = self.config, self._metrics
+        config, authenticator = self.config, self._services.authenticator
         shake = handshake.check(scope, config.origins, has_local_pages=self._reach.has_local_pages(scope))
-        access: Callable[..., SocketAuth] | None = None
-        if self._auth is not None and not isinstance(shake, HandshakeRejected):
+        identity: Identity | None = None
+        if authenticator is not None and not isinstance(shake, HandshakeRejected):
             try:
-                access = partial(SocketAuth, self._auth, await self._auth.authenticate_request(scope, shake.auth_token))
+                identity = await authenticator.authenticate_request(scope, shake.auth_token)
             except AuthenticationError as error:
                 shake = HandshakeRejected(error.status, str(error), error.kind)
         if isinstance(shake, HandshakeRejected):
@@ -336,22 +335,18 @@ class Node:
         if writer is not None:
             writer.on_shutdown = self._on_shutdown
             writer.close_timeout_s = config.limits.close_timeout_s
-        name, compression = next(self._numbers), config.compression
-        connection = WebSocketTransport(
-            name, scope, receive, send, config.limits, metrics, self._log, compression, self._outboxes
-        )
-        return Socket(
-            shake,
+        transport = WebSocketTransport(
+            next(self._numbers),
             scope,
-            connection,
-            config=config,
-            pubsub=self.pubsub,
-            hub=self.hub,
-            metrics=metrics,
-            journal=self._journal,
-            access=access,
-            trace=trace,
+            receive,
+            send,
+            config.limits,
+            self._metrics,
+            self._log,
+            config.compression,
+            self._outboxes,
         )
+        return Socket(transport, shake.version, self._services, identity, trace)
 
     # Sending users away.
 
@@ -370,8 +365,8 @@ class Node:
     def _apply_control(self, order: control.ControlMessage) -> None:
         self.pubsub.decisions.order(order.user, order.topic)
         for socket in (*self.sockets.values(), *self._left_behind.values()):
-            if socket.access is not None:
-                self._metrics.sent_away += socket.access.disconnect_user(order.user, order.topic, order.reason)
+            if socket.auth is not None:
+                self._metrics.sent_away += socket.auth.disconnect_user(order.user, order.topic, order.reason)
 
     async def _check_idle(self) -> None:
         """Close idle sockets, say when the loop has stood still, and how many messages the log has suppressed.
@@ -420,7 +415,7 @@ class Node:
     @property
     def state(self) -> State:
         """What this process holds at this moment; asked for in another thread too."""
-        return State(dict(self._paths), len(self.hub), self.broker.link.live, self.pubsub.can_publish)
+        return State(dict(self._write_modes), len(self.hub), self.broker.link.live, self.pubsub.can_publish)
 
     async def _run_service(self, hook: Hook) -> None:
         """Run a plugin's service as long as the relay runs; when it ends or raises, start it again after a while."""

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from functools import partial
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import msgspec
 
@@ -19,7 +19,7 @@ from relay.auth.authenticator import Authenticator
 from relay.errors import AuthenticationError, CloseCode, Reason
 from relay.permissions import Identity, Right
 from relay.protocol.payload import Payload
-from relay.protocol.state import Subscription
+from relay.protocol.state import ChannelsProtocol, Subscription
 
 RENEWAL = "access_token"
 """The event that renews, and the key in its payload, or in a join's params, under which the new token stands."""
@@ -50,49 +50,48 @@ def tokens_in(payload: Payload) -> tuple[str | None, str | None]:
     return found.token or None, found.access_token or None
 
 
-class SocketAuth:
-    """One socket's access.
+class AuthOwner(Protocol):
+    """The socket whose permissions these are."""
 
-    Args: subscriptions: what the socket has joined, kept up to date by its owner.
-          fail: ends a subscription: with a reason by ``phx_error``, without one by ``phx_close``.
-          close: closes the socket.
-          count: counts a refusal.
+    @property
+    def protocol(self) -> ChannelsProtocol[Any]:
+        """Its subscriptions."""
+
+    def end_subscription(self, subscription: Subscription, reason: Reason | None) -> bool:
+        """End a subscription: with a reason by ``phx_error``, without one by ``phx_close``."""
+
+    def close(self, code: int, reason: str) -> bool:
+        """Close the socket."""
+
+    def count_refusal(self, reason: str) -> None:
+        """Count what is refused."""
+
+
+class SocketAuth:
+    """One socket's permissions and their end.
+
+    Args: authenticator: checks the tokens that come later.
+          identity: who the client is, as its handshake has shown.
+          owner: the socket.
     """
 
-    __slots__ = (
-        "_auth",
-        "_clock",
-        "_close",
-        "_closes_at",
-        "_count",
-        "_ended",
-        "_fail",
-        "_subscriptions",
-        "_timer",
-        "identity",
-    )
+    __slots__ = ("_auth", "_clock", "_closes_at", "_owner", "_timer", "identity")
 
     def __init__(
         self,
-        auth: Authenticator,
+        authenticator: Authenticator,
         identity: Identity,
-        subscriptions: Mapping[str, Subscription],
-        fail: Callable[[Subscription, Reason | None], object],
-        close: Callable[[int, str], object],
-        count: Callable[[str], None],
+        owner: AuthOwner,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.identity: Identity = identity
-        self._auth = auth
-        self._subscriptions = subscriptions
-        self._fail = fail
-        self._close = close
-        self._count = count
+        self._auth = authenticator
+        # None once the socket has ended.
+        self._owner: AuthOwner | None = owner
         self._clock = clock
         # Set while the identity has expired and is not renewed yet.
         self._closes_at: float | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._ended = False
         self._set_timer()
 
     # Joins.
@@ -158,7 +157,7 @@ class SocketAuth:
         except AuthenticationError as error:
             return error.reason
         own = None if subscription is None else subscription.identity
-        if subscription is not None and own and self._subscriptions.get(subscription.topic) is not subscription:
+        if subscription is not None and own and self._subscriptions().get(subscription.topic) is not subscription:
             return Reason.REMOVED
         if not _same_user(identity, own or self.identity):
             return Reason.ANOTHER_USER
@@ -174,24 +173,24 @@ class SocketAuth:
         self.identity = identity
         self._closes_at = None
         self._set_timer()
-        for subscription in tuple(self._subscriptions.values()):
+        for subscription in tuple(self._subscriptions().values()):
             if subscription.identity is None:
                 self._settle(subscription)
 
     def _settle(self, subscription: Subscription) -> None:
         if (reason := self.judge(subscription)) is not None:
-            self._count(reason)
-            self._fail(subscription, None)
+            self._count_refusal(reason)
+            self._end_subscription(subscription, None)
 
     # Expiry.
 
     def _set_timer(self, also_at: float | None = None) -> None:
         """Look again at the next time at which something expires."""
-        if self._ended:
+        if self._owner is None:
             return
         now = self._clock()
         times = [self._closes_at or self.identity.expires_at, also_at]
-        times += [each.identity.expires_at for each in self._subscriptions.values() if each.identity is not None]
+        times += [each.identity.expires_at for each in self._subscriptions().values() if each.identity is not None]
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -207,13 +206,13 @@ class SocketAuth:
         if self.identity.is_expired(now) and self._closes_at is None:
             assert self.identity.expires_at is not None, "it has expired"
             self._closes_at = self.identity.expires_at + self._auth.grace_s
-        for subscription in tuple(self._subscriptions.values()):
+        for subscription in tuple(self._subscriptions().values()):
             own = subscription.identity
             # Those of the same user too, whatever their own token says: their rejoin is what renews the socket.
             mine = own is None or _same_user(own, self.identity)
             if (mine and self._closes_at is not None) or (own is not None and own.is_expired(now)):
-                self._count(Reason.TOKEN_EXPIRED)
-                self._fail(subscription, Reason.TOKEN_EXPIRED)
+                self._count_refusal(Reason.TOKEN_EXPIRED)
+                self._end_subscription(subscription, Reason.TOKEN_EXPIRED)
         if self._closes_at is not None and now >= self._closes_at:
             self._close(CloseCode.POLICY_VIOLATION, "the token has expired; come back with a new one")
         else:
@@ -231,25 +230,37 @@ class SocketAuth:
             self._close(CloseCode.GOING_AWAY, text)
             return 1
         ended = 0
-        for subscription in tuple(self._subscriptions.values()):
+        for subscription in tuple(self._subscriptions().values()):
             owner = (subscription.identity or self.identity).user
             if owner == user and topic in ("", subscription.topic):
-                self._fail(subscription, None)
+                self._end_subscription(subscription, None)
                 ended += 1
         return ended
 
     def end(self, _: object = None) -> None:
-        """Let go of the socket."""
+        """Release the socket, which has ended."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._ended = True
-        self._fail = self._close = self._count = _nothing
+        self._owner = None
+
+    # The socket, as long as it has not ended.
+
+    def _subscriptions(self) -> Mapping[str, Subscription]:
+        return {} if self._owner is None else self._owner.protocol.subscriptions
+
+    def _end_subscription(self, subscription: Subscription, reason: Reason | None) -> None:
+        if self._owner is not None:
+            self._owner.end_subscription(subscription, reason)
+
+    def _close(self, code: int, reason: str) -> None:
+        if self._owner is not None:
+            self._owner.close(code, reason)
+
+    def _count_refusal(self, reason: str) -> None:
+        if self._owner is not None:
+            self._owner.count_refusal(reason)
 
 
 def _same_user(one: Identity, other: Identity) -> bool:
     return one.user is not None and one.user == other.user
-
-
-def _nothing(*_: object) -> None:
-    return None

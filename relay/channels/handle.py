@@ -1,8 +1,9 @@
-"""What plugins see of a socket; see `relay.plugins.hooks.Socket`. Handlers may run in threads.
+"""`SocketHandle`: what plugins see of a socket. Handlers may run in threads.
 
 Owns the way from a handler's call to the event loop; must not know the socket's messages.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -15,46 +16,62 @@ from relay.plugins import hooks
 from relay.protocol import serializer
 from relay.protocol.serializer import Version
 from relay.protocol.state import Join, Subscription
-from relay.transports.websocket import WebSocketTransport
+from relay.transports.base import Transport
 
 
-class Face:
-    """The part of a socket that handlers use. The names below are filled in by `relay.channels.socket.Socket`."""
+class SocketHandle(ABC):
+    """The part of a socket that handlers use; `relay.plugins.hooks.Socket` documents it.
+
+    The attributes are set by `relay.channels.socket.Socket`.
+    """
 
     __slots__ = ()
 
-    _connection: WebSocketTransport
-    _pubsub: PubSub
-    _query: bytes
-    access: SocketAuth | None
+    auth: SocketAuth | None
+    transport: Transport
     version: Version
 
+    @property
+    @abstractmethod
+    def pubsub(self) -> PubSub:
+        """The bridge to the broker, which knows the event loop."""
+
+    @abstractmethod
     def subscription(self, topic: str) -> Subscription | None:
         """What this socket has joined under ``topic``."""
-        raise NotImplementedError
 
-    def joining(self, topic: str) -> Join | None:
+    @abstractmethod
+    def joining(self, topic: str) -> Join[Any] | None:
         """The join of ``topic`` that is being decided."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end_subscription(self, subscription: Subscription, reason: Reason | None) -> bool:
         """End a subscription with ``phx_error`` or ``phx_close``."""
-        raise NotImplementedError
+
+    @property
+    def id(self) -> str:
+        """Unique among all sockets of all nodes."""
+        return self.transport.id
+
+    @property
+    def address(self) -> str | None:
+        """The client's address, as the server reports it."""
+        return self.transport.address
 
     @property
     def user(self) -> str | None:
         """Whose socket it is: the subject of its token; None for an anonymous one."""
-        return None if self.access is None else self.access.identity.user
+        return None if self.auth is None else self.auth.identity.user
 
     @property
     def claims(self) -> Mapping[str, Any]:
         """What the client has proved about itself; empty for an anonymous one."""
-        return {} if self.access is None else self.access.identity.claims
+        return {} if self.auth is None else self.auth.identity.claims
 
     @property
     def query(self) -> Mapping[str, str]:
         """The query of the upgrade request: phoenix.js's ``params``."""
-        return dict(parse_qsl(self._query.decode("latin-1"), keep_blank_values=True))
+        return dict(parse_qsl(self.transport.query_string.decode("latin-1"), keep_blank_values=True))
 
     def push(self, topic: str, event: str, payload: object) -> bool:
         """Send an event to this socket alone; False where it has not joined ``topic``."""
@@ -63,7 +80,7 @@ class Face:
         if subscription is None:
             return False
         frame = serializer.encode_push(self.version, subscription.join_ref, topic, event, hooks.to_payload(payload))
-        self._pubsub.call_in_loop(partial(self._connection.send_control, frame))
+        self.pubsub.call_in_loop(partial(self.transport.send_control, frame))
         return True
 
     def leave(self, topic: str) -> bool:
@@ -72,10 +89,10 @@ class Face:
         if join is not None:
             join.removed = True
         if subscription is not None:
-            self._pubsub.call_in_loop(partial(self.end_subscription, subscription, None))
+            self.pubsub.call_in_loop(partial(self.end_subscription, subscription, None))
         return subscription is not None or join is not None
 
     def disconnect(self, reason: str = "") -> None:
         """Close the socket with 1001."""
         text = (reason or "disconnected by the server").encode()[:123].decode(errors="ignore")
-        self._pubsub.call_in_loop(partial(self._connection.close, CloseCode.GOING_AWAY, text))
+        self.pubsub.call_in_loop(partial(self.transport.close, CloseCode.GOING_AWAY, text))

@@ -310,7 +310,7 @@ class PubSub:
         with suppress(HandlerError):  # logged and counted there
             await self.caller.call(hook, message, self._relay)
 
-    async def tell_left(self, leave: HookedLeave) -> None:
+    async def call_leave_handlers(self, leave: HookedLeave) -> None:
         """Tell the handlers for it, in order, that a subscription has ended."""
         for hook in matching(self.hooks.leave, leave.topic):
             with suppress(HandlerError):  # logged and counted there
@@ -365,26 +365,24 @@ class PubSub:
         """Say why nobody can join now; None when they can."""
         return None if self._broker.link.live else Reason.BUS_UNAVAILABLE
 
-    def subscribe(self, topic: str, on_ready: Callable[[], None]) -> Coroutine[None, None, None] | None:
-        """Call ``on_ready`` once events of ``topic`` are heard: at once, or in the returned coroutine.
+    @property
+    def must_subscribe(self) -> bool:
+        """Whether events of a topic are heard only after `subscribe`."""
+        return self._broker.needs_subscribe
 
-        ``on_ready`` writes the join reply and adds the subscriber, with nothing in between: no event is
-        delivered before the reply, none is lost after it.
+    async def subscribe(self, topic: str) -> None:
+        """Return once events of ``topic`` are heard. Raises BusUnavailable.
+
+        The caller adds its subscriber to the hub before it waits for anything else: else the topic may be given back.
         """
-        if not self._broker.needs_subscribe:
-            on_ready()
-            return None
-        return self._hear(topic, on_ready)
-
-    async def _hear(self, topic: str, on_ready: Callable[[], None]) -> None:
-        async with self._lock(topic):
-            if topic not in self._heard:
-                await self._broker.subscribe(topic)
-                self._heard.add(topic)
-            on_ready()
+        if self._broker.needs_subscribe:
+            async with self._lock(topic):
+                if topic not in self._heard:
+                    await self._broker.subscribe(topic)
+                    self._heard.add(topic)
 
     def unsubscribe(self, topic: str) -> None:
-        """Learn that the last local subscriber of ``topic`` has left."""
+        """Stop to hear ``topic`` unless it is subscribed to again: it has no local subscriber any more."""
         if topic in self._heard:
             _ = self._spawn(self._stop_hearing(topic))
 

@@ -16,8 +16,9 @@ At most one message per topic is under way: the owner finishes one before it fee
 Source: Phoenix 1.9, ``lib/phoenix/socket.ex: handle_in`` – one clause per situation, in its order.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Generic, TypeAlias, TypeVar
 
 import msgspec
 
@@ -45,6 +46,10 @@ class Subscription:
     """Whose token opened it, where the join brought one of its own; else it is the socket's."""
 
 
+S = TypeVar("S", bound=Subscription)
+"""What the owner of a protocol keeps for each joined topic."""
+
+
 @dataclass(slots=True)
 class Send:
     """Write this frame."""
@@ -55,15 +60,15 @@ class Send:
 
 
 @dataclass(slots=True)
-class Join:
+class Join(Generic[S]):
     """The client asks for a topic. Decide, then call `ChannelsProtocol.accept` or `ChannelsProtocol.refuse`."""
 
-    subscription: Subscription
+    subscription: S
     join_ref: Ref
     """As it came, for the reply; may be null."""
     ref: Ref
     params: Payload
-    replaces: Subscription | None
+    replaces: S | None
     """What this socket had under the same topic: it ends whether the join is accepted or not."""
     began: int = 0
     """When its decision began, as `relay.auth.decisions.Decisions` counts."""
@@ -72,47 +77,51 @@ class Join:
 
 
 @dataclass(slots=True)
-class Leave:
+class Leave(Generic[S]):
     """The client gives a topic up. Take the subscriber out, then call `ChannelsProtocol.leave`."""
 
-    subscription: Subscription
+    subscription: S
     ref: Ref
 
 
 @dataclass(slots=True)
-class Push:
+class Push(Generic[S]):
     """The client pushes an event to a topic it has joined; answer with `ChannelsProtocol.reply`, if at all."""
 
-    subscription: Subscription
+    subscription: S
     ref: Ref
     event: str
     payload: Payload
 
 
-Action: TypeAlias = Send | Join | Leave | Push
+Action: TypeAlias = Send | Join[S] | Leave[S] | Push[S]
 
 
-class ChannelsProtocol:
+class ChannelsProtocol(Generic[S]):
     """Joins, refs and stale rules of one socket.
 
-    Args: version: the serializer negotiated in the handshake.
+    Args: subscription_type: made of a topic and a ``join_ref`` for each join: `Subscription`, or a class below it.
+          version: the serializer negotiated in the handshake.
           topics_max: topics this socket may have joined at a time.
           payload_max_bytes: largest payload of a push.
     """
 
-    __slots__ = ("_joining", "_payload_max_bytes", "_topics_max", "subscriptions", "version")
+    __slots__ = ("_joining", "_payload_max_bytes", "_subscription_type", "_topics_max", "subscriptions", "version")
 
-    def __init__(self, version: Version, *, topics_max: int, payload_max_bytes: int) -> None:
+    def __init__(
+        self, subscription_type: Callable[[str, Ref], S], version: Version, *, topics_max: int, payload_max_bytes: int
+    ) -> None:
+        self._subscription_type = subscription_type
         self.version: Version = version
-        self.subscriptions: dict[str, Subscription] = {}
+        self.subscriptions: dict[str, S] = {}
         # Topics whose join is being decided: they count towards the limit already.
-        self._joining: dict[str, Join] = {}
+        self._joining: dict[str, Join[S]] = {}
         self._topics_max = topics_max
         self._payload_max_bytes = payload_max_bytes
 
     # What the client sent.
 
-    def receive(self, message: Message) -> Action | None:
+    def receive(self, message: Message) -> Action[S] | None:
         """Take one message and say what it asks for. Never raises, whatever the message says.
 
         Returns: the action, or None for a message under an outdated ``join_ref``: dropped without an answer.
@@ -133,7 +142,7 @@ class ChannelsProtocol:
             return Leave(current, message.ref)
         return self._receive_push(message, current)
 
-    def _receive_join(self, message: Message, current: Subscription | None) -> Action:
+    def _receive_join(self, message: Message, current: S | None) -> Action[S]:
         topic = message.topic
         if topic == topics.PROTOCOL_TOPIC:
             return self._error(None, message, Reason.UNMATCHED_TOPIC)
@@ -143,11 +152,11 @@ class ChannelsProtocol:
             return self._error(message.join_ref, message, Reason.TOO_MANY_TOPICS)
         # A rejoin too: what it replaces may be ended from this side before it is decided.
         own_ref = message.ref if message.join_ref is None else message.join_ref
-        join = Join(Subscription(topic, own_ref), message.join_ref, message.ref, message.payload, current)
+        join = Join(self._subscription_type(topic, own_ref), message.join_ref, message.ref, message.payload, current)
         self._joining[topic] = join
         return join
 
-    def _receive_push(self, message: Message, current: Subscription) -> Action:
+    def _receive_push(self, message: Message, current: S) -> Action[S]:
         if not topics.is_event(message.event):
             return self._error(current.join_ref, message, Reason.INVALID_EVENT)
         if payload_size(message.payload) > self._payload_max_bytes:
@@ -170,20 +179,20 @@ class ChannelsProtocol:
 
     # What was decided.
 
-    def accept(self, join: Join, response: Payload = EMPTY) -> list[Frame]:
+    def accept(self, join: Join[S], response: Payload = EMPTY) -> list[Frame]:
         """Enter the subscription. Returns the frames in wire order: the new join's reply, then the old one's close."""
         topic = join.subscription.topic
         frames = self._answer_join(join, "ok", response)
         self.subscriptions[topic] = join.subscription
         return frames
 
-    def refuse(self, join: Join, response: Payload) -> list[Frame]:
+    def refuse(self, join: Join[S], response: Payload) -> list[Frame]:
         """Refuse the join; a subscription it would have replaced is gone too, as in Phoenix."""
         frames = self._answer_join(join, "error", response)
         self.subscriptions.pop(join.subscription.topic, None)
         return frames
 
-    def _answer_join(self, join: Join, status: str, response: Payload) -> list[Frame]:
+    def _answer_join(self, join: Join[S], status: str, response: Payload) -> list[Frame]:
         topic = join.subscription.topic
         _ = self._joining.pop(topic, None)
         frames = [serializer.encode_reply(self.version, join.join_ref, join.ref, topic, status, response)]
@@ -192,7 +201,7 @@ class ChannelsProtocol:
             frames.append(serializer.encode_close(self.version, join.replaces.join_ref, topic))
         return frames
 
-    def leave(self, leave: Leave) -> list[Frame]:
+    def leave(self, leave: Leave[S]) -> list[Frame]:
         """Drop the subscription. Returns the reply, then ``phx_close``."""
         gone = leave.subscription
         del self.subscriptions[gone.topic]
@@ -201,7 +210,7 @@ class ChannelsProtocol:
             serializer.encode_close(self.version, gone.join_ref, gone.topic),
         ]
 
-    def reply(self, push: Push, status: str, response: Payload = EMPTY) -> Frame | None:
+    def reply(self, push: Push[S], status: str, response: Payload = EMPTY) -> Frame | None:
         """Answer a push under its ref; None where the client has left in the meantime, or asked for no answer."""
         if push.ref is None or not self.is_current(push.subscription):
             return None
@@ -222,7 +231,7 @@ class ChannelsProtocol:
             return serializer.encode_close(self.version, subscription.join_ref, subscription.topic)
         return serializer.encode_error(self.version, subscription.join_ref, subscription.topic, error)
 
-    def tell_dropped(self, topic: str, count: int, subscription: Subscription | None = None) -> Frame:
+    def dropped_notice(self, topic: str, count: int, subscription: Subscription | None = None) -> Frame:
         """Tell of so many events that the client reads too slowly for, under the ``join_ref`` that is in force.
 
         Args: subscription: that which missed them, where it may have ended already.
@@ -231,7 +240,12 @@ class ChannelsProtocol:
         join_ref = None if subscription is None else subscription.join_ref
         return serializer.encode_push(self.version, join_ref, topic, DROPPED_EVENT, encode_payload({"dropped": count}))
 
-    def joining(self, topic: str) -> Join | None:
+    def clear(self) -> None:
+        """Forget all subscriptions and joins: the socket has ended."""
+        self.subscriptions.clear()
+        self._joining.clear()
+
+    def joining(self, topic: str) -> Join[S] | None:
         """The join of ``topic`` that is being decided."""
         return self._joining.get(topic)
 

@@ -19,7 +19,7 @@ from relay.errors import CloseCode
 from relay.logs import RateLimitedLogger
 from relay.metrics import Metrics
 from relay.protocol.frame import Frame
-from relay.transports.base import ReceiveCallable, Scope, SendCallable
+from relay.transports.base import ReceiveCallable, Scope, SendCallable, TransportOwner
 from relay.transports.outbox import Outbox, OutboxBudget
 from relay.transports.writer import EXTENSION, DirectWriter
 
@@ -62,12 +62,12 @@ class WebSocketTransport:
         "_wake",
         "_writer",
         "_writing",
+        "address",
         "id",
         "last_received",
         "last_size",
-        "on_close",
-        "on_readiness",
-        "tell_dropped",
+        "owner",
+        "query_string",
     )
 
     def __init__(
@@ -83,14 +83,16 @@ class WebSocketTransport:
         outboxes: OutboxBudget | None = None,
     ) -> None:
         self.id: str = id
+        client = scope.get("client")
+        self.address: str | None = client[0] if client else None
+        self.query_string: bytes = scope.get("query_string", b"")
+        self.owner: TransportOwner | None = None
         self._log = log
         self._receive = receive
         self._send = send
         self._limits = limits
         self._metrics = metrics
         self._outboxes = outboxes
-        self.tell_dropped: Callable[[str, int], Frame] | None = None
-        """Makes the frame that tells the client of so many events of a topic that were dropped."""
         # Made when there is pressure for the first time: most sockets never have any, and it takes 1 kB.
         self._outbox: Outbox | None = None
         self.last_received: float = time.monotonic()
@@ -112,10 +114,6 @@ class WebSocketTransport:
         # look into the outbox. A frame that is handed over so is spared the queue; most are.
         self._writing: asyncio.Task[None] | None = None
         self._wake: asyncio.Future[Frame | None] | None = None
-        self.on_readiness: Callable[[], None] = _nothing
-        """Called when `direct_write` would answer otherwise than before."""
-        self.on_close: Callable[[], None] = _nothing
-        """Called when the relay begins to close the connection."""
         self._writer: DirectWriter | None = (scope.get("extensions") or {}).get(EXTENSION)
         self._deflates = compression and self._writer is not None and self._writer.deflates
         if self._writer is not None:
@@ -125,7 +123,7 @@ class WebSocketTransport:
             self._writing = asyncio.create_task(self._write())
 
     @property
-    def path(self) -> str:
+    def write_mode(self) -> str:
         """How frames are written: ``direct`` to the transport, or ``portable`` through ASGI."""
         return "portable" if self._writer is None else "direct"
 
@@ -164,8 +162,8 @@ class WebSocketTransport:
                 return frame
             self.reject(CloseCode.TOO_BIG, f"expected frames of at most {limit} bytes")
 
-    def has_given_up(self) -> bool:
-        """Say whether a cancellation of the reading task is our own: its client did not answer a close."""
+    def is_own_cancellation(self) -> bool:
+        """Say whether a cancellation of the reading task comes from here: the client did not answer a close."""
         return self._close is not None and self._main is not None and self._main.uncancel() == 0
 
     async def _next_event(self) -> MutableMapping[str, Any]:
@@ -205,8 +203,9 @@ class WebSocketTransport:
         return self._writer.write if self._writer is not None and self._writer.ready else None
 
     def readiness_changed(self) -> None:
-        """Learn from the server that `direct_write` would answer otherwise than before."""
-        self.on_readiness()
+        """Learn from the server that `direct_write` returns something else than before."""
+        if self.owner is not None:
+            self.owner.readiness_changed()
 
     def send_event(self, frame: Frame, topic: str, event: str, policy: Policy) -> None:
         """Write an event's frame, or queue it as its topic's policy says. Never blocks, never raises."""
@@ -247,9 +246,8 @@ class WebSocketTransport:
 
     def _queue(self) -> Outbox:
         if self._outbox is None:
-            self._outbox = Outbox(
-                self._limits.outbox_max_bytes, self._outboxes, self._give_up_outbox, self.tell_dropped
-            )
+            notice = None if self.owner is None else self.owner.dropped_notice
+            self._outbox = Outbox(self._limits.outbox_max_bytes, self._outboxes, self._evict_outbox, notice)
         return self._outbox
 
     def _lose(self, outbox: Outbox, reason: str, more: Counter[str] | None = None) -> None:
@@ -259,7 +257,7 @@ class WebSocketTransport:
             self._metrics.dropped[reason] += lost.total()
             self._metrics.dropped_topics += lost
 
-    def _give_up_outbox(self) -> None:
+    def _evict_outbox(self) -> None:
         """Empty the outbox and close: all outboxes together hold too much, and this one holds most."""
         assert self._outbox is not None, "it is the largest"
         self._lose(self._outbox, "outboxes full")
@@ -273,7 +271,7 @@ class WebSocketTransport:
             self._warn(kind, "closed with 1013: %s", reason)
 
     @property
-    def waiting_bytes(self) -> int:
+    def queued_bytes(self) -> int:
         """Bytes that wait in its outbox."""
         return 0 if self._outbox is None else self._outbox.waiting_bytes
 
@@ -282,10 +280,10 @@ class WebSocketTransport:
         """Events that were dropped from its outbox since it opened."""
         return 0 if self._outbox is None else self._outbox.dropped
 
-    def settle_dropped(self, topic: str, tell_dropped: Callable[[str, int], Frame]) -> None:
-        """Queue what is still to be told of dropped events of ``topic``: the subscription that missed them ends."""
+    def settle_dropped(self, topic: str, notice: Callable[[str, int], Frame]) -> None:
+        """Queue the notice of dropped events of ``topic``, whose subscription ends."""
         if self._outbox is not None:
-            self._outbox.settle_dropped(topic, tell_dropped)
+            self._outbox.settle_dropped(topic, notice)
 
     def _wake_writer(self) -> None:
         """See to it that what was queued is sent."""
@@ -346,7 +344,8 @@ class WebSocketTransport:
             if self._writer is not None:
                 self._writer.set_ready(False)
             self._closer = asyncio.create_task(self._finish(code, reason))
-            self.on_close()
+            if self.owner is not None:
+                self.owner.close_started()
         return is_open
 
     async def _finish(self, code: int, reason: str) -> None:
@@ -413,7 +412,7 @@ class WebSocketTransport:
             # The server's own close waits for a client that reads.
             asyncio.get_running_loop().call_later(self._limits.close_timeout_s, abort)
         # What refers back to this connection: without a cycle it is freed at once, and not by a later collection.
-        self.on_readiness = self.on_close = _nothing
+        self.owner = None
         if self._outbox is not None:
             self._outbox.evict = _nothing
         self._main = self._closer = self._writing = self._receiving = self._wake = None

@@ -29,7 +29,7 @@ from relay.protocol.serializer import Version
 from relay.protocol.state import ChannelsProtocol, Join, Leave, Push, Send, Subscription
 from relay.protocol.topics import is_topic
 from relay.transports import handshake
-from relay.transports.base import ReceiveCallable, Scope, SendCallable
+from relay.transports.base import ReceiveCallable, Scope, SendCallable, Transport
 from relay.transports.handshake import HandshakeRejected
 from relay.transports.websocket import WebSocketTransport
 from relay.version import __version__
@@ -144,13 +144,15 @@ class TopicObserver:
 class ConsoleSession:
     """One connection of an operator."""
 
-    def __init__(self, relay: "Relay", connection: WebSocketTransport, version: Version, address: str) -> None:
+    def __init__(self, relay: "Relay", connection: Transport, version: Version, address: str) -> None:
         self._relay = relay
         self._connection = connection
         self._version = version
         self._address = address
         limits = relay.node.config.limits
-        self._protocol = ChannelsProtocol(version, topics_max=1, payload_max_bytes=limits.payload_max_bytes)
+        self._protocol = ChannelsProtocol(
+            Subscription, version, topics_max=1, payload_max_bytes=limits.payload_max_bytes
+        )
         self._tap: TopicObserver | None = None
 
     async def run(self) -> None:
@@ -179,7 +181,7 @@ class ConsoleSession:
                     case None:
                         pass
         except asyncio.CancelledError:
-            if not connection.has_given_up():
+            if not connection.is_own_cancellation():
                 raise
         finally:
             await self._watch(None)
@@ -233,7 +235,7 @@ class ConsoleSession:
 
     # What operators ask for.
 
-    async def _answer(self, push: Push) -> None:
+    async def _answer(self, push: Push[Subscription]) -> None:
         asked = hooks.to_payload(push.payload)
         status, response = "ok", hooks.to_payload({})
         try:
@@ -296,17 +298,12 @@ class ConsoleSession:
         if not is_topic(topic):
             raise hooks.Refused(f"no topic: {topic!r}")
         tap = self._tap = TopicObserver(topic)
-
-        def enter() -> None:
-            node.hub.add_observer(topic, tap)
-
-        hearing = node.pubsub.subscribe(topic, enter)
-        if hearing is not None:
-            try:
-                await hearing
-            except BusUnavailable as error:
-                self._tap = None
-                raise hooks.Refused(f"bus unavailable: {error}") from None
+        try:
+            await node.pubsub.subscribe(topic)
+        except BusUnavailable as error:
+            self._tap = None
+            raise hooks.Refused(f"bus unavailable: {error}") from None
+        node.hub.add_observer(topic, tap)
 
     def _sockets(self, search: str) -> object:
         """Those whose ids, users, addresses or topics contain ``search``, those with the most waiting first."""
@@ -320,23 +317,22 @@ class ConsoleSession:
             or needle in (socket.address or "")
             or any(needle in topic.lower() for topic in socket.topics)
         ]
-        first = heapq.nlargest(_LISTED_MAX, found, key=lambda socket: socket.pressure)
+        first = heapq.nlargest(_LISTED_MAX, found, key=lambda socket: (socket.queued_bytes, socket.dropped))
         return {"total": len(found), "sockets": [self._socket(socket.id) for socket in first]}
 
     def _socket(self, socket_id: str) -> object:
         socket = self._relay.socket(socket_id)
         if socket is None:
             raise hooks.Refused(f"no socket {socket_id!r} here")
-        waiting_bytes, missed = socket.pressure
         now = time.monotonic()
         return {
             "id": socket.id,
             "user": socket.user,
             "address": socket.address,
             "version": socket.version,
-            "path": socket.path,
-            "outbox_bytes": waiting_bytes,
-            "missed": missed,
+            "path": socket.write_mode,
+            "outbox_bytes": socket.queued_bytes,
+            "missed": socket.dropped,
             "open_s": round(now - socket.opened_at, 1),
             "idle_s": round(socket.idle_s(now), 1),
             "topics": socket.topics[:_LISTED_MAX],

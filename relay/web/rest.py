@@ -327,10 +327,10 @@ def _routes(relay: "Relay") -> APIRouter:
             address=found.address,
             version=found.version,
             user=found.user,
-            path=found.path,
+            path=found.write_mode,
             topics=list(found.topics),
-            outbox_bytes=found.pressure[0],
-            dropped=found.pressure[1],
+            outbox_bytes=found.queued_bytes,
+            dropped=found.dropped,
         )
 
     @router.delete("/sockets", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_FOUND)

@@ -259,7 +259,7 @@ async def test_slow_reader_is_told_what_it_missed(serve_slow: ServeRelay, redis:
     await fast.join("flood")
     async with slow_reader(served) as slow:
         await flood(redis, fast)
-        (socket,) = (socket for socket in served.relay.node.sockets.values() if socket.pressure[0])
+        (socket,) = (socket for socket in served.relay.node.sockets.values() if socket.queued_bytes)
         _, shown = await http_get(f"{served.http}/api/sockets/{socket.id}")
         await slow.send_frame(TEXT, b'[null,"now","phoenix","heartbeat",{}]')
         expected = missed = 0
@@ -289,7 +289,7 @@ async def test_slow_reader_is_told_what_it_missed_though_its_subscription_ends(
     await fast.join("flood")
     async with slow_reader(served) as slow:
         await flood(redis, fast)
-        (socket,) = (socket for socket in served.relay.node.sockets.values() if socket.pressure[0])
+        (socket,) = (socket for socket in served.relay.node.sockets.values() if socket.queued_bytes)
         assert socket.leave("flood")
         expected = 0
         while (message := await slow.read_message())[3] != "phx_close":
@@ -355,7 +355,7 @@ async def test_slow_socket_that_never_reads_is_cut_off(serve_slow: ServeRelay, r
     async with slow_reader(served):
         await flood(redis, fast)
         await eventually(lambda: served.relay.metrics.sockets == 1, "the slow socket to end")
-        if any(socket.path == "direct" for socket in served.relay.node.sockets.values()):
+        if any(socket.write_mode == "direct" for socket in served.relay.node.sockets.values()):
             assert served.relay.metrics.cut_off_bytes > 0, "what its transport still held"
     await fast.expect_alive()
 

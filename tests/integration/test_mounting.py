@@ -51,7 +51,7 @@ async def converse(served: Served, topic: str = "room:1", **options: Any) -> str
         await served.relay.broadcast(topic, "new_msg", {"text": "hi"})
         await client.expect_event(topic, "new_msg", {"text": "hi"})
         (socket,) = [socket for socket in served.relay.node.sockets.values() if topic in socket.topics]
-        return socket.path
+        return socket.write_mode
 
 
 async def get(url: str, **options: Any) -> httpx.Response:

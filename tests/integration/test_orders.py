@@ -67,7 +67,7 @@ class Pushing:
         await self.gate.wait_begun()
         metrics = self.served.relay.metrics
         (socket,) = self.served.relay.node.sockets.values()
-        await eventually(lambda: socket._lanes.pending == len(numbers), "all pushes to have come")
+        await eventually(lambda: socket.queue.pending == len(numbers), "all pushes to have come")
         assert metrics.pushes_in == 1, "the others wait for their turn"
 
 

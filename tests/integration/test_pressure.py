@@ -6,6 +6,7 @@ import socket
 import pytest
 
 from relay import Relay
+from relay.transports.websocket import WebSocketTransport
 from tests.support.client import PING, PONG, TEXT, RawSocket, client_frame
 from tests.support.process import Valkey
 from tests.support.serving import eventually, serve
@@ -55,13 +56,14 @@ async def test_answers_to_pings_do_not_pile_up(valkey: Valkey, monkeypatch: pyte
     async with serve(relay, send_buffer=8192) as served:
         async with RawSocket.connect(served.ws, receive_buffer=4096) as client:
             (socket,) = relay.node.sockets.values()
-            writer = socket._connection._writer
+            assert isinstance(socket.transport, WebSocketTransport)
+            writer = socket.transport._writer
             assert writer is not None
             for _ in range(10):
                 await client.send_bytes(pings)
             last = client_frame(TEXT, b'[null,"last","phoenix","heartbeat",{}]')
             await client.send_bytes(last)
-            await eventually(lambda: socket.pressure[0], "all pings to be read")
+            await eventually(lambda: socket.queued_bytes, "all pings to be read")
             transport = getattr(writer.write, "__self__")  # noqa: B009 - mypy knows no such attribute
             assert transport.get_write_buffer_size() < 500_000, "its bound, and the answers to what one read brings"
             # It is served as ever once it reads.

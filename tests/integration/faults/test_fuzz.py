@@ -25,7 +25,7 @@ from relay.errors import WireError
 from relay.protocol.frame import Frame
 from relay.protocol.payload import Payload, classify_payload
 from relay.protocol.serializer import Version, decode, encode_broadcast
-from relay.protocol.state import ChannelsProtocol, Join, Leave, Push, Send
+from relay.protocol.state import ChannelsProtocol, Join, Leave, Push, Send, Subscription
 from relay.protocol.topics import from_redis_channel
 from tests.support.client import BINARY, TEXT, Client, RawSocket, client_frame
 from tests.support.serving import Served
@@ -142,14 +142,14 @@ def check_frame(frame: Frame, version: Version) -> None:
 @pytest.mark.parametrize("version", Version)
 def test_decoder_and_protocol_survive_any_frames(version: Version) -> None:
     """A message, or a WireError that says why; and whatever a socket says, its answers are well formed."""
-    protocol = ChannelsProtocol(version, topics_max=3, payload_max_bytes=50)
+    protocol = ChannelsProtocol(Subscription, version, topics_max=3, payload_max_bytes=50)
     turn = 0
 
     def check(frame: str | bytes) -> None:
         nonlocal protocol, turn
         turn += 1
         if turn % 50 == 0:
-            protocol = ChannelsProtocol(version, topics_max=3, payload_max_bytes=50)
+            protocol = ChannelsProtocol(Subscription, version, topics_max=3, payload_max_bytes=50)
         try:
             message = decode(frame, version)
         except WireError as error:

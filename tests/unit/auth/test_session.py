@@ -13,7 +13,8 @@ from relay.errors import AuthenticationError, Reason
 from relay.metrics import Metrics
 from relay.permissions import Identity, Rights, parse_claim
 from relay.plugins.dispatcher import HandlerRunner
-from relay.protocol.state import Subscription
+from relay.protocol.serializer import Version
+from relay.protocol.state import ChannelsProtocol, Subscription
 from tests.support.serving import eventually
 
 
@@ -45,15 +46,14 @@ class Owner:
 
     def __init__(self, identity: Identity, tokens: dict[str, Identity] | None = None, grace_s: float = 5.0) -> None:
         self.now = 100.0
-        self.subscriptions: dict[str, Subscription] = {}
         self.done: list[Any] = []
         self.tokens = tokens or {}
         self.counted: list[str] = []
         auth = Authenticator(Config(auth={"expiry_grace_s": grace_s}), HandlerRunner(Metrics(), 5.0), self._verify)
         auth.authenticate_token = self._identify  # type: ignore[method-assign]  # tokens are names here
-        self.access = SocketAuth(
-            auth, identity, self.subscriptions, self._fail, self._close, self.counted.append, lambda: self.now
-        )
+        self.protocol = ChannelsProtocol(Subscription, Version.V2, topics_max=9, payload_max_bytes=99)
+        self.subscriptions = self.protocol.subscriptions
+        self.access = SocketAuth(auth, identity, self, lambda: self.now)
 
     async def _verify(self, token: str) -> dict[str, Any]:
         raise NotImplementedError
@@ -63,13 +63,17 @@ class Owner:
             raise AuthenticationError(401, "token", "bad")
         return self.tokens[token]
 
-    def _fail(self, subscription: Subscription, reason: Reason | None) -> bool:
+    def end_subscription(self, subscription: Subscription, reason: Reason | None) -> bool:
         del self.subscriptions[subscription.topic]
         self.done.append((subscription.topic, reason))
         return True
 
-    def _close(self, code: int, reason: str) -> None:
+    def close(self, code: int, reason: str) -> bool:
         self.done.append(code)
+        return True
+
+    def count_refusal(self, reason: str) -> None:
+        self.counted.append(reason)
 
     async def join(self, topic: str, **params: str) -> Reason | None:
         subscription = Subscription(topic, "1")

@@ -19,8 +19,8 @@ TOPICS_MAX = 3
 PAYLOAD_MAX_BYTES = 64
 
 
-def make(version: Version = Version.V2, topics_max: int = TOPICS_MAX) -> ChannelsProtocol:
-    return ChannelsProtocol(version, topics_max=topics_max, payload_max_bytes=PAYLOAD_MAX_BYTES)
+def make(version: Version = Version.V2, topics_max: int = TOPICS_MAX) -> ChannelsProtocol[Subscription]:
+    return ChannelsProtocol(Subscription, version, topics_max=topics_max, payload_max_bytes=PAYLOAD_MAX_BYTES)
 
 
 def message(join_ref: Ref, ref: Ref, topic: str, event: str, payload: Payload = EMPTY) -> Message:
@@ -33,25 +33,29 @@ def seen(frame: Frame) -> Any:
     return json.loads(frame.text)
 
 
-def sent(action: Action | None) -> Any:
+def sent(action: Action[Subscription] | None) -> Any:
     """The one frame of a message that was answered at once."""
     assert isinstance(action, Send)
     return seen(action.frame)
 
 
-def ask_join(protocol: ChannelsProtocol, topic: str, join_ref: Ref = "10", ref: Ref = "11") -> Join:
+def ask_join(
+    protocol: ChannelsProtocol[Subscription], topic: str, join_ref: Ref = "10", ref: Ref = "11"
+) -> Join[Subscription]:
     action = protocol.receive(message(join_ref, ref, topic, "phx_join"))
     assert isinstance(action, Join)
     return action
 
 
-def join(protocol: ChannelsProtocol, topic: str, join_ref: Ref = "10", ref: Ref = "11") -> Subscription:
+def join(protocol: ChannelsProtocol[Subscription], topic: str, join_ref: Ref = "10", ref: Ref = "11") -> Subscription:
     action = ask_join(protocol, topic, join_ref, ref)
     protocol.accept(action)
     return action.subscription
 
 
-def push(protocol: ChannelsProtocol, topic: str, join_ref: Ref, ref: Ref = "20", event: str = "new_msg") -> Push:
+def push(
+    protocol: ChannelsProtocol[Subscription], topic: str, join_ref: Ref, ref: Ref = "20", event: str = "new_msg"
+) -> Push[Subscription]:
     action = protocol.receive(message(join_ref, ref, topic, event))
     assert isinstance(action, Push)
     return action
@@ -442,8 +446,8 @@ class AnyOrder(RuleBasedStateMachine):
     def connect(self, version: Version) -> None:
         self.protocol = make(version)
         self.joined: dict[str, Subscription] = {}
-        self.under_way: dict[str, Join | Leave] = {}
-        self.pushes: list[Push] = []
+        self.under_way: dict[str, Join[Subscription] | Leave[Subscription]] = {}
+        self.pushes: list[Push[Subscription]] = []
         self.ended: list[Subscription] = []
 
     def check(self, frame: Frame, join_ref: Ref, ref: Ref, topic: str, event: str) -> Any:
@@ -498,7 +502,7 @@ class AnyOrder(RuleBasedStateMachine):
             reason = Reason.PAYLOAD_TOO_LARGE if event in ("new_msg", "heartbeat") else Reason.INVALID_EVENT
             assert self.check(action.frame, current.join_ref, ref, topic, "phx_reply") == error(reason)
 
-    def check_join(self, action: Action | None, join_ref: Ref, ref: Ref, topic: str) -> None:
+    def check_join(self, action: Action[Subscription] | None, join_ref: Ref, ref: Ref, topic: str) -> None:
         taken = set(self.joined) | {name for name, action in self.under_way.items() if isinstance(action, Join)}
         if topic == "phoenix":
             reason, join_ref = Reason.UNMATCHED_TOPIC, None

@@ -217,7 +217,7 @@ TELLING = Policy(Overflow.DROP_OLDEST, tell_dropped=True)
 
 
 def telling(max_bytes: int) -> Outbox:
-    return Outbox(max_bytes, tell_dropped=lambda topic, count: frame(f"{topic} dropped {count}"))
+    return Outbox(max_bytes, notice=lambda topic, count: frame(f"{topic} dropped {count}"))
 
 
 def test_what_was_dropped_is_told_before_the_next_event_of_its_topic() -> None:

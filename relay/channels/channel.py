@@ -1,0 +1,378 @@
+"""`Channel`: one joined topic of one socket, from its join to its end.
+
+Owns all that a join has: its permissions, what plugins say to it and to its pushes, the push that is under way, and
+what its end sets off. Must not know the socket's other topics, nor how frames travel.
+
+A join is decided in four steps: the socket's authentication, the plugins' handlers, the broker's subscription, the
+reply. Where none of them has to wait, all are done at once.
+"""
+
+import asyncio
+from abc import abstractmethod
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from relay.auth.authenticator import Authenticator
+from relay.auth.session import RENEWAL, Decision, tokens_in
+from relay.channels.handle import SocketHandle
+from relay.channels.hub import Hub
+from relay.channels.pubsub import PubSub
+from relay.concurrency import Continuation, KeyedQueue
+from relay.config import Config, Policy
+from relay.errors import SUBSCRIPTION_ENDED, BusUnavailable, Reason
+from relay.journal import ConnectionLog
+from relay.metrics import Metrics
+from relay.plugins import hooks
+from relay.plugins.dispatcher import HandlerError
+from relay.plugins.hooks import Hook, SocketInfo
+from relay.protocol.frame import Frame
+from relay.protocol.payload import EMPTY, Payload, encode_payload
+from relay.protocol.serializer import Ref
+from relay.protocol.state import ChannelsProtocol, Join, Leave, Push, Subscription
+from relay.tracing import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What all sockets of a node share."""
+
+    config: Config
+    pubsub: PubSub
+    hub: Hub
+    metrics: Metrics
+    connection_log: ConnectionLog
+    authenticator: Authenticator | None = None
+    """None where clients are not authenticated."""
+
+
+class ChannelOwner(SocketHandle):
+    """The socket of a channel, as its channels know it; the hub knows it as a `Subscriber`."""
+
+    __slots__ = ()
+
+    send_event: Callable[[Frame, str, str, Policy], None]
+    services: Services
+    protocol: "ChannelsProtocol[Channel]"
+    queue: KeyedQueue
+    """Messages and hooks that wait, in order for each topic."""
+    trace: Trace | None
+    announced: "dict[str, Channel]"
+    """By topic, the channel that handlers of on_leave have not been called for yet."""
+
+    @property
+    def deflates(self) -> bool:
+        """Whether its events are written compressed."""
+        return self.transport.deflates
+
+    def direct_write(self) -> Callable[[bytes], object] | None:
+        """What writes frames to it as they are; None where they go through `send_event`."""
+        return self.transport.direct_write()
+
+    @property
+    @abstractmethod
+    def is_revoked(self) -> bool:
+        """Whether the relay has ended the socket's permissions: nothing that waits may go on."""
+
+    @property
+    @abstractmethod
+    def is_closed(self) -> bool:
+        """Whether the socket has ended, or its close has begun."""
+
+    @abstractmethod
+    def count_join(self) -> None:
+        """Count a join that was accepted."""
+
+    @abstractmethod
+    def count_push(self) -> None:
+        """Count a push that has come."""
+
+    @abstractmethod
+    def count_events(self, events: int) -> None:
+        """Count the events of a subscription that has ended."""
+
+    @abstractmethod
+    def count_refusal(self, reason: str) -> None:
+        """Count a join or a push that was refused."""
+
+
+class Channel(Subscription):
+    """One join, and what follows from it."""
+
+    __slots__ = ("_last_push", "_socket")
+
+    _socket: ChannelOwner
+
+    def __init__(self, topic: str, join_ref: Ref) -> None:
+        super().__init__(topic, join_ref)
+        # The newest push without an answer: a leave waits for it, so that its reply comes first.
+        self._last_push: asyncio.Future[None] | None = None
+
+    # The join.
+
+    def join(self, socket: ChannelOwner, join: "Join[Channel]") -> Continuation:
+        """Decide on the join that opens this channel: at once, or in the coroutine that is returned."""
+        self._socket = socket
+        pubsub = socket.services.pubsub
+        join.began = pubsub.decisions.begin()
+        decision = self._authorize(join)
+        handlers = tuple(hooks.matching(pubsub.hooks.join, self.topic))
+        if isinstance(decision, Reason):
+            self._refuse_join(join, decision)
+        elif decision is not None or handlers or self.topic in socket.announced or pubsub.must_subscribe:
+            return self._join_later(join, decision, handlers)
+        else:
+            self._announce()
+            self._accept_join(join, EMPTY)
+        pubsub.decisions.end(join.began)
+        return None
+
+    def _authorize(self, join: "Join[Channel]") -> Reason | None | Decision:
+        """Why the join is refused, or None; or what decides, where it brings a token."""
+        socket = self._socket
+        reason = socket.services.pubsub.refuse_join()
+        if reason is not None or socket.auth is None:
+            return reason
+        return socket.auth.authorize_join(self, join.params)
+
+    async def _join_later(self, join: "Join[Channel]", decision: Decision | None, handlers: tuple[Hook, ...]) -> None:
+        """The same where authentication, handlers or the broker have to be waited for."""
+        pubsub = self._socket.services.pubsub
+        try:
+            reason = None if decision is None else await decision()
+            if reason is not None:
+                self._refuse_join(join, reason)
+                return
+            response = await self._call_join_handlers(join, handlers)
+            self._announce()
+            if pubsub.must_subscribe:
+                await pubsub.subscribe(self.topic)
+            self._accept_join(join, response)
+        except hooks.Refused as refusal:
+            self._refuse_join(join, refusal.reason, refusal.response)
+        except hooks.InvalidPayload:
+            self._refuse_join(join, Reason.INVALID_PAYLOAD)
+        except HandlerError:
+            self._refuse_join(join, Reason.JOIN_CRASHED)
+        except BusUnavailable:
+            self._release()
+            self._refuse_join(join, Reason.BUS_UNAVAILABLE)
+        finally:
+            pubsub.decisions.end(join.began)
+
+    async def _call_join_handlers(self, join: "Join[Channel]", handlers: tuple[Hook, ...]) -> Payload:
+        """What the join's reply says once all handlers allow it. Raises Refused, InvalidPayload, HandlerError."""
+        socket, caller = self._socket, self._socket.services.pubsub.caller
+        # A handler hears of a channel's end before it is asked about the next one.
+        previous = socket.announced.get(self.topic)
+        if previous is not None and (leaving := previous._call_leave_handlers()) is not None:
+            await leaving
+        response: Payload = EMPTY
+        if handlers:
+            request = hooks.Join(socket, self.topic, join.params, self.identity)
+            answers: dict[str, Any] = {}
+            for hook in handlers:
+                await caller.call_with_result(hook, request, partial(hooks.add_response, answers))
+            response = hooks.to_payload(answers)
+        return response
+
+    def _announce(self) -> None:
+        """Plugins have allowed the join: they are to hear of its end, whatever becomes of it."""
+        if self._socket.services.pubsub.hooks.leave:
+            self._socket.announced[self.topic] = self
+
+    def _accept_join(self, join: "Join[Channel]", response: Payload) -> None:
+        """Reply and subscribe, with nothing in between: no event comes before the reply, none is lost after it."""
+        socket, topic = self._socket, self.topic
+        if socket.is_closed:
+            self._release()
+            return
+        # Again, since handlers and the broker may have taken their time.
+        reason = None if socket.auth is None else socket.auth.judge(self, join.began)
+        if reason is not None or join.removed:
+            self._release()
+            self._refuse_join(join, reason or Reason.REMOVED)
+            return
+        for frame in socket.protocol.accept(join, response):
+            socket.transport.send_control(frame)
+        socket.services.hub.add(topic, socket)
+        socket.count_join()
+
+    def _refuse_join(self, join: "Join[Channel]", reason: str, response: Payload | None = None) -> None:
+        socket, own = self._socket, self.identity
+        socket.count_refusal(reason)
+        subject = socket if own is None else SocketInfo(socket.id, own.user, socket.address)
+        socket.services.connection_log.join_refused(subject, self.topic, reason)
+        if join.replaces is not None:
+            join.replaces._release()
+        for frame in socket.protocol.refuse(join, response or encode_payload({"reason": reason})):
+            socket.transport.send_control(frame)
+
+    # Its end.
+
+    def leave(self, leave: "Leave[Channel]") -> Continuation:
+        """Answer the client's leave, behind the reply to its last push."""
+        if self._last_push is not None:
+            return self._leave_after(self._last_push, leave)
+        socket = self._socket
+        if socket.protocol.is_current(self):  # else it was ended from this side while the leave waited
+            self._release()
+            for frame in socket.protocol.leave(leave):
+                socket.transport.send_control(frame)
+        return None
+
+    async def _leave_after(self, push: asyncio.Future[None], leave: "Leave[Channel]") -> None:
+        await asyncio.wait((push,))
+        self.leave(leave)
+
+    def end(self, reason: Reason | None) -> bool:
+        """End it from this side: ``phx_error`` with a reason, ``phx_close`` without; False where it has ended."""
+        socket = self._socket
+        frame = socket.protocol.end(self, reason)
+        if frame is None:
+            return False
+        self._release()
+        socket.transport.send_control(frame)
+        return True
+
+    def disconnected(self) -> None:
+        """Let go of it: its socket has ended."""
+        self._release()
+
+    def _release(self) -> None:
+        """Deliver nothing more; handlers of on_leave are called after what is under way on the topic."""
+        socket, topic, services = self._socket, self.topic, self._socket.services
+        self._last_push = None
+        socket.transport.settle_dropped(topic, partial(socket.protocol.dropped_notice, subscription=self))
+        socket.count_events(services.hub.events_for(topic, socket))
+        services.hub.remove(topic, socket)
+        if topic not in services.hub:
+            services.pubsub.unsubscribe(topic)
+        socket.queue.run(topic, self._call_leave_handlers)
+
+    def _call_leave_handlers(self) -> Continuation:
+        announced = self._socket.announced
+        if announced.get(self.topic) is not self:
+            return None
+        del announced[self.topic]
+        return self._socket.services.pubsub.call_leave_handlers(hooks.Leave(self._socket, self.topic, self.identity))
+
+    # Its pushes.
+
+    def push(self, push: "Push[Channel]") -> Continuation:
+        """Pass a push on to handlers, or to the broker, and answer it; later in the coroutine that is returned."""
+        socket, topic = self._socket, self.topic
+        pubsub = socket.services.pubsub
+        socket.count_push()
+        if push.event == RENEWAL:
+            return self._renew(push)  # whatever becomes of it: a token is for nobody else to see
+        if not self.may_push:
+            self._refuse_push(push, Reason.UNAUTHORIZED)
+            return None
+        if not socket.services.config.topic(topic).push:
+            self._refuse_push(push, Reason.PUSH_NOT_ALLOWED)
+            return None
+        handlers = tuple(hooks.matching(pubsub.hooks.push, topic, push.event))
+        if handlers:
+            return self._call_push_handlers(push, handlers)
+        if not pubsub.can_publish:
+            self._refuse_push(push, Reason.BUS_UNAVAILABLE)
+            return None
+        socket.queue.pending += 1
+        user = socket.user if self.identity is None else self.identity.user
+        published = pubsub.publish_push(topic, push.event, push.payload, user, socket.id)
+        self._last_push = published
+        published.add_done_callback(partial(self._pushed, push))
+        if socket.trace is not None:
+            socket.trace.until(published)
+        return None
+
+    def _pushed(self, push: "Push[Channel]", published: asyncio.Future[None]) -> None:
+        """Answer a push: ok only now that the broker has taken it."""
+        self._socket.queue.done()
+        if self._last_push is published:
+            self._last_push = None
+        if published.cancelled() or published.exception() is not None:
+            self._refuse_push(push, Reason.BUS_UNAVAILABLE)
+            return
+        self._socket.services.metrics.pushes_out += 1
+        self._reply(push, "ok", EMPTY)
+
+    async def _call_push_handlers(self, push: "Push[Channel]", handlers: tuple[Hook, ...]) -> None:
+        """Have handlers deal with a push, then publish it, unless one of them stopped it."""
+        socket, pubsub = self._socket, self._socket.services.pubsub
+
+        def reply(status: str, response: object) -> None:  # handlers may run in threads
+            pubsub.call_in_loop(partial(self._reply, push, status, hooks.to_payload(response)))
+
+        def broadcast(event: str, payload: object, to_all: bool) -> Awaitable[None]:
+            hooks.check_event(event)
+            data = hooks.to_payload(payload)
+            return pubsub.start_call(partial(pubsub.broadcast, self.topic, event, data, None if to_all else socket))
+
+        request = hooks.Push(socket, self.topic, push.event, push.payload, reply, broadcast, self.identity)
+        answer: Payload | None = None
+        for hook in handlers:
+            if self._is_stopped(push):
+                return
+            try:
+                value = await pubsub.caller.call_with_result(hook, request, hooks.to_response)
+                answer = value if answer is None else answer
+            except hooks.Refused as refusal:
+                self._refuse_push(push, refusal.reason, refusal.response)
+                return
+            except hooks.InvalidPayload:
+                self._refuse_push(push, Reason.INVALID_PAYLOAD)
+                return
+            except HandlerError:
+                self._refuse_push(push, Reason.INTERNAL)
+                return
+        if self._is_stopped(push):  # again: handlers may have taken their time
+            return
+        if request.forwarded and not await self._publish(push, request.user):
+            self._refuse_push(push, Reason.BUS_UNAVAILABLE)
+        elif answer is not None or not request.replied:
+            self._reply(push, "ok", EMPTY if answer is None else answer)
+
+    async def _publish(self, push: "Push[Channel]", user: str | None) -> bool:
+        services = self._socket.services
+        if not services.pubsub.can_publish:
+            return False
+        try:
+            await services.pubsub.publish_push(self.topic, push.event, push.payload, user, self._socket.id)
+        except BusUnavailable:
+            return False
+        services.metrics.pushes_out += 1
+        return True
+
+    async def _renew(self, push: "Push[Channel]") -> None:
+        """Take the token that a push brings for the one that was given before."""
+        auth = self._socket.auth
+        _, token = tokens_in(push.payload)
+        reason = None if auth is None else await auth.renew(token, self)
+        if reason is None:
+            self._reply(push, "ok", EMPTY)
+        else:
+            self._refuse_push(push, reason)
+
+    def _is_stopped(self, push: "Push[Channel]") -> bool:
+        """Refuse a push that had to wait and has lost its permission; False where it may go on."""
+        socket = self._socket
+        if socket.is_revoked or not socket.protocol.is_current(self):
+            socket.services.metrics.refused[SUBSCRIPTION_ENDED] += 1
+            return True
+        reason = None if socket.auth is None else socket.auth.may_push(self)
+        if reason is not None:
+            self._refuse_push(push, reason)
+        return reason is not None
+
+    def _refuse_push(self, push: "Push[Channel]", reason: str, response: Payload | None = None) -> None:
+        self._socket.count_refusal(reason)
+        self._reply(push, "error", response or encode_payload({"reason": reason}))
+
+    def _reply(self, push: "Push[Channel]", status: str, response: Payload) -> None:
+        """Answer a push; nothing where its subscription has ended, or it asked for no answer."""
+        frame = self._socket.protocol.reply(push, status, response)
+        if frame is not None:
+            self._socket.transport.send_control(frame)
