@@ -454,7 +454,7 @@ class Socket(Face):
         """How slowly it reads: bytes that wait for it, and events it has missed."""
         return self._connection.waiting_bytes, self._connection.dropped
 
-    def fail(self, subscription: Subscription, reason: Reason | None) -> bool:
+    def end_subscription(self, subscription: Subscription, reason: Reason | None) -> bool:
         """End a subscription with ``phx_error`` (rejoin) or ``phx_close`` (do not); False where it has ended."""
         frame = self._protocol.end(subscription, reason)
         if frame is None:
