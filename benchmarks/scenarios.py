@@ -283,7 +283,7 @@ def _shrink(bench: Bench, server: Server, group: Group) -> Iterator[Row]:
 
 
 def unheard(bench: Bench) -> list[Row]:
-    """200 000 events a second on topics that nobody has joined."""
+    """200 000 events a second on topics without subscribers."""
     offered, batch = 200_000, 2000
     count = int(offered * bench.plan.unheard_s)
     body = payload(0, 0, payload_bytes())
@@ -306,7 +306,7 @@ def unheard(bench: Bench) -> list[Row]:
         came = counters(server)["events_unheard"]
     lost = count - came
     found = Row(
-        f"events nobody has joined, {offered} /s offered",
+        f"events without subscribers, {offered} /s offered",
         DIRECT,
         cpu_us=1e6 * used / count,
         unit="event",

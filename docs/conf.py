@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parent), str(HERE.parent / "clients" / "python")]
 
 from relay.version import __version__  # noqa: E402 - the line above finds it
 from tools import reference  # noqa: E402

@@ -1,4 +1,4 @@
-"""The reference pages, made from the code each time the documentation is built: settings, hooks, HTTP, figures.
+"""The reference pages, made from the code each time the documentation is built: settings, Python, HTTP, metrics.
 
 Owns their form alone; every word in them stands in the code.
 """
@@ -13,8 +13,10 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from relay import Plugin, Relay
+import relay_client
+from relay import BusUnavailable, ConfigError, Plugin, Refused, Relay, UpgradeRequest
 from relay.config import Config
+from relay.errors import RelayError
 from relay.plugins import hooks
 from relay.web.prometheus import FIGURES
 from relay.web.rest import make_rest
@@ -22,12 +24,31 @@ from relay.web.rest import make_rest
 _HANDED = (hooks.Join, hooks.Leave, hooks.Push, hooks.Event, hooks.RedisMessage, hooks.Socket)
 """What handlers are given."""
 
+_NOT_CONSTRUCTED = frozenset((*_HANDED, UpgradeRequest, relay_client.Channel, relay_client.Event))
+"""Classes whose objects relay creates, so that nobody calls their constructors."""
+
+_APPLICATION: tuple[type, ...] = (Relay, UpgradeRequest, Refused, RelayError, ConfigError, BusUnavailable)
+
+_CLIENT: tuple[type, ...] = (
+    relay_client.Socket,
+    relay_client.Channel,
+    relay_client.Event,
+    relay_client.ClientError,
+    relay_client.ConnectError,
+    relay_client.PushError,
+    relay_client.JoinError,
+    relay_client.QueueOverflow,
+)
+
+_INTERNAL = frozenset({("Channel", "receive"), ("Channel", "lose"), ("Channel", "end"), ("Relay", "publish_command")})
+"""Public methods that only other modules of the same package call."""
+
 
 def write(folder: Path) -> None:
     """Write all pages into ``folder``; those that have not changed keep their time, so that Sphinx leaves them."""
     folder.mkdir(exist_ok=True)
-    for name, text in (("settings", settings()), ("hooks", plugin()), ("http", http()), ("figures", figures())):
-        page = folder / f"{name}.md"
+    for name, make in _PAGES.items():
+        page, text = folder / f"{name}.md", make()
         if not page.exists() or page.read_text("utf-8") != text:
             page.write_text(text, "utf-8")
 
@@ -37,14 +58,17 @@ def settings() -> str:
     lines = [
         "# Settings",
         "",
-        "From a TOML file, from variables (`RELAY_PORT`, `RELAY_LIMITS__TOPICS_PER_SOCKET`), flags, or as arguments",
-        "of `Relay`. [config/relay.toml](../../config/relay.toml) has them all with their defaults.",
+        "This page lists every setting. relay reads settings from a TOML file (`relay serve --config FILE`), from",
+        "environment variables (`RELAY_PORT`, `RELAY_LIMITS__TOPICS_PER_SOCKET`; lists and tables as JSON), from",
+        "command-line flags, and from the arguments of `Relay`. Flags take precedence over variables, and",
+        "variables over the file.",
+        "[config/relay.toml](../../config/relay.toml) contains all settings with their defaults.",
         "",
     ]
     for title, model in _tables(Config, ""):
-        heading = f"`{title}`" if title else "At the top"
+        heading = f"`{title}`" if title else "Top level"
         lines += [f"## {heading}", "", *_paragraphs(model.__doc__ if title else None)]
-        lines += ["| Setting | Type | Default | |", "|---|---|---|---|"]
+        lines += ["| Setting | Type | Default | Meaning |", "|---|---|---|---|"]
         for name, field in model.model_fields.items():
             if _table_of(field) is None:
                 cells = (f"`{name}`", f"`{_type(field)}`", _default(field), field.description or "")
@@ -90,24 +114,56 @@ def _default(field: FieldInfo) -> str:
 
 def plugin() -> str:
     """What a plugin can hook into, and what its handlers are given."""
-    lines = ["# Plugins and `Relay`", "", "With examples: [plugins](../plugins.md), [mounting](../mounting.md).", ""]
-    lines += ["## `Plugin`", "", *_docstring(Plugin), *_methods(Plugin)]
-    lines += ["## `Relay`", "", *_docstring(Relay), *_methods(Relay)]
-    for given in _HANDED:
-        lines += [f"## `{given.__name__}`", "", *_docstring(given), *_methods(given)]
+    lines = ["# Plugin API", "", "This page is the reference of `Plugin` and of the objects that handlers receive.", ""]
+    lines += ["For a guide with examples, see [Plugins](../plugins.md); for `Relay`, see [Python API](api.md).", ""]
+    for owner in (Plugin, *_HANDED):
+        lines += _class(owner)
     return "\n".join(lines)
 
 
-def _methods(owner: type) -> Iterator[str]:
+def api() -> str:
+    """The Python API: what an application calls, and the Python client."""
+    lines = [
+        "# Python API",
+        "",
+        "This page is the reference of `relay.Relay`, its exceptions, and the Python client.",
+        "",
+    ]
+    lines += ["- [relay](#relay): the ASGI application, for [your own application](../mounting.md)"]
+    lines += ["- [relay_client](#relay-client): the Python client, `clients/python`", ""]
+    lines += ["For plugins, see [Plugin API](hooks.md).", "", "## `relay`", "", "```python", "from relay import Relay"]
+    lines += ["```", ""]
+    for owner in _APPLICATION:
+        lines += _class(owner, level=3)
+    lines += ["## `relay_client`", "", "```python", "from relay_client import connect", "```", ""]
+    lines += ["`connect(url, …)` is another name for `Socket(url, …)`.", ""]
+    for owner in _CLIENT:
+        lines += _class(owner, level=3)
+    return "\n".join(lines)
+
+
+def _class(owner: type, level: int = 2) -> list[str]:
+    """A class with its constructor, unless it takes no arguments, and its methods."""
+    lines = [f"{'#' * level} `{owner.__name__}`", ""]
+    if not issubclass(owner, BaseException) and owner not in _NOT_CONSTRUCTED:
+        lines += ["```python", f"{owner.__name__}{_signature(owner.__init__)}".removesuffix(" -> None"), "```", ""]
+    bases = [base.__name__ for base in owner.__bases__ if issubclass(base, Exception)]
+    if bases:
+        lines += [f"Base class: `{bases[0]}`.", ""]
+    return [*lines, *_docstring(owner), *_methods(owner, level + 1)]
+
+
+def _methods(owner: type, level: int) -> Iterator[str]:
+    heading = "#" * level
     for name, member in vars(owner).items():
-        if name.startswith("_"):
+        if name.startswith("_") or (owner.__name__, name) in _INTERNAL:
             continue
         if isinstance(member, property):
-            yield from (f"### `{name}`", "", *_docstring(member.fget))
+            yield from (f"{heading} `{name}`", "", *_docstring(member.fget))
         elif isinstance(member, classmethod | staticmethod) or inspect.isfunction(member):
             function = inspect.unwrap(getattr(owner, name))
             kind = "async " if inspect.iscoroutinefunction(function) else ""
-            yield from (f"### {kind}`{name}`", "", "```python", f"{name}{_signature(function)}", "```", "")
+            yield from (f"{heading} {kind}`{name}`", "", "```python", f"{name}{_signature(function)}", "```", "")
             yield from _docstring(function)
 
 
@@ -119,25 +175,45 @@ def _signature(function: Any) -> str:
 
 
 def _docstring(owner: Any) -> list[str]:
-    """The docstring as Markdown: its parts (Args, Returns, Raises) keep the form that they have in the code."""
+    """The docstring as Markdown: its sections (Args, Returns, Raises) become lists."""
     return _paragraphs(inspect.getdoc(owner))
+
+
+_SECTION = re.compile(r"^(Args|Returns|Raises|Attributes):\s+", re.MULTILINE)
+_ENTRY = re.compile(r"(?:^ *|; (?=[A-Z]))((?:[A-Za-z_]\w*)(?:, [A-Za-z_]\w*)*): ", re.MULTILINE)
 
 
 def _paragraphs(text: str | None) -> list[str]:
     lines: list[str] = []
     for paragraph in (text or "").split("\n\n"):
-        if re.match(r"[A-Z][a-z]+: ", paragraph) or paragraph.startswith("    "):
-            lines += ["```text", *paragraph.splitlines(), "```", ""]
+        if _SECTION.match(paragraph):
+            lines += _sections(paragraph)
+        elif paragraph.startswith("    "):
+            lines += ["```python", *inspect.cleandoc(paragraph).splitlines(), "```", ""]
         elif paragraph:
             lines += [*paragraph.replace("``", "`").replace("::\n", ":\n").splitlines(), ""]
+    return lines
+
+
+def _sections(paragraph: str) -> list[str]:
+    """Sections of a docstring: each a title, and a list of its entries, ``name: text``, or one text."""
+    lines: list[str] = []
+    _, *parts = _SECTION.split(paragraph)
+    for title, body in zip(parts[::2], parts[1::2], strict=True):
+        lines += [f"**{title}**", ""]
+        before, *entries = _ENTRY.split(body)
+        texts = [before] if before.strip() else []
+        texts += [f"`{name}`: {text}" for name, text in zip(entries[::2], entries[1::2], strict=True)]
+        lines += [f"- {' '.join(text.replace('``', '`').split()).rstrip(';')}" for text in texts]
+        lines.append("")
     return lines
 
 
 def http() -> str:
     """The REST interface, out of its own description."""
     relay = Relay(broadcast_url="memory://")
-    lines = ["# REST", "", "Below `rest.path`, which is `/api`; with examples: [rest](../rest.md).", ""]
-    lines += ["| Request | | Answers |", "|---|---|---|"]
+    lines = ["# HTTP routes", "", "The routes of the REST API, below `rest.path`, by default `/api`.", ""]
+    lines += ["For examples, see [REST API](../rest.md).", "", "| Route | Meaning | Responses |", "|---|---|---|"]
     for path, methods in make_rest(relay).openapi()["paths"].items():
         for method, about in methods.items():
             text = (about.get("description") or about["summary"]).split("\n\n")[0].replace("\n", " ").replace("``", "`")
@@ -145,11 +221,20 @@ def http() -> str:
     return "\n".join(lines) + "\n"
 
 
-def figures() -> str:
-    """What ``/metrics`` tells."""
-    lines = ["# Figures", "", "At `/metrics`; what to watch: [metrics](../metrics.md).", ""]
+def metrics() -> str:
+    """What ``/metrics`` exports."""
+    lines = [
+        "# Metrics reference",
+        "",
+        "All metrics at `/metrics`. For what to watch, see [Metrics](../metrics.md).",
+        "",
+    ]
     lines += ["| Name | Label | Kind | Meaning |", "|---|---|---|---|"]
     for figure in FIGURES:
         label = f"`{figure.label}`" if figure.label else ""
-        lines.append(f"| `{figure.name}` | {label} | {figure.kind} | {figure.meaning} |")
+        lines.append(f"| `{figure.shown_name}` | {label} | {figure.kind} | {figure.meaning} |")
     return "\n".join(lines) + "\n"
+
+
+_PAGES = {"settings": settings, "api": api, "hooks": plugin, "http": http, "metrics": metrics}
+"""The pages, by file name, and what makes each."""

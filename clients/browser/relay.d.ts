@@ -12,7 +12,7 @@ export interface Message {
   payload: Payload;
 }
 
-/** How a connection ended; a `CloseEvent`, or the same fields where the client let go by itself. */
+/** How a connection ended; a `CloseEvent`, or the same fields if the client itself dropped the connection. */
 export interface Closing {
   code: number;
   reason: string;
@@ -20,9 +20,9 @@ export interface Closing {
 }
 
 export interface SocketOptions {
-  /** Query parameters of the connection; a function is asked anew on each connect. */
+  /** Query parameters of the connection; a function is called for each connection. */
   params?: Params | (() => Params);
-  /** Secret sent beside the subprotocol, so that it stays out of the URL; a function is asked anew on each connect. */
+  /** Secret sent beside the subprotocol, so that it stays out of the URL; a function is called for each connection. */
   authToken?: string | (() => string | undefined);
   /** Milliseconds to wait for a connection or a reply. Default 10 000. */
   timeout?: number;
@@ -34,7 +34,7 @@ export interface SocketOptions {
   rejoinAfterMs?: (tries: number) => number;
   /** A WebSocket class, where there is no global one. */
   transport?: new (url: string, protocols?: string[]) => unknown;
-  /** Options of `phoenix` for what is not here: a log, long-polling. They are taken, and mean nothing. */
+  /** Options of `phoenix` for what is not here: a log, long-polling. Accepted, without effect. */
   logger?: unknown;
   debug?: unknown;
   longPollFallbackMs?: unknown;
@@ -53,7 +53,7 @@ export class Socket {
   isConnected(): boolean;
   connectionState(): "connecting" | "open" | "closing" | "closed";
   endPointURL(): string;
-  /** Prepare a channel; a function for `params` is asked anew on each join and rejoin. */
+  /** Prepare a channel; a function for `params` is called for each join and rejoin. */
   channel(topic: string, params?: Params | (() => Params)): Channel;
   remove(channel: Channel): void;
   onOpen(callback: () => void): string;
@@ -140,5 +140,5 @@ export class PushError extends Error {
 /** To a text frame, or to a binary push where the payload is bytes. */
 export function encode(message: Message): string | ArrayBuffer;
 
-/** From a text frame, or from a binary push, reply or broadcast. Throws where it is none. */
+/** From a text frame, or from a binary push, reply or broadcast. Throws if the frame is not valid. */
 export function decode(frame: string | ArrayBuffer): Message;

@@ -136,7 +136,7 @@ export class Push {
     return this.#on((came, response) => came === status && callback(response));
   }
 
-  // Made on demand: a push that nobody awaits must not end in an unhandled rejection.
+  // Made on demand: a push without an awaiting caller must not end in an unhandled rejection.
   then(onOk, onFailure) {
     const reply = new Promise((resolve, reject) => {
       this.#on((status, response) =>
@@ -611,7 +611,7 @@ export class Socket {
   }
 
   #dialLater() {
-    if (globalThis.document?.hidden) return; // `#watchPage` dials when somebody looks
+    if (globalThis.document?.hidden) return; // `#watchPage` dials when the page becomes visible
     this.#retryTimer = setTimeout(() => this.#redial(), delay("reconnectAfterMs", this, ++this.#tries));
   }
 

@@ -36,6 +36,11 @@ class SocketHandle(ABC):
     def pubsub(self) -> PubSub:
         """The bridge to the broker, which knows the event loop."""
 
+    @property
+    @abstractmethod
+    def has_ended(self) -> bool:
+        """Whether its connection has ended: nothing reaches the client any more."""
+
     @abstractmethod
     def subscription(self, topic: str) -> Subscription | None:
         """What this socket has joined under ``topic``."""
@@ -74,10 +79,10 @@ class SocketHandle(ABC):
         return dict(parse_qsl(self.transport.query_string.decode("latin-1"), keep_blank_values=True))
 
     def push(self, topic: str, event: str, payload: object) -> bool:
-        """Send an event to this socket alone; False where it has not joined ``topic``."""
+        """Send an event to this socket alone; False where it has not joined ``topic``, or has ended."""
         hooks.check_event(event)
         subscription = self.subscription(topic)
-        if subscription is None:
+        if subscription is None or self.has_ended:
             return False
         frame = serializer.encode_push(self.version, subscription.join_ref, topic, event, hooks.to_payload(payload))
         self.pubsub.call_in_loop(partial(self.transport.send_control, frame))

@@ -229,6 +229,11 @@ class Socket(ChannelOwner):
         return self._is_revoked
 
     @property
+    def has_ended(self) -> bool:
+        """Whether its connection has ended: nothing reaches the client any more."""
+        return self._ended
+
+    @property
     def is_closed(self) -> bool:
         """Whether the socket has ended, or its close has begun."""
         return self._ended or self.transport.closed_with is not None

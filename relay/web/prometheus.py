@@ -106,7 +106,7 @@ FIGURES: tuple[MetricSpec, ...] = (
     MetricSpec(
         "relay_sockets", "gauge", "Sockets open now, by how frames are written.", "path", lambda m, s, p: s.sockets
     ),
-    _counter("sockets_opened", "Sockets ever opened."),
+    _counter("sockets_opened", "Sockets opened."),
     MetricSpec(
         "relay_topics",
         "gauge",
@@ -116,13 +116,13 @@ FIGURES: tuple[MetricSpec, ...] = (
     ),
     _counter("joins", "Joins accepted."),
     _counter("pushes_in", "Pushes received from clients."),
-    _counter("pushes_out", "Of those, pushes that the bus has taken."),
+    _counter("pushes_out", "Of those, pushes that the bus has accepted."),
     _counter("events_in", "Events received from the bus; an event counts once for each worker."),
-    _counter("events_unheard", "Of those, events on topics that nobody has joined in that worker."),
-    _counter("events_not_json", "Events whose payload looks like JSON and is none: delivered as binary."),
+    _counter("events_unheard", "Of those, events on topics without subscribers in that worker."),
+    _counter("events_not_json", "Events whose payload looks like JSON but is not valid JSON: delivered as binary."),
     _counter("deliveries", "Frames of events written, or queued, for a socket."),
     _counter("delivered_bytes", "Bytes of those frames, before compression and without their WebSocket headers."),
-    _counter("cut_off_bytes", "Bytes written to sockets that were cut off before the kernel had taken them."),
+    _counter("cut_off_bytes", "Bytes written to sockets that were cut off before the kernel had accepted them."),
     MetricSpec(
         "relay_fan_out_seconds",
         "histogram",
@@ -147,20 +147,20 @@ FIGURES: tuple[MetricSpec, ...] = (
     ),
     _counter("dropped_topics", "Of those, events that slow readers missed, by pattern in `[[topics]]`.", "match"),
     _counter(
-        "refused", "Handshakes, joins, pushes and REST requests refused, and sockets sent away, by reason.", "reason"
+        "refused", "Handshakes, joins, pushes and REST requests refused, and sockets closed, by reason.", "reason"
     ),
-    _counter("malformed", "Frames from clients that could not be understood, by close code.", "code"),
+    _counter("malformed", "Malformed frames from clients, by close code.", "code"),
     MetricSpec(
         "relay_in_flight_bytes",
         "gauge",
-        "Bytes of messages and events that wait for plugins' handlers, or are with them.",
+        "Bytes of messages and events that wait for plugin handlers, or are being handled.",
         "",
         _of("in_flight_bytes"),
     ),
     _counter("gaps", "Times the link to the bus was interrupted, so that events may have been missed."),
-    _counter("rejoins_asked", "Subscriptions told to rejoin after a gap."),
-    _counter("sent_away", "Sockets and subscriptions ended for a user that was sent away."),
-    _counter("drained", "Sockets closed because the relay ends."),
+    _counter("rejoins_asked", "Subscriptions asked to rejoin after a gap."),
+    _counter("sent_away", "Sockets and subscriptions ended because a user was disconnected or removed."),
+    _counter("drained", "Sockets closed because relay shuts down."),
     _counter("stalls", "Times the event loop was blocked for too long."),
     MetricSpec(
         "relay_link_live",
@@ -173,7 +173,7 @@ FIGURES: tuple[MetricSpec, ...] = (
     MetricSpec(
         "relay_link_pushes",
         "gauge",
-        "1 while the bus takes pushes, in every worker; 0 on a replica, or without a connection to publish on.",
+        "1 while the bus accepts pushes, in every worker; 0 on a replica, or without a publishing connection.",
         "",
         lambda m, s, p: {"": s.link_pushes},
         min,
@@ -181,8 +181,8 @@ FIGURES: tuple[MetricSpec, ...] = (
     MetricSpec(
         "relay_link_lag_seconds",
         "gauge",
-        "Time that the subscription's last ping took; 0 before the first, and on a bus that has none. "
-        "The slowest worker's.",
+        "Duration of the subscription's last ping, of the slowest worker; 0 before the first, and on a bus "
+        "without pings.",
         "",
         _of("link_lag_s"),
         max,
@@ -190,17 +190,17 @@ FIGURES: tuple[MetricSpec, ...] = (
     _counter("topic_events", "Events that had a subscriber, by pattern in `metrics.topics`.", "topic"),
     _counter("topic_deliveries", "Deliveries of those events, by the same pattern.", "topic"),
     _counter("plugin_calls", "Handlers and services called, by plugin.", "plugin"),
-    _counter("plugin_errors", "Handlers that raised or did not end in time, by plugin.", "plugin"),
+    _counter("plugin_errors", "Handlers that raised an exception or timed out, by plugin.", "plugin"),
     MetricSpec(
         "relay_plugin_seconds",
         "histogram",
-        "How long handlers took, their waiting included, by plugin; services are not among them.",
+        "Duration of handler calls, including waiting, by plugin; services are not included.",
         "plugin",
         _of("plugin_time"),
     ),
-    MetricSpec("relay_workers", "gauge", "Processes that these figures are of.", "", lambda m, s, p: {"": 1}),
+    MetricSpec("relay_workers", "gauge", "Processes included in these metrics.", "", lambda m, s, p: {"": 1}),
     MetricSpec(
-        "relay_info", "gauge", "1, for the version that runs.", "version", lambda m, s, p: {__version__: 1}, max
+        "relay_info", "gauge", "1, labelled with the running version.", "version", lambda m, s, p: {__version__: 1}, max
     ),
     MetricSpec(
         "process_cpu_seconds",
@@ -212,7 +212,7 @@ FIGURES: tuple[MetricSpec, ...] = (
     MetricSpec(
         "process_resident_memory_bytes",
         "gauge",
-        "Resident memory; what workers share counts once for each.",
+        "Resident memory; memory shared by workers counts once for each.",
         "",
         lambda m, s, p: {"": p.memory_info().rss},
     ),
@@ -220,14 +220,14 @@ FIGURES: tuple[MetricSpec, ...] = (
     MetricSpec(
         "process_max_fds",
         "gauge",
-        "File descriptors that it may have open; of workers, all together.",
+        "Maximum number of file descriptors, summed over workers.",
         "",
         lambda m, s, p: {"": descriptors()},
     ),
     MetricSpec(
         "process_start_time_seconds",
         "gauge",
-        "When the process started, in seconds since 1970; of workers, the first of those that run.",
+        "Start time of the process in seconds since 1970; of workers, the earliest of those running.",
         "",
         lambda m, s, p: {"": p.create_time()},
         min,

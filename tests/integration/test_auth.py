@@ -507,7 +507,7 @@ async def test_new_token_in_a_joins_params_renews_an_expired_socket(serve_relay:
         await client.join("room:1", {name: token("alice", ROOMS)})
         await client.join("room:2")
         *_, socket = served.relay.node.sockets.values()
-        assert not socket.access.identity.is_expired(time.monotonic() + 30)
+        assert not socket.auth.identity.is_expired(time.monotonic() + 30)
 
 
 async def test_access_token_renews_in_place_and_nobody_else_sees_it(
@@ -587,7 +587,7 @@ async def test_join_that_takes_longer_than_its_token_is_refused(serve_relay: Ser
     client = await connect(served, query=with_token(token("alice", ROOMS, ttl_s=1)))
     await client.send("1", "1", "room:1", "phx_join", {})
     (socket,) = served.relay.node.sockets.values()
-    await eventually(lambda: socket.access.identity.is_expired(time.monotonic()), "the end of the token")
+    await eventually(lambda: socket.auth.identity.is_expired(time.monotonic()), "the end of the token")
     expired.set()
     assert await client.receive() == client.refusal("1", "1", "room:1", "token expired")
     assert served.relay.topics == {}

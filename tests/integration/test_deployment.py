@@ -11,9 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import pytest
+from ruamel.yaml import YAML
 
+from relay.config import LimitsConfig, PluginsConfig
+from relay.config_sources import load
 from relay.web.prometheus import FIGURES
 from tests.support.node import SCRIPTS, compile_typescript, need_node
 from tests.support.process import RelayProcess
@@ -99,7 +103,7 @@ def test_compose_file_follows_its_schema() -> None:
     check(TOOLS / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", CONFIG / "compose.yaml")
 
 
-@pytest.mark.parametrize("name", ["Dockerfile", "compose.yaml", "relay.service"])
+@pytest.mark.parametrize("name", ["Dockerfile", "compose.yaml", "relay.service", "kubernetes.yaml"])
 def test_deployment_sets_no_variable_that_the_relay_refuses(name: str) -> None:
     text = (CONFIG / name).read_text()
     environ = {match: "true" if match == "RELAY_ANONYMOUS" else "" for match in re.findall(r"\bRELAY_[A-Z_]+\b", text)}
@@ -116,6 +120,100 @@ def test_deployment_sets_no_variable_that_the_relay_refuses(name: str) -> None:
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
+
+
+# Kubernetes.
+
+
+def manifests() -> dict[str, dict[str, Any]]:
+    """The objects of the manifest by their kind, each of which it has once."""
+    found: list[dict[str, Any]] = list(YAML(typ="safe").load_all((CONFIG / "kubernetes.yaml").read_text()))
+    by_kind = {each["kind"]: each for each in found}
+    assert len(by_kind) == len(found) > 3
+    return by_kind
+
+
+def container_of_the_pod() -> dict[str, Any]:
+    (container,) = manifests()["Deployment"]["spec"]["template"]["spec"]["containers"]
+    assert isinstance(container, dict)
+    return container
+
+
+def test_settings_in_kubernetes_are_accepted_for_a_public_address(tmp_path: Path) -> None:
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    (secrets / "jwt-secret").write_text("0123456789abcdef" * 4)
+    file = tmp_path / "relay.toml"
+    file.write_text(manifests()["ConfigMap"]["data"]["relay.toml"].replace("/run/secrets/relay", str(secrets)))
+    settings = load(file, {"redis_url": "redis://redis:6379"})
+    settings.check_exposure()
+    assert container_of_the_pod()["ports"] == [{"name": "http", "containerPort": settings.port}]
+
+
+def test_pods_mount_the_files_that_relay_reads() -> None:
+    """The settings of its command line, and the secret that they name; each volume exists."""
+    container = container_of_the_pod()
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    volumes = {volume["name"]: volume for volume in manifests()["Deployment"]["spec"]["template"]["spec"]["volumes"]}
+    assert mounts.keys() == volumes.keys()
+    settings = manifests()["ConfigMap"]["data"]["relay.toml"]
+    assert container["args"] == ["relay", "serve", "--config", f"{mounts['settings']}/relay.toml"]
+    (item,) = volumes["secrets"]["secret"]["items"]
+    assert f"file:{mounts['secrets']}/{item['path']}" in settings
+
+
+@pytest.mark.parametrize("probe", ["livenessProbe", "readinessProbe"])
+def test_probes_of_the_pod_are_answered_without_a_key_and_under_any_host(probe: str) -> None:
+    path = container_of_the_pod()[probe]["httpGet"]["path"]
+    with RelayProcess(environ={"RELAY_REST__API_KEY": "s3cret-of-the-operators"}) as relay:
+        request = Request(f"{relay.http}{path}", headers={"Host": "pod.example.org", "User-Agent": "kube-probe/1.31"})
+        with urlopen(request, timeout=20) as response:
+            assert response.status == 200
+
+
+def test_pods_have_more_time_to_shut_down_than_relay_takes() -> None:
+    """Before SIGTERM the hook; then the drain, handlers and services, and one slow plugin."""
+    limits, pod = LimitsConfig(), manifests()["Deployment"]["spec"]["template"]["spec"]
+    sleep_s = container_of_the_pod()["lifecycle"]["preStop"]["sleep"]["seconds"]
+    shutdown_s = limits.drain_timeout_s + limits.close_timeout_s + PluginsConfig().timeout_s
+    assert pod["terminationGracePeriodSeconds"] >= sleep_s + shutdown_s
+
+
+def test_objects_in_kubernetes_select_the_pods() -> None:
+    found = manifests()
+    labels = found["Deployment"]["spec"]["template"]["metadata"]["labels"]
+    assert found["Deployment"]["spec"]["selector"]["matchLabels"] == labels
+    assert found["Service"]["spec"]["selector"] == labels
+    assert found["PodDisruptionBudget"]["spec"]["selector"]["matchLabels"] == labels
+    (port,) = found["Service"]["spec"]["ports"]
+    assert port["targetPort"] == "http"
+    for path in found["Ingress"]["spec"]["rules"][0]["http"]["paths"]:
+        assert path["backend"]["service"] == {"name": found["Service"]["metadata"]["name"], "port": {"name": "http"}}
+
+
+def test_variables_of_services_do_not_reach_the_pods() -> None:
+    assert manifests()["Deployment"]["spec"]["template"]["spec"]["enableServiceLinks"] is False
+
+
+EXCERPT = re.compile(r"^<!-- not run: from config/(\S+) -->\n```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [(found[1], found[3]) for found in EXCERPT.finditer((ROOT / "docs/deployment.md").read_text())]
+)
+def test_excerpts_in_the_documentation_are_those_of_the_files(name: str, text: str) -> None:
+    assert text in (CONFIG / name).read_text()
+
+
+def test_yaml_in_the_documentation_can_be_parsed() -> None:
+    blocks = [
+        (page.name, found)
+        for page in (ROOT / "docs").glob("*.md")
+        for found in re.findall(r"^```yaml\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    ]
+    assert len(blocks) > 4
+    for page, text in blocks:
+        assert YAML(typ="safe").load(text), page
 
 
 # systemd.

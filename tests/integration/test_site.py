@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import relay
+import relay_client
 from relay.config import Config
 from tools import reference
 
@@ -42,20 +44,40 @@ def test_reference_names_every_setting_with_its_meaning() -> None:
 
 
 def test_reference_describes_every_hook_and_request() -> None:
-    hooks, requests = reference.plugin(), reference.http()
-    for name in (
-        "on_join",
-        "on_leave",
-        "on_push",
-        "on_event",
-        "on_redis",
-        "service",
-        "include_router",
-        "broadcast",
-        "kick",
+    requests = reference.http()
+    for page, names in (
+        (reference.plugin(), ("on_join", "on_leave", "on_push", "on_event", "on_redis", "service", "include_router")),
+        (reference.api(), ("install", "broadcast", "kick", "disconnect", "join", "push")),
     ):
-        assert re.search(rf"^### (?:async )?`{name}`\n\n```python\n{name}\(.*\).*\n```\n\n\S", hooks, re.MULTILINE), (
-            name
-        )
+        for name in names:
+            described = rf"^###+ (?:async )?`{name}`\n\n```python\n{name}\(.*\).*\n```\n\n\S"
+            assert re.search(described, page, re.MULTILINE), name
     assert "| `POST /publish` |" in requests
     assert "| `GET /sockets/{socket_id}` |" in requests
+
+
+def test_reference_describes_the_public_names_of_both_packages() -> None:
+    pages = reference.api() + reference.plugin() + reference.settings()
+    constants = {"__version__", "Config", "Overflow", "REJOINED", "connect"}
+    for name in {*relay.__all__, *relay_client.__all__} - constants:
+        assert re.search(rf"^##+ `{name}`$", pages, re.MULTILINE), name
+
+
+def test_reference_shows_sections_of_docstrings_as_lists() -> None:
+    text = reference._paragraphs(
+        "Do it.\n\nArgs: a: one;\n          more.\n      b, c: ``two``.\nRaises: ValueError: never; TypeError: or so."
+    )
+    assert text == [
+        "Do it.",
+        "",
+        "**Args**",
+        "",
+        "- `a`: one; more.",
+        "- `b, c`: `two`.",
+        "",
+        "**Raises**",
+        "",
+        "- `ValueError`: never",
+        "- `TypeError`: or so.",
+        "",
+    ]

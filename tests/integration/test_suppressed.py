@@ -1,6 +1,6 @@
 """Messages that the log suppresses are counted for each relay and each server, and the counts are written.
 
-The rule itself is tested in ``tests/test_logs.py``.
+The rule itself is tested in ``tests/unit/test_logs.py``.
 """
 
 import asyncio

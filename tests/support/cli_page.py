@@ -13,21 +13,22 @@ from relay.cli.options import EXAMPLES, EXIT_CODES
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 
 HEAD = """\
-# The command line
+# Command line
 
 <!-- Written by `python -m tests.support.cli_page`; a test compares. -->
 
-Every command teaches itself: `relay COMMAND --help`. Output is for reading on a terminal; piped, what a program may
-want is a line of JSON each (`relay publish`, `listen`, `push`, `topics`, `bench`, `check`, `plugins`). What goes wrong
-is said on standard error, in one line where that is possible. Exit codes: 0 done, 1 failed, 2 wrong usage or settings.
+This page is the reference of the `relay` command. `relay COMMAND --help` prints the same information. On a terminal,
+output is formatted for reading; when it is piped, `relay publish`, `listen`, `push`, `topics`, `bench`, `check` and
+`plugins` print one JSON object per line. Errors go to standard error, in one line where possible. Exit codes: 0
+success, 1 failure, 2 wrong usage or settings.
 
-`relay --install-completion` teaches your shell to complete commands and options (bash, zsh, fish, PowerShell);
-`relay --show-completion` prints what that would add.
+`relay --install-completion` installs completion of commands and options for your shell (bash, zsh, fish, PowerShell);
+`relay --show-completion` prints what it would install.
 
-`relay bench` measures a relay that runs, with the machine, network and plugins it has. Events carry their number and
-their time: what is lost, comes twice or out of order is counted, and times are from the publishing to the receipt at
-each socket. They include the time of this client, one process of Python that receives some 20 000 events/s; beyond
-that it measures itself. [performance.md](performance.md) says what the relay can do.
+`relay bench` measures a running relay, including its machine, network and plugins. Events contain a number and a
+timestamp, so that lost, duplicate and reordered events are counted; latency is the time from the publication to the
+receipt at each socket. It includes the time of the client, one Python process that receives about 20 000 events/s; at
+higher rates the client is the bottleneck. See [Performance](performance.md) for benchmarks.
 
 """
 
@@ -53,7 +54,7 @@ def _command(name: str, command: Any) -> Iterator[str]:
     for code, meaning in EXIT_CODES.get(name, {}).items():
         yield f"Exit code {code}: {meaning}.\n"
     rows = [_row(parameter) for parameter in command.params if parameter.name != "help"]
-    yield "| Argument or option | What it says | Default |"
+    yield "| Argument or option | Meaning | Default |"
     yield "|---|---|---|"
     yield from rows
     yield ""

@@ -53,7 +53,7 @@ test("an http endpoint becomes ws and keeps its own query", () => {
   assert.equal(socket.endPointURL(), "wss://relay.test/x/socket/websocket?k=v&vsn=2.0.0");
 });
 
-test("the token travels as a subprotocol and is asked anew on each connect", () => {
+test("the token travels as a subprotocol and is evaluated on each connect", () => {
   let count = 0;
   socket = makeSocket({ authToken: () => `token${++count}` });
   connect().end();
@@ -136,7 +136,7 @@ test("disconnect closes at once, calls back, and stays closed until connect", ()
   assert.ok(socket.isConnected());
 });
 
-test("callbacks are told, and no more after off", () => {
+test("callbacks are called, and no more after off", () => {
   const seen = [];
   const refs = [socket.onOpen(() => seen.push("open")), socket.onMessage(({ event }) => seen.push(event))];
   const wire = connect();

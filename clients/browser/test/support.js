@@ -50,7 +50,7 @@ export class FakeWebSocket {
   }
 }
 
-/** Stands in for `setTimeout` and goes when told to; Node's own, `mock.timers`, differs from version to version. */
+/** Stands in for `setTimeout` and fires on request; Node's own, `mock.timers`, differs from version to version. */
 export class Clock {
   #real = { setTimeout, clearTimeout };
   #timers = new Map();

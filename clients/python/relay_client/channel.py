@@ -12,16 +12,16 @@ from relay_client.link import Fresh, Link, log, value_of
 from relay_client.wire import Message, check_text, encode_payload
 
 LEAVE_TIMEOUT_S = 1.0
-"""How long a leave may take to be sent; nobody waits for its reply."""
+"""Seconds for sending a leave; its reply is not awaited."""
 
 
 class Channel:
-    """One topic: ``async with`` joins and leaves it, ``async for`` gives its events, `push` sends one.
+    """One topic: ``async with`` joins and leaves it, ``async for`` receives its events, `push` sends one.
 
-    Made by `Socket.join`, to be entered once. Two loops over it share its events.
+    Created by `Socket.join`, to be entered once. Two loops over one channel share its events.
 
-    Attributes: topic: its name.
-                response: what the server answered to the last join.
+    Attributes: topic: name of the topic.
+                response: the server's response to the last join.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Channel:
 
     @property
     def is_joined(self) -> bool:
-        """Whether events arrive at this moment."""
+        """Whether the topic is joined, so that events arrive."""
         return self._joined.is_set() and not self._is_over
 
     @property
     def dropped(self) -> int:
-        """How many events the queue has dropped so far."""
+        """Number of events that the queue has dropped."""
         return self._queue.dropped
 
     async def __aenter__(self) -> Self:
@@ -90,13 +90,13 @@ class Channel:
     async def push(self, event: str, payload: Any = None, *, timeout_s: float | None = None, reply: bool = True) -> Any:
         """Send an event, and return the response of its ``ok`` reply.
 
-        While the topic is being joined again the push waits for that.
+        If the topic is being rejoined, the push waits for that.
 
-        Args:   payload: what JSON knows, or bytes; ``{}`` where there is none.
-                timeout_s: for all of it; the socket's unless given.
-                reply: False where no reply is wanted, or none is given: returns None once it is sent.
-        Raises: PushError, with the server's reason.
-                ValueError, TypeError: what cannot be sent, at once: the connection and other pushes do not notice.
+        Args:   payload: a JSON-serializable value, or bytes; ``{}`` by default.
+                timeout_s: seconds for the whole push; by default those of the socket.
+                reply: False sends the push without requesting a reply; the call returns None once it is sent.
+        Raises: PushError: the server refused the push, or did not answer in time; contains the reason.
+                ValueError, TypeError: a payload that cannot be sent; raised at once, without effect on the connection.
         """
         _ = check_text("event", event)
         data = encode_payload({} if payload is None else payload)
@@ -116,7 +116,7 @@ class Channel:
         return self
 
     async def __anext__(self) -> Event:
-        """The next event. The loop ends when the topic is left, or closed by the server; QueueOverflow may end it."""
+        """Return the next event. The loop ends when the topic is left, closed by the server, or with QueueOverflow."""
         return await self._queue.get()
 
     def receive(self, message: Message) -> None:

@@ -1,21 +1,21 @@
-"""Everything this client raises on purpose.
+"""Exceptions of this client.
 
 ClientError
 ├── ConnectError        the connection could not be made
 ├── PushError           a push was not answered with ``ok``
 │   └── JoinError       a join was not
-└── QueueOverflow       a loop was too slow for its events, and had asked to be told so
+└── QueueOverflow       a loop with ``overflow="raise"`` was too slow for its events
 """
 
 from typing import Any
 
 
 class ClientError(Exception):
-    """The root of them all."""
+    """Base class of all exceptions of this client."""
 
 
 class ConnectError(ClientError):
-    """The connection could not be made: nobody listens, the server refused, or it took too long."""
+    """The connection failed: no server listens, the server refused it, or it took too long."""
 
     def __init__(self, url: str, why: str) -> None:
         super().__init__(f"{url}: {why}")
@@ -24,11 +24,11 @@ class ConnectError(ClientError):
 class PushError(ClientError):
     """A push was not answered with ``ok``.
 
-    Attributes: status: what the server answered, ``error`` as a rule; or, where it answered nothing: ``timeout``;
-                ``disconnected``, when the connection or the topic was lost meanwhile and nobody knows whether the push
-                arrived;
-                ``closed``, when the topic, or the whole socket, is left or closed for good.
-                response: the reply's, bytes or decoded JSON; None where there was no reply.
+    Attributes: topic, event: of the push.
+                status: the status of the reply, usually ``error``; or, without a reply: ``timeout``;
+                ``disconnected`` if the connection or the topic was lost, so that the push may have arrived or not;
+                ``closed`` if the topic or the socket has been left or closed.
+                response: the response in the reply, bytes or decoded JSON; None without a reply.
     """
 
     def __init__(self, topic: str, event: str, status: str, response: Any = None) -> None:
@@ -40,7 +40,7 @@ class PushError(ClientError):
 
     @property
     def reason(self) -> Any:
-        """The response's ``reason``, or the status where it gives none."""
+        """The ``reason`` in the response, or the status if there is none."""
         return self.response.get("reason", self.status) if isinstance(self.response, dict) else self.status
 
 

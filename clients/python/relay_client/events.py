@@ -8,16 +8,16 @@ from typing import Any, Literal, TypeAlias
 from relay_client.errors import QueueOverflow
 
 Overflow: TypeAlias = Literal["drop-oldest", "latest", "raise"]
-"""What happens when a loop is slower than its events.
+"""What happens if a loop is slower than its events.
 
-``drop-oldest``: the oldest waiting event makes room. ``latest``: of each event name only the newest waits.
-``raise``: the loop gets what waits, then `QueueOverflow`.
+``drop-oldest``: the oldest queued event is dropped. ``latest``: only the newest event of each name is queued.
+``raise``: the loop receives the queued events, then `QueueOverflow`.
 """
 
 REJOINED = "relay_client:rejoined"
-"""The event that stands where the topic was lost and joined again: what was sent meanwhile is missing.
+"""Name of the event that marks a rejoin: events that were sent before it, while the topic was lost, are missing.
 
-Its payload is ``{"reason": why it was lost, "response": the new join's}``.
+Its payload is ``{"reason": why the topic was lost, "response": response of the new join}``.
 """
 
 
@@ -26,8 +26,8 @@ class Event:
     """One event of a topic, or `REJOINED`.
 
     Attributes: payload: decoded JSON, or bytes.
-                ref: null unless the server says otherwise.
-                dropped: how many events this loop lost directly before this one, because it was too slow.
+                ref: None, unless the server sets it.
+                dropped: number of events that this loop lost directly before this one because it was too slow.
     """
 
     topic: str
@@ -97,7 +97,7 @@ class EventQueue:
         self._gap += 1
 
     def end(self, error: BaseException | None = None) -> None:
-        """Add nothing any more; whoever waits gets what is left, and then ``error``, or the end of its loop."""
+        """Close the queue; a waiting loop receives the remaining events, then ``error``, or ends."""
         if not self._is_over:
             self._is_over, self._error = True, error
             self._wake.set()

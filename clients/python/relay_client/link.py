@@ -33,7 +33,7 @@ def refusal(topic: str, event: str, status: str, response: Any = None) -> PushEr
 
 
 class Link:
-    """Sends messages while there is a connection, and hands each reply to whoever waits for it.
+    """Sends messages while connected, and passes each reply to the caller that waits for it.
 
     Attributes: is_over: there will be no connection any more.
     """
@@ -51,7 +51,7 @@ class Link:
         self._is_open.set()
 
     def lose(self) -> None:
-        """The connection is gone: whoever waits for a reply waits in vain."""
+        """The connection is lost: fail all pending replies."""
         self._connection = None
         self._is_open.clear()
         self.fail("disconnected")
@@ -96,7 +96,7 @@ class Link:
                 reply.exception()  # seen: it may have come while the caller was being cancelled
 
     def settle(self, reply: Message) -> None:
-        """Hand over a reply; one that nobody waits for is too late."""
+        """Pass on a reply; without a waiting caller it is too late, and ignored."""
         message, future = self._pending.get(reply.ref, (reply, None))
         if future is None or future.done():
             return
@@ -107,7 +107,7 @@ class Link:
             future.set_exception(refusal(message.topic, message.event, status, response))
 
     def fail(self, status: str, topic: str | None = None) -> None:
-        """Nobody will answer what is waited for on this topic, or on all."""
+        """Fail all pending replies of this topic, or of all topics."""
         for message, future in self._pending.values():
             if not future.done() and topic in (None, message.topic):
                 future.set_exception(refusal(message.topic, message.event, status))

@@ -46,20 +46,22 @@ def rejoin_s(tries: int) -> float:
 
 
 class Socket:
-    """A connection: made on entering, once, and made again whenever it is lost, unless the server closes it with 1000.
+    """A connection to the server. Entering the block connects once; a lost connection is restored automatically.
 
-    Args:       url: of the socket, without ``/websocket``: ``ws://localhost:8000/socket``.
-                token: a secret, sent beside the subprotocol; a function, sync or async, is asked anew on each connect.
-                params: for the URL; or a function, likewise.
-                timeout_s: for a connection, a join, or the reply to a push.
-                heartbeat_s: between heartbeats; one that is not answered in time means a new connection.
-                reconnect_s: seconds to wait before the n-th try (n from 1) to connect again.
-                rejoin_s: the same for a topic that is joined again over a connection that holds.
-                options: further ones of ``websockets.connect``: ``ssl``, ``additional_headers``, ``max_size``, …
-                    Without ``proxy`` among them this machine is asked directly, whatever ``HTTP_PROXY`` says.
+    The socket does not reconnect if the server closes it with code 1000.
+
+    Args:       url: address of the socket, without ``/websocket``: ``ws://localhost:8000/socket``.
+                token: a secret, sent beside the subprotocol; or a function, sync or async, called for each connection.
+                params: query parameters of the URL; or a function, likewise.
+                timeout_s: seconds for a connection, a join, or the reply to a push.
+                heartbeat_s: seconds between heartbeats; one that is not answered in time causes a reconnect.
+                reconnect_s: function that returns the seconds before the n-th attempt (n from 1) to reconnect.
+                rejoin_s: the same for the n-th attempt to rejoin a topic over an open connection.
+                options: further options of ``websockets.connect``: ``ssl``, ``additional_headers``, ``max_size``, …
+                    Unless ``proxy`` is among them, connections to this machine ignore ``HTTP_PROXY``.
     Raises:     ValueError, TypeError: an address or a header that cannot be sent.
-    Attributes: reconnects: how often it was made again.
-                undecodable: how many frames came that are none of Phoenix's V2; each is logged.
+    Attributes: reconnects: number of reconnects.
+                undecodable: number of received frames that are not valid Phoenix V2; each is logged.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class Socket:
 
     @property
     def is_connected(self) -> bool:
-        """Whether there is a connection at this moment."""
+        """Whether the socket is connected."""
         return self._link.is_open
 
     def join(
@@ -107,11 +109,11 @@ class Socket:
         limit: int = 1000,
         overflow: Overflow = "drop-oldest",
     ) -> Channel:
-        """A topic, to be joined by ``async with``; a topic is joined once per socket at a time.
+        """Return a channel, which joins its topic in an ``async with`` block. A socket joins a topic once at a time.
 
-        Args: params: sent with the join; a function, sync or async, is asked anew on each join and rejoin.
-              limit: how many events may wait for the loop.
-              overflow: what happens with more: see `Overflow`.
+        Args: params: sent with the join; or a function, sync or async, called for each join and rejoin.
+              limit: number of events that may be queued for the loop.
+              overflow: what happens if more are queued: ``"drop-oldest"``, ``"latest"`` or ``"raise"``.
         Raises: ValueError, TypeError: a topic that cannot be sent.
         """
         _ = check_text("topic", topic)
@@ -126,7 +128,7 @@ class Socket:
         )
 
     async def __aenter__(self) -> Self:
-        """Connect. Raises ConnectError at the first failure: what never worked is not tried for ever."""
+        """Connect. Raises ConnectError at the first failure: only an established connection is retried."""
         if self._task is not None:
             raise RuntimeError("a socket is entered once: connect() makes another")
         first: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -268,7 +270,7 @@ class Socket:
 
 
 connect = Socket
-"""``async with connect("ws://localhost:8000/socket") as socket:`` connects, and closes in the end."""
+"""Alias of `Socket`: ``async with connect("ws://localhost:8000/socket") as socket:`` connects, then closes."""
 
 
 async def _close(connection: ClientConnection) -> None:

@@ -91,7 +91,7 @@ def encode(message: Message) -> str | bytes:
 def decode(frame: str | bytes) -> Message:
     """From a text frame, or from a binary push, reply or broadcast.
 
-    Raises: ValueError: it is none.
+    Raises: ValueError: not a valid frame.
     """
     message = _decode_text(frame) if isinstance(frame, str) else _decode_binary(frame)
     if message.event == "phx_reply":
