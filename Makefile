@@ -30,6 +30,7 @@ check: .venv/.dev ## check format, lint, types and spelling (a minute or two)
 	$(BIN)/mypy $(CODE)
 	PATH="$(CURDIR)/$(BIN):$$PATH" basedpyright --verifytypes relay --ignoreexternal
 	$(BIN)/codespell
+	$(BIN)/lint-imports --no-cache >/dev/null || $(BIN)/lint-imports --no-cache
 
 lint: check ## the same as check
 

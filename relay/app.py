@@ -9,10 +9,9 @@ import re
 import warnings
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, overload
 from urllib.parse import quote
 
 from pydantic import ValidationError
@@ -21,21 +20,19 @@ from starlette.routing import BaseRoute, Mount
 
 from relay.auth.api_key import ApiKeyAuth, api_key_from
 from relay.auth.authenticator import Authenticate
-from relay.auth.keys import Key
 from relay.auth.tokens import load_keys
 from relay.brokers.base import Link
 from relay.channels.socket import Socket
 from relay.config import EMBEDDED, Config
 from relay.config_sources import explain, load
 from relay.errors import ConfigError, RelayError
-from relay.logs import RateLimitedLoggers
-from relay.metrics import REFUSED_STATE, Metrics
-from relay.node import Node
+from relay.log import RateLimitedLoggers
+from relay.metrics import IDLE, REFUSED_STATE, Metrics, ProcessState
+from relay.node import Components, Node
 from relay.paths import below, replace_route_path, route_path, segments, split_raw
-from relay.plugins import Plugin, hooks, system
+from relay.plugins import Plugin, system
 from relay.plugins.hooks import check_handler
 from relay.plugins.loader import PluginSet, load_plugins
-from relay.protocol.topics import is_event, is_topic
 from relay.proxy_headers import apply_forwarded_headers, hosts_of, parse_networks
 from relay.service_links import log_service_links
 from relay.threadsafe import LOOP_HAS_ENDED, ONE_LOOP, Call
@@ -46,7 +43,7 @@ from relay.transports.handshake import HandshakeRejected
 from relay.transports.network_access import SEVERAL_HOSTS, NetworkAccess
 from relay.web import console, pages
 from relay.web.console import Console
-from relay.web.prometheus import IDLE, MetricsExporter, State
+from relay.web.prometheus import MetricsExporter
 
 if TYPE_CHECKING:
     from relay.web.proxy import Proxy
@@ -93,32 +90,43 @@ class Relay:
                 'redis_url: expected where to hear events: redis_url="redis://localhost:6379", '
                 f'redis_url="{EMBEDDED}" for a server of the relay\'s own, or broadcast_url="memory://"'
             )
-        self.keys: tuple[Key, ...] = load_keys(self.config.auth)
         if authenticate is not None:
             check_handler("authenticate", authenticate, "request")
-        self._authenticate = authenticate
-        self._tracer = Tracer() if self.config.tracing else None
         self.metrics: Metrics = Metrics()
         self.figures: MetricsExporter = MetricsExporter(self.metrics, self._state, self.config.metrics.folder)
-        builtins = (system.plugin,) if self.config.system_topic else ()
-        self.plugins: PluginSet = load_plugins(self.config.plugins, (*extra_plugins, *builtins))
-        for name in (found.name for found in self.plugins.found if found.plugin):
-            # Or the first fault would be no rise of anything.
-            self.metrics.plugin_calls[name] = self.metrics.plugin_errors[name] = 0
-        self._loggers = RateLimitedLoggers()
-        self._log = self._loggers.get("relay.socket")
-        self.operators: ApiKeyAuth = ApiKeyAuth(self.config, self.authenticates, self._loggers)
-        self._reach = NetworkAccess(self.config, self.authenticates)
+        self.components: Components = self._make_components(extra_plugins, authenticate)
+        self._log = self.components.loggers.get("relay.socket")
         self._trusted_proxies = parse_networks(self.config.trusted_proxies)
         self._node: Node | None = None
         self._starting = asyncio.Lock()
-        self._console = Console(self, self._log) if self.config.console else None
+        self._console = Console(self.components, self._running_node, self.figures) if self.config.console else None
         self._proxies = self._make_proxies()
         self._http = self._make_http()
         self._socket_paths = frozenset((*segments(path), "websocket") for path in self.config.socket_paths)
         self._long_poll_paths = frozenset((*segments(path), "longpoll") for path in self.config.socket_paths)
         self._rest_path = segments(self.config.rest.path)
         self._proxied_paths = tuple(segments(entry.prefix) for entry in self.config.proxy)
+
+    def _make_components(self, extra_plugins: tuple[Plugin, ...], authenticate: Authenticate | None) -> Components:
+        config, loggers = self.config, RateLimitedLoggers()
+        keys = load_keys(config.auth)
+        builtins = (system.plugin,) if config.system_topic else ()
+        plugins = load_plugins(config.plugins, (*extra_plugins, *builtins))
+        for name in (found.name for found in plugins.found if found.plugin):
+            # Or the first fault would be no rise of anything.
+            self.metrics.plugin_calls[name] = self.metrics.plugin_errors[name] = 0
+        authenticates = config.auth.has_keys or authenticate is not None
+        return Components(
+            config,
+            self.metrics,
+            plugins,
+            loggers,
+            ApiKeyAuth(config, authenticates, loggers),
+            NetworkAccess(config, authenticates),
+            keys,
+            authenticate,
+            Tracer() if config.tracing else None,
+        )
 
     @classmethod
     def from_file(cls, path: str | Path, *, authenticate: Authenticate | None = None) -> "Relay":
@@ -129,8 +137,13 @@ class Relay:
 
     @property
     def authenticates(self) -> bool:
-        """Whether it asks who somebody is, by keys or by a function."""
-        return self.config.auth.has_keys or self._authenticate is not None
+        """Whether clients are authenticated, by keys or by a function."""
+        return self.components.authenticates
+
+    @property
+    def plugins(self) -> PluginSet:
+        """The plugins that were found."""
+        return self.components.plugins
 
     def _make_proxies(self) -> "list[Proxy]":
         if not self.config.proxy:
@@ -138,14 +151,14 @@ class Relay:
         from relay.web.proxy import Proxy, Share
 
         of_all = Share(self.config.limits.proxied_max)
-        return [Proxy(entry, of_all, self.metrics, self._loggers) for entry in self.config.proxy]
+        return [Proxy(entry, of_all, self.metrics, self.components.loggers) for entry in self.config.proxy]
 
-    def _make_http(self, routes: list[BaseRoute] | None = None) -> Starlette:
-        app = Starlette(routes=self._routes() if routes is None else routes)
+    def _make_http(self, plugin_routes: bool = True) -> Starlette:
+        app = Starlette(routes=self._routes(plugin_routes))
         app.router.redirect_slashes = False  # a redirect would repeat the request's own Host
         return app
 
-    def _routes(self) -> list[BaseRoute]:
+    def _routes(self, plugin_routes: bool) -> list[BaseRoute]:
         routes: list[BaseRoute] = []
         for proxy in self._proxies:
             routes += proxy.routes
@@ -153,11 +166,11 @@ class Relay:
             from relay.web.rest import make_rest
 
             routes += pages.docs_routes(self.config.rest.path)
-            routes.append(Mount(self.config.rest.path, make_rest(self)))
+            routes.append(Mount(self.config.rest.path, make_rest(self.components, self._running_node, plugin_routes)))
         if self.config.auth.tangram:
             from relay.web.rest import token_route
 
-            routes.append(token_route(self))
+            routes.append(token_route(self.components))
         for mount in routes:
             if isinstance(mount, Mount):
                 # Or a newline (%0A) would be no part of a path, and what is mounted would not be asked.
@@ -165,7 +178,7 @@ class Relay:
         return routes + pages.routes(
             self.config,
             self.metrics,
-            self.operators,
+            self.components.api_key_auth,
             lambda: self.link,
             self._refusal,
             self.figures.current_text,
@@ -184,18 +197,7 @@ class Relay:
             raise RelayError(f"the relay has been started in another event loop; expected one for all. {ONE_LOOP}")
         async with self._starting:
             if self._node is None:
-                node = Node(
-                    self.config,
-                    self.metrics,
-                    self.plugins.hooks,
-                    self,
-                    self.figures,
-                    self._loggers,
-                    self._tracer,
-                    authenticate=self._authenticate,
-                    keys=self.keys,
-                    reach=self._reach,
-                )
+                node = Node(self.components, self, self.figures)
                 self._node = node  # plugins may use the relay while they start
                 try:
                     await node.start()
@@ -220,7 +222,7 @@ class Relay:
                 self._starting = asyncio.Lock()  # the next start may be in another event loop
                 for proxy in self._proxies:
                     await proxy.close()
-                self._loggers.flush(at_once=True)  # what ending requests have left since the node's own flush
+                self.components.loggers.flush(at_once=True)  # what ending requests have left since the node's own flush
 
     def _let_go_of_ended(self) -> None:
         """Forget a node whose event loop has ended: nothing of it can go on."""
@@ -251,7 +253,7 @@ class Relay:
             from relay.web.rest import add_plugin_routes
 
             add_plugin_routes(self.plugins, app)
-            self._http = self._make_http(self._routes_without_plugins())
+            self._http = self._make_http(plugin_routes=False)
         app.mount(path, self)
         inner = app.router.lifespan_context
 
@@ -262,16 +264,12 @@ class Relay:
 
         app.router.lifespan_context = lifespan
 
-    def _routes_without_plugins(self) -> list[BaseRoute]:
-        plugins, self.plugins = self.plugins, PluginSet(hooks=self.plugins.hooks)
-        try:
-            return self._routes()
-        finally:
-            self.plugins = plugins
-
     @property
     def node(self) -> Node:
         """The running parts. Raises RelayError while the relay does not run."""
+        return self._running_node()
+
+    def _running_node(self) -> Node:
         if self._node is None:
             raise RelayError(
                 "the relay is not running: expected its lifespan (`async with relay.lifespan():`) or start() first"
@@ -292,16 +290,13 @@ class Relay:
         Raises: ValueError: a topic or an event that cannot be; TypeError: a payload that is not JSON-serializable;
                 RelayError: the relay is not running; BusUnavailable: the bus did not take it.
         """
-        pubsub = self.node.pubsub
-        return pubsub.start_call(partial(pubsub.broadcast, *_checked(topic, event), hooks.to_payload(payload)))
+        return self.node.publish(topic, event, payload)
 
     broadcast = publish
 
     def local_broadcast(self, topic: str, event: str, payload: object) -> bool:
         """Send an event to this process's own subscribers, past the bus; False where nobody has joined."""
-        pubsub = self.node.pubsub
-        send = partial(pubsub.local_broadcast, *_checked(topic, event), hooks.to_payload(payload))
-        return pubsub.home.ask(send, self.config.redis.timeout_s)
+        return self.node.local_broadcast(topic, event, payload)
 
     def broadcast_here(self, topic: str, event: str, payload: object) -> bool:
         """Call `local_broadcast`, under its former name."""
@@ -316,7 +311,7 @@ class Relay:
 
     def socket(self, socket_id: str) -> Socket | None:
         """A socket of this process by its id; None where there is none."""
-        return self.node.sockets.get(socket_id)
+        return self.node.socket(socket_id)
 
     @overload
     def disconnect(self, socket_id: str, reason: str = "") -> bool: ...
@@ -332,34 +327,27 @@ class Relay:
         first, or let ``authenticate`` refuse it.
         """
         if user is not None:
-            return self._order("disconnect", user, reason=reason)
-        found = self.socket(socket_id or "")
-        if found is not None:
-            found.disconnect(reason)
-        return found is not None
+            return self.node.disconnect_user(user, reason)
+        return self.node.disconnect(socket_id or "", reason)
 
     def kick(self, topic: str, *, user: str) -> Call:
         """Take a user out of a topic with ``phx_close``, on every node: the client does not rejoin by itself.
 
         BusUnavailable: only on this one. It starts at once, from any thread and event loop, as `publish` does.
         """
-        return self._order("kick", user, topic)
-
-    def _order(self, do: Literal["disconnect", "kick"], user: str, topic: str = "", reason: str = "") -> Call:
-        node = self.node
-        return node.pubsub.start_call(partial(node.send_control, do, user, topic, reason))
+        return self.node.kick(topic, user)
 
     @property
     def topics(self) -> dict[str, int]:
         """Topics joined in this process, with the number of their subscribers."""
-        return self.node.pubsub.home.ask(self.node.hub.topics, self.config.redis.timeout_s)
+        return self.node.topics
 
     @property
     def link(self) -> Link:
         """State of the link to the bus."""
         if self._node is None:
             return Link(False, "the relay is not running")
-        return Link(False, LOOP_HAS_ENDED) if self._node.pubsub.home.loop.is_closed() else self._node.broker.link
+        return self._node.link
 
     def _refusal(self) -> str:
         """Say why nobody should be sent here; empty when all is well."""
@@ -367,7 +355,7 @@ class Relay:
             return "the relay is restarting"
         return "" if self.link.live else self.link.reason
 
-    def _state(self) -> State:
+    def _state(self) -> ProcessState:
         return IDLE if self._node is None else self._node.state
 
     @property
@@ -426,11 +414,13 @@ class Relay:
         if scope["type"] == "websocket":
             is_exempt = path == _CONSOLE_SOCKET  # it asks for the key, or for this machine
         else:
-            is_exempt = (path in _OPEN_PATHS and not self._is_proxied(path)) or self.operators.has_key(scope)
-        refused = None if is_exempt else self._reach.check(came, scope)
+            is_exempt = (path in _OPEN_PATHS and not self._is_proxied(path)) or self.components.api_key_auth.has_key(
+                scope
+            )
+        refused = None if is_exempt else self.components.network_access.check(came, scope)
         if refused is None or scope["type"] == "websocket" or not self._is_for_operators(path):
             return refused
-        fault = self.operators.authorize(scope, api_key_from(scope), "rest")
+        fault = self.components.api_key_auth.authorize(scope, api_key_from(scope), "rest")
         return fault and HandshakeRejected(
             fault.status, fault.text, "wrong key" if fault.is_wrong_key else "not allowed"
         )
@@ -505,12 +495,3 @@ class Relay:
         _ = await receive()
         await self.stop()
         await send({"type": "lifespan.shutdown.complete"})
-
-
-def _checked(topic: str, event: str) -> tuple[str, str]:
-    if not is_topic(topic) or not is_event(event):
-        raise ValueError(
-            "expected a topic of 1 to 255 bytes and an event without colon, not phx_… or chan_reply_…, "
-            f"got {topic!r}, {event!r}"
-        )
-    return topic, event

@@ -6,9 +6,9 @@ here: a loss that is not counted is a bug.
 
 from bisect import bisect_left
 from collections import Counter, defaultdict
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 REFUSED_STATE = "relay.refused"
 """Where a server finds `Metrics.refused` in the lifespan's state, for what it refuses by itself."""
@@ -111,3 +111,18 @@ class Metrics:
     """How long handlers took, their waiting included, by plugin; services, which do not end, are not among them."""
     malformed: Counter[str] = field(default_factory=Counter)
     """Frames from clients that could not be understood, by close code."""
+
+
+class ProcessState(NamedTuple):
+    """What a process holds at this moment; everything else is in `Metrics`."""
+
+    sockets: Mapping[str, int]
+    """Sockets open, by how frames are written."""
+    topics: int
+    link_live: bool
+    link_pushes: bool = True
+    """Whether the bus takes pushes."""
+
+
+IDLE = ProcessState({}, 0, False, False)
+"""Of a relay that does not run."""

@@ -12,14 +12,17 @@ import uuid
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import partial
 from itertools import count
-from typing import Literal
+from typing import Literal, Protocol
 
 from relay import runtime_dir
+from relay.auth.api_key import ApiKeyAuth
 from relay.auth.authenticator import Authenticate, Authenticator
 from relay.auth.keys import Key
 from relay.auth.tokens import TokenVerifier
-from relay.brokers.base import Broker
+from relay.brokers.base import Broker, Link
 from relay.brokers.embedded import BESIDE_AUTH, EmbeddedValkey
 from relay.channels import control
 from relay.channels.channel import Services
@@ -28,14 +31,16 @@ from relay.channels.pubsub import PubSub
 from relay.channels.socket import Socket
 from relay.config import EMBEDDED, Config
 from relay.errors import AuthenticationError, CloseCode, ConfigError
-from relay.journal import ConnectionLog
-from relay.logs import RateLimitedLoggers
-from relay.metrics import Metrics
+from relay.log import ConnectionLog, RateLimitedLoggers
+from relay.metrics import Metrics, ProcessState
 from relay.permissions import Identity
 from relay.plugins.dispatcher import HandlerError, is_being_cancelled
-from relay.plugins.hooks import Hook, Hooks
+from relay.plugins.hooks import Hook, Hooks, to_payload
+from relay.plugins.loader import PluginSet
+from relay.protocol.topics import is_event, is_topic
 from relay.proxy_headers import rate_limit_key
 from relay.siblings import Siblings
+from relay.threadsafe import LOOP_HAS_ENDED, Call
 from relay.tracing import Trace, Tracer
 from relay.transports import handshake
 from relay.transports.admission import ConnectionLimiter
@@ -45,7 +50,6 @@ from relay.transports.network_access import NetworkAccess
 from relay.transports.outbox import OutboxBudget
 from relay.transports.websocket import WebSocketTransport
 from relay.transports.writer import EXTENSION, DirectWriter
-from relay.web.prometheus import WRITE_INTERVAL_S, MetricsExporter, State
 
 _logger = logging.getLogger("relay")
 
@@ -59,36 +63,59 @@ _SERVICE_BACKOFF_S = 1.0
 _SERVICE_BACKOFF_MAX_S = 30.0
 
 
+_WRITE_INTERVAL_S = 1.0
+"""Seconds between two writes of a worker's metrics; what a worker has counted since is lost where it is killed."""
+
+
+class Exporter(Protocol):
+    """What writes the metrics of this process for the other workers, while it runs."""
+
+    async def leave(self) -> None:
+        """Write them once more. Raises OSError."""
+
+    def close(self) -> None:
+        """Release what it writes with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Components:
+    """What a relay is made of before it starts."""
+
+    config: Config
+    metrics: Metrics
+    plugins: PluginSet
+    loggers: RateLimitedLoggers
+    api_key_auth: ApiKeyAuth
+    """Who may use the REST interface, the console and the metrics."""
+    network_access: NetworkAccess
+    keys: tuple[Key, ...] = ()
+    """The static keys of tokens."""
+    authenticate: Authenticate | None = None
+    """The application's own authentication of clients."""
+    tracer: Tracer | None = None
+    """Makes spans; None where the settings want none."""
+
+    @property
+    def authenticates(self) -> bool:
+        """Whether clients are authenticated, by keys or by a function."""
+        return self.config.auth.has_keys or self.authenticate is not None
+
+
 class Node:
-    """A running relay.
+    """A running relay: one process among others on the same bus.
 
     Args: owner: what handlers are given as ``relay``.
-          figures: written for the other workers while this one runs.
-          loggers: the relay's, flushed now and then while this runs.
-          tracer: makes spans; None where the settings want none.
-          authenticate: the team's own say in who gets in.
-          keys: the static keys of tokens.
-          reach: whose pages may connect besides those that ``origins`` names.
+          exporter: writes the metrics for the other workers.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        metrics: Metrics,
-        hooks: Hooks,
-        owner: object,
-        figures: MetricsExporter,
-        loggers: RateLimitedLoggers,
-        tracer: Tracer | None = None,
-        authenticate: Authenticate | None = None,
-        keys: tuple[Key, ...] = (),
-        reach: NetworkAccess | None = None,
-    ) -> None:
+    def __init__(self, components: Components, owner: object, exporter: Exporter) -> None:
+        config, metrics, loggers = components.config, components.metrics, components.loggers
+        hooks, tracer, authenticate = components.plugins.hooks, components.tracer, components.authenticate
         self._tracer = tracer
         self._loggers = loggers
         self._log = loggers.get("relay.socket")
         self._metrics = metrics
-        self._figures = figures
+        self._exporter = exporter
         self._hooks = hooks
         self._owner = owner
         limits = config.limits
@@ -117,7 +144,7 @@ class Node:
         # have the import's state in common.
         self._numbers = map(f"{uuid.uuid4().hex[:8]}-{{}}".format, count(1))
         self.pubsub.on_control = self._receive_order
-        self._verifier = TokenVerifier(config.auth, keys, loggers=loggers) if config.auth.has_keys else None
+        self._verifier = TokenVerifier(config.auth, components.keys, loggers=loggers) if config.auth.has_keys else None
         authenticator: Authenticator | None = None
         if self._verifier or authenticate or config.auth.anonymous or config.auth.authenticated:
             verify = self._verifier.verify if self._verifier else None
@@ -125,8 +152,8 @@ class Node:
                 config, self.pubsub.caller, verify, authenticate, decisions=self.pubsub.decisions
             )
         self._services = Services(config, self.pubsub, self.hub, metrics, ConnectionLog(loggers), authenticator)
-        self._reach = reach or NetworkAccess(config, bool(self._verifier or authenticate))
-        if self._embedded is not None and (self._verifier or authenticate):
+        self._network_access = components.network_access
+        if self._embedded is not None and components.authenticates:
             _logger.warning("redis_url: %s", BESIDE_AUTH)
         self._siblings = Siblings(self._own_bus())
         self.sockets: dict[str, Socket] = {}
@@ -157,7 +184,7 @@ class Node:
         self._siblings.check()
         self._tasks.append(asyncio.create_task(self._check_idle()))
         if self.config.metrics.folder:
-            self._tasks.append(asyncio.create_task(self._keep_figures()))
+            self._tasks.append(asyncio.create_task(self._write_metrics_regularly()))
         self._tasks += [asyncio.create_task(self._run_service(hook)) for hook in self._hooks.services]
 
     def _own_bus(self) -> str:
@@ -168,7 +195,7 @@ class Node:
 
     async def _check_folder(self) -> None:
         try:
-            await self._figures.leave()
+            await self._exporter.leave()
         except OSError as error:
             folder = self.config.metrics.folder
             raise ConfigError(f"metrics.folder: {folder} cannot be written: {error.strerror}") from None
@@ -192,8 +219,8 @@ class Node:
         await self.pubsub.stop()
         if self._verifier is not None:
             await self._verifier.close()
-        await self._leave_figures()
-        self._figures.close()
+        await self._write_metrics()
+        self._exporter.close()
         self._siblings.leave()
         self._announced.close()
         self._loggers.flush(at_once=True)
@@ -320,7 +347,7 @@ class Node:
     ) -> Socket | None:
         """Do the handshake of a ``websocket`` scope; None where it was refused."""
         config, authenticator = self.config, self._services.authenticator
-        shake = handshake.check(scope, config.origins, has_local_pages=self._reach.has_local_pages(scope))
+        shake = handshake.check(scope, config.origins, has_local_pages=self._network_access.has_local_pages(scope))
         identity: Identity | None = None
         if authenticator is not None and not isinstance(shake, HandshakeRejected):
             try:
@@ -348,12 +375,52 @@ class Node:
         )
         return Socket(transport, shake.version, self._services, identity, trace)
 
-    # Sending users away.
+    # What applications, plugins, REST and the console ask for.
+
+    def publish(self, topic: str, event: str, payload: object) -> Call:
+        """Send an event to all subscribers of a topic, on every node; see `relay.Relay.publish`."""
+        return self.pubsub.start_call(partial(self.pubsub.broadcast, *_checked(topic, event), to_payload(payload)))
+
+    def local_broadcast(self, topic: str, event: str, payload: object) -> bool:
+        """Send an event to this process's own subscribers, past the bus; False where there are none."""
+        send = partial(self.pubsub.local_broadcast, *_checked(topic, event), to_payload(payload))
+        return self.pubsub.home.ask(send, self.config.redis.timeout_s)
+
+    def socket(self, socket_id: str) -> Socket | None:
+        """A socket of this process by its id."""
+        return self.sockets.get(socket_id)
+
+    def disconnect(self, socket_id: str, reason: str = "") -> bool:
+        """Close a socket of this process with 1001; False where there is none of this id."""
+        found = self.sockets.get(socket_id)
+        if found is not None:
+            found.disconnect(reason)
+        return found is not None
+
+    def disconnect_user(self, user: str, reason: str = "") -> Call:
+        """Close all sockets of a user with 1001, on every node; BusUnavailable: only on this one."""
+        return self.pubsub.start_call(partial(self.send_control, "disconnect", user, reason=reason))
+
+    def kick(self, topic: str, user: str) -> Call:
+        """Take a user out of a topic with ``phx_close``, on every node; BusUnavailable: only on this one."""
+        return self.pubsub.start_call(partial(self.send_control, "kick", user, topic))
+
+    @property
+    def topics(self) -> dict[str, int]:
+        """Topics joined in this process, with the number of their subscribers."""
+        return self.pubsub.home.ask(self.hub.topics, self.config.redis.timeout_s)
+
+    @property
+    def link(self) -> Link:
+        """State of the link to the bus."""
+        return Link(False, LOOP_HAS_ENDED) if self.pubsub.home.loop.is_closed() else self.broker.link
+
+    # Control messages.
 
     def send_control(
         self, do: Literal["disconnect", "kick"], user: str, topic: str = "", reason: str = ""
     ) -> asyncio.Future[None]:
-        """Send a user away here and on all other nodes; the future fails with BusUnavailable where they do not hear."""
+        """Disconnect or remove a user here and on all other nodes; BusUnavailable: only here."""
         order = control.ControlMessage(do, user, self._name, topic, reason)
         self._apply_control(order)
         return self.pubsub.publish_control_message(order)
@@ -401,21 +468,21 @@ class Node:
                     if socket.close(CloseCode.POLICY_VIOLATION, f"no topic joined within {join_s:g} s"):
                         self._metrics.refused["no join in time"] += 1
 
-    async def _keep_figures(self) -> None:
+    async def _write_metrics_regularly(self) -> None:
         while True:
-            await self._leave_figures()
-            await asyncio.sleep(WRITE_INTERVAL_S)
+            await self._write_metrics()
+            await asyncio.sleep(_WRITE_INTERVAL_S)
 
-    async def _leave_figures(self) -> None:
+    async def _write_metrics(self) -> None:
         try:
-            await self._figures.leave()
+            await self._exporter.leave()
         except OSError as error:  # a full disk, say: the others see what was written last
             self._log.warning("figures", "metrics.folder cannot be written: %s", error)
 
     @property
-    def state(self) -> State:
+    def state(self) -> ProcessState:
         """What this process holds at this moment; asked for in another thread too."""
-        return State(dict(self._write_modes), len(self.hub), self.broker.link.live, self.pubsub.can_publish)
+        return ProcessState(dict(self._write_modes), len(self.hub), self.broker.link.live, self.pubsub.can_publish)
 
     async def _run_service(self, hook: Hook) -> None:
         """Run a plugin's service as long as the relay runs; when it ends or raises, start it again after a while."""
@@ -439,6 +506,15 @@ class Node:
                 wait_s = _SERVICE_BACKOFF_S
             await asyncio.sleep(random.uniform(wait_s / 2, wait_s))
             wait_s = min(2 * wait_s, _SERVICE_BACKOFF_MAX_S)
+
+
+def _checked(topic: str, event: str) -> tuple[str, str]:
+    if not is_topic(topic) or not is_event(event):
+        raise ValueError(
+            "expected a topic of 1 to 255 bytes and an event without colon, not phx_… or chan_reply_…, "
+            f"got {topic!r}, {event!r}"
+        )
+    return topic, event
 
 
 def _make_broker(config: Config, metrics: Metrics, hooks: Hooks) -> Broker:

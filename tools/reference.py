@@ -214,7 +214,7 @@ def http() -> str:
     relay = Relay(broadcast_url="memory://")
     lines = ["# HTTP routes", "", "The routes of the REST API, below `rest.path`, by default `/api`.", ""]
     lines += ["For examples, see [REST API](../rest.md).", "", "| Route | Meaning | Responses |", "|---|---|---|"]
-    for path, methods in make_rest(relay).openapi()["paths"].items():
+    for path, methods in make_rest(relay.components, lambda: relay.node).openapi()["paths"].items():
         for method, about in methods.items():
             text = (about.get("description") or about["summary"]).split("\n\n")[0].replace("\n", " ").replace("``", "`")
             lines.append(f"| `{method.upper()} {path}` | {text} | {', '.join(about['responses'])} |")

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from relay.config import Config
-from relay.logs import RateLimitedLoggers
+from relay.log import RateLimitedLoggers
 from relay.transports.network_access import NetworkAccess, is_foreign_page, is_this_machine
 
 

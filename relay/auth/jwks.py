@@ -15,7 +15,7 @@ from jwt.exceptions import PyJWTError
 
 from relay.auth.keys import Key, key_of_jwk
 from relay.config import AuthConfig
-from relay.logs import RateLimitedLogger
+from relay.log import RateLimitedLogger
 from relay.proxy_headers import is_this_machine, origin_of
 from relay.version import __version__
 

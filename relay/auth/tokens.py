@@ -20,7 +20,7 @@ from relay.auth.jwks import Fetch, PublishedKeys
 from relay.auth.keys import Key, read_key
 from relay.config import AuthConfig
 from relay.errors import AuthenticationError, ConfigError, Reason
-from relay.logs import RateLimitedLoggers
+from relay.log import RateLimitedLoggers
 
 _TOKEN_MAX_BYTES = 16_384
 _LAST_SECOND = 1e15

@@ -22,7 +22,7 @@ from relay.channels.pubsub import PubSub
 from relay.concurrency import Continuation, KeyedQueue
 from relay.config import Config, Policy
 from relay.errors import SUBSCRIPTION_ENDED, BusUnavailable, Reason
-from relay.journal import ConnectionLog
+from relay.log import ConnectionLog
 from relay.metrics import Metrics
 from relay.plugins import hooks
 from relay.plugins.dispatcher import HandlerError

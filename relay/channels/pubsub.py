@@ -21,7 +21,7 @@ from relay.channels.hub import JOINED_MAX_BYTES, Hub, Subscriber
 from relay.concurrency import JOB_BYTES, Continuation, InFlight, KeyedQueue
 from relay.config import Config, Direction, OnGap
 from relay.errors import BusUnavailable, Reason, RelayError
-from relay.logs import RateLimitedLoggers
+from relay.log import RateLimitedLoggers
 from relay.metrics import Metrics
 from relay.plugins.dispatcher import HandlerError, HandlerRunner
 from relay.plugins.hooks import Event as HookedEvent

@@ -18,7 +18,7 @@ from relay.channels.pubsub import PubSub
 from relay.concurrency import Continuation, Job, KeyedQueue
 from relay.config import Policy
 from relay.errors import IN_FLIGHT_FULL, SUBSCRIPTION_ENDED, CloseCode, Reason, WireError
-from relay.journal import Totals
+from relay.log import Totals
 from relay.permissions import Identity
 from relay.protocol import serializer
 from relay.protocol.frame import Frame

@@ -149,7 +149,7 @@ def check(config: ConfigFile = None) -> None:
     settings = load(config)
     has_bus = settings.redis_url or settings.broadcast_url
     relay = Relay(settings if has_bus else settings.model_copy(update={"redis_url": EMBEDDED}))
-    keys, found = relay.keys, relay.plugins.found
+    keys, found = relay.components.keys, relay.plugins.found
     warned = [("warning", text) for text in (*_warnings(settings, keys), *_contradictions(settings))]
     warned += [("warning", f"plugin {each.name}: cannot be loaded: {each.fault}") for each in found if each.fault]
     said = [*_facts(settings, keys), *warned]

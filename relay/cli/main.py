@@ -420,7 +420,7 @@ def _logging(settings: Config) -> dict[str, Any]:
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "formatters": {"line": {"()": f"relay.logs.{settings.log_format.capitalize()}Formatter"}},
+        "formatters": {"line": {"()": f"relay.log.{settings.log_format.capitalize()}Formatter"}},
         "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
         "loggers": {
             "relay": {"handlers": ["stderr"], "level": settings.log_level.upper(), "propagate": False},

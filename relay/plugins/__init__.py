@@ -32,20 +32,19 @@ from relay.plugins.hooks import (
 if TYPE_CHECKING:
     from fastapi import APIRouter
 
-    from relay.app import Relay
-
 F = TypeVar("F", bound=Handler)
 
 # What handlers look like, for editors and type checkers: a handler of the wrong kind is marked where it is written.
+# `Any` stands for the `relay.Relay` that handlers are given: this module lies below it.
 _JoinAnswer = Mapping[str, Any] | None
 _EventAnswer = Event | None
 JoinHandler = TypeVar("JoinHandler", bound=Callable[[Join], _JoinAnswer | Awaitable[_JoinAnswer]])
 LeaveHandler = TypeVar("LeaveHandler", bound=Callable[[Leave], Awaitable[None] | None])
 PushHandler = TypeVar("PushHandler", bound=Callable[[Push], object])
 EventHandler = TypeVar("EventHandler", bound=Callable[[Event], _EventAnswer | Awaitable[_EventAnswer]])
-RedisHandler = TypeVar("RedisHandler", bound="Callable[[RedisMessage, Relay], Awaitable[None] | None]")
-Service = TypeVar("Service", bound="Callable[[Relay], Awaitable[None]]")
-LifetimeHandler = TypeVar("LifetimeHandler", bound="Callable[[Relay], Awaitable[None] | None]")
+RedisHandler = TypeVar("RedisHandler", bound=Callable[[RedisMessage, Any], Awaitable[None] | None])
+Service = TypeVar("Service", bound=Callable[[Any], Awaitable[None]])
+LifetimeHandler = TypeVar("LifetimeHandler", bound=Callable[[Any], Awaitable[None] | None])
 
 _PARAMETERS = {
     "join": ("join",),

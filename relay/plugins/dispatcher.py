@@ -15,7 +15,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from relay.logs import SUBJECT, RateLimitedLoggers
+from relay.log import SUBJECT, RateLimitedLoggers
 from relay.metrics import Metrics
 from relay.plugins.hooks import Hook, InvalidPayload, Join, Leave, Push, Refused, SocketInfo
 from relay.tracing import Tracer

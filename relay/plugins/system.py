@@ -10,14 +10,11 @@ Event ``stats``, to the sockets of this process alone (each worker tells its own
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from typing import Any
 
 import psutil
 
 from relay.plugins import Plugin
-
-if TYPE_CHECKING:
-    from relay.app import Relay
 
 plugin: Plugin = Plugin("system")
 
@@ -30,7 +27,7 @@ _LOOK_S = 0.1
 
 
 @plugin.service
-async def tell(relay: "Relay") -> None:
+async def tell(relay: Any) -> None:
     """Send the figures for ever; measures nothing while nobody listens."""
     metrics, hub = relay.metrics, relay.node.hub
     started = last_time = time.monotonic()

@@ -21,7 +21,7 @@ from uvicorn.supervisors import Multiprocess, multiprocess
 
 from relay.errors import ConfigError
 from relay.fd_limit import raise_descriptor_limit
-from relay.logs import RateLimitedLogger
+from relay.log import RateLimitedLogger
 from relay.transports.uvicorn_websocket import RelayWebSocketProtocol, server_loggers
 
 _logger = logging.getLogger("relay.server")

@@ -27,7 +27,7 @@ from websockets.frames import Close, Frame
 from websockets.server import ServerProtocol
 
 from relay.errors import CloseCode
-from relay.logs import RateLimitedLoggers
+from relay.log import RateLimitedLoggers
 from relay.metrics import count_refusal
 from relay.protocol.frame import DEFLATE_WINDOW_BITS
 from relay.rate_limit import TokenBucket

@@ -16,7 +16,7 @@ from typing import Any
 
 from relay.config import LimitsConfig, Policy
 from relay.errors import CloseCode
-from relay.logs import RateLimitedLogger
+from relay.log import RateLimitedLogger
 from relay.metrics import Metrics
 from relay.protocol.frame import Frame
 from relay.transports.base import ReceiveCallable, Scope, SendCallable, TransportOwner

@@ -14,13 +14,14 @@ import logging
 import os
 import socket as sockets
 import time
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from relay.config import Policy
 from relay.errors import BusUnavailable, CloseCode, Reason, WireError
-from relay.logs import RateLimitedLogger
 from relay.metrics import BOUNDS_S
+from relay.node import Components, Node
 from relay.plugins import hooks
 from relay.protocol import serializer
 from relay.protocol.frame import Frame
@@ -33,9 +34,7 @@ from relay.transports.base import ReceiveCallable, Scope, SendCallable, Transpor
 from relay.transports.handshake import HandshakeRejected
 from relay.transports.websocket import WebSocketTransport
 from relay.version import __version__
-
-if TYPE_CHECKING:
-    from relay.app import Relay
+from relay.web.prometheus import MetricsExporter
 
 _logger = logging.getLogger("relay.console")
 
@@ -58,34 +57,36 @@ _LISTED_MAX = 200
 class Console:
     """What the operators of one relay see of this process.
 
-    Args: log: for warnings about its connections.
+    Args: node: the running one. Raises RelayError while there is none.
     """
 
-    def __init__(self, relay: "Relay", log: RateLimitedLogger) -> None:
-        self._relay = relay
-        self._log = log
+    def __init__(self, components: Components, node: Callable[[], Node], exporter: MetricsExporter) -> None:
+        self._components = components
+        self._node = node
+        self._exporter = exporter
         self._viewers: set[ConsoleSession] = set()
         self._numbers = 0
 
     async def serve(self, scope: Scope, receive: ReceiveCallable, send: SendCallable) -> None:
         """Serve one ``websocket`` scope from handshake to end."""
-        relay = self._relay
+        config, metrics = self._components.config, self._components.metrics
         # With a key no page can be made to connect in its user's name, so that any origin will do.
-        shake = handshake.check(scope, "any" if relay.config.rest.api_key else "same")
+        shake = handshake.check(scope, "any" if config.rest.api_key else "same")
         if not isinstance(shake, HandshakeRejected):
-            fault = relay.operators.authorize(scope, (shake.auth_token or "").encode(), "console")
+            fault = self._components.api_key_auth.authorize(scope, (shake.auth_token or "").encode(), "console")
             if fault is not None:
                 shake = HandshakeRejected(fault.status, fault.text, "console")
         if isinstance(shake, HandshakeRejected):
-            relay.metrics.refused[f"handshake: {shake.kind}"] += 1
+            metrics.refused[f"handshake: {shake.kind}"] += 1
             await handshake.refuse(scope, receive, send, shake)
             return
         await handshake.accept(receive, send, shake.subprotocol)
         self._numbers += 1
-        connection = WebSocketTransport(
-            f"console-{self._numbers}", scope, receive, send, relay.node.config.limits, relay.metrics, self._log
+        log = self._components.loggers.get("relay.socket")
+        transport = WebSocketTransport(
+            f"console-{self._numbers}", scope, receive, send, self._node().config.limits, metrics, log
         )
-        viewer = ConsoleSession(relay, connection, shake.version, str((scope.get("client") or "?")[0]))
+        viewer = ConsoleSession(transport, shake.version, self._node, self._exporter)
         self._viewers.add(viewer)
         try:
             await viewer.run()
@@ -144,12 +145,14 @@ class TopicObserver:
 class ConsoleSession:
     """One connection of an operator."""
 
-    def __init__(self, relay: "Relay", connection: Transport, version: Version, address: str) -> None:
-        self._relay = relay
-        self._connection = connection
+    def __init__(
+        self, transport: Transport, version: Version, node: Callable[[], Node], exporter: MetricsExporter
+    ) -> None:
+        self._transport = transport
         self._version = version
-        self._address = address
-        limits = relay.node.config.limits
+        self._node = node
+        self._exporter = exporter
+        limits = node().config.limits
         self._protocol = ChannelsProtocol(
             Subscription, version, topics_max=1, payload_max_bytes=limits.payload_max_bytes
         )
@@ -157,18 +160,18 @@ class ConsoleSession:
 
     async def run(self) -> None:
         """Serve until the connection is closed by either side."""
-        connection = self._connection
+        transport = self._transport
         telling = asyncio.create_task(self._tell())
         try:
-            while (frame := await connection.receive()) is not None:
+            while (frame := await transport.receive()) is not None:
                 try:
                     message = serializer.decode(frame, self._version)
                 except WireError as error:
-                    connection.reject(error.code, str(error))
+                    transport.reject(error.code, str(error))
                     continue
                 match self._protocol.receive(message):
                     case Send(answer):
-                        connection.send_control(answer)
+                        transport.send_control(answer)
                     case Join() as join if join.subscription.topic == TOPIC:
                         self._send(*self._protocol.accept(join))
                         await self._tell_figures()
@@ -181,22 +184,22 @@ class ConsoleSession:
                     case None:
                         pass
         except asyncio.CancelledError:
-            if not connection.is_own_cancellation():
+            if not transport.is_own_cancellation():
                 raise
         finally:
             await self._watch(None)
-            connection.end()
+            transport.end()
             telling.cancel()
             with suppress(asyncio.CancelledError):
                 await telling
 
     def close(self) -> None:
         """Close the connection with 1012."""
-        self._connection.close(CloseCode.RESTART, "the relay is restarting")
+        self._transport.close(CloseCode.RESTART, "the relay is restarting")
 
     def _send(self, *frames: Frame) -> None:
         for frame in frames:
-            self._connection.send_control(frame)
+            self._transport.send_control(frame)
 
     def _tell_all(self, event: str, payload: object) -> None:
         subscription = self._protocol.subscriptions.get(TOPIC)
@@ -216,8 +219,8 @@ class ConsoleSession:
                 await self._tell_figures()
 
     async def _tell_figures(self) -> None:
-        relay, link = self._relay, self._relay.link
-        figures = await relay.figures.current()
+        node = self._node()
+        figures = await self._exporter.current()
         self._tell_all(
             "figures",
             {
@@ -225,9 +228,9 @@ class ConsoleSession:
                 "version": __version__,
                 "at_ms": round(time.time() * 1000),
                 # Totals can be compared with those of the same source alone: a folder, or a process in its lifetime.
-                "source": relay.config.metrics.folder or str(figures["process_start_time_seconds"][""]),
+                "source": node.config.metrics.folder or str(figures["process_start_time_seconds"][""]),
                 # Live in every worker; why not is known of this one.
-                "link": {"live": bool(figures["relay_link_live"][""]), "reason": link.reason},
+                "link": {"live": bool(figures["relay_link_live"][""]), "reason": node.link.reason},
                 "bounds_s": BOUNDS_S,
                 "figures": figures,
             },
@@ -271,24 +274,24 @@ class ConsoleSession:
 
     def _topics(self, search: str) -> object:
         """Those whose names contain ``search``, the most joined first."""
-        hub, needle = self._relay.node.hub, search.lower()
+        hub, needle = self._node().hub, search.lower()
         found = [(count, name) for name, count in hub.topics().items() if needle in name.lower()]
         first = heapq.nsmallest(_LISTED_MAX, found, key=lambda one: (-one[0], one[1]))
         return {"total": len(found), "topics": [self._row(name, count) for count, name in first]}
 
     def _row(self, name: str, count: int) -> dict[str, Any]:
-        traffic = self._relay.node.hub.stats(name)
+        traffic = self._node().hub.stats(name)
         events, rate = traffic or (0, 0.0)
         return {"topic": name, "sockets": count, "events": events, "events_per_s": round(rate, 2)}
 
     def _topic(self, topic: str) -> object:
-        joined = [socket for socket in self._relay.node.sockets.values() if socket.subscription(topic)]
+        joined = [socket for socket in self._node().sockets.values() if socket.subscription(topic)]
         ids = [{"id": socket.id, "address": socket.address, "user": socket.user} for socket in joined[:_LISTED_MAX]]
         return {**self._row(topic, len(joined)), "joined": ids}
 
     async def _watch(self, topic: str | None) -> None:
         """Begin to tell the events of a topic, in place of those of another."""
-        node = self._relay.node
+        node = self._node()
         if self._tap is not None:
             tap, self._tap = self._tap, None
             if node.hub.remove(tap.topic, tap):
@@ -310,7 +313,7 @@ class ConsoleSession:
         needle = search.lower()
         found = [
             socket
-            for socket in self._relay.node.sockets.values()
+            for socket in self._node().sockets.values()
             if not needle
             or needle in socket.id
             or needle in (socket.user or "").lower()
@@ -321,7 +324,7 @@ class ConsoleSession:
         return {"total": len(found), "sockets": [self._socket(socket.id) for socket in first]}
 
     def _socket(self, socket_id: str) -> object:
-        socket = self._relay.socket(socket_id)
+        socket = self._node().socket(socket_id)
         if socket is None:
             raise hooks.Refused(f"no socket {socket_id!r} here")
         now = time.monotonic()
@@ -339,19 +342,19 @@ class ConsoleSession:
         }
 
     def _disconnect(self, socket_id: str) -> object:
-        if not self._relay.disconnect(socket_id):
+        if not self._node().disconnect(socket_id):
             raise hooks.Refused(f"no socket {socket_id!r} here")
-        _logger.info("socket %s: disconnected at the console, by %s", socket_id, self._address)
+        _logger.info("socket %s: disconnected at the console, by %s", socket_id, self._transport.address)
         return {}
 
     async def _publish(self, topic: str, event: str, payload: object) -> object:
         try:
-            await self._relay.broadcast(topic, event, payload)
+            await self._node().publish(topic, event, payload)
         except ValueError as error:
             raise hooks.Refused(str(error)) from None
         except BusUnavailable as error:
             raise hooks.Refused(f"bus unavailable: {error}") from None
-        _logger.info("event %r published to topic %r at the console, by %s", event, topic, self._address)
+        _logger.info("event %r published to topic %r at the console, by %s", event, topic, self._transport.address)
         return {}
 
 

@@ -23,33 +23,14 @@ from prometheus_client.registry import Collector
 
 from relay.errors import DROPPED, ConfigError
 from relay.fd_limit import descriptors
-from relay.metrics import BOUNDS_S, Histogram, Metrics
+from relay.metrics import BOUNDS_S, Histogram, Metrics, ProcessState
 from relay.version import __version__
 
 if TYPE_CHECKING:
     from relay.web.multiprocess import SnapshotStore
 
-WRITE_INTERVAL_S = 1.0
-"""Seconds between two writes of a worker's figures; what a worker has counted since is lost where it is killed."""
-
-
 READ_INTERVAL_S = 1.0
 """Seconds for which a reading is reused, however often it is asked for."""
-
-
-class State(NamedTuple):
-    """What a process holds at this moment; everything else is in `Metrics`."""
-
-    sockets: Mapping[str, int]
-    """Sockets open, by how frames are written."""
-    topics: int
-    link_live: bool
-    link_pushes: bool = True
-    """Whether the bus takes pushes."""
-
-
-IDLE = State({}, 0, False, False)
-"""Of a relay that does not run."""
 
 
 T = TypeVar("T")
@@ -60,7 +41,7 @@ Value: TypeAlias = float | list[float]
 Snapshot: TypeAlias = dict[str, dict[str, Value]]
 """Values by figure and label; "" where a figure has no label."""
 
-Source: TypeAlias = Callable[[Metrics, State, psutil.Process], Mapping[str, float | Histogram]]
+Source: TypeAlias = Callable[[Metrics, ProcessState, psutil.Process], Mapping[str, float | Histogram]]
 
 
 class MetricSpec(NamedTuple):
@@ -83,7 +64,7 @@ class MetricSpec(NamedTuple):
 def _of(field: str) -> Source:
     """Read a field of `Metrics`."""
 
-    def read(metrics: Metrics, state: State, process: psutil.Process) -> Mapping[str, float | Histogram]:
+    def read(metrics: Metrics, state: ProcessState, process: psutil.Process) -> Mapping[str, float | Histogram]:
         value = getattr(metrics, field)
         return value if isinstance(value, dict) else {"": value}
 
@@ -263,7 +244,7 @@ class MetricsExporter:
     def __init__(
         self,
         metrics: Metrics,
-        state: Callable[[], State],
+        state: Callable[[], ProcessState],
         folder: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -314,7 +295,7 @@ class MetricsExporter:
         }
 
     def of_all(self) -> Snapshot:
-        """The figures of all workers, now; those of the others are as old as `WRITE_INTERVAL_S` at most."""
+        """The figures of all workers, now; those of the others are as old as a second at most."""
         snapshot = self.snapshot()
         if self._folder is None:
             return snapshot

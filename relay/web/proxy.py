@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 
 from relay.config import ProxyConfig
-from relay.logs import RateLimitedLoggers
+from relay.log import RateLimitedLoggers
 from relay.metrics import Metrics
 from relay.paths import split_raw
 from relay.transports.base import ReceiveCallable, Scope, SendCallable

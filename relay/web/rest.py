@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from http import HTTPStatus
 from http.client import responses as phrases
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 from urllib.parse import quote, unquote
 
 from fastapi import APIRouter, FastAPI, HTTPException, Path, Query, Request, Security
@@ -30,16 +30,13 @@ from relay.auth.tokens import sign
 from relay.config import RedisConfig
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
+from relay.node import Components, Node
 from relay.paths import split_raw
 from relay.plugins.hooks import to_payload
 from relay.plugins.loader import PluginSet
 from relay.protocol.payload import Payload
 from relay.protocol.topics import is_event, is_topic
 from relay.version import __version__
-
-if TYPE_CHECKING:
-    from relay.app import Relay
-
 
 # What a schema can say of names; `relay.protocol.topics` says all.
 _TOPIC = r"^[^\x00-\x1f\x7f-\x9f]*$"
@@ -227,8 +224,12 @@ class _Bounded(Request):
             raise HTTPException(413, f"body: expected at most {self._max_bytes} bytes")
 
 
-def make_rest(relay: "Relay") -> FastAPI:
-    """Make the REST app of a relay, with the routes of its plugins."""
+def make_rest(components: Components, node: Callable[[], Node], plugin_routes: bool = True) -> FastAPI:
+    """Make the REST app of a relay.
+
+    Args: node: the running one. Raises RelayError while there is none.
+          plugin_routes: whether it has the routes of the plugins.
+    """
     app = FastAPI(
         title="relay",
         version=__version__,
@@ -243,8 +244,9 @@ def make_rest(relay: "Relay") -> FastAPI:
     app.add_exception_handler(StarletteHTTPException, _http_problem)
     app.add_exception_handler(Exception, _internal_error)
     app.add_middleware(_TwoNames)
-    app.include_router(_routes(relay))
-    add_plugin_routes(relay.plugins, app)
+    app.include_router(_routes(components, node))
+    if plugin_routes:
+        add_plugin_routes(components.plugins, app)
     return app
 
 
@@ -257,7 +259,9 @@ def add_plugin_routes(plugins: PluginSet, app: FastAPI) -> None:
             found.register(app)
 
 
-def _routes(relay: "Relay") -> APIRouter:
+def _routes(components: Components, node: Callable[[], Node]) -> APIRouter:
+    config = components.config
+
     class GuardedRoute(APIRoute):
         """Asks who is there before anything else; FastAPI's dependencies would have read the body by then."""
 
@@ -265,38 +269,38 @@ def _routes(relay: "Relay") -> APIRouter:
             handle = super().get_route_handler()
 
             async def authorize_and_handle(request: Request) -> Response:
-                _authorize(request, relay)
-                return await handle(_Bounded(request, relay.config.limits.body_max_bytes, relay.metrics))
+                _authorize(request, components)
+                return await handle(_Bounded(request, config.limits.body_max_bytes, components.metrics))
 
             return authorize_and_handle
 
     # These only describe the two headers, for the schema and the button "Authorize" of /docs.
     schemes = (HTTPBearer(auto_error=False), APIKeyHeader(name="X-API-Key", auto_error=False))
-    described = [Security(scheme) for scheme in schemes if relay.config.rest.api_key]
+    described = [Security(scheme) for scheme in schemes if config.rest.api_key]
     router = APIRouter(tags=["relay"], route_class=GuardedRoute, dependencies=described, responses=_PROBLEMS)
 
     @router.post("/publish", responses=_NOT_PUBLISHED)
     async def publish(body: EventOrEvents) -> Published:
         """Publish one event, or several in order. Either all of them can be published, or nothing is."""
         events = body.events if isinstance(body, Events) else [body]
-        payloads = [_encode(event, relay.config.limits.payload_max_bytes) for event in events]
+        payloads = [_encode(event, config.limits.payload_max_bytes) for event in events]
         if len(events) > 1:
-            _check_batch(payloads, relay.config.redis)
+            _check_batch(payloads, config.redis)
         # All start in this turn of the event loop: the bus gets them in order, and they share one round trip.
-        calls = [relay.broadcast(event.topic, event.event, data) for event, data in zip(events, payloads, strict=True)]
+        calls = [node().publish(event.topic, event.event, data) for event, data in zip(events, payloads, strict=True)]
         return Published(published=await _wait_for(calls))
 
     @router.get("/topics")
     async def topics(response: Response) -> list[Topic]:
         """All topics joined in this process; with several workers the header ``X-Relay-Workers`` says how many."""
-        if relay.config.workers > 1:
-            response.headers["X-Relay-Workers"] = str(relay.config.workers)
-        return [Topic(topic=topic, sockets=sockets) for topic, sockets in sorted(relay.topics.items())]
+        if config.workers > 1:
+            response.headers["X-Relay-Workers"] = str(config.workers)
+        return [Topic(topic=topic, sockets=sockets) for topic, sockets in sorted(node().topics.items())]
 
     @router.delete("/topics/{topic:path}/sockets/{socket_id}", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_FOUND)
     async def remove_from_topic(topic: EncodedTopic, socket_id: EncodedSocketId) -> Response:
         """Take a socket out of a topic with ``phx_close``: its client does not rejoin by itself."""
-        socket = relay.socket(socket_id)
+        socket = node().socket(socket_id)
         if socket is None or not socket.leave(topic):
             raise HTTPException(404, f"socket {socket_id!r} has not joined {topic!r} here")
         return Response(status_code=HTTPStatus.NO_CONTENT)
@@ -304,10 +308,10 @@ def _routes(relay: "Relay") -> APIRouter:
     @router.get("/topics/{topic:path}", responses=_NOT_FOUND)
     async def topic(topic: TopicName) -> TopicDetails:
         """One topic: its sockets, and the events it had since its first subscriber came."""
-        traffic = relay.node.hub.stats(topic)
+        traffic = node().hub.stats(topic)
         if traffic is None:
             raise HTTPException(404, f"nobody has joined {topic!r} here")
-        ids = [socket.id for socket in relay.node.sockets.values() if socket.subscription(topic)]
+        ids = [socket.id for socket in node().sockets.values() if socket.subscription(topic)]
         return TopicDetails(
             topic=topic,
             sockets=len(ids),
@@ -319,7 +323,7 @@ def _routes(relay: "Relay") -> APIRouter:
     @router.get("/sockets/{socket_id}", responses=_NOT_FOUND)
     async def socket(socket_id: SocketId) -> SocketDetails:
         """One socket."""
-        found = relay.socket(socket_id)
+        found = node().socket(socket_id)
         if found is None:
             raise HTTPException(404, f"no socket {socket_id!r} here")
         return SocketDetails(
@@ -344,7 +348,7 @@ def _routes(relay: "Relay") -> APIRouter:
     async def disconnect_user_by_query(asked: Annotated[OfUser, Query()]) -> Response:
         """Close all sockets of a user with 1001, on every node; with ``topic``, take it out of that topic alone."""
         return await _told(
-            relay.disconnect(user=asked.user) if asked.topic is None else relay.kick(asked.topic, user=asked.user)
+            node().disconnect_user(asked.user) if asked.topic is None else node().kick(asked.topic, asked.user)
         )
 
     @router.delete("/sockets/{socket_id}", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_FOUND)
@@ -354,7 +358,7 @@ def _routes(relay: "Relay") -> APIRouter:
         return await disconnect(socket_id)
 
     async def disconnect(socket_id: str) -> Response:
-        if not relay.disconnect(socket_id):
+        if not node().disconnect(socket_id):
             raise HTTPException(404, f"no socket {socket_id!r} here")
         return Response(status_code=HTTPStatus.NO_CONTENT)
 
@@ -362,12 +366,12 @@ def _routes(relay: "Relay") -> APIRouter:
     async def disconnect_user(user: UserName, request: Request) -> Response:
         """Close all sockets of a user with 1001, on every node; whether there are any is not known here."""
         _refuse_topic(request)
-        return await _told(relay.disconnect(user=user))
+        return await _told(node().disconnect_user(user))
 
     @router.delete("/topics/{topic:path}/users/{user:path}", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_TOLD)
     async def kick(topic: EncodedTopic, user: EncodedUser) -> Response:
         """Take a user out of a topic with ``phx_close``, on every node; whether it is there is not known here."""
-        return await _told(relay.kick(topic, user=user))
+        return await _told(node().kick(topic, user))
 
     return router
 
@@ -393,23 +397,23 @@ class TokenRequest(BaseModel):
     id: str | None = Field(None, min_length=1, max_length=255)
 
 
-def token_route(relay: "Relay") -> Route:
+def token_route(components: Components) -> Route:
     """``POST /token``, as tangram has it: ``{"channel", "id"?}`` is answered by ``{"channel", "id", "token"}``.
 
     The token opens that one topic. Whoever may use the REST interface may have one, and nobody else.
     """
-    key = next(key for key in relay.keys if key.algorithm == "HS256")
+    key = next(key for key in components.keys if key.algorithm == "HS256")
 
     async def make_token(request: Request) -> Response:
         try:
-            _authorize(request, relay)
+            _authorize(request, components)
             asked = TokenRequest.model_validate_json(await request.body())
         except HTTPException as error:
             return await _http_problem(request, error)
         except ValidationError as error:
             problems = error.errors(include_input=False, include_url=False)
             return _problem(422, "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in problems))
-        auth = relay.config.auth
+        auth = components.config.auth
         claims: dict[str, Any] = {"id": asked.id or secrets.token_hex(4), "channel": asked.channel}
         claims["exp"] = int(time.time() + auth.tangram_ttl_s)
         expected = {"iss": auth.issuer, "aud": next(iter(auth.audience), "")}
@@ -457,11 +461,11 @@ async def _wait_for(calls: Sequence[Awaitable[None]]) -> int:
     return len(calls)
 
 
-def _authorize(request: Request, relay: "Relay") -> None:
+def _authorize(request: Request, components: Components) -> None:
     """Let a request pass. Raises HTTPException."""
-    fault = relay.operators.authorize(request.scope, api_key_from(request.scope), "rest")
+    fault = components.api_key_auth.authorize(request.scope, api_key_from(request.scope), "rest")
     if fault is not None:
-        relay.metrics.refused["rest: wrong key" if fault.is_wrong_key else "rest: not allowed"] += 1
+        components.metrics.refused["rest: wrong key" if fault.is_wrong_key else "rest: not allowed"] += 1
         headers = {"WWW-Authenticate": "Bearer"} if fault.status == HTTPStatus.UNAUTHORIZED else None
         raise HTTPException(fault.status, fault.text, headers=headers)
 

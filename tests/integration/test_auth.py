@@ -24,7 +24,7 @@ from relay.auth.authenticator import Authenticator
 from relay.auth.session import SocketAuth
 from relay.auth.tokens import TokenVerifier
 from relay.config import AuthConfig
-from relay.logs import SUBJECT
+from relay.log import SUBJECT
 from tests.support.client import Client
 from tests.support.keys import EC_PRIVATE, EC_PUBLIC, OTHER_SECRET, RSA_PRIVATE, RSA_PUBLIC, SECRET, jwk, token
 from tests.support.node import need_node, run_checks

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from relay import journal
+from relay import log
 from tests.integration.test_auth import refuse_join
 from tests.support.client import Client
 from tests.support.keys import SECRET, token
@@ -144,8 +144,8 @@ async def test_disconnect_says_when_it_was_the_relay(serve_relay: ServeRelay, ca
 async def test_storm_of_sockets_writes_few_lines_and_tells_of_the_others(
     serve_relay: ServeRelay, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal, "LINES_MAX", 1)
-    monkeypatch.setattr(journal, "INTERVAL_S", 1.0)
+    monkeypatch.setattr(log, "LINES_MAX", 1)
+    monkeypatch.setattr(log, "INTERVAL_S", 1.0)
     caplog.set_level(logging.INFO, "relay.socket")
     served = await serve_relay()
     for _ in range(20):

@@ -123,7 +123,8 @@ async def test_routes_of_plugins_pass_a_proxy_with_our_file_and_those_of_operato
 
 
 def relay_paths() -> list[str]:
-    return [str(path) for path in make_rest(Relay(broadcast_url="memory://")).openapi()["paths"]]
+    relay = Relay(broadcast_url="memory://")
+    return [str(path) for path in make_rest(relay.components, lambda: relay.node).openapi()["paths"]]
 
 
 async def raw_get(port: int, path: str) -> tuple[int, bytes]:

@@ -225,7 +225,7 @@ def settings(folder: Path) -> dict[str, Any]:
 
 def test_settings_show_no_secret(tmp_path: Path) -> None:
     relay = Relay(**settings(tmp_path))
-    for shown in (repr(relay.config), str(relay.config), repr(relay.keys), repr(vars(relay))):
+    for shown in (repr(relay.config), str(relay.config), repr(relay.components.keys), repr(vars(relay))):
         for secret in (SECRET, OTHER_SECRET, PASSWORD, API_KEY, JWKS_PASSWORD):
             assert secret not in shown
 

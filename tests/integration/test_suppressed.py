@@ -99,7 +99,7 @@ async def test_running_relay_writes_what_was_suppressed_after_the_interval(
 ) -> None:
     now = 0.0
     async with served_relay(rest={"api_key": "right"}) as served:
-        monkeypatch.setattr(served.relay.operators._log, "_clock", lambda: now)
+        monkeypatch.setattr(served.relay.components.api_key_auth._log, "_clock", lambda: now)
         for _ in range(3):
             assert await ask(served, "/api/topics", Authorization="Bearer wrong") == 401
         now = 10.0

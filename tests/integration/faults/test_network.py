@@ -13,7 +13,7 @@ import pytest
 from redis.asyncio import Redis
 
 from relay import Relay
-from relay.journal import LINES_MAX
+from relay.log import LINES_MAX
 from relay.plugins import Plugin
 from relay.plugins.hooks import Push
 from tests.support.client import CLOSE, TEXT, Client, RawSocket, client_frame

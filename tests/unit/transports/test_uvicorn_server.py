@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from relay.logs import RateLimitedLogger
+from relay.log import RateLimitedLogger
 from relay.transports.uvicorn_server import _exception_handler, _Fewer
 
 _LOGGER = logging.getLogger("relay.server")

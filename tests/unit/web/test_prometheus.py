@@ -16,9 +16,9 @@ from prometheus_client.parser import text_string_to_metric_families
 from relay import Plugin, Relay
 from relay.config import Overflow
 from relay.errors import DROPPED
-from relay.metrics import Metrics
+from relay.metrics import Metrics, ProcessState
 from relay.web.multiprocess import SnapshotStore
-from relay.web.prometheus import FIGURES, READ_INTERVAL_S, MetricsExporter, State
+from relay.web.prometheus import FIGURES, READ_INTERVAL_S, MetricsExporter
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
 
@@ -32,11 +32,11 @@ def read(figures: MetricsExporter) -> dict[tuple[str, tuple[str, ...]], float]:
     }
 
 
-def state(sockets: int = 0, topics: int = 0, live: bool = True) -> State:
-    return State({"direct": sockets, "portable": 0}, topics, live)
+def state(sockets: int = 0, topics: int = 0, live: bool = True) -> ProcessState:
+    return ProcessState({"direct": sockets, "portable": 0}, topics, live)
 
 
-def lone(metrics: Metrics, now: Callable[[], State] = state) -> MetricsExporter:
+def lone(metrics: Metrics, now: Callable[[], ProcessState] = state) -> MetricsExporter:
     return MetricsExporter(metrics, now)
 
 
@@ -187,7 +187,7 @@ async def test_figures_are_read_in_another_thread_and_once_a_second() -> None:
     now, metrics = [100.0], Metrics(joins=1)
     threads: list[threading.Thread] = []
 
-    def ask_state() -> State:
+    def ask_state() -> ProcessState:
         threads.append(threading.current_thread())
         return state(1)
 

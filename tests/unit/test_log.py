@@ -1,4 +1,4 @@
-"""`relay.logs`: at most one line of a kind in an interval, and none forgotten."""
+"""`relay.log`: at most one line of a kind in an interval, and none forgotten."""
 
 import inspect
 import json
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import relay
-from relay.logs import LOGGERS, SUBJECT, JsonFormatter, RateLimitedLogger, RateLimitedLoggers, TextFormatter
+from relay.log import LOGGERS, SUBJECT, JsonFormatter, RateLimitedLogger, RateLimitedLoggers, TextFormatter
 
 logger = logging.getLogger("relay.tests.logs")
 

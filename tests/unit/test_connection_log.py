@@ -4,8 +4,7 @@ import logging
 
 import pytest
 
-from relay.journal import INTERVAL_S, LINES_MAX, ConnectionLog, Totals
-from relay.logs import RateLimitedLoggers
+from relay.log import INTERVAL_S, LINES_MAX, ConnectionLog, RateLimitedLoggers, Totals
 
 
 class Somebody:
