@@ -233,13 +233,13 @@ async def test_payload_larger_than_any_relay_delivers_is_refused() -> None:
 
 
 class Bus:
-    """Stands in for `Relay.broadcast`: notes what is published, and answers when it is told to."""
+    """Stands in for `Node.publish`: notes what is published, and answers when it is told to."""
 
     def __init__(self) -> None:
         self.published: list[tuple[str, str, bytes]] = []
         self.answers: list[asyncio.Future[None]] = []
 
-    def broadcast(self, topic: str, event: str, payload: msgspec.Raw) -> asyncio.Future[None]:
+    def publish(self, topic: str, event: str, payload: msgspec.Raw) -> asyncio.Future[None]:
         self.published.append((topic, event, bytes(payload)))
         self.answers.append(asyncio.get_running_loop().create_future())
         return self.answers[-1]
@@ -248,8 +248,8 @@ class Bus:
     @asynccontextmanager
     async def behind_rest(cls, **settings: Any) -> AsyncIterator[tuple["Bus", httpx.AsyncClient]]:
         bus, relay = cls(), Relay(broadcast_url="memory://", system_topic=False, **settings)
-        relay.broadcast = bus.broadcast  # type: ignore[method-assign, assignment]
         async with relay.lifespan(), asking(relay) as ask:
+            relay.node.publish = bus.publish  # type: ignore[method-assign, assignment]
             yield bus, ask
 
     async def answer(self, asking: asyncio.Task[httpx.Response], *faults: str) -> httpx.Response:
