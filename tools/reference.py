@@ -25,7 +25,7 @@ _HANDED = (hooks.Join, hooks.Leave, hooks.Push, hooks.Event, hooks.RedisMessage,
 """What handlers are given."""
 
 _NOT_CONSTRUCTED = frozenset((*_HANDED, UpgradeRequest, relay_client.Channel, relay_client.Event))
-"""Classes whose objects relay creates, so that nobody calls their constructors."""
+"""Classes whose objects relay creates: their constructors are not part of the API."""
 
 _APPLICATION: tuple[type, ...] = (Relay, UpgradeRequest, Refused, RelayError, ConfigError, BusUnavailable)
 
@@ -40,7 +40,12 @@ _CLIENT: tuple[type, ...] = (
     relay_client.QueueOverflow,
 )
 
-_INTERNAL = frozenset({("Channel", "receive"), ("Channel", "lose"), ("Channel", "end"), ("Relay", "publish_command")})
+_SIGNATURE_MAX = 90
+"""Characters of a signature on one line."""
+
+_INTERNAL = frozenset(
+    {("Channel", "receive"), ("Channel", "lose"), ("Channel", "end"), ("Relay", "publish_command"), ("Relay", "engine")}
+)
 """Public methods that only other modules of the same package call."""
 
 
@@ -170,8 +175,29 @@ def _methods(owner: type, level: int) -> Iterator[str]:
 def _signature(function: Any) -> str:
     signature = inspect.signature(function)
     parameters = [parameter for name, parameter in signature.parameters.items() if name not in ("self", "cls")]
-    text = str(signature.replace(parameters=parameters))
-    return re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])|~", "", text)
+    text = _without_modules(str(signature.replace(parameters=parameters)))
+    if len(text) < _SIGNATURE_MAX:
+        return text
+    returned = text[text.rindex(")") :]
+    lines = (_without_modules(str(parameter)) for parameter in _with_marks(parameters))
+    return "(\n" + "".join(f"    {line},\n" for line in lines) + returned
+
+
+def _with_marks(parameters: list[inspect.Parameter]) -> Iterator[inspect.Parameter | str]:
+    """Parameters, with a ``*`` before the first that is passed by name only."""
+    is_marked = False
+    for parameter in parameters:
+        is_marked |= parameter.kind is parameter.VAR_POSITIONAL
+        if parameter.kind is parameter.KEYWORD_ONLY and not is_marked:
+            is_marked = True
+            yield "*"
+        yield parameter
+
+
+def _without_modules(text: str) -> str:
+    """An annotation without the modules of its names, and with the name of the one long type."""
+    text = re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])|~|(?<=-> )'|'$", "", text)
+    return re.sub(r"Callable\[\[UpgradeRequest\].*\] \| None\] \| None", "Authenticate | None", text)
 
 
 def _docstring(owner: Any) -> list[str]:
