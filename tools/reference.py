@@ -43,10 +43,10 @@ _CLIENT: tuple[type, ...] = (
 _SIGNATURE_MAX = 90
 """Characters of a signature on one line."""
 
-_INTERNAL = frozenset(
-    {("Channel", "receive"), ("Channel", "lose"), ("Channel", "end"), ("Relay", "publish_command"), ("Relay", "engine")}
-)
+_INTERNAL = frozenset({("Channel", "receive"), ("Channel", "lose"), ("Channel", "end"), ("Relay", "publish_command")})
 """Public methods that only other modules of the same package call."""
+
+_DEPRECATED = frozenset({("Relay", "broadcast_here"), ("Relay", "engine")})
 
 
 def write(folder: Path) -> None:
@@ -161,7 +161,7 @@ def _class(owner: type, level: int = 2) -> list[str]:
 def _methods(owner: type, level: int) -> Iterator[str]:
     heading = "#" * level
     for name, member in vars(owner).items():
-        if name.startswith("_") or (owner.__name__, name) in _INTERNAL:
+        if name.startswith("_") or (owner.__name__, name) in _INTERNAL | _DEPRECATED:
             continue
         if isinstance(member, property):
             yield from (f"{heading} `{name}`", "", *_docstring(member.fget))
