@@ -63,14 +63,14 @@ _REST_NAMES = frozenset({("publish",), ("topics",), ("users",), ("sockets",)})
 
 
 class Relay:
-    """A relay as an ASGI application: serve it alone, or mount it into another.
+    """An ASGI application: serve it alone, or mount it in another application.
 
-    Args: config: settings as a tree; or give single ones by name, ``Relay(redis_url="redis://…")``.
-          extra_plugins: the team's own, besides those that are found; they are called first.
-          authenticate: says who gets in: given an `UpgradeRequest`, it returns a mapping with ``sub``, or None for an
-              anonymous client, or raises `Refused`. A coroutine function, or a plain one, which runs in a thread.
+    Args: config: all settings; or pass single settings by name, ``Relay(redis_url="redis://…")``.
+          extra_plugins: plugins in addition to those that are discovered; their handlers are called first.
+          authenticate: authenticates clients: it is called with an `UpgradeRequest` and returns a mapping with ``sub``,
+              or None for an anonymous client, or raises `Refused`. A plain function runs in a thread.
 
-    Raises: ConfigError: no bus is configured, a setting makes no sense, or a plugin cannot be loaded.
+    Raises: ConfigError: no bus is configured, a setting is invalid, or a plugin cannot be loaded.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Relay:
 
     @classmethod
     def from_file(cls, path: str | Path, *, authenticate: Authenticate | None = None) -> "Relay":
-        """Make a relay from a TOML file and ``RELAY_…`` variables. Raises ConfigError."""
+        """Create a relay from a TOML file and ``RELAY_…`` variables. Raises ConfigError."""
         config = load(path)
         log_service_links()
         return cls(config, authenticate=authenticate)
@@ -188,7 +188,7 @@ class Relay:
     # Lifetime.
 
     async def start(self) -> None:
-        """Start all parts. A bus that is away does not fail the start: readiness says so, and the relay goes on trying.
+        """Start. An unavailable bus does not fail the start: relay is not ready then, and continues to connect.
 
         Raises: ConfigError: the embedded server or a plugin cannot be started.
         """
@@ -206,7 +206,7 @@ class Relay:
                     raise
 
     async def stop(self) -> None:
-        """Close all sockets with 1012 (come back), and stop all parts."""
+        """Drain: close all sockets with 1012, which tells clients to reconnect. Then stop."""
         self._let_go_of_ended()
         node = self._node
         if node is not None and not node.pubsub.home.is_here:
@@ -235,7 +235,7 @@ class Relay:
 
     @asynccontextmanager
     async def lifespan(self, app: object = None) -> AsyncIterator[None]:
-        """Run the relay for the duration of a block; fits Starlette's ``lifespan=``."""
+        """Run relay for the duration of an ``async with`` block; can be passed to Starlette as ``lifespan=``."""
         await self.start()
         try:
             yield
@@ -243,11 +243,11 @@ class Relay:
             await self.stop()
 
     def install(self, app: Any, path: str = "/relay", *, plugin_routes_in_app: bool = False) -> None:
-        """Mount the relay into a Starlette or FastAPI app, and run it as long as that app runs.
+        """Mount relay in a Starlette or FastAPI application, and run it as long as the application runs.
 
-        Args: path: where; browsers then connect to ``<path>/socket``.
-              plugin_routes_in_app: give the plugins' REST routes to ``app``, a FastAPI, instead of the relay's own
-                  REST app, so that its dependencies, middleware and ``/docs`` serve them.
+        Args: path: mount path; browsers connect to ``<path>/socket``.
+              plugin_routes_in_app: add the REST routes of plugins to ``app``, a FastAPI, instead of relay's own REST
+                  API, so that its dependencies, middleware and ``/docs`` apply to them.
         """
         if plugin_routes_in_app:
             from relay.web.rest import add_plugin_routes
@@ -279,23 +279,23 @@ class Relay:
     # What code beside it calls: the team's own, plugins, REST routes.
 
     def publish(self, topic: str, event: str, payload: object) -> Call:
-        """Send an event to all subscribers of a topic, on every node; `broadcast` is another name for it.
+        """Send an event to all subscribers of a topic, on every node; `broadcast` is an alias.
 
-        It starts at once, in whatever thread or event loop it is called. In an event loop ``await`` it to learn whether
-        the bus has taken the event; where nothing awaits it, a failure is logged and counted. In a thread without an
-        event loop it returns once the bus has the event, after ``redis.timeout_s`` at most.
+        It starts at once, in any thread and any event loop. In an event loop, ``await`` it to find out whether the bus
+        has accepted the event; if it is not awaited, a failure is logged and counted. In a thread without an event
+        loop it returns when the bus has accepted the event, after ``redis.timeout_s`` at most.
 
-        Args:   payload: what is JSON-serializable (dicts, lists, Pydantic models, dataclasses, dates …), or ``bytes``
+        Args:   payload: a JSON-serializable value (dicts, lists, Pydantic models, dataclasses, dates …), or ``bytes``
                     for a binary event.
-        Raises: ValueError: a topic or an event that cannot be; TypeError: a payload that is not JSON-serializable;
-                RelayError: the relay is not running; BusUnavailable: the bus did not take it.
+        Raises: ValueError: an invalid topic or event; TypeError: the payload is not JSON-serializable;
+                RelayError: relay is not running; BusUnavailable: the bus did not accept the event.
         """
         return self.node.publish(topic, event, payload)
 
     broadcast = publish
 
     def local_broadcast(self, topic: str, event: str, payload: object) -> bool:
-        """Send an event to this process's own subscribers, past the bus; False where nobody has joined."""
+        """Send an event to the subscribers of this process only, without the bus; False if there are no subscribers."""
         return self.node.local_broadcast(topic, event, payload)
 
     def broadcast_here(self, topic: str, event: str, payload: object) -> bool:
@@ -310,7 +310,7 @@ class Relay:
         return self.node
 
     def socket(self, socket_id: str) -> Socket | None:
-        """A socket of this process by its id; None where there is none."""
+        """Return a socket of this process by its id, or None."""
         return self.node.socket(socket_id)
 
     @overload
@@ -320,20 +320,21 @@ class Relay:
     def disconnect(self, *, user: str, reason: str = "") -> Call: ...
 
     def disconnect(self, socket_id: str | None = None, reason: str = "", *, user: str | None = None) -> bool | Call:
-        """Close a socket of this process with 1001, False where there is none; or all sockets of a user.
+        """Close a socket of this process with 1001, or return False if there is no such socket; or all of a user.
 
-        ``await relay.disconnect(user="alice")`` reaches every node; BusUnavailable: only this one. It starts at once,
-        from any thread and event loop, as `publish` does. A client comes back unless it is kept out: revoke its token
-        first, or let ``authenticate`` refuse it.
+        ``await relay.disconnect(user="alice")`` reaches every node, or raises BusUnavailable if it reached only this
+        one. It starts at once, in any thread and any event loop, like `publish`. Clients reconnect unless
+        authentication refuses them: let their tokens expire, or let ``authenticate`` refuse the user.
         """
         if user is not None:
             return self.node.disconnect_user(user, reason)
         return self.node.disconnect(socket_id or "", reason)
 
     def kick(self, topic: str, *, user: str) -> Call:
-        """Take a user out of a topic with ``phx_close``, on every node: the client does not rejoin by itself.
+        """Remove a user from a topic with ``phx_close``, on every node; the client does not rejoin automatically.
 
-        BusUnavailable: only on this one. It starts at once, from any thread and event loop, as `publish` does.
+        Raises BusUnavailable if it reached only this node. It starts at once, in any thread and any event loop, like
+        `publish`.
         """
         return self.node.kick(topic, user)
 

@@ -116,7 +116,7 @@ class OnGap(StrEnum):
 
 
 class RedisConfig(Table):
-    """The link to Redis."""
+    """Connection to Redis."""
 
     to_prefix: str = Field("to:", min_length=1, description="Redis channels towards browsers start with this")
     from_prefix: str = Field("from:", min_length=1, description="Redis channels of browsers' pushes start with this")
@@ -124,15 +124,15 @@ class RedisConfig(Table):
     from_user_prefix: str = Field(
         "from-user:", min_length=1, description="Redis channels of pushes with user and socket start with this"
     )
-    timeout_s: Seconds = Field(5.0, description="seconds to connect, and for Redis to take a message")
+    timeout_s: Seconds = Field(5.0, description="seconds to connect, and for Redis to accept a message")
     ping_interval_s: Seconds = Field(10.0, description="seconds of silence before the subscription is pinged")
-    ping_timeout_s: Seconds = Field(5.0, description="seconds for the answer, then the link counts as lost")
-    backoff_min_s: Seconds = Field(0.1, description="seconds to the first new attempt, at most")
-    backoff_max_s: Seconds = Field(5.0, description="seconds between two attempts, at most")
+    ping_timeout_s: Seconds = Field(5.0, description="seconds for the answer; then the connection counts as lost")
+    backoff_min_s: Seconds = Field(0.1, description="maximum seconds before the first attempt to reconnect")
+    backoff_max_s: Seconds = Field(5.0, description="maximum seconds between two attempts")
     publish_queue_max: Positive = Field(10_000, description="messages waiting for Redis before pushes are refused")
-    publish_queue_max_bytes: Positive = Field(67_108_864, description="the same, in bytes of all of them together")
+    publish_queue_max_bytes: Positive = Field(67_108_864, description="the same, in bytes of all waiting messages")
     control_channel: str = Field(
-        "relay:control", description='Redis channel by which nodes tell each other to send users away; "" for none'
+        "relay:control", description='Redis channel by which nodes disconnect users on all nodes; "" for none'
     )
 
     def prefix(self, direction: Direction) -> str:
@@ -164,52 +164,56 @@ class RedisConfig(Table):
 
 
 class LimitsConfig(Table):
-    """How much clients may ask for. Where zero is allowed, it turns the limit off; docs/limits.md has the reasons."""
+    """Limits on clients. docs/limits.md describes them."""
 
     frame_max_bytes: Positive = Field(
-        1_052_672, description="largest frame from a client, in bytes; payload_max_bytes and 1024 at least"
+        1_052_672, description="largest frame from a client, in bytes; at least payload_max_bytes + 1024"
     )
     payload_max_bytes: Positive = Field(1_048_576, description="largest payload of an event or a push, in bytes")
-    topics_per_socket: Positive = Field(100, description="topics one socket may have joined at a time")
+    topics_per_socket: Positive = Field(100, description="topics that one socket may have joined at a time")
     outbox_max_bytes: Positive = Field(
-        2_097_152, description="events waiting for one slow socket, in bytes; payload_max_bytes and 1024 at least"
+        2_097_152, description="bytes queued for one slow socket; at least payload_max_bytes + 1024"
     )
     outboxes_max_bytes: OrOff = Field(
         268_435_456,
-        description="what waits for all slow sockets together, in bytes; the largest goes first; 0: no bound",
+        description="bytes queued for all slow sockets; over it, the largest is closed; 0: no limit",
     )
     in_flight_max_bytes: Positive = Field(
-        4_194_304, description="what of one socket waits for handlers, in bytes, before it is read no further"
+        4_194_304, description="bytes of one socket waiting for handlers, before relay stops reading it"
     )
     in_flight_total_max_bytes: OrOff = Field(
         268_435_456,
-        description="the same of all sockets and events together, in bytes; that with the most is closed; 0: no bound",
+        description="the same in bytes of all sockets and events; over it, the one with most is closed; 0: no limit",
     )
-    pushes_in_flight: Positive = Field(256, description="messages of one socket under way before it is read no further")
-    joins_per_s: OrOff = Field(20, description="joins of one socket per second, for long; 0: no bound")
-    joins_burst: Positive = Field(200, description="joins one socket may send at once, after a pause")
-    pushes_per_s: OrOff = Field(100, description="pushes of one socket per second, for long; 0: no bound")
-    pushes_burst: Positive = Field(500, description="pushes one socket may send at once, after a pause")
+    pushes_in_flight: Positive = Field(
+        256, description="messages of one socket in progress, before relay stops reading it"
+    )
+    joins_per_s: OrOff = Field(20, description="joins of one socket per second; 0: no limit")
+    joins_burst: Positive = Field(200, description="joins that one socket may send at once, after a pause")
+    pushes_per_s: OrOff = Field(100, description="pushes of one socket per second; 0: no limit")
+    pushes_burst: Positive = Field(500, description="pushes that one socket may send at once, after a pause")
     rate_limited_max: OrOff = Field(
-        1000, description='messages over the rate before the socket is closed; 0: it is only answered "rate limited"'
+        1000, description="messages over the rate limit, before the socket is closed; 0: it is not closed"
     )
-    sockets_per_address: OrOff = Field(1000, description="sockets of one client address; 0: no bound")
-    sockets_max: OrOff = Field(50_000, description="sockets in one process; 0: no bound")
-    handshakes_per_s: OrOff = Field(1000, description="handshakes per second in one process; 0: no bound")
+    sockets_per_address: OrOff = Field(1000, description="sockets of one client address; 0: no limit")
+    sockets_max: OrOff = Field(50_000, description="sockets in one process; 0: no limit")
+    handshakes_per_s: OrOff = Field(1000, description="handshakes per second in one process; 0: no limit")
     handshake_timeout_s: SecondsOrOff = Field(
-        10.0, description="seconds for a request's head to arrive; 0: no bound; under relay serve"
+        10.0, description="seconds for the head of a request, under relay serve; 0: no limit"
     )
     first_join_timeout_s: SecondsOrOff = Field(
-        300.0, description="seconds until a socket has joined a topic, or it is closed; 0: no bound"
+        300.0, description="seconds for a socket to join its first topic; 0: no limit"
     )
     idle_timeout_s: Seconds = Field(60.0, description="seconds without a message or ping before a socket is closed")
     close_timeout_s: Seconds = Field(5.0, description="seconds for a client to answer a close, then it is cut off")
     body_max_bytes: Positive = Field(8_388_608, description="largest body of a REST request, in bytes")
     proxied_max: OrOff = Field(
-        1000, description="requests under way to all [[proxy]] prefixes together; further ones get 503; 0: no bound"
+        1000, description="requests in progress to all [[proxy]] prefixes; further ones get 503; 0: no limit"
     )
-    drain_per_s: Positive = Field(1000, description="at the relay's end: sockets closed per second")
-    drain_timeout_s: Seconds = Field(20.0, description="seconds until all are; the pace is raised where it must be")
+    drain_per_s: Positive = Field(1000, description="at shutdown: sockets closed per second")
+    drain_timeout_s: Seconds = Field(
+        20.0, description="at shutdown: seconds for closing all sockets; the pace is raised if necessary"
+    )
 
     @model_validator(mode="after")
     def _payload_fits(self) -> "LimitsConfig":
@@ -224,21 +228,21 @@ class LimitsConfig(Table):
 
 
 class KeyConfig(Table):
-    """A key that tokens are signed with."""
+    """A key that signs tokens."""
 
     key: str = Field(
         min_length=1,
         repr=False,
         description="a secret; or a public key as PEM, base64 of DER, JWK or OpenSSH; or file:/path",
     )
-    kid: str = Field("", description='the key\'s name, where tokens say which key signed them; "" fits every token')
+    kid: str = Field("", description='name of the key, if tokens name their key; "" for every token')
 
 
 class GrantConfig(Table):
-    """Rights on topics."""
+    """Permissions on topics."""
 
-    match: str = Field(min_length=1, description="pattern of topics as in [[topics]]; {sub} stands for the user")
-    rights: tuple[Literal["join", "push", "presence"], ...] = Field(description="what may be done there")
+    match: str = Field(min_length=1, description="topic pattern as in [[topics]]; {sub} is replaced by the user")
+    rights: tuple[Literal["join", "push", "presence"], ...] = Field(description="permissions on these topics")
 
     @property
     def grant(self) -> Grant:
@@ -247,25 +251,27 @@ class GrantConfig(Table):
 
 
 class AuthConfig(Table):
-    """Who gets in, and what they may do. With nothing set here, whoever can connect may do everything."""
+    """Authentication and authorization. Without settings here, every client that can connect may do everything."""
 
     algorithms: tuple[Literal["HS256", "RS256", "ES256"], ...] = Field(
-        ("HS256", "RS256", "ES256"), min_length=1, description="signatures of tokens that are accepted"
+        ("HS256", "RS256", "ES256"), min_length=1, description="accepted signature algorithms of tokens"
     )
     keys: tuple[KeyConfig, ...] = Field((), repr=False, description="keys of tokens; several for rotation")
-    jwks_url: str = Field("", repr=False, pattern="^(https?://.*)?$", description="where public keys are (JWKS)")
-    jwks_cache_s: Seconds = Field(300.0, description="seconds until they are fetched again")
-    jwks_retry_s: Seconds = Field(10.0, description="seconds between two fetches at least, whatever key a token names")
-    issuer: str = Field("", description='what tokens must say in "iss"; "" for no matter what')
-    audience: tuple[str, ...] = Field((), description='one of these must be in a token\'s "aud"; a list')
-    leeway_s: float = Field(10.0, ge=0, allow_inf_nan=False, description="seconds by which clocks may differ")
-    require_expiry: bool = Field(True, description="refuse tokens that never expire")
+    jwks_url: str = Field("", repr=False, pattern="^(https?://.*)?$", description="URL of the public keys (JWKS)")
+    jwks_cache_s: Seconds = Field(300.0, description="seconds until the key set is fetched again")
+    jwks_retry_s: Seconds = Field(10.0, description="minimum seconds between two fetches for unknown keys")
+    issuer: str = Field("", description='required "iss" of tokens; "" accepts any')
+    audience: tuple[str, ...] = Field((), description='accepted values of "aud" in tokens')
+    leeway_s: float = Field(10.0, ge=0, allow_inf_nan=False, description="tolerated clock difference in seconds")
+    require_expiry: bool = Field(True, description="refuse tokens without an expiry time")
     expiry_grace_s: Seconds = Field(5.0, description="seconds to renew an expired token, then its socket is closed")
-    rights_claim: str = Field("topics", min_length=1, description="claim of a token that holds its rights")
-    anonymous: tuple[GrantConfig, ...] = Field((), description="rights of sockets without a token")
-    authenticated: tuple[GrantConfig, ...] = Field((), description="rights of all others, besides their token's own")
-    tangram: bool = Field(False, description="accept and make tangram's tokens, each for one topic: POST /token")
-    tangram_ttl_s: Seconds = Field(3600.0, description="seconds for which those made here are good")
+    rights_claim: str = Field("topics", min_length=1, description="claim that contains the permissions of a token")
+    anonymous: tuple[GrantConfig, ...] = Field((), description="permissions of clients without a token")
+    authenticated: tuple[GrantConfig, ...] = Field(
+        (), description="permissions of all others, in addition to those in their token"
+    )
+    tangram: bool = Field(False, description="accept and create tangram tokens, each for one topic: POST /token")
+    tangram_ttl_s: Seconds = Field(3600.0, description="lifetime in seconds of tangram tokens created here")
 
     @field_validator("keys", mode="before")
     @classmethod
@@ -291,14 +297,14 @@ class AuthConfig(Table):
 
 
 class RestConfig(Table):
-    """The REST interface."""
+    """The REST API."""
 
-    path: str = Field("/api", description='where it is mounted; "" turns it off')
+    path: str = Field("/api", description='path of the REST API; "" disables it')
     api_key: str = Field(
         "",
         repr=False,
-        description="asked for from all clients; without one, this machine alone is answered, "
-        "and nobody where others are let in",
+        description="API key of the REST API and the console; without one, only clients on the same machine have "
+        "access, and no client at all if relay accepts others",
     )
 
     @field_validator("path")
@@ -310,19 +316,21 @@ class RestConfig(Table):
 
 
 class ProxyConfig(Table):
-    """A prefix that another process serves."""
+    """A path prefix that is forwarded to another process."""
 
-    prefix: str = Field(min_length=2, pattern="^/", description="path that is forwarded, with all below it")
-    target: str = Field(pattern="^https?://", repr=False, description="where to, for example http://127.0.0.1:8001")
-    strip_prefix: bool = Field(True, description="leave the prefix out of the forwarded path")
+    prefix: str = Field(min_length=2, pattern="^/", description="path prefix to forward")
+    target: str = Field(
+        pattern="^https?://", repr=False, description="URL of the service, for example http://127.0.0.1:8001"
+    )
+    strip_prefix: bool = Field(True, description="remove the prefix from the forwarded path")
     requests_max: int = Field(
-        500, ge=0, description="requests under way at a time, streams included; further ones get 503; 0: no bound"
+        500, ge=0, description="requests in progress, including streams; further ones get 503; 0: no limit"
     )
     head_timeout_s: float = Field(
         60.0,
         ge=0,
         allow_inf_nan=False,
-        description="seconds for the head of an answer, then 504; how long a body takes is free; 0: no bound",
+        description="seconds for the head of a response, then 504; bodies are not timed; 0: no limit",
     )
 
     @field_validator("target")
@@ -332,24 +340,20 @@ class ProxyConfig(Table):
 
 
 class MetricsConfig(Table):
-    """What ``/metrics`` tells."""
+    """Metrics at ``/metrics``."""
 
     topics: tuple[str, ...] = Field(
         (),
         description="patterns of topics whose events are counted by pattern; a topic counts for the first it matches",
     )
-    folder: str = Field(
-        "", description="where workers leave their figures for each other; `relay serve` makes one by itself"
-    )
+    folder: str = Field("", description="directory in which workers share their metrics; `relay serve` creates one")
 
     key: str = Field(
         "",
         repr=False,
-        description="bearer key for /metrics; without one, rest.api_key; this machine needs none",
+        description="bearer token for /metrics; by default rest.api_key; not required on the same machine",
     )
-    public: bool = Field(
-        False, description="let /metrics answer everybody without a key, also where other machines are let in"
-    )
+    public: bool = Field(False, description="serve /metrics to every client without a key")
 
     def label(self, topic: str) -> str:
         """The pattern that a topic's events are counted under; empty for none."""
@@ -357,30 +361,32 @@ class MetricsConfig(Table):
 
 
 class PluginsConfig(Table):
-    """Where plugins come from, and how long their handlers may take."""
+    """Discovery of plugins, and the timeout of their handlers."""
 
     paths: tuple[Path, ...] = Field((), description="directories whose packages are plugins")
     disabled: tuple[str, ...] = Field((), description="names of plugins not to load")
     on_error: Literal["stop", "skip"] = Field(
-        "stop", description='one cannot be imported: "stop" the start, or "skip" it'
+        "stop", description='if a plugin cannot be imported: "stop" the start, or "skip" the plugin'
     )
-    timeout_s: Seconds = Field(10.0, description="seconds until a handler is given up")
+    timeout_s: Seconds = Field(10.0, description="timeout of a handler in seconds")
 
 
 class TopicConfig(Table):
     """Settings of the topics that ``match``; the first entry that matches is used."""
 
     match: str = Field(
-        "*", min_length=1, description="pattern of topics: * any text, ? one character, [abc] one of these"
+        "*", min_length=1, description="topic pattern: * is any text, ? one character, [abc] one of these"
     )
-    overflow: Overflow = Field(Overflow.DISCONNECT, description='slow reader: "disconnect", "drop-oldest" or "latest"')
+    overflow: Overflow = Field(
+        Overflow.DISCONNECT, description='overflow policy for slow readers: "disconnect", "drop-oldest" or "latest"'
+    )
     latest_key: str = Field(
         "",
         description='with "latest": keep one event for each value of this key in the payload; "": for each event name',
     )
-    tell_dropped: bool = Field(False, description='tell a slow reader what it missed, by the event "relay:dropped"')
-    on_gap: OnGap = Field(OnGap.REJOIN, description='events may have been missed: "rejoin" or "ignore"')
-    push: bool = Field(True, description="whether browsers may push here")
+    tell_dropped: bool = Field(False, description='report missed events to slow readers, by the event "relay:dropped"')
+    on_gap: OnGap = Field(OnGap.REJOIN, description='after a gap: ask subscribers to "rejoin", or "ignore" it')
+    push: bool = Field(True, description="whether clients may push to these topics")
 
     @model_validator(mode="after")
     def _key_of_the_latest(self) -> "TopicConfig":
@@ -395,19 +401,19 @@ class TopicConfig(Table):
 
 
 class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True):
-    """All settings of a relay. Unknown keys are refused."""
+    """All settings. Unknown keys are refused."""
 
     host: str = Field(
-        "127.0.0.1", description="address to listen on; others than loopback need auth, or anonymous = true"
+        "127.0.0.1", description="address to listen on; other than loopback requires [auth], or anonymous = true"
     )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    workers: Positive = Field(1, description="processes to serve with")
-    anonymous: bool = Field(False, description="let anybody connect without a token, also from other machines")
+    workers: Positive = Field(1, description="number of processes")
+    anonymous: bool = Field(False, description="accept clients without a token, also from other machines")
     redis_url: str = Field("", repr=False, description='redis://, rediss://, unix://, redis+sentinel://, or "embedded"')
     broadcast_url: str = Field(
-        "", repr=False, description="instead of Redis: memory://, postgres:// or kafka:// address"
+        "", repr=False, description="another message bus instead of Redis: memory://, postgres:// or kafka://"
     )
-    socket_paths: tuple[str, ...] = Field(("/socket",), min_length=1, description="paths for new Socket(path)")
+    socket_paths: tuple[str, ...] = Field(("/socket",), min_length=1, description="paths of sockets: new Socket(path)")
     origins: Literal["same", "any"] | tuple[str, ...] = Field(
         "same",
         description='pages that may connect: "same" host, "any", or a list of "same", "https://example.org", '
@@ -415,20 +421,22 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     )
     allowed_hosts: tuple[str, ...] = Field(
         (),
-        description='names that the relay may be asked under, such as "relay.example.org", "*.example.org", or "*" for '
-        "any; names of this machine and IP addresses always pass; with none given, any where clients are authenticated",
+        description='accepted names in Host, such as "relay.example.org", "*.example.org", or "*" for any; names of '
+        "this machine and IP addresses always pass; if empty, any name is accepted if clients are authenticated",
     )
-    compression: bool = Field(False, description="compress events for clients that offer it, once for all of them")
+    compression: bool = Field(False, description="compress events, once for all clients that support it")
     trusted_proxies: tuple[str, ...] = Field(
-        (), description='addresses or networks of proxies whose X-Forwarded-For is believed, such as "10.0.0.0/8"'
+        (), description='addresses or networks of proxies whose X-Forwarded-For is trusted, such as "10.0.0.0/8"'
     )
-    page: bool = Field(True, description="show the page at / that lets people try the relay")
-    console: bool = Field(True, description="show the console at /console; for whom it answers is said by rest.api_key")
-    system_topic: bool = Field(True, description='send host figures to subscribers of topic "system" each second')
+    page: bool = Field(True, description="serve the demo page at /")
+    console: bool = Field(True, description="serve the console at /console; rest.api_key controls the access")
+    system_topic: bool = Field(True, description='send metrics of the host to the topic "system" every second')
     rejoins_per_s: Positive = Field(1000, description="after a gap: subscriptions asked to rejoin per second")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severity of log lines")
-    log_format: Literal["text", "json"] = Field("text", description="log lines for people, or one JSON object each")
-    tracing: bool = Field(False, description="make OpenTelemetry spans; needs the extra `otel`")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="minimum severity of log lines")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="format of log lines: text, or one JSON object each"
+    )
+    tracing: bool = Field(False, description="create OpenTelemetry spans; requires the extra `otel`")
     redis: RedisConfig = RedisConfig()
     auth: AuthConfig = AuthConfig()
     limits: LimitsConfig = LimitsConfig()

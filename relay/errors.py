@@ -94,13 +94,13 @@ DROPPED = (
 
 
 class RelayError(Exception):
-    """Base of all exceptions the relay raises on purpose."""
+    """Base class of the exceptions of relay."""
 
 
 class ConfigError(RelayError):
-    """The settings do not make sense.
+    """The settings are invalid.
 
-    ``problems`` holds one finished sentence each: where, which key, what was expected, what came.
+    ``problems`` contains one sentence per problem: the source, the key, the expected and the actual value.
     """
 
     def __init__(self, *problems: str) -> None:
@@ -135,4 +135,4 @@ class AuthenticationError(RelayError):
 
 
 class BusUnavailable(RelayError):
-    """The broker did not take a message; ``str(error)`` says why, without secrets."""
+    """The bus did not accept a message; ``str(error)`` gives the reason, without secrets."""

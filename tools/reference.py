@@ -3,11 +3,15 @@
 Owns their form alone; every word in them stands in the code.
 """
 
+import ast
 import inspect
 import re
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
-from typing import Any
+from textwrap import dedent
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -25,7 +29,7 @@ _HANDED = (hooks.Join, hooks.Leave, hooks.Push, hooks.Event, hooks.RedisMessage,
 """What handlers are given."""
 
 _NOT_CONSTRUCTED = frozenset((*_HANDED, UpgradeRequest, relay_client.Channel, relay_client.Event))
-"""Classes whose objects relay creates, so that nobody calls their constructors."""
+"""Classes whose objects relay creates: their constructors are not part of the API."""
 
 _APPLICATION: tuple[type, ...] = (Relay, UpgradeRequest, Refused, RelayError, ConfigError, BusUnavailable)
 
@@ -40,8 +44,13 @@ _CLIENT: tuple[type, ...] = (
     relay_client.QueueOverflow,
 )
 
+_SIGNATURE_MAX = 90
+"""Characters of a signature on one line."""
+
 _INTERNAL = frozenset({("Channel", "receive"), ("Channel", "lose"), ("Channel", "end"), ("Relay", "publish_command")})
 """Public methods that only other modules of the same package call."""
+
+_DEPRECATED = frozenset({("Relay", "broadcast_here"), ("Relay", "engine")})
 
 
 def write(folder: Path) -> None:
@@ -71,7 +80,7 @@ def settings() -> str:
         lines += ["| Setting | Type | Default | Meaning |", "|---|---|---|---|"]
         for name, field in model.model_fields.items():
             if _table_of(field) is None:
-                cells = (f"`{name}`", f"`{_type(field)}`", _default(field), field.description or "")
+                cells = (f"`{name}`", f"`{_type(field.annotation)}`", _default(field), field.description or "")
                 lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
         lines.append("")
     return "\n".join(lines)
@@ -97,10 +106,21 @@ def _table_of(field: FieldInfo) -> tuple[type[BaseModel], bool] | None:
     return None
 
 
-def _type(field: FieldInfo) -> str:
-    text = inspect.formatannotation(field.annotation)
-    text = re.sub(r"\b(?:typing|pathlib|[a-z_]+(?:\.[a-z_]+)*)\.(?=[A-Z])", "", text)
-    return re.sub(r"Literal\[(.*?)\]", lambda found: found[1].replace("'", '"').replace(", ", " or "), text)
+_TYPES = {str: "string", bool: "boolean", int: "integer", float: "number"}
+
+
+def _type(annotation: Any) -> str:
+    """A type as TOML has it."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return " or ".join(f'"{value}"' for value in arguments)
+    if get_origin(annotation) is tuple:
+        return f"list of {_TYPES[arguments[0]]}s" if arguments[0] in _TYPES else f"list of {_type(arguments[0])}"
+    if get_origin(annotation) in (Union, UnionType):
+        return " or ".join(_type(each) for each in arguments if each is not NoneType)
+    if inspect.isclass(annotation) and issubclass(annotation, Enum):
+        return " or ".join(f'"{each.value}"' for each in annotation)
+    return _TYPES.get(annotation) or re.sub(r"\b[a-z_.]+\.(?=[A-Z])", "", inspect.formatannotation(annotation))
 
 
 def _default(field: FieldInfo) -> str:
@@ -132,11 +152,19 @@ def api() -> str:
     lines += ["- [relay](#relay): the ASGI application, for [your own application](../mounting.md)"]
     lines += ["- [relay_client](#relay-client): the Python client, `clients/python`", ""]
     lines += ["For plugins, see [Plugin API](hooks.md).", "", "## `relay`", "", "```python", "from relay import Relay"]
-    lines += ["```", ""]
+    lines += [
+        "```",
+        "",
+        "`Authenticate` is a function of an `UpgradeRequest`, as described at `Relay`. `Call` is awaitable.",
+        "",
+    ]
     for owner in _APPLICATION:
         lines += _class(owner, level=3)
     lines += ["## `relay_client`", "", "```python", "from relay_client import connect", "```", ""]
-    lines += ["`connect(url, …)` is another name for `Socket(url, …)`.", ""]
+    lines += [
+        "`connect(url, …)` is an alias of `Socket(url, …)`. `Fresh[T]` is a value of type `T`, or a function, sync or"
+    ]
+    lines += ["async, that returns one.", ""]
     for owner in _CLIENT:
         lines += _class(owner, level=3)
     return "\n".join(lines)
@@ -156,7 +184,7 @@ def _class(owner: type, level: int = 2) -> list[str]:
 def _methods(owner: type, level: int) -> Iterator[str]:
     heading = "#" * level
     for name, member in vars(owner).items():
-        if name.startswith("_") or (owner.__name__, name) in _INTERNAL:
+        if name.startswith("_") or (owner.__name__, name) in _INTERNAL | _DEPRECATED:
             continue
         if isinstance(member, property):
             yield from (f"{heading} `{name}`", "", *_docstring(member.fget))
@@ -168,10 +196,43 @@ def _methods(owner: type, level: int) -> Iterator[str]:
 
 
 def _signature(function: Any) -> str:
-    signature = inspect.signature(function)
-    parameters = [parameter for name, parameter in signature.parameters.items() if name not in ("self", "cls")]
-    text = str(signature.replace(parameters=parameters))
-    return re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])|~", "", text)
+    """The signature as it stands in the code, on one line if it is short."""
+    (definition,) = ast.parse(dedent(inspect.getsource(function))).body
+    assert isinstance(definition, ast.FunctionDef | ast.AsyncFunctionDef)
+    parameters = list(_parameters(definition.args))
+    returned = f" -> {_annotation(definition.returns)}"
+    text = f"({', '.join(parameters)}){returned}"
+    if len(text) <= _SIGNATURE_MAX:
+        return text
+    return "(\n" + "".join(f"    {parameter},\n" for parameter in parameters) + f"){returned}"
+
+
+def _parameters(arguments: ast.arguments) -> Iterator[str]:
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults = [*[None] * (len(positional) - len(arguments.defaults)), *arguments.defaults]
+    for argument, default in zip(positional, defaults, strict=True):
+        if argument.arg not in ("self", "cls"):
+            yield _parameter(argument, default)
+    if arguments.vararg is not None:
+        yield f"*{_parameter(arguments.vararg, None)}"
+    elif arguments.kwonlyargs:
+        yield "*"
+    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        yield _parameter(argument, default)
+    if arguments.kwarg is not None:
+        yield f"**{_parameter(arguments.kwarg, None)}"
+
+
+def _parameter(argument: ast.arg, default: ast.expr | None) -> str:
+    text = f"{argument.arg}: {_annotation(argument.annotation)}"
+    return text if default is None else f"{text} = {ast.unparse(default)}"
+
+
+def _annotation(annotation: ast.expr | None) -> str:
+    assert annotation is not None, "all public functions have types"
+    return (
+        str(annotation.value) if isinstance(annotation, ast.Constant) and annotation.value else ast.unparse(annotation)
+    )
 
 
 def _docstring(owner: Any) -> list[str]:

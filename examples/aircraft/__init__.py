@@ -1,6 +1,6 @@
 """Aircraft on topics ``aircraft:<latitude>:<longitude>``, one for each tile of 5°, with a map at ``/api/aircraft/``.
 
-The feed, somebody else's Redis channel ``jet1090-full*`` (or what AIRCRAFT_CHANNEL says), has a report on each line:
+The feed, another Redis channel ``jet1090-full*`` (or what AIRCRAFT_CHANNEL says), has a report on each line:
 ``{"icao24": "39de4f", "latitude": 45.7, …}``. Events ``positions`` and join replies say ``{"aircraft": [report, …]}``.
 """
 
@@ -63,7 +63,7 @@ async def hear(message: RedisMessage, relay: Relay) -> None:
 
 @plugin.on_join("aircraft:*")
 async def welcome(join: Join) -> dict[str, list[Report]]:
-    """Show at once who is there, not only with the next report."""
+    """Show known aircraft at once, not only with the next report."""
     return {"aircraft": [report for _, topic, report in seen.values() if topic == join.topic]}
 
 

@@ -1,4 +1,4 @@
-"""Flights over Europe that nobody flies: publishes their positions, so that the map has something to show.
+"""Simulated flights over Europe: publishes their positions, so that the map has something to show.
 
 python examples/aircraft/simulate.py                                      to the relay started last on this machine
 python examples/aircraft/simulate.py --redis-url redis://localhost:6379   to a Redis of your own

@@ -30,7 +30,7 @@ nicks: defaultdict[str, dict[str, str]] = defaultdict(dict)
 
 @plugin.on_join("chat:*")
 async def enter(join: Join) -> dict[str, str]:
-    """Let in whoever brings a nick that nobody in the room has."""
+    """Accept a join with a nick that no other member of the room uses."""
     nick = required(join.payload, "nick", NICK_MAX)
     room = nicks[join.topic]
     if nick.casefold() in map(str.casefold, room.values()):

@@ -12,7 +12,7 @@ const { REDIS_URL = "redis://localhost:6379", PORT = 8001 } = process.env;
 const publisher = createClient({ url: REDIS_URL });
 const subscriber = publisher.duplicate(); // a connection that subscribes can do nothing else
 for (const client of [publisher, subscriber]) {
-  client.on("error", ({ message }) => console.error(`Redis: ${message}`)); // it connects again by itself
+  client.on("error", ({ message }) => console.error(`Redis: ${message}`)); // it reconnects automatically
   await client.connect();
 }
 

@@ -26,11 +26,11 @@ Verify: TypeAlias = Callable[[str], Awaitable[Claims]]
 
 
 class UpgradeRequest(HTTPConnection):
-    """What an ``authenticate`` function is given: the request that asks for a socket, as Starlette has it.
+    """The upgrade request of a socket, passed to the ``authenticate`` function.
 
-    Of Starlette's: ``headers``, ``cookies``, ``query_params``, ``client``; ``session`` and ``user`` where a middleware
-    around the relay puts them there. When a socket renews its token, only ``token`` and ``claims`` are there, and all
-    else is empty: a session may have ended since the handshake.
+    It has the attributes of a Starlette request: ``headers``, ``cookies``, ``query_params``, ``client``; ``session``
+    and ``user`` if middleware sets them. When a socket renews its token, only ``token`` and ``claims`` are set and
+    all others are empty, because a session may have ended since the handshake.
     """
 
     def __init__(self, scope: Any, token: str | None, claims: Claims | None) -> None:

@@ -62,12 +62,12 @@ _PARAMETERS = {
 class Plugin:
     """A named collection of handlers.
 
-    Args: name: shown by ``relay plugins``, in logs and metrics: letters, digits, ``-`` and ``_``.
+    Args: name: letters, digits, ``-`` and ``_``; shown by ``relay plugins``, in logs and in metrics.
 
-    A handler is a coroutine function, or a plain function, which runs in a thread (on_event: in the event loop) and
-    may block; or anything else that is called like one: a method, a partial, an object with ``__call__``. One that
-    cannot be called with what its hook gives it is refused where it is registered, with a TypeError. One that raises
-    is logged and counted, and costs what it was called for, nothing else; so does one that takes longer than
+    A handler is a coroutine function, or a plain function, which runs in a thread and may block (except for on_event,
+    where it runs in the event loop). Methods, partials and objects with ``__call__`` work too. A handler whose
+    parameters do not fit its hook raises TypeError when it is registered. An exception in a handler is logged and
+    counted, and affects only the call that it was made for; so does a handler that takes longer than
     ``plugins.timeout_s``. A topic pattern has ``*`` for any text, ``?`` for one character, ``[abc]`` for one of these.
     """
 
@@ -81,18 +81,18 @@ class Plugin:
         """The REST routes."""
 
     def on_join(self, topic: str = "*") -> Callable[[JoinHandler], JoinHandler]:
-        """Decide on joins: ``handler(join: Join) -> dict | None``.
+        """Accept or refuse joins: ``handler(join: Join) -> dict | None``.
 
-        Return None to allow, or a dict to allow and add it to the join reply; raise `Refused` to refuse. All
-        matching handlers are asked, in order, until one refuses. What they allow, `on_leave` hears the end of.
+        Return None to accept, or a dict to accept and add it to the join reply; raise `Refused` to refuse. All
+        matching handlers are called, in order, until one refuses. `on_leave` is called at the end of accepted joins.
         """
         return self._hook("join", topic)
 
     def on_leave(self, topic: str = "*") -> Callable[[LeaveHandler], LeaveHandler]:
-        """Learn that a subscription has ended, for whatever reason: ``handler(leave: Leave) -> None``.
+        """Called when a subscription has ended, for any reason: ``handler(leave: Leave) -> None``.
 
-        Called once for each join that `on_join` allowed, after what was under way on the socket's topic, and before
-        the socket's next join there.
+        Called once for each accepted join, after the messages in progress on that topic of the socket, and before
+        its next join of the topic.
         """
         return self._hook("leave", topic)
 
@@ -100,23 +100,23 @@ class Plugin:
         """Handle pushes: ``handler(push: Push) -> response | None``.
 
         The returned value, if not None, is the reply's response; raise `Refused` for an error reply. All matching
-        handlers are called, in order, until one refuses; the first value returned is the reply. Then the push goes
-        on to Redis, unless a handler called ``push.stop()``; without a handler's reply it is answered with ``{}``.
+        handlers are called, in order, until one refuses; the first value returned is the reply. Then the push is
+        published to Redis, unless a handler called ``push.stop()``; without a handler's reply it is answered ``{}``.
         Pushes of one socket to one topic are handled in order.
         """
         return self._hook("push", topic, event)
 
     def on_event(self, topic: str = "*", event: str = "*") -> Callable[[EventHandler], EventHandler]:
-        """See each event on its way out: ``handler(event: Event) -> Event | None``.
+        """Called for each event before its delivery: ``handler(event: Event) -> Event | None``.
 
-        Return it, or ``event.replace(payload)``, or None to drop it. A handler that raises drops it too. A plain
-        function runs in the event loop: it must not block. Events of one topic stay in order; a coroutine function
-        holds up its topic while it waits.
+        Return the event, or ``event.replace(payload)``, or None to drop it. An exception drops it too. A plain
+        function runs in the event loop and must not block. Events of one topic stay in order; a coroutine function
+        delays the later events of its topic while it waits.
         """
         return self._hook("event", topic, event)
 
     def on_redis(self, channel: str) -> Callable[[RedisHandler], RedisHandler]:
-        """Listen to Redis channels of somebody else's: ``handler(message: RedisMessage, relay: Relay) -> None``.
+        """Receive messages of other Redis channels: ``handler(message: RedisMessage, relay: Relay) -> None``.
 
         ``channel`` is a Redis pattern (PSUBSCRIBE). Messages are handled in order, one at a time per handler;
         messages over 10 000 that wait are dropped and counted. Every relay process receives every message.
@@ -124,10 +124,10 @@ class Plugin:
         return self._hook("redis", channel)
 
     def service(self, function: Service) -> Service:
-        """Run ``async function(relay: Relay)`` in the background, in every relay process, while the relay runs.
+        """Run ``async function(relay: Relay)`` in the background, in every relay process, while relay runs.
 
-        When it ends or raises, it is started again, after 1 s at first and 30 s at most. When the relay stops, it is
-        cancelled. Raises TypeError for a plain function.
+        If it returns or raises, it is restarted, after 1 s at first and up to 30 s later. It is cancelled when relay
+        stops. Raises TypeError for a plain function.
         """
         check_handler("service", function, "relay")
         if not is_async(function):
@@ -135,15 +135,15 @@ class Plugin:
         return self._hook("services", "*")(function)
 
     def on_startup(self, function: LifetimeHandler) -> LifetimeHandler:
-        """Call ``function(relay: Relay)`` before the first socket is served. If it raises, the start is stopped."""
+        """Call ``function(relay: Relay)`` before the first socket is served. If it raises, relay does not start."""
         return self._hook("startup", "*")(function)
 
     def on_shutdown(self, function: LifetimeHandler) -> LifetimeHandler:
-        """Call ``function(relay: Relay)`` after the last socket has gone; also where the start was stopped."""
+        """Call ``function(relay: Relay)`` after the last socket has closed; also if relay did not start."""
         return self._hook("shutdown", "*")(function)
 
     def include_router(self, router: "APIRouter") -> None:
-        """Add REST routes: FastAPI's APIRouter, mounted in the relay's REST app or in the team's own."""
+        """Add REST routes: FastAPI's APIRouter, added to relay's REST API or to your application."""
         if not hasattr(router, "routes"):
             raise TypeError(f"include_router: expected an APIRouter, got {router!r:.200}")
         self.routers.append(router)

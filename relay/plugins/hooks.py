@@ -34,9 +34,9 @@ from relay.protocol.topics import is_event
 class Refused(RelayError):
     """Raised by a handler to refuse a join or a push.
 
-    Args:   reason: what the client gets as ``{"reason": reason}``.
+    Args:   reason: sent to the client as ``{"reason": reason}``.
             details: further members of that object.
-    Raises: TypeError: a reason that is no text, or details that JSON cannot say.
+    Raises: TypeError: the reason is not a string, or the details are not JSON-serializable.
     """
 
     def __init__(self, reason: str, **details: Any) -> None:
@@ -49,7 +49,7 @@ class Refused(RelayError):
 
 
 class Socket(Protocol):
-    """The socket that a join, a push or a leave came from. All of it may be used in a thread."""
+    """The socket of a join, push or leave. Its attributes and methods may be used in a thread."""
 
     @property
     def id(self) -> str:
@@ -61,31 +61,31 @@ class Socket(Protocol):
 
     @property
     def query(self) -> Mapping[str, str]:
-        """The query of the upgrade request: phoenix.js's ``params``."""
+        """The query parameters of the upgrade request: ``params`` of phoenix.js."""
 
     @property
     def user(self) -> str | None:
-        """Whose it is: the subject of its token; None for an anonymous one. A topic may be another user's."""
+        """The subject of the socket's token; None for an anonymous one. A topic may be joined by another user."""
 
     @property
     def claims(self) -> Mapping[str, Any]:
-        """What the client has proved about itself; empty for an anonymous one."""
+        """The claims of the socket's token; empty for an anonymous one."""
 
     def push(self, topic: str, event: str, payload: object) -> bool:
-        """Send an event to this socket alone; False where it has not joined ``topic``.
+        """Send an event to this socket only; returns False if it has not joined ``topic``.
 
-        Args:   payload: what is JSON-serializable, see `to_payload`, or ``bytes`` for a binary event.
-        Raises: ValueError: an event that cannot be; TypeError: a payload that JSON cannot say.
+        Args:   payload: a JSON-serializable value, or ``bytes`` for a binary event.
+        Raises: ValueError: an invalid event name; TypeError: the payload is not JSON-serializable.
         """
 
     def leave(self, topic: str) -> bool:
-        """End its subscription with ``phx_close``: the client does not rejoin. False where it has none.
+        """End its subscription with ``phx_close``: the client does not rejoin. Returns False if there is none.
 
-        A join of ``topic`` that is being decided is refused with ``removed by the server``.
+        A join of ``topic`` in progress is refused with ``removed by the server``.
         """
 
     def disconnect(self, reason: str = "") -> None:
-        """Close the socket with 1001; the client reconnects unless it is kept out."""
+        """Close the socket with 1001; the client reconnects unless authentication refuses it."""
 
 
 class InvalidPayload(RelayError, ValueError):
@@ -168,7 +168,7 @@ class _WithUser:
 
 
 class Join(_WithUser, _WithPayload):
-    """A client asks for a topic; ``payload`` is the join's params: in phoenix.js the second argument of ``channel``."""
+    """A join; ``payload`` is its params: in phoenix.js the second argument of ``socket.channel``."""
 
     __slots__ = ("_identity", "socket", "topic")
 
@@ -183,7 +183,7 @@ class Join(_WithUser, _WithPayload):
 
 @dataclass(frozen=True, slots=True)
 class Leave(_WithUser):
-    """A subscription has ended: the client left, joined anew, or is gone, or was sent away."""
+    """The end of a subscription: the client left, joined again, disconnected, or was removed."""
 
     socket: Socket
     """Whose it was; may be closed already."""
@@ -193,7 +193,7 @@ class Leave(_WithUser):
 
 
 class Push(_WithUser, _WithPayload):
-    """A client pushes an event to a topic it has joined. All of it may be used in a thread."""
+    """A push of a client on a topic that it has joined. Attributes and methods may be used in a thread."""
 
     __slots__ = ("_broadcast", "_identity", "_reply", "event", "forwarded", "replied", "socket", "topic")
 
@@ -223,39 +223,39 @@ class Push(_WithUser, _WithPayload):
         """Whether a handler has answered, or has decided that there is no answer."""
 
     def reply(self, response: object = None, status: str = "ok") -> None:
-        """Answer now, also after the handler has returned; may be called several times.
+        """Reply now, also after the handler has returned; may be called several times.
 
-        After the client has left it does nothing, nor where the client asked for no answer. The published phoenix
-        client heeds the first answer to a push and ignores the others.
+        It has no effect if the client has left, or requested no reply. The published phoenix client uses the first
+        reply to a push and ignores others.
 
-        Args:   response: what JSON can say; None is sent as ``{}``.
-                status: ``ok``, ``error``, or a word that the client waits for.
-        Raises: TypeError: a response that JSON cannot say.
+        Args:   response: a JSON-serializable value; None is sent as ``{}``.
+                status: ``ok``, ``error``, or another status that the client handles.
+        Raises: TypeError: the response is not JSON-serializable.
         """
         self.replied = True
         self._reply(status, {} if response is None else response)
 
     def no_reply(self) -> None:
-        """Leave the push without an answer, or answer it later with `reply`."""
+        """Do not reply when the handlers have returned; `reply` may be called later."""
         self.replied = True
 
     def stop(self) -> None:
-        """Keep the push from going on to Redis."""
+        """Do not publish the push to Redis."""
         self.forwarded = False
 
     def broadcast(self, event: str, payload: object) -> Awaitable[None]:
         """Send an event to all subscribers of the topic, on every node.
 
-        It starts at once. A coroutine function awaits it to learn whether the bus has it; a plain function just calls
-        it, which returns once the bus has it.
+        It starts at once. A coroutine function awaits it to find out whether the bus has accepted it; in a plain
+        function the call returns when the bus has accepted it.
 
-        Args:   payload: what is JSON-serializable, see `to_payload`, or ``bytes`` for a binary event.
-        Raises: ValueError: an event that cannot be; TypeError: a payload that JSON cannot say; BusUnavailable.
+        Args:   payload: a JSON-serializable value, or ``bytes`` for a binary event.
+        Raises: ValueError: an invalid event name; TypeError: the payload is not JSON-serializable; BusUnavailable.
         """
         return self._broadcast(event, payload, True)
 
     def broadcast_from(self, event: str, payload: object) -> Awaitable[None]:
-        """Send an event to all subscribers of the topic but this one; else as `broadcast`."""
+        """Send an event to all subscribers of the topic except this socket; otherwise like `broadcast`."""
         return self._broadcast(event, payload, False)
 
 
@@ -274,7 +274,7 @@ class Event(_WithPayload):
     def replace(self, payload: object = msgspec.UNSET, *, event: str | None = None) -> "Event":
         """A copy with another payload, or another event name.
 
-        Raises: ValueError: an event that cannot be; TypeError: a payload that JSON cannot say.
+        Raises: ValueError: an invalid event name; TypeError: the payload is not JSON-serializable.
         """
         if event is not None:
             check_event(event)

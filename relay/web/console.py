@@ -105,12 +105,12 @@ class TopicObserver:
     Args: topic: whose events.
     """
 
-    version = Version.V2
-    deflates = False
+    version: Version = Version.V2
+    deflates: bool = False
 
     def __init__(self, topic: str) -> None:
-        self.topic = topic
-        self.left_out = 0
+        self.topic: str = topic
+        self.left_out: int = 0
         self._events: list[dict[str, Any]] = []
 
     def direct_write(self) -> None:

@@ -50,7 +50,7 @@ def test_reference_describes_every_hook_and_request() -> None:
         (reference.api(), ("install", "broadcast", "kick", "disconnect", "join", "push")),
     ):
         for name in names:
-            described = rf"^###+ (?:async )?`{name}`\n\n```python\n{name}\(.*\).*\n```\n\n\S"
+            described = rf"^###+ (?:async )?`{name}`\n\n```python\n{name}\([^`]*\)[^`]*\n```\n\n\S"
             assert re.search(described, page, re.MULTILINE), name
     assert "| `POST /publish` |" in requests
     assert "| `GET /sockets/{socket_id}` |" in requests

@@ -8,10 +8,25 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-PLACES = ("README.md", "CONTRIBUTING.md", "docs", "clients")
+PLACES = ("README.md", "CONTRIBUTING.md", "docs", "clients", "config", "examples")
 """Files and folders in which no such word may stand."""
 
-ENDINGS = {".md", ".py", ".js", ".mjs", ".ts"}
+ENDINGS = {
+    ".md",
+    ".py",
+    ".js",
+    ".mjs",
+    ".ts",
+    ".html",
+    ".css",
+    ".toml",
+    ".yaml",
+    ".yml",
+    ".json",
+    ".conf",
+    ".service",
+    "",
+}
 
 LEFT_OUT = {"docs/reference"}
 """A page that is still to be rewritten; pages that are generated from `relay/`."""
@@ -39,7 +54,7 @@ def files() -> Iterator[Path]:
         for found in sorted(path.rglob("*")) if path.is_dir() else [path]:
             name = found.relative_to(ROOT).as_posix()
             is_left_out = any(name == left or name.startswith(f"{left}/") for left in LEFT_OUT)
-            if found.suffix in ENDINGS and not is_left_out and "node_modules" not in found.parts:
+            if found.is_file() and found.suffix in ENDINGS and not is_left_out and "node_modules" not in found.parts:
                 yield found
 
 

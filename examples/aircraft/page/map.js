@@ -34,7 +34,7 @@ export class GroundMap {
   #onChange;
   #onPoint;
 
-  /** `onChange()` when the view has changed; `onPoint(x, y, isPressed)` when somebody points at a place. */
+  /** `onChange()` when the view has changed; `onPoint(x, y, isPressed)` when the pointer is at a place. */
   constructor(canvas, { longitude, latitude, widthDeg }, { onChange, onPoint }) {
     this.canvas = canvas;
     this.#x = longitude;
