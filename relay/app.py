@@ -21,13 +21,12 @@ from starlette.routing import BaseRoute, Mount
 
 from relay.auth.api_key import ApiKeyAuth, api_key_from
 from relay.auth.authenticator import Authenticate
-from relay.auth.keys import Key
-from relay.auth.tokens import load_keys
 from relay.brokers.base import Link
 from relay.channels.socket import Socket
 from relay.config import EMBEDDED, Config
 from relay.config_sources import explain, load
 from relay.errors import ConfigError, RelayError
+from relay.extras import apply_extras, missing
 from relay.logs import RateLimitedLoggers
 from relay.metrics import REFUSED_STATE, Metrics
 from relay.node import Node
@@ -49,6 +48,7 @@ from relay.web.console import Console
 from relay.web.prometheus import IDLE, MetricsExporter, State
 
 if TYPE_CHECKING:
+    from relay.auth.keys import Key
     from relay.web.proxy import Proxy
 
 _logger = logging.getLogger("relay")
@@ -73,7 +73,7 @@ class Relay:
           authenticate: authenticates clients: it is called with an `UpgradeRequest` and returns a mapping with ``sub``,
               or None for an anonymous client, or raises `Refused`. A plain function runs in a thread.
 
-    Raises: ConfigError: no bus is configured, a setting is invalid, or a plugin cannot be loaded.
+    Raises: ConfigError: no bus is configured, a setting is invalid or needs a missing extra, or a plugin cannot load.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Relay:
         **settings: Any,
     ) -> None:
         try:
-            self.config: Config = config if config is not None else Config(**settings)
+            self.config: Config = apply_extras(config if config is not None else Config(**settings))
         except ValidationError as error:
             raise ConfigError(*explain(error, [("Relay", settings)])) from None
         if not self.config.redis_url and not self.config.broadcast_url:
@@ -93,7 +93,11 @@ class Relay:
                 'redis_url: expected where to hear events: redis_url="redis://localhost:6379", '
                 f'redis_url="{EMBEDDED}" for a server of the relay\'s own, or broadcast_url="memory://"'
             )
-        self.keys: tuple[Key, ...] = load_keys(self.config.auth)
+        self.keys: tuple[Key, ...] = ()
+        if self.config.auth.has_keys or self.config.auth.tangram:
+            from relay.auth.tokens import load_keys
+
+            self.keys = load_keys(self.config.auth)
         if authenticate is not None:
             check_handler("authenticate", authenticate, "request")
         self._authenticate = authenticate
@@ -155,7 +159,7 @@ class Relay:
             routes += pages.docs_routes(self.config.rest.path)
             routes.append(Mount(self.config.rest.path, make_rest(self)))
         if self.config.auth.tangram:
-            from relay.web.rest import token_route
+            from relay.web.tangram import token_route
 
             routes.append(token_route(self))
         for mount in routes:
@@ -168,7 +172,7 @@ class Relay:
             self.operators,
             lambda: self.link,
             self._refusal,
-            self.figures.current_text,
+            None if missing("metrics") else self.figures.current_text,
             lambda: self.publish_command,
         )
 

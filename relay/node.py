@@ -15,13 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import count
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from relay import runtime_dir
 from relay.auth.authenticator import Authenticate, Authenticator
-from relay.auth.keys import Key
 from relay.auth.session import SocketAuth
-from relay.auth.tokens import TokenVerifier
 from relay.brokers.base import Broker
 from relay.brokers.embedded import BESIDE_AUTH, EmbeddedValkey
 from relay.channels import control
@@ -47,6 +45,10 @@ from relay.transports.outbox import OutboxBudget
 from relay.transports.websocket import WebSocketTransport
 from relay.transports.writer import EXTENSION, DirectWriter
 from relay.web.prometheus import WRITE_INTERVAL_S, MetricsExporter, State
+
+if TYPE_CHECKING:
+    from relay.auth.keys import Key
+    from relay.auth.tokens import TokenVerifier
 
 _logger = logging.getLogger("relay")
 
@@ -82,7 +84,7 @@ class Node:
         loggers: RateLimitedLoggers,
         tracer: Tracer | None = None,
         authenticate: Authenticate | None = None,
-        keys: tuple[Key, ...] = (),
+        keys: "tuple[Key, ...]" = (),
         reach: NetworkAccess | None = None,
     ) -> None:
         self._tracer = tracer
@@ -114,12 +116,12 @@ class Node:
             metrics, lambda topic: config.topic(topic).policy, loop.call_soon, label_of=config.metrics.label
         )
         self.pubsub: PubSub = PubSub(config, self.broker, self.hub, metrics, hooks, owner, tracer, loggers=loggers)
-        self._name = uuid.uuid4().hex[:8]
+        self.name: str = uuid.uuid4().hex[:8]
         # Ids of sockets are unique among all nodes: a random part, then a number. Made at the start: forked processes
         # have the import's state in common.
         self._numbers = map(f"{uuid.uuid4().hex[:8]}-{{}}".format, count(1))
         self.pubsub.on_control = self._receive_order
-        self._verifier = TokenVerifier(config.auth, keys, loggers=loggers) if config.auth.has_keys else None
+        self._verifier = _make_verifier(config, keys, loggers)
         self._auth: Authenticator | None = None
         if self._verifier or authenticate or config.auth.anonymous or config.auth.authenticated:
             verify = self._verifier.verify if self._verifier else None
@@ -359,12 +361,12 @@ class Node:
         self, do: Literal["disconnect", "kick"], user: str, topic: str = "", reason: str = ""
     ) -> asyncio.Future[None]:
         """Send a user away here and on all other nodes; the future fails with BusUnavailable where they do not hear."""
-        order = control.ControlMessage(do, user, self._name, topic, reason)
+        order = control.ControlMessage(do, user, self.name, topic, reason)
         self._apply_control(order)
         return self.pubsub.publish_control_message(order)
 
     def _receive_order(self, order: control.ControlMessage) -> None:
-        if order.sender != self._name:  # else it has come back to us
+        if order.sender != self.name:  # else it has come back to us
             self._apply_control(order)
 
     def _apply_control(self, order: control.ControlMessage) -> None:
@@ -444,6 +446,14 @@ class Node:
                 wait_s = _SERVICE_BACKOFF_S
             await asyncio.sleep(random.uniform(wait_s / 2, wait_s))
             wait_s = min(2 * wait_s, _SERVICE_BACKOFF_MAX_S)
+
+
+def _make_verifier(config: Config, keys: "tuple[Key, ...]", loggers: RateLimitedLoggers) -> "TokenVerifier | None":
+    if not config.auth.has_keys:
+        return None
+    from relay.auth.tokens import TokenVerifier  # needs the extra `auth`
+
+    return TokenVerifier(config.auth, keys, loggers=loggers)
 
 
 def _make_broker(config: Config, metrics: Metrics, hooks: Hooks) -> Broker:

@@ -12,8 +12,6 @@ import asyncio
 import time
 from typing import TYPE_CHECKING
 
-import psutil
-
 from relay.plugins import Plugin
 
 if TYPE_CHECKING:
@@ -32,6 +30,8 @@ _LOOK_S = 0.1
 @plugin.service
 async def tell(relay: "Relay") -> None:
     """Send the figures for ever; measures nothing while nobody listens."""
+    import psutil  # of the extra `metrics`
+
     metrics, hub = relay.metrics, relay.node.hub
     started = last_time = time.monotonic()
     last_deliveries = metrics.deliveries
