@@ -74,7 +74,8 @@ clean: ## remove all that make and the tools made
 	rm -rf tests/js/node_modules examples/node-plugin/node_modules
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# Two environments in one: `make run` needs a third of what `make test` needs, and the second includes the first.
+# Two environments in one: `make run` needs the extra `standard`, a third of what `make test` needs, and the second
+# includes the first.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet
 
 .venv/.made-in:

@@ -20,12 +20,12 @@ from starlette.routing import BaseRoute, Mount
 
 from relay.auth.api_key import ApiKeyAuth, api_key_from
 from relay.auth.authenticator import Authenticate
-from relay.auth.tokens import load_keys
 from relay.brokers.base import Link
 from relay.channels.socket import Socket
 from relay.config import EMBEDDED, Config
 from relay.config_sources import explain, load
 from relay.errors import ConfigError, RelayError
+from relay.extras import apply_extras, missing
 from relay.log import RateLimitedLoggers
 from relay.metrics import IDLE, REFUSED_STATE, Metrics, ProcessState
 from relay.node import Components, Node
@@ -46,6 +46,7 @@ from relay.web.console import Console
 from relay.web.prometheus import MetricsExporter
 
 if TYPE_CHECKING:
+    from relay.auth.keys import Key
     from relay.web.proxy import Proxy
 
 _logger = logging.getLogger("relay")
@@ -70,7 +71,7 @@ class Relay:
           authenticate: authenticates clients: it is called with an `UpgradeRequest` and returns a mapping with ``sub``,
               or None for an anonymous client, or raises `Refused`. A plain function runs in a thread.
 
-    Raises: ConfigError: no bus is configured, a setting is invalid, or a plugin cannot be loaded.
+    Raises: ConfigError: no bus is configured, a setting is invalid or needs a missing extra, or a plugin cannot load.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Relay:
         **settings: Any,
     ) -> None:
         try:
-            self.config: Config = config if config is not None else Config(**settings)
+            self.config: Config = apply_extras(config if config is not None else Config(**settings))
         except ValidationError as error:
             raise ConfigError(*explain(error, [("Relay", settings)])) from None
         if not self.config.redis_url and not self.config.broadcast_url:
@@ -109,7 +110,11 @@ class Relay:
 
     def _make_components(self, extra_plugins: tuple[Plugin, ...], authenticate: Authenticate | None) -> Components:
         config, loggers = self.config, RateLimitedLoggers()
-        keys = load_keys(config.auth)
+        keys: tuple[Key, ...] = ()
+        if config.auth.has_keys or config.auth.tangram:
+            from relay.auth.tokens import load_keys
+
+            keys = load_keys(config.auth)
         builtins = (system.plugin,) if config.system_topic else ()
         plugins = load_plugins(config.plugins, (*extra_plugins, *builtins))
         for name in (found.name for found in plugins.found if found.plugin):
@@ -168,7 +173,7 @@ class Relay:
             routes += pages.docs_routes(self.config.rest.path)
             routes.append(Mount(self.config.rest.path, make_rest(self.components, self._running_node, plugin_routes)))
         if self.config.auth.tangram:
-            from relay.web.rest import token_route
+            from relay.web.tangram import token_route
 
             routes.append(token_route(self.components))
         for mount in routes:
@@ -181,7 +186,7 @@ class Relay:
             self.components.api_key_auth,
             lambda: self.link,
             self._refusal,
-            self.figures.current_text,
+            None if missing("metrics") else self.figures.current_text,
             lambda: self.publish_command,
         )
 

@@ -15,13 +15,11 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from relay import runtime_dir
 from relay.auth.api_key import ApiKeyAuth
 from relay.auth.authenticator import Authenticate, Authenticator
-from relay.auth.keys import Key
-from relay.auth.tokens import TokenVerifier
 from relay.brokers.base import Broker, Link
 from relay.brokers.embedded import BESIDE_AUTH, EmbeddedValkey
 from relay.channels import control
@@ -50,6 +48,10 @@ from relay.transports.network_access import NetworkAccess
 from relay.transports.outbox import OutboxBudget
 from relay.transports.websocket import WebSocketTransport
 from relay.transports.writer import EXTENSION, DirectWriter
+
+if TYPE_CHECKING:
+    from relay.auth.keys import Key
+    from relay.auth.tokens import TokenVerifier
 
 _logger = logging.getLogger("relay")
 
@@ -88,7 +90,7 @@ class Components:
     api_key_auth: ApiKeyAuth
     """Who may use the REST interface, the console and the metrics."""
     network_access: NetworkAccess
-    keys: tuple[Key, ...] = ()
+    keys: "tuple[Key, ...]" = ()
     """The static keys of tokens."""
     authenticate: Authenticate | None = None
     """The application's own authentication of clients."""
@@ -139,12 +141,12 @@ class Node:
             metrics, lambda topic: config.topic(topic).policy, loop.call_soon, label_of=config.metrics.label
         )
         self.pubsub: PubSub = PubSub(config, self.broker, self.hub, metrics, hooks, owner, tracer, loggers=loggers)
-        self._name = uuid.uuid4().hex[:8]
+        self.name: str = uuid.uuid4().hex[:8]
         # Ids of sockets are unique among all nodes: a random part, then a number. Made at the start: forked processes
         # have the import's state in common.
         self._numbers = map(f"{uuid.uuid4().hex[:8]}-{{}}".format, count(1))
         self.pubsub.on_control = self._receive_order
-        self._verifier = TokenVerifier(config.auth, components.keys, loggers=loggers) if config.auth.has_keys else None
+        self._verifier = _make_verifier(components)
         authenticator: Authenticator | None = None
         if self._verifier or authenticate or config.auth.anonymous or config.auth.authenticated:
             verify = self._verifier.verify if self._verifier else None
@@ -421,12 +423,12 @@ class Node:
         self, do: Literal["disconnect", "kick"], user: str, topic: str = "", reason: str = ""
     ) -> asyncio.Future[None]:
         """Disconnect or remove a user here and on all other nodes; BusUnavailable: only here."""
-        order = control.ControlMessage(do, user, self._name, topic, reason)
+        order = control.ControlMessage(do, user, self.name, topic, reason)
         self._apply_control(order)
         return self.pubsub.publish_control_message(order)
 
     def _receive_order(self, order: control.ControlMessage) -> None:
-        if order.sender != self._name:  # else it has come back to us
+        if order.sender != self.name:  # else it has come back to us
             self._apply_control(order)
 
     def _apply_control(self, order: control.ControlMessage) -> None:
@@ -515,6 +517,14 @@ def _checked(topic: str, event: str) -> tuple[str, str]:
             f"got {topic!r}, {event!r}"
         )
     return topic, event
+
+
+def _make_verifier(components: Components) -> "TokenVerifier | None":
+    if not components.config.auth.has_keys:
+        return None
+    from relay.auth.tokens import TokenVerifier  # needs the extra `auth`
+
+    return TokenVerifier(components.config.auth, components.keys, loggers=components.loggers)
 
 
 def _make_broker(config: Config, metrics: Metrics, hooks: Hooks) -> Broker:

@@ -5,7 +5,11 @@
 
 from typing import TYPE_CHECKING, Any
 
-from relay.transports.uvicorn_websocket import RelayWebSocketProtocol
+from relay.extras import require
+
+require("server", __name__)
+
+from relay.transports.uvicorn_websocket import RelayWebSocketProtocol  # noqa: E402 - says first what is not installed
 
 if TYPE_CHECKING:
     from relay.transports.uvicorn_http import RelayHTTPProtocol

@@ -15,6 +15,7 @@ from urllib.parse import parse_qs
 
 from relay.concurrency import Continuation
 from relay.errors import BusUnavailable, ConfigError
+from relay.extras import describe
 from relay.protocol.serializer import Message
 from relay.version import __version__
 
@@ -45,7 +46,7 @@ class Tracer:
         try:
             from opentelemetry import context, propagate, trace
         except ImportError:
-            raise ConfigError("tracing: needs OpenTelemetry: pip install '.[otel]' in a checkout") from None
+            raise ConfigError(describe("otel", "tracing")) from None
         self.api: Any = trace
         self.context: Any = context
         self._propagate = propagate

@@ -14,12 +14,12 @@ lock() {
         --generate-hashes --no-header --no-emit-index-url --no-emit-find-links pyproject.toml "$@"
 }
 lock --all-extras --group dev --output-file requirements-dev.lock ${LOCK_ARGS:-}
-# The short one says the same versions: it is the part of the long one that `relay serve` needs.
+# The short one says the same versions: it is the part of the long one that the extra `standard` needs.
 cp requirements-dev.lock "$tmp/all"
-lock --group build --constraint "$tmp/all" --no-annotate --output-file requirements.lock ${LOCK_ARGS:-}
+lock --extra standard --group build --constraint "$tmp/all" --no-annotate --output-file requirements.lock ${LOCK_ARGS:-}
 
 # The oldest versions of what pyproject.toml names, for `make floors`.
-lock --resolution lowest-direct --extra postgres --group floors --no-annotate --upgrade \
+lock --resolution lowest-direct --extra standard --extra postgres --group floors --no-annotate --upgrade \
     --output-file requirements-floors.lock
 
 if command -v npm >/dev/null; then

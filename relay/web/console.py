@@ -227,8 +227,8 @@ class ConsoleSession:
                 "node": f"{sockets.gethostname()}:{os.getpid()}",
                 "version": __version__,
                 "at_ms": round(time.time() * 1000),
-                # Totals can be compared with those of the same source alone: a folder, or a process in its lifetime.
-                "source": node.config.metrics.folder or str(figures["process_start_time_seconds"][""]),
+                # Totals can be compared with those of the same source alone: a directory, or a node in its lifetime.
+                "source": node.config.metrics.folder or node.name,
                 # Live in every worker; why not is known of this one.
                 "link": {"live": bool(figures["relay_link_live"][""]), "reason": node.link.reason},
                 "bounds_s": BOUNDS_S,

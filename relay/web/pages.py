@@ -17,6 +17,7 @@ from starlette.staticfiles import StaticFiles
 from relay.auth.api_key import ApiKeyAuth, api_key_from
 from relay.brokers.base import Link
 from relay.config import Config
+from relay.extras import describe
 from relay.metrics import Metrics
 from relay.version import __version__
 
@@ -54,7 +55,7 @@ def routes(
     operators: ApiKeyAuth,
     link: Callable[[], Link],
     refusal: Callable[[], str],
-    figures: Callable[[], Awaitable[bytes]],
+    figures: Callable[[], Awaitable[bytes]] | None,
     publish_command: Callable[[], str],
 ) -> list[BaseRoute]:
     """Make the HTTP routes.
@@ -62,7 +63,7 @@ def routes(
     Args: operators: who may use the console.
           link: the broker's state, asked anew for each request.
           refusal: why nobody should be sent here; empty when all is well.
-          figures: all figures, in Prometheus's text format.
+          figures: all figures, in Prometheus's text format; None where they cannot be written.
           publish_command: a line to paste, for the page.
     """
 
@@ -87,6 +88,8 @@ def routes(
             metrics.refused["metrics: wrong key" if fault.is_wrong_key else "metrics: not allowed"] += 1
             headers = {"www-authenticate": "Bearer"} if fault.status == HTTPStatus.UNAUTHORIZED else None
             return problem(fault.status, fault.text, headers)
+        if figures is None:
+            return problem(404, describe("metrics", "/metrics"))
         return Response(await figures(), headers={"content-type": _TEXT_FORMAT})
 
     def show(file: str) -> Response:

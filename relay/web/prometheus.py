@@ -6,27 +6,27 @@ a test compares the two.
 Each of several workers writes its figures to a directory (`relay.web.multiprocess`) once a second. The one that is
 asked adds them all up. What a worker that has ended had counted stays in the sums, what it held (sockets, bytes) does
 not.
+
+Without the extra `metrics` the figures of the process are left out, and there is no text: the console shows the rest.
 """
 
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
-import psutil
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.registry import Collector
-
 from relay.errors import DROPPED, ConfigError
+from relay.extras import missing
 from relay.fd_limit import descriptors
-from relay.metrics import BOUNDS_S, Histogram, Metrics, ProcessState
+from relay.metrics import Histogram, Metrics, ProcessState
 from relay.version import __version__
 
 if TYPE_CHECKING:
+    import psutil
+
     from relay.web.multiprocess import SnapshotStore
 
 READ_INTERVAL_S = 1.0
@@ -41,7 +41,7 @@ Value: TypeAlias = float | list[float]
 Snapshot: TypeAlias = dict[str, dict[str, Value]]
 """Values by figure and label; "" where a figure has no label."""
 
-Source: TypeAlias = Callable[[Metrics, ProcessState, psutil.Process], Mapping[str, float | Histogram]]
+Source: TypeAlias = "Callable[[Metrics, ProcessState, psutil.Process | None], Mapping[str, float | Histogram]]"
 
 
 class MetricSpec(NamedTuple):
@@ -64,7 +64,9 @@ class MetricSpec(NamedTuple):
 def _of(field: str) -> Source:
     """Read a field of `Metrics`."""
 
-    def read(metrics: Metrics, state: ProcessState, process: psutil.Process) -> Mapping[str, float | Histogram]:
+    def read(
+        metrics: Metrics, state: ProcessState, process: "psutil.Process | None"
+    ) -> Mapping[str, float | Histogram]:
         value = getattr(metrics, field)
         return value if isinstance(value, dict) else {"": value}
 
@@ -75,7 +77,24 @@ def _counter(field: str, meaning: str, label: str = "", name: str = "") -> Metri
     return MetricSpec(f"relay_{name or field}", "counter", meaning, label, _of(field))
 
 
-def _open_files(process: psutil.Process) -> int:
+def _of_process(read_process: "Callable[[psutil.Process], float]") -> Source:
+    """Read a figure of the process; without psutil there is none."""
+
+    def read(
+        metrics: Metrics, state: ProcessState, process: "psutil.Process | None"
+    ) -> Mapping[str, float | Histogram]:
+        return {} if process is None else {"": read_process(process)}
+
+    return read
+
+
+def _this_process() -> "psutil.Process":
+    import psutil
+
+    return psutil.Process()
+
+
+def _open_files(process: "psutil.Process") -> int:
     """How many file descriptors are open. To list 8 000 of them takes milliseconds; Linux 6.2 and later know it."""
     try:
         return os.stat("/proc/self/fd").st_size or process.num_fds()
@@ -188,16 +207,16 @@ FIGURES: tuple[MetricSpec, ...] = (
         "counter",
         "Processor time, user and system.",
         "",
-        lambda m, s, p: {"": sum(p.cpu_times()[:2])},
+        _of_process(lambda p: sum(p.cpu_times()[:2])),
     ),
     MetricSpec(
         "process_resident_memory_bytes",
         "gauge",
         "Resident memory; memory shared by workers counts once for each.",
         "",
-        lambda m, s, p: {"": p.memory_info().rss},
+        _of_process(lambda p: p.memory_info().rss),
     ),
-    MetricSpec("process_open_fds", "gauge", "Open file descriptors.", "", lambda m, s, p: {"": _open_files(p)}),
+    MetricSpec("process_open_fds", "gauge", "Open file descriptors.", "", _of_process(_open_files)),
     MetricSpec(
         "process_max_fds",
         "gauge",
@@ -210,7 +229,7 @@ FIGURES: tuple[MetricSpec, ...] = (
         "gauge",
         "Start time of the process in seconds since 1970; of workers, the earliest of those running.",
         "",
-        lambda m, s, p: {"": p.create_time()},
+        _of_process(lambda p: p.create_time()),
         min,
     ),
 )
@@ -250,7 +269,7 @@ class MetricsExporter:
     ) -> None:
         self._metrics = metrics
         self._state = state
-        self._process = psutil.Process()
+        self._process = None if missing("metrics") else _this_process()
         self._folder = _open(folder) if folder else None
         self._thread: ThreadPoolExecutor | None = None
         self._snapshot: _Kept[Snapshot] = _Kept(clock)
@@ -282,14 +301,14 @@ class MetricsExporter:
 
     def snapshot(self) -> Snapshot:
         """The figures of this process, now."""
-        if self._process.pid != os.getpid():
-            self._process = psutil.Process()
-        state = self._state()
+        process, state = self._process, self._state()
+        if process is not None and process.pid != os.getpid():
+            process = self._process = _this_process()
         return {
             figure.name: {
                 str(label): [*value.buckets, value.sum_s] if isinstance(value, Histogram) else value
                 # A copy: the event loop may count meanwhile, and a new label would end an iteration.
-                for label, value in dict(figure.read(self._metrics, state, self._process)).items()
+                for label, value in dict(figure.read(self._metrics, state, process)).items()
             }
             for figure in FIGURES
         }
@@ -313,9 +332,11 @@ class MetricsExporter:
 
 
 def _text(snapshot: Snapshot) -> bytes:
-    registry = CollectorRegistry()
-    registry.register(_Families(snapshot))
-    return generate_latest(registry)
+    from relay.web.exposition import Family, write_text  # needs the extra `metrics`
+
+    return write_text(
+        Family(figure.name, figure.kind, figure.meaning, figure.label, snapshot[figure.name]) for figure in FIGURES
+    )
 
 
 def _open(folder: str) -> "SnapshotStore":
@@ -350,33 +371,3 @@ def _one(figure: MetricSpec, values: list[Value]) -> Value:
     if histograms:
         return [sum(parts) for parts in zip(*histograms, strict=True)]
     return figure.merge([value for value in values if not isinstance(value, list)])
-
-
-class _Families(Collector):
-    """A snapshot, as prometheus-client wants it."""
-
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._snapshot = snapshot
-
-    def collect(self) -> Iterator[Metric]:
-        for figure in FIGURES:
-            yield _family(figure, self._snapshot[figure.name])
-
-
-def _family(figure: MetricSpec, values: Mapping[str, Value]) -> Metric:
-    names = [figure.label] if figure.label else []
-    if figure.kind == "histogram":
-        histogram = HistogramMetricFamily(figure.name, figure.meaning, labels=names)
-        for label, value in values.items():
-            assert isinstance(value, list), "a histogram has buckets"
-            *counts, sum_s = value
-            bounds = [*map(str, BOUNDS_S), "+Inf"]
-            so_far = [sum(counts[: place + 1]) for place in range(len(counts))]
-            histogram.add_metric([label] if names else [], list(zip(bounds, so_far, strict=True)), sum_s)
-        return histogram
-    make = CounterMetricFamily if figure.kind == "counter" else GaugeMetricFamily
-    family: CounterMetricFamily | GaugeMetricFamily = make(figure.name, figure.meaning, labels=names)
-    for label, value in values.items():
-        assert not isinstance(value, list), "a number"
-        family.add_metric([label] if names else [], value)
-    return family

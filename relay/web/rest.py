@@ -6,8 +6,6 @@ Owns the routes under ``rest.path``; must not know how events travel. Errors are
 """
 
 import re
-import secrets
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Sequence
 from http import HTTPStatus
 from http.client import responses as phrases
@@ -19,14 +17,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.security import APIKeyHeader, HTTPBearer
-from pydantic import AfterValidator, BaseModel, Discriminator, Field, JsonValue, Tag, ValidationError
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, JsonValue, Tag
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.responses import Response
-from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from relay.auth.api_key import api_key_from
-from relay.auth.tokens import sign
 from relay.config import RedisConfig
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
@@ -388,39 +384,6 @@ async def _told(order: Awaitable[None]) -> Response:
     except BusUnavailable as error:
         raise HTTPException(503, f"done here, and not told to the other nodes: bus unavailable: {error}") from None
     return Response(status_code=HTTPStatus.NO_CONTENT)
-
-
-class TokenRequest(BaseModel):
-    """Who asks for a token, in tangram's words."""
-
-    channel: str = Field(min_length=1, max_length=255)
-    id: str | None = Field(None, min_length=1, max_length=255)
-
-
-def token_route(components: Components) -> Route:
-    """``POST /token``, as tangram has it: ``{"channel", "id"?}`` is answered by ``{"channel", "id", "token"}``.
-
-    The token opens that one topic. Whoever may use the REST interface may have one, and nobody else.
-    """
-    key = next(key for key in components.keys if key.algorithm == "HS256")
-
-    async def make_token(request: Request) -> Response:
-        try:
-            _authorize(request, components)
-            asked = TokenRequest.model_validate_json(await request.body())
-        except HTTPException as error:
-            return await _http_problem(request, error)
-        except ValidationError as error:
-            problems = error.errors(include_input=False, include_url=False)
-            return _problem(422, "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in problems))
-        auth = components.config.auth
-        claims: dict[str, Any] = {"id": asked.id or secrets.token_hex(4), "channel": asked.channel}
-        claims["exp"] = int(time.time() + auth.tangram_ttl_s)
-        expected = {"iss": auth.issuer, "aud": next(iter(auth.audience), "")}
-        token = sign(claims | {name: value for name, value in expected.items() if value}, key)
-        return JSONResponse({"channel": asked.channel, "id": claims["id"], "token": token})
-
-    return Route("/token", make_token, methods=["POST"])
 
 
 def _encode(event: Event, payload_max_bytes: int) -> Payload:

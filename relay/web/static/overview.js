@@ -53,6 +53,9 @@ const charts = [
 ];
 byId("charts").append(...charts.map(({ element }) => element));
 
+/** Figures of the process are measured with the extra `metrics` alone. */
+const hasProcess = ({ figures }) => "" in (figures.process_start_time_seconds ?? {});
+
 const figures = {
   sockets: ["Sockets", (s) => [formatCount(s.sockets)]],
   topics: ["Topics", (s) => [formatCount(s.topics)]],
@@ -62,10 +65,10 @@ const figures = {
   drops: ["Dropped", (s) => [formatCount(total(s.figures.relay_dropped))]],
   gaps: ["Gaps", (s) => [formatCount(total(s.figures.relay_gaps))]],
   outbox: ["Outboxes", (s) => formatBytes(s.outbox).split(" ")],
-  cpu: ["CPU", (s) => [s.cpu === null ? "–" : (100 * s.cpu).toFixed(s.cpu < 0.1 ? 1 : 0), "%"]],
-  memory: ["Memory", (s) => formatBytes(total(s.figures.process_resident_memory_bytes)).split(" ")],
+  cpu: ["CPU", (s) => [s.cpu === null || !hasProcess(s) ? "–" : (100 * s.cpu).toFixed(s.cpu < 0.1 ? 1 : 0), "%"]],
+  memory: ["Memory", (s) => (hasProcess(s) ? formatBytes(total(s.figures.process_resident_memory_bytes)).split(" ") : ["–"])],
   link: ["Link", (s, { link }) => [link.live ? "live" : "down"]],
-  up: ["Up", (s) => [formatDuration(s.at_ms / 1000 - total(s.figures.process_start_time_seconds)).split(" ")[0]]],
+  up: ["Up", (s) => [hasProcess(s) ? formatDuration(s.at_ms / 1000 - total(s.figures.process_start_time_seconds)).split(" ")[0] : "–"]],
 };
 const cells = Object.entries(figures).map(([name, [title, read]]) => {
   const [value, unit] = [create("b", "", "–"), create("i")];
