@@ -93,6 +93,7 @@ class Relay:
                 'redis_url: expected where to hear events: redis_url="redis://localhost:6379", '
                 f'redis_url="{EMBEDDED}" for a server of the relay\'s own, or broadcast_url="memory://"'
             )
+        self.config.old_names.log()
         self.keys: tuple[Key, ...] = ()
         if self.config.auth.has_keys or self.config.auth.tangram:
             from relay.auth.tokens import load_keys
@@ -103,7 +104,7 @@ class Relay:
         self._authenticate = authenticate
         self._tracer = Tracer() if self.config.tracing else None
         self.metrics: Metrics = Metrics()
-        self.figures: MetricsExporter = MetricsExporter(self.metrics, self._state, self.config.metrics.folder)
+        self.figures: MetricsExporter = MetricsExporter(self.metrics, self._state, self.config.metrics.dir)
         builtins = (system.plugin,) if self.config.system_topic else ()
         self.plugins: PluginSet = load_plugins(self.config.plugins, (*extra_plugins, *builtins))
         for name in (found.name for found in self.plugins.found if found.plugin):

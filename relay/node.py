@@ -71,7 +71,7 @@ class Node:
           tracer: makes spans; None where the settings want none.
           authenticate: the team's own say in who gets in.
           keys: the static keys of tokens.
-          reach: whose pages may connect besides those that ``origins`` names.
+          reach: whose pages may connect besides those that ``allowed_origins`` names.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Node:
         self._hooks = hooks
         self._owner = owner
         limits = config.limits
-        self._outboxes = OutboxBudget(limits.outboxes_max_bytes, metrics)
+        self._outboxes = OutboxBudget(limits.outbox_total_max_bytes, metrics)
         self._admission = ConnectionLimiter(
             sockets_max=limits.sockets_max,
             sockets_per_address=limits.sockets_per_address,
@@ -159,7 +159,7 @@ class Node:
             raise
         self._siblings.check()
         self._tasks.append(asyncio.create_task(self._check_idle()))
-        if self.config.metrics.folder:
+        if self.config.metrics.dir:
             self._tasks.append(asyncio.create_task(self._keep_figures()))
         self._tasks += [asyncio.create_task(self._run_service(hook)) for hook in self._hooks.services]
 
@@ -173,8 +173,8 @@ class Node:
         try:
             await self._figures.leave()
         except OSError as error:
-            folder = self.config.metrics.folder
-            raise ConfigError(f"metrics.folder: {folder} cannot be written: {error.strerror}") from None
+            folder = self.config.metrics.dir
+            raise ConfigError(f"metrics.dir: {folder} cannot be written: {error.strerror}") from None
 
     async def stop(self) -> None:
         """Drain, then stop the plugins, then the bus."""
@@ -323,7 +323,7 @@ class Node:
     ) -> Socket | None:
         """Do the handshake of a ``websocket`` scope; None where it was refused."""
         config, metrics = self.config, self._metrics
-        shake = handshake.check(scope, config.origins, has_local_pages=self._reach.has_local_pages(scope))
+        shake = handshake.check(scope, config.allowed_origins, has_local_pages=self._reach.has_local_pages(scope))
         access: Callable[..., SocketAuth] | None = None
         if self._auth is not None and not isinstance(shake, HandshakeRejected):
             try:
@@ -417,7 +417,7 @@ class Node:
         try:
             await self._figures.leave()
         except OSError as error:  # a full disk, say: the others see what was written last
-            self._log.warning("figures", "metrics.folder cannot be written: %s", error)
+            self._log.warning("figures", "metrics.dir cannot be written: %s", error)
 
     @property
     def state(self) -> State:

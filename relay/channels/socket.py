@@ -106,7 +106,7 @@ class Socket(Face):
         self._protocol = ChannelsProtocol(
             shake.version, topics_max=limits.topics_per_socket, payload_max_bytes=limits.payload_max_bytes
         )
-        connection.tell_dropped = self._protocol.tell_dropped
+        connection.notify_dropped = self._protocol.notify_dropped
         self._lanes = KeyedQueue(pubsub.in_flight, self._give_up_waiting)
         # The newest unanswered push of each topic: a leave waits for it, so that its reply comes first.
         self._last_push: dict[str, asyncio.Future[None]] = {}
@@ -405,7 +405,7 @@ class Socket(Face):
         """Deliver nothing more; plugins hear of the end after what is under way on the topic."""
         topic = subscription.topic
         _ = self._last_push.pop(topic, None)
-        self._connection.settle_dropped(topic, partial(self._protocol.tell_dropped, subscription=subscription))
+        self._connection.settle_dropped(topic, partial(self._protocol.notify_dropped, subscription=subscription))
         self._events += self._hub.events_for(topic, self)
         if self._hub.remove(topic, self):
             self._pubsub.unsubscribe(topic)

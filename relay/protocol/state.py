@@ -222,7 +222,7 @@ class ChannelsProtocol:
             return serializer.encode_close(self.version, subscription.join_ref, subscription.topic)
         return serializer.encode_error(self.version, subscription.join_ref, subscription.topic, error)
 
-    def tell_dropped(self, topic: str, count: int, subscription: Subscription | None = None) -> Frame:
+    def notify_dropped(self, topic: str, count: int, subscription: Subscription | None = None) -> Frame:
         """Tell of so many events that the client reads too slowly for, under the ``join_ref`` that is in force.
 
         Args: subscription: that which missed them, where it may have ended already.

@@ -74,7 +74,7 @@ class Outbox:
     Args: max_bytes: bound of all waiting events together, and of all waiting control frames.
           outboxes: what it is counted in, if any.
           give_up: has to empty it, when all of them hold too much and this one most.
-          tell_dropped: makes the frame that tells of so many events of a topic that were dropped.
+          notify_dropped: makes the frame that tells of so many events of a topic that were dropped.
     """
 
     __slots__ = (
@@ -82,7 +82,7 @@ class Outbox:
         "_entries",
         "_latest",
         "_outboxes",
-        "_tell_dropped",
+        "_notify_dropped",
         "_pending_notices",
         "control_bytes",
         "dropped",
@@ -96,7 +96,7 @@ class Outbox:
         max_bytes: int,
         outboxes: OutboxBudget | None = None,
         evict: Callable[[], object] = lambda: None,
-        tell_dropped: Callable[[str, int], Frame] | None = None,
+        notify_dropped: Callable[[str, int], Frame] | None = None,
     ) -> None:
         self.max_bytes: int = max_bytes
         self.event_bytes: int = 0
@@ -107,7 +107,7 @@ class Outbox:
         self.evict: Callable[[], object] = evict
         # Its bytes and its frames, as they were counted last.
         self._counted = (0, 0)
-        self._tell_dropped = tell_dropped
+        self._notify_dropped = notify_dropped
         self._entries: deque[_Entry] = deque()
         # The waiting event of each key under the policy `latest`.
         self._latest: dict[_Key, _Entry] = {}
@@ -144,7 +144,7 @@ class Outbox:
         dropped = self._add_event(frame, topic, event, policy)
         if dropped:
             self.dropped += dropped
-            if policy.tell_dropped and self._tell_dropped is not None:
+            if policy.notify_dropped and self._notify_dropped is not None:
                 self._pending_notices[topic] = self._pending_notices.get(topic, 0) + dropped
         self._count()
         return dropped
@@ -197,7 +197,7 @@ class Outbox:
 
     def _pop_notice(self) -> Frame | None:
         """What the client has to know before the next frame: of that frame's topic, or, after the last one, of any."""
-        assert self._tell_dropped is not None, "else nothing is kept to be told"
+        assert self._notify_dropped is not None, "else nothing is kept to be told"
         if self._entries:
             key = self._entries[0].key
             if key is None or key[0] not in self._pending_notices:
@@ -205,16 +205,16 @@ class Outbox:
             topic = key[0]
         else:
             topic = next(iter(self._pending_notices))
-        return self._tell_dropped(topic, self._pending_notices.pop(topic))
+        return self._notify_dropped(topic, self._pending_notices.pop(topic))
 
-    def settle_dropped(self, topic: str, tell_dropped: Callable[[str, int], Frame]) -> None:
+    def settle_dropped(self, topic: str, notify_dropped: Callable[[str, int], Frame]) -> None:
         """Put what is still to be told of ``topic`` in its place: the subscription that missed it ends.
 
         That is before the topic's first waiting event, or, where none waits, before what follows.
         """
         if not (count := self._pending_notices.pop(topic, 0)):
             return
-        told = _Entry(tell_dropped(topic, count), None, "")
+        told = _Entry(notify_dropped(topic, count), None, "")
         place = (at for at, entry in enumerate(self._entries) if entry.key is not None and entry.key[0] == topic)
         self._entries.insert(next(place, len(self._entries)), told)
         self.control_bytes += told.frame.size

@@ -67,7 +67,7 @@ class WebSocketTransport:
         "last_size",
         "on_close",
         "on_readiness",
-        "tell_dropped",
+        "notify_dropped",
     )
 
     def __init__(
@@ -89,7 +89,7 @@ class WebSocketTransport:
         self._limits = limits
         self._metrics = metrics
         self._outboxes = outboxes
-        self.tell_dropped: Callable[[str, int], Frame] | None = None
+        self.notify_dropped: Callable[[str, int], Frame] | None = None
         """Makes the frame that tells the client of so many events of a topic that were dropped."""
         # Made when there is pressure for the first time: most sockets never have any, and it takes 1 kB.
         self._outbox: Outbox | None = None
@@ -248,7 +248,7 @@ class WebSocketTransport:
     def _queue(self) -> Outbox:
         if self._outbox is None:
             self._outbox = Outbox(
-                self._limits.outbox_max_bytes, self._outboxes, self._give_up_outbox, self.tell_dropped
+                self._limits.outbox_max_bytes, self._outboxes, self._give_up_outbox, self.notify_dropped
             )
         return self._outbox
 
@@ -282,10 +282,10 @@ class WebSocketTransport:
         """Events that were dropped from its outbox since it opened."""
         return 0 if self._outbox is None else self._outbox.dropped
 
-    def settle_dropped(self, topic: str, tell_dropped: Callable[[str, int], Frame]) -> None:
+    def settle_dropped(self, topic: str, notify_dropped: Callable[[str, int], Frame]) -> None:
         """Queue what is still to be told of dropped events of ``topic``: the subscription that missed them ends."""
         if self._outbox is not None:
-            self._outbox.settle_dropped(topic, tell_dropped)
+            self._outbox.settle_dropped(topic, notify_dropped)
 
     def _wake_writer(self) -> None:
         """See to it that what was queued is sent."""

@@ -223,7 +223,7 @@ class ConsoleSession:
                 "version": __version__,
                 "at_ms": round(time.time() * 1000),
                 # Totals can be compared with those of the same source alone: a folder, or a node in its lifetime.
-                "source": relay.config.metrics.folder or relay.node.name,
+                "source": relay.config.metrics.dir or relay.node.name,
                 # Live in every worker; why not is known of this one.
                 "link": {"live": bool(figures["relay_link_live"][""]), "reason": link.reason},
                 "bounds_s": BOUNDS_S,

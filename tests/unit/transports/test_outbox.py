@@ -213,11 +213,11 @@ def test_latest_replaces_a_value_in_its_place() -> None:
 
 # Telling what was dropped.
 
-TELLING = Policy(Overflow.DROP_OLDEST, tell_dropped=True)
+TELLING = Policy(Overflow.DROP_OLDEST, notify_dropped=True)
 
 
 def telling(max_bytes: int) -> Outbox:
-    return Outbox(max_bytes, tell_dropped=lambda topic, count: frame(f"{topic} dropped {count}"))
+    return Outbox(max_bytes, notify_dropped=lambda topic, count: frame(f"{topic} dropped {count}"))
 
 
 def test_what_was_dropped_is_told_before_the_next_event_of_its_topic() -> None:
