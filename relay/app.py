@@ -91,10 +91,11 @@ class Relay:
                 'redis_url: expected where to hear events: redis_url="redis://localhost:6379", '
                 f'redis_url="{EMBEDDED}" for a server of the relay\'s own, or broadcast_url="memory://"'
             )
+        self.config.old_names.log()
         if authenticate is not None:
             check_handler("authenticate", authenticate, "request")
         self.metrics: Metrics = Metrics()
-        self.figures: MetricsExporter = MetricsExporter(self.metrics, self._state, self.config.metrics.folder)
+        self.figures: MetricsExporter = MetricsExporter(self.metrics, self._state, self.config.metrics.dir)
         self.components: Components = self._make_components(extra_plugins, authenticate)
         self._log = self.components.loggers.get("relay.socket")
         self._trusted_proxies = parse_networks(self.config.trusted_proxies)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, ModelWrapValidatorHandler, PrivateAttr, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -21,6 +21,7 @@ from relay.errors import ConfigError
 from relay.permissions import Grant, parse_rights
 from relay.proxy_headers import host_in, is_loopback_host, parse_ip, parse_networks
 from relay.redis_url import SENTINEL_SCHEMES
+from relay.renamed_settings import OldNames, rename
 from relay.service_links import ENV_PREFIX
 
 CONFIG_VARIABLE = "RELAY_CONFIG"
@@ -102,7 +103,7 @@ class Policy(NamedTuple):
     latest_key: str = ""
     """With ``latest``: keep one waiting event for each value of this key in the payload; of those without, and where
     this is empty, for each event name."""
-    tell_dropped: bool = False
+    notify_dropped: bool = False
     """Tell the client how many of the topic's events it missed, before the next of them."""
     match: str = "*"
     """The pattern in ``[[topics]]`` that these settings stand under; what is dropped is counted by it."""
@@ -174,7 +175,7 @@ class LimitsConfig(Table):
     outbox_max_bytes: Positive = Field(
         2_097_152, description="bytes queued for one slow socket; at least payload_max_bytes + 1024"
     )
-    outboxes_max_bytes: OrOff = Field(
+    outbox_total_max_bytes: OrOff = Field(
         268_435_456,
         description="bytes queued for all slow sockets; over it, the largest is closed; 0: no limit",
     )
@@ -192,7 +193,7 @@ class LimitsConfig(Table):
     joins_burst: Positive = Field(200, description="joins that one socket may send at once, after a pause")
     pushes_per_s: OrOff = Field(100, description="pushes of one socket per second; 0: no limit")
     pushes_burst: Positive = Field(500, description="pushes that one socket may send at once, after a pause")
-    rate_limited_max: OrOff = Field(
+    rate_limit_violations_max: OrOff = Field(
         1000, description="messages over the rate limit, before the socket is closed; 0: it is not closed"
     )
     sockets_per_address: OrOff = Field(1000, description="sockets of one client address; 0: no limit")
@@ -346,7 +347,7 @@ class MetricsConfig(Table):
         (),
         description="patterns of topics whose events are counted by pattern; a topic counts for the first it matches",
     )
-    folder: str = Field("", description="directory in which workers share their metrics; `relay serve` creates one")
+    dir: str = Field("", description="directory in which workers share their metrics; `relay serve` creates one")
 
     key: str = Field(
         "",
@@ -384,7 +385,9 @@ class TopicConfig(Table):
         "",
         description='with "latest": keep one event for each value of this key in the payload; "": for each event name',
     )
-    tell_dropped: bool = Field(False, description='report missed events to slow readers, by the event "relay:dropped"')
+    notify_dropped: bool = Field(
+        False, description='report missed events to slow readers, by the event "relay:dropped"'
+    )
     on_gap: OnGap = Field(OnGap.REJOIN, description='after a gap: ask subscribers to "rejoin", or "ignore" it')
     push: bool = Field(True, description="whether clients may push to these topics")
 
@@ -397,24 +400,24 @@ class TopicConfig(Table):
     @property
     def policy(self) -> Policy:
         """What to do with events that a slow reader's outbox has no room for."""
-        return Policy(self.overflow, self.latest_key, self.tell_dropped, self.match)
+        return Policy(self.overflow, self.latest_key, self.notify_dropped, self.match)
 
 
 class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True):
     """All settings. Unknown keys are refused."""
 
     host: str = Field(
-        "127.0.0.1", description="address to listen on; other than loopback requires [auth], or anonymous = true"
+        "127.0.0.1", description="address to listen on; other than loopback requires [auth], or allow_anonymous = true"
     )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     workers: Positive = Field(1, description="number of processes")
-    anonymous: bool = Field(False, description="accept clients without a token, also from other machines")
+    allow_anonymous: bool = Field(False, description="accept clients without a token, also from other machines")
     redis_url: str = Field("", repr=False, description='redis://, rediss://, unix://, redis+sentinel://, or "embedded"')
     broadcast_url: str = Field(
         "", repr=False, description="another message bus instead of Redis: memory://, postgres:// or kafka://"
     )
     socket_paths: tuple[str, ...] = Field(("/socket",), min_length=1, description="paths of sockets: new Socket(path)")
-    origins: Literal["same", "any"] | tuple[str, ...] = Field(
+    allowed_origins: Literal["same", "any"] | tuple[str, ...] = Field(
         "same",
         description='pages that may connect: "same" host, "any", or a list of "same", "https://example.org", '
         '"//*.example.org"',
@@ -428,7 +431,7 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     trusted_proxies: tuple[str, ...] = Field(
         (), description='addresses or networks of proxies whose X-Forwarded-For is trusted, such as "10.0.0.0/8"'
     )
-    page: bool = Field(True, description="serve the demo page at /")
+    demo_page: bool = Field(True, description="serve the demo page at /")
     console: bool = Field(True, description="serve the console at /console; rest.api_key controls the access")
     system_topic: bool = Field(True, description='send metrics of the host to the topic "system" every second')
     rejoins_per_s: Positive = Field(1000, description="after a gap: subscriptions asked to rejoin per second")
@@ -445,6 +448,22 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     metrics: MetricsConfig = MetricsConfig()
     proxy: tuple[ProxyConfig, ...] = ()
     topics: tuple[TopicConfig, ...] = ()
+    _old_names: OldNames = PrivateAttr(default_factory=OldNames)
+
+    @property
+    def old_names(self) -> OldNames:
+        """The former names of settings that these were given under."""
+        return self._old_names
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _rename(cls, values: Any, handler: "ModelWrapValidatorHandler[Config]") -> "Config":
+        if not isinstance(values, dict):
+            return handler(values)
+        renamed, old_names = rename(values)
+        config = handler(renamed)
+        config._old_names = old_names
+        return config
 
     @classmethod
     def settings_customise_sources(
@@ -483,7 +502,7 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
             raise ValueError('expected paths like "/socket"')
         return tuple(path.rstrip("/") for path in paths)
 
-    @field_validator("origins")
+    @field_validator("allowed_origins")
     @classmethod
     def _clean_origins(cls, origins: str | tuple[str, ...]) -> str | tuple[str, ...]:
         for origin in () if isinstance(origins, str) else origins:
@@ -546,16 +565,16 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
 
         Args: authenticates: whether clients are asked who they are, by keys or by a function.
         """
-        elsewhere = self.origins == "any" or any(not _is_local_page(origin) for origin in self.origins)
+        elsewhere = self.allowed_origins == "any" or any(not _is_local_page(origin) for origin in self.allowed_origins)
         opens = {
             "auth": authenticates,
-            "anonymous": self.anonymous,
+            "allow_anonymous": self.allow_anonymous,
             "host": self.is_exposed,
-            "origins": self.origins != "same" and elsewhere,
+            "allowed_origins": self.allowed_origins != "same" and elsewhere,
             "trusted_proxies": bool(self.trusted_proxies),
         }
-        is_refused = self.is_exposed and not (authenticates or self.anonymous)
-        everybody = self.anonymous and (self.is_exposed or bool(self.trusted_proxies or self.allowed_hosts))
+        is_refused = self.is_exposed and not (authenticates or self.allow_anonymous)
+        everybody = self.allow_anonymous and (self.is_exposed or bool(self.trusted_proxies or self.allowed_hosts))
         return Exposure(tuple(name for name, is_open in opens.items() if is_open), everybody, is_refused)
 
     def check_exposure(self, *, authenticates: bool = False) -> None:
@@ -567,7 +586,7 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
             raise ConfigError(
                 f"host: {self.host} can be reached from other machines, and anybody could connect; set auth.keys or "
                 "auth.jwks_url to let in whoever has a token, or give your app's relay authenticate=…, or set "
-                "anonymous = true (or RELAY_ANONYMOUS=true) if anybody is meant"
+                "allow_anonymous = true (or RELAY_ALLOW_ANONYMOUS=true) if anybody is meant"
             )
 
 

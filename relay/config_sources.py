@@ -21,6 +21,7 @@ from pydantic_settings import (
 
 from relay.config import CONFIG_VARIABLE, TOKEN_KEY_VARIABLE, Config
 from relay.errors import ConfigError
+from relay.renamed_settings import RENAMED, rename
 from relay.service_links import ENV_PREFIX, service_links
 
 _SECRET = re.compile(r"(^|[._])(url|keys?)(\.|$)")
@@ -54,7 +55,11 @@ def explain(error: ValidationError, sources: list[tuple[str, dict[str, Any]]]) -
 
     Args: sources: name and values of each source of settings, the strongest last.
     """
-    return [_explain(problem, sources) for problem in error.errors(include_url=False)]
+    try:
+        renamed = [(name, rename(values)[0]) for name, values in sources]
+    except ValueError:  # one has a setting under both names; the error says so
+        renamed = sources
+    return [_explain(problem, renamed) for problem in error.errors(include_url=False)]
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -72,7 +77,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 def _read_environment() -> dict[str, Any]:
     """Read ``RELAY_PORT``, ``RELAY_LIMITS__TOPICS_PER_SOCKET`` and their like; lists and tables are JSON."""
     ignored = set(service_links(os.environ))
-    known = {CONFIG_VARIABLE, TOKEN_KEY_VARIABLE, *_variables(Config, ENV_PREFIX)}
+    known = {CONFIG_VARIABLE, TOKEN_KEY_VARIABLE, *_variables(Config, ENV_PREFIX), *map(variable, RENAMED)}
     unknown = sorted(
         name for name in os.environ if name.startswith(ENV_PREFIX) and name.upper() not in known and name not in ignored
     )
@@ -93,6 +98,22 @@ class _Environment(EnvSettingsSource):
         self.env_vars: Mapping[str, str | None] = {
             name: value for name, value in self.env_vars.items() if name not in ignored
         }
+
+    def __call__(self) -> dict[str, Any]:
+        """Read the settings, those under their former names too. Former names in tables are read with the table."""
+        values = super().__call__()
+        for old, new in RENAMED.items():
+            if "." not in old:
+                field = Config.model_fields[new]
+                text, _, is_complex = self.get_field_value(field, old)
+                if text is not None:
+                    values[old] = self.prepare_field_value(old, field, text, is_complex)
+        return values
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting, such as ``RELAY_LIMITS__SOCKETS_MAX`` of ``limits.sockets_max``."""
+    return ENV_PREFIX + name.upper().replace(".", "__")
 
 
 def _variables(model: type[BaseModel], prefix: str) -> Iterator[str]:

@@ -121,7 +121,7 @@ class Node:
         self._hooks = hooks
         self._owner = owner
         limits = config.limits
-        self._outboxes = OutboxBudget(limits.outboxes_max_bytes, metrics)
+        self._outboxes = OutboxBudget(limits.outbox_total_max_bytes, metrics)
         self._admission = ConnectionLimiter(
             sockets_max=limits.sockets_max,
             sockets_per_address=limits.sockets_per_address,
@@ -185,7 +185,7 @@ class Node:
             raise
         self._siblings.check()
         self._tasks.append(asyncio.create_task(self._check_idle()))
-        if self.config.metrics.folder:
+        if self.config.metrics.dir:
             self._tasks.append(asyncio.create_task(self._write_metrics_regularly()))
         self._tasks += [asyncio.create_task(self._run_service(hook)) for hook in self._hooks.services]
 
@@ -199,8 +199,8 @@ class Node:
         try:
             await self._exporter.leave()
         except OSError as error:
-            folder = self.config.metrics.folder
-            raise ConfigError(f"metrics.folder: {folder} cannot be written: {error.strerror}") from None
+            folder = self.config.metrics.dir
+            raise ConfigError(f"metrics.dir: {folder} cannot be written: {error.strerror}") from None
 
     async def stop(self) -> None:
         """Drain, then stop the plugins, then the bus."""
@@ -349,7 +349,9 @@ class Node:
     ) -> Socket | None:
         """Do the handshake of a ``websocket`` scope; None where it was refused."""
         config, authenticator = self.config, self._services.authenticator
-        shake = handshake.check(scope, config.origins, has_local_pages=self._network_access.has_local_pages(scope))
+        shake = handshake.check(
+            scope, config.allowed_origins, has_local_pages=self._network_access.has_local_pages(scope)
+        )
         identity: Identity | None = None
         if authenticator is not None and not isinstance(shake, HandshakeRejected):
             try:
@@ -479,7 +481,7 @@ class Node:
         try:
             await self._exporter.leave()
         except OSError as error:  # a full disk, say: the others see what was written last
-            self._log.warning("figures", "metrics.folder cannot be written: %s", error)
+            self._log.warning("figures", "metrics.dir cannot be written: %s", error)
 
     @property
     def state(self) -> ProcessState:

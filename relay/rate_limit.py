@@ -53,7 +53,7 @@ class MessageRateLimiter:
     def __init__(self, limits: LimitsConfig, now: float) -> None:
         self._joins = TokenBucket(limits.joins_per_s, limits.joins_burst, now) if limits.joins_per_s else None
         self._pushes = TokenBucket(limits.pushes_per_s, limits.pushes_burst, now) if limits.pushes_per_s else None
-        self._excess_max = limits.rate_limited_max or math.inf
+        self._excess_max = limits.rate_limit_violations_max or math.inf
 
     def allows(self, event: str, now: float, size: int = 0) -> bool:
         """Take one message into account, and say whether it is within its rate. All but joins count as pushes.

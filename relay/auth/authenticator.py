@@ -47,7 +47,7 @@ Authenticate: TypeAlias = Callable[[UpgradeRequest], Claims | Awaitable[Claims |
 class Authenticator:
     """Decides who gets in.
 
-    Args: config: ``auth`` and ``anonymous`` are used.
+    Args: config: ``auth`` and ``allow_anonymous`` are used.
           verify: checks a token; None where no keys are configured.
           function: the team's own, in a hook; asked after the token was checked.
           clock: monotonic seconds, by which tokens expire.
@@ -72,7 +72,7 @@ class Authenticator:
         self._hook = None if function is None else Hook("authenticate", function)
         self._clock = clock
         self._wall = wall
-        self._lets_anonymous_in = config.anonymous or not (verify or function)
+        self._lets_anonymous_in = config.allow_anonymous or not (verify or function)
         self._granted = tuple(entry.grant for entry in config.auth.authenticated)
         self._anonymous = Identity(None, Rights(bind(tuple(entry.grant for entry in config.auth.anonymous), None)))
 
@@ -92,7 +92,9 @@ class Authenticator:
         if identity is not None:
             return identity
         if not self._lets_anonymous_in:
-            raise AuthenticationError(401, "no token", "expected a token; the setting `anonymous` would do without")
+            raise AuthenticationError(
+                401, "no token", "expected a token; the setting `allow_anonymous` would do without"
+            )
         return self._anonymous
 
     async def authenticate_token(self, token: str) -> Identity:

@@ -9,6 +9,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
@@ -19,6 +20,7 @@ from relay.cli.options import ConfigFile
 from relay.cli.output import console, is_terminal, print_lines
 from relay.config import (
     ANY_HOST,
+    CONFIG_VARIABLE,
     EMBEDDED,
     ENVELOPE_BYTES,
     TOKEN_KEY_VARIABLE,
@@ -35,6 +37,7 @@ from relay.permissions import Right, names_of, parse_claim
 from relay.plugins.loader import candidates
 from relay.proxy_headers import parse_networks
 from relay.redis_url import parse_sentinel
+from relay.renamed_settings import rename_in_toml
 from relay.service_links import service_links
 
 if TYPE_CHECKING:
@@ -144,15 +147,19 @@ def _json_or_text(value: str) -> Any:
 def check(config: ConfigFile = None) -> None:
     """Say in plain words who may connect and do what, and warn. Piped: a line of JSON each.
 
+    Where the file uses former names of settings, it is printed with the new names.
+
     What `relay serve` would refuse is refused here: the relay is made as there, with its plugins, and not started.
     """
     from relay.app import Relay
 
     settings = load(config)
+    settings.old_names.is_logged = True  # it is one of the warnings below
     has_bus = settings.redis_url or settings.broadcast_url
     relay = Relay(settings if has_bus else settings.model_copy(update={"redis_url": EMBEDDED}))
     keys, found = relay.components.keys, relay.plugins.found
-    warned = [("warning", text) for text in (*_warnings(settings, keys), *_contradictions(settings))]
+    warned = [("warning", str(settings.old_names))] if settings.old_names.renamed else []
+    warned += [("warning", text) for text in (*_warnings(settings, keys), *_contradictions(settings))]
     warned += [("warning", f"plugin {each.name}: cannot be loaded: {each.fault}") for each in found if each.fault]
     said = [*_facts(settings, keys), *warned]
     if not is_terminal():
@@ -162,8 +169,21 @@ def check(config: ConfigFile = None) -> None:
         for about, text in said:
             style = {"warning": "bold yellow", "note": "yellow"}.get(about)
             screen.print(f"{about}: {text}" if style else f"{about:<10} {text}", style=style)
+    _print_renamed(config)
     if warned:
         raise typer.Exit(1)
+
+
+def _print_renamed(config: Path | None) -> None:
+    """Print the file with the new names of settings, where it uses former ones."""
+    path = config or os.environ.get(CONFIG_VARIABLE)
+    text = Path(path).read_bytes().decode() if path else ""
+    if (renamed := rename_in_toml(text)) == text:
+        return
+    if is_terminal():
+        typer.echo(f"\n{path} with the new names:\n\n{renamed}")
+    else:
+        print_lines([{"about": "file", "text": renamed}])
 
 
 def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]:
@@ -179,7 +199,10 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
     yield "sockets", ", ".join(config.socket_paths)
     yield "bus", _bus(config)
     pages = {"same": "those of the relay's own host and port", "any": "those of any host"}
-    yield "pages", pages[config.origins] if isinstance(config.origins, str) else ", ".join(config.origins)
+    yield (
+        "pages",
+        pages[config.allowed_origins] if isinstance(config.allowed_origins, str) else ", ".join(config.allowed_origins),
+    )
     trusted = ", ".join(config.trusted_proxies)
     yield "proxies", f"{trusted}; X-Forwarded-For is believed from there" if trusted else "none is believed"
     if config.allowed_hosts or (exposure.openings and not auth.has_keys):
@@ -193,7 +216,7 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
     if not limited:
         yield "rights", "everybody who connects may join every topic and push to it"
     else:
-        if config.anonymous or not auth.has_keys:
+        if config.allow_anonymous or not auth.has_keys:
             yield from _rights("without a token", auth.anonymous)
         yield from _rights("with a token", auth.authenticated)
         yield "rights", f'with a token besides: what its claim "{auth.rights_claim}" says'
@@ -229,12 +252,12 @@ def _hosts(config: Config) -> str:
 
 def _who_connects(config: Config, exposure: Exposure) -> str:
     if exposure.is_refused:
-        return "no client: `relay serve` refuses to start; set auth.keys or auth.jwks_url, or anonymous = true"
+        return "no client: `relay serve` refuses to start; set auth.keys or auth.jwks_url, or allow_anonymous = true"
     if config.auth.has_keys:
-        return "whoever has a token" + (", and whoever has none" if config.anonymous else "")
+        return "whoever has a token" + (", and whoever has none" if config.allow_anonymous else "")
     if exposure.everybody:
         return "anybody, from any machine"
-    if config.anonymous:
+    if config.allow_anonymous:
         return "anybody on this machine, and whoever reaches it through a proxy or a tunnel"
     return "anybody on this machine"
 
@@ -284,11 +307,14 @@ def _warnings(config: Config, keys: "tuple[Key, ...]") -> Iterator[str]:
     if exposure.is_refused:
         yield "relay serve refuses this address: anybody could connect; an app of your own may give authenticate=…"
     if exposure.everybody and not auth.has_keys:
-        yield "anybody can connect, from any machine (anonymous = true, and no keys)"
+        yield "anybody can connect, from any machine (allow_anonymous = true, and no keys)"
     if 0 < len(config.metrics.key) < _API_KEY_MIN:
         yield f"metrics.key: {len(config.metrics.key)} characters can be guessed; expected {_API_KEY_MIN}"
-    if config.origins == "any":
-        yield 'origins = "any": pages of any site may connect; where authenticate= reads cookies, as their visitor'
+    if config.allowed_origins == "any":
+        yield (
+            'allowed_origins = "any": pages of any site may connect; '
+            "where authenticate= reads cookies, as their visitor"
+        )
     for network in parse_networks(config.trusted_proxies):
         if network.prefixlen < _NETWORK_MIN_BITS[network.version]:
             yield f"trusted_proxies: {network} trusts everybody: whoever connects may say to be at any address"
@@ -296,7 +322,7 @@ def _warnings(config: Config, keys: "tuple[Key, ...]") -> Iterator[str]:
         yield f"rest.api_key: {len(config.rest.api_key)} characters can be guessed; expected {_API_KEY_MIN}"
     yield from _auth_warnings(auth, keys)
     opened = [entry for entry in auth.anonymous if entry.match == "*" and entry.grant.rights & Right.PUSH]
-    if opened and config.anonymous:
+    if opened and config.allow_anonymous:
         yield "whoever has no token may push to every topic (auth.anonymous)"
     if auth.has_keys and (not (config.redis_url or config.broadcast_url) or config.redis_url == EMBEDDED):
         yield f"redis_url: {BESIDE_AUTH}"
@@ -328,17 +354,17 @@ def _contradictions(config: Config) -> Iterator[str]:
     limits, redis, auth = config.limits, config.redis, config.auth
     least = limits.payload_max_bytes + ENVELOPE_BYTES
     for name, value, follows in (
-        ("limits.outboxes_max_bytes", limits.outboxes_max_bytes, "such an event cannot wait for a slow reader"),
+        ("limits.outbox_total_max_bytes", limits.outbox_total_max_bytes, "such an event cannot wait for a slow reader"),
         ("redis.publish_queue_max_bytes", redis.publish_queue_max_bytes, "such a push never reaches Redis"),
         ("limits.body_max_bytes", limits.body_max_bytes, "REST refuses such an event"),
     ):
         if 0 < value < least:
             yield f"{name} = {value} is too small for limits.payload_max_bytes = {least - ENVELOPE_BYTES}: {follows}"
-    if auth.anonymous and auth.has_keys and not config.anonymous:
-        yield "auth.anonymous has no effect: clients without a token are refused unless anonymous = true"
+    if auth.anonymous and auth.has_keys and not config.allow_anonymous:
+        yield "auth.anonymous has no effect: clients without a token are refused unless allow_anonymous = true"
     for at, topic in enumerate(config.topics):
-        if topic.tell_dropped and topic.overflow is Overflow.DISCONNECT:
-            yield f'topics.{at}: tell_dropped has no effect with overflow = "disconnect": no event is dropped'
+        if topic.notify_dropped and topic.overflow is Overflow.DISCONNECT:
+            yield f'topics.{at}: notify_dropped has no effect with overflow = "disconnect": no event is dropped'
     yield from _never_used("topics", [topic.match for topic in config.topics])
     yield from _never_used("metrics.topics", config.metrics.topics)
     prefixes = [proxy.prefix.rstrip("/") for proxy in config.proxy]

@@ -40,7 +40,7 @@ from relay.cli.output import is_kept
 from relay.cli.plugins import new_plugin, plugins
 from relay.cli.publish import publish
 from relay.config import CONFIG_VARIABLE, EMBEDDED, Config
-from relay.config_sources import load
+from relay.config_sources import load, variable
 from relay.errors import ConfigError
 from relay.extras import require
 from relay.service_links import log_service_links
@@ -122,7 +122,8 @@ def serve(
     Alone, and without a Redis in the settings, a Valkey server of the relay's own is started, and ended with it.
 
     Your own app makes its relay itself: of the settings here, only those of the server serve it (host, port, workers,
-    anonymous, log_level, log_format, compression, trusted_proxies, limits.frame_max_bytes, limits.handshake_timeout_s).
+    allow_anonymous, log_level, log_format, compression, trusted_proxies, limits.frame_max_bytes,
+    limits.handshake_timeout_s).
     """
     for option, given in (("--redis-url", redis_url), ("--origin", origin)):
         if application is not None and given:
@@ -131,12 +132,15 @@ def serve(
     flags: dict[str, Any] = {"host": host, "port": port, "redis_url": redis_url, "workers": workers}
     settings = load(config, flags)
     if origin:
-        settings = load(config, {**flags, "origins": _with_origins(settings, origin)})
+        settings = load(
+            config, {**flags, settings.old_names.name_in_use("allowed_origins"): _with_origins(settings, origin)}
+        )
     settings = _apply_web_concurrency(settings)
     if application is None:
         settings.check_exposure()
     logging.config.dictConfig(_logging(settings))
     log_service_links()
+    settings.old_names.log()
     code = 0
     with ExitStack() as stack:
         stack.enter_context(_stop_on_sigterm())
@@ -210,19 +214,20 @@ def _run(
     with ExitStack() as stack:
         if application is None:  # somebody's own app configures its relay itself
             os.environ["RELAY_REDIS_URL"] = settings.redis_url
-            if not isinstance(settings.origins, str):
-                os.environ["RELAY_ORIGINS"] = json.dumps(settings.origins)
-            if not settings.metrics.folder:
-                os.environ["RELAY_METRICS__FOLDER"] = stack.enter_context(_folder_of_figures())
+            names = settings.old_names  # both names of a setting would be an error
+            if not isinstance(settings.allowed_origins, str):
+                os.environ[variable(names.name_in_use("allowed_origins"))] = json.dumps(settings.allowed_origins)
+            if not settings.metrics.dir:
+                os.environ[variable(names.name_in_use("metrics.dir"))] = stack.enter_context(_folder_of_figures())
             application, options["factory"] = "relay.cli.main:_worker_app", True
         return uvicorn_server.run(uvicorn.Config(application, workers=settings.workers, **options), listener, clean_up)
 
 
 def _with_origins(settings: Config, added: list[str]) -> list[str] | str:
     """The setting with further origins in it."""
-    if settings.origins == "any":
+    if settings.allowed_origins == "any":
         return "any"
-    named = ("same",) if isinstance(settings.origins, str) else settings.origins
+    named = ("same",) if isinstance(settings.allowed_origins, str) else settings.allowed_origins
     return list(dict.fromkeys((*named, *added)))
 
 
@@ -239,8 +244,8 @@ def _folder_of_figures() -> Iterator[str]:
             yield path
         return
     raise ConfigError(
-        "metrics.folder: workers share their figures in a directory, and none for temporary files can be written; "
-        "set metrics.folder, or the variable TMPDIR, to one that can, or workers = 1"
+        "metrics.dir: workers share their figures in a directory, and none for temporary files can be written; "
+        "set metrics.dir, or the variable TMPDIR, to one that can, or workers = 1"
     )
 
 
@@ -266,7 +271,7 @@ def _authenticates(app: Any) -> bool:
 
     apps = [app, *(getattr(route, "app", None) for route in getattr(app, "routes", ()))]
     relays = [found for found in apps if isinstance(found, Relay)]
-    return bool(relays) and all(relay.authenticates or relay.config.anonymous for relay in relays)
+    return bool(relays) and all(relay.authenticates or relay.config.allow_anonymous for relay in relays)
 
 
 def _import(application: str) -> Any:
@@ -300,7 +305,9 @@ def _collect_rarely() -> None:
 
 def _worker_app() -> Any:
     _collect_rarely()
-    return _alone(load())
+    settings = load()
+    settings.old_names.is_logged = True  # by the process that has started the workers
+    return _alone(settings)
 
 
 def _alone(settings: Config) -> Any:
@@ -377,7 +384,7 @@ def _greet(settings: Config, embedded: bool, open_page: bool) -> None:
     page = _page_url(settings)
     paths = [f"ws{page.removeprefix('http').rstrip('/')}{path}/websocket" for path in settings.socket_paths]
     lines = [f"relay {__version__} is ready"]
-    if settings.page:
+    if settings.demo_page:
         lines.append(f"  page     {page}")
     if settings.console:
         lines.append(f"  console  {page}console")

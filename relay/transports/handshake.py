@@ -51,7 +51,7 @@ def check(
     """Check an upgrade request, in Phoenix's order.
 
     Args: scope: an ASGI ``websocket`` scope.
-          origins: the setting of that name.
+          origins: the setting ``allowed_origins``.
           has_local_pages: whether, with ``"same"``, pages of this machine's other servers may connect too.
     """
     headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
@@ -59,7 +59,7 @@ def check(
     if origin is not None and not is_allowed_origin(origin, headers.get(b"host", ""), origins):
         is_local = has_local_pages and origins == "same" and is_loopback_host(_host_of_page(origin))
         if not is_local:
-            text = f"origin {origin!r} may not connect; the relay's setting `origins` names those that may"
+            text = f"origin {origin!r} may not connect; the relay's setting `allowed_origins` names those that may"
             return HandshakeRejected(403, text, "origin", hint=_line_to_paste(origin, origins))
     offered = _subprotocols(scope)
     token = None
@@ -89,7 +89,7 @@ def _line_to_paste(origin: str, origins: str | tuple[str, ...]) -> str:
     if not _host_of_page(origin):
         return ""
     named = ("same",) if isinstance(origins, str) else origins
-    return f"origins = {json.dumps([*named, origin.lower()])}"
+    return f"allowed_origins = {json.dumps([*named, origin.lower()])}"
 
 
 def _subprotocols(scope: Mapping[str, Any]) -> list[str]:

@@ -63,7 +63,7 @@ class NetworkAccess:
 
     def __init__(self, config: Config, authenticates: bool) -> None:
         self._trusted = parse_networks(config.trusted_proxies)
-        self._here_alone = not (authenticates or config.anonymous)
+        self._here_alone = not (authenticates or config.allow_anonymous)
         self._hosts = config.allowed_hosts or ((ANY_HOST,) if authenticates else ())
         self._is_local = not config.is_exposed and not self._trusted
 
@@ -92,7 +92,7 @@ class NetworkAccess:
         client = seen.get("client")
         is_local = client is not None and is_loopback_address(client[0])
         text = "this relay authenticates no clients, so it answers this machine alone; "
-        what = "set auth, authenticate= or anonymous"
+        what = "set auth, authenticate= or allow_anonymous"
         if scope["type"] == "websocket" and not is_local:
             return HandshakeRejected(403, text + what, "from another machine")
         if (header := forwarded_header(scope)) is None:

@@ -144,7 +144,7 @@ class Outbox:
         dropped = self._add_event(frame, topic, event, policy)
         if dropped:
             self.dropped += dropped
-            if policy.tell_dropped and self._notice is not None:
+            if policy.notify_dropped and self._notice is not None:
                 self._pending_notices[topic] = self._pending_notices.get(topic, 0) + dropped
         self._count()
         return dropped

@@ -228,7 +228,7 @@ class ConsoleSession:
                 "version": __version__,
                 "at_ms": round(time.time() * 1000),
                 # Totals can be compared with those of the same source alone: a directory, or a node in its lifetime.
-                "source": node.config.metrics.folder or node.name,
+                "source": node.config.metrics.dir or node.name,
                 # Live in every worker; why not is known of this one.
                 "link": {"live": bool(figures["relay_link_live"][""]), "reason": node.link.reason},
                 "bounds_s": BOUNDS_S,

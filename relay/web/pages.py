@@ -121,7 +121,7 @@ def routes(
 
     static = Mount("/static", _Static())
     common: list[BaseRoute] = [Route("/health", health), Route("/ready", ready), Route("/metrics", prometheus), static]
-    if config.page:
+    if config.demo_page:
         common.append(Route("/", page))
     if config.console:
         common += [Route("/console", console), Route("/console/access", access)]

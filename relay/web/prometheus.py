@@ -345,7 +345,7 @@ def _open(folder: str) -> "SnapshotStore":
     path = Path(folder)
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"metrics.folder: expected a directory that can be made and written to, got {folder}")
+        raise ConfigError(f"metrics.dir: expected a directory that can be made and written to, got {folder}")
     return SnapshotStore(path, _counted)
 
 

@@ -277,7 +277,7 @@ async def test_settings_give_rights_to_those_without_and_to_all_with_a_token(
     serve_relay: ServeRelay, connect: Connect
 ) -> None:
     served = await serve_relay(
-        anonymous=True,
+        allow_anonymous=True,
         auth={
             **AUTH,
             "anonymous": [{"match": "public:*", "rights": ["join"]}],
@@ -330,7 +330,7 @@ async def test_function_says_who_it_is(serve_relay: ServeRelay, connect: Connect
     async def decide_later(request: UpgradeRequest) -> Any:
         return decide(request)
 
-    served = await serve_relay(authenticate=decide if plain else decide_later, anonymous=True)
+    served = await serve_relay(authenticate=decide if plain else decide_later, allow_anonymous=True)
     client = await connect(
         served, query="token=t&x=1", additional_headers={"Cookie": "theme=dark", "X-Test": "yes"}, origin=served.http
     )
@@ -353,7 +353,7 @@ async def test_fault_in_the_function_lets_nobody_in(
     async def faulty(request: UpgradeRequest) -> Any:
         return await answering(answer)
 
-    served = await serve_relay(authenticate=faulty, anonymous=True)
+    served = await serve_relay(authenticate=faulty, allow_anonymous=True)
     assert (await refused(served))[:2] == (503, "authentication has failed; try again\n")
     assert "plugin authenticate" in caplog.text
     assert served.relay.metrics.refused["handshake: authenticate failed"] == 1
@@ -363,7 +363,7 @@ async def test_function_that_hangs_lets_nobody_in(serve_relay: ServeRelay) -> No
     async def hanging(request: UpgradeRequest) -> Any:
         await asyncio.Event().wait()
 
-    served = await serve_relay(authenticate=hanging, anonymous=True, plugins={"timeout_s": 0.05})
+    served = await serve_relay(authenticate=hanging, allow_anonymous=True, plugins={"timeout_s": 0.05})
     assert (await refused(served))[0] == 503
 
 
@@ -454,7 +454,7 @@ async def test_handlers_are_told_whose_token_opened_the_topic(
         note("leave", leave)
 
     grants = [{"match": "room:*", "rights": ["join", "push"]}]
-    served = await serve_relay(auth={**AUTH, "anonymous": grants}, anonymous=True, extra_plugins=(plugin,))
+    served = await serve_relay(auth={**AUTH, "anonymous": grants}, allow_anonymous=True, extra_plugins=(plugin,))
     query = with_token(token(owner, ROOMS, role="guest")) if owner else ""
     client = await connect(served, query=query)
     bobs = {"token": token("bob", ROOMS, role="admin")}
@@ -563,7 +563,7 @@ async def test_without_auth_an_access_token_goes_nowhere_either(
 
 async def test_token_of_a_join_is_for_that_join_alone(serve_relay: ServeRelay, connect: Connect) -> None:
     """tangram's way; and it expires by itself, without the socket."""
-    served = await serve_relay(auth={**AUTH, "expiry_grace_s": 0.1}, anonymous=True)
+    served = await serve_relay(auth={**AUTH, "expiry_grace_s": 0.1}, allow_anonymous=True)
     client = await connect(served)
     assert await refuse_join(client, "room:1") == "unauthorized"
     assert await refuse_join(client, "room:1", {"token": token("bob", {"room:2": "join"})}) == "unauthorized"
@@ -738,7 +738,7 @@ async def test_what_is_no_order_is_dropped_and_counted(serve_relay: ServeRelay, 
 
 
 async def test_tangrams_token_opens_its_channel_and_no_other(serve_relay: ServeRelay, connect: Connect) -> None:
-    served = await serve_relay(auth={**AUTH, "tangram": True}, anonymous=True, rest=REST)
+    served = await serve_relay(auth={**AUTH, "tangram": True}, allow_anonymous=True, rest=REST)
     async with httpx.AsyncClient(trust_env=False, headers=AS_OPERATOR) as api:
         made = (await api.post(f"{served.http}/token", json={"channel": "room:*", "id": "me"})).json()
         given = (await api.post(f"{served.http}/token", json={"channel": "room:2"})).json()
@@ -792,7 +792,7 @@ def test_phoenix_js_renews_by_rejoining_and_by_reconnecting(client: str) -> None
     need_node()
     environ = {
         "RELAY_AUTH": json.dumps({"keys": [SECRET], "leeway_s": 0, "expiry_grace_s": 1}),
-        "RELAY_ORIGINS": "any",
+        "RELAY_ALLOWED_ORIGINS": "any",
         "RELAY_REST__API_KEY": "operators-key",
     }
     with RelayProcess(environ=environ) as relay:

@@ -154,21 +154,58 @@ def test_check_of_no_settings_says_that_all_is_open_on_this_machine(relay: Comma
     ]
 
 
+OLD_NAMES = "page = false # for development\n\n[limits]\nrate_limited_max = 5\n"
+NEW_NAMES = "demo_page = false # for development\n\n[limits]\nrate_limit_violations_max = 5\n"
+
+
+def test_check_warns_of_old_names_and_prints_the_file_with_the_new_ones(relay: Command) -> None:
+    code, out, err = relay("check", settings=OLD_NAMES)
+    told = [json.loads(line) for line in out.splitlines()]
+    (warning,) = [line["text"] for line in told if line["about"] == "warning"]
+    assert "page (now demo_page), limits.rate_limited_max (now limits.rate_limit_violations_max)" in warning
+    assert [line["text"] for line in told if line["about"] == "file"] == [NEW_NAMES]
+    assert (code, err) == (1, "")
+    code, out, _ = relay("check", settings=NEW_NAMES)
+    assert code == 0
+    assert '"file"' not in out
+
+
+def test_check_prints_the_renamed_file_as_it_is_on_a_terminal(tmp_path: Path) -> None:
+    file = tmp_path / "relay.toml"
+    file.write_text(OLD_NAMES)
+    command = [sys.executable, "-m", "relay", "check", "--config", str(file)]
+    code, text = run_on_terminal(command, cwd=tmp_path, env=os.environ | {"TERM": "dumb"})
+    assert code == 1
+    assert text.replace("\r\n", "\n").endswith(f"with the new names:\n\n{NEW_NAMES}\n")
+
+
+def test_serve_warns_once_of_old_names_also_with_workers(tmp_path: Path) -> None:
+    """Workers are told by variables what the first process has decided: under the names that the file has."""
+    file = tmp_path / "relay.toml"
+    file.write_text('origins = ["https://a.example"]\n[metrics]\nfolder = ""\n')
+    arguments = ("--config", str(file), "--workers", "2", "--origin", "https://b.example")
+    with RelayProcess(*arguments, environ={"RELAY_PAGE": "false"}) as server:
+        pass
+    assert server.output.count("former names of settings are in use") == 1
+    for renamed in ("origins (now allowed_origins)", "metrics.folder (now metrics.dir)", "page (now demo_page)"):
+        assert renamed in server.output
+
+
 def test_check_says_that_nobody_operates_a_relay_for_others_without_a_key(relay: Command) -> None:
-    _, out, _ = relay("check", settings="anonymous = true")
+    _, out, _ = relay("check", settings="allow_anonymous = true")
     assert "rest /api, for nobody; set rest.api_key" in lines(out)
     assert "metrics /metrics, for programs on this machine; set metrics.key for others" in lines(out)
 
 
 def test_check_tells_the_truth_of_a_relay_behind_a_proxy_on_this_machine(relay: Command) -> None:
     """The settings that config/nginx.conf and config/Caddyfile name: the whole world may join."""
-    settings = 'anonymous = true\ntrusted_proxies = ["127.0.0.1"]\nallowed_hosts = ["relay.example.org"]'
+    settings = 'allow_anonymous = true\ntrusted_proxies = ["127.0.0.1"]\nallowed_hosts = ["relay.example.org"]'
     code, out, _ = relay("check", settings=settings)
     assert code == 1
     assert "address 127.0.0.1:8000; other machines can reach it through a proxy on this one" in lines(out)
     assert "hosts names of this machine, IP addresses, relay.example.org" in lines(out)
     assert "connect anybody, from any machine" in lines(out)
-    assert "warning anybody can connect, from any machine (anonymous = true, and no keys)" in lines(out)
+    assert "warning anybody can connect, from any machine (allow_anonymous = true, and no keys)" in lines(out)
 
 
 @pytest.mark.parametrize(
@@ -176,12 +213,12 @@ def test_check_tells_the_truth_of_a_relay_behind_a_proxy_on_this_machine(relay: 
     [
         ("", "anybody on this machine"),
         ('trusted_proxies = ["127.0.0.1"]', "anybody on this machine"),
-        ("anonymous = true", "anybody on this machine, and whoever reaches it through a proxy or a tunnel"),
-        ('anonymous = true\nallowed_hosts = ["relay.example.org"]', "anybody, from any machine"),
-        ('anonymous = true\nhost = "0.0.0.0"', "anybody, from any machine"),
+        ("allow_anonymous = true", "anybody on this machine, and whoever reaches it through a proxy or a tunnel"),
+        ('allow_anonymous = true\nallowed_hosts = ["relay.example.org"]', "anybody, from any machine"),
+        ('allow_anonymous = true\nhost = "0.0.0.0"', "anybody, from any machine"),
         (
             'host = "0.0.0.0"',
-            "no client: `relay serve` refuses to start; set auth.keys or auth.jwks_url, or anonymous = true",
+            "no client: `relay serve` refuses to start; set auth.keys or auth.jwks_url, or allow_anonymous = true",
         ),
     ],
 )
@@ -211,9 +248,9 @@ def test_check_says_who_may_do_what_and_shows_no_secret(relay: Command) -> None:
         "check",
         settings=f"""
 host = "0.0.0.0"
-anonymous = true
+allow_anonymous = true
 redis_url = "rediss://user:hunter2@redis.example.org:6380"
-origins = ["https://example.org"]
+allowed_origins = ["https://example.org"]
 trusted_proxies = ["10.0.0.0/8", "fc00::/7"]
 [rest]
 api_key = "hunter2-and-nine"
@@ -257,13 +294,13 @@ push = false
     ("settings", "word"),
     [
         ('host = "0.0.0.0"', "refuses this address"),
-        ('host = "0.0.0.0"\nanonymous = true', "anybody can connect, from any machine"),
-        ('origins = "any"', "pages of any site"),
+        ('host = "0.0.0.0"\nallow_anonymous = true', "anybody can connect, from any machine"),
+        ('allowed_origins = "any"', "pages of any site"),
         ('[auth]\nkeys = ["hunter2"]', "auth.keys.0: a secret of 7 bytes"),
         (f'[auth]\nrequire_expiry = false\nkeys = ["{SECRET}"]', "without expiry is good for ever"),
         ('[auth]\nissuer = "x"\njwks_url = "http://login.example.org/jwks"', "not https"),
         ('[auth]\njwks_url = "https://login.example.org/jwks"', "made for another service"),
-        ('anonymous = true\n[[auth.anonymous]]\nmatch = "*"\nrights = ["push"]', "push to every topic"),
+        ('allow_anonymous = true\n[[auth.anonymous]]\nmatch = "*"\nrights = ["push"]', "push to every topic"),
         ('redis_url = "redis://redis.example.org"', "not rediss://"),
         ('trusted_proxies = ["10.0.0.0/8", "0.0.0.0/0"]', "0.0.0.0/0 trusts everybody"),
         ('trusted_proxies = ["128.0.0.0/1"]', "128.0.0.0/1 trusts everybody"),
@@ -297,13 +334,13 @@ def test_start_warns_of_the_embedded_server_beside_authentication() -> None:
 
 def test_check_on_a_terminal_is_for_reading(tmp_path: Path) -> None:
     file = tmp_path / "relay.toml"
-    file.write_text('origins = "any"')
+    file.write_text('allowed_origins = "any"')
     command = [sys.executable, "-m", "relay", "check", "--config", str(file)]
     code, printed = run_on_terminal(command, cwd=tmp_path, env=os.environ | {"TERM": "dumb"})
     assert code == 1
     first, *_, last = printed.splitlines()
     assert first == "address    127.0.0.1:8000; only this machine can reach it"
-    assert last.startswith('warning: origins = "any": ')
+    assert last.startswith('warning: allowed_origins = "any": ')
 
 
 @pytest.mark.parametrize("settings", ['[auth]\nkeys = ["file:/nowhere"]', "[auth]\nkey = 1", "[auth]\nkeys = [7]"])
@@ -328,7 +365,7 @@ relay.install(app)
     [
         ("", False),
         ("authenticate=lambda request: None", True),
-        ("anonymous=True", True),
+        ("allow_anonymous=True", True),
         ("auth={'keys': ['x']}", True),
     ],
 )
@@ -341,7 +378,7 @@ def test_app_may_be_reached_from_other_machines_once_its_relay_says_who_gets_in(
         server.start(wait=False)
         try:
             assert server.wait() == 2
-            assert "authenticate=" in server.output and "anonymous = true" in server.output
+            assert "authenticate=" in server.output and "allow_anonymous = true" in server.output
         finally:
             server.__exit__(None, None, None)
 
@@ -368,7 +405,7 @@ def test_relay_with_keys_may_be_reached_from_other_machines(url: str) -> None:
     [
         ("[limits]\npayload_max_bytes = 3000000", "expected 3001024 bytes at least"),
         ('[plugins]\npaths = ["/nowhere/plugins"]', "plugins.paths: /nowhere/plugins is not a directory"),
-        ('[metrics]\nfolder = "/dev/null/x"', "metrics.folder: expected a directory that can be made and written to"),
+        ('[metrics]\ndir = "/dev/null/x"', "metrics.dir: expected a directory that can be made and written to"),
         ('[[proxy]]\nprefix = "/x"\ntarget = "http://"', "expected http[s]://host[:port]"),
         ('[auth]\njwks_url = "https://:99999"', "expected http[s]://host[:port]"),
         ('[auth]\nkeys = ["file:/nowhere/key"]', "/nowhere/key: cannot be read"),
@@ -403,13 +440,13 @@ def test_check_refuses_a_plugin_that_cannot_be_imported(relay: Command, tmp_path
     ("settings", "told"),
     [
         ("[limits]\nbody_max_bytes = 1000", "limits.body_max_bytes = 1000 is too small"),
-        ("[limits]\noutboxes_max_bytes = 1000", "limits.outboxes_max_bytes = 1000 is too small"),
+        ("[limits]\noutbox_total_max_bytes = 1000", "limits.outbox_total_max_bytes = 1000 is too small"),
         ("[redis]\npublish_queue_max_bytes = 1000", "redis.publish_queue_max_bytes = 1000 is too small"),
         (
             f'[auth]\nkeys = ["{SECRET}"]\n[[auth.anonymous]]\nmatch = "a"\nrights = ["join"]',
             "auth.anonymous has no effect",
         ),
-        ('[[topics]]\nmatch = "a"\ntell_dropped = true', "topics.0: tell_dropped has no effect"),
+        ('[[topics]]\nmatch = "a"\nnotify_dropped = true', "topics.0: notify_dropped has no effect"),
         ('[[topics]]\nmatch = "*"\n[[topics]]\nmatch = "a:*"', "topics.1: a:* is never used"),
         ('[metrics]\ntopics = ["a", "a"]', "metrics.topics.1: a is never used"),
         (

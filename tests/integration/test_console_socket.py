@@ -130,7 +130,7 @@ async def test_without_a_key_only_this_machine_gets_in(serve_relay: ServeRelay) 
     assert await status_of(served, **{"X-Forwarded-For": "1.2.3.4"}) == 403
     status, body = await http_get(f"{served.http}/console/access")
     assert (status, json.loads(body)) == (200, {"detail": "welcome"})
-    opened = await serve_relay(origins="any")
+    opened = await serve_relay(allowed_origins="any")
     assert await status_of(opened) == 403
     assert (await http_get(f"{opened.http}/console/access"))[0] == 403
 
@@ -169,7 +169,7 @@ async def test_figures_come_at_once_and_then_each_second(served: Served, connect
 
 async def test_several_workers_are_told_as_one(serve_relay: ServeRelay, connect: Connect, tmp_path: Path) -> None:
     """Two relays on one folder are what two processes are; each lists its own sockets."""
-    both = [await serve_relay(metrics={"folder": str(tmp_path)}) for _ in range(2)]
+    both = [await serve_relay(metrics={"dir": str(tmp_path)}) for _ in range(2)]
     for served, topics in zip(both, (1, 2), strict=True):
         client = await connect(served)
         for number in range(topics):
@@ -190,7 +190,7 @@ async def test_several_workers_are_told_as_one(serve_relay: ServeRelay, connect:
 async def test_worker_that_hears_nothing_is_told_by_the_others(
     serve_relay: ServeRelay, connect: Connect, tmp_path: Path
 ) -> None:
-    metrics = {"folder": str(tmp_path)}
+    metrics = {"dir": str(tmp_path)}
     with Valkey() as server:
         deaf = await serve_relay(metrics=metrics, redis_url=server.url)
         server.kill()

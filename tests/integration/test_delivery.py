@@ -254,7 +254,7 @@ async def test_latest_keeps_one_event_for_each_value_of_a_key(
 
 async def test_slow_reader_is_told_what_it_missed(serve_slow: ServeRelay, redis: Redis, connect: Connect) -> None:
     """Right where it is missing: before the next event of the topic, under the subscription's ``join_ref``."""
-    served = await serve_slow("drop-oldest", {"tell_dropped": True})
+    served = await serve_slow("drop-oldest", {"notify_dropped": True})
     fast = await connect(served)
     await fast.join("flood")
     async with slow_reader(served) as slow:
@@ -284,7 +284,7 @@ async def test_slow_reader_is_told_what_it_missed_though_its_subscription_ends(
     serve_slow: ServeRelay, redis: Redis, connect: Connect
 ) -> None:
     """What waited still comes, after a hole: the note stands before it, and all of it before ``phx_close``."""
-    served = await serve_slow("drop-oldest", {"tell_dropped": True})
+    served = await serve_slow("drop-oldest", {"notify_dropped": True})
     fast = await connect(served)
     await fast.join("flood")
     async with slow_reader(served) as slow:
@@ -305,7 +305,7 @@ async def test_slow_reader_is_told_what_it_missed_though_its_subscription_ends(
 async def test_largest_outbox_goes_first_when_all_hold_too_much(
     serve_slow: ServeRelay, redis: Redis, connect: Connect
 ) -> None:
-    served = await serve_slow("drop-oldest", outboxes_max_bytes=2 * OUTBOX - 20_000)
+    served = await serve_slow("drop-oldest", outbox_total_max_bytes=2 * OUTBOX - 20_000)
     fast = await connect(served)
     await fast.join("flood")
     async with slow_reader(served) as one, slow_reader(served) as other:

@@ -206,7 +206,7 @@ def test_page_on_limits_has_every_limit_and_its_default() -> None:
     text = (REPOSITORY / "docs" / "limits.md").read_text("utf-8")
     for name in LimitsConfig.model_fields:
         assert f"`{name}`" in text, name
-    for name in ("overflow", "latest_key", "tell_dropped", "trusted_proxies"):
+    for name in ("overflow", "latest_key", "notify_dropped", "trusted_proxies"):
         assert f"`{name}" in text, name
 
 

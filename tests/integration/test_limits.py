@@ -74,7 +74,7 @@ async def test_leaves_and_heartbeats_are_never_refused(serve_relay: ServeRelay, 
 @pytest.mark.parametrize("what", ["shout", "heartbeat"])
 async def test_socket_over_its_rate_for_long_is_closed(serve_relay: ServeRelay, connect: Connect, what: str) -> None:
     """1008, and not 1000: phoenix.js comes back, with an empty slate."""
-    served = await serve_relay(limits={"pushes_per_s": 1, "pushes_burst": 1, "rate_limited_max": 10})
+    served = await serve_relay(limits={"pushes_per_s": 1, "pushes_burst": 1, "rate_limit_violations_max": 10})
     client = await connect(served)
     await client.join("room:1")
     for number in range(12):
@@ -167,7 +167,7 @@ async def test_one_address_may_have_a_quarter_of_the_handshakes(serve_relay: Ser
         server={"proxy_headers": False},
         limits={"handshakes_per_s": 40},
         trusted_proxies=["127.0.0.1"],
-        anonymous=True,
+        allow_anonymous=True,
     )
     answers = []
     for _ in range(40):
@@ -199,7 +199,7 @@ async def test_clients_behind_a_trusted_proxy_are_counted_one_by_one(
         server={"proxy_headers": proxy_headers},
         limits={"sockets_per_address": 1},
         trusted_proxies=["127.0.0.1"],
-        anonymous=True,
+        allow_anonymous=True,
     )
     client = await connect(served, additional_headers={"X-Forwarded-For": "1.2.3.4"})
     await client.join("room:1")
@@ -214,7 +214,7 @@ async def test_clients_of_one_ipv6_network_are_counted_together(serve_relay: Ser
         server={"proxy_headers": False},
         limits={"sockets_per_address": 1},
         trusted_proxies=["127.0.0.0/8"],
-        anonymous=True,
+        allow_anonymous=True,
     )
     await connect(served, additional_headers={"X-Forwarded-For": "2001:db8:1:2::3"})
     assert (await refusal(served, **{"X-Forwarded-For": "2001:db8:1:2:ffff::4"}))[0] == 429
@@ -228,7 +228,7 @@ async def test_forwarded_addresses_of_anybody_else_are_ignored(
         server={"proxy_headers": False},
         limits={"sockets_per_address": 1},
         trusted_proxies=["10.0.0.0/8"],
-        anonymous=True,
+        allow_anonymous=True,
     )
     await connect(served, additional_headers={"X-Forwarded-For": "1.2.3.4"})
     assert (await refusal(served, **{"X-Forwarded-For": "1.2.3.5"}))[0] == 429
@@ -340,7 +340,7 @@ async def test_relay_serve_cuts_slow_handshakes_and_looks_behind_proxies_itself(
         "RELAY_LIMITS__HANDSHAKE_TIMEOUT_S": "0.3",
         "RELAY_LIMITS__SOCKETS_PER_ADDRESS": "1",
         "RELAY_TRUSTED_PROXIES": '["127.0.0.1"]',
-        "RELAY_ANONYMOUS": "true",
+        "RELAY_ALLOW_ANONYMOUS": "true",
     }
     with RelayProcess(environ=environ) as relay:
         address = f"{relay.ws}/websocket?vsn=2.0.0"
@@ -360,7 +360,7 @@ async def test_relay_serve_cuts_slow_handshakes_and_looks_behind_proxies_itself(
 
 async def test_relay_serve_believes_no_proxy_by_default() -> None:
     """Uvicorn alone would believe whoever calls from this machine."""
-    with RelayProcess(environ={"RELAY_LIMITS__SOCKETS_PER_ADDRESS": "1", "RELAY_ANONYMOUS": "true"}) as relay:
+    with RelayProcess(environ={"RELAY_LIMITS__SOCKETS_PER_ADDRESS": "1", "RELAY_ALLOW_ANONYMOUS": "true"}) as relay:
         address = f"{relay.ws}/websocket?vsn=2.0.0"
         async with websockets.connect(address, additional_headers={"X-Forwarded-For": "1.2.3.4"}):
             with pytest.raises(InvalidStatus) as caught:

@@ -75,7 +75,7 @@ async def refusal(served: Served, **headers: str) -> httpx.Response:
 @pytest.mark.parametrize("direct", [True])
 async def test_relay_that_asks_nobody_answers_this_machine_alone_wherever_it_is_mounted(direct: bool) -> None:
     """The app may listen anywhere, and a relay deep inside it does not know where. Uvicorn looks behind a proxy."""
-    for settings, is_open in (({}, False), ({"anonymous": True}, True)):
+    for settings, is_open in (({}, False), ({"allow_anonymous": True}, True)):
         relay, inner, app = memory_relay(**settings), Starlette(), FastAPI()
         relay.install(inner)
         app.mount("/inner", inner)
@@ -86,7 +86,7 @@ async def test_relay_that_asks_nobody_answers_this_machine_alone_wherever_it_is_
                 continue
             answer = await refusal(served, **{"X-Forwarded-For": "192.0.2.7"})
             assert answer.status_code == 403
-            assert "set auth, authenticate= or anonymous" in answer.text
+            assert "set auth, authenticate= or allow_anonymous" in answer.text
             assert relay.metrics.refused == {"handshake: from another machine": 1}
 
 
@@ -242,7 +242,7 @@ async def test_root_path_of_the_server(direct: bool) -> None:
 
 async def test_stripping_proxy_in_front_and_our_own_behind() -> None:
     """The relay's own ``[[proxy]]`` strips as well as any, and says what it has stripped."""
-    inner, app = memory_relay(anonymous=True), Starlette()
+    inner, app = memory_relay(allow_anonymous=True), Starlette()
     inner.install(app)
     async with serve(inner, app=app, prefix="/relay") as behind:
         target = behind.http.removesuffix("/relay")
@@ -319,7 +319,7 @@ async def test_middleware_of_the_app_is_around_it_all(direct: bool) -> None:
 async def test_cors_of_the_app_does_not_open_the_sockets(direct: bool) -> None:
     """CORS is not for WebSockets: who may connect is the relay's own setting."""
     for origins, passes in (("same", False), (("https://app.example",), True)):
-        relay = memory_relay(origins=origins)
+        relay = memory_relay(allowed_origins=origins)
         app = Starlette(middleware=[Middleware(CORSMiddleware, allow_origins=["*"])])
         relay.install(app)
         async with serve(relay, app=app, prefix="/relay", direct=direct) as served:

@@ -368,7 +368,7 @@ async def test_join_with_a_token_of_its_own_does_not_outlast_an_order(
             await gate.pass_through()
         return request.claims
 
-    settings: dict[str, Any] = {"auth": AUTH, "anonymous": True, "authenticate": authenticate}
+    settings: dict[str, Any] = {"auth": AUTH, "allow_anonymous": True, "authenticate": authenticate}
     async with one_or_two(valkey, elsewhere, direct, **settings) as (served, other):
         async with Client.connect(served.ws, query=query("bob")) as client:
             await client.send("1", "1", "room:1", "phx_join", {"token": token("alice", ROOMS)})

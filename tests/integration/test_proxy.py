@@ -23,7 +23,9 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 async def proxied(target: str, *, prefix: str = "", server: dict[str, Any] | None = None, **entry: Any) -> Any:
     """A relay that forwards ``/api/node-plugin`` to ``target``, alone or mounted under ``prefix``."""
     settings = {"prefix": "/api/node-plugin", "target": target, **entry}
-    relay = Relay(broadcast_url="memory://", system_topic=False, anonymous=True, allowed_hosts="any", proxy=[settings])
+    relay = Relay(
+        broadcast_url="memory://", system_topic=False, allow_anonymous=True, allowed_hosts="any", proxy=[settings]
+    )
     app = Starlette()
     if prefix:
         relay.install(app, prefix)

@@ -84,7 +84,7 @@ async def served_relay(prefix: str = "", **settings: Any) -> AsyncIterator[Serve
 
 
 @pytest.mark.parametrize("prefix", ["", "/relay"])
-@pytest.mark.parametrize("settings", [{}, {"anonymous": True}])
+@pytest.mark.parametrize("settings", [{}, {"allow_anonymous": True}])
 async def test_host_is_checked_before_any_route(prefix: str, settings: dict[str, Any]) -> None:
     """DNS rebinding reaches neither pages nor plugins' routes, other processes behind `[[proxy]]` or sockets."""
     async with served_relay(prefix, **settings) as served:
@@ -103,7 +103,7 @@ async def test_host_is_checked_before_any_route(prefix: str, settings: dict[str,
 
 
 async def test_hosts_of_the_settings_and_authenticated_clients_pass() -> None:
-    async with served_relay(anonymous=True, allowed_hosts=["relay.example.org"]) as served:
+    async with served_relay(allow_anonymous=True, allowed_hosts=["relay.example.org"]) as served:
         assert await statuses(served, "relay.example.org:8000") <= {200, 101}
         assert await statuses(served, "evil.example") == {403}
     async with served_relay(authenticate=lambda request: {"sub": "ada"}) as served:
@@ -118,7 +118,7 @@ async def test_requests_through_a_proxy_are_refused_where_clients_are_not_authen
         async with served_relay(prefix) as served:
             assert await statuses(served, "127.0.0.1", header) == {403}
             assert (await ask(served.port, f"{prefix}/health", "127.0.0.1", header))[0] == 200
-        async with served_relay(prefix, anonymous=True) as served:
+        async with served_relay(prefix, allow_anonymous=True) as served:
             assert await statuses(served, "127.0.0.1", header) <= {200, 101}
 
 
@@ -130,7 +130,7 @@ async def test_refusals_are_logged_once_in_a_while(caplog: pytest.LogCaptureFixt
     assert len(lines) == 1 and 'allowed_hosts = ["evil.example"]' in lines[0]
 
 
-@pytest.mark.parametrize("settings", [{}, {"anonymous": True}])
+@pytest.mark.parametrize("settings", [{}, {"allow_anonymous": True}])
 async def test_health_and_readiness_are_told_to_all_and_the_reason_to_operators(settings: dict[str, Any]) -> None:
     """As kubelets ask, under the pod's own address."""
     redis_url = "redis://svc:secret@127.0.0.1:1/0"
@@ -149,14 +149,14 @@ async def test_health_and_readiness_are_told_to_all_and_the_reason_to_operators(
 
 
 async def test_api_key_is_enough_under_any_name() -> None:
-    async with served_relay(anonymous=True, rest={"api_key": "k"}) as served:
+    async with served_relay(allow_anonymous=True, rest={"api_key": "k"}) as served:
         assert (await ask(served.port, "/api/topics", "evil.example"))[0] == 401
         for path in ("/api/topics", "/api/example/x", "/metrics"):
             assert (await ask(served.port, path, "evil.example", "Authorization: Bearer k"))[0] == 200
 
 
 async def test_figures_ask_for_a_key_where_others_are_let_in() -> None:
-    async with served_relay(anonymous=True, metrics={"key": "m"}, rest={"api_key": "k"}) as served:
+    async with served_relay(allow_anonymous=True, metrics={"key": "m"}, rest={"api_key": "k"}) as served:
         for key, status in (("m", 200), ("k", 401), ("wrong", 401)):
             answer = await ask(served.port, "/metrics", "10.244.1.7:8000", f"Authorization: Bearer {key}")
             assert answer[0] == status
@@ -165,7 +165,7 @@ async def test_figures_ask_for_a_key_where_others_are_let_in() -> None:
         assert (await ask(served.port, "/metrics", "localhost"))[0] == 200
         assert served.relay.metrics.refused["metrics: wrong key"] == 2
         assert served.relay.metrics.refused["metrics: not allowed"] == 1
-    async with served_relay(anonymous=True, metrics={"public": True}) as served:
+    async with served_relay(allow_anonymous=True, metrics={"public": True}) as served:
         assert (await ask(served.port, "/metrics", "evil.example"))[0] == 200
     async with served_relay() as served:
         assert (await ask(served.port, "/metrics", "evil.example"))[0] == 403
@@ -280,8 +280,8 @@ async def test_page_of_a_development_server_may_connect(caplog: pytest.LogCaptur
         assert (await ask(served.port, SOCKET, "10.244.1.7", vite))[0] == 403
         assert (await ask(served.port, SOCKET, "localhost", vite, "X-Forwarded-For: 127.0.0.1"))[0] == 403
     (line,) = [record.message for record in caplog.records if "shop.example" in record.message]
-    assert 'set origins = ["same", "https://shop.example"]' in line
-    async with served_relay(anonymous=True, trusted_proxies=["10.0.0.1"]) as served:
+    assert 'set allowed_origins = ["same", "https://shop.example"]' in line
+    async with served_relay(allow_anonymous=True, trusted_proxies=["10.0.0.1"]) as served:
         assert (await ask(served.port, SOCKET, "localhost", vite))[0] == 403
-    async with served_relay(origins=["https://shop.example"]) as served:
+    async with served_relay(allowed_origins=["https://shop.example"]) as served:
         assert (await ask(served.port, SOCKET, "localhost", vite))[0] == 403

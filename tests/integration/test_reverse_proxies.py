@@ -104,7 +104,7 @@ async def test_routes_of_plugins_pass_a_proxy_with_our_file_and_those_of_operato
     relay = Relay(
         broadcast_url="memory://",
         system_topic=False,
-        anonymous=True,
+        allow_anonymous=True,
         trusted_proxies=["127.0.0.1"],
         extra_plugins=(plugin_with_a_route(),),
         metrics={"public": True},

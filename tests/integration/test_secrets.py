@@ -240,7 +240,7 @@ def test_faults_in_settings_show_no_secret(tmp_path: Path) -> None:
             f'[[auth.keys]]\nsecret = "{SECRET}"',
             f'[auth]\nkey = "{SECRET}"',
             f'[auth]\njwks_url = "ftp://u:{SECRET}@x"',
-            f'[auth]\nanonymous = "{SECRET}"\nkeys = ["{SECRET}"]',
+            f'[auth]\nallow_anonymous = "{SECRET}"\nkeys = ["{SECRET}"]',
         )
     ):
         path = tmp_path / f"{number}.toml"

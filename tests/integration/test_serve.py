@@ -77,7 +77,7 @@ def test_greeting_names_every_address(relay: RelayProcess) -> None:
 
 
 def test_greeting_of_a_relay_on_all_addresses_names_one_to_go_to() -> None:
-    with RelayProcess("--host", "0.0.0.0", environ={"RELAY_ANONYMOUS": "true"}) as relay:
+    with RelayProcess("--host", "0.0.0.0", environ={"RELAY_ALLOW_ANONYMOUS": "true"}) as relay:
         assert relay.http.startswith("http://127.0.0.1:")
 
 
@@ -231,7 +231,7 @@ async def test_relay_for_this_machine_is_not_reached_under_other_names(workers: 
 
 @pytest.mark.parametrize("workers", [1, 2])
 async def test_other_names_serve_once_they_are_named(workers: int) -> None:
-    environ = {"RELAY_ALLOWED_HOSTS": '["relay.example"]', "RELAY_ANONYMOUS": "true"}
+    environ = {"RELAY_ALLOWED_HOSTS": '["relay.example"]', "RELAY_ALLOW_ANONYMOUS": "true"}
     with RelayProcess("--workers", str(workers), environ=environ) as relay:
         assert " 101 " in await _knock(relay, "relay.example")
         assert " 403 " in await _knock(relay, "evil.example")
@@ -280,7 +280,7 @@ def test_another_redis_is_used_and_its_password_not_shown() -> None:
 
 def test_variables_and_flags_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "relay.toml"
-    path.write_text('socket_paths = ["/file"]\npage = false\nlog_level = "error"\nport = 1\n')
+    path.write_text('socket_paths = ["/file"]\ndemo_page = false\nlog_level = "error"\nport = 1\n')
     with RelayProcess("--config", str(path), environ={"RELAY_SOCKET_PATHS": '["/variable"]'}) as relay:
         assert "/variable/websocket" in relay.output
         assert "  page " not in relay.output
@@ -289,7 +289,7 @@ def test_variables_and_flags_win_over_the_file(tmp_path: Path) -> None:
 
 
 def test_listening_beyond_this_machine_works_once_it_is_asked_for() -> None:
-    with RelayProcess("--host", "0.0.0.0", environ={"RELAY_ANONYMOUS": "true"}) as relay:
+    with RelayProcess("--host", "0.0.0.0", environ={"RELAY_ALLOW_ANONYMOUS": "true"}) as relay:
         port = int(relay.http.rpartition(":")[2])
         assert asyncio.run(http_get(f"http://127.0.0.1:{port}/ready"))[0] == 200
 
@@ -487,16 +487,16 @@ def test_relay_without_any_directory_for_its_workers_says_so_in_one_line(tmp_pat
     (tmp_path / "sitecustomize.py").write_text(nothing)
     with launched("--workers", "2", environ={"PYTHONPATH": str(tmp_path)}) as relay:
         assert relay.wait() == 2
-        assert relay.output.startswith("relay: metrics.folder: workers share their figures in a directory, and none ")
+        assert relay.output.startswith("relay: metrics.dir: workers share their figures in a directory, and none ")
         assert relay.output.count("\n") == 1
         wait_for(relay.nothing_is_left, "all processes to end")
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_folder_of_figures_that_cannot_be_written_stops_the_start_in_one_line(workers: str) -> None:
-    with launched("--workers", workers, environ={"RELAY_METRICS__FOLDER": "/proc/nowhere"}) as relay:
+    with launched("--workers", workers, environ={"RELAY_METRICS__DIR": "/proc/nowhere"}) as relay:
         assert relay.wait() != 0
-        assert "metrics.folder: /proc/nowhere cannot be written: " in relay.output
+        assert "metrics.dir: /proc/nowhere cannot be written: " in relay.output
         assert "Traceback" not in relay.output
         wait_for(relay.nothing_is_left, "all processes to end")
 

@@ -491,7 +491,7 @@ async def test_page_from_the_same_host_and_port_is_accepted(served: Served, conn
 
 
 async def test_pages_that_the_settings_name_are_accepted(serve_relay: ServeRelay, connect: Connect) -> None:
-    served = await serve_relay(origins=["https://example.org", "//*.example.net"])
+    served = await serve_relay(allowed_origins=["https://example.org", "//*.example.net"])
     for origin in ("https://example.org", "http://a.example.net:8080"):
         await (await connect(served, origin=origin)).expect_alive()
     for origin in ("http://example.org", "https://example.net", "https://example.org.evil.example"):

@@ -103,17 +103,17 @@ def test_flag_that_is_not_given_changes_nothing(write: Write) -> None:
 
 
 def test_flag_may_be_false_or_zero(write: Write) -> None:
-    config = load(write("port = 1\npage = true"), {"port": 0, "page": False})
-    assert (config.port, config.page) == (0, False)
+    config = load(write("port = 1\ndemo_page = true"), {"port": 0, "demo_page": False})
+    assert (config.port, config.demo_page) == (0, False)
 
 
 def test_lists_and_tables_in_the_environment_are_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RELAY_SOCKET_PATHS", '["/a", "/b"]')
-    monkeypatch.setenv("RELAY_ORIGINS", '["https://example.org"]')
+    monkeypatch.setenv("RELAY_ALLOWED_ORIGINS", '["https://example.org"]')
     monkeypatch.setenv("RELAY_TOPICS", '[{"match": "a", "overflow": "latest"}]')
     monkeypatch.setenv("RELAY_REDIS", '{"to_prefix": "x:"}')
     config = load()
-    assert (config.socket_paths, config.origins) == (("/a", "/b"), ("https://example.org",))
+    assert (config.socket_paths, config.allowed_origins) == (("/a", "/b"), ("https://example.org",))
     assert config.topics == (TopicConfig(match="a", overflow=Overflow.LATEST),)
     assert config.redis == RedisConfig(to_prefix="x:")
 
@@ -198,7 +198,7 @@ def test_unknown_key_is_named_with_its_file(write: Write, text: str, key: str) -
         ("port = -1", "port: expected greater than or equal to 0, got -1"),
         ("workers = 0", "workers: expected greater than 0, got 0"),
         ("host = 5", "host: expected a valid string, got 5"),
-        ('page = "perhaps"', "page: expected a valid boolean, unable to interpret input, got 'perhaps'"),
+        ('demo_page = "perhaps"', "demo_page: expected a valid boolean, unable to interpret input, got 'perhaps'"),
         ('log_level = "loud"', "log_level: expected 'debug', 'info', 'warning' or 'error', got 'loud'"),
         ("limits = 5", "limits: expected a table, got 5"),
         ("topics = 5", "topics: expected a valid list, got 5"),
@@ -216,15 +216,19 @@ def test_unknown_key_is_named_with_its_file(write: Write, text: str, key: str) -
         ('socket_paths = ["socket"]', "socket_paths: expected paths like \"/socket\", got ['socket']"),
         ('socket_paths = ["/"]', "socket_paths: expected paths like \"/socket\", got ['/']"),
         (
-            'origins = ["example.org"]',
-            'origins: expected "https://host[:port]", "//host" or "//*.host" in each place, got [\'example.org\']',
+            'allowed_origins = ["example.org"]',
+            'allowed_origins: expected "https://host[:port]", "//host" or "//*.host" in each place, '
+            "got ['example.org']",
         ),
         (
-            'origins = ["https://example.org/app"]',
-            'origins: expected "https://host[:port]", "//host" or "//*.host" in each place, '
+            'allowed_origins = ["https://example.org/app"]',
+            'allowed_origins: expected "https://host[:port]", "//host" or "//*.host" in each place, '
             "got ['https://example.org/app']",
         ),
-        ('origins = ["https://a:99999"]', "origins: port out of range 0-65535, got ['https://a:99999']"),
+        (
+            'allowed_origins = ["https://a:99999"]',
+            "allowed_origins: port out of range 0-65535, got ['https://a:99999']",
+        ),
         ('[rest]\npath = "api"', 'rest.path: expected a path like "/api", or "" for none, got \'api\''),
         ('[rest]\npath = "/"', 'rest.path: expected a path like "/api", or "" for none, got \'/\''),
         (
@@ -282,10 +286,10 @@ def test_every_problem_is_told_at_once(write: Write) -> None:
 
 
 def test_value_that_fits_neither_form_is_told_for_both(write: Write) -> None:
-    path = write("origins = 5")
+    path = write("allowed_origins = 5")
     assert problems(path) == (
-        f"{path}: origins: expected 'same' or 'any', got 5",
-        f"{path}: origins: expected a valid list, got 5",
+        f"{path}: allowed_origins: expected 'same' or 'any', got 5",
+        f"{path}: allowed_origins: expected a valid list, got 5",
     )
 
 
@@ -515,7 +519,7 @@ def test_setting_that_holds_a_secret_is_not_shown(name: str) -> None:
 
 
 def test_latest_key_is_for_the_policy_latest_alone() -> None:
-    topic = TopicConfig(match="aircraft:*", overflow=Overflow.LATEST, latest_key="icao24", tell_dropped=True)
+    topic = TopicConfig(match="aircraft:*", overflow=Overflow.LATEST, latest_key="icao24", notify_dropped=True)
     assert topic.policy == Policy(Overflow.LATEST, "icao24", True, "aircraft:*")
     with pytest.raises(ValidationError, match="latest_key"):
         TopicConfig(latest_key="icao24")
@@ -647,15 +651,15 @@ def test_rest_path_loses_its_last_slash(path: str, clean: str) -> None:
     "origins", ["same", "any", (), ("https://a",), ("https://a:1", "//b", "//*.c", "https://d/", "http://[::1]:8000")]
 )
 def test_origins_may_be_named_so(origins: Any) -> None:
-    assert Config(origins=origins).origins == origins
+    assert Config(allowed_origins=origins).allowed_origins == origins
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "relay.example", ""])
 def test_listening_to_other_machines_must_be_meant(host: str) -> None:
-    with pytest.raises(ConfigError, match="anonymous = true") as caught:
+    with pytest.raises(ConfigError, match="allow_anonymous = true") as caught:
         Config(host=host).check_exposure()
     assert len(caught.value.problems) == 1
-    Config(host=host, anonymous=True).check_exposure()
+    Config(host=host, allow_anonymous=True).check_exposure()
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])

@@ -56,7 +56,7 @@ async def test_half_open_clients_are_closed_and_cost_nobody_else() -> None:
     answers.
     """
     limits = {"RELAY_LIMITS__IDLE_TIMEOUT_S": "1.5", "RELAY_LIMITS__CLOSE_TIMEOUT_S": "0.5"}
-    environ = {"RELAY_ANONYMOUS": "true", "RELAY_SYSTEM_TOPIC": "false", **limits}
+    environ = {"RELAY_ALLOW_ANONYMOUS": "true", "RELAY_SYSTEM_TOPIC": "false", **limits}
     with lossy_network() as network, RelayProcess("--host", "0.0.0.0", environ=environ) as relay:
         port = relay.http.rpartition(":")[2]
         host, prefix = (network.address, network.command) if network is not None else ("127.0.0.1", ())

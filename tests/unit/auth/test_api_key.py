@@ -9,7 +9,7 @@ from relay.auth.api_key import ApiKeyAuth, api_key_from
 from relay.config import AuthConfig, KeyConfig, MetricsConfig, RestConfig
 
 KEYLESS = ApiKeyAuth(Config(), authenticates=False)
-KEYED = ApiKeyAuth(Config(rest=RestConfig(api_key="sésame"), anonymous=True), authenticates=True)
+KEYED = ApiKeyAuth(Config(rest=RestConfig(api_key="sésame"), allow_anonymous=True), authenticates=True)
 
 
 def scope(client: str | None = "127.0.0.1", **headers: str) -> dict[str, Any]:
@@ -102,10 +102,10 @@ def test_without_a_key_nobody_else_may(client: str | None, headers: dict[str, st
     ("config", "authenticates"),
     [
         (Config(trusted_proxies=("10.0.0.1",)), False),
-        (Config(origins="any"), False),
-        (Config(origins=("https://relay.example",)), False),
+        (Config(allowed_origins="any"), False),
+        (Config(allowed_origins=("https://relay.example",)), False),
         (Config(host="0.0.0.0"), False),
-        (Config(anonymous=True), False),
+        (Config(allow_anonymous=True), False),
         (Config(auth=AuthConfig(keys=(KeyConfig(key="k"),))), True),
         (Config(), True),
     ],
@@ -119,13 +119,13 @@ def test_without_a_key_nobody_may_where_others_are_let_in(config: Config, authen
 
 
 def test_pages_of_this_machine_are_no_reason_for_a_key() -> None:
-    config = Config(origins=("same", "http://localhost:5173", "//app.localhost", "http://127.0.0.1:3000"))
+    config = Config(allowed_origins=("same", "http://localhost:5173", "//app.localhost", "http://127.0.0.1:3000"))
     assert ApiKeyAuth(config, authenticates=False).check(scope(), b"") is None
 
 
 # Who sees the figures.
 
-OPEN: dict[str, Any] = {"anonymous": True}
+OPEN: dict[str, Any] = {"allow_anonymous": True}
 
 
 def metrics(*, authenticates: bool = False, api_key: str = "", **settings: Any) -> ApiKeyAuth:
@@ -137,10 +137,10 @@ def metrics(*, authenticates: bool = False, api_key: str = "", **settings: Any) 
 @pytest.mark.parametrize(
     "opened",
     [
-        {"anonymous": True},
+        {"allow_anonymous": True},
         {"host": "0.0.0.0"},
-        {"origins": "any"},
-        {"origins": ("https://relay.example",)},
+        {"allowed_origins": "any"},
+        {"allowed_origins": ("https://relay.example",)},
         {"trusted_proxies": ("10.0.0.1",)},
         {"authenticates": True},
     ],

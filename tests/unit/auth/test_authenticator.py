@@ -110,7 +110,7 @@ async def test_without_a_token_only_where_anonymous_is_asked_for_or_nothing_chec
     auth, _ = make({"sub": "alice"})
     assert (await refusal(auth, None)).kind == "no token"
     for auth, _ in (
-        make({"sub": "alice"}, anonymous=True, auth={"anonymous": [{"match": "a", "rights": ["join"]}]}),
+        make({"sub": "alice"}, allow_anonymous=True, auth={"anonymous": [{"match": "a", "rights": ["join"]}]}),
         make(auth={"anonymous": [{"match": "a", "rights": ["join"]}, {"match": "{sub}", "rights": ["join"]}]}),
     ):
         identity = await auth.authenticate_request(SCOPE, None)
@@ -119,7 +119,7 @@ async def test_without_a_token_only_where_anonymous_is_asked_for_or_nothing_chec
 
 
 async def test_bad_token_does_not_make_anybody_anonymous() -> None:
-    auth, _ = make({"sub": "alice"}, anonymous=True)
+    auth, _ = make({"sub": "alice"}, allow_anonymous=True)
     assert (await refusal(auth, "bad")).status == 401
 
 
@@ -133,7 +133,7 @@ async def test_functions_refusal_is_an_answer_and_its_fault_is_not() -> None:
     auth, _ = make(None, refusing)
     error = await refusal(auth)
     assert (error.status, str(error), error.reason) == (403, "go away", Reason.UNAUTHORIZED)
-    auth, _ = make(None, failing, anonymous=True)
+    auth, _ = make(None, failing, allow_anonymous=True)
     error = await refusal(auth)
     assert (error.status, error.reason) == (503, Reason.AUTH_UNAVAILABLE)
     assert "hunter2" not in str(error)

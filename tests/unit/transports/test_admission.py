@@ -80,7 +80,7 @@ def test_zero_lets_any_number_pass() -> None:
 
 @pytest.mark.parametrize("event", ["phx_join", "shout"])
 def test_pace_is_exhausted_past_so_many_messages_over_the_rate(event: str) -> None:
-    limits = LimitsConfig(joins_per_s=1, joins_burst=1, pushes_per_s=1, pushes_burst=1, rate_limited_max=3)
+    limits = LimitsConfig(joins_per_s=1, joins_burst=1, pushes_per_s=1, pushes_burst=1, rate_limit_violations_max=3)
     pace = MessageRateLimiter(limits, 0.0)
     exhausted = []
     for _ in range(5):
@@ -92,7 +92,7 @@ def test_pace_is_exhausted_past_so_many_messages_over_the_rate(event: str) -> No
 
 
 def test_pace_is_never_exhausted_where_that_is_off() -> None:
-    pace = MessageRateLimiter(LimitsConfig(pushes_per_s=1, pushes_burst=1, rate_limited_max=0), 0.0)
+    pace = MessageRateLimiter(LimitsConfig(pushes_per_s=1, pushes_burst=1, rate_limit_violations_max=0), 0.0)
     for _ in range(10_000):
         pace.allows("shout", 0.0)
     assert not pace.is_exhausted

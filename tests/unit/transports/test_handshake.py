@@ -176,11 +176,11 @@ def test_pages_of_this_machine_may_connect_where_the_relay_is_for_it_alone(origi
 @pytest.mark.parametrize(
     ("origin", "origins", "line"),
     [
-        ("http://localhost:5173", "same", 'origins = ["same", "http://localhost:5173"]'),
-        ("https://B.example", LISTED[:1], 'origins = ["https://app.example", "https://b.example"]'),
-        ("https://b.example", ("same", "//a"), 'origins = ["same", "//a", "https://b.example"]'),
+        ("http://localhost:5173", "same", 'allowed_origins = ["same", "http://localhost:5173"]'),
+        ("https://B.example", LISTED[:1], 'allowed_origins = ["https://app.example", "https://b.example"]'),
+        ("https://b.example", ("same", "//a"), 'allowed_origins = ["same", "//a", "https://b.example"]'),
         ("null", "same", ""),
-        ('http://a"]\nanonymous = true', "same", ""),
+        ('http://a"]\nallow_anonymous = true', "same", ""),
         ("http://a b", "same", ""),
         ("javascript://x", "same", ""),
     ],

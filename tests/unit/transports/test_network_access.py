@@ -72,7 +72,7 @@ def test_client_without_a_loopback_ip_address_is_a_stranger(address: str | None)
     refused = reach().check(scope(address))
     assert refused is not None
     assert (refused.status, refused.kind) == (403, "from another machine")
-    assert "set auth, authenticate= or anonymous" in refused.text
+    assert "set auth, authenticate= or allow_anonymous" in refused.text
     assert not is_this_machine(scope(address))
 
 
@@ -125,7 +125,9 @@ ADDRESSES = ["10.1.2.3:8000", "[2001:db8::7]:8000", "127.0.0.1", "[::1]:8000", "
 
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])
-@pytest.mark.parametrize("settings", [{}, {"anonymous": True}, {"anonymous": True, "origins": "any"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"allow_anonymous": True}, {"allow_anonymous": True, "allowed_origins": "any"}]
+)
 def test_only_names_of_this_machine_pass_where_clients_are_not_authenticated(
     settings: dict[str, Any], kind: str
 ) -> None:
@@ -150,7 +152,7 @@ def test_any_name_passes_where_clients_are_authenticated(host: str | None) -> No
 
 @pytest.mark.parametrize("authenticates", [True, False])
 def test_names_of_the_settings_pass_and_no_others(authenticates: bool) -> None:
-    judge = reach(authenticates, anonymous=True, allowed_hosts=["Relay.example.org", "*.wild.example"])
+    judge = reach(authenticates, allow_anonymous=True, allowed_hosts=["Relay.example.org", "*.wild.example"])
     for host in ("relay.example.org", "RELAY.example.org:8000", "a.wild.example", "a.b.wild.example:1", *ADDRESSES):
         assert judge.check(scope("192.0.2.1", host=host)) is None, host
     for host in ("example.org", "x.relay.example.org", "wild.example", "evilwild.example", "evil.example"):
@@ -159,7 +161,7 @@ def test_names_of_the_settings_pass_and_no_others(authenticates: bool) -> None:
 
 @pytest.mark.parametrize("hosts", ["any", "*", ["*"], ["any"]])
 def test_any_name_can_be_allowed(hosts: Any) -> None:
-    judge = reach(anonymous=True, allowed_hosts=hosts)
+    judge = reach(allow_anonymous=True, allowed_hosts=hosts)
     assert all(judge.check(scope("192.0.2.1", host=host)) is None for host in (*NAMES, *ADDRESSES))
 
 
@@ -197,7 +199,7 @@ def test_request_through_a_proxy_is_no_request_of_this_machine(header: str, kind
         assert refused is not None and refused.status == 403
         assert header.replace("_", "-") in refused.text
         assert not is_this_machine(request)
-        assert reach(anonymous=True).check(request) is None
+        assert reach(allow_anonymous=True).check(request) is None
 
 
 @pytest.mark.parametrize(
@@ -231,7 +233,7 @@ def test_pages_of_this_machine_may_connect_where_all_is_on_it() -> None:
     assert not reach().has_local_pages(scope(server="192.168.1.5"))
     assert not reach().has_local_pages(scope(x_forwarded_for="127.0.0.1"))
     assert not reach(trusted_proxies=["10.0.0.1"]).has_local_pages(scope())
-    assert not reach(host="0.0.0.0", anonymous=True).has_local_pages(scope())
+    assert not reach(host="0.0.0.0", allow_anonymous=True).has_local_pages(scope())
     assert not reach().has_local_pages({**scope(), "server": None})
 
 

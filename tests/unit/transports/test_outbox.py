@@ -213,7 +213,7 @@ def test_latest_replaces_a_value_in_its_place() -> None:
 
 # Telling what was dropped.
 
-TELLING = Policy(Overflow.DROP_OLDEST, tell_dropped=True)
+TELLING = Policy(Overflow.DROP_OLDEST, notify_dropped=True)
 
 
 def telling(max_bytes: int) -> Outbox:
