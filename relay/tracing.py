@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from relay.config import Direction
 
-Publish: TypeAlias = "Callable[[Direction, str, str, bytes], asyncio.Future[None]]"
+Publish: TypeAlias = "Callable[[Direction, str, str, bytes, str | None], asyncio.Future[None]]"
 
 TOPIC = "relay.topic"
 EVENT = "relay.event"
@@ -91,9 +91,11 @@ class Tracer:
     def around(self, publish: Publish) -> Publish:
         """Make of a broker's ``publish`` one that has a span until the bus has taken the message."""
 
-        def traced(direction: "Direction", topic: str, event: str, payload: bytes) -> asyncio.Future[None]:
+        def traced(
+            direction: "Direction", topic: str, event: str, payload: bytes, sender: str | None
+        ) -> asyncio.Future[None]:
             span = self.start("publish", None, "PRODUCER", {TOPIC: topic, EVENT: event})
-            future = publish(direction, topic, event, payload)
+            future = publish(direction, topic, event, payload, sender)
             future.add_done_callback(partial(_published, span))
             return future
 

@@ -6,19 +6,30 @@ Guarantees of every broker:
 
 - **Order.** Events of one topic are handed over in the order the bus has them, in one task.
 - **At most once.** Nothing is handed over twice, and nothing is delivered again after a fault.
-- **Loss is told.** Each time events may have been missed, `Sink.receive_gap` is called, once hearing is restored.
+- **Loss is told.** Each time events may have been missed, `Sink.on_gap` is called, once hearing is restored.
 - **Publishing is answered.** The future of `publish` is done when the bus has taken the message, or fails
   with `BusUnavailable`; it never stays pending for longer than the broker's time limit.
 """
 
 import asyncio
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol
+
+import msgspec
 
 from relay.config import Direction
 
-Event: TypeAlias = tuple[str, str, bytes]
-"""(topic, event, payload): one event from the bus, its names decoded but not judged, its payload as published."""
+
+class Event(msgspec.Struct, frozen=True, gc=False):
+    """One event from the bus, its names decoded but not judged, its payload as published."""
+
+    topic: str
+    event: str
+    payload: bytes
+    position: str | None = None
+    """Its place in the topic's history, where it has one."""
+    sender: str | None = None
+    """What `Broker.publish` was given, on whichever node; None where that was None, or the bus has no place for it."""
 
 
 class Link(NamedTuple):
@@ -74,9 +85,13 @@ class Broker(Protocol):
     needs_subscribe: bool
     """False where every topic is heard anyway: then `subscribe` and `unsubscribe` need not be called."""
 
-    def publish(self, direction: Direction, topic: str, event: str, payload: bytes) -> "asyncio.Future[None]":
+    def publish(
+        self, direction: Direction, topic: str, event: str, payload: bytes, sender: str | None = None
+    ) -> "asyncio.Future[None]":
         """Publish one message, in the order of the calls.
 
+        Args:    sender: ASCII letters, digits, ``.`` and ``-``; this node finds it in `Event.sender` when it receives
+                     this very event, and in no other. Events only: ``direction`` is `Direction.TO`.
         Returns: a future that is done when the bus has taken it, or fails with `BusUnavailable`.
         """
 

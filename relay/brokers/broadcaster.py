@@ -1,74 +1,33 @@
 """Any ``broadcaster.BroadcastBackend`` behind the `Broker` interface: memory, Postgres, Kafka.
 
-Owns the bus channels, the envelope and the supervision the backends lack; must not know who subscribes.
+Owns the bus channels and the supervision the backends lack; must not know who subscribes.
 
-One bus channel per topic and direction, the event inside an envelope, a JSON object::
-
-    {"topic": "room:1", "event": "new_msg", "payload": {"text": "hi"}}      payload is any JSON
-    {"topic": "room:1", "event": "photo", "base64": "AP8="}                 payload was no JSON
+One bus channel per topic and direction, the event inside an envelope (`relay.brokers.envelope`).
 
 A backend does not say when it has gone deaf (asyncpg's listener waits for ever on a dead connection), so
 the adapter publishes a probe to a channel of its own and expects to hear it.
 """
 
 import asyncio
-import binascii
 import logging
 import random
 import re
 import time
 import uuid
-from base64 import b64decode, b64encode
 from collections.abc import Callable
 from contextlib import suppress
 from hashlib import blake2b
 from urllib.parse import urlsplit
 
-import msgspec
 from broadcaster import Broadcast, BroadcastBackend
 
 from relay.brokers.base import Link, Sink
+from relay.brokers.envelope import pack, unpack
 from relay.config import Config, Direction
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
-from relay.protocol.payload import classify_payload
 
 _logger = logging.getLogger("relay.broadcaster")
-
-
-class _Envelope(msgspec.Struct, omit_defaults=True):
-    topic: str
-    event: str
-    payload: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
-    base64: str | msgspec.UnsetType = msgspec.UNSET
-
-
-_decode = msgspec.json.Decoder(_Envelope).decode
-
-
-def pack(topic: str, event: str, payload: bytes) -> str:
-    """Put an event into an envelope."""
-    checked = classify_payload(payload)
-    envelope = _Envelope(topic, event)
-    # Half a surrogate pair, as an escape, is JSON but not for the decoder of the envelope.
-    if isinstance(checked, msgspec.Raw) and b"\\ud" not in payload.lower():
-        envelope.payload = checked
-    else:
-        envelope.base64 = b64encode(payload).decode()
-    return msgspec.json.encode(envelope).decode()
-
-
-def unpack(text: str) -> tuple[str, str, bytes]:
-    """Take (topic, event, payload) out of an envelope. Raises ValueError where it is none."""
-    try:
-        envelope = _decode(text)
-        if isinstance(envelope.base64, str):
-            return envelope.topic, envelope.event, b64decode(envelope.base64, validate=True)
-    except (msgspec.DecodeError, RecursionError, UnicodeError, binascii.Error) as error:
-        raise ValueError(str(error)) from error
-    if isinstance(envelope.payload, msgspec.UnsetType):
-        raise ValueError("expected `payload` or `base64`")
-    return envelope.topic, envelope.event, bytes(envelope.payload)
 
 
 def bus_channel(prefix: str, topic: str, *, kafka: bool = False) -> str:
@@ -173,9 +132,11 @@ class BroadcasterBroker:
             except Exception as error:  # as above; hearing more than is wanted does no harm
                 _logger.warning("cannot unsubscribe from %r: %s", channel, error)
 
-    def publish(self, direction: Direction, topic: str, event: str, payload: bytes) -> asyncio.Future[None]:
+    def publish(
+        self, direction: Direction, topic: str, event: str, payload: bytes, sender: str | None = None
+    ) -> asyncio.Future[None]:
         """Publish an envelope on the topic's bus channel."""
-        return self._put(self._channel(direction, topic), pack(topic, event, payload))
+        return self._put(self._channel(direction, topic), pack(topic, event, payload, sender))
 
     def publish_control(self, data: bytes) -> asyncio.Future[None]:
         """Publish on the control channel; without one it is done at once, and reaches nobody else."""

@@ -27,7 +27,7 @@ USER = "relay"
 
 COMMANDS = (
     *("hello", "auth", "client|setname", "client|setinfo", "ping", "quit"),  # to connect
-    *("publish", "subscribe", "unsubscribe", "psubscribe", "punsubscribe"),
+    *("publish", "subscribe", "unsubscribe", "psubscribe", "punsubscribe", "multi", "exec"),
     *("pubsub", "role", "info"),  # to see how it is
 )
 """What the relay, its commands and the documented recipes need; the rest of the server is closed. No keys.

@@ -13,7 +13,6 @@ import asyncio
 import logging
 import random
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -34,20 +33,18 @@ from relay.brokers.redis_connection import (
     read_role,
     words,
 )
+from relay.brokers.redis_marker import PROBE, Markers
 from relay.brokers.redis_publisher import Publisher
 from relay.brokers.redis_publisher import publishing as publishing
 from relay.config import Config, Direction
 from relay.errors import BusUnavailable, Reason
 from relay.metrics import Metrics
-from relay.protocol.topics import RELAY_TOPIC, from_redis_channel, glob_escape, to_redis_channel
+from relay.protocol.topics import from_redis_channel, glob_escape, to_redis_channel
 
 _logger = logging.getLogger("relay.redis")
 
 _PROBE_EVERY_S = 60.0
 """Seconds between two probes while events flow."""
-
-_PROBE = b'{"probe":'
-"""How probes begin. They are no orders: those of other nodes are passed over."""
 
 
 class RedisBroker:
@@ -74,8 +71,9 @@ class RedisBroker:
         self._clock = clock
         self._connections = Connections(redis_url.parse(config.redis_url), config.redis.timeout_s, clock)
         self._address = redis_url.shown(config.redis_url)
+        self._markers = markers = Markers(config.redis)
         self._publisher = Publisher(
-            self._connections, config.redis, clock, self._address, self._role_changed, self._say_denied
+            self._connections, config.redis, markers, clock, self._address, self._role_changed, self._say_denied
         )
         self._link = Link(False, "not started")
         self._listener: asyncio.Task[None] | None = None
@@ -185,10 +183,12 @@ class RedisBroker:
 
     # Publishing.
 
-    def publish(self, direction: Direction, topic: str, event: str, payload: bytes) -> asyncio.Future[None]:
+    def publish(
+        self, direction: Direction, topic: str, event: str, payload: bytes, sender: str | None = None
+    ) -> asyncio.Future[None]:
         """``PUBLISH <prefix><topic>:<event> <payload>``; calls made in one turn of the loop share a round trip."""
         prefix = self._redis.prefix(direction)
-        return self._publisher.publish(to_redis_channel(prefix, topic, event), payload)
+        return self._publisher.publish(to_redis_channel(prefix, topic, event), payload, sender)
 
     def publish_control(self, data: bytes) -> asyncio.Future[None]:
         """``PUBLISH <control channel> <data>``; without such a channel it is done at once, and reaches nobody else."""
@@ -214,10 +214,7 @@ class _Session:
         self._clock = broker._clock
         self._pattern = (glob_escape(settings.to_prefix) + "*").encode()
         self._control = glob_escape(settings.control_channel).encode()
-        # Where probes may go: the control channel, else one that the pattern for events matches.
-        self._fallback = to_redis_channel(settings.to_prefix, RELAY_TOPIC, "probe")
-        self._probe_channels = [settings.control_channel.encode()] if self._control else []
-        self._probe_channels.append(self._fallback)
+        self._probe_channels = list(broker._markers.channels)
         # Commands whose replies are still to come, with their pattern; and how many patterns are not confirmed yet.
         self._asked: deque[tuple[str, bytes]] = deque()
         self._asked_together: Sequence[bytes] = ()
@@ -235,9 +232,7 @@ class _Session:
         # When an event came last; the probe that is under way, and whether it has come back.
         self._heard_at = self._clock()
         self._probe = b""
-        self._probe_number = 0
         self._probe_heard = asyncio.Event()
-        self._name = uuid.uuid4().hex[:8]
 
     def end(self, fault: str) -> None:
         """Cut the connection."""
@@ -291,7 +286,8 @@ class _Session:
     async def _read(self) -> None:
         connection, sink, metrics = self._connection, self._sink, self._metrics
         prefix = self._settings.to_prefix.encode()
-        pattern, control, fallback = self._pattern, self._control, self._fallback
+        pattern, control, fallback = self._pattern, self._control, self._broker._markers.fallback
+        read_marker, marker = self._broker._markers.unpack, None
         raw = {raw.encode() for raw in self._broker._patterns}  # Redis reports a pattern once, however often asked
         # The pattern for events comes last: none is heard before all are confirmed, so that live means all of them.
         patterns = (*sorted(raw), *((control,) if control else ()), pattern)
@@ -315,11 +311,15 @@ class _Session:
                     names = from_redis_channel(prefix, channel)
                     if names is None:
                         metrics.dropped["channel names no event"] += 1
+                    elif marker is not None and marker.belongs_to(channel, payload):
+                        events.append(Event(*names, payload, None, marker.sender))
+                        marker = None
                     else:
-                        events.append((*names, payload))
-                elif payload.startswith(_PROBE) and (channel == fallback or of == control):
+                        events.append(Event(names[0], names[1], payload))
+                elif payload.startswith(PROBE) and (channel == fallback or of == control):
                     if payload == self._probe:
                         self._take_probe()
+                    marker = read_marker(payload) or marker
                     continue
                 elif of == control:
                     sink.receive_control(payload)
@@ -365,7 +365,8 @@ class _Session:
             self._asked.clear()  # nothing else is asked before all patterns are confirmed
             self._subscribe(self._asked_together, one_by_one=True)
         elif command == "PSUBSCRIBE" and pattern == self._control and is_denied(error):
-            self._probe_channels.remove(self._settings.control_channel.encode())
+            del self._probe_channels[0]
+            self._broker._publisher.mark_elsewhere(self._settings.control_channel.encode())
             self._control_denied()
             self._confirm_one()
         elif command == "PSUBSCRIBE":
@@ -455,8 +456,7 @@ class _Session:
 
     async def _send_probe(self) -> bool:
         """Publish a probe; False where it could not be published. Raises LinkLost where it was not heard."""
-        self._probe_number += 1
-        self._probe = b'%b"%b:%d"}' % (_PROBE, self._name.encode(), self._probe_number)
+        self._probe = self._broker._markers.next_probe()
         self._probe_heard.clear()
         channel = self._probe_channels[0]
         sent_at = self._clock()

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import hiredis
+import msgspec
 
 from relay import redis_url
 from relay.brokers.redis_connection import (
@@ -25,9 +26,11 @@ from relay.brokers.redis_connection import (
     Role,
     is_denied,
     name_of,
+    packed,
     read_role,
     words,
 )
+from relay.brokers.redis_marker import Markers
 from relay.config import Config, RedisConfig
 from relay.errors import BusUnavailable
 from relay.protocol.topics import to_redis_channel
@@ -41,10 +44,27 @@ def _not_published(where: str, role: Role) -> str:
     return f"{where} is {role}: what is published there does not reach its master's clients"
 
 
+class _Sent(msgspec.Struct):
+    """What was published or asked, and has no reply yet."""
+
+    future: asyncio.Future[Any]
+    at: float
+    size: int
+    """Bytes of channel and payload."""
+    channel: bytes = b""
+    """Empty for the publisher's own commands."""
+    expects: int = 1
+    """Replies: 1; 2 with a marker before the message; 4 with both in a transaction."""
+    replies: tuple[Any, ...] = ()
+    """The first of several that have come."""
+    marker_channel: bytes = b""
+
+
 class Publisher:
     """Publishes, and asks the server each ``ping_interval_s`` what it is.
 
-    Args: where: the server, for people.
+    Args: markers: writes what precedes a message with a sender.
+          where: the server, for people.
           say_denied: logs, once each, what the Redis user may not do, what that means, and what allows it.
           on_role: called when the server is no longer what it was: subscriptions there may have gone deaf.
     """
@@ -53,6 +73,7 @@ class Publisher:
         self,
         connections: Connections,
         settings: RedisConfig,
+        markers: Markers,
         clock: Callable[[], float],
         where: str = "Redis",
         on_role: Callable[[Role], None] = lambda role: None,
@@ -64,16 +85,19 @@ class Publisher:
         self._where = where
         self._on_role = on_role
         self._say_denied = say_denied
+        self._markers = markers
+        # Where this connection may publish markers, the best first, and whether in transactions.
+        self._marker_channels: list[bytes] = []
+        self._is_atomic = False
         self._task: asyncio.Task[None] | None = None
         self._connection: RedisConnection | None = None
         self._role: Role | None = None
         self._refusal = ""
         self._wake = asyncio.Event()
         self._wakes_at = 0.0
-        # Commands that wait for the connection; of all without a reply the future, time, bytes and channel (empty for
-        # the publisher's own commands); and the bytes of all of them.
-        self._unsent: list[bytes] = []
-        self._unanswered: deque[tuple[asyncio.Future[Any], float, int, bytes]] = deque()
+        # Messages that wait for the connection, with payload and sender; all without a reply; and the bytes of these.
+        self._unsent: list[tuple[_Sent, bytes, str | None]] = []
+        self._unanswered: deque[_Sent] = deque()
         self._bytes = 0
 
     @property
@@ -110,7 +134,13 @@ class Publisher:
         if self._connection is not None:
             self._connection.abort()
 
-    def publish(self, channel: bytes, payload: bytes) -> asyncio.Future[None]:
+    def mark_elsewhere(self, channel: bytes) -> None:
+        """Publish no more markers on a channel that the subscription cannot hear."""
+        for channels in (self._markers.heard, self._marker_channels):
+            with suppress(ValueError):
+                channels.remove(channel)
+
+    def publish(self, channel: bytes, payload: bytes, sender: str | None = None) -> asyncio.Future[None]:
         """Publish one message; see `Broker.publish`."""
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         most, size = self._settings, len(channel) + len(payload)
@@ -120,19 +150,34 @@ class Publisher:
         if len(self._unanswered) >= most.publish_queue_max or self._bytes + size > most.publish_queue_max_bytes:
             future.set_exception(BusUnavailable("too many messages are waiting for Redis"))
             return future
-        self._unanswered.append((future, self._clock(), size, channel))
+        sent = _Sent(future, self._clock(), size, channel)
+        self._unanswered.append(sent)
         self._bytes += size
-        command = hiredis.pack_command((b"PUBLISH", channel, payload))  # type: ignore[arg-type]  # its stub forgets tuple[bytes, ...]
         connection = self._connection
         if connection is None:
-            self._unsent.append(command)
+            self._unsent.append((sent, payload, sender))
             self.start()
             return future
         try:
-            connection.write(command)
+            connection.write(self._command(sent, payload, sender))
         except LinkLost as lost:
             self._lose(connection, str(lost))
         return future
+
+    def _command(self, sent: _Sent, payload: bytes, sender: str | None) -> bytes:
+        """What publishes a message, as this connection may do it."""
+        if sender is None or not self._marker_channels:
+            return packed([(b"PUBLISH", sent.channel, payload)])
+        sent.marker_channel = self._marker_channels[0]
+        marker = self._markers.pack(sender, sent.channel, payload)
+        commands = [(b"PUBLISH", sent.marker_channel, marker), (b"PUBLISH", sent.channel, payload)]
+        if self._is_atomic:
+            sent.expects = 4
+            return packed([(b"MULTI",), *commands, (b"EXEC",)])
+        sent.expects = 2
+        means = "an event of a process that excludes its sender may be mistaken for an equal one published meanwhile"
+        self._say_denied("MULTI", means, "+multi +exec")
+        return packed(commands)
 
     def _may_wait(self) -> bool:
         """Whether a new attempt to connect is due, so that a message may wait for it."""
@@ -178,9 +223,11 @@ class Publisher:
                 role = await connection.role()
             if role is None:
                 self._say_denied("ROLE", "whether Redis is a master is not checked", "+role")
+            async with asyncio.timeout(self._settings.timeout_s):
+                await self._check_markers(connection)
             is_same = self._take_role(role or MASTER)
             if not self._refusal:
-                connection.write(b"".join(self._unsent))
+                connection.write(b"".join([self._command(*message) for message in self._unsent]))
                 self._unsent.clear()
             was_open = True
             self._connection = connection
@@ -189,7 +236,7 @@ class Publisher:
             keeper = asyncio.create_task(self._keep(connection, asks_role=role is not None))
             await self._match_replies(connection)
         except TimeoutError:
-            fault = f"no answer to ROLE within {self._settings.timeout_s:g} s"
+            fault = f"no answer to ROLE or MULTI within {self._settings.timeout_s:g} s"
         except LinkLost as lost:
             fault = str(lost)
         except hiredis.HiredisError as error:
@@ -201,6 +248,21 @@ class Publisher:
             await connection.close()
         return fault, was_open
 
+    async def _check_markers(self, connection: RedisConnection) -> None:
+        """See whether the user may use transactions, and publish markers where. Publishes nothing. Raises LinkLost."""
+        connection.write(packed([("MULTI",), ("EXEC",)]))
+        self._is_atomic = isinstance((await connection.reply(), await connection.reply())[1], list)
+        channels = self._markers.channels
+        denied: set[bytes] = set()
+        if self._is_atomic:  # else a marker that is refused costs no message; see _outcome
+            # Without arguments the last command is an error, by which Redis discards the others.
+            checks = [("PUBLISH", channel, "") for channel in channels]
+            connection.write(packed([("MULTI",), *checks, ("PUBLISH",), ("EXEC",)]))
+            replies = [await connection.reply() for _ in range(len(checks) + 3)]
+            denied = {channel for channel, reply in zip(channels, replies[1:-2], strict=True) if is_denied(reply)}
+        # After the last reply: meanwhile the subscription may have found out that it does not hear one.
+        self._marker_channels = [channel for channel in self._markers.heard if channel not in denied]
+
     def _lose(self, connection: RedisConnection, fault: str) -> None:
         """Fail what was sent on a connection that has ended; what comes later waits for the next."""
         if self._connection is connection:
@@ -211,11 +273,11 @@ class Publisher:
     def _fail_all(self, fault: str) -> None:
         self._unsent.clear()
         failed, self._unanswered, self._bytes = self._unanswered, deque(), 0
-        for future, _, _, channel in failed:
-            if not channel:
-                future.cancel()
-            elif not future.done():
-                future.set_exception(BusUnavailable(fault))
+        for sent in failed:
+            if not sent.channel:
+                sent.future.cancel()
+            elif not sent.future.done():
+                sent.future.set_exception(BusUnavailable(fault))
 
     async def _match_replies(self, connection: RedisConnection) -> None:
         gets = connection.replies.gets
@@ -224,16 +286,37 @@ class Publisher:
             while (reply := gets()) is not False:
                 if not self._unanswered:
                     raise LinkLost(words(reply) if isinstance(reply, hiredis.ReplyError) else "an unasked reply came")
-                future, _, size, channel = self._unanswered.popleft()
-                self._bytes -= size
-                if not channel:
-                    self._take_answer(future, reply)
-                elif future.done():
+                sent = self._unanswered[0]
+                if sent.expects > 1:
+                    sent.replies += (reply,)
+                    if len(sent.replies) < sent.expects:
+                        continue
+                    reply = self._outcome(sent)
+                _ = self._unanswered.popleft()
+                self._bytes -= sent.size
+                if not sent.channel:
+                    self._take_answer(sent.future, reply)
+                elif sent.future.done():
                     continue  # its caller has given up
                 elif isinstance(reply, hiredis.ReplyError):  # of this message alone: NOPERM, OOM
-                    future.set_exception(BusUnavailable(f"PUBLISH {name_of(channel)}: {words(reply)}"))
+                    sent.future.set_exception(BusUnavailable(f"PUBLISH {name_of(sent.channel)}: {words(reply)}"))
                 else:
-                    future.set_result(None)
+                    sent.future.set_result(None)
+
+    def _outcome(self, sent: _Sent) -> Any:
+        """The reply to a message, out of those to it and its marker."""
+        if sent.expects == 2:
+            marker, message = sent.replies
+            if is_denied(marker) and sent.marker_channel in self._marker_channels:
+                self._marker_channels.remove(sent.marker_channel)
+            return message
+        *queued, executed = sent.replies
+        if isinstance(executed, list):
+            return executed[1]
+        if is_denied(queued[0]):  # since a moment ago; the others were carried out one by one
+            self._is_atomic = False
+            return queued[2]
+        return next((reply for reply in queued if isinstance(reply, hiredis.ReplyError)), executed)
 
     # What the server is.
 
@@ -271,7 +354,7 @@ class Publisher:
             next_s = asked_at + (settings.ping_timeout_s if asked else settings.ping_interval_s) - self._clock()
             await asyncio.sleep(max(0.001, min(next_s, settings.timeout_s / 4)))
             now = self._clock()
-            if self._unanswered and now - self._unanswered[0][1] > settings.timeout_s:
+            if self._unanswered and now - self._unanswered[0].at > settings.timeout_s:
                 self._give_up(connection, f"no reply within {settings.timeout_s:g} s")
                 return
             if asked is not None and asked.cancelled():
@@ -300,7 +383,7 @@ class Publisher:
 
     def _ask(self, connection: RedisConnection, command: str) -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._unanswered.append((future, self._clock(), 0, b""))
+        self._unanswered.append(_Sent(future, self._clock(), 0))
         try:
             connection.write(hiredis.pack_command((command,)))
         except LinkLost as lost:

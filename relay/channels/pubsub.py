@@ -5,11 +5,12 @@ Owns what the broker is asked for; must not know transports or the wire's frames
 
 import asyncio
 import time
-from collections import deque
+import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from contextlib import suppress
 from functools import partial
 from inspect import isawaitable
+from itertools import count
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -94,8 +95,9 @@ class PubSub:
         self.in_flight: InFlight = InFlight(config.limits.in_flight_total_max_bytes, metrics)
         """What waits for handlers, of all sockets and here."""
         self._lanes = KeyedQueue(self.in_flight)
-        # Subscribers that an event, told by its bytes, shall not reach; see broadcast().
-        self._skips: dict[tuple[str, str, bytes], deque[Subscriber]] = {}
+        # Subscribers that an event shall not reach, by its sender; see broadcast().
+        self._skips: dict[str, Subscriber] = {}
+        self._senders = map(f"{uuid.uuid4().hex[:8]}.{{}}".format, count(1))
         self._config = config
         self._broker = broker
         self._hub = hub
@@ -169,8 +171,9 @@ class PubSub:
         # Events of one topic that follow each other go to its sockets in one piece.
         run: list[tuple[str, Payload]] = []
         run_topic, run_bytes = "", 0
-        for topic, event, data in events:
-            skip = self._take_skip(topic, event, data) if self._skips else None
+        for each in events:
+            topic, event, data = each.topic, each.event, each.payload
+            skip = self._skips.pop(each.sender, None) if each.sender is not None else None
             if topic not in hub:
                 metrics.events_unheard += 1
             elif (fault := self._fault(event, data)) is not None:
@@ -333,7 +336,6 @@ class PubSub:
         Each gets a ``phx_error``, rejoins by itself and refetches what it needs, unless its topic ignores gaps. Those
         that wait for theirs get no events meanwhile: one from behind the hole would be applied to a state with a hole.
         """
-        self._skips.clear()  # what they wait for may never come
         if self._gap_task is not None:
             self._gap_task.cancel()  # its rest is part of the new round
         pending = [
@@ -406,36 +408,34 @@ class PubSub:
     ) -> asyncio.Future[None]:
         """Send an event to all subscribers of a topic on every node, except ``skip``; see `Broker.publish`.
 
-        The event goes over the bus like any other, and nothing on it says whom to skip. So the node remembers:
-        of the events that come back with these very names and bytes, one shall pass over ``skip``. Should
-        somebody else publish the same bytes meanwhile, it does not matter which of the two that is.
+        The event goes over the bus like any other, with a sender of its own: the node remembers whom the event with
+        this sender shall pass over. It forgets that when the event has come back, when publishing has failed, or
+        ``redis.timeout_s`` after the bus has taken the event, which then was lost. A gap changes nothing: an event of
+        somebody else never has this sender.
         """
-        key = None if skip is None else (topic, event, bytes(payload))
-        if skip is not None and key is not None:
-            self._skips.setdefault(key, deque()).append(skip)
-        future = self.publish(Direction.TO, topic, event, payload)
-        future.add_done_callback(partial(self._broadcast_done, key))
+        sender = None if skip is None else next(self._senders)
+        if skip is not None and sender is not None:
+            self._skips[sender] = skip
+        future = self.publish(Direction.TO, topic, event, payload, sender)
+        future.add_done_callback(partial(self._broadcast_done, sender))
         return future
 
-    def _broadcast_done(self, key: tuple[str, str, bytes] | None, future: asyncio.Future[None]) -> None:
-        if not future.cancelled() and future.exception() is not None:
+    def _broadcast_done(self, sender: str | None, future: asyncio.Future[None]) -> None:
+        has_failed = not future.cancelled() and future.exception() is not None
+        if has_failed:
             self._metrics.dropped[Reason.BUS_UNAVAILABLE] += 1
-            if key is not None:
-                _ = self._take_skip(*key)
+        if sender not in self._skips:  # the common case: the event has come back before the bus's answer
+            return
+        if has_failed:
+            del self._skips[sender]
+        else:
+            _ = future.get_loop().call_later(self._config.redis.timeout_s, self._skips.pop, sender, None)
 
-    def _take_skip(self, topic: str, event: str, data: bytes) -> Subscriber | None:
-        key = (topic, event, data)
-        waiting = self._skips.get(key)
-        if not waiting:
-            return None
-        skip = waiting.popleft()
-        if not waiting:
-            del self._skips[key]
-        return skip
-
-    def publish(self, direction: Direction, topic: str, event: str, payload: Payload) -> asyncio.Future[None]:
+    def publish(
+        self, direction: Direction, topic: str, event: str, payload: Payload, sender: str | None = None
+    ) -> asyncio.Future[None]:
         """Publish one message on the bus; see `Broker.publish`."""
-        future = self._publish(direction, topic, event, bytes(payload))
+        future = self._publish(direction, topic, event, bytes(payload), sender)
         future.add_done_callback(self._log_failure)
         return future
 

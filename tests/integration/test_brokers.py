@@ -15,7 +15,8 @@ from broadcaster import Event as Published
 from redis.asyncio import Redis
 
 from relay.brokers.base import Broker, Event
-from relay.brokers.broadcaster import BroadcasterBroker, pack
+from relay.brokers.broadcaster import BroadcasterBroker
+from relay.brokers.envelope import pack
 from relay.brokers.redis import RedisBroker
 from relay.config import Config, Direction
 from relay.errors import BusUnavailable
@@ -292,14 +293,43 @@ async def test_event_published_here_is_heard_there(connect: Connect) -> None:
     pair = await connect()
     assert pair.hearer.link == pair.speaker.link == (True, "")
     await pair.speaker.publish(Direction.TO, "room", "new_msg", b'{"a": 1}')
-    await pair.sink.expect(("room", "new_msg", b'{"a": 1}'))
+    await pair.sink.expect(Event("room", "new_msg", b'{"a": 1}'))
     assert not pair.sink.gaps
+
+
+async def test_sender_is_that_of_the_own_event_among_equal_ones(connect: Connect) -> None:
+    """Others publish the same bytes before, between and after."""
+    pair = await connect()
+    for sender in ("me.1", None, "me.2", "me.3"):
+        await pair.speaker.publish(Direction.TO, "room", "e", b"{}")
+        await pair.hearer.publish(Direction.TO, "room", "e", b"{}", sender)
+    await pair.speaker.publish(Direction.TO, "room", "e", b"{}")
+    senders = (None, "me.1", None, None, None, "me.2", None, "me.3", None)
+    await pair.sink.expect(*[Event("room", "e", b"{}", None, sender) for sender in senders])
+    assert not pair.metrics.dropped
+
+
+@only_those_that_can_be_cut
+async def test_sender_of_an_event_lost_in_a_gap_is_given_to_no_other(connect: Connect, bus: Bus) -> None:
+    pair = await connect(**FAST)
+    await bus.cut()
+    lost = pair.hearer.publish(Direction.TO, "room", "e", b"{}", "me.1")
+    await asyncio.gather(lost, return_exceptions=True)
+    await _expect_down(pair.hearer, pair.speaker)
+    await bus.heal()
+    await _expect_live(pair.hearer, pair.speaker)
+    first = len(pair.sink.events)
+    await pair.speaker.publish(Direction.TO, "room", "e", b"{}")
+    await pair.hearer.publish(Direction.TO, "room", "e", b"{}", "me.2")
+    await pair.speaker.publish(Direction.TO, "room", "e", b"{}")
+    await eventually(lambda: len(pair.sink.events) >= first + 3, "the events after the gap")
+    assert [event.sender for event in pair.sink.events[first:]] == [None, "me.2", None]
 
 
 async def test_broker_hears_its_own_events_too(connect: Connect) -> None:
     pair = await connect()
     await pair.hearer.publish(Direction.TO, "room", "new_msg", b"1")
-    await pair.sink.expect(("room", "new_msg", b"1"))
+    await pair.sink.expect(Event("room", "new_msg", b"1"))
 
 
 @pytest.mark.parametrize(
@@ -311,7 +341,7 @@ async def test_payload_arrives_as_it_was_published(connect: Connect, payload: by
     """Inside an envelope JSON loses the spaces around it, and nothing else."""
     pair = await connect()
     await pair.speaker.publish(Direction.TO, "room", "e", payload)
-    await pair.sink.expect(("room", "e", payload if isinstance(pair.hearer, RedisBroker) else payload.strip()))
+    await pair.sink.expect(Event("room", "e", payload if isinstance(pair.hearer, RedisBroker) else payload.strip()))
 
 
 @pytest.mark.parametrize("topic", ["a:b:c", "a.b", 'q"\\*?[]', "ünï", "x" * 255, "ü" * 127, "Upper", "__x", "a b"])
@@ -325,7 +355,7 @@ async def test_any_topic_works_and_no_other_is_taken_for_it(connect: Connect, to
             await pair.speaker.publish(Direction.TO, other, "e", b"0")
     await pair.speaker.publish(Direction.FROM, topic, "e", b"0")
     await pair.speaker.publish(Direction.TO, topic, "é", b"1")
-    await pair.sink.expect((topic, "é", b"1"))
+    await pair.sink.expect(Event(topic, "é", b"1"))
 
 
 async def test_events_of_each_topic_come_in_order_and_once(connect: Connect) -> None:
@@ -335,7 +365,7 @@ async def test_events_of_each_topic_come_in_order_and_once(connect: Connect) -> 
     await asyncio.gather(*futures)
     await eventually(lambda: len(pair.sink.events) >= 1000, "all events")
     for number, topic in enumerate(("room", "other")):
-        heard = [int(data) for name, _, data in pair.sink.events if name == topic]
+        heard = [int(event.payload) for event in pair.sink.events if event.topic == topic]
         assert heard == list(range(number, 1000, 2))
 
 
@@ -351,7 +381,7 @@ async def test_broker_reads_no_further_than_its_sink(connect: Connect) -> None:
     assert len(pair.sink.events) == first
     pair.sink.room.set()
     await eventually(lambda: len(pair.sink.events) == 120, "the rest")
-    assert [int(data) for *_, data in pair.sink.events] == list(range(120))
+    assert [int(event.payload) for event in pair.sink.events] == list(range(120))
 
 
 async def test_topic_that_was_given_up_is_heard_no_more(connect: Connect) -> None:
@@ -359,13 +389,13 @@ async def test_topic_that_was_given_up_is_heard_no_more(connect: Connect) -> Non
     await pair.hearer.unsubscribe("room")
     await pair.speaker.publish(Direction.TO, "room", "e", b"1")
     await pair.speaker.publish(Direction.TO, "other", "e", b"2")
-    await eventually(lambda: ("other", "e", b"2") in pair.sink.events, "the other topic")
+    await eventually(lambda: Event("other", "e", b"2") in pair.sink.events, "the other topic")
     # Where every topic is heard anyway the node sorts out the strangers; so it does on Kafka.
     if pair.hearer.needs_subscribe and getattr(pair.hearer, "_scheme", "") != "kafka":
-        assert pair.sink.events == [("other", "e", b"2")]
+        assert pair.sink.events == [Event("other", "e", b"2")]
     await pair.hearer.subscribe("room")
     await pair.speaker.publish(Direction.TO, "room", "e", b"3")
-    await eventually(lambda: ("room", "e", b"3") in pair.sink.events, "the topic once more")
+    await eventually(lambda: Event("room", "e", b"3") in pair.sink.events, "the topic once more")
 
 
 # A bus that goes away.
@@ -390,7 +420,7 @@ async def test_loss_is_told_once_and_hearing_restored(
     caplog.set_level(logging.INFO, "relay")
     pair = await connect(**FAST)
     await pair.speaker.publish(Direction.TO, "room", "e", b"1")
-    await pair.sink.expect(("room", "e", b"1"))
+    await pair.sink.expect(Event("room", "e", b"1"))
     await bus.cut()
     await _expect_down(pair.hearer, pair.speaker)
     assert pair.sink.gaps == []
@@ -401,7 +431,7 @@ async def test_loss_is_told_once_and_hearing_restored(
     assert len(lines) == 2, "one for each of the two"
     await pair.speaker.publish(Direction.TO, "room", "e", b"2")
     await pair.speaker.publish(Direction.TO, "other", "e", b"3")
-    await pair.sink.expect(("room", "e", b"1"), ("room", "e", b"2"), ("other", "e", b"3"))
+    await pair.sink.expect(Event("room", "e", b"1"), Event("room", "e", b"2"), Event("other", "e", b"3"))
 
 
 @only_those_that_can_be_cut
@@ -418,7 +448,7 @@ async def test_message_fails_while_the_bus_is_away_and_never_comes_later(connect
     await bus.heal()
     await _expect_live(pair.hearer, pair.speaker)
     await pair.speaker.publish(Direction.TO, "room", "e", b"4")
-    await pair.sink.expect(("room", "e", b"4"))
+    await pair.sink.expect(Event("room", "e", b"4"))
 
 
 @only_those_that_can_be_cut
@@ -435,7 +465,7 @@ async def test_bus_that_is_away_at_the_start_is_no_gap(connect: Connect, bus: Bu
         await _expect_live(broker)
         await broker.subscribe("room")
         await broker.publish(Direction.TO, "room", "e", b"1")
-        await sink.expect(("room", "e", b"1"))
+        await sink.expect(Event("room", "e", b"1"))
         assert not sink.gaps
     finally:
         await broker.stop()
@@ -466,7 +496,7 @@ async def test_topics_joined_and_left_while_the_bus_is_away(connect: Connect, bu
     await pair.hearer.subscribe("new")
     for topic in ("room", "new"):
         await pair.speaker.publish(Direction.TO, topic, "e", b"1")
-    await pair.sink.expect(("room", "e", b"1"), ("new", "e", b"1"))
+    await pair.sink.expect(Event("room", "e", b"1"), Event("new", "e", b"1"))
 
 
 # Orders among nodes.
@@ -479,14 +509,14 @@ async def test_message_on_the_control_channel_reaches_all_and_is_no_event(connec
     await eventually(lambda: len(pair.sink.orders) >= 2, "both messages")
     assert sorted(pair.sink.orders) == [b'{"do":"x"}', b'{"do":"y"}']
     await pair.speaker.publish(Direction.TO, "room", "e", b"1")
-    await pair.sink.expect(("room", "e", b"1"))
+    await pair.sink.expect(Event("room", "e", b"1"))
 
 
 async def test_without_a_control_channel_orders_stay_here(connect: Connect) -> None:
     pair = await connect(control_channel="")
     await pair.speaker.publish_control(b"{}")
     await pair.speaker.publish(Direction.TO, "room", "e", b"1")
-    await pair.sink.expect(("room", "e", b"1"))
+    await pair.sink.expect(Event("room", "e", b"1"))
     assert pair.sink.orders == []
 
 
@@ -585,9 +615,9 @@ async def test_gap_is_told_before_events_that_come_with_the_new_subscription(
             backend.queue.put_nowait(Published(channel, pack("room", "e", b"1")))
 
     monkeypatch.setattr(FakeBackend, "subscribe", subscribe_with_an_event)
-    monkeypatch.setattr(pair.sink, "receive_gap", lambda reason: heard_before.append(len(pair.sink.events)))
+    monkeypatch.setattr(pair.sink, "on_gap", lambda reason: heard_before.append(len(pair.sink.events)))
     await bus.heal()
-    await pair.sink.expect(("room", "e", b"1"))
+    await pair.sink.expect(Event("room", "e", b"1"))
     assert heard_before == [0]
 
 
@@ -601,7 +631,7 @@ async def test_deaf_bus_is_found_out_by_its_probe(connect: Connect, bus: FakeBus
     bus.deaf = False
     await eventually(lambda: pair.sink.gaps and pair.hearer.link.live and pair.speaker.link.live, "the bus to heal")
     await pair.speaker.publish(Direction.TO, "room", "e", b"1")
-    await pair.sink.expect(("room", "e", b"1"))
+    await pair.sink.expect(Event("room", "e", b"1"))
 
 
 @only_fake
@@ -627,7 +657,7 @@ async def test_message_the_bus_refuses_costs_nobody_else_anything(connect: Conne
     with pytest.raises(BusUnavailable, match="does not take"):
         await bad
     await good
-    await pair.sink.expect(("room", "e", b'"good"'))
+    await pair.sink.expect(Event("room", "e", b'"good"'))
     assert not pair.sink.gaps
     assert pair.hearer.link.live
 
@@ -639,7 +669,7 @@ async def test_payload_too_large_for_postgres_is_refused_and_the_link_stays(conn
     with pytest.raises(BusUnavailable, match="payload"):
         await pair.speaker.publish(Direction.TO, "room", "e", b'"' + b"x" * 9000 + b'"')
     await pair.speaker.publish(Direction.TO, "room", "e", b"1")
-    await pair.sink.expect(("room", "e", b"1"))
+    await pair.sink.expect(Event("room", "e", b"1"))
     assert pair.speaker.link.live
     assert not pair.sink.gaps
 
@@ -659,7 +689,7 @@ async def test_what_is_no_envelope_is_dropped_and_counted(connect: Connect, bus:
     for message in bad:
         await backend.publish("to:room", message)
     await backend.publish("to:room", '{"topic":"room","event":"e","payload":[1]}')
-    await pair.sink.expect(("room", "e", b"[1]"))
+    await pair.sink.expect(Event("room", "e", b"[1]"))
     assert pair.metrics.dropped == {"no envelope": len(bad)}
     assert pair.hearer.link.live
 
@@ -683,6 +713,129 @@ async def test_kafka_gets_channel_names_it_takes(connect: Connect, bus: FakeBus)
 
 # What only Redis has.
 
+on_redis = pytest.mark.parametrize("bus", ["valkey", *_REDIS], indirect=True)
+
+
+async def test_plain_redis_publishes_have_no_sender_however_they_mix(valkey: Valkey) -> None:
+    """Two nodes and a third publish the same bytes at once; each finds its own, in order, and no others."""
+    count, sinks = 200, (Sink(), Sink())
+    brokers = [RedisBroker(Config(redis_url=valkey.url), Metrics()) for _ in sinks]
+    async with started(brokers[0], sinks[0]), started(brokers[1], sinks[1]), Redis.from_url(valkey.url) as redis:
+
+        async def publish(broker: Broker, name: str) -> None:
+            for number in range(count):
+                future = broker.publish(Direction.TO, "room", "e", b"{}", f"{name}.{number}")
+                if number % 3 == 0:  # else several in one write
+                    await future
+
+        async def publish_elsewhere() -> None:
+            for _ in range(count):
+                await redis.publish("to:room:e", b"{}")
+
+        await asyncio.gather(publish(brokers[0], "a"), publish(brokers[1], "b"), publish_elsewhere())
+        for sink, name in zip(sinks, "ab", strict=True):
+            await eventually(lambda sink=sink: len(sink.events) >= 3 * count, "all events")  # type: ignore[misc]  # the default is what a lambda in a loop needs
+            own = [event.sender for event in sink.events if event.sender is not None]
+            assert own == [f"{name}.{number}" for number in range(count)]
+            assert len(sink.events) == 3 * count
+
+
+@on_redis
+async def test_markers_reach_neither_events_nor_control_messages(bus: RedisBus) -> None:
+    """One more message for each event with a sender, which every node ignores as it does probes."""
+    sinks, metrics = (Sink(), Sink()), (Metrics(), Metrics())
+    config = Config(redis_url=bus.url)
+    brokers = [RedisBroker(config, counters) for counters in metrics]
+    async with started(brokers[0], sinks[0]), started(brokers[1], sinks[1]), Redis.from_url(bus.url) as redis:
+        async with redis.pubsub() as everything:
+            await everything.psubscribe("*")
+            await anext(everything.listen())
+            await brokers[0].publish(Direction.TO, "room", "e", b"{}", "me.1")
+            await brokers[0].publish(Direction.TO, "room", "e", b"{}")
+            marker, own, other = [await anext(everything.listen()) for _ in range(3)]
+        await sinks[0].expect(Event("room", "e", b"{}", None, "me.1"), Event("room", "e", b"{}"))
+        await sinks[1].expect(*[Event("room", "e", b"{}")] * 2)
+    assert marker["channel"] == b"relay:control"
+    assert marker["data"].startswith(b'{"probe":"')
+    assert own["channel"] == other["channel"] == b"to:room:e"
+    for sink, counters in zip(sinks, metrics, strict=True):
+        assert not sink.orders
+        assert not counters.dropped
+
+
+RIGHTS = [
+    (("allchannels", "-@all", "+@pubsub"), True),
+    (("allchannels", "-@all", "+@pubsub", "+multi"), True),
+    (("resetchannels", "&to:*", "&from:*", "-@all", "+@pubsub"), True),
+    (("resetchannels", "&to:*", "&from:*", "-@all", "+@pubsub", "+multi", "+exec"), False),
+    (("resetchannels", "&to:*", "&from:*", "&relay:*", "-@all", "+@pubsub", "+multi", "+exec"), False),
+]
+"""Of a Redis user, and whether relay misses one that markers need. With ``&relay:*`` it may publish on the control
+channel, and not subscribe to that very name."""
+
+
+@pytest.mark.parametrize(("rules", "is_missed"), RIGHTS)
+async def test_sender_is_found_with_few_rights_too(
+    rules: tuple[str, ...], is_missed: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Valkey() as server:
+        async with Redis.from_url(server.url) as redis:
+            await redis.execute_command("ACL", "SETUSER", "few", "on", ">pw", *rules)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
+            sink, url = Sink(), f"redis://few:pw@127.0.0.1:{server.port}"
+            async with started(RedisBroker(Config(redis_url=url), Metrics()), sink) as broker:
+                for sender in (None, "me.1", None, "me.2", None):
+                    await broker.publish(Direction.TO, "room", "e", b"{}", sender)
+                    await redis.publish("to:room:e", b"{}")
+                await eventually(lambda: len(sink.events) == 10, "all events")
+            assert [event.sender for event in sink.events if event.sender] == ["me.1", "me.2"]
+            assert [sink.events[place].sender for place in (2, 6)] == ["me.1", "me.2"]
+    missed = [record for record in caplog.records if "no permission for MULTI" in record.getMessage()]
+    assert len(missed) == is_missed
+
+
+async def test_markers_go_elsewhere_once_they_are_refused() -> None:
+    """Without transactions the connection does not check them first: what was under way is delivered to its sender."""
+    with Valkey() as server:
+        async with Redis.from_url(server.url) as redis:
+            rules = ("resetchannels", "&to:*", "&from:*", "-@all", "+@pubsub")
+            await redis.execute_command("ACL", "SETUSER", "few", "on", ">pw", *rules)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
+            url = f"redis://few:pw@127.0.0.1:{server.port}"
+            sink, broker = Sink(), RedisBroker(Config(redis_url=url), Metrics())
+            async with started(broker, sink):
+                broker._publisher._marker_channels = [b"relay:control", b"to:relay:probe"]  # as it would be unchecked
+                futures = [broker.publish(Direction.TO, "room", "e", b"%d" % n, f"me.{n}") for n in range(3)]
+                await asyncio.gather(*futures)
+                await broker.publish(Direction.TO, "room", "e", b"3", "me.3")
+                await eventually(lambda: len(sink.events) == 4, "all events")
+            assert [event.sender for event in sink.events] == [None, None, None, "me.3"]
+
+
+async def test_rights_that_are_taken_while_connected_are_no_lost_event() -> None:
+    """Without a transaction the event is published all the same; without PUBLISH it fails, and leaves no marker."""
+    with Valkey() as server:
+        async with Redis.from_url(server.url) as redis:
+
+            async def allow(*rules: str) -> None:
+                await redis.execute_command("ACL", "SETUSER", "few", "on", ">pw", "allchannels", *rules)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
+
+            await allow("+@all")
+            sink, url = Sink(), f"redis://few:pw@127.0.0.1:{server.port}"
+            async with started(RedisBroker(Config(redis_url=url), Metrics()), sink) as broker:
+                await broker.publish(Direction.TO, "room", "e", b"0", "me.0")
+                await allow("-publish")
+                with pytest.raises(BusUnavailable, match="PUBLISH to:room:e: NOPERM"):
+                    await broker.publish(Direction.TO, "room", "e", b"1", "me.1")
+                await redis.publish("to:room:e", b"1")
+                await allow("+publish", "-multi")
+                for number in (2, 3):
+                    await broker.publish(Direction.TO, "room", "e", b"%d" % number, f"me.{number}")
+                await sink.expect(
+                    Event("room", "e", b"0", None, "me.0"),
+                    Event("room", "e", b"1"),
+                    Event("room", "e", b"2", None, "me.2"),
+                    Event("room", "e", b"3", None, "me.3"),
+                )
+
 
 @pytest.mark.parametrize("bus", ["valkey", *_REDIS], indirect=True)
 async def test_redis_channels_of_others_are_heard_beside_the_events(bus: RedisBus) -> None:
@@ -692,7 +845,7 @@ async def test_redis_channels_of_others_are_heard_beside_the_events(bus: RedisBu
     async with started(broker, sink), Redis.from_url(bus.url) as redis:
         assert await redis.publish("raw:1", b"\xff") == 1
         assert await redis.publish("to:room:e", "1") == 2
-        await sink.expect(("room", "e", b"1"))
+        await sink.expect(Event("room", "e", b"1"))
         await eventually(lambda: len(sink.messages) == 2, "the raw messages")
     assert sink.messages == [("raw:*", "raw:1", b"\xff"), ("*:room:*", "to:room:e", b"1")]
 

@@ -611,6 +611,43 @@ async def test_broadcast_from_passes_over_its_sender_alone_among_equal_payloads(
     assert [await said(client) for client in (ada, bob, eve)] == [2 * count, 2 * count, 3 * count]
 
 
+@pytest.mark.parametrize("filtered", [False, True])
+@pytest.mark.parametrize("bus", ["redis", "memory"])
+async def test_equal_events_of_others_reach_the_sender_of_a_broadcast_from(
+    serve_plugin: ServePlugin, connect: Connect, redis: Redis, bus: str, filtered: bool
+) -> None:
+    """One by one: each event of others reaches it at its place, its own ones never."""
+    plugin = Plugin("p")
+
+    @plugin.on_push("*", "tell")
+    async def tell(push: Push) -> None:
+        push.stop()
+        await push.broadcast_from("said", {"n": 1})
+
+    if filtered:
+        plugin.on_event("*")(lambda event: event)
+    served = await serve_plugin(plugin, **({"broadcast_url": "memory://"} if bus == "memory" else {}))
+
+    async def publish_elsewhere(event: str = "said") -> None:
+        if bus == "redis":
+            await redis.publish(f"to:room:same:{event}", '{"n":1}')
+        else:
+            await served.relay.broadcast("room:same", event, {"n": 1})
+
+    ada, bob = await connect(served), await connect(served)
+    refs = [await client.join("room:same") for client in (ada, bob)]
+    for _ in range(3):
+        await publish_elsewhere()
+        assert (await ada.receive())[3] == (await bob.receive())[3] == "said"
+        await send_push(ada, refs[0], "room:same", "tell")
+        assert (await bob.receive())[3] == "said"
+        await publish_elsewhere("mark")
+        messages = [await ada.receive(), await ada.receive()]  # the reply to its push, and nothing of its own
+        assert sorted(message[3] for message in messages) == ["mark", "phx_reply"]
+        assert (await bob.receive())[3] == "mark"
+    assert not served.relay.node.pubsub._skips
+
+
 async def test_services_and_routes_speak_through_the_relay(
     serve_plugin: ServePlugin, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 from redis import Redis
 
 from relay import Config
+from relay.brokers.base import Event
 from relay.brokers.redis import RedisBroker
 from relay.config import Direction
 from relay.metrics import Metrics
@@ -73,7 +74,7 @@ async def expect_working(url: str) -> RedisBroker:
         assert broker.link == (True, ""), broker.link
         await broker.publish(Direction.TO, "room", "e", b"1")
         await broker.publish(Direction.FROM, "room", "e", b"2")
-        await sink.expect(("room", "e", b"1"))
+        await sink.expect(Event("room", "e", b"1"))
         await eventually(lambda: metrics.link_lag_s, "the lag")
         assert metrics.link_lag_s < 2
         assert metrics.gaps == 0

@@ -171,13 +171,15 @@ async def test_publish_of_the_team_s_own_code_is_part_of_its_trace(serve_relay: 
 
 
 async def test_push_that_the_bus_does_not_take_says_so(spans: Spans) -> None:
-    def publish(direction: Direction, topic: str, event: str, payload: bytes) -> asyncio.Future[None]:
+    def publish(
+        direction: Direction, topic: str, event: str, payload: bytes, sender: str | None
+    ) -> asyncio.Future[None]:
         future = asyncio.get_running_loop().create_future()
         future.set_exception(BusUnavailable("gone"))
         return future
 
     with pytest.raises(BusUnavailable):
-        await Tracer().around(publish)(Direction.FROM, "room:1", "shout", b"{}")
+        await Tracer().around(publish)(Direction.FROM, "room:1", "shout", b"{}", None)
     await eventually(lambda: spans("publish", outcome="bus unavailable"), "its end")
 
 

@@ -19,6 +19,7 @@ import uvloop
 from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
+from relay.brokers.base import Event
 from relay.brokers.redis import RedisBroker
 from relay.config import Config, Direction
 from relay.errors import BusUnavailable
@@ -173,7 +174,7 @@ async def test_failover_with_connections_kept_and_replication_cut_after_it(serve
         assert time.monotonic() - since < 20
         assert "is a replica" in await outcome(broker.publish(Direction.FROM, "room", "e", b"2"))
         ask(replica, "PUBLISH", "to:room:e", "3")
-        await eventually(lambda: ("room", "e", b"3") in sink.events, "an event from the new master")
+        await eventually(lambda: Event("room", "e", b"3") in sink.events, "an event from the new master")
         since = time.monotonic()
         replica.kill()
         await within(lambda: not broker.link.live, "the loss of the master", since)
@@ -183,7 +184,7 @@ async def test_failover_with_connections_kept_and_replication_cut_after_it(serve
         ask(server, "REPLICAOF", "NO", "ONE")
         await eventually(lambda: broker.link.live and not broker.refusal, "the link")
         assert await outcome(broker.publish(Direction.TO, "room", "e", b"4")) == "ok"
-        await eventually(lambda: ("room", "e", b"4") in sink.events, "the last event")
+        await eventually(lambda: Event("room", "e", b"4") in sink.events, "the last event")
 
 
 async def test_replica_given_by_address_is_heard_and_takes_no_pushes(
@@ -199,7 +200,7 @@ async def test_replica_given_by_address_is_heard_and_takes_no_pushes(
         await asyncio.sleep(2 * NOTICED_S)  # as long as it would take to mistake something for a loss
         assert metrics.gaps == 0
         ask(server, "PUBLISH", "to:room:e", "2")
-        await sink.expect(("room", "e", b"2"))
+        await sink.expect(Event("room", "e", b"2"))
         since = time.monotonic()
         server.kill()
         await within(lambda: not broker.link.live, "the loss of the master", since)
@@ -288,7 +289,7 @@ async def test_connections_that_lead_to_two_masters_are_found_by_a_probe(server:
     with Valkey() as other:
         async with Switch.open(server.port) as proxy, broker_on(proxy.url) as (broker, sink, m):
             await broker.publish(Direction.TO, "room", "e", b"1")
-            await sink.expect(("room", "e", b"1"))
+            await sink.expect(Event("room", "e", b"1"))
             proxy.targets = lambda number: other.port
             since = time.monotonic()
             proxy.link(b"PUBLISH")["writer"].transport.abort()  # and the next leads elsewhere
@@ -297,7 +298,7 @@ async def test_connections_that_lead_to_two_masters_are_found_by_a_probe(server:
             await eventually(lambda: broker.link.live, "the link")
             assert m.gaps == 1
             await broker.publish(Direction.TO, "room", "e", b"2")
-            await eventually(lambda: ("room", "e", b"2") in sink.events, "an event at the other master")
+            await eventually(lambda: Event("room", "e", b"2") in sink.events, "an event at the other master")
 
 
 async def test_link_that_was_doubted_is_live_only_after_a_probe(server: Valkey) -> None:
@@ -335,7 +336,7 @@ async def test_probe_passes_from_a_master_to_a_subscription_on_its_replica(serve
         await asyncio.sleep(2 * NOTICED_S)  # several probes
         assert metrics.gaps == 1
         await broker.publish(Direction.TO, "room", "e", b"1")
-        await sink.expect(("room", "e", b"1"))
+        await sink.expect(Event("room", "e", b"1"))
         since = time.monotonic()
         ask(replica, "REPLICAOF", "127.0.0.1", "1")
         await within(lambda: metrics.gaps == 2 or not broker.link.live, "the cut replication", since)
@@ -350,7 +351,7 @@ async def test_connection_that_a_nat_has_forgotten_is_found_before_it_is_needed(
         broker_on(f"redis://127.0.0.1:{proxy.port}") as (broker, sink, metrics),
     ):
         await broker.publish(Direction.TO, "room", "e", b"0")
-        await sink.expect(("room", "e", b"0"))
+        await sink.expect(Event("room", "e", b"0"))
         before = len(proxy.links)
         since = time.monotonic()
         proxy.link(command)["deaf"] = True
@@ -359,7 +360,7 @@ async def test_connection_that_a_nat_has_forgotten_is_found_before_it_is_needed(
         started = time.monotonic()
         assert await outcome(broker.publish(Direction.TO, "room", "e", b"1")) == "ok"
         assert time.monotonic() - started < 1
-        await eventually(lambda: sink.events[-1] == ("room", "e", b"1"), "the event")
+        await eventually(lambda: sink.events[-1] == Event("room", "e", b"1"), "the event")
         assert metrics.gaps == (1 if command == b"PSUBSCRIBE" else 0)
 
 
@@ -411,7 +412,7 @@ async def test_user_with_few_rights_works_and_what_is_missing_is_said_once(
         assert await outcome(broker.publish(Direction.TO, "room", "e", b"1")) == "ok"
         assert await outcome(broker.publish(Direction.FROM, "room", "e", b"1")) == "ok"
         await asyncio.sleep(1)  # some five intervals
-        await sink.expect(("room", "e", b"1"))
+        await sink.expect(Event("room", "e", b"1"))
         assert metrics.gaps == 0
         assert not sink.orders
         assert broker.link == (True, "")
@@ -430,7 +431,7 @@ async def test_patterns_are_asked_for_in_one_command_unless_one_is_denied(
     async with broker_on(f"redis://relay:pw@127.0.0.1:{server.port}") as (broker, sink, _):
         assert broker.link == (True, "")
         assert await outcome(broker.publish(Direction.TO, "room", "e", b"1")) == "ok"
-        await sink.expect(("room", "e", b"1"))
+        await sink.expect(Event("room", "e", b"1"))
     with Redis(port=server.port) as redis:
         counted = redis.info("commandstats")["cmdstat_psubscribe"]
     assert counted["calls"] + counted["rejected_calls"] == calls
@@ -489,7 +490,7 @@ async def test_error_that_answers_a_ping_is_a_sign_of_life(server: Valkey) -> No
             assert broker.link == (True, "")
             assert m.gaps == 0
             await broker.publish(Direction.TO, "room", "e", b"1")
-            await sink.expect(("room", "e", b"1"))
+            await sink.expect(Event("room", "e", b"1"))
 
 
 # Resets.
