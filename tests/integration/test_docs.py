@@ -88,7 +88,7 @@ def name_of(page: Path) -> str:
 
 
 _BLOCK = re.compile(
-    r"^(?P<why><!-- not run: .+ -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
+    r"^(?P<why><!-- not run: [^\n]+ -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.DOTALL | re.MULTILINE
 )
 _FILE = re.compile(r"^(?:# |<!-- )([\w./-]+\.\w+)(?: -->)?\n")
 _SERVERS = ("uvicorn", "hypercorn", "granian")
