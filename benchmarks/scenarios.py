@@ -303,7 +303,7 @@ def unheard(bench: Bench) -> list[Row]:
             idle = server.cpu_s()
             time.sleep(0.2)
         used, wall, own = server.cpu_s() - cpu, time.perf_counter() - began, time.process_time() - own
-        came = counters(server)["events_unheard"]
+        came = counters(server)["events_without_subscribers"]
     lost = count - came
     found = Row(
         f"events without subscribers, {offered} /s offered",

@@ -95,7 +95,9 @@ class Relay:
         if authenticate is not None:
             check_handler("authenticate", authenticate, "request")
         self.metrics: Metrics = Metrics()
-        self.figures: MetricsExporter = MetricsExporter(self.metrics, self._state, self.config.metrics.dir)
+        self.figures: MetricsExporter = MetricsExporter(
+            self.metrics, self._state, self.config.metrics.dir, old_names=self.config.metrics.old_names
+        )
         self.components: Components = self._make_components(extra_plugins, authenticate)
         self._log = self.components.loggers.get("relay.socket")
         self._trusted_proxies = parse_networks(self.config.trusted_proxies)

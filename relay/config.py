@@ -348,6 +348,7 @@ class MetricsConfig(Table):
         description="patterns of topics whose events are counted by pattern; a topic counts for the first it matches",
     )
     dir: str = Field("", description="directory in which workers share their metrics; `relay serve` creates one")
+    old_names: bool = Field(False, description="export renamed metrics under their former names too")
 
     key: str = Field(
         "",

@@ -57,7 +57,7 @@ class Metrics:
     """Events received from the broker."""
     events_not_json: int = 0
     """Events that were delivered as bytes, although their payload begins as JSON does."""
-    events_unheard: int = 0
+    events_without_subscribers: int = 0
     """Of those, events on topics nobody here has joined."""
     deliveries: int = 0
     """Frames of events written, or queued, for a socket."""
@@ -85,13 +85,13 @@ class Metrics:
     """Times the broker's link was interrupted, so that events may have been missed."""
     link_lag_s: float = 0.0
     """Seconds that the broker's link took to answer its last ping; 0 before the first, and where it has none."""
-    rejoins_asked: int = 0
+    rejoins_requested: int = 0
     """Subscriptions told by ``phx_error`` to rejoin after a gap."""
-    sent_away: int = 0
+    disconnects_by_control: int = 0
     """Sockets and subscriptions ended because their user was disconnected or kicked."""
     drained: int = 0
     """Sockets closed with 1012 because the relay was ending."""
-    stalls: int = 0
+    event_loop_stalls: int = 0
     """Times the event loop stood still for more than half a second: something in this process blocks it."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Events not delivered, by reason."""

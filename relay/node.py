@@ -161,7 +161,7 @@ class Node:
         self.sockets: dict[str, Socket] = {}
         # Sockets that have ended, with handlers under way for what they sent: orders are about these too.
         self._left_behind: dict[asyncio.Task[None], Socket] = {}
-        self._write_modes: Counter[str] = Counter({"direct": 0, "portable": 0})
+        self._write_modes: Counter[str] = Counter({"direct": 0, "asgi": 0})
         self._no_sockets = asyncio.Event()
         self._no_sockets.set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -314,7 +314,7 @@ class Node:
             self._close_for_restart(socket)
         elif socket.user is not None and self.pubsub.decisions.overtaken(began, socket.user):
             socket.disconnect()
-            self._metrics.sent_away += 1
+            self._metrics.disconnects_by_control += 1
 
     async def _run(self, socket: Socket) -> None:
         try:
@@ -437,7 +437,9 @@ class Node:
         self.pubsub.decisions.order(order.user, order.topic)
         for socket in (*self.sockets.values(), *self._left_behind.values()):
             if socket.auth is not None:
-                self._metrics.sent_away += socket.auth.disconnect_user(order.user, order.topic, order.reason)
+                self._metrics.disconnects_by_control += socket.auth.disconnect_user(
+                    order.user, order.topic, order.reason
+                )
 
     async def _check_idle(self) -> None:
         """Close idle sockets, say when the loop has stood still, and how many messages the log has suppressed.
@@ -455,7 +457,7 @@ class Node:
             now = time.monotonic()
             late_s, last = now - last - pause_s, now
             if late_s > _STALL_S:
-                self._metrics.stalls += 1
+                self._metrics.event_loop_stalls += 1
                 self._log.warning(
                     "stall", "the event loop stood still for %.1f s: a handler blocks, or the machine does", late_s
                 )

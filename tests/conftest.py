@@ -79,7 +79,7 @@ def valkey() -> Iterator[Valkey]:
         yield server
 
 
-@pytest.fixture(params=["direct", "portable"])
+@pytest.fixture(params=["direct", "asgi"])
 def direct(request: pytest.FixtureRequest) -> bool:
     """Both ways to write a frame: our Uvicorn protocol class, and any ASGI server's ``send``."""
     return bool(request.param == "direct")

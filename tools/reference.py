@@ -290,9 +290,9 @@ def metrics() -> str:
         "All metrics at `/metrics`. For what to watch, see [Metrics](../metrics.md).",
         "",
     ]
-    lines += ["| Name | Label | Kind | Meaning |", "|---|---|---|---|"]
+    lines += ["| Name | Labels | Kind | Meaning |", "|---|---|---|---|"]
     for figure in FIGURES:
-        label = f"`{figure.label}`" if figure.label else ""
+        label = ", ".join(f"`{name}`" for name in figure.labels)
         lines.append(f"| `{figure.shown_name}` | {label} | {figure.kind} | {figure.meaning} |")
     return "\n".join(lines) + "\n"
 

@@ -175,7 +175,7 @@ class PubSub:
             topic, event, data = each.topic, each.event, each.payload
             skip = self._skips.pop(each.sender, None) if each.sender is not None else None
             if topic not in hub:
-                metrics.events_unheard += 1
+                metrics.events_without_subscribers += 1
             elif (fault := self._fault(event, data)) is not None:
                 metrics.dropped[fault] += 1
                 self._log.warning(fault, "event on topic %r dropped: %s", topic, fault)
@@ -359,7 +359,7 @@ class PubSub:
     def _request_rejoins(self, pending: list[tuple[Subscriber, Subscription]]) -> None:
         for subscriber, subscription in pending:
             if subscriber.end_subscription(subscription, Reason.EVENTS_MISSED):
-                self._metrics.rejoins_asked += 1
+                self._metrics.rejoins_requested += 1
 
     # From sockets.
 

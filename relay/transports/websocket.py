@@ -105,12 +105,12 @@ class WebSocketTransport:
         self._gone: tuple[int | None, str] = (None, "")  # code and reason, as the server tells of the end
         self._main = asyncio.current_task()
         self._closer: asyncio.Task[None] | None = None
-        # The portable path's pending receive, and what is set once the close has been sent.
+        # The ASGI path's pending receive, and what is set once the close has been sent.
         self._receiving: asyncio.Future[MutableMapping[str, Any]] | None = None
         self._closing: asyncio.Event | None = None
         # Resolved once the outbox is empty, for a close that waits for it.
         self._drained: asyncio.Future[None] | None = None
-        # The portable path's task, and what it waits for when it has nothing to do: an event's frame, or None to
+        # The ASGI path's task, and what it waits for when it has nothing to do: an event's frame, or None to
         # look into the outbox. A frame that is handed over so is spared the queue; most are.
         self._writing: asyncio.Task[None] | None = None
         self._wake: asyncio.Future[Frame | None] | None = None
@@ -124,8 +124,8 @@ class WebSocketTransport:
 
     @property
     def write_mode(self) -> str:
-        """How frames are written: ``direct`` to the transport, or ``portable`` through ASGI."""
-        return "portable" if self._writer is None else "direct"
+        """How frames are written: ``direct`` to the transport, or ``asgi`` through ASGI."""
+        return "asgi" if self._writer is None else "direct"
 
     @property
     def ending(self) -> tuple[int | None, str, str]:
@@ -167,7 +167,7 @@ class WebSocketTransport:
         return self._close is not None and self._main is not None and self._main.uncancel() == 0
 
     async def _next_event(self) -> MutableMapping[str, Any]:
-        """Receive through ASGI; on the portable path so that `_finish` can interrupt it.
+        """Receive through ASGI; on the ASGI path so that `_finish` can interrupt it.
 
         Granian (2.8) loses a close that is sent while a receive is pending.
         """
@@ -296,7 +296,7 @@ class WebSocketTransport:
     def flush(self) -> None:
         """Write what is queued to the transport, as far as its buffer takes it."""
         writer, outbox = self._writer, self._outbox
-        assert writer is not None, "the portable path has a task for this"
+        assert writer is not None, "the ASGI path has a task for this"
         while outbox and not writer.paused and writer.open:
             frame = outbox.pop()
             writer.write(frame.ws_frame_compressed if self._deflates else frame.ws_frame)
@@ -369,7 +369,7 @@ class WebSocketTransport:
             self._main.cancel()
 
     def _is_sending(self) -> bool:
-        """Whether the portable path has a frame under way."""
+        """Whether the ASGI path has a frame under way."""
         return self._writing is not None and not self._writing.done() and (self._wake is None or self._wake.done())
 
     async def _send_close(self, code: int, reason: str) -> None:

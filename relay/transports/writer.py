@@ -1,7 +1,7 @@
 """The way past ASGI's ``send``: what a server offers a socket that wants to write ready frames.
 
 Owns the interface between `uvicorn_websocket` and `websocket`, which do not know each other. A server offers it
- as ``scope["extensions"]["relay.frames"]``; where it is absent, the portable path serves.
+ as ``scope["extensions"]["relay.frames"]``; where it is absent, the ASGI path serves.
 """
 
 from asyncio import Transport

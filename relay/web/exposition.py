@@ -14,13 +14,13 @@ from relay.metrics import BOUNDS_S
 
 
 class Family(NamedTuple):
-    """One figure with its values by label; a histogram's are the counts of its buckets, then its sum in seconds."""
+    """One figure with its values by labels; a histogram's are the counts of its buckets, then its sum in seconds."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
     meaning: str
-    label: str
-    values: Mapping[str, float | list[float]]
+    labels: tuple[str, ...]
+    values: Mapping[tuple[str, ...], float | list[float]]
 
 
 def write_text(families: Iterable[Family]) -> bytes:
@@ -37,24 +37,27 @@ class _Families(Collector):
         self._families = families
 
     def collect(self) -> Iterator[Metric]:
-        for family in self._families:
-            yield _metric(family)
+        metrics: dict[str, Metric] = {}
+        for metric in map(_metric, self._families):
+            known = metrics.setdefault(metric.name, metric)
+            if known is not metric:  # the text may have each name once
+                known.samples += [sample for sample in metric.samples if sample not in known.samples]
+        yield from metrics.values()
 
 
 def _metric(family: Family) -> Metric:
-    names = [family.label] if family.label else []
     if family.kind == "histogram":
-        histogram = HistogramMetricFamily(family.name, family.meaning, labels=names)
-        for label, value in family.values.items():
+        histogram = HistogramMetricFamily(family.name, family.meaning, labels=family.labels)
+        for labels, value in family.values.items():
             assert isinstance(value, list), "a histogram has buckets"
             *counts, sum_s = value
             bounds = [*map(str, BOUNDS_S), "+Inf"]
             so_far = [sum(counts[: place + 1]) for place in range(len(counts))]
-            histogram.add_metric([label] if names else [], list(zip(bounds, so_far, strict=True)), sum_s)
+            histogram.add_metric(labels, list(zip(bounds, so_far, strict=True)), sum_s)
         return histogram
     make = CounterMetricFamily if family.kind == "counter" else GaugeMetricFamily
-    metric: CounterMetricFamily | GaugeMetricFamily = make(family.name, family.meaning, labels=names)
-    for label, value in family.values.items():
+    metric: CounterMetricFamily | GaugeMetricFamily = make(family.name, family.meaning, labels=family.labels)
+    for labels, value in family.values.items():
         assert not isinstance(value, list), "a number"
-        metric.add_metric([label] if names else [], value)
+        metric.add_metric(labels, value)
     return metric

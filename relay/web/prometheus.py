@@ -12,11 +12,12 @@ Without the extra `metrics` the figures of the process are left out, and there i
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 from relay.errors import DROPPED, ConfigError
 from relay.extras import missing
@@ -44,16 +45,43 @@ Snapshot: TypeAlias = dict[str, dict[str, Value]]
 Source: TypeAlias = "Callable[[Metrics, ProcessState, psutil.Process | None], Mapping[str, float | Histogram]]"
 
 
+def _whole(word: str) -> tuple[str, ...]:
+    return (word,)
+
+
+def _snake_case(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
+
+
+def refused_labels(reason: str) -> tuple[str, str]:
+    """Return kind and reason of a refusal: "handshake: no token" is ``handshake``, ``no_token``.
+
+    What happens on an open socket is counted without a kind; it is ``socket``.
+    """
+    kind, found, rest = reason.partition(": ")
+    return (_snake_case(kind), _snake_case(rest)) if found else ("socket", _snake_case(reason))
+
+
+def dropped_labels(reason: str) -> tuple[str, str]:
+    """Return reason and overflow policy of a drop: "slow reader, latest" is ``slow_reader``, ``latest``."""
+    if reason == "slow reader disconnected":
+        return "slow_reader", "disconnect"
+    reason, _, overflow = reason.partition(", ")
+    return _snake_case(reason), _snake_case(overflow)
+
+
 class MetricSpec(NamedTuple):
     """One figure: its name (a counter's without ``_total``), what it means, and how it is read."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
     meaning: str
-    label: str
+    labels: tuple[str, ...]
     read: Source
     merge: Callable[[list[float]], float] = sum
     """What makes one number of those of all workers."""
+    split: Callable[[str], tuple[str, ...]] = _whole
+    """Makes the values of the labels of the word that is counted."""
 
     @property
     def shown_name(self) -> str:
@@ -73,8 +101,8 @@ def _of(field: str) -> Source:
     return read
 
 
-def _counter(field: str, meaning: str, label: str = "", name: str = "") -> MetricSpec:
-    return MetricSpec(f"relay_{name or field}", "counter", meaning, label, _of(field))
+def _counter(field: str, meaning: str, *labels: str, split: Callable[[str], tuple[str, ...]] = _whole) -> MetricSpec:
+    return MetricSpec(f"relay_{field}", "counter", meaning, labels, _of(field), split=split)
 
 
 def _of_process(read_process: "Callable[[psutil.Process], float]") -> Source:
@@ -104,21 +132,21 @@ def _open_files(process: "psutil.Process") -> int:
 
 FIGURES: tuple[MetricSpec, ...] = (
     MetricSpec(
-        "relay_sockets", "gauge", "Sockets open now, by how frames are written.", "path", lambda m, s, p: s.sockets
+        "relay_sockets", "gauge", "Sockets open now, by how frames are written.", ("path",), lambda m, s, p: s.sockets
     ),
     _counter("sockets_opened", "Sockets opened."),
     MetricSpec(
         "relay_topics",
         "gauge",
         "Topics with at least one subscriber; a topic counts once for each worker.",
-        "",
+        (),
         lambda m, s, p: {"": s.topics},
     ),
     _counter("joins", "Joins accepted."),
     _counter("pushes_in", "Pushes received from clients."),
     _counter("pushes_out", "Of those, pushes that the bus has accepted."),
     _counter("events_in", "Events received from the bus; an event counts once for each worker."),
-    _counter("events_unheard", "Of those, events on topics without subscribers in that worker."),
+    _counter("events_without_subscribers", "Of those, events on topics without subscribers in that worker."),
     _counter("events_not_json", "Events whose payload looks like JSON but is not valid JSON: delivered as binary."),
     _counter("deliveries", "Frames of events written, or queued, for a socket."),
     _counter("delivered_bytes", "Bytes of those frames, before compression and without their WebSocket headers."),
@@ -127,46 +155,51 @@ FIGURES: tuple[MetricSpec, ...] = (
         "relay_fan_out_seconds",
         "histogram",
         "For each event, the time from its arrival at the hub to the last of its deliveries.",
-        "",
+        (),
         _of("fan_out"),
     ),
     MetricSpec(
         "relay_outbox_bytes",
         "gauge",
         "Bytes waiting for sockets that read too slowly.",
-        "",
+        (),
         _of("outbox_bytes"),
     ),
     MetricSpec(
         "relay_dropped",
         "counter",
-        "Events not delivered, by reason.",
-        "reason",
+        "Events not delivered, by reason; of slow readers, by overflow policy too.",
+        ("reason", "overflow"),
         # With a zero for each that has not come yet: the first of them would else be no rise, and wake nobody.
         lambda m, s, p: {**dict.fromkeys(DROPPED, 0), **m.dropped},
+        split=dropped_labels,
     ),
     _counter("dropped_topics", "Of those, events that slow readers missed, by pattern in `[[topics]]`.", "match"),
     _counter(
-        "refused", "Handshakes, joins, pushes and REST requests refused, and sockets closed, by reason.", "reason"
+        "refused",
+        "Handshakes, joins, pushes and REST requests refused, and sockets closed, by reason.",
+        "kind",
+        "reason",
+        split=refused_labels,
     ),
     _counter("malformed", "Malformed frames from clients, by close code.", "code"),
     MetricSpec(
         "relay_in_flight_bytes",
         "gauge",
         "Bytes of messages and events that wait for plugin handlers, or are being handled.",
-        "",
+        (),
         _of("in_flight_bytes"),
     ),
     _counter("gaps", "Times the link to the bus was interrupted, so that events may have been missed."),
-    _counter("rejoins_asked", "Subscriptions asked to rejoin after a gap."),
-    _counter("sent_away", "Sockets and subscriptions ended because a user was disconnected or removed."),
+    _counter("rejoins_requested", "Subscriptions asked to rejoin after a gap."),
+    _counter("disconnects_by_control", "Sockets and subscriptions ended because a user was disconnected or removed."),
     _counter("drained", "Sockets closed because relay shuts down."),
-    _counter("stalls", "Times the event loop was blocked for too long."),
+    _counter("event_loop_stalls", "Times the event loop was blocked for too long."),
     MetricSpec(
         "relay_link_live",
         "gauge",
         "1 while the subscription to the bus is live, in every worker.",
-        "",
+        (),
         lambda m, s, p: {"": s.link_live},
         min,
     ),
@@ -174,7 +207,7 @@ FIGURES: tuple[MetricSpec, ...] = (
         "relay_link_pushes",
         "gauge",
         "1 while the bus accepts pushes, in every worker; 0 on a replica, or without a publishing connection.",
-        "",
+        (),
         lambda m, s, p: {"": s.link_pushes},
         min,
     ),
@@ -183,7 +216,7 @@ FIGURES: tuple[MetricSpec, ...] = (
         "gauge",
         "Duration of the subscription's last ping, of the slowest worker; 0 before the first, and on a bus "
         "without pings.",
-        "",
+        (),
         _of("link_lag_s"),
         max,
     ),
@@ -195,44 +228,65 @@ FIGURES: tuple[MetricSpec, ...] = (
         "relay_plugin_seconds",
         "histogram",
         "Duration of handler calls, including waiting, by plugin; services are not included.",
-        "plugin",
+        ("plugin",),
         _of("plugin_time"),
     ),
-    MetricSpec("relay_workers", "gauge", "Processes included in these metrics.", "", lambda m, s, p: {"": 1}),
+    MetricSpec("relay_workers", "gauge", "Processes included in these metrics.", (), lambda m, s, p: {"": 1}),
     MetricSpec(
-        "relay_info", "gauge", "1, labelled with the running version.", "version", lambda m, s, p: {__version__: 1}, max
+        "relay_info",
+        "gauge",
+        "1, labelled with the running version.",
+        ("version",),
+        lambda m, s, p: {__version__: 1},
+        max,
     ),
     MetricSpec(
         "process_cpu_seconds",
         "counter",
         "Processor time, user and system.",
-        "",
+        (),
         _of_process(lambda p: sum(p.cpu_times()[:2])),
     ),
     MetricSpec(
         "process_resident_memory_bytes",
         "gauge",
         "Resident memory; memory shared by workers counts once for each.",
-        "",
+        (),
         _of_process(lambda p: p.memory_info().rss),
     ),
-    MetricSpec("process_open_fds", "gauge", "Open file descriptors.", "", _of_process(_open_files)),
+    MetricSpec("process_open_fds", "gauge", "Open file descriptors.", (), _of_process(_open_files)),
     MetricSpec(
         "process_max_fds",
         "gauge",
         "Maximum number of file descriptors, summed over workers.",
-        "",
+        (),
         lambda m, s, p: {"": descriptors()},
     ),
     MetricSpec(
         "process_start_time_seconds",
         "gauge",
         "Start time of the process in seconds since 1970; of workers, the earliest of those running.",
-        "",
+        (),
         _of_process(lambda p: p.create_time()),
         min,
     ),
 )
+
+
+def _former(present: str, **changes: Any) -> tuple[str, MetricSpec]:
+    return present, next(figure for figure in FIGURES if figure.name == present)._replace(**changes)
+
+
+FORMER_FIGURES: tuple[tuple[str, MetricSpec], ...] = (
+    _former("relay_events_without_subscribers", name="relay_events_unheard"),
+    _former("relay_rejoins_requested", name="relay_rejoins_asked"),
+    _former("relay_disconnects_by_control", name="relay_sent_away"),
+    _former("relay_event_loop_stalls", name="relay_stalls"),
+    _former("relay_sockets", split=lambda word: ("portable" if word == "asgi" else word,)),
+    _former("relay_dropped", labels=("reason",), split=_whole),
+    _former("relay_refused", labels=("reason",), split=_whole),
+)
+"""Metrics by their present names, as they were before they or the values of their labels were renamed."""
 
 
 class _Kept(Generic[T]):
@@ -258,6 +312,7 @@ class MetricsExporter:
     Args: state: what the process holds, asked for each time they are read, in any thread.
           folder: where workers leave their figures for each other; empty for one process alone.
           clock: monotonic seconds.
+          old_names: whether the text has renamed metrics under their former names too.
     """
 
     def __init__(
@@ -266,7 +321,10 @@ class MetricsExporter:
         state: Callable[[], ProcessState],
         folder: str = "",
         clock: Callable[[], float] = time.monotonic,
+        *,
+        old_names: bool = False,
     ) -> None:
+        self._old_names = old_names
         self._metrics = metrics
         self._state = state
         self._process = None if missing("metrics") else _this_process()
@@ -323,7 +381,7 @@ class MetricsExporter:
 
     def text(self) -> bytes:
         """All figures in Prometheus's text format, now: of all workers, where there are several."""
-        return _text(self.of_all())
+        return _text(self.of_all(), self._old_names)
 
     def write(self) -> None:
         """As `leave`, in the thread of the caller."""
@@ -331,11 +389,19 @@ class MetricsExporter:
             self._folder.write(self.snapshot())
 
 
-def _text(snapshot: Snapshot) -> bytes:
+def _text(snapshot: Snapshot, old_names: bool) -> bytes:
     from relay.web.exposition import Family, write_text  # needs the extra `metrics`
 
+    figures = [(figure.name, figure) for figure in FIGURES]
     return write_text(
-        Family(figure.name, figure.kind, figure.meaning, figure.label, snapshot[figure.name]) for figure in FIGURES
+        Family(
+            figure.name,
+            figure.kind,
+            figure.meaning,
+            figure.labels,
+            {figure.split(word) if figure.labels else (): value for word, value in snapshot[source].items()},
+        )
+        for source, figure in (*figures, *(FORMER_FIGURES if old_names else ()))
     )
 
 

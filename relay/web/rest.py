@@ -99,7 +99,7 @@ class SocketDetails(BaseModel):
     address: str | None
     version: int = Field(description="of the protocol: 1 or 2")
     user: str | None = Field(description="the subject of its token; null for an anonymous one")
-    path: str = Field(description='how frames are written: "direct" to the transport, or "portable" through ASGI')
+    path: str = Field(description='how frames are written: "direct" to the transport, or "asgi" through ASGI')
     topics: list[str]
     outbox_bytes: int = Field(description="waiting, because it reads too slowly")
     dropped: int = Field(description="events it missed, because it reads too slowly")

@@ -277,7 +277,7 @@ export const dashboard = {dashboard().strip()} satisfies Plain<Dashboard>
 
 def labels_of() -> dict[str, set[str]]:
     """The labels of each figure, by the name that Prometheus shows."""
-    return {figure.shown_name: {figure.label} - {""} for figure in FIGURES}
+    return {figure.shown_name: set(figure.labels) for figure in FIGURES}
 
 
 def test_figures_are_grouped_by_labels_that_they_have() -> None:

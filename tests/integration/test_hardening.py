@@ -228,7 +228,7 @@ async def test_upgrade_that_websockets_cannot_read_is_answered(valkey: Valkey, h
         assert answer.startswith(b"HTTP/1.1 431 ") and b"at most 128 headers" in answer
         writer.close()
         _, text = await http_get(f"{served.http}/metrics")
-        assert figure(text, "relay_refused_total", reason="handshake: head too large") == 1
+        assert figure(text, "relay_refused_total", kind="handshake", reason="head_too_large") == 1
 
 
 @pytest.mark.parametrize("opcode", [PING, PONG, CONT], ids=["ping", "pong", "fragment"])

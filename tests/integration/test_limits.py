@@ -23,10 +23,10 @@ Connect = Callable[..., Awaitable[Client]]
 ServeRelay = Callable[..., Awaitable[Served]]
 
 
-async def counted(served: Served, reason: str) -> float:
+async def counted(served: Served, reason: str, kind: str = "socket") -> float:
     """How often something was refused for ``reason``, as ``/metrics`` has it."""
     _, metrics = await http_get(f"{served.http}/metrics")
-    return figure(metrics, "relay_refused_total", reason=reason)
+    return figure(metrics, "relay_refused_total", kind=kind, reason=reason)
 
 
 # Joins and pushes per second.
@@ -42,7 +42,7 @@ async def test_pushes_over_the_rate_are_answered_and_go_nowhere(serve_relay: Ser
     assert answers[:3] == [client.reply(join_ref, str(number), "room:1") for number in range(3)]
     assert answers[3:] == [client.refusal(join_ref, str(number), "room:1", "rate limited") for number in (3, 4)]
     assert served.relay.metrics.pushes_out == 3
-    assert await counted(served, "rate limited") == 2
+    assert await counted(served, "rate_limited") == 2
     await client.send(join_ref, None, "room:1", "shout", {})
     await client.expect_alive()  # that one asked for no answer
     # Nobody else is concerned.
@@ -57,7 +57,7 @@ async def test_joins_over_the_rate_are_answered_and_change_nothing(serve_relay: 
     await client.send("9", "9", "room:3", "phx_join", {})
     assert await client.receive() == client.refusal("9", "9", "room:3", "rate limited")
     assert served.relay.topics == {"room:1": 1, "room:2": 1}
-    assert await counted(served, "rate limited") == 1
+    assert await counted(served, "rate_limited") == 1
 
 
 async def test_leaves_and_heartbeats_are_never_refused(serve_relay: ServeRelay, connect: Connect) -> None:
@@ -80,7 +80,7 @@ async def test_socket_over_its_rate_for_long_is_closed(serve_relay: ServeRelay, 
     for number in range(12):
         await client.send(None, str(number), "room:1" if what == "shout" else "phoenix", what, {})
     assert await client.expect_closed() == (1008, "rate limited for long: this client asks for too much")
-    assert await counted(served, "rate limited for long") == 1
+    assert await counted(served, "rate_limited_for_long") == 1
 
 
 async def test_large_pushes_are_over_the_rate_sooner(serve_relay: ServeRelay, connect: Connect) -> None:
@@ -90,7 +90,7 @@ async def test_large_pushes_are_over_the_rate_sooner(serve_relay: ServeRelay, co
     join_ref = await client.join("room:1")
     answers = [(await client.push(join_ref, "room:1", "shout", "x" * 400_000))["status"] for _ in range(2)]
     assert answers == ["ok", "error"]
-    assert await counted(served, "rate limited") == 1
+    assert await counted(served, "rate_limited") == 1
 
 
 async def test_a_page_with_a_hundred_topics_is_not_limited_by_default(served: Served, connect: Connect) -> None:
@@ -142,7 +142,7 @@ async def test_one_address_may_have_so_many_sockets(serve_relay: ServeRelay) -> 
         await eventually(lambda: served.relay.metrics.sockets == 1, "the second socket to end")
         async with Client.connect(served.ws) as third:
             await third.expect_alive()
-    assert await counted(served, "handshake: sockets per address") == 1
+    assert await counted(served, "sockets_per_address", "handshake") == 1
 
 
 async def test_all_sockets_together_are_bounded(serve_relay: ServeRelay) -> None:
@@ -152,14 +152,14 @@ async def test_all_sockets_together_are_bounded(serve_relay: ServeRelay) -> None
     await eventually(lambda: served.relay.metrics.sockets == 0, "the socket to end")
     async with Client.connect(served.ws) as client:
         await client.expect_alive()
-    assert await counted(served, "handshake: sockets in all") == 1
+    assert await counted(served, "sockets_in_all", "handshake") == 1
 
 
 async def test_handshakes_are_bounded_in_their_rate(serve_relay: ServeRelay) -> None:
     served = await serve_relay(limits={"handshakes_per_s": 1})
     async with Client.connect(served.ws):
         assert await refusal(served) == (503, "1", "too many handshakes at once; try again")
-    assert await counted(served, "handshake: handshakes per second") == 1
+    assert await counted(served, "handshakes_per_second", "handshake") == 1
 
 
 async def test_one_address_may_have_a_quarter_of_the_handshakes(serve_relay: ServeRelay) -> None:
@@ -176,7 +176,7 @@ async def test_one_address_may_have_a_quarter_of_the_handshakes(serve_relay: Ser
             break
     assert set(answers[:10]) == {(403, "")}
     assert answers[-1] == (429, "1")
-    assert await counted(served, "handshake: handshakes per address") == 1
+    assert await counted(served, "handshakes_per_address", "handshake") == 1
 
 
 async def test_refused_handshakes_hold_no_place(serve_relay: ServeRelay) -> None:
@@ -245,7 +245,7 @@ async def test_socket_that_joins_nothing_is_closed(serve_relay: ServeRelay, conn
     join_ref = await joined.join("room:1")
     await joined.send(join_ref, "9", "room:1", "phx_leave", {})
     assert await idle.expect_closed() == (1008, "no topic joined within 0.4 s")
-    assert await counted(served, "no join in time") == 1
+    assert await counted(served, "no_join_in_time") == 1
     assert [await joined.receive(), await joined.receive()][0] == joined.reply(join_ref, "9", "room:1")
     await joined.expect_alive()
 
@@ -290,7 +290,7 @@ async def test_request_whose_head_does_not_come_is_cut(serve_relay: ServeRelay, 
         assert await read_to_end(reader) == b""
         dripping.cancel()
         await asyncio.wait((dripping,))
-    assert await counted(served, "handshake: too slow") == 1
+    assert await counted(served, "too_slow", "handshake") == 1
 
 
 async def test_further_request_on_a_connection_is_cut_too(serve_relay: ServeRelay) -> None:
@@ -303,7 +303,7 @@ async def test_further_request_on_a_connection_is_cut_too(serve_relay: ServeRela
         assert await read_to_end(reader) == b""
         dripping.cancel()
         await asyncio.wait((dripping,))
-    assert await counted(served, "handshake: too slow") == 1
+    assert await counted(served, "too_slow", "handshake") == 1
 
 
 async def test_socket_outlives_the_time_for_its_handshake(serve_relay: ServeRelay, connect: Connect) -> None:
@@ -332,7 +332,7 @@ async def test_request_with_a_head_without_end_is_cut(serve_relay: ServeRelay) -
             assert await read_to_end(reader) == b""
         except ConnectionError:
             pass  # cut with bytes of ours unread
-    assert await counted(served, "handshake: head too large") == 1
+    assert await counted(served, "head_too_large", "handshake") == 1
 
 
 async def test_relay_serve_cuts_slow_handshakes_and_looks_behind_proxies_itself() -> None:
@@ -355,7 +355,7 @@ async def test_relay_serve_cuts_slow_handshakes_and_looks_behind_proxies_itself(
             async with connection(int(relay.http.rsplit(":", 1)[1])) as (reader, _), asyncio.timeout(20):
                 assert await read_to_end(reader) == b""
         _, metrics = await http_get(f"{relay.http}/metrics")
-    assert figure(metrics, "relay_refused_total", reason="handshake: too slow") == 1
+    assert figure(metrics, "relay_refused_total", kind="handshake", reason="too_slow") == 1
 
 
 async def test_relay_serve_believes_no_proxy_by_default() -> None:
@@ -388,4 +388,4 @@ async def test_rest_body_over_the_bound_is_refused(serve_relay: ServeRelay, decl
             answers.append(await client.post("/publish", content=data if declared else chunks(data)))
     assert [answer.status_code for answer in answers] == [200, 413]
     assert answers[1].json()["detail"] == "body: expected at most 2000 bytes"
-    assert await counted(served, "rest: body too large") == 1
+    assert await counted(served, "body_too_large", "rest") == 1

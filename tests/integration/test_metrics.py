@@ -35,8 +35,8 @@ async def test_work_is_counted(serve_relay: ServeRelay, connect: Connect, redis:
     def value(name: str, **labels: Any) -> float:
         return figure(text, f"relay_{name}", **labels)
 
-    assert value("sockets", path="direct" if direct else "portable") == 2
-    assert value("sockets", path="portable" if direct else "direct") == 0
+    assert value("sockets", path="direct" if direct else "asgi") == 2
+    assert value("sockets", path="asgi" if direct else "direct") == 0
     assert (value("topics"), value("joins_total"), value("deliveries_total")) == (1, 2, 2)
     assert value("topic_events_total", topic="counted:*") == 1
     assert value("topic_deliveries_total", topic="counted:*") == 2

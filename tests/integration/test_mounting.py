@@ -95,7 +95,7 @@ async def test_installed_relay_serves_sockets_and_pages(framework: Any, direct: 
     app, relay = framework(), memory_relay()
     relay.install(app, path="/relay")
     async with serve(relay, app=app, prefix="/relay", direct=direct) as served:
-        assert await converse(served) == ("direct" if direct else "portable")
+        assert await converse(served) == ("direct" if direct else "asgi")
         assert (await get(f"{served.http}/health")).json()["status"] == "ok"
         assert (await get(f"{served.http}/ready")).json() == {"status": "ready"}
         assert (await get(f"{served.http}/api/topics")).json() == []
@@ -301,7 +301,7 @@ async def test_middleware_of_the_app_is_around_it_all(direct: bool) -> None:
     relay, app = memory_relay(), Starlette(middleware=middleware)
     relay.install(app)
     async with serve(relay, app=app, prefix="/relay", direct=direct) as served:
-        assert await converse(served) == ("direct" if direct else "portable")
+        assert await converse(served) == ("direct" if direct else "asgi")
         answer = await get(f"{served.http}/metrics", headers={"origin": "https://app.example"})
         assert answer.headers["access-control-allow-origin"] == "https://app.example"
         assert answer.headers["content-encoding"] == "gzip"
@@ -452,7 +452,7 @@ async def test_server_carries_joins_pushes_and_events(server: AppServer, redis: 
         assert await client.receive_raw() == b"\x02\x0c\x05room:serversbytes\xff\x00"
         path = await path_of_socket(server, "room:servers")
         ours = any("RelayWebSocketProtocol" in word or word == "relay" for word in server.command)
-        assert path == ("direct" if ours else "portable")
+        assert path == ("direct" if ours else "asgi")
 
 
 async def test_server_refuses_pages_of_other_origins(server: AppServer) -> None:
@@ -498,7 +498,7 @@ async def test_server_bounds_what_waits_for_a_slow_reader(server: AppServer, red
         await bystander.expect_event("room:fast", "mark", 1)
         assert server.resident_bytes() - before < 30_000_000
         metrics = (await get(f"{server.http}/relay/metrics")).text
-        assert 'relay_dropped_total{reason="slow reader disconnected"}' in metrics
+        assert 'relay_dropped_total{overflow="disconnect",reason="slow_reader"}' in metrics
 
 
 @pytest.mark.parametrize("name", SERVERS)
@@ -553,7 +553,7 @@ async def test_two_workers_share_the_bus(name: str, valkey: Valkey, redis: Redis
                 while not (found := await worker_and_path(server, f"room:{number}")):
                     pass
                 worker, path = found
-                assert path == ("portable" if name == "uvicorn" else "direct")
+                assert path == ("asgi" if name == "uvicorn" else "direct")
                 workers.setdefault(worker, client)
                 if len(workers) == 2:
                     break

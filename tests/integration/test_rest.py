@@ -195,7 +195,7 @@ async def test_socket_tells_who_and_how(served: Served, connect: Connect, direct
         "address": "127.0.0.1",
         "version": 1,
         "user": None,
-        "path": "direct" if direct else "portable",
+        "path": "direct" if direct else "asgi",
         "topics": ["room:1", "room:2"],
         "outbox_bytes": 0,
         "dropped": 0,

@@ -70,7 +70,7 @@ async def test_events_of_topics_not_joined_do_not_arrive(served: Served, redis: 
     await redis.publish("to:room:mine2:new", "{}")
     await redis.publish("to:room:mine:new", "{}")
     await client.expect_event("room:mine", "new", {})
-    assert served.relay.metrics.events_unheard == 2
+    assert served.relay.metrics.events_without_subscribers == 2
 
 
 async def test_payload_that_is_no_json_arrives_as_a_binary_broadcast(
@@ -596,7 +596,7 @@ async def test_client_that_closes_leaves_nothing_behind(
     await client.connection.close()
     await eventually(lambda: served.relay.metrics.sockets == 0, "the socket to end")
     await redis.publish("to:room:1:new", "{}")
-    await eventually(lambda: served.relay.metrics.events_unheard == 1, "the event to find nobody")
+    await eventually(lambda: served.relay.metrics.events_without_subscribers == 1, "the event to find nobody")
 
 
 async def test_client_that_vanishes_leaves_nothing_behind(served: Served, redis: Redis) -> None:
@@ -605,7 +605,7 @@ async def test_client_that_vanishes_leaves_nothing_behind(served: Served, redis:
         await client.read_message()
     await eventually(lambda: served.relay.metrics.sockets == 0, "the socket to end")
     await redis.publish("to:room:1:new", "{}")
-    await eventually(lambda: served.relay.metrics.events_unheard == 1, "the event to find nobody")
+    await eventually(lambda: served.relay.metrics.events_without_subscribers == 1, "the event to find nobody")
 
 
 async def test_fragmented_message_is_put_together(served: Served) -> None:

@@ -124,7 +124,7 @@ async def test_other_versions_are_told_the_one_that_is_spoken(valkey: Valkey, ve
         assert "Sec-WebSocket-Version: 13\r\n" in answer
         assert b"Sec-WebSocket-Version: 13" in body
         _, text = await http_get(f"{relay.http}/metrics")
-        assert figure(text, "relay_refused_total", reason="handshake: websocket version") >= 1
+        assert figure(text, "relay_refused_total", kind="handshake", reason="websocket_version") >= 1
 
 
 @pytest.mark.parametrize(

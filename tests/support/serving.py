@@ -116,10 +116,11 @@ async def http_get(url: str) -> tuple[int, str]:
 
 
 def figure(metrics: str, name: str, **labels: str) -> float:
-    """One figure out of what ``/metrics`` answers; 0 where it has not been counted yet."""
-    label = "{" + ",".join(f'{key}="{value}"' for key, value in labels.items()) + "}" if labels else ""
-    found = re.search(rf"^{re.escape(name + label)} (\S+)$", metrics, re.MULTILINE)
-    return float(found[1]) if found else 0.0
+    """One figure out of what ``/metrics`` answers; 0 where it has not been counted yet. Labels not given are empty."""
+    for shown, value in re.findall(rf"^{re.escape(name)}(?:{{(.*)}})? (\S+)$", metrics, re.MULTILINE):
+        if {key: text for key, text in re.findall(r'(\w+)="([^"]*)"', shown) if text} == labels:
+            return float(value)
+    return 0.0
 
 
 @asynccontextmanager

@@ -80,7 +80,7 @@ async def test_half_open_clients_are_closed_and_cost_nobody_else() -> None:
             beats.cancel()
             assert witness.check(ticker) == 0
             assert witness.told == []
-        assert figure(metrics, "relay_refused_total", reason="idle") == 20
+        assert figure(metrics, "relay_refused_total", kind="socket", reason="idle") == 20
         assert "Traceback" not in relay.output
 
 

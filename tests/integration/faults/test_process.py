@@ -121,7 +121,9 @@ async def test_outbox_of_a_slow_reader_is_sent_before_the_close() -> None:
                     await redis.publish("to:room:slow:tick", json.dumps([number, "x" * 10_000]))
             for number in range(600):
                 assert (await fast.receive())[4][0] == number
-            dropped = figure(await metrics_of(relay), "relay_dropped_total", reason="slow reader, drop-oldest")
+            dropped = figure(
+                await metrics_of(relay), "relay_dropped_total", reason="slow_reader", overflow="drop_oldest"
+            )
             ending = asyncio.create_task(asyncio.to_thread(relay.stop))
             assert (await fast.expect_closed())[0] == 1012
             numbers = []
@@ -286,7 +288,7 @@ async def test_plugin_that_blocks_the_loop_for_two_seconds_costs_no_event(naught
             expect_unbroken(found.numbers)
         metrics = await metrics_of(naughty)
     assert figure(metrics, "relay_gaps_total") == 0
-    assert figure(metrics, "relay_stalls_total") == 3
+    assert figure(metrics, "relay_event_loop_stalls_total") == 3
     assert naughty.output.count("the event loop stood still for") == 1, "one line in ten seconds"
 
 
@@ -319,7 +321,7 @@ async def test_clock_stepped_back_one_hour_changes_nothing(naughty: RelayProcess
             expect_unbroken(found.numbers)
         metrics = await metrics_of(naughty)
     assert figure(metrics, "relay_gaps_total") == 0
-    assert figure(metrics, "relay_stalls_total") == 0
+    assert figure(metrics, "relay_event_loop_stalls_total") == 0
 
 
 # Modules that read the wall clock, each with its reason.
@@ -408,7 +410,7 @@ async def test_relay_out_of_descriptors_keeps_its_clients_and_its_redis() -> Non
                 while "101" not in await status_of_handshake(port):  # noqa: ASYNC110 - another process's state
                     await asyncio.sleep(0.05)
             metrics = await metrics_of(relay)
-            assert figure(metrics, "relay_refused_total", reason="file descriptors") > 200
+            assert figure(metrics, "relay_refused_total", kind="socket", reason="file_descriptors") > 200
             _ = witness.check(ticker)
             assert len(witness.told) == figure(metrics, "relay_gaps_total") == 1
         assert "Traceback" not in relay.output
@@ -436,7 +438,9 @@ async def test_connections_that_wait_for_their_client_make_room_for_others() -> 
                         await asyncio.sleep(0.05)
                 assert (await http_get(f"{relay.http}/health"))[0] == 200
             assert (await client.push(ref, "room:1", "shout"))["status"] == "ok"
-            assert figure(await metrics_of(relay), "relay_refused_total", reason="file descriptors") > 100
+            assert (
+                figure(await metrics_of(relay), "relay_refused_total", kind="socket", reason="file_descriptors") > 100
+            )
         assert relay.output.count("to make room") <= 2, "a line in ten seconds"
 
 

@@ -80,7 +80,7 @@ def under_fault(
             lost = witness.check(ticker)
             assert not beats.done() or beats.cancelled()
             metrics = served.relay.metrics
-            assert len(witness.told) == metrics.gaps == metrics.rejoins_asked
+            assert len(witness.told) == metrics.gaps == metrics.rejoins_requested
             assert metrics.sockets == metrics.sockets_opened == 2, "no socket was hurt"
             assert not metrics.dropped
         return served, lost

@@ -15,16 +15,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from relay import Plugin, Relay
 from relay.config import Overflow
-from relay.errors import DROPPED
+from relay.errors import DROPPED, Reason
 from relay.metrics import Metrics, ProcessState
 from relay.web.multiprocess import SnapshotStore
-from relay.web.prometheus import FIGURES, READ_INTERVAL_S, MetricsExporter
+from relay.web.prometheus import FIGURES, READ_INTERVAL_S, MetricsExporter, dropped_labels
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
 
 
 def read(figures: MetricsExporter) -> dict[tuple[str, tuple[str, ...]], float]:
-    """Every sample, as Prometheus's own parser reads it, by name and the values of its labels."""
+    """Every sample, as Prometheus's own parser reads it, by name and label values, sorted by label."""
     families = list(text_string_to_metric_families(figures.text().decode()))
     assert all(family.documentation for family in families)
     return {
@@ -33,7 +33,7 @@ def read(figures: MetricsExporter) -> dict[tuple[str, tuple[str, ...]], float]:
 
 
 def state(sockets: int = 0, topics: int = 0, live: bool = True) -> ProcessState:
-    return ProcessState({"direct": sockets, "portable": 0}, topics, live)
+    return ProcessState({"direct": sockets, "asgi": 0}, topics, live)
 
 
 def lone(metrics: Metrics, now: Callable[[], ProcessState] = state) -> MetricsExporter:
@@ -64,7 +64,9 @@ def test_drops_of_each_kind_and_faults_of_each_plugin_are_there_from_the_start()
     """A series that begins with its first drop has no rise, and no alarm rings."""
     relay = Relay(broadcast_url="memory://", extra_plugins=(Plugin("chatty"),))
     samples = read(relay.figures)
-    assert {labels[0] for name, labels in samples if name == "relay_dropped_total"} == set(DROPPED)
+    shown = {labels for name, labels in samples if name == "relay_dropped_total"}
+    assert shown == {dropped_labels(reason)[::-1] for reason in DROPPED}
+    assert len(shown) == len(DROPPED)
     assert samples["relay_plugin_errors_total", ("chatty",)] == samples["relay_plugin_calls_total", ("chatty",)] == 0
 
 
@@ -104,8 +106,89 @@ def test_histogram_counts_what_is_no_larger_than_each_bound() -> None:
 
 def test_label_may_hold_anything() -> None:
     metrics = Metrics()
-    metrics.dropped['a "quoted" \\ reason\nof two lines'] += 3
-    assert read(lone(metrics))["relay_dropped_total", ('a "quoted" \\ reason\nof two lines',)] == 3
+    metrics.topic_events['a "quoted" \\ pattern\nof two lines'] += 3
+    assert read(lone(metrics))["relay_topic_events_total", ('a "quoted" \\ pattern\nof two lines',)] == 3
+
+
+@pytest.mark.parametrize(
+    ("reason", "labels"),
+    [
+        ("handshake: no token", ("handshake", "no_token")),
+        ("rest: body too large", ("rest", "body_too_large")),
+        ("proxy: client gone", ("proxy", "client_gone")),
+        ("stale join_ref", ("socket", "stale_join_ref")),
+        (Reason.RATE_LIMITED, ("socket", "rate_limited")),
+    ],
+)
+def test_refusals_are_shown_by_kind_and_reason(reason: str, labels: tuple[str, str]) -> None:
+    metrics = Metrics()
+    metrics.refused[reason] += 3
+    assert read(lone(metrics))["relay_refused_total", labels] == 3
+
+
+@pytest.mark.parametrize(
+    ("reason", "labels"),
+    [
+        ("slow reader disconnected", ("slow_reader", "disconnect")),
+        ("slow reader, drop-oldest", ("slow_reader", "drop_oldest")),
+        ("slow reader, latest", ("slow_reader", "latest")),
+        ("on_event handler too slow", ("on_event_handler_too_slow", "")),
+        (Reason.EVENTS_MISSED, ("events_may_have_been_missed", "")),
+    ],
+)
+def test_drops_are_shown_by_reason_and_overflow_policy(reason: str, labels: tuple[str, str]) -> None:
+    assert reason in DROPPED
+    metrics = Metrics()
+    metrics.dropped[reason] += 3
+    assert read(lone(metrics))["relay_dropped_total", labels[::-1]] == 3
+
+
+def test_label_values_are_snake_case() -> None:
+    for labels in map(dropped_labels, DROPPED):
+        assert all(re.fullmatch(r"[a-z][a-z0-9_]*|", value) for value in labels)
+
+
+FORMER = {
+    "events_without_subscribers": "events_unheard",
+    "rejoins_requested": "rejoins_asked",
+    "disconnects_by_control": "sent_away",
+    "event_loop_stalls": "stalls",
+}
+
+
+def test_former_names_and_label_values_are_exported_beside_the_new_ones_where_asked_for() -> None:
+    metrics = Metrics(events_without_subscribers=1, rejoins_requested=2, disconnects_by_control=3, event_loop_stalls=4)
+    metrics.refused["handshake: no token"] = 5
+    metrics.dropped["slow reader, drop-oldest"] = 6
+    former: dict[tuple[str, tuple[str, ...]], float] = {
+        (f"relay_{old}_total", ()): getattr(metrics, new) for new, old in FORMER.items()
+    }
+    former["relay_refused_total", ("handshake: no token",)] = 5
+    former["relay_dropped_total", ("slow reader, drop-oldest",)] = 6
+    former["relay_sockets", ("portable",)] = 8
+    now: dict[tuple[str, tuple[str, ...]], float] = {
+        (f"relay_{new}_total", ()): getattr(metrics, new) for new in FORMER
+    }
+    now["relay_refused_total", ("handshake", "no_token")] = 5
+    now["relay_dropped_total", ("drop_oldest", "slow_reader")] = 6
+    now["relay_sockets", ("asgi",)] = 8
+    new = read(MetricsExporter(metrics, lambda: ProcessState({"direct": 7, "asgi": 8}, 0, True)))
+    both = MetricsExporter(metrics, lambda: ProcessState({"direct": 7, "asgi": 8}, 0, True), old_names=True)
+    assert now.items() <= new.items() and not former.keys() & new.keys()
+    samples = read(both)
+    assert (now | former).items() <= samples.items()
+    assert samples.keys() - new.keys() >= former.keys()
+    text = both.text().decode()
+    helps = re.findall(r"^# HELP (\S+)", text, re.MULTILINE)
+    assert len(helps) == len(set(helps)), "each name has one header"
+    series = re.findall(r"^(relay_\S+?(?:\{.*\})?) \S+$", text, re.MULTILINE)
+    assert len(series) == len(set(series)) > 50, "no series comes twice"
+
+
+def test_setting_exports_former_names() -> None:
+    relay = Relay(broadcast_url="memory://", metrics={"old_names": True})
+    assert ("relay_stalls_total", ()) in read(relay.figures)
+    assert ("relay_stalls_total", ()) not in read(Relay(broadcast_url="memory://").figures)
 
 
 def test_figures_of_the_process_are_its_own() -> None:
@@ -135,7 +218,7 @@ def test_any_worker_tells_the_sums_of_all(tmp_path: Path) -> None:
     second.write()
     for samples in (read(first), read(second)):
         assert samples["relay_joins_total", ()] == 15
-        assert (samples["relay_dropped_total", ("a",)], samples["relay_dropped_total", ("b",)]) == (3, 4)
+        assert (samples["relay_dropped_total", ("", "a")], samples["relay_dropped_total", ("", "b")]) == (3, 4)
         assert samples["relay_sockets", ("direct",)] == 7
         assert (samples["relay_topics", ()], samples["relay_outbox_bytes", ()]) == (3, 120)
         assert samples["relay_link_live", ()] == 0, "one of them is deaf"
@@ -268,7 +351,8 @@ def test_folder_is_made_for_its_user_alone(tmp_path: Path) -> None:
 
 def test_documentation_tells_every_figure() -> None:
     rows = [
-        f"| `{figure.shown_name}`{f' by `{figure.label}`' if figure.label else ''} | {figure.kind} | {figure.meaning} |"
+        f"| `{figure.shown_name}`{' by ' if figure.labels else ''}{', '.join(f'`{name}`' for name in figure.labels)} "
+        f"| {figure.kind} | {figure.meaning} |"
         for figure in FIGURES
     ]
     told = [line for line in DOCS.read_text("utf-8").splitlines() if line.startswith("| `")]
