@@ -1,7 +1,8 @@
 """`relay.channels.pubsub`: batches from the bus on their way to the hub, joined and paced."""
 
 import asyncio
-from collections.abc import Callable
+import threading
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -9,47 +10,83 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from relay.brokers.base import Broker, Event, Link, Sink
+from relay.channels import pubsub as module
+from relay.channels.control import ControlMessage
 from relay.channels.hub import JOINED_MAX_BYTES, Hub
 from relay.channels.pubsub import PubSub
+from relay.concurrency import KeyedQueue
 from relay.config import Config, Direction, Policy
-from relay.errors import BusUnavailable, Reason
+from relay.errors import BusUnavailable, Reason, RelayError
 from relay.metrics import Metrics
 from relay.plugins import Plugin
-from relay.plugins.hooks import Hooks
+from relay.plugins.hooks import Event as HookedEvent
+from relay.plugins.hooks import Hooks, RedisMessage
+from relay.plugins.hooks import Leave as HookedLeave
 from relay.protocol.frame import Frame
 from relay.protocol.payload import encode_payload
 from relay.protocol.serializer import Version
 from relay.protocol.state import Subscription
+from tests.support.asgi import until
 from tests.support.serving import eventually
 
 
 class Bus(Broker):
-    """A broker that only takes note of what is published."""
+    """A broker that records what it is asked for.
 
-    needs_subscribe = False
+    Args: needs_subscribe: whether topics have to be asked for.
+    """
+
     link = Link(True, "")
+    refusal = ""
 
-    def __init__(self) -> None:
+    def __init__(self, needs_subscribe: bool = False) -> None:
+        self.needs_subscribe = needs_subscribe
+        self.fault: str | None = None
+        """Why it takes no message."""
+        self.held: list[asyncio.Future[None]] | None = None
+        """Where this is a list, messages wait in it for the bus."""
         self.published: list[Event] = []
-        self.is_down = False
+        self.directions: list[Direction] = []
+        self.orders: list[bytes] = []
+        self.calls: list[str] = []
+        self.open = asyncio.Event()
+        """Cleared, it keeps `subscribe` waiting."""
+        self.open.set()
 
-    async def start(self, sink: Sink) -> None: ...
-    async def stop(self) -> None: ...
-    async def subscribe(self, topic: str) -> None: ...
-    async def unsubscribe(self, topic: str) -> None: ...
+    async def start(self, sink: Sink) -> None:
+        self.calls.append("start")
+
+    async def stop(self) -> None:
+        self.calls.append("stop")
+
+    async def subscribe(self, topic: str) -> None:
+        await self.open.wait()
+        if self.fault is not None:
+            raise BusUnavailable(self.fault)
+        self.calls.append(f"subscribe {topic}")
+
+    async def unsubscribe(self, topic: str) -> None:
+        self.calls.append(f"unsubscribe {topic}")
 
     def publish_control(self, data: bytes) -> "asyncio.Future[None]":
-        raise AssertionError("nobody orders")
+        self.orders.append(data)
+        return self._answer()
 
     def publish(
         self, direction: Direction, topic: str, event: str, payload: bytes, sender: str | None = None
     ) -> asyncio.Future[None]:
         self.published.append(Event(topic, event, payload, None, sender))
+        self.directions.append(direction)
+        return self._answer()
+
+    def _answer(self) -> asyncio.Future[None]:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if self.is_down:
-            future.set_exception(BusUnavailable("down"))
-        else:
+        if self.held is not None:
+            self.held.append(future)
+        elif self.fault is None:
             future.set_result(None)
+        else:
+            future.set_exception(BusUnavailable(self.fault))
         return future
 
 
@@ -63,6 +100,8 @@ class Reader:
         self._world = world
         self._cost_s = cost_s
         self.writes: list[bytes] = []
+        self.subscriptions: dict[str, Subscription] = {}
+        self.ended: list[tuple[str, Reason]] = []
 
     def direct_write(self) -> Callable[[bytes], object]:
         return self._write
@@ -75,10 +114,14 @@ class Reader:
         self._write(frame.ws_frame)  # the hub sends so to each where somebody is left out
 
     def subscription(self, topic: str) -> Subscription | None:
-        raise AssertionError("nobody asks")
+        return self.subscriptions.get(topic)
 
     def end_subscription(self, subscription: Subscription, reason: Reason) -> bool:
-        raise AssertionError("nobody fails")
+        if self.subscriptions.pop(subscription.topic, None) is None:
+            return False
+        self._world.hub.remove(subscription.topic, self)
+        self.ended.append((subscription.topic, reason))
+        return True
 
     def events(self) -> list[int]:
         """How many events each write held."""
@@ -88,18 +131,19 @@ class Reader:
 class World:
     """A node with its surroundings, and a clock that only writes and rests move."""
 
-    def __init__(self, hooks: Hooks | None = None, **settings: Any) -> None:
+    def __init__(self, plugin: Plugin | None = None, needs_subscribe: bool = False, **settings: Any) -> None:
         self.now = 1000.0
         self.rests: list[float] = []
         self.metrics = Metrics()
         self.hub = Hub(self.metrics, lambda topic: Policy(), asyncio.get_running_loop().call_soon, lambda: self.now)
-        self.bus = Bus()
+        self.bus = Bus(needs_subscribe)
         self.pubsub = PubSub(
             Config(**settings),
             self.bus,
             self.hub,
             self.metrics,
-            hooks or Hooks(),
+            Hooks() if plugin is None else plugin.hooks.freeze(),
+            "the relay",
             clock=lambda: self.now,
             sleep=self._sleep,
         )
@@ -111,8 +155,12 @@ class World:
     def reader(self, *topics: str, cost_s: float = 0.0) -> Reader:
         reader = Reader(self, cost_s)
         for topic in topics:
+            reader.subscriptions[topic] = Subscription(topic, "1")
             self.hub.add(topic, reader)
         return reader
+
+    async def receive(self, *payloads: bytes, topic: str = "t", event: str = "e") -> None:
+        await self.pubsub.receive_events([Event(topic, event, payload) for payload in payloads])
 
 
 async def test_events_of_a_topic_that_follow_each_other_are_one_write() -> None:
@@ -232,7 +280,7 @@ async def test_gap_neither_forgets_whom_to_skip_nor_skips_for_others() -> None:
 async def test_failed_broadcast_skips_nobody() -> None:
     world = World()
     one, two = world.reader("t"), world.reader("t")
-    world.bus.is_down = True
+    world.bus.fault = "down"
     with pytest.raises(BusUnavailable):
         await broadcast_from(world, one)
     await eventually(lambda: not world.pubsub._skips, "the failure to be noticed")
@@ -255,7 +303,7 @@ async def test_skip_of_an_event_that_never_comes_back_is_forgotten() -> None:
 async def test_skip_goes_through_handlers_of_events() -> None:
     plugin = Plugin("p")
     plugin.on_event("*")(lambda event: event)
-    world = World(plugin.hooks.freeze())
+    world = World(plugin)
     one, two = world.reader("t"), world.reader("t")
     own = await broadcast_from(world, one)
     await world.pubsub.receive_events([EQUAL, own, EQUAL])
@@ -281,3 +329,456 @@ async def test_short_fan_out_and_full_load_take_no_rest() -> None:
     world.reader("u", cost_s=0.02)
     await world.pubsub.receive_events([Event("u", "e", b"{}")] * 8)
     assert world.rests == []
+
+
+# What is dropped, and how it is counted.
+
+
+async def test_event_with_an_invalid_name_or_a_large_payload_is_dropped_and_counted() -> None:
+    limits = {"payload_max_bytes": 10, "frame_max_bytes": 2000, "outbox_max_bytes": 2000}
+    world = World(limits=limits)
+    reader = world.reader("t")
+    await world.receive(b"{}", event="phx_close")
+    await world.receive(b"[1,2,3,4,5]")
+    await world.receive(b"[1,2,3,45]")
+    assert reader.events() == [1]
+    assert world.metrics.dropped == {Reason.INVALID_EVENT: 1, Reason.PAYLOAD_TOO_LARGE: 1}
+
+
+async def test_payload_that_only_looks_like_json_is_delivered_as_binary_and_counted() -> None:
+    world = World()
+    reader = world.reader("t")
+    await world.receive(b'{"a":', b"\x00\x01")
+    assert world.metrics.events_not_json == 1, "the second is binary in any case"
+    joined = b"".join(reader.writes)
+    assert joined[0] == 0x82
+    assert b'{"a":' in joined
+    assert joined.endswith(b"\x00\x01")
+
+
+# Handlers of events.
+
+
+def on_event(*functions: Callable[[HookedEvent], Any]) -> Plugin:
+    plugin = Plugin("p")
+    for function in functions:
+        plugin.on_event("t")(function)
+    return plugin
+
+
+def renamed(event: HookedEvent) -> HookedEvent:
+    return event.replace({"by": "plain"})
+
+
+async def renamed_later(event: HookedEvent) -> HookedEvent:
+    await asyncio.sleep(0)
+    return event.replace({"by": "async", "had": event.payload})
+
+
+def awaitable(event: HookedEvent) -> Awaitable[HookedEvent]:
+    """What a decorator makes of a coroutine function."""
+    return renamed_later(event)
+
+
+def dropping(event: HookedEvent) -> None:
+    return None
+
+
+async def dropping_later(event: HookedEvent) -> None:
+    await asyncio.sleep(0)
+
+
+def raising(event: HookedEvent) -> HookedEvent:
+    raise ValueError("broken")
+
+
+async def raising_later(event: HookedEvent) -> HookedEvent:
+    raise ValueError("broken")
+
+
+def not_an_event(event: HookedEvent) -> Any:
+    return {"not": "an event"}
+
+
+def badly_named(event: HookedEvent) -> HookedEvent:
+    return HookedEvent(event.topic, "phx_reply", event.data)
+
+
+def reading(event: HookedEvent) -> HookedEvent:
+    assert event.payload is not None
+    return event
+
+
+async def reading_later(event: HookedEvent) -> HookedEvent:
+    return reading(event)
+
+
+@pytest.mark.parametrize(
+    ("functions", "wanted"),
+    [
+        ([renamed], b'{"by":"plain"}'),
+        ([renamed_later], b'{"by":"async","had":{}}'),
+        ([awaitable], b'{"by":"async","had":{}}'),
+        ([renamed, awaitable], b'{"by":"async","had":{"by":"plain"}}'),
+        ([renamed, renamed_later], b'{"by":"async","had":{"by":"plain"}}'),
+        ([renamed_later, renamed], b'{"by":"plain"}'),
+        ([renamed_later, awaitable], b'{"by":"async","had":{"by":"async","had":{}}}'),
+    ],
+)
+async def test_each_handler_is_given_what_the_one_before_it_returned(functions: list[Any], wanted: bytes) -> None:
+    world = World(on_event(*functions))
+    reader = world.reader("t")
+    await world.receive(b"{}")
+    await until(lambda: reader.writes)
+    assert wanted in reader.writes[0]
+    assert not world.metrics.dropped
+    await world.pubsub.stop()
+
+
+@pytest.mark.parametrize(
+    ("functions", "errors"),
+    [
+        ([dropping], 0),
+        ([dropping_later], 0),
+        ([dropping, renamed], 0),
+        ([dropping_later, renamed], 0),
+        ([raising], 1),
+        ([raising_later, renamed], 1),
+        ([renamed_later, raising], 1),
+        ([not_an_event], 1),
+        ([badly_named], 1),
+    ],
+)
+async def test_event_that_a_handler_drops_or_fails_on_is_counted(functions: list[Any], errors: int) -> None:
+    world = World(on_event(*functions))
+    reader = world.reader("t")
+    await world.receive(b"{}")
+    await until(lambda: world.metrics.dropped["by a plugin"] == 1)
+    assert not reader.writes
+    assert world.metrics.plugin_errors["p"] == errors
+    await world.pubsub.stop()
+
+
+@pytest.mark.parametrize("function", [reading, reading_later])
+async def test_payload_that_no_handler_can_read_is_its_publishers_fault(function: Any) -> None:
+    world = World(on_event(function))
+    reader = world.reader("t")
+    await world.receive(b"1" + b"0" * 5000)
+    await until(lambda: world.metrics.dropped)
+    assert world.metrics.dropped == {Reason.INVALID_PAYLOAD: 1}
+    assert (world.metrics.plugin_errors["p"], reader.writes) == (0, [])
+    await world.pubsub.stop()
+
+
+async def test_events_of_a_topic_stay_in_order_behind_a_handler_that_waits() -> None:
+    world = World(on_event(renamed_later))
+    reader = world.reader("t", "u")
+    await world.receive(b"1", b"2", b"3")
+    await world.receive(b"9", topic="u")
+    assert b"9" in reader.writes[0], "no other topic waits"
+    await until(lambda: len(reader.writes) == 4)
+    assert [data[data.index(b'"had":') + 6 :][:1] for data in reader.writes[1:]] == [b"1", b"2", b"3"]
+    await world.pubsub.stop()
+
+
+async def test_events_that_a_slow_handler_leaves_waiting_are_dropped_and_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "_EVENTS_WAITING", 2)
+    world = World(on_event(renamed_later))
+    reader = world.reader("t")
+    await world.receive(b"1", b"2", b"3", b"4", b"5")
+    assert world.metrics.dropped == {"on_event handler too slow": 2}
+    await until(lambda: len(reader.writes) == 3)
+    await world.pubsub.stop()
+
+
+# Raw Redis messages.
+
+
+async def test_raw_messages_reach_the_handlers_of_their_pattern_in_order() -> None:
+    plugin, seen = Plugin("p"), list[tuple[str, str, bytes, object]]()
+
+    @plugin.on_redis("a.*")
+    async def first(message: RedisMessage, relay: object) -> None:
+        await asyncio.sleep(0)
+        seen.append(("a", message.channel, message.data, relay))
+        raise ValueError("does not matter to the next")
+
+    @plugin.on_redis("b.*")
+    async def second(message: RedisMessage, relay: object) -> None:
+        seen.append(("b", message.channel, message.data, relay))
+
+    world = World(plugin)
+    for data in (b"1", b"2"):
+        world.pubsub.receive_message("a.*", "a.x", data)
+    await until(lambda: len(seen) == 2)
+    assert seen == [("a", "a.x", b"1", "the relay"), ("a", "a.x", b"2", "the relay")]
+    await until(lambda: world.metrics.plugin_errors["p"] == 2)
+    await world.pubsub.stop()
+
+
+async def test_raw_messages_for_a_slow_handler_are_dropped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_EVENTS_WAITING", 1)
+    plugin, go, seen = Plugin("p"), asyncio.Event(), list[bytes]()
+
+    @plugin.on_redis("a")
+    async def slow(message: RedisMessage, relay: object) -> None:
+        await go.wait()
+        seen.append(message.data)
+
+    world = World(plugin)
+    for data in (b"1", b"2", b"3"):
+        world.pubsub.receive_message("a", "a", data)
+    go.set()
+    await until(lambda: len(seen) == 2)
+    assert seen == [b"1", b"2"]
+    assert world.metrics.dropped == {"on_redis handler too slow": 1}
+    await world.pubsub.stop()
+
+
+async def test_leave_handlers_are_called_in_order_whatever_one_raises() -> None:
+    plugin, seen = Plugin("p"), list[str]()
+
+    @plugin.on_leave("t")
+    async def first(leave: HookedLeave) -> None:
+        seen.append("first")
+        raise ValueError("broken")
+
+    @plugin.on_leave("t")
+    async def second(leave: HookedLeave) -> None:
+        seen.append("second")
+
+    world = World(plugin)
+    socket: Any = type("Socket", (), {"id": "s1", "user": None, "address": None, "auth": None})()
+    await world.pubsub.call_leave_handlers(HookedLeave(socket, "t", None))
+    assert seen == ["first", "second"]
+
+
+# Control messages.
+
+
+async def test_control_message_of_another_node_is_handed_on() -> None:
+    world, orders = World(), list[ControlMessage]()
+    world.pubsub.on_control = orders.append
+    order = ControlMessage("kick", "alice", "n1", "room:1")
+    await world.pubsub.publish_control_message(order)
+    world.pubsub.receive_control(world.bus.orders[0])
+    assert orders == [order]
+    world.pubsub.receive_control(b"{}")
+    assert orders == [order]
+    assert world.metrics.dropped == {"control message not understood": 1}
+
+
+async def test_control_message_that_the_bus_does_not_take_is_counted() -> None:
+    world = World()
+    world.bus.fault = "away"
+    with pytest.raises(BusUnavailable):
+        await world.pubsub.publish_control_message(ControlMessage("disconnect", "alice", "n1"))
+    await until(lambda: world.metrics.dropped)
+    assert world.metrics.dropped == {"control message not sent": 1}
+
+
+# Gaps.
+
+
+async def test_gap_asks_subscribers_to_rejoin_at_a_pace_and_holds_events_back_meanwhile() -> None:
+    world = World(rejoins_per_s=20)
+    readers = [world.reader("t") for _ in range(3)]
+    world.pubsub.on_gap("the bus was away")
+    assert sum(len(reader.ended) for reader in readers) == 1
+    await world.receive(b"{}")
+    assert [reader.writes for reader in readers] == [[], [], []]
+    await until(lambda: world.metrics.rejoins_requested == 3)
+    assert [reader.ended for reader in readers] == [[("t", Reason.EVENTS_MISSED)]] * 3
+    await world.pubsub.stop()
+
+
+async def test_topic_that_ignores_gaps_goes_on() -> None:
+    world = World(topics=[{"match": "t", "on_gap": "ignore"}])
+    reader, other = world.reader("t"), world.reader("u")
+    world.pubsub.on_gap("the bus was away")
+    await world.receive(b"{}")
+    assert (reader.ended, reader.events(), len(other.ended)) == ([], [1], 1)
+    await world.pubsub.stop()
+
+
+async def test_second_gap_starts_a_new_round_and_asks_each_once() -> None:
+    world = World(rejoins_per_s=20)
+    readers = [world.reader("t") for _ in range(3)]
+    world.pubsub.on_gap("the bus was away")
+    world.pubsub.on_gap("again")
+    assert world.metrics.rejoins_requested == 2
+    await until(lambda: world.metrics.rejoins_requested == 3)
+    assert [len(reader.ended) for reader in readers] == [1, 1, 1]
+    await world.pubsub.stop()
+
+
+# Subscriptions.
+
+
+async def test_topic_is_subscribed_to_once_and_given_back_after_its_last_subscriber() -> None:
+    world = World(needs_subscribe=True)
+    assert world.pubsub.must_subscribe
+    await asyncio.gather(world.pubsub.subscribe("t"), world.pubsub.subscribe("t"))
+    assert world.bus.calls == ["subscribe t"]
+    world.pubsub.unsubscribe("t")
+    await until(lambda: world.bus.calls == ["subscribe t", "unsubscribe t"])
+    world.pubsub.unsubscribe("t")
+    await world.pubsub.subscribe("t")
+    assert world.bus.calls[2:] == ["subscribe t"]
+    await world.pubsub.stop()
+
+
+async def test_topic_that_is_joined_again_at_once_is_kept() -> None:
+    world = World(needs_subscribe=True)
+    await world.pubsub.subscribe("t")
+    world.pubsub.unsubscribe("t")
+    world.reader("t")
+    await world.pubsub.stop()
+    assert world.bus.calls == ["subscribe t", "stop"]
+
+
+async def test_topic_that_the_bus_does_not_take_is_asked_for_again() -> None:
+    world = World(needs_subscribe=True)
+    world.bus.fault = "away"
+    with pytest.raises(BusUnavailable, match="away"):
+        await world.pubsub.subscribe("t")
+    world.bus.fault = None
+    await world.pubsub.subscribe("t")
+    assert world.bus.calls == ["subscribe t"]
+
+
+async def test_bus_that_carries_every_topic_is_not_asked() -> None:
+    world = World()
+    await world.pubsub.subscribe("t")
+    world.pubsub.unsubscribe("t")
+    assert (world.bus.calls, world.pubsub.must_subscribe) == ([], False)
+
+
+async def test_joins_are_refused_while_the_link_is_down_and_pushes_while_the_bus_refuses_them() -> None:
+    world = World()
+    assert (world.pubsub.refuse_join(), world.pubsub.can_publish) == (None, True)
+    world.bus.refusal = "read only"
+    assert (world.pubsub.refuse_join(), world.pubsub.can_publish) == (None, False)
+    world.bus.refusal, world.bus.link = "", Link(False, "away")
+    assert (world.pubsub.refuse_join(), world.pubsub.can_publish) == (Reason.BUS_UNAVAILABLE, False)
+
+
+# Publishing.
+
+
+async def test_local_broadcast_does_not_use_the_bus() -> None:
+    world = World()
+    reader = world.reader("t")
+    assert world.pubsub.local_broadcast("t", "e", encode_payload({}))
+    assert not world.pubsub.local_broadcast("u", "e", encode_payload({}))
+    assert (reader.events(), world.bus.published) == ([1], [])
+
+
+async def test_push_goes_towards_the_backends_alone() -> None:
+    world = World()
+    await world.pubsub.publish_push("t", "e", encode_payload({"a": 1}), "alice", "s1")
+    assert world.bus.published == [Event("t", "e", b'{"a":1}')]
+    assert world.bus.directions == [Direction.FROM]
+
+
+async def test_push_with_identity_is_done_when_the_bus_has_taken_both_messages() -> None:
+    world = World(redis={"push_identity": True})
+    world.bus.held = []
+    push = world.pubsub.publish_push("t", "e", encode_payload({"a": 1}), "alice", "s1")
+    assert world.bus.directions == [Direction.FROM, Direction.FROM_USER]
+    assert world.bus.published[1] == Event("t", "e", b'{"user":"alice","socket":"s1","payload":{"a":1}}')
+    world.bus.held[1].set_result(None)
+    await asyncio.sleep(0)
+    assert not push.done()
+    world.bus.held[0].set_result(None)
+    await push
+
+
+@pytest.mark.parametrize("place", [0, 1])
+async def test_push_with_identity_fails_where_the_bus_takes_one_message_alone(place: int) -> None:
+    world = World(redis={"push_identity": True})
+    world.bus.held = []
+    push = world.pubsub.publish_push("t", "e", encode_payload({}), None, "s1")
+    world.bus.held[place].set_exception(BusUnavailable("away"))
+    world.bus.held[1 - place].set_result(None)
+    with pytest.raises(BusUnavailable, match="away"):
+        await push
+
+
+async def test_push_whose_caller_waits_no_longer_is_let_go() -> None:
+    world = World(redis={"push_identity": True})
+    world.bus.held = []
+    push = world.pubsub.publish_push("t", "e", encode_payload({}), None, "s1")
+    push.cancel()
+    for future in world.bus.held:
+        future.set_result(None)
+    await asyncio.sleep(0)
+    assert push.cancelled()
+
+
+# Its loop, and its end.
+
+
+async def test_call_from_a_thread_runs_in_the_event_loop() -> None:
+    world, threads = World(), list[int]()
+
+    def note() -> None:
+        threads.append(threading.get_ident())
+
+    world.pubsub.call_in_loop(note)
+    await asyncio.to_thread(world.pubsub.call_in_loop, note)
+    await until(lambda: len(threads) == 2)
+    assert threads == [threading.get_ident()] * 2
+
+
+def test_call_into_a_loop_that_has_ended_says_so() -> None:
+    async def make() -> World:
+        return World()
+
+    world = asyncio.run(make())
+    with pytest.raises(RelayError, match="event loop that has ended"):
+        world.pubsub.call_in_loop(lambda: None)
+
+
+async def test_what_a_socket_leaves_behind_is_waited_for_up_to_the_deadline() -> None:
+    world, go, done = World(), asyncio.Event(), list[str]()
+
+    async def handler() -> None:
+        await go.wait()
+        done.append("handler")
+
+    queue = KeyedQueue(world.pubsub.in_flight)
+    assert world.pubsub.finish_in_background(queue) is None
+    await world.pubsub.join_background(20)
+    queue.run("t", handler)
+    task = world.pubsub.finish_in_background(queue)
+    assert task is not None
+    await world.pubsub.join_background(0.001)
+    assert not task.done()
+    go.set()
+    await world.pubsub.join_background(20)
+    assert (task.done(), done) == (True, ["handler"])
+
+
+async def test_stop_cancels_what_is_under_way_and_then_leaves_the_bus() -> None:
+    world = World(needs_subscribe=True)
+    await world.pubsub.start()
+    await world.pubsub.subscribe("t")
+    queue, ended = KeyedQueue(world.pubsub.in_flight), list[str]()
+
+    async def handler() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("handler")
+            ended.extend(call for call in world.bus.calls if call == "stop")
+
+    queue.run("t", handler)
+    await asyncio.sleep(0)
+    assert world.pubsub.finish_in_background(queue) is not None
+    await asyncio.sleep(0)
+    await world.pubsub.stop()
+    assert ended == ["handler"]
+    assert world.bus.calls == ["start", "subscribe t", "stop"]

@@ -135,7 +135,7 @@ class Session:
         await self.task
 
 
-@pytest.fixture(params=["direct", "portable"])
+@pytest.fixture(params=["direct", "asgi"])
 def mode(request: pytest.FixtureRequest) -> Iterator[str]:
     """Both write modes."""
     yield request.param
@@ -236,7 +236,7 @@ async def test_replies_and_events_are_sent_in_order(mode: str) -> None:
 
 
 async def test_frame_for_an_idle_asgi_connection_needs_no_outbox() -> None:
-    session = await Session(connect("portable")).open()
+    session = await Session(connect("asgi")).open()
     await asyncio.sleep(0)
     for number in range(3):
         session.event(str(number))
@@ -262,7 +262,7 @@ async def test_direct_write_is_offered_while_the_buffer_has_room() -> None:
 
 
 async def test_asgi_offers_no_direct_write() -> None:
-    session = await Session(connect("portable")).open()
+    session = await Session(connect("asgi")).open()
     assert session.transport.direct_write() is None
     await session.finish()
 
@@ -430,7 +430,7 @@ async def test_close_follows_what_is_queued(mode: str) -> None:
     assert session.sent == ["1", "reply", 1012]
     assert session.metrics.dropped == {"socket closed": 1}, "the event that came after the close began"
     assert session.transport.ending == (1012, "restart", "relay")
-    assert not session.connection.transport.aborted or mode == "portable"
+    assert not session.connection.transport.aborted or mode == "asgi"
 
 
 async def test_nothing_is_written_after_the_close_frame() -> None:
@@ -463,7 +463,7 @@ async def test_client_that_never_reads_is_cut_off_without_a_close_frame(mode: st
 
 
 async def test_server_without_a_transport_to_abort_ends_the_reader_all_the_same() -> None:
-    session = Session(connect("portable", answers_close=False), HURRY)
+    session = Session(connect("asgi", answers_close=False), HURRY)
     receive = session.connection.receive
     session.connection.receive = lambda: receive()  # type: ignore[method-assign]  # as middleware wraps it
     await session.open()
@@ -494,7 +494,7 @@ async def test_cancellation_from_outside_during_a_close_is_passed_on(mode: str) 
 
 
 async def test_frame_that_was_never_sent_is_counted_at_the_end() -> None:
-    session = await Session(connect("portable")).open()
+    session = await Session(connect("asgi")).open()
     await asyncio.sleep(0)
     session.connection.disconnect()
     await asyncio.sleep(0)
@@ -529,7 +529,7 @@ async def test_send_that_raises_ends_neither_reader_nor_relay(mode: str) -> None
 
 async def test_asgi_connection_whose_client_has_gone_is_aborted_after_a_while() -> None:
     """The server's own close would wait for a client that reads."""
-    session = await Session(connect("portable"), HURRY).open()
+    session = await Session(connect("asgi"), HURRY).open()
     aborted = asyncio.Event()
     session.connection.transport.on_abort = aborted.set
     await session.finish()
@@ -540,7 +540,7 @@ async def test_asgi_connection_whose_client_has_gone_is_aborted_after_a_while() 
 
 async def test_pending_receive_is_interrupted_for_the_close() -> None:
     """Granian (2.8) loses a close that is sent while a receive is pending."""
-    session = Session(connect("portable"))
+    session = Session(connect("asgi"))
     steps: list[str] = []
     receive, send = session.connection.receive, session.connection.send
 
