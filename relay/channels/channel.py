@@ -158,6 +158,9 @@ class Channel(Subscription):
         except BusUnavailable:
             self._release()
             self._refuse_join(join, Reason.BUS_UNAVAILABLE)
+        except asyncio.CancelledError:  # cut off, since too much of its socket is under way
+            self._socket.queue.run(self.topic, self._call_leave_handlers)
+            raise
         finally:
             pubsub.decisions.end(join.began)
 
