@@ -50,7 +50,7 @@ import logging
 
 from fastapi import FastAPI
 from relay import Relay
-from relay.config import load
+from relay.config_sources import load
 
 logging.basicConfig(level=logging.DEBUG)
 app = FastAPI()
