@@ -81,6 +81,7 @@ class Connection:
         self.take_frames = asyncio.Event()
         """Cleared, it keeps `send` waiting, as a client that does not read."""
         self.take_frames.set()
+        self.is_sending = False
         self.fault: Exception | None = None
         """What `send` raises, for a client that is gone."""
         self.put(f"{kind}.connect" if kind == "websocket" else "http.request")
@@ -105,7 +106,9 @@ class Connection:
         """ASGI's ``send``."""
         if self.fault is not None:
             raise self.fault
+        self.is_sending = True
         await self.take_frames.wait()
+        self.is_sending = False
         self.log.append(message)
         if message["type"] == "websocket.close":
             if self.writer is not None:
