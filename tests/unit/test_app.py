@@ -16,11 +16,13 @@ from relay.errors import RelayError
 from relay.web.console import SOCKET_PATH
 from tests.support.asgi import Connection, until
 
-LOCAL = [("host", "localhost")]
+REST = {"path": "/api"}
 
 
 def make(*plugins: Plugin, **settings: Any) -> Relay:
-    return Relay(**{"broadcast_url": "memory://", "system_topic": False, "extra_plugins": plugins, **settings})
+    """A relay on memory://, without the REST interface, which takes most of the time to make."""
+    common = {"broadcast_url": "memory://", "system_topic": False, "rest": {"path": ""}, "extra_plugins": plugins}
+    return Relay(**{**common, **settings})
 
 
 async def ask(app: Any, path: str, **options: Any) -> Connection:
@@ -102,7 +104,7 @@ def test_relay_that_does_not_run_says_so() -> None:
     ],
 )
 async def test_path_is_answered(path: str, status: int) -> None:
-    async with running() as relay:
+    async with running(rest=REST if path.startswith("/api") else {"path": ""}) as relay:
         assert (await ask(relay, path)).status == status
 
 
@@ -140,7 +142,7 @@ async def test_console_has_a_socket_of_its_own() -> None:
 
 
 async def test_name_of_a_topic_keeps_its_slashes() -> None:
-    async with running() as relay:
+    async with running(rest=REST) as relay:
         connection = Connection("/api//topics/a//b", "", kind="http")
         connection.scope["raw_path"] = b"/api//topics/a%2F%2Fb"
         await relay(connection.scope, connection.receive, connection.send)
@@ -351,7 +353,7 @@ async def test_plugin_routes_are_in_relays_rest_or_in_the_application() -> None:
 
     plugin.include_router(router)
     for in_app, found in ((False, ["/relay/api/hello"]), (True, ["/hello"])):
-        app, relay = FastAPI(), make(plugin)
+        app, relay = FastAPI(), make(plugin, rest=REST)
         relay.install(app, plugin_routes_in_app=in_app)
         async with relay.lifespan():
             paths = ["/hello", "/relay/hello", "/relay/api/hello"]
