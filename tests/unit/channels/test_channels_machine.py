@@ -23,10 +23,10 @@ from tests.support.transport import Client, FakeBroker, FakeNode
 
 TIMEOUT_S = 1.0
 TOPICS = ["a", "b"]
-SOCKETS_MAX = 4
+OPEN_MAX = 3
 CONFIG = Config(plugins={"timeout_s": TIMEOUT_S}, limits={"joins_per_s": 0, "pushes_per_s": 0})
 OUTCOMES = ["ok", "refuse", "raise"]
-JOINS = [*OUTCOMES, "wait", "hang", "leave", "disconnect"]
+JOINS = ["ok", *OUTCOMES, "wait", "hang", "leave"]
 PUSHES = [*OUTCOMES, "wait", "hang", "stop", "leave", "disconnect"]
 LEAVES = ["ok", "ok", "raise", "wait", "hang"]
 REVOKING = (CloseCode.GOING_AWAY, CloseCode.POLICY_VIOLATION, CloseCode.SLOW_READER)
@@ -82,7 +82,7 @@ class Sent:
     join_ref: str | None
 
 
-@dataclass
+@dataclass(eq=False)
 class Stream:
     """What one client has sent, and what it may read: checked frame by frame."""
 
@@ -99,6 +99,8 @@ class Stream:
     events: list[int] = field(default_factory=list)
     joins: dict[str, str] = field(default_factory=dict)
     """By topic, the newest join."""
+    removed: set[str] = field(default_factory=set)
+    """Joins that were being decided when the socket was taken out of their topic."""
     read: int = 0
 
     @property
@@ -148,7 +150,7 @@ class Stream:
             if current is not None:
                 self.closing = (topic, self.live.pop(topic))
             if status == "ok":
-                assert response == {"handled": ref}
+                assert response == {"handled": ref} and ref not in self.removed
                 self.live[topic] = ref
         elif response == {"reason": "unmatched topic"}:
             assert current is None and join_ref is None
@@ -180,7 +182,7 @@ class Channels(RuleBasedStateMachine):
         self.faults: list[str] = []
         self.events = 0
 
-    @initialize(needs_subscribe=st.booleans())
+    @initialize(needs_subscribe=st.sampled_from([True, True, False]))
     def start(self, needs_subscribe: bool) -> None:
         hooks = Hooks(
             join=(Hook("p", self.on_join),),
@@ -247,7 +249,7 @@ class Channels(RuleBasedStateMachine):
         payload = {"does": does, "ref": str(len(stream.sent) + 1), "socket": stream.client.socket.id}
         self.loop.do(lambda: stream.send(topic, event, None if topic == "phoenix" else join_ref, payload))
 
-    @precondition(lambda self: len(self.streams) < SOCKETS_MAX)
+    @precondition(lambda self: len(self.open) < OPEN_MAX)
     @rule()
     def connect(self) -> None:
         self.loop.do(lambda: self.streams.append(Stream(self.node.connect())))
@@ -264,9 +266,12 @@ class Channels(RuleBasedStateMachine):
     def push_to_handler(self, data: st.DataObject, topic: str, does: str, stale: bool) -> None:
         self.send(self.draw(data), topic, "handled", does, stale)
 
-    @rule(data=st.data(), topic=st.sampled_from(TOPICS))
-    def push(self, data: st.DataObject, topic: str) -> None:
-        self.send(self.draw(data), topic, "plain")
+    @rule(data=st.data(), topic=st.sampled_from(TOPICS), leaves=st.booleans())
+    def push(self, data: st.DataObject, topic: str, leaves: bool) -> None:
+        stream = self.draw(data)
+        self.send(stream, topic, "plain")
+        if leaves:
+            self.send(stream, topic, "phx_leave")
 
     @rule(data=st.data(), topic=st.sampled_from(TOPICS), stale=st.booleans())
     def leave(self, data: st.DataObject, topic: str, stale: bool) -> None:
@@ -280,14 +285,15 @@ class Channels(RuleBasedStateMachine):
             stream.check_new()
             assert stream.answered[str(len(stream.sent))] == "ok", "whatever waits"
 
-    @rule(data=st.data())
-    def hang_up(self, data: st.DataObject) -> None:
-        stream = self.draw(data)
-        self.loop.do(lambda: stream.client.transport.feed(None))
-        assert stream.client.task.done()
+    @property
+    def open(self) -> list[Stream]:
+        return [stream for stream in self.streams if stream.is_open]
 
     def draw(self, data: st.DataObject) -> Stream:
-        return self.streams[data.draw(st.integers(0, len(self.streams) - 1))]
+        """A socket that is open: most of what is asked of another one does nothing."""
+        if not self.open:
+            self.connect()
+        return data.draw(st.sampled_from(self.open))
 
     # Handlers and time.
 
@@ -309,9 +315,9 @@ class Channels(RuleBasedStateMachine):
 
     # The broker.
 
-    @rule(is_slow=st.booleans(), fails=st.booleans())
-    def set_broker(self, is_slow: bool, fails: bool) -> None:
-        self.node.broker.is_slow, self.node.broker.fails = is_slow, fails
+    @rule(how=st.sampled_from(["quick", "slow", "fails"]))
+    def set_broker(self, how: str) -> None:
+        self.node.broker.is_slow, self.node.broker.fails = how == "slow", how == "fails"
 
     @precondition(lambda self: self.node.broker.waiting)
     @rule(error=st.sampled_from(["", "", "away"]))
@@ -347,15 +353,23 @@ class Channels(RuleBasedStateMachine):
 
     @rule(data=st.data(), topic=st.sampled_from(TOPICS))
     def take_out(self, data: st.DataObject, topic: str) -> None:
-        socket = self.draw(data).client.socket
+        stream = self.draw(data)
+        socket = stream.client.socket
+        if (join := socket.joining(topic)) is not None:
+            stream.removed.add(str(join.ref))
         self.loop.do(lambda: socket.leave(topic))
         assert socket.subscription(topic) is None
 
-    @rule(data=st.data(), code=st.sampled_from([CloseCode.GOING_AWAY, CloseCode.RESTART]))
-    def close(self, data: st.DataObject, code: CloseCode) -> None:
-        socket = self.draw(data).client.socket
-        self.loop.do(lambda: socket.close(code, "enough"))
-        assert socket.is_closed
+    @rule(data=st.data(), code=st.sampled_from([None, None, CloseCode.GOING_AWAY, CloseCode.RESTART]))
+    def end_socket(self, data: st.DataObject, code: CloseCode | None) -> None:
+        """The client hangs up, or the relay closes; then one that was closed may hang up."""
+        client = data.draw(st.sampled_from(self.streams)).client
+        if code is None:
+            self.loop.do(lambda: client.transport.feed(None))
+            assert client.task.done()
+        else:
+            self.loop.do(lambda: client.socket.close(code, "enough"))
+            assert client.socket.is_closed
 
     # What always holds.
 
@@ -431,5 +445,5 @@ class Channels(RuleBasedStateMachine):
         assert all(direction is Direction.FROM for direction, *_ in broker.published)
 
 
-Channels.TestCase.settings = settings(max_examples=30, stateful_step_count=40)
+Channels.TestCase.settings = settings(max_examples=30, stateful_step_count=60)
 TestChannelsInAnyOrder = Channels.TestCase
