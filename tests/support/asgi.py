@@ -107,7 +107,8 @@ class Connection:
         if self.fault is not None:
             raise self.fault
         self.is_sending = True
-        await self.take_frames.wait()
+        if message["type"] != "websocket.close":  # a close too early must be seen
+            await self.take_frames.wait()
         self.is_sending = False
         self.log.append(message)
         if message["type"] == "websocket.close":
