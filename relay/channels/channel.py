@@ -24,6 +24,7 @@ from relay.config import Config, Policy
 from relay.errors import SUBSCRIPTION_ENDED, BusUnavailable, Reason
 from relay.log import ConnectionLog
 from relay.metrics import Metrics
+from relay.permissions import Identity
 from relay.plugins import hooks
 from relay.plugins.dispatcher import HandlerError
 from relay.plugins.hooks import Hook, SocketInfo
@@ -106,10 +107,10 @@ class Channel(Subscription):
 
     def __init__(self, topic: str, join_ref: Ref) -> None:
         # Without super().__init__(): one call fewer for each join.
-        self.topic = topic
-        self.join_ref = join_ref
-        self.may_push = True
-        self.identity = None
+        self.topic: str = topic
+        self.join_ref: Ref = join_ref
+        self.may_push: bool = True
+        self.identity: Identity | None = None
         # The newest push without an answer: a leave waits for it, so that its reply comes first.
         self._last_push: asyncio.Future[None] | None = None
 
