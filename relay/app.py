@@ -1,6 +1,6 @@
 """`Relay`: the ASGI application, and what a team's own code and its plugins call.
 
-Owns the face of the relay: settings, plugins, routes, and the start and stop of the node behind it.
+Owns the application's public interface: settings, plugins, routes, and the start and stop of the node.
 """
 
 import asyncio
@@ -359,7 +359,7 @@ class Relay:
         return self._node.link
 
     def _refusal(self) -> str:
-        """Say why nobody should be sent here; empty when all is well."""
+        """Say why no client should be sent here; empty if the relay is ready."""
         if self._node is not None and self._node.is_draining:
             return "the relay is restarting"
         return "" if self.link.live else self.link.reason

@@ -1,8 +1,8 @@
 """Work in order per key, at once where nothing has to wait.
 
-Owns which pieces of work are under way; must not know what they do. A piece is a callable that does what it
-can right away and returns a coroutine for the rest, or None. While a key's coroutine runs, further pieces of
-that key queue behind it; other keys go on.
+Owns which jobs are under way; must not know what they do. A job is a callable that does what it can right away and
+returns its continuation, a coroutine, or None. While a key's continuation runs, further jobs of that key queue behind
+it; other keys go on.
 """
 
 import asyncio
@@ -21,13 +21,13 @@ _CLOSE_TIMEOUT_S = 5.0
 
 
 JOB_BYTES = 500
-"""What a piece that waits takes beside what it is about: itself, its message, its place in the queue."""
+"""What a job that waits takes beside what it is about: itself, its message, its place in the queue."""
 
 
 class InFlight:
-    """What is under way in all lanes of a relay, in bytes: past a bound, the owner with the most gives up.
+    """What is under way in all queues of a relay, in bytes: past a bound, the owner with the most gives up.
 
-    Args: max_bytes: the bound, `JOB_BYTES` for each piece that waits included; 0 for none.
+    Args: max_bytes: the bound, `JOB_BYTES` for each job that waits included; 0 for none.
           metrics: ``in_flight_bytes`` there is the sum.
     """
 
@@ -40,7 +40,7 @@ class InFlight:
         self._members: set[KeyedQueue] = set()
 
     def count(self, lanes: "KeyedQueue", more_bytes: int) -> None:
-        """Count what has come into lanes, or left them; past the bound, have those with the most given up."""
+        """Count what has come into a queue, or left it; past the bound, have the queue with the most given up."""
         self._metrics.in_flight_bytes += more_bytes
         if more_bytes <= 0:
             if not lanes.held_bytes:
@@ -57,7 +57,7 @@ class InFlight:
                 self._metrics.refused[IN_FLIGHT_FULL] += most.cut_off()
 
     def has_room(self, lanes: "KeyedQueue", key: Hashable, more_bytes: int) -> bool:
-        """Say whether more may wait in lanes whose owner cannot give up: a sixteenth for each key, half for all keys.
+        """Say whether more may wait in a queue whose owner cannot give up: a sixteenth for each key, half for all keys.
 
         What need not wait for others of its key may always come.
         """
@@ -70,14 +70,14 @@ class InFlight:
 
 
 class _Lane:
-    """The pieces of one key: one that runs, and those that wait, each with its size."""
+    """The jobs of one key: one that runs, and those that wait, each with its size."""
 
     __slots__ = ("number", "pieces", "size", "task", "waiting_bytes")
 
     def __init__(self, size: int) -> None:
         self.pieces: deque[tuple[Job, int]] = deque()
         self.waiting_bytes = 0
-        # Of the one that runs: its size, and which one it is since the lane began.
+        # Of the one that runs: its size, and its number since the key became busy.
         self.size = size
         self.number = 0
         self.task: asyncio.Task[None] | None = None
@@ -89,23 +89,23 @@ class _Lane:
         return piece
 
     def cancel(self, number: int) -> None:
-        """Cancel the piece that runs, if it is this one still."""
+        """Cancel the job that runs, if it is this one still."""
         if self.number == number and self.task is not None:
             self.task.cancel()
 
 
 class KeyedQueue:
-    """Lanes of one owner; `close` ends them all.
+    """The jobs of one owner, in order per key; `close` ends them all.
 
     Args: in_flight: where their bytes are counted, if anywhere.
-          give_up: has to `drop` what waits, when all lanes together hold too much and these most.
+          give_up: has to `drop` what waits, when all queues together hold too much and this one most.
     """
 
     __slots__ = ("_changed", "_cut", "_in_flight", "_lanes", "_tasks", "give_up", "held_bytes", "pending")
 
     def __init__(self, in_flight: InFlight | None = None, give_up: Callable[[], object] | None = None) -> None:
         self.pending: int = 0
-        """Pieces begun and not finished, or waiting for their turn."""
+        """Jobs begun and not finished, or waiting for their turn."""
         self.held_bytes: int = 0
         """Bytes that those are about, and what those that wait take besides."""
         self.give_up: Callable[[], object] | None = give_up
@@ -117,7 +117,7 @@ class KeyedQueue:
         self._changed: asyncio.Future[None] | None = None
 
     def run(self, key: Hashable, piece: Job, size: int = 0) -> None:
-        """Do ``piece`` now, or behind those of its key that are under way.
+        """Run ``piece`` now, or behind those of its key that are under way.
 
         Args: size: of what it is about, in bytes; not counted where it is done at once.
         """
@@ -160,20 +160,20 @@ class KeyedQueue:
                 self.done()
                 rest = lane.pop()()
         finally:
-            # Also when a piece raises, which none should: the key must not stay blocked.
+            # Also when a job raises, which none should: the key must not stay blocked.
             del self._lanes[key]
             self._hold(-lane.waiting_bytes - lane.size)
             lane.task = None
             self.done(1 + len(lane.pieces))
 
     def done(self, pieces: int = 1) -> None:
-        """So many pieces fewer are pending; for owners that add to ``pending`` by themselves."""
+        """So many jobs fewer are pending; for owners that add to ``pending`` directly."""
         self.pending -= pieces
         if self._changed is not None and not self._changed.done():
             self._changed.set_result(None)
 
     async def wait_below(self, limit: int, max_bytes: float = math.inf) -> None:
-        """Return once fewer than ``limit`` pieces are pending, and they hold less. One waiter at a time."""
+        """Return once fewer than ``limit`` jobs are pending, and they hold less. One waiter at a time."""
         while self.pending >= limit or self.held_bytes >= max_bytes:
             self._changed = asyncio.get_running_loop().create_future()
             await self._changed
@@ -189,7 +189,7 @@ class KeyedQueue:
             _ = await asyncio.wait(self._tasks)
 
     def waiting(self, key: Hashable) -> int:
-        """How many pieces of a key wait for their turn."""
+        """How many jobs of a key wait for their turn."""
         lane = self._lanes.get(key)
         return 0 if lane is None else len(lane.pieces)
 
@@ -199,11 +199,11 @@ class KeyedQueue:
         return 0 if lane is None else lane.waiting_bytes
 
     def is_busy(self, key: Hashable) -> bool:
-        """Whether a further piece of a key would have to wait."""
+        """Whether a further job of a key would have to wait."""
         return key in self._lanes
 
     def drop(self, goes: Callable[[Job], bool]) -> int:
-        """Drop the pieces that wait and of which ``goes`` is true; returns how many."""
+        """Drop the jobs that wait and of which ``goes`` is true; returns how many."""
         dropped = dropped_bytes = 0
         for lane in self._lanes.values():
             kept = [entry for entry in lane.pieces if not goes(entry[0])]
@@ -218,7 +218,7 @@ class KeyedQueue:
         return dropped
 
     def cut_off(self) -> int:
-        """Cancel what runs and holds bytes, and count these lanes no more. Returns how many pieces that are."""
+        """Cancel what runs and holds bytes, and count this queue no more. Returns how many jobs that are."""
         self._hold(-self.held_bytes)
         self._cut = True
         running = [lane for lane in self._lanes.values() if lane.size]

@@ -49,7 +49,7 @@ SecondsOrOff = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 ENVELOPE_BYTES = 1_024
-"""Room for what a frame has beside its payload: topic, event and refs, of at most 255 bytes each."""
+"""Bytes for what a frame has beside its payload: topic, event and refs, of at most 255 bytes each."""
 
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -110,7 +110,7 @@ class Policy(NamedTuple):
 
 
 class OnGap(StrEnum):
-    """What the subscribers of a topic are told when events may have been missed."""
+    """What the subscribers of a topic receive when events may have been missed."""
 
     REJOIN = "rejoin"
     IGNORE = "ignore"
@@ -581,12 +581,12 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     def check_exposure(self, *, authenticates: bool = False) -> None:
         """Refuse to listen beyond this machine while anybody may connect. Raises ConfigError.
 
-        Args: authenticates: a function of an app that the relay is mounted in says who gets in.
+        Args: authenticates: a function of an app that the relay is mounted in authenticates clients.
         """
         if self.exposure(authenticates or self.auth.has_keys).is_refused:
             raise ConfigError(
                 f"host: {self.host} can be reached from other machines, and anybody could connect; set auth.keys or "
-                "auth.jwks_url to let in whoever has a token, or give your app's relay authenticate=…, or set "
+                "auth.jwks_url to let in clients with a token, or give your app's relay authenticate=…, or set "
                 "allow_anonymous = true (or RELAY_ALLOW_ANONYMOUS=true) if anybody is meant"
             )
 
@@ -598,7 +598,7 @@ class Exposure(NamedTuple):
     """The settings by which others than the user of this machine are let in. Where there are any, a request from this
     machine proves nothing: it may be a proxy's."""
     everybody: bool
-    """Whether clients of all the world may connect without a token, by themselves or through a proxy."""
+    """Whether clients of all the world may connect without a token, directly or through a proxy."""
     is_refused: bool
     """Whether ``relay serve`` refuses to start: other machines could connect, and no setting says that they may."""
 

@@ -44,7 +44,7 @@ IN_FLIGHT_FULL = "in flight full"
 """Why a push that waits for a handler goes no further, for the counter alone: its socket is closed with 1013."""
 
 SUBSCRIPTION_ENDED = "subscription ended"
-"""Why a push that had to wait goes no further, for the counter alone: its client has been told of the end."""
+"""Why a push that had to wait goes no further, for the counter alone: its client has been notified of the end."""
 
 
 class CloseCode(IntEnum):

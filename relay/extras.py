@@ -107,7 +107,7 @@ def _on_by_default(config: Config) -> Iterator[Optional]:
         yield Optional("rest", REST, "rest.path" if "path" in config.rest.model_fields_set else "")
     if config.system_topic:
         yield Optional("metrics", SYSTEM_TOPIC, "system_topic" if "system_topic" in config.model_fields_set else "")
-    # Not `folder`, by which workers share the figures of the console too.
+    # Not `metrics.dir`, by which workers share the metrics of the console too.
     given = ("key", metrics.key), ("public", metrics.public), ("topics", metrics.topics)
     yield Optional("metrics", METRICS, next((f"metrics.{name}" for name, value in given if value), ""))
 

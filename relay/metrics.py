@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 REFUSED_STATE = "relay.refused"
-"""Where a server finds `Metrics.refused` in the lifespan's state, for what it refuses by itself."""
+"""Where a server finds `Metrics.refused` in the lifespan's state, for what the server itself refuses."""
 
 BOUNDS_S = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 """Upper bounds of a histogram's buckets, in seconds; what takes longer has a bucket of its own."""
 
 
 def count_refusal(state: MutableMapping[str, Any], kind: str) -> None:
-    """Count what a server refuses by itself.
+    """Count what the server itself refuses.
 
     Args: state: of the lifespan. Where a team's own app is served it holds no counter, and nothing is counted.
     """
@@ -58,7 +58,7 @@ class Metrics:
     events_not_json: int = 0
     """Events that were delivered as bytes, although their payload begins as JSON does."""
     events_without_subscribers: int = 0
-    """Of those, events on topics nobody here has joined."""
+    """Of those, events on topics that no socket of this process has joined."""
     deliveries: int = 0
     """Frames of events written, or queued, for a socket."""
     delivered_bytes: int = 0
@@ -86,7 +86,7 @@ class Metrics:
     link_lag_s: float = 0.0
     """Seconds that the broker's link took to answer its last ping; 0 before the first, and where it has none."""
     rejoins_requested: int = 0
-    """Subscriptions told by ``phx_error`` to rejoin after a gap."""
+    """Subscriptions that a ``phx_error`` asked to rejoin after a gap."""
     disconnects_by_control: int = 0
     """Sockets and subscriptions ended because their user was disconnected or kicked."""
     drained: int = 0

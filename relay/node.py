@@ -1,6 +1,6 @@
 """The parts of a started relay, bound to one event loop: made at its start, let go at its stop.
 
-Owns their lifetime and order; `relay.app` is the face that people see.
+Owns their lifetime and order; `relay.app` is the public interface.
 """
 
 import asyncio
@@ -213,7 +213,7 @@ class Node:
         await self.pubsub.join_background(self.config.limits.close_timeout_s)
         for task in self._tasks:
             task.cancel()
-        if self._tasks:  # a service that does not heed its cancellation is left behind
+        if self._tasks:  # a service that ignores its cancellation is left behind
             _ = await asyncio.wait(self._tasks, timeout=self.config.limits.close_timeout_s)
         for hook in self._hooks.shutdown:
             with suppress(HandlerError):  # logged and counted there

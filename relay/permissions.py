@@ -120,7 +120,7 @@ def _pattern(pattern: object) -> str:
 
 
 def bind(grants: tuple[Grant, ...], user: str | None) -> tuple[Grant, ...]:
-    """Put ``user`` where the patterns say ``{sub}``; without a user such a grant is nobody's."""
+    """Put ``user`` where the patterns say ``{sub}``; without a user such a grant is left out."""
     if not any(_SUBJECT in grant.pattern for grant in grants):
         return grants
     return tuple(

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 Network: TypeAlias = IPv4Network | IPv6Network
 
 IPV6_PREFIX = 64
-"""Bits of an IPv6 address that clients are told apart by: a provider gives each of them the rest to choose from."""
+"""Bits of an IPv6 address that identify a client: a provider lets each client choose the others."""
 
 FORWARDED = frozenset(
     b"forwarded via x-real-ip x-client-ip x-cluster-client-ip x-original-forwarded-for x-original-host "
@@ -21,7 +21,7 @@ FORWARDED = frozenset(
     b"x-appengine-user-ip x-azure-clientip".split()
 )
 """Headers that proxies write, besides those that begin with ``x-forwarded``. A proxy that writes none of them cannot be
-told from a client on this machine."""
+distinguished from a client on this machine."""
 
 _AUTHORITY = re.compile(r"(?:\[([0-9a-f:.]+)\]|([a-z0-9._-]+))(?::[0-9]*)?", re.ASCII | re.IGNORECASE)
 
@@ -165,7 +165,7 @@ def parse_ip(text: str) -> IPv4Address | IPv6Address | None:
 
 
 def _parse_host(text: str) -> IPv4Address | IPv6Address | None:
-    """Read an address, with or without a port: ``1.2.3.4:5``, ``::1``, ``[::1]:5``; None for what is none."""
+    """Read an address, with or without a port: ``1.2.3.4:5``, ``::1``, ``[::1]:5``; None for other text."""
     if text.startswith("["):
         text = text[1:].partition("]")[0]
     elif text.count(":") == 1:

@@ -24,7 +24,7 @@ class TokenBucket:
         self._tokens = burst
         self._last = now
         self.excess: int = 0
-        """Tokens asked for in vain since it was last full."""
+        """Tokens that were requested and refused since it was last full."""
 
     def take(self, now: float, wanted: int = 1) -> bool:
         """Take a token, or several; False where there are not so many. More than it holds are taken from a full one."""

@@ -45,7 +45,7 @@ def announce(page_url: str, redis_url: str | None) -> Iterator[None]:
     with suppress(OSError):  # a full disk, say: the relay is not found then, and serves all the same
         unfinished.touch(mode=0o600)
         unfinished.write_text(json.dumps({"page": page_url, "redis": redis_url}))
-        unfinished.replace(path)  # at once, so that nobody reads half of it
+        unfinished.replace(path)  # atomic, so that no reader gets half of it
     try:
         yield
     finally:
@@ -83,5 +83,5 @@ def _running() -> Iterator[tuple[float, str, str]]:
             os.kill(int(path.stem.partition("-")[0]), 0)
             announced = json.loads(path.read_text())
             yield path.stat().st_mtime, announced["page"], announced["redis"]
-        except (ProcessLookupError, PermissionError, FileNotFoundError):  # its number may be somebody else's by now
+        except (ProcessLookupError, PermissionError, FileNotFoundError):  # another user's process may have its number
             path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Variables that look like the relay's settings and are none: those of services, which Kubernetes and Docker set.
+"""Variables that look like the relay's settings but are not: those of services, which Kubernetes and Docker set.
 
 Owns their forms; must not know the settings.
 """
@@ -15,7 +15,7 @@ ENV_PREFIX = "RELAY_"
 
 # Kubernetes tells every container of each service in its namespace, and Docker of each linked container, by variables
 # that begin with its name. Those of one named `relay`, or `relay-…`, look like settings: name, value, and whether these
-# two prove a service by themselves, or stand beside what does.
+# two alone prove a service, or stand beside what does.
 # Sources: kubernetes.io/docs/concepts/services-networking/service/#environment-variables and
 # docs.docker.com/engine/network/links/#environment-variables.
 _IP = r"[\d.]+|[\da-f:.]*:[\da-f:.]*"
@@ -40,7 +40,7 @@ _LINKS = tuple(
 def service_links(environ: Mapping[str, str]) -> list[str]:
     """Names of the ``RELAY_…`` variables that Kubernetes or Docker has set for a service named ``relay``, ``relay-…``.
 
-    They are told apart by form: by the value (``RELAY_PORT=tcp://10.0.0.1:80``), or, where that says little
+    They are recognized by form: by the value (``RELAY_PORT=tcp://10.0.0.1:80``), or, where that says little
     (``RELAY_SERVICE_PORT=80``), by a variable of the same service beside them.
     """
     found = [

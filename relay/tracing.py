@@ -36,7 +36,7 @@ OUTCOME = "relay.outcome"
 """``ok``, or why not, in the words of the counters."""
 
 _NAME_MAX = 255
-"""Characters of a topic or an event that a client sent: what is longer is refused, and not worth more room."""
+"""Characters of a topic or an event that a client sent: what is longer is refused, and not worth more memory."""
 
 
 class Tracer:
@@ -65,7 +65,7 @@ class Tracer:
             span.set_attribute(OUTCOME, outcome)
 
     def begin(self, scope: Mapping[str, Any]) -> "Trace":
-        """Begin with a handshake; the trace it belongs to is told by its headers, else by its query.
+        """Begin with a handshake; its headers, or else its query, name the trace it belongs to.
 
         A page cannot set headers of a WebSocket: it says ``new Socket(url, {params: {traceparent}})``.
         """

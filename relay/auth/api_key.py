@@ -1,7 +1,7 @@
-"""Who may operate the relay, by REST or at the console: whoever has the API key; without one, this machine alone.
+"""Access to REST and the console: clients with the API key; without a key in the settings, this machine alone.
 
-Owns that decision and the one about who sees the figures, as pure functions of an ASGI scope, and the line about a
-wrong key; must not know what is then done.
+Owns that decision and the one about access to the metrics, as pure functions of an ASGI scope, and the log line about
+a wrong key; must not know what is then done.
 """
 
 import hmac
@@ -14,7 +14,7 @@ from relay.transports.network_access import NetworkAccess, is_foreign_page, is_t
 
 
 class AccessDenied(NamedTuple):
-    """Why somebody may not: HTTP status, and a sentence for the client."""
+    """Why a client has no access: HTTP status, and a sentence for the client."""
 
     status: int
     text: str
@@ -30,9 +30,9 @@ def api_key_from(scope: Mapping[str, Any]) -> bytes:
 
 
 class ApiKeyAuth:
-    """Says who may operate one relay, and who may see its figures.
+    """Decides which requests may use REST and the console of one relay, and which may read its metrics.
 
-    Args: config: ``rest.api_key`` decides, where it is set; for figures ``metrics.key`` and ``metrics.public``.
+    Args: config: ``rest.api_key`` decides, where it is set; for metrics ``metrics.key`` and ``metrics.public``.
           authenticates: whether clients are asked who they are, by keys or by a function.
           loggers: the relay's, where wrong keys are logged.
     """
@@ -88,7 +88,7 @@ class ApiKeyAuth:
         return self.has_key(scope) or (is_this_machine(scope) and not is_foreign_page(scope))
 
     def admit_to_metrics(self, scope: Mapping[str, Any]) -> AccessDenied | None:
-        """Say why a request may not see the figures; None where it may. A wrong key is logged."""
+        """Say why a request may not read the metrics; None where it may. A wrong key is logged."""
         given = api_key_from(scope)
         if self._metrics_are_public or (self._metrics_key and hmac.compare_digest(given, self._metrics_key)):
             return None

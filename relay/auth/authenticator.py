@@ -1,4 +1,4 @@
-"""Who gets in: what an upgrade request, or a token that comes later, proves of its sender.
+"""Authentication: what an upgrade request, or a token that comes later, proves about its sender.
 
 Owns the decision, and the identity that follows from it; must not know sockets or how tokens are checked.
 """
@@ -45,7 +45,7 @@ Authenticate: TypeAlias = Callable[[UpgradeRequest], Claims | Awaitable[Claims |
 
 
 class Authenticator:
-    """Decides who gets in.
+    """Authenticates upgrade requests and tokens.
 
     Args: config: ``auth`` and ``allow_anonymous`` are used.
           verify: checks a token; None where no keys are configured.
@@ -165,7 +165,7 @@ class Authenticator:
 
 
 def _bare_scope() -> dict[str, Any]:
-    """A request that holds nothing: nobody is logged in."""
+    """A request that holds nothing: no user is logged in."""
     scope: dict[str, Any] = {"type": "websocket", "path": "", "query_string": b"", "headers": [], "session": {}}
     return scope | {"user": UnauthenticatedUser(), "auth": AuthCredentials()}
 

@@ -60,7 +60,7 @@ class PublishedKeys:
             await asyncio.gather(task, return_exceptions=True)
 
     async def keys(self, kid: str) -> tuple[Key, ...]:
-        """All keys, fetched anew where they are old or ``kid`` is not among them; not more often than allowed."""
+        """All keys, fetched again where they are old or ``kid`` is not among them; not more often than allowed."""
         is_old = self._clock() - self._fetched_at > self._config.jwks_cache_s
         is_missing = not self._keys or (bool(kid) and all(key.kid != kid for key in self._keys))
         if is_old or is_missing:
@@ -149,7 +149,7 @@ class _JwksError(ValueError):
 def parse_jwks(data: bytes) -> tuple[Key, ...]:
     """Read a key set: its RSA keys and those on P-256, for signatures. Raises ValueError where it holds none.
 
-    Secrets in it (``oct``) are passed over: nobody publishes a secret that is one.
+    Secrets in it (``oct``) are ignored: a published secret is not secret.
     """
     try:
         entries = msgspec.json.decode(data)["keys"]

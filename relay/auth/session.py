@@ -2,9 +2,9 @@
 
 Owns a socket's identity and the timer of its end; must not know frames, Redis or how an identity is proved.
 
-At its expiry each topic gets a ``phx_error``: the client rejoins, and phoenix.js asks its params function anew. A token
-in those params, or in an ``access_token`` event, renews; a socket that has not been renewed after the grace is closed,
-and phoenix.js connects anew with a new ``authToken``.
+At its expiry each topic gets a ``phx_error``: the client rejoins, and phoenix.js calls its params function again. A
+token in those params, or in an ``access_token`` event, renews; a socket that has not been renewed after the grace is
+closed, and phoenix.js connects again with a new ``authToken``.
 """
 
 import asyncio

@@ -26,7 +26,7 @@ _TOKEN_MAX_BYTES = 16_384
 _LAST_SECOND = 1e15
 """Seconds since 1970, in 31 million years: what is past it is no time, and neither is NaN."""
 _FAULTS = (PyJWTError, ValueError, TypeError, OverflowError, RecursionError)
-"""What PyJWT raises for a token that is none; some of it escapes from the JSON inside."""
+"""What PyJWT raises for an invalid token; some of it escapes from the JSON inside."""
 
 
 def load_keys(config: AuthConfig) -> tuple[Key, ...]:

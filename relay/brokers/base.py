@@ -6,7 +6,7 @@ Guarantees of every broker:
 
 - **Order.** Events of one topic are handed over in the order the bus has them, in one task.
 - **At most once.** Nothing is handed over twice, and nothing is delivered again after a fault.
-- **Loss is told.** Each time events may have been missed, `Sink.on_gap` is called, once hearing is restored.
+- **Loss is reported.** Each time events may have been missed, `Sink.on_gap` is called, once hearing is restored.
 - **Publishing is answered.** The future of `publish` is done when the bus has taken the message, or fails
   with `BusUnavailable`; it never stays pending for longer than the broker's time limit.
 """

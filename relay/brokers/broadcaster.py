@@ -4,7 +4,8 @@ Owns the bus channels and the supervision the backends lack; must not know who s
 
 One bus channel per topic and direction, the event inside an envelope (`relay.brokers.envelope`).
 
-A backend does not say when it has gone deaf (asyncpg's listener waits for ever on a dead connection), so
+A backend does not report that it no longer receives (asyncpg's listener waits without a limit on a dead
+connection), so
 the adapter publishes a probe to a channel of its own and expects to hear it.
 """
 
@@ -139,7 +140,7 @@ class BroadcasterBroker:
         return self._put(self._channel(direction, topic), pack(topic, event, payload, sender))
 
     def publish_control(self, data: bytes) -> asyncio.Future[None]:
-        """Publish on the control channel; without one it is done at once, and reaches nobody else."""
+        """Publish on the control channel; without one it is done at once, and reaches no other node."""
         if self._control_channel:
             return self._put(self._control_channel, data.decode())
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()

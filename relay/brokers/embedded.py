@@ -47,7 +47,7 @@ _STOP_S = 5.0
 _LOOK_S = 0.01
 
 # Linux tells a process when the thread that started it has ended: this becomes the server. Where the parent has ended
-# before it could be asked for, nobody needs the server any more. Arguments: the parent, the binary and its arguments.
+# before it could be asked for, the server is not needed any more. Arguments: the parent, the binary and its arguments.
 _BECOME = """
 import os, signal, sys
 try:

@@ -43,7 +43,7 @@ def pack(topic: str, event: str, payload: bytes, sender: str | None = None) -> s
 
 
 def unpack(text: str) -> Event:
-    """Take an event out of an envelope. Raises ValueError where it is none."""
+    """Take an event out of an envelope. Raises ValueError where the text is not an envelope."""
     try:
         envelope = _decode(text)
         if isinstance(envelope.base64, str):

@@ -172,7 +172,7 @@ class RedisBroker:
 
     def _role_changed(self, role: Role) -> None:
         """Learn from the publisher that its server is no longer what it was: what it sends on may not reach us."""
-        # A session that has found the same when it subscribed is none the worse for it.
+        # A session that saw the same role when it subscribed goes on.
         if self._session is not None and self._session.role != role:
             self._session.end(f"the server has become {role}")
 
@@ -191,7 +191,7 @@ class RedisBroker:
         return self._publisher.publish(to_redis_channel(prefix, topic, event), payload, sender)
 
     def publish_control(self, data: bytes) -> asyncio.Future[None]:
-        """``PUBLISH <control channel> <data>``; without such a channel it is done at once, and reaches nobody else."""
+        """``PUBLISH <control channel> <data>``; without such a channel it is done at once, for no other node."""
         if self._redis.control_channel:
             return self._publisher.publish(self._redis.control_channel.encode(), data)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()

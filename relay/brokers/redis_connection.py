@@ -229,8 +229,8 @@ class Connections:
         for command in commands:
             reply = await opened.ask(*command)
             if isinstance(reply, hiredis.ReplyError):
-                told = "" if command[0] in ("AUTH", "HELLO") else f"{' '.join(command)}: "
-                raise LinkLost(told + words(reply))
+                prefix = "" if command[0] in ("AUTH", "HELLO") else f"{' '.join(command)}: "
+                raise LinkLost(prefix + words(reply))
 
     async def close(self) -> None:
         """Close what asks the Sentinels."""

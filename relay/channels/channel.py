@@ -272,7 +272,7 @@ class Channel(Subscription):
         pubsub = socket.services.pubsub
         socket.count_push()
         if push.event == RENEWAL:
-            return self._renew(push)  # whatever becomes of it: a token is for nobody else to see
+            return self._renew(push)  # whatever becomes of it: push handlers and subscribers may not see a token
         if not self.may_push:
             self._refuse_push(push, Reason.UNAUTHORIZED)
             return None

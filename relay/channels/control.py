@@ -1,6 +1,6 @@
-"""What nodes tell each other beside events: to send a user away.
+"""Control messages between nodes: disconnect or kick a user.
 
-Owns the words of these orders on the bus, and which decisions they overtake; must not know how they travel or who
+Owns the format of these messages on the bus, and which decisions they overtake; must not know how they travel or who
 carries them out. One is a JSON object::
 
     {"do": "disconnect", "user": "alice", "reason": "banned", "sender": "6f1c2a9e"}
@@ -13,7 +13,7 @@ import msgspec
 
 
 class ControlMessage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One order. Whoever gives it has carried it out already where it is, under the name ``sender``."""
+    """One control message. The node ``sender`` has applied it already to its own sockets."""
 
     action: Literal["disconnect", "kick"] = msgspec.field(name="do")
     user: str
@@ -26,12 +26,12 @@ _decode = msgspec.json.Decoder(ControlMessage).decode
 
 
 def encode(order: ControlMessage) -> bytes:
-    """Write an order."""
+    """Encode a control message."""
     return msgspec.json.encode(order)
 
 
 def decode(data: bytes) -> ControlMessage | None:
-    """Read an order; None for what is none, or is one that this version does not know."""
+    """Decode a control message; None where it is invalid, or of a kind that this version does not know."""
     try:
         order = _decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeError):

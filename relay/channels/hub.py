@@ -46,7 +46,7 @@ class Subscriber(Protocol):
     def direct_write(self) -> Callable[[bytes], object] | None:
         """What writes frames to this socket as they are; None where they must go through `send_event`.
 
-        When the answer changes, the hub must be told by `Hub.refresh`.
+        When the answer changes, `Hub.refresh` must be called.
         """
 
     def send_event(self, frame: Frame, topic: str, event: str, policy: Policy) -> None:
@@ -89,7 +89,7 @@ class _Topic:
         self.mark = (now, 0)
         # Each with `events` as it was when it came: what it was sent is known at its end, and costs nothing until then.
         self.subscribers: dict[Subscriber, int] = {}
-        # The subscribers as the loop walks them; made anew after a join, a leave, or when one is ready or no longer so.
+        # The subscribers as the loop walks them; built again after a join, a leave, or a change of readiness.
         self.groups: tuple[_Group, ...] | None = None
         # Those of them that get no events for now, each with `events` as it was then.
         self.held: dict[Subscriber, int] | None = None
@@ -139,7 +139,7 @@ class _Delivery:
         self.groups = topic.sort()
         self.group = 0
         self.position = 0
-        # Encoded at most once per version, and only for versions somebody speaks.
+        # Encoded at most once per version, and only for versions that a subscriber speaks.
         self.frames: dict[Version, list[Frame]] = {}
 
     def encoded(self, version: Version) -> list[Frame]:
@@ -155,7 +155,7 @@ def _encode(version: Version, topic: str, events: Sequence[tuple[str, Payload]])
 
 
 def _join(frames: Sequence[Frame], deflates: bool) -> bytes:
-    """All frames in one piece, as sockets that deflate take them, or as others do."""
+    """All frames joined together, as sockets that deflate take them, or as others do."""
     if len(frames) == 1:
         return frames[0].ws_frame_compressed if deflates else frames[0].ws_frame
     return b"".join([frame.ws_frame_compressed if deflates else frame.ws_frame for frame in frames])
@@ -225,7 +225,7 @@ class Hub:
                 entry.held = None
 
     def add_observer(self, topic: str, subscriber: Subscriber) -> None:
-        """Subscribe somebody who only looks on: by that no topic is joined, and no list grows."""
+        """Subscribe an observer, which does not count as joined: a topic with observers alone is in no list."""
         _ = self.add(topic, subscriber)
         self._taps[subscriber] = topic
 
@@ -259,7 +259,7 @@ class Hub:
         return len(self._topics) - sum(self.count(topic) == count for topic, count in taps.items())
 
     def count(self, topic: str) -> int:
-        """Subscribers of one topic, those who only look on among them: for whom to send at all."""
+        """Subscribers of one topic, observers included: whether sending has an effect."""
         entry = self._topics.get(topic)
         return 0 if entry is None else len(entry.subscribers)
 
@@ -279,7 +279,7 @@ class Hub:
         return ((name, subscriber) for name, topic in self._topics.items() for subscriber in topic.subscribers)
 
     def stats(self, topic: str) -> Traffic | None:
-        """How many events a topic has; None where nobody has joined it."""
+        """How many events a topic has; None where no socket has joined it."""
         entry = self._topics.get(topic)
         if entry is None:
             return None
@@ -390,14 +390,14 @@ class Hub:
         return position == count
 
     def _send(self, delivery: _Delivery, group: _Group, deadline: float) -> bool:
-        """Send to each socket by itself, as it is now; the events of each one after the other."""
+        """Send to each socket separately, as it is now; the events of each one after the other."""
         topic, policy, skip = delivery.topic_name, delivery.topic.policy, delivery.skip
         members, still_here = group.members, delivery.topic.subscribers
         frames = delivery.encoded(group.version)
         count, position, delivered = len(members), delivery.position, 0
         while position < count:
             for subscriber in members[position : position + _CHECK_EVERY]:
-                # One that left while the delivery was put off has been told phx_close: nothing may follow it.
+                # One that left while the delivery was put off has been sent phx_close: nothing may follow it.
                 if subscriber in still_here and subscriber is not skip:
                     for (event, _), frame in zip(delivery.events, frames, strict=True):
                         subscriber.send_event(frame, topic, event, policy)

@@ -44,13 +44,13 @@ instead would make everybody wait for one handler.
 """
 
 
-# A fan-out that took long is followed by a rest, so that what comes meanwhile is delivered together, with one write for
-# each socket. At 500 sockets and 200 events/s that saves a third of a delivery's cost, for at most 5 ms more until it
-# arrives. A longer rest saves more (three times the fan-out, up to 10 ms: half), and doubles the latency.
+# A fan-out that took long is followed by a pause, so that what comes meanwhile is delivered together, with one write
+# for each socket. At 500 sockets and 200 events/s that saves a third of a delivery's cost, for at most 5 ms more until
+# it arrives. A longer pause saves more (three times the fan-out, up to 10 ms: half), and doubles the latency.
 _BATCH_PAUSE_FROM_S = 0.001
 _BATCH_PAUSE_MAX_S = 0.005
 _BATCH_PAUSE_BELOW_EVENTS = 8
-"""A batch of more events than this was joined enough: under full load nobody rests."""
+"""A batch of more events than this was joined enough: under full load there is no pause."""
 
 
 class PubSub:
@@ -157,7 +157,7 @@ class PubSub:
             await lanes.close()
 
     async def join_background(self, deadline_s: float) -> None:
-        """Wait for what `see_out` was given, and no longer than ``deadline_s``."""
+        """Wait for what `finish_in_background` was given, and no longer than ``deadline_s``."""
         if self._leftovers:
             _ = await asyncio.wait(self._leftovers, timeout=deadline_s)
 
@@ -168,7 +168,7 @@ class PubSub:
         hub, metrics, filtered = self._hub, self._metrics, bool(self.hooks.event)
         began = self._clock()
         metrics.events_in += len(events)
-        # Events of one topic that follow each other go to its sockets in one piece.
+        # Events of one topic that follow each other go to its sockets together.
         run: list[tuple[str, Payload]] = []
         run_topic, run_bytes = "", 0
         for each in events:
@@ -211,7 +211,7 @@ class PubSub:
         """Count an event that is delivered as bytes although its publisher meant JSON, and say why now and then."""
         if (fault := fault_of_json(data)) is not None:
             self._metrics.events_not_json += 1
-            text = "payload of event %r on topic %r looks like JSON and is none: %s; delivered as binary"
+            text = "payload of event %r on topic %r looks like JSON but is not valid: %s; delivered as binary"
             self._log.warning("no JSON", text, event, topic, fault)
 
     def _filter(self, topic: str, name: str, data: Payload, skip: Subscriber | None) -> Continuation:
@@ -301,7 +301,7 @@ class PubSub:
         return lanes.waiting(key) < _EVENTS_WAITING and self.in_flight.has_room(lanes, key, len(data) + JOB_BYTES)
 
     def receive_control(self, data: bytes) -> None:
-        """Take an order from another node; what is none is dropped."""
+        """Take a control message from another node; an invalid one is dropped."""
         order = control.decode(data)
         if order is None:
             self._metrics.dropped["control message not understood"] += 1
@@ -327,17 +327,18 @@ class PubSub:
         return None
 
     def local_broadcast(self, topic: str, event: str, payload: Payload) -> bool:
-        """Deliver an event of this process's own to its own sockets, past the bus; False where nobody has joined."""
+        """Deliver an event of this process to its own sockets, past the bus; False where there is no subscriber."""
         return self._hub.fan_out(topic, event, payload)
 
     def on_gap(self, reason: str) -> None:
         """Tell the subscribers, at a pace, that they may have missed events.
 
-        Each gets a ``phx_error``, rejoins by itself and refetches what it needs, unless its topic ignores gaps. Those
-        that wait for theirs get no events meanwhile: one from behind the hole would be applied to a state with a hole.
+        Each gets a ``phx_error``, rejoins automatically and refetches what it needs, unless its topic ignores gaps.
+        Those that wait for theirs get no events meanwhile: one from behind the hole would be applied to a state with a
+        hole.
         """
         if self._gap_task is not None:
-            self._gap_task.cancel()  # its rest is part of the new round
+            self._gap_task.cancel()  # what remains of it is part of the new round
         pending = [
             (subscriber, subscription)
             for topic, subscriber in self._hub.pairs()
@@ -364,7 +365,7 @@ class PubSub:
     # From sockets.
 
     def refuse_join(self) -> Reason | None:
-        """Say why nobody can join now; None when they can."""
+        """Say why no client can join now; None when they can."""
         return None if self._broker.link.live else Reason.BUS_UNAVAILABLE
 
     @property
@@ -390,7 +391,7 @@ class PubSub:
 
     async def _stop_hearing(self, topic: str) -> None:
         async with self._lock(topic):
-            # Somebody may have joined while this waited for the lock.
+            # A socket may have joined while this waited for the lock.
             if topic in self._heard and topic not in self._hub:
                 self._heard.discard(topic)
                 await self._broker.unsubscribe(topic)
@@ -411,7 +412,7 @@ class PubSub:
         The event goes over the bus like any other, with a sender of its own: the node remembers whom the event with
         this sender shall pass over. It forgets that when the event has come back, when publishing has failed, or
         ``redis.timeout_s`` after the bus has taken the event, which then was lost. A gap changes nothing: an event of
-        somebody else never has this sender.
+        another publisher never has this sender.
         """
         sender = None if skip is None else next(self._senders)
         if skip is not None and sender is not None:
@@ -452,7 +453,7 @@ class PubSub:
         return _all_of(push, self.publish(Direction.FROM_USER, topic, event, identified(user, socket_id, payload)))
 
     def publish_control_message(self, order: ControlMessage) -> asyncio.Future[None]:
-        """Tell all nodes to send a user away; see `Broker.publish_control`."""
+        """Have all nodes disconnect or kick a user; see `Broker.publish_control`."""
         future = self._broker.publish_control(control.encode(order))
         future.add_done_callback(self._log_failure)
         future.add_done_callback(self._control_done)

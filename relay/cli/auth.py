@@ -52,7 +52,7 @@ _RSA_MIN_BITS = 2048
 _API_KEY_MIN = 16
 """Characters: 80 bits where they are drawn from 32 letters."""
 _NETWORK_MIN_BITS = {4: 8, 6: 7}
-"""By IP version: 10.0.0.0/8 and fc00::/7 are the widest networks that are somebody's own."""
+"""By IP version: 10.0.0.0/8 and fc00::/7 are the widest private networks."""
 
 
 # relay token.
@@ -224,7 +224,7 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
             yield "rights", "with a token of tangram's: everything on the one topic that it names"
     for entry in config.topics:
         if not entry.push:
-            yield "rights", f"nobody may push to {entry.match}, whatever a token says"
+            yield "rights", f"no client may push to {entry.match}, whatever a token says"
     yield "rest", _rest(config, exposure)
     if config.metrics.public or config.metrics.key or (exposure.openings and not config.rest.api_key):
         yield "metrics", _metrics(config)
@@ -254,11 +254,11 @@ def _who_connects(config: Config, exposure: Exposure) -> str:
     if exposure.is_refused:
         return "no client: `relay serve` refuses to start; set auth.keys or auth.jwks_url, or allow_anonymous = true"
     if config.auth.has_keys:
-        return "whoever has a token" + (", and whoever has none" if config.allow_anonymous else "")
+        return "clients with a token" + (", and clients without one" if config.allow_anonymous else "")
     if exposure.everybody:
         return "anybody, from any machine"
     if config.allow_anonymous:
-        return "anybody on this machine, and whoever reaches it through a proxy or a tunnel"
+        return "anybody on this machine, and clients that reach it through a proxy or a tunnel"
     return "anybody on this machine"
 
 
@@ -283,7 +283,7 @@ def _metrics(config: Config) -> str:
     if config.metrics.public:
         who = "everybody"
     elif config.metrics.key:
-        who = "programs on this machine, and whoever has metrics.key"
+        who = "programs on this machine, and clients with metrics.key"
     else:
         who = "programs on this machine; set metrics.key for others"
     return f"/metrics, for {who}"
@@ -293,9 +293,9 @@ def _rest(config: Config, exposure: Exposure) -> str:
     if not config.rest.path:
         return "off"
     if config.rest.api_key:
-        who = "whoever has the key"
+        who = "clients with the key"
     elif exposure.openings:
-        who = "nobody; set rest.api_key"
+        who = "no client; set rest.api_key"
     else:
         who = "programs on this machine"
     return f"{config.rest.path}, for {who}"
@@ -317,13 +317,13 @@ def _warnings(config: Config, keys: "tuple[Key, ...]") -> Iterator[str]:
         )
     for network in parse_networks(config.trusted_proxies):
         if network.prefixlen < _NETWORK_MIN_BITS[network.version]:
-            yield f"trusted_proxies: {network} trusts everybody: whoever connects may say to be at any address"
+            yield f"trusted_proxies: {network} trusts everybody: any client may claim any address"
     if config.rest.path and 0 < len(config.rest.api_key) < _API_KEY_MIN:
         yield f"rest.api_key: {len(config.rest.api_key)} characters can be guessed; expected {_API_KEY_MIN}"
     yield from _auth_warnings(auth, keys)
     opened = [entry for entry in auth.anonymous if entry.match == "*" and entry.grant.rights & Right.PUSH]
     if opened and config.allow_anonymous:
-        yield "whoever has no token may push to every topic (auth.anonymous)"
+        yield "clients without a token may push to every topic (auth.anonymous)"
     if auth.has_keys and (not (config.redis_url or config.broadcast_url) or config.redis_url == EMBEDDED):
         yield f"redis_url: {BESIDE_AUTH}"
     if config.redis_url.startswith("redis://") and not _is_here(config.redis_url):
@@ -335,10 +335,10 @@ def _auth_warnings(auth: AuthConfig, keys: "tuple[Key, ...]") -> Iterator[str]:
         if weakness := _weakness(key):
             yield f"auth.keys.{at}: {weakness}"
     if auth.has_keys and not auth.require_expiry:
-        yield "auth.require_expiry = false: a stolen token without expiry is good for ever"
+        yield "auth.require_expiry = false: a stolen token without expiry stays valid until its key is removed"
     parts = urlsplit(auth.jwks_url)
     if parts.scheme == "http" and parts.hostname not in ("127.0.0.1", "::1", "localhost"):
-        yield "auth.jwks_url is not https: whoever sits in between can give keys of their own"
+        yield "auth.jwks_url is not https: an attacker on the network path can supply other keys"
     if auth.has_keys and not (auth.issuer or auth.audience) and auth.jwks_url:
         yield "neither auth.issuer nor auth.audience is set: a token made for another service is good here too"
     if auth.jwks_url and not keys and auth.algorithms == ("HS256",):

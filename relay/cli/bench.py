@@ -1,6 +1,6 @@
 """``relay bench``: loads a running relay as clients and a backend do; says how late events came, and how many did not.
 
-Owns the load and the figures; must not know how a relay works inside. Events carry their number and the time at which
+Owns the load and the results; must not know how a relay works inside. Events carry their number and the time at which
 they were published, by one clock: that of this process. So the times are those of the relay, of its bus, and of this
 client, which is one process of Python: where it cannot keep up, it is itself what is measured.
 """
@@ -53,7 +53,7 @@ SETTLE_S = 5.0
 """Without any event for so long, what has not come by now is lost."""
 
 FAULTS = ("lost", "duplicated", "out_of_order", "closed")
-"""Figures that must be 0."""
+"""Results that must be 0."""
 
 RECENT = 2000
 """Latencies that are shown live: those of the newest events."""
@@ -138,7 +138,7 @@ class _Load:
 
     @property
     def is_over(self) -> bool:
-        """Whether nobody listens any more, or Ctrl+C was pressed."""
+        """Whether all listeners are closed, or Ctrl+C was pressed."""
         return self.is_interrupted or all(one.closed for one in self.listeners)
 
     @property
@@ -225,7 +225,7 @@ class _Load:
 
 
 async def _receive(connection: ClientConnection) -> list[Any]:
-    """The next text frame, decoded: join_ref, ref, topic, event, payload; binary ones are none of ours."""
+    """The next text frame, decoded: join_ref, ref, topic, event, payload; binary ones are not for this client."""
     while not isinstance(frame := await connection.recv(), str):
         pass
     message: list[Any] = json.loads(frame)

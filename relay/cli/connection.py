@@ -138,7 +138,7 @@ def _redirect(status: int, address: str, location: str) -> str:
 def _reason(error: object) -> str:
     """What the system says, and for its commonest word a plainer one."""
     if f"[Errno {errno.ECONNREFUSED}]" in str(error):  # asyncio makes one text of those of several addresses
-        return "nobody listens there; does `relay serve` run?"
+        return "no server listens there; does `relay serve` run?"
     return str(error)
 
 

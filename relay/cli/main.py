@@ -212,7 +212,7 @@ def _run(
     if file is not None:
         os.environ[CONFIG_VARIABLE] = str(file)
     with ExitStack() as stack:
-        if application is None:  # somebody's own app configures its relay itself
+        if application is None:  # a user's own app configures its relay
             os.environ["RELAY_REDIS_URL"] = settings.redis_url
             names = settings.old_names  # both names of a setting would be an error
             if not isinstance(settings.allowed_origins, str):
@@ -266,7 +266,7 @@ def _apply_web_concurrency(settings: Config) -> Config:
 
 
 def _authenticates(app: Any) -> bool:
-    """Whether the relays in somebody's app, of which there must be some in plain sight, ask who somebody is."""
+    """Whether all relays in a user's app authenticate clients or allow anonymous ones; False without a relay."""
     from relay.app import Relay
 
     apps = [app, *(getattr(route, "app", None) for route in getattr(app, "routes", ()))]
@@ -275,7 +275,7 @@ def _authenticates(app: Any) -> bool:
 
 
 def _import(application: str) -> Any:
-    """Import somebody's app here, where what is wrong with it can be said in one line. Raises ConfigError."""
+    """Import a user's app here, where its faults can be reported in one line. Raises ConfigError."""
     from uvicorn.importer import ImportFromStringError, import_from_string
 
     try:
@@ -405,7 +405,7 @@ def _greet_embedded(settings: Config) -> list[str]:
 
     url, bare = settings.redis_url, f"redis://127.0.0.1:{urlsplit(settings.redis_url).port}"
     # With the port: another relay may be started here meanwhile, and `publish` takes the newest. It finds the password
-    # by itself, which then is not shown in the list of processes.
+    # automatically, which then is not shown in the list of processes.
     own = f"""{_own_name()} publish --redis-url {bare} room:1 new_msg '{{"text":"hi"}}'"""
     if is_kept():
         why = "its password is not printed to a file or a log; `relay publish` finds it"

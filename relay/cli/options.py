@@ -64,7 +64,7 @@ def epilog(name: str) -> str:
 def topic_of(text: str) -> str:
     """A topic from the command line. Raises ConfigError."""
     if text == PROTOCOL_TOPIC:
-        raise ConfigError(f"TOPIC: {text!r} belongs to the protocol: heartbeats go there, nobody joins it")
+        raise ConfigError(f"TOPIC: {text!r} belongs to the protocol: it carries heartbeats and cannot be joined")
     if text == RELAY_TOPIC:
         raise ConfigError(f"TOPIC: {text!r} is reserved for the relay's own messages")
     if not is_topic(text):

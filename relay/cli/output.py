@@ -21,7 +21,7 @@ class Failed(Exception):
 
 
 def is_terminal() -> bool:
-    """Whether somebody reads along."""
+    """Whether standard output is a terminal."""
     return sys.stdout.isatty()
 
 

@@ -1,6 +1,6 @@
 """What ``relay bench`` counts: events lost, twice or out of order, and how late they were.
 
-Owns these figures; pure, and must not know where the events come from.
+Owns these statistics; pure, and must not know where the events come from.
 """
 
 import math

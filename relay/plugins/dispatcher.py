@@ -53,7 +53,7 @@ class HandlerRunner:
         self._timeout_s = timeout_s
         self._tracer = tracer
         self._log = (loggers or RateLimitedLoggers()).get("relay.plugins")
-        # Each plugin has its own: one whose handlers hang in all of them is in nobody else's way.
+        # Each plugin has its own: one whose handlers hang in all of them blocks no other.
         self._threads: defaultdict[str, _Threads] = defaultdict(_Threads)
 
     async def call_with_result(self, hook: Hook, argument: object, take: Callable[[Any], T]) -> T:
@@ -119,7 +119,7 @@ class HandlerRunner:
         except asyncio.CancelledError as error:
             if is_being_cancelled():
                 raise
-            raise self.record_failure(hook, "was cancelled by itself", error) from None
+            raise self.record_failure(hook, "was cancelled, but not by the relay", error) from None
         except _FAULTS as error:
             raise self.record_failure(hook, "raised", error) from None
         finally:
@@ -180,7 +180,7 @@ def is_being_cancelled() -> bool:
 class _Threads:
     """Threads for the handlers of one plugin, up to `_THREADS` of them, each started when all others are busy.
 
-    The standard library's pool waits for its threads when the process ends: with one that hangs, for ever.
+    The standard library's pool waits for its threads when the process ends: with one that hangs, without a limit.
     """
 
     def __init__(self) -> None:

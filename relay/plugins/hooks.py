@@ -8,7 +8,7 @@ in order, one at a time.
     on_leave(leave)            what on_join allowed has ended, for whatever reason
     on_push(push)              answer by returning a value, `push.reply`, or raising `Refused`
     on_event(event)            an event on its way out: return it, changed or not, or None to drop it
-    on_redis(message, relay)   a message on a raw Redis channel of somebody else's
+    on_redis(message, relay)   a message on a raw Redis channel of another program
     service(relay)             a background task for as long as the relay runs
 """
 
@@ -349,7 +349,7 @@ def check_event(event: str) -> None:
 
 
 def to_response(answer: object) -> Payload | None:
-    """Make a reply's response of what a handler of pushes returned; None is none. Raises TypeError."""
+    """Make a reply's response of what a handler of pushes returned; None stays None. Raises TypeError."""
     return None if answer is None else to_payload(answer)
 
 

@@ -109,7 +109,7 @@ def candidates(config: PluginsConfig) -> Iterator[tuple[str, str, Callable[[], o
 
 
 def _import_package(init: Path) -> ModuleType:
-    """Import a package by its path, under a name of its own: one called ``json`` hides nobody else's."""
+    """Import a package by its path, under a name of its own: one called ``json`` hides no other module."""
     name = f"relay_plugin_{init.parent.name}"
     if not name.replace("-", "_").isidentifier():
         raise ImportError("expected a folder's name of letters, digits, - and _")

@@ -1,4 +1,4 @@
-"""Host figures on topic ``system``, once a second, so that there is something to see.
+"""Host metrics on topic ``system``, once a second, so that there is something to see.
 
 Event ``stats``, to the sockets of this process alone (each worker tells its own)::
 
@@ -21,23 +21,23 @@ EVENT = "stats"
 INTERVAL_S = 1.0
 
 _LOOK_S = 0.1
-"""A new subscriber is told at once, not at the next full second: how often to look for one."""
+"""A new subscriber gets the metrics at once, not at the next full second: how often to look for one."""
 
 
 @plugin.service
 async def tell(relay: Any) -> None:
-    """Send the figures for ever; measures nothing while nobody listens."""
+    """Send the metrics each second; measures nothing while the topic has no subscriber."""
     import psutil  # of the extra `metrics`
 
     metrics, hub = relay.metrics, relay.node.hub
     started = last_time = time.monotonic()
     last_deliveries = metrics.deliveries
-    told = 0
+    last_subscribers = 0
     psutil.cpu_percent()  # the first call only sets the mark that the next one measures from
     while True:
         await asyncio.sleep(_LOOK_S)
         now, deliveries, subscribers = time.monotonic(), metrics.deliveries, hub.count(TOPIC)
-        if subscribers <= told and now - last_time < INTERVAL_S:
+        if subscribers <= last_subscribers and now - last_time < INTERVAL_S:
             continue
         if subscribers:
             memory = psutil.virtual_memory()
@@ -51,4 +51,4 @@ async def tell(relay: Any) -> None:
                 "uptime_s": round(now - started),
             }
             relay.local_broadcast(TOPIC, EVENT, figures)
-        told, last_time, last_deliveries = subscribers, now, deliveries
+        last_subscribers, last_time, last_deliveries = subscribers, now, deliveries

@@ -28,7 +28,7 @@ def encode_payload(value: object) -> msgspec.Raw:
 
 
 def classify_payload(data: bytes) -> Payload:
-    """Sort what somebody published: valid JSON is returned as JSON, verbatim; anything else as bytes.
+    """Classify a published payload: valid JSON is returned as JSON, verbatim; anything else as bytes.
 
     The one check of a payload: syntax by msgspec's decoder, which skips over the value without building
     it, and UTF-8 by Python's. 0.3 µs for 220 bytes.

@@ -58,7 +58,7 @@ class Message(msgspec.Struct, array_like=True, frozen=True, gc=False):
     payload: Payload
 
 
-# One struct per version for the decoder alone: it cannot choose between `Raw` and `bytes` by itself.
+# One struct per version for the decoder alone: it cannot choose between `Raw` and `bytes`.
 class _TextV2(msgspec.Struct, array_like=True, gc=False):
     join_ref: Ref
     ref: Ref
@@ -222,7 +222,7 @@ def encode_reply(version: Version, join_ref: Ref, ref: Ref, topic: str, status: 
 
 
 def encode_close(version: Version, join_ref: Ref, topic: str) -> Frame:
-    """Encode ``phx_close``: the subscription has ended and the client shall not rejoin by itself."""
+    """Encode ``phx_close``: the subscription has ended and the client shall not rejoin automatically."""
     return _encode_end(version, join_ref, topic, "phx_close", EMPTY)
 
 

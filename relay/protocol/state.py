@@ -30,7 +30,7 @@ from relay.protocol.payload import EMPTY, Payload, encode_payload
 from relay.protocol.serializer import Message, Ref, Version
 
 DROPPED_EVENT = "relay:dropped"
-"""Tells a slow reader what it missed; nobody else can send it, since no event from the bus has a colon."""
+"""Tells a slow reader what it missed; publishers cannot send it, since no event from the bus has a colon."""
 
 
 @dataclass(eq=False, slots=True)
@@ -196,7 +196,7 @@ class ChannelsProtocol(Generic[S]):
         topic = join.subscription.topic
         _ = self._joining.pop(topic, None)
         frames = [serializer.encode_reply(self.version, join.join_ref, join.ref, topic, status, response)]
-        # One that was ended from this side in the meantime has been told already.
+        # One that was ended from this side in the meantime has been notified already.
         if join.replaces is not None and self.is_current(join.replaces):
             frames.append(serializer.encode_close(self.version, join.replaces.join_ref, topic))
         return frames

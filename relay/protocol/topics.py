@@ -14,7 +14,7 @@ NAME_MAX_BYTES = 255
 """Longest topic or event, in bytes of UTF-8: a binary frame gives its length in one byte."""
 
 PROTOCOL_TOPIC = "phoenix"
-"""The protocol's own topic: heartbeats go there, nobody joins it."""
+"""The protocol's own topic: it carries heartbeats and cannot be joined."""
 
 RELAY_TOPIC = "relay"
 """The relay's own topic: probes of the link to Redis may go there, no client can join it."""

@@ -85,7 +85,7 @@ def _host_of_page(origin: str) -> str:
 
 
 def _line_to_paste(origin: str, origins: str | tuple[str, ...]) -> str:
-    """The setting that would let the pages of an origin connect; empty where it is none."""
+    """The setting that would let the pages of an origin connect; empty where the text is not an origin."""
     if not _host_of_page(origin):
         return ""
     named = ("same",) if isinstance(origins, str) else origins

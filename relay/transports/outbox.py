@@ -111,7 +111,7 @@ class Outbox:
         self._entries: deque[_Entry] = deque()
         # The waiting event of each key under the policy `latest`.
         self._latest: dict[_Key, _Entry] = {}
-        # How many events of which topics were dropped that the client wants to be told of.
+        # How many events of which topics were dropped and not reported yet to a client that wants to know.
         self._pending_notices: dict[str, int] = {}
 
     def __len__(self) -> int:
@@ -187,9 +187,9 @@ class Outbox:
         return dropped
 
     def pop(self) -> Frame:
-        """Take the oldest frame, or what is to be told before it. Raises IndexError when there is none."""
-        if self._pending_notices and (told := self._pop_notice()) is not None:
-            return told
+        """Take the oldest frame, or a notice that is due before it. Raises IndexError when there is none."""
+        if self._pending_notices and (notice := self._pop_notice()) is not None:
+            return notice
         entry = self._entries.popleft()
         self._forget(entry)
         self._count()
@@ -197,7 +197,7 @@ class Outbox:
 
     def _pop_notice(self) -> Frame | None:
         """What the client has to know before the next frame: of that frame's topic, or, after the last one, of any."""
-        assert self._notice is not None, "else nothing is kept to be told"
+        assert self._notice is not None, "else no notice is pending"
         if self._entries:
             key = self._entries[0].key
             if key is None or key[0] not in self._pending_notices:
@@ -208,16 +208,16 @@ class Outbox:
         return self._notice(topic, self._pending_notices.pop(topic))
 
     def settle_dropped(self, topic: str, notice: Callable[[str, int], Frame]) -> None:
-        """Put what is still to be told of ``topic`` in its place: the subscription that missed it ends.
+        """Put the pending notice of ``topic`` in its place: the subscription that missed it ends.
 
         That is before the topic's first waiting event, or, where none waits, before what follows.
         """
         if not (count := self._pending_notices.pop(topic, 0)):
             return
-        told = _Entry(notice(topic, count), None, "")
-        place = (at for at, entry in enumerate(self._entries) if entry.key is not None and entry.key[0] == topic)
-        self._entries.insert(next(place, len(self._entries)), told)
-        self.control_bytes += told.frame.size
+        entry = _Entry(notice(topic, count), None, "")
+        place = (at for at, other in enumerate(self._entries) if other.key is not None and other.key[0] == topic)
+        self._entries.insert(next(place, len(self._entries)), entry)
+        self.control_bytes += entry.frame.size
         self._count()
 
     def clear(self) -> Counter[str]:

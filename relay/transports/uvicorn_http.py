@@ -1,7 +1,7 @@
 """Our Uvicorn protocol class for HTTP: bounds what a client may hold that sends no request, or reads no answer.
 
-Owns what is particular to Uvicorn's httptools protocol; must not know what is asked for. ``relay serve`` uses it by
-itself, a team's own server by one line::
+Owns what is particular to Uvicorn's httptools protocol; must not know what is asked for. ``relay serve`` uses it
+automatically, a team's own server by one line::
 
     uvicorn.run(app, http="relay.server_http:RelayHTTPProtocol", ws="relay.server:RelayWebSocketProtocol")
 
@@ -24,13 +24,13 @@ HEAD_MAX_BYTES = 65_536
 """Largest head of a request: its first line and its headers."""
 
 _RESERVE = 32
-"""File descriptors kept free: the link to Redis needs one to come back, and so does whoever looks into ``/ready``."""
+"""File descriptors kept free: the link to Redis needs one to come back, and so does a probe of ``/ready``."""
 
 _PIPELINE_MAX = 16
 """Requests that may wait for the answer to the one before them; browsers send none so."""
 
 _PIECE_BYTES = 4096
-"""Bytes parsed at a time: a read brings up to 256 kB, in which there is room for 14 000 requests."""
+"""Bytes parsed at a time: a read brings up to 256 kB, which can contain 14 000 requests."""
 
 _EARLY_MAX_BYTES = 16_384
 """Bytes behind an upgrade request that are kept until it is answered; a client has nothing to say before."""
@@ -122,7 +122,7 @@ class RelayHTTPProtocol(HttpToolsProtocol):
                 self._hand_over()
 
     def _parse(self, data: bytes) -> int:
-        """Parse a piece; returns how much of it was HTTP."""
+        """Parse a part of it; returns how much of that was HTTP."""
         self._is_body = False
         parsed, problem = len(data), None
         try:
@@ -218,7 +218,7 @@ class RelayHTTPProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keep a header; one behind a body (a trailer) is nobody's, and Uvicorn would keep any number of them."""
+        """Keep a header; one behind a body (a trailer) is dropped: Uvicorn would keep any number of them."""
         if self._in_head and not self._is_replaying:
             super().on_header(name, value)
 
@@ -290,7 +290,7 @@ class RelayHTTPProtocol(HttpToolsProtocol):
             _cancel(self._watch)
 
     def _watch_reader(self) -> None:
-        """Cut the client off unless less is unread in a while; a close alone would wait for it for ever."""
+        """Cut the client off unless less is unread in a while; a close alone would wait for it without a limit."""
         _cancel(self._watch)
         unread_s = _UNREAD_S if self._unread_s is None else self._unread_s
         self._watch = self.loop.call_later(unread_s, self._look_at_reader, self.transport.get_write_buffer_size())
@@ -348,7 +348,7 @@ class RelayHTTPProtocol(HttpToolsProtocol):
         _cancel(self._cutter)
 
     def _cut(self, kind: str, reason: str, at_once: bool = False) -> None:
-        """Close the connection, and count and log it; at once where nothing more can be told to the client."""
+        """Close the connection, and count and log it; at once where nothing more can be sent to the client."""
         self._stop_waiting()
         count_refusal(self.app_state, kind)
         warn(self.config, kind, "connection cut: %s", reason)

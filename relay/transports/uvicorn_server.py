@@ -36,7 +36,7 @@ _END_TIMEOUT_S = 3.0
 
 
 class Server(uvicorn.Server):
-    """Ends in three steps: the relay drains its sockets, at its pace; then nobody can connect; then all ends.
+    """Ends in three steps: the relay drains its sockets, at its pace; then it stops listening; then all ends.
 
     Uvicorn's own stops to listen first. Meanwhile a client is answered 503, which says why, and not by silence:
     with several workers a connection would else wait for a process that takes none any more.
@@ -46,10 +46,10 @@ class Server(uvicorn.Server):
     """Whether the process is to end with it, even if a handler hangs in a thread, or ignores its cancellation."""
 
     clean_up: Callable[[], None] = staticmethod(lambda: None)
-    """Called, in a thread, before a process is ended that does not end by itself."""
+    """Called, in a thread, before a process is ended that does not end on its own."""
 
     async def startup(self, sockets: list[sockets.socket] | None = None) -> None:
-        """Start as Uvicorn does, with a log that nobody can flood."""
+        """Start as Uvicorn does, with a log that clients cannot flood."""
         log = server_loggers(self.config).get("relay.server", interval_s=1.0)
         asyncio.get_running_loop().set_exception_handler(_exception_handler(log))
         logging.getLogger("uvicorn.error").addFilter(_Fewer(log))
@@ -70,7 +70,7 @@ class Server(uvicorn.Server):
             for connection in self.server_state.connections
             if isinstance(connection, RelayWebSocketProtocol) and connection.drain()
         }
-        while draining & self.server_state.connections and not self.force_exit:  # noqa: ASYNC110 - Uvicorn tells nobody
+        while draining & self.server_state.connections and not self.force_exit:  # noqa: ASYNC110 - Uvicorn has no event
             await asyncio.sleep(_LOOK_S)
         await super().shutdown(sockets)
         server_loggers(self.config).flush(at_once=True)
@@ -79,7 +79,7 @@ class Server(uvicorn.Server):
 
 
 def _end_process(clean_up: Callable[[], None]) -> None:
-    """End a process that does not end by itself: Python waits for threads and tasks without a limit."""
+    """End a process that does not end on its own: Python waits for threads and tasks without a limit."""
     time.sleep(_END_TIMEOUT_S)
     names = sorted(thread.name for thread in threading.enumerate() if not thread.daemon)
     logging.getLogger("relay.server").warning(
@@ -107,7 +107,7 @@ class _Worker(multiprocess.Process):
         return self._server
 
     def target(self, sockets: list[sockets.socket] | None = None) -> None:
-        """Serve; with settings that no longer make sense, end so that the supervisor does not try for ever."""
+        """Serve; with settings that no longer make sense, end so that the supervisor does not retry without a limit."""
         threading.Thread(target=self._end_with_parent, daemon=True).start()
         try:
             super().target(sockets)
@@ -174,6 +174,6 @@ def run(config: uvicorn.Config, listener: sockets.socket, clean_up: Callable[[],
     multiprocess.Process = _Worker  # type: ignore[misc]  # the supervisor has no other way to be given one
     supervisor = Multiprocess(config, sockets=[listener])
     supervisor.run()
-    # It ends by itself for the sake of a worker that cannot start, and tells nobody.
+    # It ends when a worker cannot start, and reports that neither by an exception nor by a result.
     failed = any(worker.exitcode == STARTUP_FAILURE for worker in supervisor.processes)
     return STARTUP_FAILURE if failed else 0

@@ -1,7 +1,7 @@
 """Our Uvicorn protocol class: an ASGI extension that writes ready frames to the transport.
 
-Owns what is particular to Uvicorn; must not know what the frames say. ``relay serve`` uses it by itself, a
-team's own server by one line::
+Owns what is particular to Uvicorn; must not know what the frames say. ``relay serve`` uses it automatically,
+a team's own server by one line::
 
     uvicorn.run(app, ws="relay.server:RelayWebSocketProtocol", ws_ping_interval=None)
 
@@ -92,7 +92,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         self.writable: asyncio.Event = cast(asyncio.Event, _Gate())
         # What was read from the transport and is not parsed yet, while the application has messages to take.
         self._unparsed = b""
-        # What the application is told once that is parsed too, where the connection was lost before.
+        # What the application receives once that is parsed too, where the connection was lost before.
         self._farewell: dict[str, Any] | None = None
         # Frames that carry nothing.
         self._idle_frames = TokenBucket(_IDLE_FRAMES_PER_S, _IDLE_FRAMES_MAX, monotonic())
@@ -241,7 +241,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         if not self._may_idle():
             return
         writer = self.frame_writer
-        if writer is not None and not self.frames:  # else it would keep an unfinished message here for ever
+        if writer is not None and not self.frames:  # else it would keep an unfinished message here
             writer.last_ping = monotonic()
         if not self.disconnected and (writer is None or not writer.paused):
             super().handle_ping()
@@ -331,7 +331,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             self._let_go()
 
     def _let_go(self) -> None:
-        """Break the cycles of a connection whose end the application has been told.
+        """Break the reference cycles of a connection whose end the application has received.
 
         So it is freed at once and not by a later collection: the parser is a generator over its own protocol, and an
         exception that is kept has a traceback to it.
@@ -451,7 +451,7 @@ def _nothing() -> None:
 
 
 class _Waiting:
-    """Whoever waits for something to happen; nearly always nobody, or one."""
+    """The tasks that wait for something to happen; nearly always none, or one."""
 
     __slots__ = ("_futures",)
 

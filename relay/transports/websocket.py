@@ -425,7 +425,7 @@ def _abort_of(receive: ReceiveCallable) -> Callable[[], object] | None:
 
 
 def _nothing() -> None:
-    """Nobody has asked to be told."""
+    """The callback `evict` of a closed socket's outbox, which does nothing."""
 
 
 def _size(text: str) -> int:
@@ -443,6 +443,6 @@ async def _received(receive: ReceiveCallable) -> MutableMapping[str, Any]:
 
 
 def _resolve(future: asyncio.Future[None] | None) -> None:
-    """Wake whoever waits for ``future``, if anybody does."""
+    """Wake the task that waits for ``future``, if there is one."""
     if future is not None and not future.done():
         future.set_result(None)

@@ -56,7 +56,7 @@ class DirectWriter:
         self.last_ping: float = 0.0
         """When the client last sent a WebSocket ping, in monotonic seconds; 0 for never."""
         self.on_shutdown: Callable[[], object] | None = None
-        """Called when the server ends; whoever is called closes the socket in its own time."""
+        """Called when the server ends; the callee closes the socket in its own time."""
         self.owner: WriterOwner | None = None
 
     def abort(self) -> None:

@@ -1,6 +1,6 @@
-"""The console's own WebSocket: figures each second, topics, sockets, and the events of a topic as they pass.
+"""The console's own WebSocket: metrics each second, topics, sockets, and the events of a topic as they pass.
 
-Owns what is told to operators, and what they may do; must not know how the page shows it.
+Owns what operators see, and what they may do; must not know how the page shows it.
 
 It speaks as all sockets do, over a path of its own, ``/console/socket/websocket``, with one topic, ``console``. It is
 no client of the relay: it counts as no socket, asks no plugin, needs no bus, so that it works when these do not. Who
@@ -43,11 +43,11 @@ SOCKET_PATH = f"{PATH}/socket/websocket"
 TOPIC = "console"
 
 _INTERVAL_S = 1.0
-"""Seconds between two sets of figures."""
+"""Seconds between two sets of metrics."""
 _TAIL_INTERVAL_S = 0.2
 """Seconds between two portions of a watched topic's events."""
 _TAIL_MAX = 50
-"""Events in one portion; further ones are counted, and not shown: nobody could read them."""
+"""Events in one portion; further ones are counted, and not shown: people could not read them."""
 _SHOWN_MAX_BYTES = 16_384
 """Of a longer event the beginning is shown."""
 _LISTED_MAX = 200

@@ -1,6 +1,6 @@
 """Prometheus's text format, by the package prometheus-client, which the extra `metrics` brings.
 
-Owns the format; must not know which figures there are.
+Owns the format; must not know which metrics there are.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ from relay.metrics import BOUNDS_S
 
 
 class Family(NamedTuple):
-    """One figure with its values by labels; a histogram's are the counts of its buckets, then its sum in seconds."""
+    """One metric with its values by labels; a histogram's are the counts of its buckets, then its sum in seconds."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -24,14 +24,14 @@ class Family(NamedTuple):
 
 
 def write_text(families: Iterable[Family]) -> bytes:
-    """Write figures in Prometheus's text format."""
+    """Write metrics in Prometheus's text format."""
     registry = CollectorRegistry()
     registry.register(_Families(tuple(families)))
     return generate_latest(registry)
 
 
 class _Families(Collector):
-    """The figures, as prometheus-client wants them."""
+    """The metrics, as prometheus-client wants them."""
 
     def __init__(self, families: Sequence[Family]) -> None:
         self._families = families

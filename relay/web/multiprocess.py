@@ -1,9 +1,9 @@
-"""A folder where workers leave what the others may want to know, one file each.
+"""A directory where workers leave what the others may want to know, one file each.
 
 Owns the files and their locks; must not know what is in them.
 
 A worker keeps its file locked while it lives; the system lets go of the lock at its end, whatever that is. What the
-ended have left is put together in one file, so that restarts do not fill the folder.
+ended have left is put together in one file, so that restarts do not fill the directory.
 """
 
 import fcntl
@@ -21,10 +21,10 @@ _LOCK = "lock"
 
 
 class SnapshotStore:
-    """The folder, as one worker sees it.
+    """The directory, as one worker sees it.
 
     Args: path: where it is; made where it is not.
-          bury: makes one of what several workers have left that have ended.
+          merge_exited: makes one of what several workers have left that have ended.
     """
 
     def __init__(self, path: Path, merge_exited: Callable[[list[Any]], Any]) -> None:

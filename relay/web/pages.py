@@ -61,9 +61,9 @@ def routes(
     """Make the HTTP routes.
 
     Args: operators: who may use the console.
-          link: the broker's state, asked anew for each request.
-          refusal: why nobody should be sent here; empty when all is well.
-          figures: all figures, in Prometheus's text format; None where they cannot be written.
+          link: the broker's state, read for each request.
+          refusal: why no client should be sent here; empty if the relay is ready.
+          figures: all metrics, in Prometheus's text format; None where they cannot be written.
           publish_command: a line to paste, for the page.
     """
 
@@ -82,7 +82,7 @@ def routes(
         return JSONResponse(body, status_code=503)
 
     async def prometheus(request: Request) -> Response:
-        """All figures, of all workers, in Prometheus's text format."""
+        """All metrics, of all workers, in Prometheus's text format."""
         fault = operators.admit_to_metrics(request.scope)
         if fault is not None:
             metrics.refused["metrics: wrong key" if fault.is_wrong_key else "metrics: not allowed"] += 1
@@ -111,7 +111,7 @@ def routes(
         return show("console.html")
 
     async def access(request: Request) -> Response:
-        """Whether the console's socket will let this client in: a browser is not told why a handshake fails."""
+        """Whether the console's socket will let this client in: a browser does not learn why a handshake fails."""
         fault = operators.authorize(request.scope, api_key_from(request.scope), "console")
         if fault is not None and fault.is_wrong_key:  # the page asks without one first
             metrics.refused["handshake: console"] += 1

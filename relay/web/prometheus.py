@@ -1,13 +1,13 @@
-"""What ``/metrics`` shows: every figure by its Prometheus name, of one process or of all workers together.
+"""What ``/metrics`` shows: every metric by its Prometheus name, of one process or of all workers together.
 
 Owns names, meanings and the text format; must not know sockets or the bus. ``docs/metrics.md`` holds the same table;
 a test compares the two.
 
-Each of several workers writes its figures to a directory (`relay.web.multiprocess`) once a second. The one that is
+Each of several workers writes its metrics to a directory (`relay.web.multiprocess`) once a second. The one that is
 asked adds them all up. What a worker that has ended had counted stays in the sums, what it held (sockets, bytes) does
 not.
 
-Without the extra `metrics` the figures of the process are left out, and there is no text: the console shows the rest.
+Without the extra `metrics` the metrics of the process are left out, and there is no text: the console shows the rest.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ Value: TypeAlias = float | list[float]
 """A number, or a histogram: the counts of its buckets, then its sum in seconds."""
 
 Snapshot: TypeAlias = dict[str, dict[str, Value]]
-"""Values by figure and label; "" where a figure has no label."""
+"""Values by metric and label; "" where a metric has no label."""
 
 Source: TypeAlias = "Callable[[Metrics, ProcessState, psutil.Process | None], Mapping[str, float | Histogram]]"
 
@@ -71,7 +71,7 @@ def dropped_labels(reason: str) -> tuple[str, str]:
 
 
 class MetricSpec(NamedTuple):
-    """One figure: its name (a counter's without ``_total``), what it means, and how it is read."""
+    """One metric: its name (a counter's without ``_total``), what it means, and how it is read."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -106,7 +106,7 @@ def _counter(field: str, meaning: str, *labels: str, split: Callable[[str], tupl
 
 
 def _of_process(read_process: "Callable[[psutil.Process], float]") -> Source:
-    """Read a figure of the process; without psutil there is none."""
+    """Read a metric of the process; without psutil there is none."""
 
     def read(
         metrics: Metrics, state: ProcessState, process: "psutil.Process | None"
@@ -170,7 +170,7 @@ FIGURES: tuple[MetricSpec, ...] = (
         "counter",
         "Events not delivered, by reason; of slow readers, by overflow policy too.",
         ("reason", "overflow"),
-        # With a zero for each that has not come yet: the first of them would else be no rise, and wake nobody.
+        # With a zero for each that has not come yet: the first of them would else be no rise, and raise no alert.
         lambda m, s, p: {**dict.fromkeys(DROPPED, 0), **m.dropped},
         split=dropped_labels,
     ),
@@ -304,13 +304,13 @@ class _Kept(Generic[T]):
 
 
 class MetricsExporter:
-    """The figures of one relay, and of its fellow workers.
+    """The metrics of one relay, and of its fellow workers.
 
     Reading them lists files and waits for locks, so that a relay that runs reads them in a thread, by the coroutines
     here, and at most once a second.
 
     Args: state: what the process holds, asked for each time they are read, in any thread.
-          folder: where workers leave their figures for each other; empty for one process alone.
+          folder: where workers leave their metrics for each other; empty for one process alone.
           clock: monotonic seconds.
           old_names: whether the text has renamed metrics under their former names too.
     """
@@ -334,7 +334,7 @@ class MetricsExporter:
         self._text: _Kept[bytes] = _Kept(clock)
 
     async def current(self) -> Snapshot:
-        """The figures of all workers, at most `READ_INTERVAL_S` old."""
+        """The metrics of all workers, at most `READ_INTERVAL_S` old."""
         return await self._in_thread(lambda: self._snapshot.get(self.of_all))
 
     async def current_text(self) -> bytes:
@@ -342,7 +342,7 @@ class MetricsExporter:
         return await self._in_thread(lambda: self._text.get(self.text))
 
     async def leave(self) -> None:
-        """Leave the figures of this process for the others; nothing where it is alone."""
+        """Leave the metrics of this process for the others; nothing where it is alone."""
         if self._folder is not None:
             await self._in_thread(self.write)
 
@@ -358,7 +358,7 @@ class MetricsExporter:
             thread.shutdown(wait=False)
 
     def snapshot(self) -> Snapshot:
-        """The figures of this process, now."""
+        """The metrics of this process, now."""
         process, state = self._process, self._state()
         if process is not None and process.pid != os.getpid():
             process = self._process = _this_process()
@@ -372,7 +372,7 @@ class MetricsExporter:
         }
 
     def of_all(self) -> Snapshot:
-        """The figures of all workers, now; those of the others are as old as a second at most."""
+        """The metrics of all workers, now; those of the others are as old as a second at most."""
         snapshot = self.snapshot()
         if self._folder is None:
             return snapshot
@@ -380,7 +380,7 @@ class MetricsExporter:
         return _merged(self._folder.read())
 
     def text(self) -> bytes:
-        """All figures in Prometheus's text format, now: of all workers, where there are several."""
+        """All metrics in Prometheus's text format, now: of all workers, where there are several."""
         return _text(self.of_all(), self._old_names)
 
     def write(self) -> None:

@@ -1,4 +1,4 @@
-"""The REST interface: publish, look at topics and sockets, send sockets away; and the plugins' own routes.
+"""The REST interface: publish, look at topics and sockets, disconnect sockets; and the plugins' own routes.
 
 Owns the routes under ``rest.path``; must not know how events travel. Errors are problem details (RFC 9457),
 ``application/problem+json``. With an API key set, clients send it as ``Authorization: Bearer <key>`` or
@@ -65,7 +65,7 @@ def _kind_of_body(body: object) -> str:
     return "Events" if isinstance(body, dict) and "events" in body else "Event"
 
 
-# Told apart by one key, so that an error speaks of the form that was meant, and not of both.
+# Distinguished by one key, so that an error speaks of the form that was meant, and not of both.
 EventOrEvents = Annotated[
     Annotated[Event, Tag("Event")] | Annotated[Events, Tag("Events")], Discriminator(_kind_of_body)
 ]
@@ -205,7 +205,7 @@ class _Bounded(Request):
         self._max_bytes = max_bytes
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
-        """The body, piece by piece."""
+        """The body, chunk by chunk."""
         declared = self.headers.get("content-length", "")
         size = int(declared) if declared.isdecimal() else 0
         if size <= self._max_bytes:
@@ -231,7 +231,7 @@ def make_rest(components: Components, node: Callable[[], Node], plugin_routes: b
         version=__version__,
         description="Publish events, and see and manage topics and sockets. Topics and sockets are those of the "
         "process that answers; events reach the subscribers of all.",
-        # Addresses in the schema are relative to where the app is mounted; FastAPI finds that out by itself.
+        # Addresses in the schema are relative to where the app is mounted; FastAPI finds that out.
         redirect_slashes=False,
         docs_url=None,  # a page of the relay's own, with no scripts from elsewhere: `relay.web.pages`
         redoc_url=None,
@@ -259,7 +259,7 @@ def _routes(components: Components, node: Callable[[], Node]) -> APIRouter:
     config = components.config
 
     class GuardedRoute(APIRoute):
-        """Asks who is there before anything else; FastAPI's dependencies would have read the body by then."""
+        """Authenticates the client before anything else; FastAPI's dependencies would have read the body by then."""
 
         def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
             handle = super().get_route_handler()
@@ -295,7 +295,7 @@ def _routes(components: Components, node: Callable[[], Node]) -> APIRouter:
 
     @router.delete("/topics/{topic:path}/sockets/{socket_id}", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_FOUND)
     async def remove_from_topic(topic: EncodedTopic, socket_id: EncodedSocketId) -> Response:
-        """Take a socket out of a topic with ``phx_close``: its client does not rejoin by itself."""
+        """Take a socket out of a topic with ``phx_close``: its client does not rejoin automatically."""
         socket = node().socket(socket_id)
         if socket is None or not socket.leave(topic):
             raise HTTPException(404, f"socket {socket_id!r} has not joined {topic!r} here")
@@ -306,7 +306,7 @@ def _routes(components: Components, node: Callable[[], Node]) -> APIRouter:
         """One topic: its sockets, and the events it had since its first subscriber came."""
         traffic = node().hub.stats(topic)
         if traffic is None:
-            raise HTTPException(404, f"nobody has joined {topic!r} here")
+            raise HTTPException(404, f"no socket has joined {topic!r} in this process")
         ids = [socket.id for socket in node().sockets.values() if socket.subscription(topic)]
         return TopicDetails(
             topic=topic,
@@ -382,7 +382,8 @@ async def _told(order: Awaitable[None]) -> Response:
     try:
         await order
     except BusUnavailable as error:
-        raise HTTPException(503, f"done here, and not told to the other nodes: bus unavailable: {error}") from None
+        text = f"done in this process; publishing to the other nodes failed: bus unavailable: {error}"
+        raise HTTPException(503, text) from None
     return Response(status_code=HTTPStatus.NO_CONTENT)
 
 
@@ -400,7 +401,7 @@ def _encode(event: Event, payload_max_bytes: int) -> Payload:
 
 
 def _check_batch(payloads: list[Payload], queue: RedisConfig) -> None:
-    """Check that a batch fits into the queue to the bus, which takes it in one piece. Raises HTTPException."""
+    """Check that a batch fits into the queue to the bus, which takes it as a whole. Raises HTTPException."""
     size, most, most_bytes = sum(map(len, payloads)), queue.publish_queue_max, queue.publish_queue_max_bytes
     if len(payloads) > most or size > most_bytes:
         text = f"expected at most {most} (redis.publish_queue_max) and {most_bytes} (redis.publish_queue_max_bytes)"

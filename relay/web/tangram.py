@@ -29,7 +29,7 @@ class TokenRequest(BaseModel):
 def token_route(components: Components) -> Route:
     """Make the route: ``{"channel", "id"?}`` is answered by ``{"channel", "id", "token"}``.
 
-    Whoever may use the REST interface may have a token, and nobody else.
+    A client gets a token if it may use the REST interface, and only then.
     """
     key = next(key for key in components.keys if key.algorithm == "HS256")
     auth = components.config.auth

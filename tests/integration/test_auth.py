@@ -710,7 +710,7 @@ async def test_order_that_cannot_be_told_is_carried_out_here_and_said(connect: C
             await eventually(lambda: not relay.link.live, "the loss of the link")
             async with httpx.AsyncClient(trust_env=False, headers=AS_OPERATOR) as api:
                 answer = await api.delete(f"{served.http}/api/users/alice")
-            assert answer.status_code == 503 and "not told to the other nodes" in answer.json()["detail"]
+            assert answer.status_code == 503 and "publishing to the other nodes failed" in answer.json()["detail"]
             assert (await client.expect_closed())[0] == 1001
 
 

@@ -193,7 +193,7 @@ def test_serve_warns_once_of_old_names_also_with_workers(tmp_path: Path) -> None
 
 def test_check_says_that_nobody_operates_a_relay_for_others_without_a_key(relay: Command) -> None:
     _, out, _ = relay("check", settings="allow_anonymous = true")
-    assert "rest /api, for nobody; set rest.api_key" in lines(out)
+    assert "rest /api, for no client; set rest.api_key" in lines(out)
     assert "metrics /metrics, for programs on this machine; set metrics.key for others" in lines(out)
 
 
@@ -213,7 +213,7 @@ def test_check_tells_the_truth_of_a_relay_behind_a_proxy_on_this_machine(relay: 
     [
         ("", "anybody on this machine"),
         ('trusted_proxies = ["127.0.0.1"]', "anybody on this machine"),
-        ("allow_anonymous = true", "anybody on this machine, and whoever reaches it through a proxy or a tunnel"),
+        ("allow_anonymous = true", "anybody on this machine, and clients that reach it through a proxy or a tunnel"),
         ('allow_anonymous = true\nallowed_hosts = ["relay.example.org"]', "anybody, from any machine"),
         ('allow_anonymous = true\nhost = "0.0.0.0"', "anybody, from any machine"),
         (
@@ -276,15 +276,15 @@ push = false
         "bus rediss://redis.example.org",
         "pages https://example.org",
         "proxies 10.0.0.0/8, fc00::/7; X-Forwarded-For is believed from there",
-        "connect whoever has a token, and whoever has none",
+        "connect clients with a token, and clients without one",
         "tokens signed with HS256 or RS256 or ES256; 1 key here; issuer https://login.example.org; no audience",
         f"key auth.keys.0: shared secret of {len(SECRET)} bytes, for HS256",
         "rights without a token: join on public:*",
         "rights with a token: join, push on user:{sub}",
         'rights with a token besides: what its claim "topics" says',
         "rights with a token of tangram's: everything on the one topic that it names",
-        "rights nobody may push to news:*, whatever a token says",
-        "rest /api, for whoever has the key",
+        "rights no client may push to news:*, whatever a token says",
+        "rest /api, for clients with the key",
         "note the relay speaks no TLS; without a proxy that does, tokens can be read on their way",
     ]
     assert "hunter2" not in out and SECRET not in out
@@ -297,7 +297,7 @@ push = false
         ('host = "0.0.0.0"\nallow_anonymous = true', "anybody can connect, from any machine"),
         ('allowed_origins = "any"', "pages of any site"),
         ('[auth]\nkeys = ["hunter2"]', "auth.keys.0: a secret of 7 bytes"),
-        (f'[auth]\nrequire_expiry = false\nkeys = ["{SECRET}"]', "without expiry is good for ever"),
+        (f'[auth]\nrequire_expiry = false\nkeys = ["{SECRET}"]', "without expiry stays valid until its key is removed"),
         ('[auth]\nissuer = "x"\njwks_url = "http://login.example.org/jwks"', "not https"),
         ('[auth]\njwks_url = "https://login.example.org/jwks"', "made for another service"),
         ('allow_anonymous = true\n[[auth.anonymous]]\nmatch = "*"\nrights = ["push"]', "push to every topic"),

@@ -189,7 +189,7 @@ def test_nobody_there_is_exit_code_1_in_one_line() -> None:
     assert (ran.returncode, ran.stdout) == (1, "")
     (line,) = ran.stderr.splitlines()
     assert line.startswith(f"relay: 0 of 100 sockets joined, then {url}")
-    assert line.endswith(": nobody listens there; does `relay serve` run?")
+    assert line.endswith(": no server listens there; does `relay serve` run?")
 
 
 @pytest.mark.parametrize(

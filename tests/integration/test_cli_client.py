@@ -234,7 +234,7 @@ def test_nobody_there_is_exit_code_1_in_one_line(command: tuple[str, ...]) -> No
     assert (ran.returncode, ran.stdout) == (1, "")
     (line,) = ran.stderr.splitlines()
     assert line.startswith(f"relay: {url}")
-    assert line.endswith(": nobody listens there; does `relay serve` run?")
+    assert line.endswith(": no server listens there; does `relay serve` run?")
 
 
 @pytest.mark.parametrize(

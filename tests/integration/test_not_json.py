@@ -39,7 +39,7 @@ async def test_from_redis_it_is_binary_and_counted_and_said(
     assert figure(metrics, "relay_events_not_json_total") == 3
     said = [record.getMessage() for record in caplog.records if "looks like JSON" in record.getMessage()]
     assert said == [
-        "payload of event 'e' on topic 'room:nan' looks like JSON and is none: NaN and Infinity are no JSON; "
+        "payload of event 'e' on topic 'room:nan' looks like JSON but is not valid: NaN and Infinity are no JSON; "
         "delivered as binary"
     ]
 

@@ -58,7 +58,7 @@ await inBrowser(origin, async (page, faults) => {
     await page.type("#opened input", "a/b?c#d")
     await page.click("#opened button")
     const text = await answer()
-    equal(text.includes("/api/topics/a%2Fb%3Fc%23d") && text.includes("nobody has joined 'a/b?c#d' here"), true, text)
+    equal(text.includes("/api/topics/a%2Fb%3Fc%23d") && text.includes("no socket has joined 'a/b?c#d' in this process"), true, text)
     faults.splice(0, faults.length, ...faults.filter(fault => !fault.includes("404"))) // as asked for
     await close()
   })

@@ -1,4 +1,4 @@
-"""The documentation and the clients use plain technical English: no word of a list of unclear ones."""
+"""The relay, its documentation and clients use plain technical English: no word of a list of unclear ones."""
 
 import re
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-PLACES = ("README.md", "CONTRIBUTING.md", "docs", "clients", "config", "examples")
+PLACES = ("README.md", "CONTRIBUTING.md", "docs", "clients", "config", "examples", "relay")
 """Files and folders in which no such word may stand."""
 
 ENDINGS = {
@@ -65,7 +65,7 @@ def unclear(text: str) -> list[tuple[str, str]]:
     return [(found[0], advice[int(str(found.lastgroup).removeprefix("p"))]) for found in _PATTERN.finditer(text)]
 
 
-def test_documentation_and_clients_are_in_plain_technical_english() -> None:
+def test_relay_documentation_and_clients_are_in_plain_technical_english() -> None:
     checked = list(files())
     assert len(checked) > 30
     found = [

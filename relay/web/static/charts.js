@@ -1,4 +1,4 @@
-/** Lines over time as SVG: coloured by the style sheet, so that light and dark need nothing drawn anew. */
+/** Lines over time as SVG: coloured by the style sheet, so that light and dark need no redraw. */
 
 import { create } from "./show.js";
 
@@ -108,15 +108,15 @@ export class Chart {
   *#cross(sample, values, place, x, y, width) {
     const left = x(sample.at_ms);
     yield draw("path", { class: "cross", d: `M${left.toFixed(1)},${EDGE.top}V${HEIGHT - EDGE.bottom}` });
-    const told = [];
+    const texts = [];
     for (const [line, row] of values.entries()) {
       if (row[place] === null) continue;
       yield draw("circle", { class: `dot line-${line}`, cx: left, cy: y(row[place]), r: 3 });
-      told.push(this.format(row[place]));
+      texts.push(this.format(row[place]));
     }
     const time = new Date(sample.at_ms).toLocaleTimeString("en-GB");
     const isLeft = left < width / 2;
-    const attributes = { class: "told", x: left + (isLeft ? 7 : -7), y: EDGE.top + 9, "text-anchor": isLeft ? "start" : "end" };
-    yield draw("text", attributes, `${told.join("  ")}  at ${time}`);
+    const attributes = { class: "readout", x: left + (isLeft ? 7 : -7), y: EDGE.top + 9, "text-anchor": isLeft ? "start" : "end" };
+    yield draw("text", attributes, `${texts.join("  ")}  at ${time}`);
   }
 }

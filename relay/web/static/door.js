@@ -68,7 +68,7 @@ function lock() {
 
 function start() {
   socket.connect();
-  if (channel.state === "closed") channel.join(); // else it is joined anew by itself
+  if (channel.state === "closed") channel.join(); // else phoenix.js rejoins it automatically
   isStarted = true;
   onStart();
 }

@@ -197,7 +197,7 @@ function showFigures(message) {
 let source;
 
 channel.on("figures", (message) => {
-  // Of another process, or of the same one started anew: its totals cannot be compared with these.
+  // Of another process, or of the same one after a restart: its totals cannot be compared with these.
   if (message.source !== source) samples.length = 0;
   source = message.source;
   hear();

@@ -1,4 +1,4 @@
-/** The page that lets people try the relay: host figures, and a bench to join, push and watch. */
+/** The page that lets people try the relay: host metrics, and a bench to join, push and watch. */
 
 import { Socket } from "./relay.js";
 import {
@@ -28,7 +28,7 @@ async function explainLoss() {
   if (!isUp || socket.isConnected()) return;
   showState("refused", "refused, trying again");
   byId("who").hidden = false;
-  if (readToken()) showResult(byId("who-result"), "bad", "With this token the relay lets nobody in.");
+  if (readToken()) showResult(byId("who-result"), "bad", "The relay does not accept connections with this token.");
 }
 
 byId("who").addEventListener("submit", (submit) => {
@@ -51,7 +51,7 @@ socket.onClose(({ code, reason }) => {
   hasOpened = false;
 });
 
-// Host figures.
+// Host metrics.
 
 const formats = {
   cpu_percent: (value) => value.toFixed(1),

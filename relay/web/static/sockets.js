@@ -1,4 +1,4 @@
-/** Sockets: those that are open, and what one of them has joined; and sending it away. */
+/** Sockets: those that are open, and what one of them has joined; and disconnecting it. */
 
 import { ask } from "./door.js";
 import { showChips, showRows, socketHref, topicHref } from "./lists.js";

@@ -339,14 +339,14 @@ async def test_bus_that_is_away_is_told_with_503() -> None:
 @pytest.mark.parametrize(
     ("method", "path", "said"),
     [
-        ("GET", "/topics/room:1", "nobody has joined 'room:1' here"),
-        ("GET", "/topics/a%2Fb%20c%25/%C3%BC", "nobody has joined 'a/b c%/ü' here"),
+        ("GET", "/topics/room:1", "no socket has joined 'room:1' in this process"),
+        ("GET", "/topics/a%2Fb%20c%25/%C3%BC", "no socket has joined 'a/b c%/ü' in this process"),
         ("GET", "/sockets/none", "no socket 'none' here"),
         ("DELETE", "/sockets/none", "no socket 'none' here"),
         ("DELETE", "/topics/a/sockets/b/sockets/none", "socket 'none' has not joined 'a/sockets/b' here"),
         ("GET", "/nowhere", "Not Found"),
         ("GET", "/topics/a%0Ab", "Not Found"),
-        ("GET", "/topics/a%0A", "nobody has joined 'a' here"),
+        ("GET", "/topics/a%0A", "no socket has joined 'a' in this process"),
     ],
 )
 async def test_what_is_not_there_is_told_with_404(method: str, path: str, said: str) -> None:
