@@ -68,7 +68,7 @@ class Markers:
             return None
         try:
             return self._decode(data)
-        except msgspec.DecodeError:  # of another program, under our name
+        except (msgspec.MsgspecError, ValueError):  # of another program, under our name
             return None
 
 

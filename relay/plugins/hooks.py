@@ -116,7 +116,7 @@ class _WithPayload:
         if self._decoded is msgspec.UNSET:
             try:
                 decoded = msgspec.json.decode(self.data) if isinstance(self.data, msgspec.Raw) else self.data
-            except (ValueError, RecursionError) as error:
+            except (ValueError, msgspec.MsgspecError, RecursionError) as error:
                 raise InvalidPayload(self, str(error)) from None
             if isinstance(self.data, msgspec.Raw) and _is_deep(bytes(self.data)):
                 raise InvalidPayload(self, f"nested deeper than {NESTING_MAX} levels")
