@@ -146,7 +146,7 @@ async def test_name_of_a_topic_keeps_its_slashes() -> None:
         connection = Connection("/api//topics/a//b", "", kind="http")
         connection.scope["raw_path"] = b"/api//topics/a%2F%2Fb"
         await relay(connection.scope, connection.receive, connection.send)
-        assert (connection.status, "'a//b' here" in json.loads(connection.body)["detail"]) == (404, True)
+        assert (connection.status, "'a//b' in this process" in json.loads(connection.body)["detail"]) == (404, True)
 
 
 # Who is answered.
