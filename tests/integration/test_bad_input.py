@@ -59,7 +59,8 @@ async def bystander(served: Served, redis: Redis) -> AsyncIterator[None]:
 async def counted(served: Served, name: str, reason: str) -> float:
     """One reason's figure on ``/metrics``; of what is malformed, one close code's."""
     label = "code" if name == "malformed" else "reason"
-    return figure((await http_get(f"{served.http}/metrics"))[1], f"relay_{name}_total", **{label: reason})
+    labels = {label: reason.replace(" ", "_")} | ({"kind": "socket"} if name == "refused" else {})
+    return figure((await http_get(f"{served.http}/metrics"))[1], f"relay_{name}_total", **labels)
 
 
 class Bad(NamedTuple):

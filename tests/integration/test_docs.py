@@ -22,8 +22,10 @@ points of ``pyproject.toml`` here, and downloads nothing. A block that cannot be
 ``<!-- not run: reason -->``.
 """
 
+import argparse
 import ast
 import asyncio
+import http.client
 import inspect
 import json
 import os
@@ -39,6 +41,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
+from urllib.parse import urlsplit
 
 import asyncpg
 import jwt
@@ -597,10 +600,32 @@ def programs(name: str, *arguments: str) -> Iterator[str]:
         with redis.Redis.from_url(address[-1] if address else arguments[0]) as client:
             yield f"(integer) {client.publish(channel, payload)}"
     else:
-        from urllib.request import urlopen
+        yield curl(arguments)
 
-        with urlopen(arguments[-1], timeout=20) as response:
-            yield response.read().decode()
+
+def curl(arguments: tuple[str, ...]) -> str:
+    """What curl prints of an answer: for the options that the pages use, where it is not installed."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("-s", action="store_true")
+    for flag in ("-X", "-d", "-D", "-o"):
+        parser.add_argument(flag)
+    parser.add_argument("-i", action="store_true")
+    parser.add_argument("-H", action="append", default=[])
+    parser.add_argument("url")
+    given = parser.parse_args(arguments)
+    url = urlsplit(given.url)
+    connection = http.client.HTTPConnection(url.hostname or "", url.port, timeout=20)
+    headers = dict(header.split(": ", 1) for header in given.H)
+    method = given.X or ("GET" if given.d is None else "POST")
+    connection.request(method, given.url.partition(url.netloc)[2] or "/", given.d, headers)
+    response = connection.getresponse()
+    body = response.read().decode()
+    head = f"HTTP/1.1 {response.status} {response.reason}\n"
+    head += "".join(f"{name}: {value}\n" for name, value in response.getheaders()) + "\n"
+    if given.o:
+        Path(given.o).write_text(body, "utf-8")
+        body = ""
+    return (head if given.i or given.D == "-" else "") + body
 
 
 if __name__ == "__main__":

@@ -538,7 +538,7 @@ def test_tracing_without_its_package_stops_the_start_in_one_line(tmp_path: Path,
     with launched("--workers", workers, environ=environ) as relay:
         assert relay.wait() == 2
         (line,) = relay.output.splitlines()
-        assert line.startswith("relay: tracing: needs OpenTelemetry")
+        assert line == "relay: tracing needs OpenTelemetry: install starlette-relay[otel]"
 
 
 ON_STARTUP = """
