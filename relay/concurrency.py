@@ -39,33 +39,33 @@ class InFlight:
         # Those with an owner that can give up, and in which something is under way.
         self._members: set[KeyedQueue] = set()
 
-    def count(self, lanes: "KeyedQueue", more_bytes: int) -> None:
+    def count(self, queue: "KeyedQueue", more_bytes: int) -> None:
         """Count what has come into a queue, or left it; past the bound, have the queue with the most given up."""
         self._metrics.in_flight_bytes += more_bytes
         if more_bytes <= 0:
-            if not lanes.held_bytes:
-                self._members.discard(lanes)
+            if not queue.held_bytes:
+                self._members.discard(queue)
             return
-        if lanes.give_up is not None:
-            self._members.add(lanes)
+        if queue.evict is not None:
+            self._members.add(queue)
         while self._members and 0 < self._max_bytes < self._metrics.in_flight_bytes:
             before = self._metrics.in_flight_bytes
             most = max(self._members, key=lambda member: member.held_bytes)
-            assert most.give_up is not None, "else it is no member"
-            most.give_up()
+            assert most.evict is not None, "else it is no member"
+            most.evict()
             if self._metrics.in_flight_bytes == before:  # nothing of it waits: running handlers hold all that there is
                 self._metrics.refused[IN_FLIGHT_FULL] += most.cut_off()
 
-    def has_room(self, lanes: "KeyedQueue", key: Hashable, more_bytes: int) -> bool:
+    def has_room(self, queue: "KeyedQueue", key: Hashable, more_bytes: int) -> bool:
         """Say whether more may wait in a queue whose owner cannot give up: a sixteenth for each key, half for all keys.
 
         What need not wait for others of its key may always come.
         """
-        if not self._max_bytes or not lanes.is_busy(key):
+        if not self._max_bytes or not queue.is_busy(key):
             return True
         return (
-            lanes.held_bytes + more_bytes <= self._max_bytes // 2
-            and lanes.waiting_bytes(key) + more_bytes <= self._max_bytes // 16
+            queue.held_bytes + more_bytes <= self._max_bytes // 2
+            and queue.waiting_bytes(key) + more_bytes <= self._max_bytes // 16
         )
 
 
@@ -98,17 +98,17 @@ class KeyedQueue:
     """The jobs of one owner, in order per key; `close` ends them all.
 
     Args: in_flight: where their bytes are counted, if anywhere.
-          give_up: has to `drop` what waits, when all queues together hold too much and this one most.
+          evict: has to `drop` what waits, when all queues together hold too much and this one most.
     """
 
-    __slots__ = ("_changed", "_cut", "_in_flight", "_lanes", "_tasks", "give_up", "held_bytes", "pending")
+    __slots__ = ("_changed", "_cut", "_in_flight", "_lanes", "_tasks", "evict", "held_bytes", "pending")
 
-    def __init__(self, in_flight: InFlight | None = None, give_up: Callable[[], object] | None = None) -> None:
+    def __init__(self, in_flight: InFlight | None = None, evict: Callable[[], object] | None = None) -> None:
         self.pending: int = 0
         """Jobs begun and not finished, or waiting for their turn."""
         self.held_bytes: int = 0
         """Bytes that those are about, and what those that wait take besides."""
-        self.give_up: Callable[[], object] | None = give_up
+        self.evict: Callable[[], object] | None = evict
         self._in_flight = in_flight
         # Whether what ran has been cut off; what comes then is not counted any more.
         self._cut = False

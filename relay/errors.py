@@ -47,6 +47,15 @@ SUBSCRIPTION_ENDED = "subscription ended"
 """Why a push that had to wait goes no further, for the counter alone: its client has been notified of the end."""
 
 
+CLOSE_REASON_MAX_BYTES = 123
+"""RFC 6455, section 5.5: a control frame has at most 125 bytes, two of which are the close code."""
+
+
+def close_reason(text: str) -> str:
+    """Cut a text to what fits into a close frame, in bytes of UTF-8."""
+    return text.encode()[:CLOSE_REASON_MAX_BYTES].decode(errors="ignore")
+
+
 class CloseCode(IntEnum):
     """WebSocket close codes the relay sends (RFC 6455, section 7.4.1, and the IANA registry).
 
@@ -117,7 +126,7 @@ class WireError(RelayError):
 
     def __init__(self, code: CloseCode, text: str) -> None:
         self.code = code
-        super().__init__(text.encode()[:123].decode(errors="ignore"))
+        super().__init__(close_reason(text))
 
 
 class AuthenticationError(RelayError):

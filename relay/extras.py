@@ -30,7 +30,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = {
 Uvicorn uses it where it is there."""
 
 
-class Optional(NamedTuple):
+class OptionalPart(NamedTuple):
     """Something that is on by default, as far as its extra is installed."""
 
     extra: str
@@ -101,15 +101,15 @@ def _asked_for(config: Config) -> Iterator[tuple[str, str]]:
     return ((extra, setting) for setting, (is_wanted, extra) in wanted.items() if is_wanted)
 
 
-def _on_by_default(config: Config) -> Iterator[Optional]:
+def _on_by_default(config: Config) -> Iterator[OptionalPart]:
     metrics = config.metrics
     if config.rest.path:
-        yield Optional("rest", REST, "rest.path" if "path" in config.rest.model_fields_set else "")
+        yield OptionalPart("rest", REST, "rest.path" if "path" in config.rest.model_fields_set else "")
     if config.system_topic:
-        yield Optional("metrics", SYSTEM_TOPIC, "system_topic" if "system_topic" in config.model_fields_set else "")
+        yield OptionalPart("metrics", SYSTEM_TOPIC, "system_topic" if "system_topic" in config.model_fields_set else "")
     # Not `metrics.dir`, by which workers share the metrics of the console too.
     given = ("key", metrics.key), ("public", metrics.public), ("topics", metrics.topics)
-    yield Optional("metrics", METRICS, next((f"metrics.{name}" for name, value in given if value), ""))
+    yield OptionalPart("metrics", METRICS, next((f"metrics.{name}" for name, value in given if value), ""))
 
 
 def _is_installed(module: str) -> bool:

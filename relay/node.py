@@ -72,7 +72,7 @@ _WRITE_INTERVAL_S = 1.0
 class Exporter(Protocol):
     """What writes the metrics of this process for the other workers, while it runs."""
 
-    async def leave(self) -> None:
+    async def save(self) -> None:
         """Write them once more. Raises OSError."""
 
     def close(self) -> None:
@@ -145,7 +145,7 @@ class Node:
         # Ids of sockets are unique among all nodes: a random part, then a number. Made at the start: forked processes
         # have the import's state in common.
         self._numbers = map(f"{uuid.uuid4().hex[:8]}-{{}}".format, count(1))
-        self.pubsub.on_control = self._receive_order
+        self.pubsub.on_control = self._receive_control
         self._verifier = _make_verifier(components)
         authenticator: Authenticator | None = None
         if self._verifier or authenticate or config.auth.anonymous or config.auth.authenticated:
@@ -159,7 +159,7 @@ class Node:
             _logger.warning("redis_url: %s", BESIDE_AUTH)
         self._siblings = Siblings(self._own_bus())
         self.sockets: dict[str, Socket] = {}
-        # Sockets that have ended, with handlers under way for what they sent: orders are about these too.
+        # Sockets that have ended, with handlers under way for what they sent: control messages are about these too.
         self._left_behind: dict[asyncio.Task[None], Socket] = {}
         self._write_modes: Counter[str] = Counter({"direct": 0, "asgi": 0})
         self._no_sockets = asyncio.Event()
@@ -171,7 +171,7 @@ class Node:
     async def start(self) -> None:
         """Hear the bus, then start the plugins. Raises ConfigError where one of them fails to start."""
         try:
-            await self._check_folder()
+            await self._check_metrics_dir()
             if self._verifier is not None:
                 self._verifier.start()
             await self.pubsub.start()
@@ -195,9 +195,9 @@ class Node:
             return 'redis_url = "embedded"'
         return 'broadcast_url = "memory://"' if self.config.broadcast_url.startswith("memory") else ""
 
-    async def _check_folder(self) -> None:
+    async def _check_metrics_dir(self) -> None:
         try:
-            await self._exporter.leave()
+            await self._exporter.save()
         except OSError as error:
             folder = self.config.metrics.dir
             raise ConfigError(f"metrics.dir: {folder} cannot be written: {error.strerror}") from None
@@ -425,20 +425,20 @@ class Node:
         self, do: Literal["disconnect", "kick"], user: str, topic: str = "", reason: str = ""
     ) -> asyncio.Future[None]:
         """Disconnect or remove a user here and on all other nodes; BusUnavailable: only here."""
-        order = control.ControlMessage(do, user, self.name, topic, reason)
-        self._apply_control(order)
-        return self.pubsub.publish_control_message(order)
+        message = control.ControlMessage(do, user, self.name, topic, reason)
+        self._apply_control(message)
+        return self.pubsub.publish_control_message(message)
 
-    def _receive_order(self, order: control.ControlMessage) -> None:
-        if order.sender != self.name:  # else it has come back to us
-            self._apply_control(order)
+    def _receive_control(self, message: control.ControlMessage) -> None:
+        if message.sender != self.name:  # else it has come back to us
+            self._apply_control(message)
 
-    def _apply_control(self, order: control.ControlMessage) -> None:
-        self.pubsub.decisions.order(order.user, order.topic)
+    def _apply_control(self, message: control.ControlMessage) -> None:
+        self.pubsub.decisions.overtake(message.user, message.topic)
         for socket in (*self.sockets.values(), *self._left_behind.values()):
             if socket.auth is not None:
                 self._metrics.disconnects_by_control += socket.auth.disconnect_user(
-                    order.user, order.topic, order.reason
+                    message.user, message.topic, message.reason
                 )
 
     async def _check_idle(self) -> None:
@@ -481,7 +481,7 @@ class Node:
 
     async def _write_metrics(self) -> None:
         try:
-            await self._exporter.leave()
+            await self._exporter.save()
         except OSError as error:  # a full disk, say: the others see what was written last
             self._log.warning("figures", "metrics.dir cannot be written: %s", error)
 

@@ -22,7 +22,7 @@ from relay import BusUnavailable, ConfigError, Plugin, Refused, Relay, UpgradeRe
 from relay.config import Config
 from relay.errors import RelayError
 from relay.plugins import hooks
-from relay.web.prometheus import FIGURES
+from relay.web.prometheus import METRIC_SPECS
 from relay.web.rest import make_rest
 
 _HANDED = (hooks.Join, hooks.Leave, hooks.Push, hooks.Event, hooks.RedisMessage, hooks.Socket)
@@ -291,7 +291,7 @@ def metrics() -> str:
         "",
     ]
     lines += ["| Name | Labels | Kind | Meaning |", "|---|---|---|---|"]
-    for figure in FIGURES:
+    for figure in METRIC_SPECS:
         label = ", ".join(f"`{name}`" for name in figure.labels)
         lines.append(f"| `{figure.shown_name}` | {label} | {figure.kind} | {figure.meaning} |")
     return "\n".join(lines) + "\n"

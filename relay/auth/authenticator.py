@@ -52,7 +52,7 @@ class Authenticator:
           function: the team's own, in a hook; asked after the token was checked.
           clock: monotonic seconds, by which tokens expire.
           wall: seconds since 1970, by which tokens say so.
-          decisions: those under way, which an order for their user overtakes.
+          decisions: those under way, which a control message for their user overtakes.
     """
 
     def __init__(

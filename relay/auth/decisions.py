@@ -1,23 +1,24 @@
-"""Decisions on users that are under way, and the orders that overtake them.
+"""Decisions on users that are under way, and the control messages that overtake them.
 
-Owns which order came after which decision had begun; must not know who decides, nor what.
+Owns which control message came after which decision had begun; must not know who decides, nor what.
 """
 
 
 class Decisions:
-    """Decisions on users that are under way, and the orders that came after one of them had begun.
+    """Decisions on users that are under way, and the control messages that came after one of them had begun.
 
-    A join or a handshake that takes its time may have looked at its user before an order came. An order raises the
-    generation of its user, or of a user on one topic; it is kept only as long as a decision that began before it.
+    A join or a handshake that waits may have looked at its user before the user was disconnected or kicked. Each
+    control message raises the generation of its user, or of a user on one topic; it is kept only as long as a decision
+    that began before it.
     """
 
-    __slots__ = ("_generation", "_orders", "_under_way")
+    __slots__ = ("_generation", "_overtaking", "_under_way")
 
     def __init__(self) -> None:
         self._generation = 0
-        # Both in ascending order of generations: how many decisions began in it; which one an order began.
+        # Both in ascending order of generations: how many decisions began in it; which one a control message began.
         self._under_way: dict[int, int] = {}
-        self._orders: dict[tuple[str, str], int] = {}
+        self._overtaking: dict[tuple[str, str], int] = {}
 
     def begin(self) -> int:
         """Begin a decision; returns what `overtaken` and `end` are to be given."""
@@ -31,25 +32,25 @@ class Decisions:
             return
         del self._under_way[began]
         if not self._under_way:
-            self._orders.clear()
+            self._overtaking.clear()
             return
         oldest = next(iter(self._under_way))
-        while self._orders and self._orders[first := next(iter(self._orders))] <= oldest:
-            del self._orders[first]
+        while self._overtaking and self._overtaking[first := next(iter(self._overtaking))] <= oldest:
+            del self._overtaking[first]
 
-    def order(self, user: str, topic: str = "") -> None:
+    def overtake(self, user: str, topic: str = "") -> None:
         """Overtake the decisions under way on a user, or with a ``topic`` on this user's joins there alone."""
         if self._under_way:
             self._generation += 1
-            _ = self._orders.pop((user, topic), None)
-            self._orders[user, topic] = self._generation
+            _ = self._overtaking.pop((user, topic), None)
+            self._overtaking[user, topic] = self._generation
 
     def overtaken(self, began: int, user: str | None, topic: str = "") -> bool:
-        """Say whether an order for ``user`` came after a decision had begun: about everything, or about ``topic``."""
-        if not self._orders or user is None:
+        """Say whether ``user`` was disconnected, or kicked from ``topic``, after a decision had begun."""
+        if not self._overtaking or user is None:
             return False
-        return max(self._orders.get((user, ""), 0), self._orders.get((user, topic), 0)) > began
+        return max(self._overtaking.get((user, ""), 0), self._overtaking.get((user, topic), 0)) > began
 
     def __len__(self) -> int:
-        """Orders that are kept."""
-        return len(self._orders)
+        """Control messages that are kept."""
+        return len(self._overtaking)

@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias
 import msgspec
 
 from relay.auth.authenticator import Authenticator
-from relay.errors import AuthenticationError, CloseCode, Reason
+from relay.errors import AuthenticationError, CloseCode, Reason, close_reason
 from relay.permissions import Identity, Right
 from relay.protocol.payload import Payload
 from relay.protocol.state import ChannelsProtocol, Subscription
@@ -122,7 +122,7 @@ class SocketAuth:
     def judge(self, subscription: Subscription, began: int | None = None) -> Reason | None:
         """Settle a subscription's rights as they are now: why it may not be, or None.
 
-        Args: began: of a join's decision, which an order may have overtaken.
+        Args: began: of a join's decision, which a control message may have overtaken.
         """
         identity = subscription.identity or self.identity
         if began is not None and self._auth.decisions.overtaken(began, identity.user, subscription.topic):
@@ -218,7 +218,7 @@ class SocketAuth:
         else:
             self._set_timer()
 
-    # Orders.
+    # Control messages.
 
     def disconnect_user(self, user: str, topic: str, reason: str) -> int:
         """Close the socket if it is this user's, or with a ``topic`` that one alone; returns how much was ended.
@@ -226,7 +226,7 @@ class SocketAuth:
         A topic that was opened by a token of its own is that token's user's.
         """
         if not topic and self.identity.user == user:
-            text = (reason or "disconnected by the server").encode()[:123].decode(errors="ignore")
+            text = close_reason(reason or "disconnected by the server")
             self._close(CloseCode.GOING_AWAY, text)
             return 1
         ended = 0

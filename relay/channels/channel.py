@@ -162,7 +162,7 @@ class Channel(Subscription):
         except HandlerError:
             self._refuse_join(join, Reason.JOIN_CRASHED)
         except BusUnavailable:
-            self._release()
+            self.release()
             self._refuse_join(join, Reason.BUS_UNAVAILABLE)
         except asyncio.CancelledError:  # cut off, since too much of its socket is under way
             self._socket.queue.run(self.topic, self._call_leave_handlers)
@@ -192,12 +192,12 @@ class Channel(Subscription):
         """Reply and subscribe, with nothing in between: no event comes before the reply, none is lost after it."""
         socket, topic = self._socket, self.topic
         if socket.is_closed:
-            self._release()
+            self.release()
             return
         # Again, since handlers and the broker may have taken their time.
         reason = None if socket.auth is None else socket.auth.judge(self, join.began)
         if reason is not None or join.removed:
-            self._release()
+            self.release()
             self._refuse_join(join, reason or Reason.REMOVED)
             return
         for frame in socket.protocol.accept(join, response):
@@ -211,7 +211,7 @@ class Channel(Subscription):
         subject = socket if own is None else SocketInfo(socket.id, own.user, socket.address)
         socket.services.connection_log.join_refused(subject, self.topic, reason)
         if join.replaces is not None:
-            join.replaces._release()
+            join.replaces.release()
         for frame in socket.protocol.refuse(join, response or encode_payload({"reason": reason})):
             socket.transport.send_control(frame)
 
@@ -223,7 +223,7 @@ class Channel(Subscription):
             return self._leave_after(self._last_push, leave)
         socket = self._socket
         if socket.protocol.is_current(self):  # else it was ended from this side while the leave waited
-            self._release()
+            self.release()
             for frame in socket.protocol.leave(leave):
                 socket.transport.send_control(frame)
         return None
@@ -238,15 +238,11 @@ class Channel(Subscription):
         frame = socket.protocol.end(self, reason)
         if frame is None:
             return False
-        self._release()
+        self.release()
         socket.transport.send_control(frame)
         return True
 
-    def disconnected(self) -> None:
-        """Let go of it: its socket has ended."""
-        self._release()
-
-    def _release(self) -> None:
+    def release(self) -> None:
         """Deliver nothing more; handlers of on_leave are called after what is under way on the topic."""
         socket, topic, services = self._socket, self.topic, self._socket.services
         self._last_push = None

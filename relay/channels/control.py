@@ -25,15 +25,15 @@ class ControlMessage(msgspec.Struct, frozen=True, omit_defaults=True):
 _decode = msgspec.json.Decoder(ControlMessage).decode
 
 
-def encode(order: ControlMessage) -> bytes:
+def encode(message: ControlMessage) -> bytes:
     """Encode a control message."""
-    return msgspec.json.encode(order)
+    return msgspec.json.encode(message)
 
 
 def decode(data: bytes) -> ControlMessage | None:
     """Decode a control message; None where it is invalid, or of a kind that this version does not know."""
     try:
-        order = _decode(data)
+        message = _decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         return None
-    return None if not order.user or (order.action == "kick" and not order.topic) else order
+    return None if not message.user or (message.action == "kick" and not message.topic) else message

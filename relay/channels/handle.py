@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 
 from relay.auth.session import SocketAuth
 from relay.channels.pubsub import PubSub
-from relay.errors import CloseCode, Reason
+from relay.errors import CloseCode, Reason, close_reason
 from relay.plugins import hooks
 from relay.protocol import serializer
 from relay.protocol.serializer import Version
@@ -99,5 +99,5 @@ class SocketHandle(ABC):
 
     def disconnect(self, reason: str = "") -> None:
         """Close the socket with 1001."""
-        text = (reason or "disconnected by the server").encode()[:123].decode(errors="ignore")
+        text = close_reason(reason or "disconnected by the server")
         self.pubsub.call_in_loop(partial(self.transport.close, CloseCode.GOING_AWAY, text))

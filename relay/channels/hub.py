@@ -187,7 +187,7 @@ class Hub:
         self._clock = clock
         self._topics: dict[str, _Topic] = {}
         # Subscribers that only look on, each with its topic.
-        self._taps: dict[Subscriber, str] = {}
+        self._observers: dict[Subscriber, str] = {}
         self._deliveries: deque[_Delivery] = deque()
         self.on_idle: Callable[[], None] = lambda: None
         """Called when deliveries that had to wait are all done."""
@@ -227,7 +227,7 @@ class Hub:
     def add_observer(self, topic: str, subscriber: Subscriber) -> None:
         """Subscribe an observer, which does not count as joined: a topic with observers alone is in no list."""
         _ = self.add(topic, subscriber)
-        self._taps[subscriber] = topic
+        self._observers[subscriber] = topic
 
     def remove(self, topic: str, subscriber: Subscriber) -> bool:
         """Unsubscribe; say whether it was the topic's last subscriber. Removing a stranger changes nothing."""
@@ -236,7 +236,7 @@ class Hub:
             return False
         self._release(entry, subscriber)
         del entry.subscribers[subscriber]
-        _ = self._taps.pop(subscriber, None)
+        _ = self._observers.pop(subscriber, None)
         entry.groups = None
         if entry.subscribers:
             return False
@@ -255,8 +255,8 @@ class Hub:
 
     def __len__(self) -> int:
         """Topics that are joined."""
-        taps = Counter(self._taps.values())
-        return len(self._topics) - sum(self.count(topic) == count for topic, count in taps.items())
+        observers = Counter(self._observers.values())
+        return len(self._topics) - sum(self.count(topic) == count for topic, count in observers.items())
 
     def count(self, topic: str) -> int:
         """Subscribers of one topic, observers included: whether sending has an effect."""
@@ -270,8 +270,8 @@ class Hub:
 
     def topics(self) -> dict[str, int]:
         """All topics joined here, with how many have joined them."""
-        taps = Counter(self._taps.values())
-        counts = ((name, len(topic.subscribers) - taps.get(name, 0)) for name, topic in self._topics.items())
+        observers = Counter(self._observers.values())
+        counts = ((name, len(topic.subscribers) - observers.get(name, 0)) for name, topic in self._topics.items())
         return {name: count for name, count in counts if count}
 
     def pairs(self) -> "Iterator[tuple[str, Subscriber]]":

@@ -54,7 +54,7 @@ _BATCH_PAUSE_BELOW_EVENTS = 8
 
 
 class PubSub:
-    """One relay process among others on the same bus.
+    """The bridge between the hub of one process and the broker, with the plugins' handlers on the way.
 
     Args: config: limits, topic settings and the pace of rejoins.
           broker: where events come from and pushes go to.
@@ -86,15 +86,15 @@ class PubSub:
         self._log = loggers.get("relay.node")
         self.caller: HandlerRunner = HandlerRunner(metrics, config.plugins.timeout_s, tracer, loggers)
         self._publish = broker.publish if tracer is None else tracer.around(broker.publish)
-        self.on_control: Callable[[ControlMessage], None] = lambda order: None
-        """Called for each order of another node."""
+        self.on_control: Callable[[ControlMessage], None] = lambda message: None
+        """Called for each control message of another node."""
         self._relay = relay
         self.home: Home = Home()
         """The event loop that all of this lives in."""
         # Events that have to wait for a handler, by topic, and raw Redis messages, by handler.
         self.in_flight: InFlight = InFlight(config.limits.in_flight_total_max_bytes, metrics)
         """What waits for handlers, of all sockets and here."""
-        self._lanes = KeyedQueue(self.in_flight)
+        self._queue = KeyedQueue(self.in_flight)
         # Subscribers that an event shall not reach, by its sender; see broadcast().
         self._skips: dict[str, Subscriber] = {}
         self._senders = map(f"{uuid.uuid4().hex[:8]}.{{}}".format, count(1))
@@ -107,7 +107,7 @@ class PubSub:
         self._tasks: set[asyncio.Task[None]] = set()
         self._leftovers: set[asyncio.Task[None]] = set()
         self.decisions: Decisions = Decisions()
-        """Joins and handshakes that take their time, and the orders that overtake them."""
+        """Joins and handshakes that take their time, and the control messages that overtake them."""
         self._gap_task: asyncio.Task[None] | None = None
         # Topics the broker was asked for, and the lock under which each is asked for or given back.
         self._heard: set[str] = set()
@@ -124,7 +124,7 @@ class PubSub:
             task.cancel()
         if self._tasks:  # not longer: a handler may ignore its cancellation
             _ = await asyncio.wait(tuple(self._tasks), timeout=timeout_s)
-        await self._lanes.close(timeout_s)
+        await self._queue.close(timeout_s)
         await self._broker.stop()
         self.caller.close()
 
@@ -141,20 +141,20 @@ class PubSub:
         """Start what goes over the bus, from any thread and loop; see `Home.call`. Raises BusUnavailable."""
         return self.home.call(begin, self._config.redis.timeout_s)
 
-    def finish_in_background(self, lanes: KeyedQueue) -> asyncio.Task[None] | None:
+    def finish_in_background(self, queue: KeyedQueue) -> asyncio.Task[None] | None:
         """Let the handlers that a socket leaves behind come to their end, each within its time; None without any."""
-        if not lanes.running:
+        if not queue.running:
             return None
-        task = self._spawn(self._see_out(lanes))
+        task = self._spawn(self._finish(queue))
         self._leftovers.add(task)
         task.add_done_callback(self._leftovers.discard)
         return task
 
-    async def _see_out(self, lanes: KeyedQueue) -> None:
+    async def _finish(self, queue: KeyedQueue) -> None:
         try:
-            await lanes.wait()
+            await queue.wait()
         finally:
-            await lanes.close()
+            await queue.close()
 
     async def join_background(self, deadline_s: float) -> None:
         """Wait for what `finish_in_background` was given, and no longer than ``deadline_s``."""
@@ -187,7 +187,7 @@ class PubSub:
                 if payload is data:
                     self._note_binary(topic, event, data)
                 if filtered:
-                    self._lanes.run(topic, partial(self._filter, topic, event, payload, skip), len(data))
+                    self._queue.run(topic, partial(self._filter, topic, event, payload, skip), len(data))
                     continue
                 run_bytes += len(data)
                 if run and (topic != run_topic or skip is not None or run_bytes > JOINED_MAX_BYTES):
@@ -293,21 +293,21 @@ class PubSub:
                     self._metrics.dropped["on_redis handler too slow"] += 1
                     self._log.warning(hook.plugin, "plugin %s is too slow for %s: dropped", hook.plugin, pattern)
                 else:
-                    self._lanes.run(hook, partial(self._call_redis_hook, hook, message), len(data))
+                    self._queue.run(hook, partial(self._call_redis_hook, hook, message), len(data))
 
     def _may_wait(self, key: Hashable, data: bytes) -> bool:
         """Say whether an event or a message may queue for a handler that is busy with others of its key."""
-        lanes = self._lanes
-        return lanes.waiting(key) < _EVENTS_WAITING and self.in_flight.has_room(lanes, key, len(data) + JOB_BYTES)
+        queue = self._queue
+        return queue.waiting(key) < _EVENTS_WAITING and self.in_flight.has_room(queue, key, len(data) + JOB_BYTES)
 
     def receive_control(self, data: bytes) -> None:
         """Take a control message from another node; an invalid one is dropped."""
-        order = control.decode(data)
-        if order is None:
+        message = control.decode(data)
+        if message is None:
             self._metrics.dropped["control message not understood"] += 1
             self._log.warning("control", "a message on the control channel was not understood: dropped")
         else:
-            self.on_control(order)
+            self.on_control(message)
 
     async def _call_redis_hook(self, hook: Hook, message: RedisMessage) -> None:
         with suppress(HandlerError):  # logged and counted there
@@ -452,9 +452,9 @@ class PubSub:
             return push
         return _all_of(push, self.publish(Direction.FROM_USER, topic, event, identified(user, socket_id, payload)))
 
-    def publish_control_message(self, order: ControlMessage) -> asyncio.Future[None]:
+    def publish_control_message(self, message: ControlMessage) -> asyncio.Future[None]:
         """Have all nodes disconnect or kick a user; see `Broker.publish_control`."""
-        future = self._broker.publish_control(control.encode(order))
+        future = self._broker.publish_control(control.encode(message))
         future.add_done_callback(self._log_failure)
         future.add_done_callback(self._control_done)
         return future

@@ -134,7 +134,7 @@ class Socket(ChannelOwner):
         self._ended = True
         services.metrics.sockets -= 1
         for channel in tuple(self.protocol.subscriptions.values()):
-            channel.disconnected()
+            channel.release()
         transport.end()
         open_s = time.monotonic() - self.opened_at
         totals = Totals(open_s, self._joins, self._pushes, self._events, transport.dropped)
@@ -157,7 +157,7 @@ class Socket(ChannelOwner):
         """End its authentication, and break the cycles that refer back to this socket, so that it is freed at once."""
         if self.auth is not None:
             self.auth.end()
-        self.queue.give_up = None
+        self.queue.evict = None
         self.protocol.clear()
         self.announced.clear()
 

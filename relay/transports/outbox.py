@@ -73,7 +73,7 @@ class Outbox:
 
     Args: max_bytes: bound of all waiting events together, and of all waiting control frames.
           outboxes: what it is counted in, if any.
-          give_up: has to empty it, when all of them hold too much and this one most.
+          evict: has to empty it, when all of them hold too much and this one most.
           notice: makes the frame that says how many events of a topic were dropped.
     """
 

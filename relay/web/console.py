@@ -156,7 +156,7 @@ class ConsoleSession:
         self._protocol = ChannelsProtocol(
             Subscription, version, topics_max=1, payload_max_bytes=limits.payload_max_bytes
         )
-        self._tap: TopicObserver | None = None
+        self._observer: TopicObserver | None = None
 
     async def run(self) -> None:
         """Serve until the connection is closed by either side."""
@@ -211,9 +211,9 @@ class ConsoleSession:
         due = time.monotonic() + _INTERVAL_S
         while True:
             await asyncio.sleep(_TAIL_INTERVAL_S)
-            if self._tap is not None and (events := self._tap.take()):
-                left_out, self._tap.left_out = self._tap.left_out, 0
-                self._tell_all("events", {"topic": self._tap.topic, "events": events, "left_out": left_out})
+            if self._observer is not None and (events := self._observer.take()):
+                left_out, self._observer.left_out = self._observer.left_out, 0
+                self._tell_all("events", {"topic": self._observer.topic, "events": events, "left_out": left_out})
             if time.monotonic() >= due:
                 due += _INTERVAL_S
                 await self._tell_figures()
@@ -292,21 +292,21 @@ class ConsoleSession:
     async def _watch(self, topic: str | None) -> None:
         """Begin to tell the events of a topic, in place of those of another."""
         node = self._node()
-        if self._tap is not None:
-            tap, self._tap = self._tap, None
-            if node.hub.remove(tap.topic, tap):
-                node.pubsub.unsubscribe(tap.topic)
+        if self._observer is not None:
+            observer, self._observer = self._observer, None
+            if node.hub.remove(observer.topic, observer):
+                node.pubsub.unsubscribe(observer.topic)
         if topic is None:
             return
         if not is_topic(topic):
             raise hooks.Refused(f"no topic: {topic!r}")
-        tap = self._tap = TopicObserver(topic)
+        observer = self._observer = TopicObserver(topic)
         try:
             await node.pubsub.subscribe(topic)
         except BusUnavailable as error:
-            self._tap = None
+            self._observer = None
             raise hooks.Refused(f"bus unavailable: {error}") from None
-        node.hub.add_observer(topic, tap)
+        node.hub.add_observer(topic, observer)
 
     def _sockets(self, search: str) -> object:
         """Those whose ids, users, addresses or topics contain ``search``, those with the most waiting first."""

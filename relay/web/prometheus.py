@@ -130,7 +130,7 @@ def _open_files(process: "psutil.Process") -> int:
         return process.num_fds()
 
 
-FIGURES: tuple[MetricSpec, ...] = (
+METRIC_SPECS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "relay_sockets", "gauge", "Sockets open now, by how frames are written.", ("path",), lambda m, s, p: s.sockets
     ),
@@ -274,10 +274,10 @@ FIGURES: tuple[MetricSpec, ...] = (
 
 
 def _former(present: str, **changes: Any) -> tuple[str, MetricSpec]:
-    return present, next(figure for figure in FIGURES if figure.name == present)._replace(**changes)
+    return present, next(spec for spec in METRIC_SPECS if spec.name == present)._replace(**changes)
 
 
-FORMER_FIGURES: tuple[tuple[str, MetricSpec], ...] = (
+FORMER_METRIC_SPECS: tuple[tuple[str, MetricSpec], ...] = (
     _former("relay_events_without_subscribers", name="relay_events_unheard"),
     _former("relay_rejoins_requested", name="relay_rejoins_asked"),
     _former("relay_disconnects_by_control", name="relay_sent_away"),
@@ -341,7 +341,7 @@ class MetricsExporter:
         """The same in Prometheus's text format; read for itself: a look at the console makes no scrape older."""
         return await self._in_thread(lambda: self._text.get(self.text))
 
-    async def leave(self) -> None:
+    async def save(self) -> None:
         """Leave the metrics of this process for the others; nothing where it is alone."""
         if self._folder is not None:
             await self._in_thread(self.write)
@@ -363,12 +363,12 @@ class MetricsExporter:
         if process is not None and process.pid != os.getpid():
             process = self._process = _this_process()
         return {
-            figure.name: {
+            spec.name: {
                 str(label): [*value.buckets, value.sum_s] if isinstance(value, Histogram) else value
                 # A copy: the event loop may count meanwhile, and a new label would end an iteration.
-                for label, value in dict(figure.read(self._metrics, state, process)).items()
+                for label, value in dict(spec.read(self._metrics, state, process)).items()
             }
-            for figure in FIGURES
+            for spec in METRIC_SPECS
         }
 
     def of_all(self) -> Snapshot:
@@ -384,7 +384,7 @@ class MetricsExporter:
         return _text(self.of_all(), self._old_names)
 
     def write(self) -> None:
-        """As `leave`, in the thread of the caller."""
+        """As `save`, in the thread of the caller."""
         if self._folder is not None:
             self._folder.write(self.snapshot())
 
@@ -392,16 +392,16 @@ class MetricsExporter:
 def _text(snapshot: Snapshot, old_names: bool) -> bytes:
     from relay.web.exposition import Family, write_text  # needs the extra `metrics`
 
-    figures = [(figure.name, figure) for figure in FIGURES]
+    specs = [(spec.name, spec) for spec in METRIC_SPECS]
     return write_text(
         Family(
-            figure.name,
-            figure.kind,
-            figure.meaning,
-            figure.labels,
-            {figure.split(word) if figure.labels else (): value for word, value in snapshot[source].items()},
+            spec.name,
+            spec.kind,
+            spec.meaning,
+            spec.labels,
+            {spec.split(word) if spec.labels else (): value for word, value in snapshot[source].items()},
         )
-        for source, figure in (*figures, *(FORMER_FIGURES if old_names else ()))
+        for source, spec in (*specs, *(FORMER_METRIC_SPECS if old_names else ()))
     )
 
 
@@ -418,22 +418,22 @@ def _open(folder: str) -> "SnapshotStore":
 def _counted(snapshots: list[Snapshot]) -> Snapshot:
     """What is left of workers that have ended: what they have counted, and nothing that they held."""
     merged = _merged(snapshots)
-    return {figure.name: merged[figure.name] for figure in FIGURES if figure.kind != "gauge"}
+    return {spec.name: merged[spec.name] for spec in METRIC_SPECS if spec.kind != "gauge"}
 
 
 def _merged(snapshots: list[Snapshot]) -> Snapshot:
     merged: Snapshot = {}
-    for figure in FIGURES:
-        found = [snapshot.get(figure.name, {}) for snapshot in snapshots]
+    for spec in METRIC_SPECS:
+        found = [snapshot.get(spec.name, {}) for snapshot in snapshots]
         labels = dict.fromkeys(label for values in found for label in values)
-        merged[figure.name] = {
-            label: _one(figure, [values[label] for values in found if label in values]) for label in labels
+        merged[spec.name] = {
+            label: _one(spec, [values[label] for values in found if label in values]) for label in labels
         }
     return merged
 
 
-def _one(figure: MetricSpec, values: list[Value]) -> Value:
+def _one(spec: MetricSpec, values: list[Value]) -> Value:
     histograms = [value for value in values if isinstance(value, list)]
     if histograms:
         return [sum(parts) for parts in zip(*histograms, strict=True)]
-    return figure.merge([value for value in values if not isinstance(value, list)])
+    return spec.merge([value for value in values if not isinstance(value, list)])

@@ -140,14 +140,14 @@ EncodedSocketId = Annotated[SocketId, AfterValidator(unquote)]
 
 
 class OfUser(BaseModel, extra="forbid"):
-    """Whom an order is about, and where. Unknown names are refused: without its topic an order says more."""
+    """Which user to disconnect, or to take out of a topic. Unknown names are refused: without the topic it is all."""
 
     user: str = Field(min_length=1, description="the subject of tokens, or what `authenticate` returns as `sub`")
     topic: str | None = Field(None, min_length=1, description="the topic to take it out of; without one, all")
 
 
 class OfSocket(BaseModel, extra="forbid"):
-    """Which socket an order is about, and where."""
+    """Which socket to close, or to take out of a topic."""
 
     id: str = Field(min_length=1, description="id of a socket, as its topics list it")
     topic: str | None = Field(None, min_length=1, description="the topic to take it out of; without one, all")
@@ -343,7 +343,7 @@ def _routes(components: Components, node: Callable[[], Node]) -> APIRouter:
     @router.delete("/users", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_TOLD)
     async def disconnect_user_by_query(asked: Annotated[OfUser, Query()]) -> Response:
         """Close all sockets of a user with 1001, on every node; with ``topic``, take it out of that topic alone."""
-        return await _told(
+        return await _answer_control(
             node().disconnect_user(asked.user) if asked.topic is None else node().kick(asked.topic, asked.user)
         )
 
@@ -362,25 +362,25 @@ def _routes(components: Components, node: Callable[[], Node]) -> APIRouter:
     async def disconnect_user(user: UserName, request: Request) -> Response:
         """Close all sockets of a user with 1001, on every node; whether there are any is not known here."""
         _refuse_topic(request)
-        return await _told(node().disconnect_user(user))
+        return await _answer_control(node().disconnect_user(user))
 
     @router.delete("/topics/{topic:path}/users/{user:path}", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_TOLD)
     async def kick(topic: EncodedTopic, user: EncodedUser) -> Response:
         """Take a user out of a topic with ``phx_close``, on every node; whether it is there is not known here."""
-        return await _told(node().kick(topic, user))
+        return await _answer_control(node().kick(topic, user))
 
     return router
 
 
 def _refuse_topic(request: Request) -> None:
-    """Refuse a topic in the query of a path that names none: without it the order says more. Raises HTTPException."""
+    """Refuse a topic in the query of a path that names none: it would be ignored. Raises HTTPException."""
     if "topic" in request.query_params:
         raise HTTPException(422, "a topic in the query goes with ?user=… or ?id=… there; expected no topic here")
 
 
-async def _told(order: Awaitable[None]) -> Response:
+async def _answer_control(call: Awaitable[None]) -> Response:
     try:
-        await order
+        await call
     except BusUnavailable as error:
         text = f"done in this process; publishing to the other nodes failed: bus unavailable: {error}"
         raise HTTPException(503, text) from None

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 
 from relay.config import LimitsConfig, PluginsConfig
 from relay.config_sources import load
-from relay.web.prometheus import FIGURES
+from relay.web.prometheus import METRIC_SPECS
 from tests.support.node import SCRIPTS, compile_typescript, need_node
 from tests.support.process import RelayProcess
 
@@ -277,7 +277,7 @@ export const dashboard = {dashboard().strip()} satisfies Plain<Dashboard>
 
 def labels_of() -> dict[str, set[str]]:
     """The labels of each figure, by the name that Prometheus shows."""
-    return {figure.shown_name: set(figure.labels) for figure in FIGURES}
+    return {figure.shown_name: set(figure.labels) for figure in METRIC_SPECS}
 
 
 def test_figures_are_grouped_by_labels_that_they_have() -> None:

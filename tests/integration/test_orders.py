@@ -305,9 +305,9 @@ async def give(order: str, served: Served, other: Served, topic: str = "room:1")
     node = served.relay.node
     carry_out = node._apply_control
 
-    def note(order: Any) -> None:
-        orders.append(order)
-        carry_out(order)
+    def note(message: Any) -> None:
+        orders.append(message)
+        carry_out(message)
 
     node._apply_control = note  # type: ignore[method-assign]
     if order == "rest":

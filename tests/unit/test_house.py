@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import relay
+from relay import log, logs, server, server_http
+from relay.transports import uvicorn_http, uvicorn_websocket
 
 PACKAGE = Path(relay.__file__).parent
 LINES_MAX = 500
@@ -145,3 +147,14 @@ def test_name_that_does_not_exist_is_told_as_python_does() -> None:
 def test_version_is_of_three_numbers() -> None:
     assert all(part.isdecimal() for part in relay.__version__.split("."))
     assert relay.__version__.count(".") == 2
+
+
+def test_former_dotted_paths_lead_to_the_same_classes() -> None:
+    """Servers are started with some of them; a logging configuration may name the others."""
+    assert server.RelayHTTPProtocol is server_http.RelayHTTPProtocol is uvicorn_http.RelayHTTPProtocol
+    assert server.RelayWebSocketProtocol is uvicorn_websocket.RelayWebSocketProtocol
+    with pytest.warns(DeprecationWarning, match=r"relay\.logs\.JsonFormatter is now relay\.log\.JsonFormatter"):
+        assert logs.JsonFormatter is log.JsonFormatter
+    for module in (server, logs):
+        with pytest.raises(AttributeError, match="has no attribute 'Nothing'"):
+            getattr(module, "Nothing")  # noqa: B009 - a type checker would not let it pass otherwise

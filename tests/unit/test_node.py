@@ -218,7 +218,9 @@ async def test_socket_that_has_left_before_its_turn_is_not_counted_as_drained() 
         assert relay.metrics.drained == 1
 
 
-async def test_handshake_that_the_drain_overtakes_is_closed_with_1012() -> None:
+@asynccontextmanager
+async def authenticating() -> AsyncIterator[tuple[Relay, Client, asyncio.Event]]:
+    """A client whose authentication, as alice, waits for the event."""
     go, asked = asyncio.Event(), asyncio.Event()
 
     async def slow(request: UpgradeRequest) -> Mapping[str, Any]:
@@ -229,6 +231,11 @@ async def test_handshake_that_the_drain_overtakes_is_closed_with_1012() -> None:
     async with running(authenticate=slow) as relay:
         client = Client(relay, Connection())
         await asked.wait()
+        yield relay, client, go
+
+
+async def test_handshake_that_the_drain_overtakes_is_closed_with_1012() -> None:
+    async with authenticating() as (relay, client, go):
         relay.node.drain()
         go.set()
         await client.task
@@ -292,16 +299,7 @@ async def test_order_of_another_node_is_carried_out() -> None:
 
 
 async def test_user_disconnected_while_it_is_authenticated_is_refused() -> None:
-    go, asked = asyncio.Event(), asyncio.Event()
-
-    async def slow(request: UpgradeRequest) -> Mapping[str, Any]:
-        asked.set()
-        await go.wait()
-        return {"sub": "alice"}
-
-    async with running(authenticate=slow) as relay:
-        client = Client(relay, Connection())
-        await asked.wait()
+    async with authenticating() as (relay, client, go):
         await relay.disconnect(user="alice")
         go.set()
         await client.task
@@ -406,7 +404,7 @@ async def test_workers_metrics_are_written_regularly_and_a_full_disk_is_no_end(
             writes.append("full")
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(relay.node._exporter, "leave", full)
+        monkeypatch.setattr(relay.node._exporter, "save", full)
         await until(lambda: len(writes) >= 2)
     assert "metrics.dir cannot be written" in caplog.text
 
@@ -419,7 +417,7 @@ async def test_metrics_directory_that_cannot_be_written_stops_the_start(
     async def read_only() -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(relay.figures, "leave", read_only)
+    monkeypatch.setattr(relay.figures, "save", read_only)
     with pytest.raises(ConfigError, match=r"metrics\.dir: .* cannot be written: Read-only file system"):
         await relay.start()
 

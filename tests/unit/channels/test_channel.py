@@ -529,7 +529,7 @@ async def test_control_message_overtakes_a_join_that_waits() -> None:
         client = node.connect(identity=ALICE)
         client.send("1", "1", "room:1", "phx_join")
         await turns()
-        node.pubsub.decisions.order("alice", "room:1")
+        node.pubsub.decisions.overtake("alice", "room:1")
         gate.set()
         assert await client.reply("1") == error("removed by the server")
 

@@ -182,17 +182,17 @@ def test_topics_are_listed_with_their_subscribers(fixture: Fixture) -> None:
 
 
 def test_who_only_looks_on_is_delivered_to_and_makes_no_topic_joined(fixture: Fixture) -> None:
-    hub, one, tap = fixture.hub, fixture.reader("t"), fixture.reader()
-    hub.add_observer("t", tap)
+    hub, one, observer = fixture.hub, fixture.reader("t"), fixture.reader()
+    hub.add_observer("t", observer)
     hub.add_observer("u", another := fixture.reader())
     assert (hub.topics(), len(hub), hub.count("t")) == ({"t": 1}, 1, 2)
     assert hub.fan_out("t", "e", EMPTY) and hub.fan_out("u", "e", EMPTY)
-    assert len(tap.got) == len(another.got) == 1
+    assert len(observer.got) == len(another.got) == 1
     assert hub.remove("t", one) is False, "the topic is still heard"
     assert (hub.topics(), len(hub), "t" in hub) == ({}, 0, True)
-    assert hub.remove("t", tap) is True
-    hub.add("u", tap)
-    assert (hub.topics(), len(hub)) == ({"u": 1}, 1), "what was a tap once may join"
+    assert hub.remove("t", observer) is True
+    hub.add("u", observer)
+    assert (hub.topics(), len(hub)) == ({"u": 1}, 1), "a former observer may join"
 
 
 def test_topic_is_forgotten_with_its_last_subscriber(fixture: Fixture) -> None:

@@ -162,7 +162,7 @@ async def test_socket_without_handlers_is_released_at_once() -> None:
         client = node.connect()
         await client.join("t")
         await client.end()
-        assert client.left_behind is None and client.socket.topics == () and client.socket.queue.give_up is None
+        assert client.left_behind is None and client.socket.topics == () and client.socket.queue.evict is None
         assert client.transport.settled == ["t"]
 
 

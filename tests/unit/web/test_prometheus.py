@@ -18,7 +18,7 @@ from relay.config import Overflow
 from relay.errors import DROPPED, Reason
 from relay.metrics import Metrics, ProcessState
 from relay.web.multiprocess import SnapshotStore
-from relay.web.prometheus import FIGURES, READ_INTERVAL_S, MetricsExporter, dropped_labels
+from relay.web.prometheus import METRIC_SPECS, READ_INTERVAL_S, MetricsExporter, dropped_labels
 
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
 
@@ -81,13 +81,13 @@ def test_reasons_of_drops_are_those_of_the_table() -> None:
 
 def test_names_and_units_follow_the_conventions() -> None:
     """promtool check metrics: a unit is a base unit, and last but for ``_total``; only counters end in it."""
-    for figure in FIGURES:
+    for figure in METRIC_SPECS:
         assert figure.name.startswith(("relay_", "process_"))
         assert not figure.name.endswith(("_total", "_s", "_ms", "_milliseconds", "_count", "_sum", "_bucket", "_info_"))
         assert figure.kind != "histogram" or figure.name.endswith("_seconds")
         assert figure.meaning.endswith("."), figure.name
         assert ":" not in figure.name
-    assert len({figure.name for figure in FIGURES}) == len(FIGURES)
+    assert len({figure.name for figure in METRIC_SPECS}) == len(METRIC_SPECS)
 
 
 def test_histogram_counts_what_is_no_larger_than_each_bound() -> None:
@@ -293,7 +293,7 @@ async def test_event_loop_goes_on_while_the_lock_of_the_folder_is_waited_for(tmp
     figures.write()
     with (tmp_path / "lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        waiting = [asyncio.create_task(figures.leave()), asyncio.create_task(figures.current_text())]
+        waiting = [asyncio.create_task(figures.save()), asyncio.create_task(figures.current_text())]
         for _ in range(50):
             await asyncio.sleep(0.001)
         assert not any(task.done() for task in waiting)
@@ -353,7 +353,7 @@ def test_documentation_tells_every_figure() -> None:
     rows = [
         f"| `{figure.shown_name}`{' by ' if figure.labels else ''}{', '.join(f'`{name}`' for name in figure.labels)} "
         f"| {figure.kind} | {figure.meaning} |"
-        for figure in FIGURES
+        for figure in METRIC_SPECS
     ]
     told = [line for line in DOCS.read_text("utf-8").splitlines() if line.startswith("| `")]
     assert told == rows, "the table of docs/metrics.md should be:\n" + "\n".join(rows)

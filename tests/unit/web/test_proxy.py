@@ -30,7 +30,7 @@ def scope(path: str, root_path: str, raw_path: bytes | None) -> dict[str, Any]:
         ("/api/x/\ufffd", "/api/x", b"/api/x/%FF", ("/api/x", b"/%FF")),
         # No raw path, or one without the server's own root_path: encoded anew.
         ("/api/x/a b/ü%", "/api/x", None, ("/api/x", b"/a%20b/%C3%BC%25")),
-        ("/root/api/x/a b", "/root/api/x", b"/api/x/a%20b", ("/root/api/x", b"/a%20b")),
+        ("/outer/api/x/a b", "/outer/api/x", b"/api/x/a%20b", ("/outer/api/x", b"/a%20b")),
         ("/api/x/a", "/api/x", b"/api/x%", ("/api/x", b"/a")),
     ],
 )
