@@ -7,6 +7,7 @@ connection, and whatever exception the event loop makes of it, is `LinkLost` her
 """
 
 import asyncio
+import copy
 import os
 import re
 import ssl
@@ -191,9 +192,14 @@ class Connections:
         self._pool, self._sentinels = _make_pool(address, timeout_s)
 
     @property
+    def sentinels(self) -> tuple[Redis, ...]:
+        """The clients that ask Sentinels for the master, in the order they are asked; empty without Sentinels."""
+        return () if self._sentinels is None else tuple(self._sentinels.sentinels)
+
+    @property
     def asks_sentinels(self) -> bool:
         """Whether Sentinels say where the master is: a replica is never what is meant then."""
-        return bool(self._sentinels)
+        return self._sentinels is not None
 
     async def open(self) -> RedisConnection:
         """Connect and introduce oneself. Raises LinkLost."""
@@ -211,7 +217,7 @@ class Connections:
                 raise
             if isinstance(error, TimeoutError):
                 raise LinkLost(f"no answer within {self._timeout_s:g} s") from None
-            raise LinkLost(words(error, len(self._sentinels), self._address.transport)) from error
+            raise LinkLost(words(error, len(self.sentinels), self._address.transport)) from error
         return opened
 
     async def _greet(self, opened: RedisConnection) -> None:
@@ -234,7 +240,7 @@ class Connections:
 
     async def close(self) -> None:
         """Close what asks the Sentinels."""
-        for client in self._sentinels:
+        for client in self.sentinels:
             await client.aclose()
 
 
@@ -268,8 +274,25 @@ class _MasterTls(_Bare, SentinelManagedSSLConnection):
     """To the master that Sentinels name, over TLS."""
 
 
-def _make_pool(address: RedisAddress, timeout_s: float) -> tuple[ConnectionPool, list[Redis]]:
-    """Make what connections come from, and the clients of Sentinels behind it, which are to be closed.
+class _Sentinels(Sentinel):
+    """Sentinels whose list survives discoveries that overlap.
+
+    redis-py swaps the one that answered to the front of the list while it walks it. Two discoveries at once, as those
+    of the link and of the publisher after a failover, then wrote one client over another: a Sentinel was never asked
+    again and its connection stayed open.
+    """
+
+    async def discover_master(self, service_name: str) -> tuple[str, int]:
+        """Ask in order; the one that answered is asked first the next time."""
+        own = copy.copy(self)
+        own.sentinels = list(self.sentinels)
+        found: tuple[str, int] = await Sentinel.discover_master(own, service_name)
+        self.sentinels.sort(key=lambda client: client is not own.sentinels[0])
+        return found
+
+
+def _make_pool(address: RedisAddress, timeout_s: float) -> tuple[ConnectionPool, _Sentinels | None]:
+    """Make what connections come from, and the Sentinels behind it, whose clients are to be closed.
 
     A connection to a master that Sentinels know asks them for its address each time it is made.
     """
@@ -285,13 +308,13 @@ def _make_pool(address: RedisAddress, timeout_s: float) -> tuple[ConnectionPool,
     settings |= address.options
     if address.sentinel is None:
         kind = {"tcp": _Tcp, "tls": _Tls, "unix": _Unix}[address.transport]
-        return ConnectionPool(connection_class=kind, **settings), []
+        return ConnectionPool(connection_class=kind, **settings), None
     tls = {"ssl": True} if address.transport == "tls" else {}
     theirs = settings | tls | {"username": address.sentinel.username, "password": address.sentinel.password}
-    sentinel = Sentinel(address.sentinel.hosts, sentinel_kwargs=theirs)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
+    sentinel = _Sentinels(address.sentinel.hosts, sentinel_kwargs=theirs)  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
     kind = _MasterTls if tls else _Master
     pool: ConnectionPool = SentinelConnectionPool(address.sentinel.service, sentinel, connection_class=kind, **settings)  # type: ignore[no-untyped-call]
-    return pool, sentinel.sentinels
+    return pool, sentinel
 
 
 # Words.

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from relay import Config
+from relay import Config, redis_url
 from relay.brokers.base import Event
 from relay.brokers.redis import RedisBroker
+from relay.brokers.redis_connection import Connections
 from relay.config import Direction
 from relay.metrics import Metrics
 from tests.integration.test_brokers import Sink
@@ -125,6 +126,23 @@ async def test_sentinels_over_tls_name_a_master_over_tls(tmp_path: Path) -> None
             async with sentinel:
                 place = sentinel.sockets[0].getsockname()[1]
                 await expect_working(f"rediss+sentinel://127.0.0.1:{place}/main?ssl_ca_certs={authority.path}")
+
+
+async def test_simultaneous_discoveries_lose_no_sentinel(servers: dict[str, str]) -> None:
+    """The first Sentinel is down; two connections that ask for the master at once still know every Sentinel."""
+    dead = f"127.0.0.1:{free_port()}"
+    address = redis_url.parse(f"redis+sentinel://{dead},{servers['sentinels']}/main")
+    connections = Connections(address, timeout_s=2)
+    try:
+        known = {str(client) for client in connections.sentinels}
+        opened = await asyncio.gather(*(connections.open() for _ in range(4)))
+        for connection in opened:
+            await connection.close()
+        assert {str(client) for client in connections.sentinels} == known
+        assert len(known) == 4
+        assert dead.partition(":")[2] not in str(connections.sentinels[0]), "the one that answered is asked first"
+    finally:
+        await connections.close()
 
 
 # What is said where it does not work: the cause first, on one line.

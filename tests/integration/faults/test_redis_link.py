@@ -556,7 +556,11 @@ async def test_reset_connections_to_redis_close_no_socket(
 ) -> None:
     """Clients push all the while. Each push is answered, REST with 200 or 503, and the log has no traceback."""
     async with resetting(server.port) as (port, reset):
-        served = await serve_relay(redis_url=f"redis://127.0.0.1:{port}", redis=FAST | {"ping_timeout_s": 5.0})
+        served = await serve_relay(
+            redis_url=f"redis://127.0.0.1:{port}",
+            redis=FAST | {"ping_timeout_s": 5.0},
+            limits={"joins_per_s": 0, "pushes_per_s": 0},
+        )
         clients = [await connect(served) for _ in range(10)]
         answers: list[str] = []
         statuses: list[int] = []
@@ -590,13 +594,14 @@ async def test_reset_connections_to_redis_close_no_socket(
                 writer.close()
                 await writer.wait_closed()
 
-        tasks = [asyncio.create_task(push(client, f"room:{place}")) for place, client in enumerate(clients)]
-        tasks.append(asyncio.create_task(publish()))
-        for _ in range(15):
-            await asyncio.sleep(0.1)
-            reset()
-        ended.set()
-        await asyncio.gather(*tasks)
+        async with asyncio.TaskGroup() as tasks:
+            for place, client in enumerate(clients):
+                tasks.create_task(push(client, f"room:{place}"))
+            tasks.create_task(publish())
+            for _ in range(15):
+                await asyncio.sleep(0.1)
+                reset()
+            ended.set()
         assert set(statuses) <= {200, 503}
         assert "bus unavailable" in answers
         for client in clients:
