@@ -35,6 +35,7 @@ from relay.plugins.hooks import check_handler
 from relay.plugins.loader import PluginSet, load_plugins
 from relay.proxy_headers import apply_forwarded_headers, hosts_of, parse_networks
 from relay.service_links import log_service_links
+from relay.telemetry import Telemetry
 from relay.threadsafe import LOOP_HAS_ENDED, ONE_LOOP, Call
 from relay.tracing import Tracer
 from relay.transports import handshake
@@ -99,7 +100,7 @@ class Relay:
             self.metrics, self._state, self.config.metrics.dir, old_names=self.config.metrics.old_names
         )
         self.components: Components = self._make_components(extra_plugins, authenticate)
-        self._log = self.components.loggers.get("relay.socket")
+        self._log = self.components.telemetry.loggers.get("relay.socket")
         self._trusted_proxies = parse_networks(self.config.trusted_proxies)
         self._node: Node | None = None
         self._starting = asyncio.Lock()
@@ -126,14 +127,12 @@ class Relay:
         authenticates = config.auth.has_keys or authenticate is not None
         return Components(
             config,
-            self.metrics,
+            Telemetry(self.metrics, loggers, Tracer() if config.tracing else None),
             plugins,
-            loggers,
             ApiKeyAuth(config, authenticates, loggers),
             NetworkAccess(config, authenticates),
             keys,
             authenticate,
-            Tracer() if config.tracing else None,
         )
 
     @classmethod
@@ -159,7 +158,7 @@ class Relay:
         from relay.web.proxy import Proxy, Share
 
         of_all = Share(self.config.limits.proxied_max)
-        return [Proxy(entry, of_all, self.metrics, self.components.loggers) for entry in self.config.proxy]
+        return [Proxy(entry, of_all, self.metrics, self.components.telemetry.loggers) for entry in self.config.proxy]
 
     def _make_http(self, plugin_routes: bool = True) -> Starlette:
         app = Starlette(routes=self._routes(plugin_routes))
@@ -230,7 +229,8 @@ class Relay:
                 self._starting = asyncio.Lock()  # the next start may be in another event loop
                 for proxy in self._proxies:
                     await proxy.close()
-                self.components.loggers.flush(at_once=True)  # what ending requests have left since the node's own flush
+                # What ending requests have left since the node's own flush.
+                self.components.telemetry.loggers.flush(at_once=True)
 
     def _let_go_of_ended(self) -> None:
         """Forget a node whose event loop has ended: nothing of it can go on."""

@@ -29,20 +29,21 @@ from relay.channels.pubsub import PubSub
 from relay.channels.socket import Socket
 from relay.config import EMBEDDED, Config
 from relay.errors import AuthenticationError, CloseCode, ConfigError
-from relay.log import ConnectionLog, RateLimitedLoggers
+from relay.log import ConnectionLog
 from relay.metrics import Metrics, ProcessState
 from relay.permissions import Identity
-from relay.plugins.dispatcher import HandlerError, is_being_cancelled
+from relay.plugins.dispatcher import HandlerError, HandlerRunner, is_being_cancelled
 from relay.plugins.hooks import Hook, Hooks, to_payload
 from relay.plugins.loader import PluginSet
 from relay.protocol.topics import is_event, is_topic
 from relay.proxy_headers import rate_limit_key
 from relay.siblings import Siblings
+from relay.telemetry import Telemetry
 from relay.threadsafe import LOOP_HAS_ENDED, Call
-from relay.tracing import Trace, Tracer
+from relay.tracing import Trace
 from relay.transports import handshake
 from relay.transports.admission import ConnectionLimiter
-from relay.transports.base import ReceiveCallable, Scope, SendCallable
+from relay.transports.base import ReceiveCallable, Scope, SendCallable, TransportServices
 from relay.transports.handshake import HandshakeRejected
 from relay.transports.network_access import NetworkAccess
 from relay.transports.outbox import OutboxBudget
@@ -84,9 +85,8 @@ class Components:
     """What a relay is made of before it starts."""
 
     config: Config
-    metrics: Metrics
+    telemetry: Telemetry
     plugins: PluginSet
-    loggers: RateLimitedLoggers
     api_key_auth: ApiKeyAuth
     """Who may use the REST interface, the console and the metrics."""
     network_access: NetworkAccess
@@ -94,8 +94,6 @@ class Components:
     """The static keys of tokens."""
     authenticate: Authenticate | None = None
     """The application's own authentication of clients."""
-    tracer: Tracer | None = None
-    """Makes spans; None where the settings want none."""
 
     @property
     def authenticates(self) -> bool:
@@ -111,9 +109,9 @@ class Node:
     """
 
     def __init__(self, components: Components, owner: object, exporter: Exporter) -> None:
-        config, metrics, loggers = components.config, components.metrics, components.loggers
-        hooks, tracer, authenticate = components.plugins.hooks, components.tracer, components.authenticate
-        self._tracer = tracer
+        config, telemetry, authenticate = components.config, components.telemetry, components.authenticate
+        metrics, loggers, hooks = telemetry.metrics, telemetry.loggers, components.plugins.hooks
+        self._tracer = telemetry.tracer
         self._loggers = loggers
         self._log = loggers.get("relay.socket")
         self._metrics = metrics
@@ -121,7 +119,8 @@ class Node:
         self._hooks = hooks
         self._owner = owner
         limits = config.limits
-        self._outboxes = OutboxBudget(limits.outbox_total_max_bytes, metrics)
+        outboxes = OutboxBudget(limits.outbox_total_max_bytes, metrics)
+        self._transport_services = TransportServices(limits, metrics, self._log, outboxes, config.compression)
         self._admission = ConnectionLimiter(
             sockets_max=limits.sockets_max,
             sockets_per_address=limits.sockets_per_address,
@@ -140,7 +139,8 @@ class Node:
         self.hub: Hub = Hub(
             metrics, lambda topic: config.topic(topic).policy, loop.call_soon, label_of=config.metrics.label
         )
-        self.pubsub: PubSub = PubSub(config, self.broker, self.hub, metrics, hooks, owner, tracer, loggers=loggers)
+        self._runner = runner = HandlerRunner(config.plugins.timeout_s, telemetry, hooks, owner)
+        self.pubsub: PubSub = PubSub(config, self.broker, self.hub, runner, telemetry)
         self.name: str = uuid.uuid4().hex[:8]
         # Ids of sockets are unique among all nodes: a random part, then a number. Made at the start: forked processes
         # have the import's state in common.
@@ -150,9 +150,7 @@ class Node:
         authenticator: Authenticator | None = None
         if self._verifier or authenticate or config.auth.anonymous or config.auth.authenticated:
             verify = self._verifier.verify if self._verifier else None
-            authenticator = Authenticator(
-                config, self.pubsub.caller, verify, authenticate, decisions=self.pubsub.decisions
-            )
+            authenticator = Authenticator(config, runner, verify, authenticate, self.pubsub.decisions)
         self._services = Services(config, self.pubsub, self.hub, metrics, ConnectionLog(loggers), authenticator)
         self._network_access = components.network_access
         if self._embedded is not None and components.authenticates:
@@ -177,7 +175,7 @@ class Node:
             await self.pubsub.start()
             for hook in self._hooks.startup:
                 try:
-                    await self.pubsub.caller.call(hook, self._owner)
+                    await self._runner.call(hook, self._owner)
                 except HandlerError as error:
                     raise ConfigError(f"plugin {hook.plugin} failed to start: its on_startup {error}") from error
         except BaseException:
@@ -217,7 +215,7 @@ class Node:
             _ = await asyncio.wait(self._tasks, timeout=self.config.limits.close_timeout_s)
         for hook in self._hooks.shutdown:
             with suppress(HandlerError):  # logged and counted there
-                await self.pubsub.caller.call(hook, self._owner)
+                await self._runner.call(hook, self._owner)
         await self.pubsub.stop()
         if self._verifier is not None:
             await self._verifier.close()
@@ -233,7 +231,7 @@ class Node:
 
     def abandon(self) -> None:
         """Let go of what outlives the event loop, which has ended without `stop`."""
-        self.pubsub.caller.close()
+        self._runner.close()
         self._loggers.flush(at_once=True)
         if self._embedded is not None:
             self._embedded.stop()
@@ -366,17 +364,7 @@ class Node:
         if writer is not None:
             writer.on_shutdown = self._on_shutdown
             writer.close_timeout_s = config.limits.close_timeout_s
-        transport = WebSocketTransport(
-            next(self._numbers),
-            scope,
-            receive,
-            send,
-            config.limits,
-            self._metrics,
-            self._log,
-            config.compression,
-            self._outboxes,
-        )
+        transport = WebSocketTransport(next(self._numbers), scope, receive, send, self._transport_services)
         return Socket(transport, shake.version, self._services, identity, trace)
 
     # What applications, plugins, REST and the console ask for.
@@ -504,10 +492,10 @@ class Node:
             except (Exception, SystemExit, asyncio.CancelledError) as error:
                 if is_being_cancelled():  # by stop(); an error then is one of its cleaning up
                     if not isinstance(error, asyncio.CancelledError):
-                        _ = self.pubsub.caller.record_failure(hook, "(a service) raised at its end:", error)
+                        _ = self._runner.record_failure(hook, "(a service) raised at its end:", error)
                     return
                 text = f"(a service) raised; starting it again in {wait_s:g} s:"
-                _ = self.pubsub.caller.record_failure(hook, text, error)
+                _ = self._runner.record_failure(hook, text, error)
             if time.monotonic() - started > _SERVICE_BACKOFF_MAX_S:
                 wait_s = _SERVICE_BACKOFF_S
             await asyncio.sleep(random.uniform(wait_s / 2, wait_s))
@@ -528,7 +516,7 @@ def _make_verifier(components: Components) -> "TokenVerifier | None":
         return None
     from relay.auth.tokens import TokenVerifier  # needs the extra `auth`
 
-    return TokenVerifier(components.config.auth, components.keys, loggers=components.loggers)
+    return TokenVerifier(components.config.auth, components.keys, loggers=components.telemetry.loggers)
 
 
 def _make_broker(config: Config, metrics: Metrics, hooks: Hooks) -> Broker:

@@ -5,7 +5,7 @@ Owns the decision, and the identity that follows from it; must not know sockets 
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from starlette.authentication import AuthCredentials, UnauthenticatedUser
 from starlette.requests import HTTPConnection
@@ -44,34 +44,40 @@ class UpgradeRequest(HTTPConnection):
 Authenticate: TypeAlias = Callable[[UpgradeRequest], Claims | Awaitable[Claims | None] | None]
 
 
+class Clock(Protocol):
+    """What says how late it is; the module `time` does."""
+
+    def monotonic(self) -> float:
+        """Monotonic seconds, by which identities expire."""
+
+    def time(self) -> float:
+        """Seconds since 1970, by which tokens say so."""
+
+
 class Authenticator:
     """Authenticates upgrade requests and tokens.
 
     Args: config: ``auth`` and ``allow_anonymous`` are used.
           verify: checks a token; None where no keys are configured.
           function: the team's own, in a hook; asked after the token was checked.
-          clock: monotonic seconds, by which tokens expire.
-          wall: seconds since 1970, by which tokens say so.
           decisions: those under way, which a control message for their user overtakes.
     """
 
     def __init__(
         self,
         config: Config,
-        caller: HandlerRunner,
+        runner: HandlerRunner,
         verify: Verify | None = None,
         function: Authenticate | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        wall: Callable[[], float] = time.time,
         decisions: Decisions | None = None,
+        clock: Clock = time,
     ) -> None:
         self.decisions: Decisions = Decisions() if decisions is None else decisions
         self._settings = config.auth
-        self._caller = caller
+        self._runner = runner
         self._verify = verify
         self._hook = None if function is None else Hook("authenticate", function)
         self._clock = clock
-        self._wall = wall
         self._lets_anonymous_in = config.allow_anonymous or not (verify or function)
         self._granted = tuple(entry.grant for entry in config.auth.authenticated)
         self._anonymous = Identity(None, Rights(bind(tuple(entry.grant for entry in config.auth.anonymous), None)))
@@ -121,7 +127,7 @@ class Authenticator:
         if self._hook is not None:
             request = UpgradeRequest(scope, token, claims)
             try:
-                answer = await self._caller.call_with_result(self._hook, request, _checked)
+                answer = await self._runner.call_with_result(self._hook, request, _checked)
             except Refused as refusal:
                 raise AuthenticationError(403, "by authenticate", refusal.reason, Reason.UNAUTHORIZED) from None
             except HandlerError:  # logged and counted there
@@ -142,8 +148,8 @@ class Authenticator:
             raise AuthenticationError(401, "token claims", f"the token's claims are malformed: {error}") from None
         expires_at = None
         if ends is not None:
-            expires_at = self._clock() + ends + self._settings.leeway_s - self._wall()
-            if expires_at <= self._clock():
+            expires_at = self._clock.monotonic() + ends + self._settings.leeway_s - self._clock.time()
+            if expires_at <= self._clock.monotonic():
                 raise AuthenticationError(401, "token expired", "the token has expired", Reason.TOKEN_EXPIRED)
         return Identity(user, Rights(bind(granted, user), bind(grants, user)), dict(claims), expires_at)
 

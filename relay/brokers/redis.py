@@ -70,11 +70,9 @@ class RedisBroker:
         self._metrics = metrics
         self._clock = clock
         self._connections = Connections(redis_url.parse(config.redis_url), config.redis.timeout_s, clock)
-        self._address = redis_url.shown(config.redis_url)
+        self.address: str = redis_url.shown(config.redis_url)
         self._markers = markers = Markers(config.redis)
-        self._publisher = Publisher(
-            self._connections, config.redis, markers, clock, self._address, self._role_changed, self._say_denied
-        )
+        self._publisher = Publisher(self._connections, config.redis, markers, self, clock)
         self._link = Link(False, "not started")
         self._listener: asyncio.Task[None] | None = None
         self._session: _Session | None = None
@@ -129,7 +127,7 @@ class RedisBroker:
             self._is_doubted = False
             self._link = Link(True, "")
             self._publisher.wake()
-            _logger.info("subscribed to %s* on %s", self._redis.to_prefix, self._address)
+            _logger.info("subscribed to %s* on %s", self._redis.to_prefix, self.address)
             if lost_at is not None:
                 away_s = self._clock() - lost_at
                 self._metrics.gaps += 1
@@ -144,13 +142,13 @@ class RedisBroker:
             was_live = self._link.live
             if was_live:
                 lost_at = self._clock()
-            self._link = Link(False, f"{fault} (no subscription to {self._address})")
+            self._link = Link(False, f"{fault} (no subscription to {self.address})")
             settled()
             # Full jitter (a fleet of relays must not return in step), never quite zero.
             limit_s = min(self._redis.backoff_max_s, self._redis.backoff_min_s * 2**attempt)
             delay_s = self._redis.backoff_min_s / 2 + random.uniform(0, limit_s)
             if was_live or attempt == 0 or attempt % 10 == 0:
-                _logger.warning("Redis link to %s is down: %s; trying again", self._address, fault)
+                _logger.warning("Redis link to %s is down: %s; trying again", self.address, fault)
             attempt = attempt + 1 if attempt < 1000 else 991
             await asyncio.sleep(delay_s)
 
@@ -170,16 +168,17 @@ class RedisBroker:
             self._session = None
             await connection.close()
 
-    def _role_changed(self, role: Role) -> None:
+    def role_changed(self, role: Role) -> None:
         """Learn from the publisher that its server is no longer what it was: what it sends on may not reach us."""
         # A session that saw the same role when it subscribed goes on.
         if self._session is not None and self._session.role != role:
             self._session.end(f"the server has become {role}")
 
-    def _say_denied(self, what: str, means: str, allow: str) -> None:
+    def report_denied(self, what: str, means: str, allow: str) -> None:
+        """Log, once each, what the Redis user may not do, what that means, and what allows it."""
         if what not in self._denied:
             self._denied.add(what)
-            _logger.warning("no permission for %s on %s: %s; allow it with %s", what, self._address, means, allow)
+            _logger.warning("no permission for %s on %s: %s; allow it with %s", what, self.address, means, allow)
 
     # Publishing.
 
@@ -274,11 +273,11 @@ class _Session:
         broker, connection = self._broker, self._connection
         self.role = role = await connection.role()
         if role is None:
-            broker._say_denied("ROLE", "whether Redis is a master is not checked", "+role")
+            broker.report_denied("ROLE", "whether Redis is a master is not checked", "+role")
         elif not role.is_linked or (broker._connections.asks_sentinels and not role.is_master):
             raise LinkLost(f"the server is {role}")
         elif not role.is_master:
-            _logger.warning("subscribing on a replica: %s; events are heard through its master", broker._address)
+            _logger.warning("subscribing on a replica: %s; events are heard through its master", broker.address)
             # Under RESP3 it can be asked again while it is subscribed; where it knows none, the probes are left.
             if connection.protocol == 2 and not isinstance(await connection.ask("HELLO", "3"), hiredis.ReplyError):
                 connection.protocol = 3
@@ -360,7 +359,7 @@ class _Session:
             self._take_pong()  # a sign of life, whatever it says
             if is_denied(error):
                 self._may_ping = False
-                self._broker._say_denied("PING", "the connections are guarded by probes alone", "+ping")
+                self._broker.report_denied("PING", "the connections are guarded by probes alone", "+ping")
         elif command == "PSUBSCRIBE" and len(self._asked_together) > 1 and is_denied(error):
             self._asked.clear()  # nothing else is asked before all patterns are confirmed
             self._subscribe(self._asked_together, one_by_one=True)
@@ -377,7 +376,7 @@ class _Session:
     def _control_denied(self) -> None:
         name = self._settings.control_channel
         means = "orders of other nodes (disconnect, kick) are not heard here"
-        self._broker._say_denied(f"PSUBSCRIBE {name}", means, f"&{name}")
+        self._broker.report_denied(f"PSUBSCRIBE {name}", means, f"&{name}")
 
     def _confirm_one(self) -> None:
         self._unconfirmed -= 1
@@ -469,7 +468,7 @@ class _Session:
             self._probe_channels.remove(channel)
             name = name_of(channel)
             means = "another channel is tried" if self._probe_channels else "what is heard is not checked by probes"
-            self._broker._say_denied(f"PUBLISH {name}", means, f"+publish &{name}")
+            self._broker.report_denied(f"PUBLISH {name}", means, f"+publish &{name}")
             return bool(self._probe_channels) and await self._send_probe()
         await self._expect_probe(sent_at)
         return True

@@ -12,7 +12,7 @@ import random
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, Protocol
 
 import hiredis
 import msgspec
@@ -60,13 +60,25 @@ class _Sent(msgspec.Struct):
     marker_channel: bytes = b""
 
 
+class PublisherOwner(Protocol):
+    """The broker, as its publisher knows it."""
+
+    @property
+    def address(self) -> str:
+        """Where the server is, for people."""
+
+    def role_changed(self, role: Role) -> None:
+        """Learn that the server is no longer what it was: subscriptions there may have gone deaf."""
+
+    def report_denied(self, what: str, means: str, allow: str) -> None:
+        """Log, once each, what the Redis user may not do, what that means, and what allows it."""
+
+
 class Publisher:
     """Publishes, and asks the server each ``ping_interval_s`` what it is.
 
     Args: markers: writes what precedes a message with a sender.
-          where: the server, for people.
-          say_denied: logs, once each, what the Redis user may not do, what that means, and what allows it.
-          on_role: called when the server is no longer what it was: subscriptions there may have gone deaf.
+          owner: the broker.
     """
 
     def __init__(
@@ -74,17 +86,13 @@ class Publisher:
         connections: Connections,
         settings: RedisConfig,
         markers: Markers,
+        owner: PublisherOwner,
         clock: Callable[[], float],
-        where: str = "Redis",
-        on_role: Callable[[Role], None] = lambda role: None,
-        say_denied: Callable[[str, str, str], None] = lambda what, means, allow: None,
     ) -> None:
         self._connections = connections
         self._settings = settings
         self._clock = clock
-        self._where = where
-        self._on_role = on_role
-        self._say_denied = say_denied
+        self._owner = owner
         self._markers = markers
         # Where this connection may publish markers, the best first, and whether in transactions.
         self._marker_channels: list[bytes] = []
@@ -176,7 +184,7 @@ class Publisher:
             return packed([(b"MULTI",), *commands, (b"EXEC",)])
         sent.expects = 2
         means = "an event of a process that excludes its sender may be mistaken for an equal one published meanwhile"
-        self._say_denied("MULTI", means, "+multi +exec")
+        self._owner.report_denied("MULTI", means, "+multi +exec")
         return packed(commands)
 
     def _may_wait(self) -> bool:
@@ -201,7 +209,7 @@ class Publisher:
                 self._fail_all(fault)
                 self._wakes_at = self._clock() + self._settings.backoff_min_s
                 if attempt == 1:
-                    _logger.warning("cannot publish to %s: %s; trying again", self._where, fault)
+                    _logger.warning("cannot publish to %s: %s; trying again", self._owner.address, fault)
             self._wake.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(random.uniform(self._settings.backoff_min_s / 4, limit_s)):
@@ -222,7 +230,7 @@ class Publisher:
             async with asyncio.timeout(self._settings.timeout_s):
                 role = await connection.role()
             if role is None:
-                self._say_denied("ROLE", "whether Redis is a master is not checked", "+role")
+                self._owner.report_denied("ROLE", "whether Redis is a master is not checked", "+role")
             async with asyncio.timeout(self._settings.timeout_s):
                 await self._check_markers(connection)
             is_same = self._take_role(role or MASTER)
@@ -232,7 +240,7 @@ class Publisher:
             was_open = True
             self._connection = connection
             if not is_same:
-                self._on_role(role or MASTER)
+                self._owner.role_changed(role or MASTER)
             keeper = asyncio.create_task(self._keep(connection, asks_role=role is not None))
             await self._match_replies(connection)
         except TimeoutError:
@@ -326,11 +334,11 @@ class Publisher:
         if role.is_master:
             self._refusal = ""
         else:
-            self._refusal = _not_published(self._where, role)
+            self._refusal = _not_published(self._owner.address, role)
             self._fail_all(self._refusal)
         if before != role and not (before is None and role.is_master):
             _logger.warning(
-                "Redis role: %s is %s%s", self._where, role, "" if role.is_master else "; pushes are refused"
+                "Redis role: %s is %s%s", self._owner.address, role, "" if role.is_master else "; pushes are refused"
             )
         return before is None or before == role
 
@@ -341,8 +349,8 @@ class Publisher:
         if isinstance(reply, list):
             role = read_role(reply)
             if not self._take_role(role):
-                self._on_role(role)
-                raise LinkLost(f"{self._where} has become {role}")
+                self._owner.role_changed(role)
+                raise LinkLost(f"{self._owner.address} has become {role}")
 
     async def _keep(self, connection: RedisConnection, *, asks_role: bool) -> None:
         """Ask for a sign of life at each interval; end a connection that gives none, or keeps a message too long."""
@@ -362,7 +370,9 @@ class Publisher:
             if asked is not None and asked.done():
                 if is_denied(asked.result()):
                     denied = commands.pop(0)
-                    self._say_denied(denied, "the connections are guarded by probes alone", f"+{denied.lower()}")
+                    self._owner.report_denied(
+                        denied, "the connections are guarded by probes alone", f"+{denied.lower()}"
+                    )
                 asked = None
             if asked is not None and now - asked_at > settings.ping_timeout_s:
                 # Once more round the loop: what has come while it was blocked is not read yet.
@@ -378,7 +388,7 @@ class Publisher:
                 asked = self._ask(connection, commands[0]) if commands else None
 
     def _give_up(self, connection: RedisConnection, fault: str) -> None:
-        _logger.warning("connection for publishing to %s lost: %s", self._where, fault)
+        _logger.warning("connection for publishing to %s lost: %s", self._owner.address, fault)
         self._lose(connection, fault)
 
     def _ask(self, connection: RedisConnection, command: str) -> asyncio.Future[Any]:

@@ -172,7 +172,7 @@ class Channel(Subscription):
 
     async def _call_join_handlers(self, join: "Join[Channel]", handlers: tuple[Hook, ...]) -> Payload:
         """What the join's reply says once all handlers allow it. Raises Refused, InvalidPayload, HandlerError."""
-        socket, caller = self._socket, self._socket.services.pubsub.caller
+        socket, runner = self._socket, self._socket.services.pubsub.runner
         # A handler hears of a channel's end before it is asked about the next one.
         previous = socket.announced.get(self.topic)
         if previous is not None and (leaving := previous._call_leave_handlers()) is not None:
@@ -180,7 +180,7 @@ class Channel(Subscription):
         request = hooks.Join(socket, self.topic, join.params, self.identity)
         answers: dict[str, Any] = {}
         for hook in handlers:
-            await caller.call_with_result(hook, request, partial(hooks.add_response, answers))
+            await runner.call_with_result(hook, request, partial(hooks.add_response, answers))
         return hooks.to_payload(answers)
 
     def _announce(self) -> None:
@@ -303,22 +303,14 @@ class Channel(Subscription):
     async def _call_push_handlers(self, push: "Push[Channel]", handlers: tuple[Hook, ...]) -> None:
         """Have handlers deal with a push, then publish it, unless one of them stopped it."""
         socket, pubsub = self._socket, self._socket.services.pubsub
-
-        def reply(status: str, response: object) -> None:  # handlers may run in threads
-            pubsub.call_in_loop(partial(self._reply, push, status, hooks.to_payload(response)))
-
-        def broadcast(event: str, payload: object, to_all: bool) -> Awaitable[None]:
-            hooks.check_event(event)
-            data = hooks.to_payload(payload)
-            return pubsub.start_call(partial(pubsub.broadcast, self.topic, event, data, None if to_all else socket))
-
-        request = hooks.Push(socket, self.topic, push.event, push.payload, reply, broadcast, self.identity)
+        actions = _PushActions(pubsub, socket, self.topic, partial(self._reply, push))
+        request = hooks.Push(socket, self.topic, push.event, push.payload, actions, self.identity)
         answer: Payload | None = None
         for hook in handlers:
             if self._is_stopped(push):
                 return
             try:
-                value = await pubsub.caller.call_with_result(hook, request, hooks.to_response)
+                value = await pubsub.runner.call_with_result(hook, request, hooks.to_response)
                 answer = value if answer is None else answer
             except hooks.Refused as refusal:
                 self._refuse_push(push, refusal.reason, refusal.response)
@@ -377,3 +369,26 @@ class Channel(Subscription):
         frame = self._socket.protocol.reply(push, status, response)
         if frame is not None:
             self._socket.transport.send_control(frame)
+
+
+class _PushActions:
+    """What handlers of a push may do; they may run in threads."""
+
+    __slots__ = ("_pubsub", "_reply", "_socket", "_topic")
+
+    def __init__(
+        self, pubsub: PubSub, socket: ChannelOwner, topic: str, reply: Callable[[str, Payload], object]
+    ) -> None:
+        self._pubsub = pubsub
+        self._socket = socket
+        self._topic = topic
+        self._reply = reply
+
+    def reply(self, status: str, response: object) -> None:
+        self._pubsub.call_in_loop(partial(self._reply, status, hooks.to_payload(response)))
+
+    def broadcast(self, event: str, payload: object, to_all: bool) -> Awaitable[None]:
+        hooks.check_event(event)
+        skip = None if to_all else self._socket
+        send = partial(self._pubsub.broadcast, self._topic, event, hooks.to_payload(payload), skip)
+        return self._pubsub.start_call(send)

@@ -4,7 +4,6 @@ Owns what the broker is asked for; must not know transports or the wire's frames
 """
 
 import asyncio
-import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
 from contextlib import suppress
@@ -17,13 +16,12 @@ from weakref import WeakValueDictionary
 from relay.auth.decisions import Decisions
 from relay.brokers.base import Broker, Event
 from relay.channels import control
+from relay.channels.batch_pause import BatchPause
 from relay.channels.control import ControlMessage
 from relay.channels.hub import JOINED_MAX_BYTES, Hub, Subscriber
 from relay.concurrency import JOB_BYTES, Continuation, InFlight, KeyedQueue
 from relay.config import Config, Direction, OnGap
 from relay.errors import BusUnavailable, Reason, RelayError
-from relay.log import RateLimitedLoggers
-from relay.metrics import Metrics
 from relay.plugins.dispatcher import HandlerError, HandlerRunner
 from relay.plugins.hooks import Event as HookedEvent
 from relay.plugins.hooks import Hook, Hooks, InvalidPayload, RedisMessage, matching
@@ -31,10 +29,8 @@ from relay.plugins.hooks import Leave as HookedLeave
 from relay.protocol import topics
 from relay.protocol.payload import Payload, classify_payload, fault_of_json, identified
 from relay.protocol.state import Subscription
+from relay.telemetry import Telemetry
 from relay.threadsafe import LOOP_HAS_ENDED, Call, Home
-from relay.tracing import Tracer
-
-_NO_HOOKS = Hooks()
 
 _EVENTS_WAITING = 10_000
 """Events of one topic, or messages for one on_redis handler, that may wait for a plugin; further ones are dropped.
@@ -44,26 +40,15 @@ instead would make everybody wait for one handler.
 """
 
 
-# A fan-out that took long is followed by a pause, so that what comes meanwhile is delivered together, with one write
-# for each socket. At 500 sockets and 200 events/s that saves a third of a delivery's cost, for at most 5 ms more until
-# it arrives. A longer pause saves more (three times the fan-out, up to 10 ms: half), and doubles the latency.
-_BATCH_PAUSE_FROM_S = 0.001
-_BATCH_PAUSE_MAX_S = 0.005
-_BATCH_PAUSE_BELOW_EVENTS = 8
-"""A batch of more events than this was joined enough: under full load there is no pause."""
-
-
 class PubSub:
     """The bridge between the hub of one process and the broker, with the plugins' handlers on the way.
 
     Args: config: limits, topic settings and the pace of rejoins.
           broker: where events come from and pushes go to.
           hub: who is to hear them here.
-          hooks: the plugins' handlers.
-          relay: what handlers of raw Redis messages are given beside the message.
-          tracer: makes spans, where they are asked for.
-          clock, sleep: monotonic seconds, and what waits for some.
-          loggers: the relay's.
+          runner: the plugins' handlers, and what calls them.
+          telemetry: where it reports to.
+          pause: what follows a fan-out that took long.
     """
 
     def __init__(
@@ -71,24 +56,18 @@ class PubSub:
         config: Config,
         broker: Broker,
         hub: Hub,
-        metrics: Metrics,
-        hooks: Hooks = _NO_HOOKS,
-        relay: object = None,
-        tracer: Tracer | None = None,
-        clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        loggers: RateLimitedLoggers | None = None,
+        runner: HandlerRunner,
+        telemetry: Telemetry,
+        pause: BatchPause | None = None,
     ) -> None:
-        self._clock = clock
-        self._sleep = sleep
-        self.hooks = hooks
-        loggers = loggers or RateLimitedLoggers()
-        self._log = loggers.get("relay.node")
-        self.caller: HandlerRunner = HandlerRunner(metrics, config.plugins.timeout_s, tracer, loggers)
+        metrics, tracer = telemetry.metrics, telemetry.tracer
+        self.hooks: Hooks = runner.hooks
+        self.runner: HandlerRunner = runner
+        self._pause = BatchPause() if pause is None else pause
+        self._log = telemetry.loggers.get("relay.node")
         self._publish = broker.publish if tracer is None else tracer.around(broker.publish)
         self.on_control: Callable[[ControlMessage], None] = lambda message: None
         """Called for each control message of another node."""
-        self._relay = relay
         self.home: Home = Home()
         """The event loop that all of this lives in."""
         # Events that have to wait for a handler, by topic, and raw Redis messages, by handler.
@@ -126,7 +105,7 @@ class PubSub:
             _ = await asyncio.wait(tuple(self._tasks), timeout=timeout_s)
         await self._queue.close(timeout_s)
         await self._broker.stop()
-        self.caller.close()
+        self.runner.close()
 
     def call_in_loop(self, call: Callable[[], object]) -> None:
         """Call now, or, from a handler in a thread, at the event loop's next turn."""
@@ -166,7 +145,7 @@ class PubSub:
     async def receive_events(self, events: Sequence[Event]) -> None:
         """Deliver a batch to the local subscribers; returns when the hub can take more."""
         hub, metrics, filtered = self._hub, self._metrics, bool(self.hooks.event)
-        began = self._clock()
+        began = self._pause.clock()
         metrics.events_in += len(events)
         # Events of one topic that follow each other go to its sockets together.
         run: list[tuple[str, Payload]] = []
@@ -203,9 +182,8 @@ class PubSub:
         while hub.busy:
             self._hub_idle.clear()
             await self._hub_idle.wait()
-        spent_s = self._clock() - began
-        if spent_s > _BATCH_PAUSE_FROM_S and len(events) < _BATCH_PAUSE_BELOW_EVENTS:
-            await self._sleep(min(spent_s, _BATCH_PAUSE_MAX_S))
+        if pause_s := self._pause.length_s(began, len(events)):
+            await self._pause.sleep(pause_s)
 
     def _note_binary(self, topic: str, event: str, data: bytes) -> None:
         """Count an event that is delivered as bytes although its publisher meant JSON, and say why now and then."""
@@ -222,7 +200,7 @@ class PubSub:
             return self._filter_later(found, event, skip)
         for at, hook in enumerate(found):
             try:
-                answer = event and self.caller.call_inline(hook, event)
+                answer = event and self.runner.call_inline(hook, event)
                 if not isinstance(answer, HookedEvent) and isawaitable(
                     answer
                 ):  # of a plain function: its call alone could tell
@@ -254,11 +232,11 @@ class PubSub:
                 break
             try:
                 if hook.is_async:
-                    event = self._checked(hook, await self.caller.call(hook, event))
+                    event = self._checked(hook, await self.runner.call(hook, event))
                     continue
-                given: Any = self.caller.call_inline(hook, event) if answer is None else answer
+                given: Any = self.runner.call_inline(hook, event) if answer is None else answer
                 answer = None
-                given = await self.caller.wait(hook, given, event) if isawaitable(given) else given
+                given = await self.runner.wait(hook, given, event) if isawaitable(given) else given
                 event = self._checked(hook, given)
             except HandlerError:
                 event = None
@@ -273,10 +251,10 @@ class PubSub:
         if isinstance(answer, HookedEvent):
             if topics.is_event(answer.event):
                 return answer
-            raise self.caller.record_failure(
+            raise self.runner.record_failure(
                 hook, "returned an event with a name that cannot be", ValueError(answer.event)
             )
-        raise self.caller.record_failure(hook, "returned neither an Event nor None", TypeError(type(answer).__name__))
+        raise self.runner.record_failure(hook, "returned neither an Event nor None", TypeError(type(answer).__name__))
 
     def _deliver(self, event: HookedEvent | None, skip: Subscriber | None) -> None:
         if event is None:
@@ -311,13 +289,13 @@ class PubSub:
 
     async def _call_redis_hook(self, hook: Hook, message: RedisMessage) -> None:
         with suppress(HandlerError):  # logged and counted there
-            await self.caller.call(hook, message, self._relay)
+            await self.runner.call(hook, message, self.runner.relay)
 
     async def call_leave_handlers(self, leave: HookedLeave) -> None:
         """Tell the handlers for it, in order, that a subscription has ended."""
         for hook in matching(self.hooks.leave, leave.topic):
             with suppress(HandlerError):  # logged and counted there
-                await self.caller.call(hook, leave)
+                await self.runner.call(hook, leave)
 
     def _fault(self, event: str, data: bytes) -> str | None:
         if not topics.is_event(event):

@@ -15,15 +15,16 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
-from relay.log import SUBJECT, RateLimitedLoggers
-from relay.metrics import Metrics
-from relay.plugins.hooks import Hook, InvalidPayload, Join, Leave, Push, Refused, SocketInfo
-from relay.tracing import Tracer
+from relay.log import SUBJECT
+from relay.plugins.hooks import Hook, Hooks, InvalidPayload, Join, Leave, Push, Refused, SocketInfo
+from relay.telemetry import Telemetry
 
 T = TypeVar("T")
 
 _THREADS = 32
 """Plain functions of one plugin that may run at a time; further ones wait for one to end."""
+
+_NO_HOOKS = Hooks()
 
 _FAULTS = (Exception, SystemExit)
 """What a handler may raise to its own cost alone; without a name here, ``sys.exit()`` in one would end the relay."""
@@ -34,25 +35,23 @@ class HandlerError(Exception):
 
 
 class HandlerRunner:
-    """Calls handlers with a time limit.
+    """All plugins' handlers, and what calls them, with a time limit.
 
     Coroutine functions run in the event loop, plain functions in threads, where they may block.
 
     Args: timeout_s: seconds until a handler is given up. A thread cannot be ended; what it returns is ignored.
-          loggers: the relay's, where handlers' faults are logged.
+          telemetry: where calls and faults are counted, logged and traced.
+          hooks: the handlers, in the order in which they are called.
+          relay: what handlers are given that take ``relay``.
     """
 
-    def __init__(
-        self,
-        metrics: Metrics,
-        timeout_s: float,
-        tracer: Tracer | None = None,
-        loggers: RateLimitedLoggers | None = None,
-    ) -> None:
-        self._metrics = metrics
+    def __init__(self, timeout_s: float, telemetry: Telemetry, hooks: Hooks = _NO_HOOKS, relay: object = None) -> None:
+        self.hooks: Hooks = hooks
+        self.relay: object = relay
+        self._metrics = telemetry.metrics
         self._timeout_s = timeout_s
-        self._tracer = tracer
-        self._log = (loggers or RateLimitedLoggers()).get("relay.plugins")
+        self._tracer = telemetry.tracer
+        self._log = telemetry.loggers.get("relay.plugins")
         # Each plugin has its own: one whose handlers hang in all of them blocks no other.
         self._threads: defaultdict[str, _Threads] = defaultdict(_Threads)
 

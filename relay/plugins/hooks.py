@@ -192,10 +192,20 @@ class Leave(_WithUser):
     _identity: Identity | None = field(default=None, repr=False)
 
 
+class PushActions(Protocol):
+    """What a handler may do with a push, from any thread."""
+
+    def reply(self, status: str, response: object) -> None:
+        """Reply to the client, if it is still there. Raises TypeError: the response is not JSON-serializable."""
+
+    def broadcast(self, event: str, payload: object, to_all: bool) -> Awaitable[None]:
+        """Send an event to the topic's subscribers, with or without the client itself; see `Push.broadcast`."""
+
+
 class Push(_WithUser, _WithPayload):
     """A push of a client on a topic that it has joined. Attributes and methods may be used in a thread."""
 
-    __slots__ = ("_broadcast", "_identity", "_reply", "event", "forwarded", "replied", "socket", "topic")
+    __slots__ = ("_actions", "_identity", "event", "forwarded", "replied", "socket", "topic")
 
     def __init__(
         self,
@@ -203,8 +213,7 @@ class Push(_WithUser, _WithPayload):
         topic: str,
         event: str,
         data: Payload,
-        reply: Callable[[str, object], None],
-        broadcast: Callable[[str, object, bool], Awaitable[None]],
+        actions: PushActions,
         identity: Identity | None = None,
     ) -> None:
         super().__init__(data)
@@ -215,8 +224,7 @@ class Push(_WithUser, _WithPayload):
         """Where to."""
         self.event: str = event
         """What it calls the push."""
-        self._reply = reply
-        self._broadcast = broadcast
+        self._actions = actions
         self.forwarded: bool = True
         """Whether the push goes on to Redis, as ``from:<topic>:<event>``; see `stop`."""
         self.replied: bool = False
@@ -233,7 +241,7 @@ class Push(_WithUser, _WithPayload):
         Raises: TypeError: the response is not JSON-serializable.
         """
         self.replied = True
-        self._reply(status, {} if response is None else response)
+        self._actions.reply(status, {} if response is None else response)
 
     def no_reply(self) -> None:
         """Do not reply when the handlers have returned; `reply` may be called later."""
@@ -252,11 +260,11 @@ class Push(_WithUser, _WithPayload):
         Args:   payload: a JSON-serializable value, or ``bytes`` for a binary event.
         Raises: ValueError: an invalid event name; TypeError: the payload is not JSON-serializable; BusUnavailable.
         """
-        return self._broadcast(event, payload, True)
+        return self._actions.broadcast(event, payload, True)
 
     def broadcast_from(self, event: str, payload: object) -> Awaitable[None]:
         """Send an event to all subscribers of the topic except this socket; otherwise like `broadcast`."""
-        return self._broadcast(event, payload, False)
+        return self._actions.broadcast(event, payload, False)
 
 
 class Event(_WithPayload):

@@ -4,15 +4,33 @@ Owns the interface and the types of ASGI; must not know any one transport.
 """
 
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from relay.config import Policy
+from relay.config import LimitsConfig, Policy
 from relay.errors import CloseCode
+from relay.log import RateLimitedLogger
+from relay.metrics import Metrics
 from relay.protocol.frame import Frame
+from relay.transports.outbox import OutboxBudget
 
 Scope: TypeAlias = MutableMapping[str, Any]
 ReceiveCallable: TypeAlias = Callable[[], Awaitable[MutableMapping[str, Any]]]
 SendCallable: TypeAlias = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class TransportServices:
+    """What all transports of a node share."""
+
+    limits: LimitsConfig
+    metrics: Metrics
+    log: RateLimitedLogger
+    """For warnings about one of them."""
+    outboxes: OutboxBudget | None = None
+    """What their outboxes are counted in."""
+    compression: bool = False
+    """Whether frames of events are compressed for a client that negotiated it."""
 
 
 class TransportOwner(Protocol):

@@ -14,13 +14,11 @@ from collections.abc import Callable, MutableMapping
 from contextlib import suppress
 from typing import Any
 
-from relay.config import LimitsConfig, Policy
+from relay.config import Policy
 from relay.errors import CloseCode
-from relay.log import RateLimitedLogger
-from relay.metrics import Metrics
 from relay.protocol.frame import Frame
-from relay.transports.base import ReceiveCallable, Scope, SendCallable, TransportOwner
-from relay.transports.outbox import Outbox, OutboxBudget
+from relay.transports.base import ReceiveCallable, Scope, SendCallable, TransportOwner, TransportServices
+from relay.transports.outbox import Outbox
 from relay.transports.writer import EXTENSION, DirectWriter
 
 _logger = logging.getLogger("relay.socket")
@@ -37,9 +35,7 @@ class WebSocketTransport:
     """An accepted WebSocket, used by one task: the one that made it and reads from it.
 
     Args: id: for the log.
-          compression: whether frames of events are compressed for a client that negotiated it.
-          outboxes: what its outbox is counted in.
-          log: for warnings about it, shared with all others of its relay.
+          services: what it shares with the other transports of its node.
     """
 
     __slots__ = (
@@ -71,28 +67,19 @@ class WebSocketTransport:
     )
 
     def __init__(
-        self,
-        id: str,
-        scope: Scope,
-        receive: ReceiveCallable,
-        send: SendCallable,
-        limits: LimitsConfig,
-        metrics: Metrics,
-        log: RateLimitedLogger,
-        compression: bool = False,
-        outboxes: OutboxBudget | None = None,
+        self, id: str, scope: Scope, receive: ReceiveCallable, send: SendCallable, services: TransportServices
     ) -> None:
         self.id: str = id
         client = scope.get("client")
         self.address: str | None = client[0] if client else None
         self.query_string: bytes = scope.get("query_string", b"")
         self.owner: TransportOwner | None = None
-        self._log = log
+        self._log = services.log
         self._receive = receive
         self._send = send
-        self._limits = limits
-        self._metrics = metrics
-        self._outboxes = outboxes
+        self._limits = services.limits
+        self._metrics = services.metrics
+        self._outboxes = services.outboxes
         # Made when there is pressure for the first time: most sockets never have any, and it takes 1 kB.
         self._outbox: Outbox | None = None
         self.last_received: float = time.monotonic()
@@ -115,7 +102,7 @@ class WebSocketTransport:
         self._writing: asyncio.Task[None] | None = None
         self._wake: asyncio.Future[Frame | None] | None = None
         self._writer: DirectWriter | None = (scope.get("extensions") or {}).get(EXTENSION)
-        self._deflates = compression and self._writer is not None and self._writer.deflates
+        self._deflates = services.compression and self._writer is not None and self._writer.deflates
         if self._writer is not None:
             self._writer.owner = self
             self._writer.set_ready(self._writer.open and not self._writer.paused)

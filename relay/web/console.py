@@ -30,7 +30,7 @@ from relay.protocol.serializer import Version
 from relay.protocol.state import ChannelsProtocol, Join, Leave, Push, Send, Subscription
 from relay.protocol.topics import is_topic
 from relay.transports import handshake
-from relay.transports.base import ReceiveCallable, Scope, SendCallable, Transport
+from relay.transports.base import ReceiveCallable, Scope, SendCallable, Transport, TransportServices
 from relay.transports.handshake import HandshakeRejected
 from relay.transports.websocket import WebSocketTransport
 from relay.version import __version__
@@ -69,7 +69,7 @@ class Console:
 
     async def serve(self, scope: Scope, receive: ReceiveCallable, send: SendCallable) -> None:
         """Serve one ``websocket`` scope from handshake to end."""
-        config, metrics = self._components.config, self._components.metrics
+        config, metrics = self._components.config, self._components.telemetry.metrics
         # With a key no page can be made to connect in its user's name, so that any origin will do.
         shake = handshake.check(scope, "any" if config.rest.api_key else "same")
         if not isinstance(shake, HandshakeRejected):
@@ -82,10 +82,9 @@ class Console:
             return
         await handshake.accept(receive, send, shake.subprotocol)
         self._numbers += 1
-        log = self._components.loggers.get("relay.socket")
-        transport = WebSocketTransport(
-            f"console-{self._numbers}", scope, receive, send, self._node().config.limits, metrics, log
-        )
+        log = self._components.telemetry.loggers.get("relay.socket")
+        services = TransportServices(self._node().config.limits, metrics, log)
+        transport = WebSocketTransport(f"console-{self._numbers}", scope, receive, send, services)
         viewer = ConsoleSession(transport, shake.version, self._node, self._exporter)
         self._viewers.add(viewer)
         try:

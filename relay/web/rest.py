@@ -266,7 +266,7 @@ def _routes(components: Components, node: Callable[[], Node]) -> APIRouter:
 
             async def authorize_and_handle(request: Request) -> Response:
                 _authorize(request, components)
-                return await handle(_Bounded(request, config.limits.body_max_bytes, components.metrics))
+                return await handle(_Bounded(request, config.limits.body_max_bytes, components.telemetry.metrics))
 
             return authorize_and_handle
 
@@ -429,7 +429,7 @@ def _authorize(request: Request, components: Components) -> None:
     """Let a request pass. Raises HTTPException."""
     fault = components.api_key_auth.authorize(request.scope, api_key_from(request.scope), "rest")
     if fault is not None:
-        components.metrics.refused["rest: wrong key" if fault.is_wrong_key else "rest: not allowed"] += 1
+        components.telemetry.metrics.refused["rest: wrong key" if fault.is_wrong_key else "rest: not allowed"] += 1
         headers = {"WWW-Authenticate": "Bearer"} if fault.status == HTTPStatus.UNAUTHORIZED else None
         raise HTTPException(fault.status, fault.text, headers=headers)
 

@@ -55,6 +55,6 @@ def _refusal(request: Request, components: Components) -> Response | None:
     fault = components.api_key_auth.authorize(request.scope, api_key_from(request.scope), "rest")
     if fault is None:
         return None
-    components.metrics.refused["rest: wrong key" if fault.is_wrong_key else "rest: not allowed"] += 1
+    components.telemetry.metrics.refused["rest: wrong key" if fault.is_wrong_key else "rest: not allowed"] += 1
     headers = {"www-authenticate": "Bearer"} if fault.status == HTTPStatus.UNAUTHORIZED else None
     return problem(fault.status, fault.text, headers)

@@ -8,6 +8,7 @@ from typing import Any
 
 from relay.auth.authenticator import Authenticator
 from relay.brokers.base import Broker, Event, Link, Sink
+from relay.channels.batch_pause import BatchPause
 from relay.channels.channel import Services
 from relay.channels.hub import Hub
 from relay.channels.pubsub import PubSub
@@ -17,9 +18,11 @@ from relay.errors import BusUnavailable, CloseCode
 from relay.log import ConnectionLog, RateLimitedLoggers
 from relay.metrics import Metrics
 from relay.permissions import Identity
+from relay.plugins.dispatcher import HandlerRunner
 from relay.plugins.hooks import Hooks
 from relay.protocol.frame import Frame
 from relay.protocol.serializer import Version
+from relay.telemetry import Telemetry
 from relay.tracing import Trace
 from relay.transports.base import Transport, TransportOwner
 
@@ -272,9 +275,9 @@ class FakeNode:
         self.broker = FakeBroker() if broker is None else broker
         loop, loggers = asyncio.get_running_loop(), RateLimitedLoggers()
         self.hub = Hub(self.metrics, lambda topic: self.config.topic(topic).policy, loop.call_soon, lambda: 0.0)
-        self.pubsub = PubSub(
-            self.config, self.broker, self.hub, self.metrics, hooks or Hooks(), clock=lambda: 0.0, loggers=loggers
-        )
+        telemetry = Telemetry(self.metrics, loggers)
+        self.runner = HandlerRunner(self.config.plugins.timeout_s, telemetry, hooks or Hooks())
+        self.pubsub = PubSub(self.config, self.broker, self.hub, self.runner, telemetry, BatchPause(clock=lambda: 0.0))
         self.authenticator: Authenticator | None = None
         self._log = ConnectionLog(loggers)
         self.clients: list[Client] = []

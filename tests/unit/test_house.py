@@ -48,6 +48,19 @@ def test_modules_have_a_docstring() -> None:
     assert [module for module, tree in TREES.items() if not ast.get_docstring(tree)] == []
 
 
+COLLABORATORS_MAX = 6
+
+
+def test_constructors_take_few_collaborators() -> None:
+    """What is given together belongs in one object, such as `Telemetry` or `TransportServices`."""
+    for module, tree in TREES.items():
+        for each in ast.walk(tree):
+            if isinstance(each, ast.FunctionDef) and each.name == "__init__":
+                names = [arg.arg for arg in (*each.args.posonlyargs, *each.args.args, *each.args.kwonlyargs)][1:]
+                text = f"relay.{module}, line {each.lineno}: a constructor takes {len(names)}: {', '.join(names)}"
+                assert len(names) <= COLLABORATORS_MAX, f"{text}; expected at most {COLLABORATORS_MAX}"
+
+
 MUTABLE_CALLS = {"list", "dict", "set", "bytearray", "deque", "defaultdict", "Counter", "OrderedDict", "count", "cycle"}
 MUTABLE_CALLS |= {"WeakValueDictionary", "WeakKeyDictionary", "WeakSet", "ContextVar", "Lock", "Event", "Queue"}
 MUTABLE_CALLS |= {"RateLimitedLogger", "RateLimitedLoggers"}

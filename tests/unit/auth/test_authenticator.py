@@ -8,9 +8,9 @@ import pytest
 from relay import Config, Refused
 from relay.auth.authenticator import Authenticator, UpgradeRequest
 from relay.errors import AuthenticationError, Reason
-from relay.metrics import Metrics
 from relay.permissions import ALL, Right
 from relay.plugins.dispatcher import HandlerRunner
+from relay.telemetry import Telemetry
 
 SCOPE: dict[str, Any] = {"type": "websocket", "path": "/", "query_string": b"", "headers": []}
 
@@ -18,8 +18,15 @@ SCOPE: dict[str, Any] = {"type": "websocket", "path": "/", "query_string": b"", 
 class Clock:
     """Monotonic and wall clock, stepped apart."""
 
-    monotonic = 500.0
-    wall = 1_000_000.0
+    def __init__(self) -> None:
+        self.now = 500.0
+        self.wall = 1_000_000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return self.wall
 
 
 def make(verified: Any = None, function: Any = None, **settings: Any) -> tuple[Authenticator, Clock]:
@@ -32,11 +39,10 @@ def make(verified: Any = None, function: Any = None, **settings: Any) -> tuple[A
 
     auth = Authenticator(
         Config(**settings),
-        HandlerRunner(Metrics(), 5.0),
+        HandlerRunner(5.0, Telemetry()),
         verify if verified is not None else None,
         function,
-        lambda: clock.monotonic,
-        lambda: clock.wall,
+        clock=clock,
     )
     return auth, clock
 
@@ -153,7 +159,7 @@ async def test_later_token_is_judged_without_what_the_handshake_brought() -> Non
         await auth.authenticate_token("t")
     assert seen[-1].user.is_authenticated is False
     assert (seen[-1].token, dict(seen[-1].headers), seen[-1].client, seen[-1].cookies) == ("t", {}, None, {})
-    auth._caller.close()
+    auth._runner.close()
 
 
 async def test_where_nothing_checks_tokens_they_prove_nothing() -> None:

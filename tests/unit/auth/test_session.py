@@ -10,11 +10,11 @@ from relay import Config
 from relay.auth.authenticator import Authenticator
 from relay.auth.session import SocketAuth, tokens_in
 from relay.errors import AuthenticationError, Reason
-from relay.metrics import Metrics
 from relay.permissions import Identity, Rights, parse_claim
 from relay.plugins.dispatcher import HandlerRunner
 from relay.protocol.serializer import Version
 from relay.protocol.state import ChannelsProtocol, Subscription
+from relay.telemetry import Telemetry
 from tests.support.serving import eventually
 
 
@@ -49,7 +49,7 @@ class Owner:
         self.done: list[Any] = []
         self.tokens = tokens or {}
         self.counted: list[str] = []
-        auth = Authenticator(Config(auth={"expiry_grace_s": grace_s}), HandlerRunner(Metrics(), 5.0), self._verify)
+        auth = Authenticator(Config(auth={"expiry_grace_s": grace_s}), HandlerRunner(5.0, Telemetry()), self._verify)
         auth.authenticate_token = self._identify  # type: ignore[method-assign]  # tokens are names here
         self.protocol = ChannelsProtocol(Subscription, Version.V2, topics_max=9, payload_max_bytes=99)
         self.subscriptions = self.protocol.subscriptions

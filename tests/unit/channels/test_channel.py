@@ -472,7 +472,7 @@ class Tokens(Authenticator):
         async def verify(token: str) -> dict[str, Any]:
             raise NotImplementedError
 
-        super().__init__(node.config, node.pubsub.caller, verify, decisions=node.pubsub.decisions)
+        super().__init__(node.config, node.runner, verify, decisions=node.pubsub.decisions)
         self.identities = identities
         node.authenticator = self
 

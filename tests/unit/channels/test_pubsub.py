@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from relay.brokers.base import Broker, Event, Link, Sink
 from relay.channels import pubsub as module
+from relay.channels.batch_pause import BatchPause
 from relay.channels.control import ControlMessage
 from relay.channels.hub import JOINED_MAX_BYTES, Hub
 from relay.channels.pubsub import PubSub
@@ -19,6 +20,7 @@ from relay.config import Config, Direction, Policy
 from relay.errors import BusUnavailable, Reason, RelayError
 from relay.metrics import Metrics
 from relay.plugins import Plugin
+from relay.plugins.dispatcher import HandlerRunner
 from relay.plugins.hooks import Event as HookedEvent
 from relay.plugins.hooks import Hooks, RedisMessage
 from relay.plugins.hooks import Leave as HookedLeave
@@ -26,6 +28,7 @@ from relay.protocol.frame import Frame
 from relay.protocol.payload import encode_payload
 from relay.protocol.serializer import Version
 from relay.protocol.state import Subscription
+from relay.telemetry import Telemetry
 from tests.support.asgi import until
 from tests.support.serving import eventually
 
@@ -137,16 +140,11 @@ class World:
         self.metrics = Metrics()
         self.hub = Hub(self.metrics, lambda topic: Policy(), asyncio.get_running_loop().call_soon, lambda: self.now)
         self.bus = Bus(needs_subscribe)
-        self.pubsub = PubSub(
-            Config(**settings),
-            self.bus,
-            self.hub,
-            self.metrics,
-            Hooks() if plugin is None else plugin.hooks.freeze(),
-            "the relay",
-            clock=lambda: self.now,
-            sleep=self._sleep,
-        )
+        config, telemetry = Config(**settings), Telemetry(self.metrics)
+        hooks = Hooks() if plugin is None else plugin.hooks.freeze()
+        runner = HandlerRunner(config.plugins.timeout_s, telemetry, hooks, "the relay")
+        pause = BatchPause(lambda: self.now, self._sleep)
+        self.pubsub = PubSub(config, self.bus, self.hub, runner, telemetry, pause)
 
     async def _sleep(self, seconds: float) -> None:
         self.rests.append(seconds)

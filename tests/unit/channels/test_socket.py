@@ -365,7 +365,7 @@ def test_handle_refuses_a_call_after_its_event_loop_has_ended() -> None:
 
 async def test_handle_knows_its_user() -> None:
     async with node_of() as node:
-        node.authenticator = Authenticator(node.config, node.pubsub.caller)
+        node.authenticator = Authenticator(node.config, node.runner)
         identity = Identity("alice", Rights([Grant("*", ALL)]), claims={"role": "x"})
         client = node.connect(identity=identity)
         assert (client.socket.user, client.socket.claims) == ("alice", {"role": "x"})

@@ -15,13 +15,14 @@ from relay.metrics import Metrics
 from relay.plugins import dispatcher
 from relay.plugins.dispatcher import HandlerError, HandlerRunner
 from relay.plugins.hooks import Hook, Refused, to_response
+from relay.telemetry import Telemetry
 from tests.support.serving import eventually
 
 
 @asynccontextmanager
 async def calls(timeout_s: float = 20.0) -> AsyncIterator[tuple[HandlerRunner, Metrics]]:
     metrics = Metrics()
-    caller = HandlerRunner(metrics, timeout_s)
+    caller = HandlerRunner(timeout_s, Telemetry(metrics))
     yield caller, metrics
     caller.close()
 
@@ -224,7 +225,7 @@ def test_hanging_handler_does_not_keep_the_process_alive() -> None:
 import asyncio, threading, time
 from relay.plugins.dispatcher import HandlerRunner, HandlerError
 from relay.plugins.hooks import Hook
-from relay.metrics import Metrics
+from relay.telemetry import Telemetry
 
 later = threading.Event()
 
@@ -235,7 +236,7 @@ def ends_late(argument):
     later.wait()
 
 async def main():
-    caller = HandlerRunner(Metrics(), 0.05)
+    caller = HandlerRunner(0.05, Telemetry())
     for function in (hangs, ends_late):
         try:
             await caller.call(Hook("p", function), None)

@@ -16,9 +16,22 @@ import pytest
 from relay import Relay
 from relay.permissions import Identity, Rights
 from relay.plugins import Plugin, hooks
-from relay.plugins.hooks import Event, Hook, Hooks, HookTable, Join, Leave, Push, RedisMessage, Refused, Socket
+from relay.plugins.hooks import (
+    Event,
+    Hook,
+    Hooks,
+    HookTable,
+    Join,
+    Leave,
+    Push,
+    PushActions,
+    RedisMessage,
+    Refused,
+    Socket,
+)
 
 SOCKET = cast(Socket, object())
+NO_ACTIONS = cast(PushActions, object())
 
 
 def raw(text: str) -> msgspec.Raw:
@@ -123,7 +136,7 @@ def test_join_push_and_leave_say_who_acts() -> None:
     socket = cast(Socket, SimpleNamespace(user="alice", claims={"sub": "alice"}))
     bob = Identity("bob", Rights(), {"sub": "bob"})
     for identity, user in ((None, "alice"), (bob, "bob")):
-        pushed = Push(socket, "t", "e", raw("{}"), lambda *_: None, lambda *_: asyncio.sleep(0), identity)
+        pushed = Push(socket, "t", "e", raw("{}"), NO_ACTIONS, identity)
         for given in (Join(socket, "t", raw("{}"), identity), Leave(socket, "t", identity), pushed):
             assert (given.user, given.claims) == (user, {"sub": user})
     assert "bob" not in repr(Leave(socket, "t", bob)), "no claim is shown by accident"
@@ -145,12 +158,12 @@ class Pushed:
     def __init__(self) -> None:
         self.replies: list[tuple[str, object]] = []
         self.broadcasts: list[tuple[str, object, bool]] = []
-        self.push = Push(SOCKET, "room:1", "say", raw("{}"), self._reply, self._broadcast)
+        self.push = Push(SOCKET, "room:1", "say", raw("{}"), self)
 
-    def _reply(self, status: str, response: object) -> None:
+    def reply(self, status: str, response: object) -> None:
         self.replies.append((status, response))
 
-    def _broadcast(self, event: str, payload: object, to_all: bool) -> Awaitable[None]:
+    def broadcast(self, event: str, payload: object, to_all: bool) -> Awaitable[None]:
         self.broadcasts.append((event, payload, to_all))
         return asyncio.sleep(0)
 

@@ -11,6 +11,7 @@ from relay.errors import CloseCode
 from relay.log import RateLimitedLoggers
 from relay.metrics import Metrics
 from relay.protocol.frame import Frame
+from relay.transports.base import TransportServices
 from relay.transports.outbox import OutboxBudget
 from relay.transports.websocket import WebSocketTransport
 from tests.support.asgi import Connection, until
@@ -86,11 +87,7 @@ class Session:
             connection.scope,
             connection.receive,
             connection.send,
-            self._limits,
-            self.metrics,
-            log,
-            self._compression,
-            self._budget,
+            TransportServices(self._limits, self.metrics, log, self._budget, self._compression),
         )
         transport.owner = self.owner
         try:
