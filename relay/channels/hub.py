@@ -13,7 +13,7 @@ the order of events for every socket.
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 from relay.config import Policy
 from relay.errors import Reason
@@ -32,6 +32,10 @@ _CHECK_EVERY = 32
 
 JOINED_MAX_BYTES = 32_768
 """Most bytes of events that are to go to a socket in one write; half of what a transport buffers."""
+
+
+Outgoing: TypeAlias = tuple[str, Payload, str | None]
+"""An event's name, its payload, and its position in the topic's history, where it has one."""
 
 
 class Subscriber(Protocol):
@@ -126,7 +130,7 @@ class _Delivery:
         self,
         topic_name: str,
         topic: _Topic,
-        events: Sequence[tuple[str, Payload]],
+        events: Sequence[Outgoing],
         skip: Subscriber | None,
         now: float,
     ) -> None:
@@ -150,8 +154,8 @@ class _Delivery:
         return frames
 
 
-def _encode(version: Version, topic: str, events: Sequence[tuple[str, Payload]]) -> list[Frame]:
-    return [encode_broadcast(version, topic, event, payload) for event, payload in events]
+def _encode(version: Version, topic: str, events: Sequence[Outgoing]) -> list[Frame]:
+    return [encode_broadcast(version, topic, event, payload, position) for event, payload, position in events]
 
 
 def _join(frames: Sequence[Frame], deflates: bool) -> bytes:
@@ -294,14 +298,16 @@ class Hub:
         """Whether deliveries are waiting for the event loop's next turn; a reader does well to wait for `on_idle`."""
         return bool(self._deliveries)
 
-    def fan_out(self, topic: str, event: str, payload: Payload, skip: Subscriber | None = None) -> bool:
+    def fan_out(
+        self, topic: str, event: str, payload: Payload, skip: Subscriber | None = None, position: str | None = None
+    ) -> bool:
         """Deliver one event to all local subscribers of its topic, except ``skip``; False where there are none.
 
         Returns at once; under load the rest of the work is done in later turns, in order.
         """
-        return self.fan_out_all(topic, [(event, payload)], skip)
+        return self.fan_out_all(topic, [(event, payload, position)], skip)
 
-    def fan_out_all(self, topic: str, events: Sequence[tuple[str, Payload]], skip: Subscriber | None = None) -> bool:
+    def fan_out_all(self, topic: str, events: Sequence[Outgoing], skip: Subscriber | None = None) -> bool:
         """Deliver events of one topic that have come together: one write for each socket, where it is ready."""
         entry = self._topics.get(topic)
         if entry is None:
@@ -399,7 +405,7 @@ class Hub:
             for subscriber in members[position : position + _CHECK_EVERY]:
                 # One that left while the delivery was put off has been sent phx_close: nothing may follow it.
                 if subscriber in still_here and subscriber is not skip:
-                    for (event, _), frame in zip(delivery.events, frames, strict=True):
+                    for (event, _, _), frame in zip(delivery.events, frames, strict=True):
                         subscriber.send_event(frame, topic, event, policy)
                     delivered += 1
             position = min(position + _CHECK_EVERY, count)

@@ -18,7 +18,7 @@ from relay.brokers.base import Broker, Event
 from relay.channels import control
 from relay.channels.batch_pause import BatchPause
 from relay.channels.control import ControlMessage
-from relay.channels.hub import JOINED_MAX_BYTES, Hub, Subscriber
+from relay.channels.hub import JOINED_MAX_BYTES, Hub, Outgoing, Subscriber
 from relay.concurrency import JOB_BYTES, Continuation, InFlight, KeyedQueue
 from relay.config import Config, Direction, OnGap
 from relay.errors import BusUnavailable, Reason, RelayError
@@ -148,7 +148,7 @@ class PubSub:
         began = self._pause.clock()
         metrics.events_in += len(events)
         # Events of one topic that follow each other go to its sockets together.
-        run: list[tuple[str, Payload]] = []
+        run: list[Outgoing] = []
         run_topic, run_bytes = "", 0
         for each in events:
             topic, event, data = each.topic, each.event, each.payload
@@ -166,7 +166,7 @@ class PubSub:
                 if payload is data:
                     self._note_binary(topic, event, data)
                 if filtered:
-                    self._queue.run(topic, partial(self._filter, topic, event, payload, skip), len(data))
+                    self._queue.run(topic, partial(self._filter, topic, event, payload, skip, each.position), len(data))
                     continue
                 run_bytes += len(data)
                 if run and (topic != run_topic or skip is not None or run_bytes > JOINED_MAX_BYTES):
@@ -174,9 +174,9 @@ class PubSub:
                     run, run_bytes = [], len(data)
                 run_topic = topic
                 if skip is None:
-                    run.append((event, payload))
+                    run.append((event, payload, each.position))
                 else:
-                    hub.fan_out(topic, event, payload, skip)
+                    hub.fan_out(topic, event, payload, skip, each.position)
         if run:
             hub.fan_out_all(run_topic, run)
         while hub.busy:
@@ -192,26 +192,28 @@ class PubSub:
             text = "payload of event %r on topic %r looks like JSON but is not valid: %s; delivered as binary"
             self._log.warning("no JSON", text, event, topic, fault)
 
-    def _filter(self, topic: str, name: str, data: Payload, skip: Subscriber | None) -> Continuation:
+    def _filter(
+        self, topic: str, name: str, data: Payload, skip: Subscriber | None, position: str | None
+    ) -> Continuation:
         """Pass an event through the handlers for it and deliver what is left of it."""
         event: HookedEvent | None = HookedEvent(topic, name, data)
         found = tuple(matching(self.hooks.event, topic, name))
         if any(hook.is_async for hook in found):
-            return self._filter_later(found, event, skip)
+            return self._filter_later(found, event, skip, position)
         for at, hook in enumerate(found):
             try:
                 answer = event and self.runner.call_inline(hook, event)
                 if not isinstance(answer, HookedEvent) and isawaitable(
                     answer
                 ):  # of a plain function: its call alone could tell
-                    return self._filter_later(found[at:], event, skip, answer)
+                    return self._filter_later(found[at:], event, skip, position, answer)
                 event = self._checked(hook, answer)
             except HandlerError:
                 event = None
             except InvalidPayload as error:
                 self._drop_unreadable(topic, error)
                 return None
-        self._deliver(event, skip)
+        self._deliver(event, skip, position)
         return None
 
     def _drop_unreadable(self, topic: str, error: InvalidPayload) -> None:
@@ -223,6 +225,7 @@ class PubSub:
         found: tuple[Hook, ...],
         event: HookedEvent | None,
         skip: Subscriber | None,
+        position: str | None,
         answer: Awaitable[Any] | None = None,
     ) -> None:
         """The same for handlers that are awaited; ``answer`` is what the first of them has returned already."""
@@ -243,7 +246,7 @@ class PubSub:
             except InvalidPayload as error:
                 self._drop_unreadable(topic, error)
                 return
-        self._deliver(event, skip)
+        self._deliver(event, skip, position)
 
     def _checked(self, hook: Hook, answer: object) -> HookedEvent | None:
         if answer is None:
@@ -256,11 +259,11 @@ class PubSub:
             )
         raise self.runner.record_failure(hook, "returned neither an Event nor None", TypeError(type(answer).__name__))
 
-    def _deliver(self, event: HookedEvent | None, skip: Subscriber | None) -> None:
+    def _deliver(self, event: HookedEvent | None, skip: Subscriber | None, position: str | None) -> None:
         if event is None:
             self._metrics.dropped["by a plugin"] += 1
         else:
-            self._hub.fan_out(event.topic, event.event, event.data, skip)
+            self._hub.fan_out(event.topic, event.event, event.data, skip, position)
 
     def receive_message(self, pattern: str, channel: str, data: bytes) -> None:
         """Hand a message on a raw Redis channel to the handlers that listen to ``pattern``, in order for each."""

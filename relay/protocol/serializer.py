@@ -19,6 +19,7 @@ from typing import TypeAlias
 import msgspec
 
 from relay.errors import CloseCode, WireError
+from relay.protocol import sse
 from relay.protocol.frame import Frame
 from relay.protocol.payload import EMPTY, Payload, as_json, encode_payload, replace_lone_surrogates
 from relay.protocol.topics import NAME_MAX_BYTES
@@ -34,10 +35,12 @@ _VSN = re.compile(r"([12])\.0\.(?:0|[1-9][0-9]*)")
 
 
 class Version(IntEnum):
-    """The serializer a socket speaks, negotiated by ``vsn``."""
+    """The serializer a socket speaks, negotiated by ``vsn``; or that of a stream of server-sent events."""
 
     V1 = 1
     V2 = 2
+    SSE = 3
+    """What it is sent is `relay.protocol.sse`; what its transport says in its client's name is V2."""
 
 
 class BinaryKind(IntEnum):
@@ -176,14 +179,17 @@ def _text_v1(ref: Ref, topic: str, event: str, payload: Payload) -> Frame:
     return Frame(b'%b,"payload":%b}' % (head[:-1], bytes(as_json(payload))), True)
 
 
-def encode_broadcast(version: Version, topic: str, event: str, payload: Payload) -> Frame:
+def encode_broadcast(version: Version, topic: str, event: str, payload: Payload, position: str | None = None) -> Frame:
     """Encode one event for all subscribers of a topic: both refs null, so one frame serves them all.
 
+    Args:   position: its place in the topic's history, where it has one; for streams alone.
     Wire:   ``[null,null,topic,event,payload]``, or ``02 tl el topic event data`` for bytes.
     Source: Phoenix 1.9, ``V2.JSONSerializer.fastlane!/1``.
     """
     if version is Version.V1:
         return _text_v1(None, topic, event, payload)
+    if version is Version.SSE:
+        return sse.StreamFrame(topic, sse.encode_lines(event, payload), position)
     if not isinstance(payload, msgspec.Raw):
         topic_bytes, event_bytes = _name(topic), _name(event)
         lengths = bytes((BinaryKind.BROADCAST, len(topic_bytes), len(event_bytes)))
@@ -198,6 +204,8 @@ def encode_push(version: Version, join_ref: Ref, topic: str, event: str, payload
     """
     if version is Version.V1:
         return _text_v1(None, topic, event, payload)
+    if version is Version.SSE:
+        return sse.StreamFrame(topic, sse.encode_lines(event, payload))
     if not isinstance(payload, msgspec.Raw):
         join_bytes, topic_bytes, event_bytes = _ref(join_ref), _name(topic), _name(event)
         lengths = bytes((BinaryKind.PUSH, len(join_bytes), len(topic_bytes), len(event_bytes)))
@@ -211,6 +219,8 @@ def encode_reply(version: Version, join_ref: Ref, ref: Ref, topic: str, status: 
     Wire: ``[join_ref,ref,topic,"phx_reply",{"status":status,"response":response}]``, or
           ``01 jl rl tl sl join_ref ref topic status data`` for bytes.
     """
+    if version is Version.SSE:
+        return sse.JoinReply(topic, status, response)
     if version is Version.V2 and not isinstance(response, msgspec.Raw):
         parts = (_ref(join_ref), _ref(ref), _name(topic), _name(status))
         lengths = bytes((BinaryKind.REPLY, *map(len, parts)))
@@ -223,11 +233,15 @@ def encode_reply(version: Version, join_ref: Ref, ref: Ref, topic: str, status: 
 
 def encode_close(version: Version, join_ref: Ref, topic: str) -> Frame:
     """Encode ``phx_close``: the subscription has ended and the client shall not rejoin automatically."""
+    if version is Version.SSE:
+        return sse.ChannelEnd(topic)
     return _encode_end(version, join_ref, topic, "phx_close", EMPTY)
 
 
 def encode_error(version: Version, join_ref: Ref, topic: str, reason: str) -> Frame:
     """Encode ``phx_error``: the subscription broke, the client rejoins (phoenix.js after 1, 2, 5, 10 s)."""
+    if version is Version.SSE:
+        return sse.ChannelEnd(topic, reason)
     return _encode_end(version, join_ref, topic, "phx_error", encode_payload({"reason": reason}))
 
 

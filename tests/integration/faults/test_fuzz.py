@@ -139,7 +139,7 @@ def check_frame(frame: Frame, version: Version) -> None:
         assert version is Version.V2 and frame.data[0] in (0, 1, 2)
 
 
-@pytest.mark.parametrize("version", Version)
+@pytest.mark.parametrize("version", [Version.V1, Version.V2])
 def test_decoder_and_protocol_survive_any_frames(version: Version) -> None:
     """A message, or a WireError that says why; and whatever a socket says, its answers are well formed."""
     protocol = ChannelsProtocol(Subscription, version, topics_max=3, payload_max_bytes=50)

@@ -65,6 +65,13 @@ def read_frames(data: bytes) -> list[Frame]:
     return found
 
 
+def read_chunk(data: bytes) -> list[Frame]:
+    """The one event in a chunk of an HTTP response: RFC 9112, section 7.1."""
+    size, _, rest = data.partition(b"\r\n")
+    assert len(rest) == int(size, 16) + 2 and rest.endswith(b"\r\n")
+    return [Frame(rest[:-2], True)]
+
+
 class Reader:
     """A subscriber that notes what it is sent; each write takes ``cost_s`` of the loop's time.
 
@@ -100,7 +107,7 @@ class Reader:
 
     def _write(self, data: bytes) -> None:
         self.wire.append(data)
-        self.got += read_frames(data)
+        self.got += read_chunk(data) if self.version is Version.SSE else read_frames(data)
         self._loop.now += self._cost_s
         self.on_event()
 
@@ -241,9 +248,9 @@ def test_event_is_encoded_once_for_each_version_that_somebody_speaks(
     """Source: Phoenix 1.9, ``fastlane!``: once per serializer, not once per socket."""
     encoded: list[Version] = []
 
-    def counting(version: Version, topic: str, event: str, payload: Payload) -> Frame:
+    def counting(version: Version, topic: str, event: str, payload: Payload, position: str | None) -> Frame:
         encoded.append(version)
-        return encode_broadcast(version, topic, event, payload)
+        return encode_broadcast(version, topic, event, payload, position)
 
     monkeypatch.setattr(hub_module, "encode_broadcast", counting)
     readers = [fixture.reader("t") for _ in range(100)]
@@ -255,6 +262,16 @@ def test_event_is_encoded_once_for_each_version_that_somebody_speaks(
     fixture.hub.fan_out("t", "e", EMPTY)
     assert sorted(encoded) == [Version.V1, Version.V2, Version.V2]
     assert old.texts == ['{"topic":"t","event":"e","ref":null,"payload":{}}']
+
+
+def test_streams_of_one_topic_share_their_bytes_with_the_events_position(fixture: Fixture) -> None:
+    streams = [fixture.reader("t", version=Version.SSE) for _ in range(100)]
+    phoenix = fixture.reader("t")
+    fixture.hub.fan_out("t", "e", EMPTY, position="17-1")
+    written = [(stream.wire or stream.got)[0] for stream in streams]
+    assert all(one is written[0] for one in written)
+    assert streams[0].texts == ["id: 17-1\nevent: e\ndata: {}\n\n"]
+    assert phoenix.texts == ['[null,null,"t","e",{}]']
 
 
 def test_ready_and_queued_subscribers_get_the_same(fixture: Fixture) -> None:
@@ -269,7 +286,10 @@ def test_ready_and_queued_subscribers_get_the_same(fixture: Fixture) -> None:
 def test_events_of_a_topic_that_come_together_are_one_write(fixture: Fixture) -> None:
     reader, old = fixture.reader("t"), fixture.reader("t", version=Version.V1)
     assert (
-        fixture.hub.fan_out_all("t", [("a", EMPTY), ("b", encode_payload({"x": "y" * 200})), ("c", b"bytes")]) is True
+        fixture.hub.fan_out_all(
+            "t", [("a", EMPTY, None), ("b", encode_payload({"x": "y" * 200}), None), ("c", b"bytes", None)]
+        )
+        is True
     )
     assert len(reader.wire) == (1 if fixture.ready else 0)
     assert [frame.is_text for frame in reader.got] == [True, True, False]
@@ -464,7 +484,7 @@ def test_every_subscriber_hears_its_topics_in_order_whatever_happens(
     for name, topic, number in steps:
         if name == "fan_out":
             together = range(len(events), len(events) + number)
-            if fixture.hub.fan_out_all(topic, [(f"e{event}", EMPTY) for event in together]):
+            if fixture.hub.fan_out_all(topic, [(f"e{event}", EMPTY, None) for event in together]):
                 events += [(topic, event) for event in together]
         elif name == "ready":
             readers[number].ready = not readers[number].ready
@@ -533,7 +553,7 @@ def test_bytes_delivered_are_counted_for_each_version(fixture: Fixture) -> None:
 
 def test_bytes_of_events_that_come_together_are_counted_as_of_each(fixture: Fixture) -> None:
     reader = fixture.reader("t")
-    fixture.hub.fan_out_all("t", [("e", EMPTY), ("f", EMPTY)])
+    fixture.hub.fan_out_all("t", [("e", EMPTY, None), ("f", EMPTY, None)])
     fixture.hub.fan_out("t", "e", EMPTY)
     assert fixture.metrics.delivered_bytes == sum(frame.size for frame in reader.got)
     assert fixture.metrics.deliveries == fixture.metrics.fan_out.count == 3
@@ -554,7 +574,7 @@ def test_events_that_were_meant_for_a_subscriber_are_known(fixture: Fixture) -> 
     early = fixture.reader("t")
     fixture.hub.fan_out("t", "e", EMPTY)
     late = fixture.reader("t")
-    fixture.hub.fan_out_all("t", [("e", EMPTY), ("f", EMPTY)])
+    fixture.hub.fan_out_all("t", [("e", EMPTY, None), ("f", EMPTY, None)])
     fixture.hub.fan_out("t", "e", EMPTY, skip=late)
     _ = fixture.hub.add("t", early)
     assert [fixture.hub.events_for("t", reader) for reader in (early, late)] == [4, 2]
@@ -592,7 +612,7 @@ def test_held_subscriber_gets_nothing_until_it_is_added_again_and_its_loss_is_co
     hub.fan_out("t", "a", EMPTY)
     hub.hold("t", one)
     hub.hold("t", one)  # a second gap
-    hub.fan_out_all("t", [("b", EMPTY), ("c", EMPTY)])
+    hub.fan_out_all("t", [("b", EMPTY, None), ("c", EMPTY, None)])
     assert hub.count("t") == 2, "it is still subscribed"
     assert metrics.deliveries == 4
     assert not metrics.dropped, "counted at the end of the hold, so that deliveries cost what they did"

@@ -96,10 +96,10 @@ class Bus(Broker):
 class Reader:
     """A subscriber whose transport takes every frame, ``cost_s`` for each write."""
 
-    version = Version.V2
     deflates = False
 
     def __init__(self, world: "World", cost_s: float = 0.0) -> None:
+        self.version = Version.V2
         self._world = world
         self._cost_s = cost_s
         self.writes: list[bytes] = []
@@ -200,6 +200,24 @@ async def test_event_that_skips_somebody_keeps_its_place() -> None:
     assert two.events() == [1, 1, 1]
     assert [b'"a"' in data or b'"c"' in data for data in one.writes] == [True, True]
     assert not world.pubsub._skips
+
+
+async def test_position_of_an_event_reaches_those_that_are_given_it() -> None:
+    world = World()
+    reader, other = world.reader("t"), world.reader("t")
+    reader.version = Version.SSE
+    await world.pubsub.broadcast("t", "b", encode_payload({}), skip=other)
+    skipping = world.bus.published[0]
+    await world.pubsub.receive_events(
+        [
+            Event("t", "a", b"{}", "17-1"),
+            Event("t", skipping.event, skipping.payload, "17-2", skipping.sender),
+            Event("t", "c", b"{}"),
+        ]
+    )
+    heads = [line for data in reader.writes for line in data.split(b"\n") if line.startswith((b"id:", b"event:"))]
+    assert heads == [b"id: 17-1", b"event: a", b"id: 17-2", b"event: b", b"event: c"]
+    assert all(b"17-" not in data for data in other.writes)
 
 
 # Broadcasts from a subscriber.
@@ -430,6 +448,18 @@ async def test_each_handler_is_given_what_the_one_before_it_returned(functions: 
     await until(lambda: reader.writes)
     assert wanted in reader.writes[0]
     assert not world.metrics.dropped
+    await world.pubsub.stop()
+
+
+@pytest.mark.parametrize("functions", [[renamed], [renamed_later], [awaitable, renamed]])
+async def test_event_keeps_its_position_whatever_handlers_make_of_it(functions: list[Any]) -> None:
+    world = World(on_event(*functions))
+    reader = world.reader("t")
+    reader.version = Version.SSE
+    await world.pubsub.receive_events([Event("t", "e", b"{}", "17-1")])
+    await until(lambda: reader.writes)
+    assert b"id: 17-1\nevent: e\n" in reader.writes[0]
+    assert b'"by"' in reader.writes[0]
     await world.pubsub.stop()
 
 

@@ -52,7 +52,7 @@ class Gate:
 # Messages.
 
 
-@pytest.mark.parametrize("version", Version)
+@pytest.mark.parametrize("version", [Version.V1, Version.V2])
 async def test_heartbeat_is_answered_in_both_versions(version: Version) -> None:
     async with node_of() as node:
         assert await node.connect(version).call(None, "1", "phoenix", "heartbeat") == OK

@@ -158,7 +158,7 @@ def test_table_has_no_two_frames_of_one_name_and_says_where_each_is_from() -> No
 
 
 @pytest.mark.parametrize("ref", ["007", "", "0", "ünïcode ✓", "a b", "\\", '"', 0, -1, 12, 2**63, -(2**70), None])
-@pytest.mark.parametrize("version", Version)
+@pytest.mark.parametrize("version", [Version.V1, Version.V2])
 def test_refs_come_back_as_they_came(ref: Ref, version: Version) -> None:
     """Source: phoenix.js, ``channel.js`` compares refs with ``===``."""
     if version is Version.V2:
@@ -376,7 +376,7 @@ json_values = st.recursive(
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(st.text(), inner, max_size=4)),
     max_leaves=10,
 )
-versions = st.sampled_from(Version)
+versions = st.sampled_from([Version.V1, Version.V2])
 payloads = st.one_of(json_values, st.binary())
 
 
@@ -511,7 +511,7 @@ def test_integer_refs_are_written_as_digits_in_a_binary_frame() -> None:
     assert (seen["join_ref"], seen["ref"]) == ("1", "23")
 
 
-@pytest.mark.parametrize("version", Version)
+@pytest.mark.parametrize("version", [Version.V1, Version.V2])
 def test_published_json_is_spliced_in_verbatim(version: Version) -> None:
     payload = classify_payload(b'{"a" : 1.0, "b":"\\u00e9"}')
     for frame in (
