@@ -6,7 +6,7 @@ BIN := .venv/bin
 CODE := relay tests tools examples $(wildcard clients/python benchmarks)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# An environment that no longer runs (its Python is gone, or this folder was moved or copied) is made anew.
+# An environment that no longer runs (its Python is gone, or this directory was moved or copied) is made anew.
 ifneq ($(shell cat .venv/.made-in 2>/dev/null && $(BIN)/python -c ''),$(CURDIR))
 $(shell rm -rf .venv)
 endif

@@ -64,10 +64,11 @@ def main() -> int:
     found = report.result(rows, points, cores, command, time.monotonic() - began, neighbours)
     report.show("\n" + report.markdown(rows, points, found))
     docs = (arguments.full or arguments.docs) and not arguments.only
-    folder = HERE / ("results" if docs else "out")
-    report.write(rows, points, found, folder, docs)
+    directory = HERE / ("results" if docs else "out")
+    report.write(rows, points, found, directory, docs)
     report.show(
-        f"written: {_shown(folder / 'results.json')} and charts beside it" + (", docs/performance.md" if docs else "")
+        f"written: {_shown(directory / 'results.json')} and charts beside it"
+        + (", docs/performance.md" if docs else "")
     )
     return 0
 

@@ -1,6 +1,6 @@
 """What the relay is to reach, point by point, held against the rows of one run.
 
-Owns the targets; must not know how anything was measured. A figure that falls short stays as it is, and so does a point
+Owns the targets; must not know how anything was measured. A result that falls short stays as it is, and so does a point
 that this run could not judge.
 """
 
@@ -38,7 +38,7 @@ class _Rows:
         return next((row for row in self._rows if row.scenario.startswith(scenario) and row.server == server), None)
 
     def value(self, scenario: str, server: str, field: str = "cpu_us") -> float | None:
-        """One figure of it."""
+        """One result of it."""
         row = self.find(scenario, server)
         found: float | None = None if row is None else getattr(row, field)
         return found

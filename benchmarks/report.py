@@ -67,7 +67,7 @@ class Neighbours:
         return busy / ticks, (busy + idle + waiting) / ticks, ours
 
     def share(self) -> float:
-        """Between 0 and 1, of all cores; figures of a run with much of it are not to be trusted."""
+        """Between 0 and 1, of all cores; results of a run with much of it are not to be trusted."""
         busy, whole, ours = (now - then for now, then in zip(self._now(), self._began, strict=True))
         return max(0.0, (busy - ours) / whole) if whole else 0.0
 
@@ -150,12 +150,12 @@ def pictures(rows: Sequence[Row]) -> dict[str, str]:
     }
 
 
-def write(rows: Sequence[Row], points: Sequence[Point], found: Mapping[str, Any], folder: Path, docs: bool) -> None:
-    """Write JSON and charts into ``folder``, and the tables into the documentation where asked."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+def write(rows: Sequence[Row], points: Sequence[Point], found: Mapping[str, Any], directory: Path, docs: bool) -> None:
+    """Write JSON and charts into ``directory``, and the tables into the documentation where asked."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "results.json").write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     for name, picture in pictures(rows).items():
-        (folder / name).write_text(picture)
+        (directory / name).write_text(picture)
     if docs:
         text = DOCS.read_text()
         head, rest = text.split(BEGIN, 1)

@@ -1,7 +1,7 @@
 """What is measured, one small function for each thing.
 
 Owns sizes, rates and durations; must not know how a result is shown. Every function gives rows; a server that cannot be
-measured gives a row that says why. A run in which a frame was missing, doubled or out of order gives no figure.
+measured gives a row that says why. A run in which a frame was missing, doubled or out of order gives no result.
 """
 
 import json

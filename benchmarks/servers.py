@@ -181,8 +181,8 @@ def floor(cores: Cores, redis_port: int) -> Iterator[Server]:
     if compiler is None:
         raise Missing("no C compiler")
     port = free_port()
-    with tempfile.TemporaryDirectory(prefix="relay-bench-") as folder:
-        binary = f"{folder}/floor"
+    with tempfile.TemporaryDirectory(prefix="relay-bench-") as directory:
+        binary = f"{directory}/floor"
         subprocess.run([compiler, "-O2", "-o", binary, str(HERE / "floor.c")], check=True)
         with cores.of_server():
             context = _process([binary, str(port), str(FRAME_BYTES)], port)

@@ -1,4 +1,4 @@
-"""How Sphinx makes a site of this folder: ``make docs``. The pages are plain Markdown, and read well as they stand."""
+"""How Sphinx makes a site of this directory (``make docs``). The pages are plain Markdown, readable as they stand."""
 
 import sys
 from pathlib import Path

@@ -96,7 +96,7 @@ class Relay:
         if authenticate is not None:
             check_handler("authenticate", authenticate, "request")
         self.metrics: Metrics = Metrics()
-        self.figures: MetricsExporter = MetricsExporter(
+        self.exporter: MetricsExporter = MetricsExporter(
             self.metrics, self._state, self.config.metrics.dir, old_names=self.config.metrics.old_names
         )
         self.components: Components = self._make_components(extra_plugins, authenticate)
@@ -104,7 +104,7 @@ class Relay:
         self._trusted_proxies = parse_networks(self.config.trusted_proxies)
         self._node: Node | None = None
         self._starting = asyncio.Lock()
-        self._console = Console(self.components, self._running_node, self.figures) if self.config.console else None
+        self._console = Console(self.components, self._running_node, self.exporter) if self.config.console else None
         self._proxies = self._make_proxies()
         self._http = self._make_http()
         self._socket_paths = frozenset((*segments(path), "websocket") for path in self.config.socket_paths)
@@ -188,7 +188,7 @@ class Relay:
             self.components.api_key_auth,
             lambda: self.link,
             self._refusal,
-            None if missing("metrics") else self.figures.current_text,
+            None if missing("metrics") else self.exporter.current_text,
             lambda: self.publish_command,
         )
 
@@ -204,7 +204,7 @@ class Relay:
             raise RelayError(f"the relay has been started in another event loop; expected one for all. {ONE_LOOP}")
         async with self._starting:
             if self._node is None:
-                node = Node(self.components, self, self.figures)
+                node = Node(self.components, self, self.exporter)
                 self._node = node  # plugins may use the relay while they start
                 try:
                     await node.start()

@@ -69,13 +69,13 @@ class InFlight:
         )
 
 
-class _Lane:
+class _KeyJobs:
     """The jobs of one key: one that runs, and those that wait, each with its size."""
 
-    __slots__ = ("number", "pieces", "size", "task", "waiting_bytes")
+    __slots__ = ("number", "size", "task", "waiting", "waiting_bytes")
 
     def __init__(self, size: int) -> None:
-        self.pieces: deque[tuple[Job, int]] = deque()
+        self.waiting: deque[tuple[Job, int]] = deque()
         self.waiting_bytes = 0
         # Of the one that runs: its size, and its number since the key became busy.
         self.size = size
@@ -83,10 +83,10 @@ class _Lane:
         self.task: asyncio.Task[None] | None = None
 
     def pop(self) -> Job:
-        piece, self.size = self.pieces.popleft()
+        job, self.size = self.waiting.popleft()
         self.waiting_bytes -= self.size
         self.number += 1
-        return piece
+        return job
 
     def cancel(self, number: int) -> None:
         """Cancel the job that runs, if it is this one still."""
@@ -101,7 +101,7 @@ class KeyedQueue:
           evict: has to `drop` what waits, when all queues together hold too much and this one most.
     """
 
-    __slots__ = ("_changed", "_cut", "_in_flight", "_lanes", "_tasks", "evict", "held_bytes", "pending")
+    __slots__ = ("_by_key", "_changed", "_cut", "_in_flight", "_tasks", "evict", "held_bytes", "pending")
 
     def __init__(self, in_flight: InFlight | None = None, evict: Callable[[], object] | None = None) -> None:
         self.pending: int = 0
@@ -112,26 +112,26 @@ class KeyedQueue:
         self._in_flight = in_flight
         # Whether what ran has been cut off; what comes then is not counted any more.
         self._cut = False
-        self._lanes: dict[Hashable, _Lane] = {}
+        self._by_key: dict[Hashable, _KeyJobs] = {}
         self._tasks: dict[asyncio.Task[None], Coroutine[None, None, None]] = {}
         self._changed: asyncio.Future[None] | None = None
 
-    def run(self, key: Hashable, piece: Job, size: int = 0) -> None:
-        """Run ``piece`` now, or behind those of its key that are under way.
+    def run(self, key: Hashable, job: Job, size: int = 0) -> None:
+        """Run ``job`` now, or behind those of its key that are under way.
 
         Args: size: of what it is about, in bytes; not counted where it is done at once.
         """
-        lane = self._lanes.get(key)
-        if lane is not None:
+        jobs = self._by_key.get(key)
+        if jobs is not None:
             size += JOB_BYTES
             self.pending += 1
-            lane.pieces.append((piece, size))
-            lane.waiting_bytes += size
+            jobs.waiting.append((job, size))
+            jobs.waiting_bytes += size
             self._hold(size)
-        elif (rest := piece()) is not None:
+        elif (rest := job()) is not None:
             self.pending += 1
-            lane = self._lanes[key] = _Lane(size)
-            lane.task = task = asyncio.create_task(self._work_off(key, lane, rest))
+            jobs = self._by_key[key] = _KeyJobs(size)
+            jobs.task = task = asyncio.create_task(self._work_off(key, jobs, rest))
             self._tasks[task] = rest
             task.add_done_callback(self._tasks.pop)
             self._hold(size)
@@ -142,33 +142,33 @@ class KeyedQueue:
             if self._in_flight is not None:
                 self._in_flight.count(self, more_bytes)
 
-    async def _work_off(self, key: Hashable, lane: _Lane, rest: Continuation) -> None:
+    async def _work_off(self, key: Hashable, jobs: _KeyJobs, rest: Continuation) -> None:
         try:
             while True:
                 try:
                     if rest is not None:
                         await rest
                 except asyncio.CancelledError:
-                    if not self._cut or lane.task is None or lane.task.uncancel():
+                    if not self._cut or jobs.task is None or jobs.task.uncancel():
                         raise
                 finally:
                     rest = None
-                    self._hold(-lane.size)
-                    lane.size = 0
-                if not lane.pieces:
+                    self._hold(-jobs.size)
+                    jobs.size = 0
+                if not jobs.waiting:
                     return
                 self.done()
-                rest = lane.pop()()
+                rest = jobs.pop()()
         finally:
             # Also when a job raises, which none should: the key must not stay blocked.
-            del self._lanes[key]
-            self._hold(-lane.waiting_bytes - lane.size)
-            lane.task = None
-            self.done(1 + len(lane.pieces))
+            del self._by_key[key]
+            self._hold(-jobs.waiting_bytes - jobs.size)
+            jobs.task = None
+            self.done(1 + len(jobs.waiting))
 
-    def done(self, pieces: int = 1) -> None:
+    def done(self, jobs: int = 1) -> None:
         """So many jobs fewer are pending; for owners that add to ``pending`` directly."""
-        self.pending -= pieces
+        self.pending -= jobs
         if self._changed is not None and not self._changed.done():
             self._changed.set_result(None)
 
@@ -190,29 +190,29 @@ class KeyedQueue:
 
     def waiting(self, key: Hashable) -> int:
         """How many jobs of a key wait for their turn."""
-        lane = self._lanes.get(key)
-        return 0 if lane is None else len(lane.pieces)
+        jobs = self._by_key.get(key)
+        return 0 if jobs is None else len(jobs.waiting)
 
     def waiting_bytes(self, key: Hashable) -> int:
         """What those hold."""
-        lane = self._lanes.get(key)
-        return 0 if lane is None else lane.waiting_bytes
+        jobs = self._by_key.get(key)
+        return 0 if jobs is None else jobs.waiting_bytes
 
     def is_busy(self, key: Hashable) -> bool:
         """Whether a further job of a key would have to wait."""
-        return key in self._lanes
+        return key in self._by_key
 
     def drop(self, goes: Callable[[Job], bool]) -> int:
         """Drop the jobs that wait and of which ``goes`` is true; returns how many."""
         dropped = dropped_bytes = 0
-        for lane in self._lanes.values():
-            kept = [entry for entry in lane.pieces if not goes(entry[0])]
+        for jobs in self._by_key.values():
+            kept = [entry for entry in jobs.waiting if not goes(entry[0])]
             kept_bytes = sum(size for _, size in kept)
-            dropped += len(lane.pieces) - len(kept)
-            dropped_bytes += lane.waiting_bytes - kept_bytes
-            lane.pieces.clear()
-            lane.pieces.extend(kept)
-            lane.waiting_bytes = kept_bytes
+            dropped += len(jobs.waiting) - len(kept)
+            dropped_bytes += jobs.waiting_bytes - kept_bytes
+            jobs.waiting.clear()
+            jobs.waiting.extend(kept)
+            jobs.waiting_bytes = kept_bytes
         self._hold(-dropped_bytes)
         self.done(dropped)
         return dropped
@@ -221,10 +221,10 @@ class KeyedQueue:
         """Cancel what runs and holds bytes, and count this queue no more. Returns how many jobs that are."""
         self._hold(-self.held_bytes)
         self._cut = True
-        running = [lane for lane in self._lanes.values() if lane.size]
-        for lane in running:
+        running = [jobs for jobs in self._by_key.values() if jobs.size]
+        for jobs in running:
             # At the next turn: one that is cancelled before its first step would leave its key blocked.
-            asyncio.get_running_loop().call_soon(lane.cancel, lane.number)
+            asyncio.get_running_loop().call_soon(jobs.cancel, jobs.number)
         return len(running)
 
     async def close(self, timeout_s: float = _CLOSE_TIMEOUT_S) -> None:

@@ -197,8 +197,8 @@ class Node:
         try:
             await self._exporter.save()
         except OSError as error:
-            folder = self.config.metrics.dir
-            raise ConfigError(f"metrics.dir: {folder} cannot be written: {error.strerror}") from None
+            directory = self.config.metrics.dir
+            raise ConfigError(f"metrics.dir: {directory} cannot be written: {error.strerror}") from None
 
     async def stop(self) -> None:
         """Drain, then stop the plugins, then the bus."""
@@ -471,7 +471,7 @@ class Node:
         try:
             await self._exporter.save()
         except OSError as error:  # a full disk, say: the others see what was written last
-            self._log.warning("figures", "metrics.dir cannot be written: %s", error)
+            self._log.warning("metrics.dir", "metrics.dir cannot be written: %s", error)
 
     @property
     def state(self) -> ProcessState:

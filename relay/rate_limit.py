@@ -16,14 +16,14 @@ class TokenBucket:
           now: the time.
     """
 
-    __slots__ = ("_burst", "_last", "_per_s", "_tokens", "excess")
+    __slots__ = ("_burst", "_last", "_per_s", "_tokens", "violations")
 
     def __init__(self, per_s: float, burst: float, now: float) -> None:
         self._per_s = per_s
         self._burst = burst
         self._tokens = burst
         self._last = now
-        self.excess: int = 0
+        self.violations: int = 0
         """Tokens that were requested and refused since it was last full."""
 
     def take(self, now: float, wanted: int = 1) -> bool:
@@ -32,10 +32,10 @@ class TokenBucket:
         self._last = now
         if tokens >= self._burst:
             tokens = self._burst
-            self.excess = 0
+            self.violations = 0
         if tokens < wanted and tokens < self._burst:
             self._tokens = tokens
-            self.excess += wanted
+            self.violations += wanted
             return False
         self._tokens = tokens - wanted
         return True
@@ -48,12 +48,12 @@ PORTION_BYTES = 65_536
 class MessageRateLimiter:
     """One socket's joins and pushes against the rates that the settings allow it."""
 
-    __slots__ = ("_excess_max", "_joins", "_pushes")
+    __slots__ = ("_joins", "_pushes", "_violations_max")
 
     def __init__(self, limits: LimitsConfig, now: float) -> None:
         self._joins = TokenBucket(limits.joins_per_s, limits.joins_burst, now) if limits.joins_per_s else None
         self._pushes = TokenBucket(limits.pushes_per_s, limits.pushes_burst, now) if limits.pushes_per_s else None
-        self._excess_max = limits.rate_limit_violations_max or math.inf
+        self._violations_max = limits.rate_limit_violations_max or math.inf
 
     def allows(self, event: str, now: float, size: int = 0) -> bool:
         """Take one message into account, and say whether it is within its rate. All but joins count as pushes.
@@ -66,4 +66,6 @@ class MessageRateLimiter:
     @property
     def is_exhausted(self) -> bool:
         """Whether so many messages were over the rate, without a pause, that the socket is to be closed."""
-        return any(bucket is not None and bucket.excess > self._excess_max for bucket in (self._joins, self._pushes))
+        return any(
+            bucket is not None and bucket.violations > self._violations_max for bucket in (self._joins, self._pushes)
+        )

@@ -34,13 +34,13 @@ def announce(page_url: str, redis_url: str | None) -> Iterator[None]:
     Args: page_url: empty for a relay in another app, which does not know its own address.
           redis_url: its password is for this user alone, so the file is too.
     """
-    folder = directory() if redis_url is not None else None
-    if folder is None or redis_url is None:
+    place = directory() if redis_url is not None else None
+    if place is None or redis_url is None:
         yield
         return
     # One process may hold several relays, each with a server of its own.
     number = "" if page_url else f"-{urlsplit(redis_url).port}"
-    path = folder / f"{os.getpid()}{number}.json"
+    path = place / f"{os.getpid()}{number}.json"
     unfinished = path.with_suffix(".new")
     with suppress(OSError):  # a full disk, say: the relay is not found then, and serves all the same
         unfinished.touch(mode=0o600)
@@ -77,8 +77,8 @@ def with_password(redis_url: str) -> str:
 
 def _running() -> Iterator[tuple[float, str, str]]:
     """Start, page and Redis URL of each relay that runs. Files of relays that were killed are removed."""
-    folder = directory()
-    for path in folder.glob("*.json") if folder is not None else ():
+    place = directory()
+    for path in place.glob("*.json") if place is not None else ():
         try:
             os.kill(int(path.stem.partition("-")[0]), 0)
             announced = json.loads(path.read_text())

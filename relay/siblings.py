@@ -35,16 +35,16 @@ class Siblings:
 
     def check(self) -> None:
         """Let the others find this process, and warn where there are others."""
-        folder = runtime_dir.directory() if self._setting else None
-        if folder is None:
+        directory = runtime_dir.directory() if self._setting else None
+        if directory is None:
             return
         own = _own()
-        self._path = folder / f"{os.getpid()}{_ENDING}"
+        self._path = directory / f"{os.getpid()}{_ENDING}"
         with suppress(OSError):  # not found then, and no worse off
             unfinished = self._path.with_suffix(".new-bus")
             unfinished.write_text(json.dumps(own))
             unfinished.replace(self._path)
-        if pids := [str(pid) for pid, other in _others(folder) if _is_of_one_app(own, other)]:
+        if pids := [str(pid) for pid, other in _others(directory) if _is_of_one_app(own, other)]:
             _logger.warning(
                 "several processes serve this app (this one and %s), and %s is a bus of each alone: events reach only "
                 'a part of the sockets; set redis_url = "redis://…", or serve with one worker',
@@ -105,10 +105,10 @@ def _bound(socket: sockets.socket) -> str:
     return ""
 
 
-def _others(folder: Path) -> list[tuple[int, dict[str, Any]]]:
+def _others(directory: Path) -> list[tuple[int, dict[str, Any]]]:
     """Number and facts of each other process that runs. Files of processes that were killed are removed."""
     found = []
-    for path in folder.glob(f"*{_ENDING}"):
+    for path in directory.glob(f"*{_ENDING}"):
         if path.stem == str(os.getpid()):
             continue
         try:

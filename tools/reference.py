@@ -53,11 +53,11 @@ _INTERNAL = frozenset({("Channel", "receive"), ("Channel", "lose"), ("Channel", 
 _DEPRECATED = frozenset({("Relay", "broadcast_here"), ("Relay", "engine")})
 
 
-def write(folder: Path) -> None:
-    """Write all pages into ``folder``; those that have not changed keep their time, so that Sphinx leaves them."""
-    folder.mkdir(exist_ok=True)
+def write(directory: Path) -> None:
+    """Write all pages into ``directory``; those that have not changed keep their time, so that Sphinx leaves them."""
+    directory.mkdir(exist_ok=True)
     for name, make in _PAGES.items():
-        page, text = folder / f"{name}.md", make()
+        page, text = directory / f"{name}.md", make()
         if not page.exists() or page.read_text("utf-8") != text:
             page.write_text(text, "utf-8")
 
@@ -291,9 +291,9 @@ def metrics() -> str:
         "",
     ]
     lines += ["| Name | Labels | Kind | Meaning |", "|---|---|---|---|"]
-    for figure in METRIC_SPECS:
-        label = ", ".join(f"`{name}`" for name in figure.labels)
-        lines.append(f"| `{figure.shown_name}` | {label} | {figure.kind} | {figure.meaning} |")
+    for spec in METRIC_SPECS:
+        label = ", ".join(f"`{name}`" for name in spec.labels)
+        lines.append(f"| `{spec.shown_name}` | {label} | {spec.kind} | {spec.meaning} |")
     return "\n".join(lines) + "\n"
 
 

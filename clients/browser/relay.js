@@ -1,7 +1,7 @@
 /**
  * A small browser client for the relay, and for any server that speaks Phoenix Channels V2.
  *
- * It has the face of the npm package `phoenix`, so that either can take the other's place. Documented in `relay.d.ts`;
+ * It has the interface of the npm package `phoenix`, so that either can take the other's place. Documented in `relay.d.ts`;
  * a leading underscore means: for this module alone.
  */
 

@@ -375,7 +375,7 @@ class _Session:
 
     def _control_denied(self) -> None:
         name = self._settings.control_channel
-        means = "orders of other nodes (disconnect, kick) are not heard here"
+        means = "control messages of other nodes (disconnect, kick) are not heard here"
         self._broker.report_denied(f"PSUBSCRIBE {name}", means, f"&{name}")
 
     def _confirm_one(self) -> None:

@@ -118,7 +118,7 @@ class Socket(ChannelOwner):
                 finally:
                     del frame  # or the last one would be kept until the next comes
                 allowed = rate_limiter.allows(message.event, transport.last_received, size)
-                if allowed or not self._refuse_excess(rate_limiter, message):
+                if allowed or not self._refuse_over_limit(rate_limiter, message):
                     queue.run(message.topic, partial(handle, message), size)
                 del message
                 if queue.pending >= limits.pushes_in_flight or queue.held_bytes >= limits.in_flight_max_bytes:
@@ -206,7 +206,7 @@ class Socket(ChannelOwner):
                 self.services.metrics.refused["stale join_ref"] += 1
         return None
 
-    def _refuse_excess(self, rate_limiter: MessageRateLimiter, message: Message) -> bool:
+    def _refuse_over_limit(self, rate_limiter: MessageRateLimiter, message: Message) -> bool:
         """Refuse a message over the rate limit, or close the socket; False where it has to be handled all the same."""
         metrics = self.services.metrics
         if rate_limiter.is_exhausted:

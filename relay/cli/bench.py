@@ -101,16 +101,16 @@ def bench(
     is_shown = is_terminal() and not as_json
     raise_descriptor_limit()
     try:
-        figures = asyncio.run(_bench(load_of, token, payload, _bus(settings, address), is_shown))
+        results = asyncio.run(_bench(load_of, token, payload, _bus(settings, address), is_shown))
     except (Failed, BusUnavailable) as error:
         fail(str(error))
     if is_shown:
-        console().print(_report(figures))
+        console().print(_report(results))
     else:
-        print_lines([figures])
+        print_lines([results])
     if load_of.is_interrupted:
         raise typer.Exit(INTERRUPTED)
-    if any(figures[name] for name in FAULTS):
+    if any(results[name] for name in FAULTS):
         raise typer.Exit(1)
 
 
@@ -199,7 +199,7 @@ class _Load:
                 heard, since = len(self.latencies_ns), time.perf_counter()
             await asyncio.sleep(0.02)
 
-    def figures(self) -> dict[str, Any]:
+    def results(self) -> dict[str, Any]:
         """All there is to report; ``problem`` is the first there was, or None."""
         expected = sum(self.published[one.topic] for one in self.listeners)
         received = sum(one.received for one in self.listeners)
@@ -268,7 +268,7 @@ async def _bench(
             async with bus as publish:
                 await load_of.publish_all(publish)
             await load_of.settle()
-        return load_of.figures()
+        return load_of.results()
     finally:
         for task in tasks:
             task.cancel()
@@ -354,28 +354,28 @@ def _publishing_shown(load_of: _Load) -> Iterator[None]:
         if load_of.publishing_s:
             progress.update(task, description="waiting for what is under way")
         received = len(load_of.latencies_ns)
-        figures = _grid(
+        now = _grid(
             ("published", f"{load_of.published_in_all}, {load_of.published_in_all / elapsed:.0f}/s"),
             ("received", f"{received}, {received / elapsed:.0f}/s"),
             ("latency now", _latency(latencies_ms(load_of.latencies_ns[-RECENT:]))),
         )
-        return Group(progress, figures)
+        return Group(progress, now)
 
     with Live(get_renderable=show, console=progress.console, transient=True):
         yield
 
 
-def _report(figures: dict[str, Any]) -> "Table":
-    faults = ", ".join(f"{figures[name]} {name.replace('_', ' ')}" for name in FAULTS)
+def _report(results: dict[str, Any]) -> "Table":
+    faults = ", ".join(f"{results[name]} {name.replace('_', ' ')}" for name in FAULTS)
     rows = [
-        ("relay", figures["url"]),
-        ("joined", f"{figures['sockets']} sockets to {figures['topics']} topics, {figures['joins_per_s']:g}/s"),
-        ("published", f"{figures['published']} events, {figures['published_per_s']:g}/s"),
-        ("received", f"{figures['received']} events, {figures['received_per_s']:g}/s"),
-        ("latency", _latency(figures["latency_ms"])),
+        ("relay", results["url"]),
+        ("joined", f"{results['sockets']} sockets to {results['topics']} topics, {results['joins_per_s']:g}/s"),
+        ("published", f"{results['published']} events, {results['published_per_s']:g}/s"),
+        ("received", f"{results['received']} events, {results['received_per_s']:g}/s"),
+        ("latency", _latency(results["latency_ms"])),
         ("faults", faults),
     ]
-    return _grid(*rows, *([("problem", figures["problem"])] if figures["problem"] else ()))
+    return _grid(*rows, *([("problem", results["problem"])] if results["problem"] else ()))
 
 
 def _latency(latency_ms: dict[str, float]) -> str:

@@ -165,8 +165,8 @@ def ask_rest(settings: Config, address: str, path: str, body: Any = None) -> tup
         headers["Content-Type"] = "application/json"
     try:
         handlers = (_NoRedirects(), ProxyHandler({})) if _is_here(address) else (_NoRedirects(),)
-        asking = build_opener(*handlers).open(Request(f"{address}{path}", data, headers), timeout=TIMEOUT_S)
-        with asking as response:
+        opened = build_opener(*handlers).open(Request(f"{address}{path}", data, headers), timeout=TIMEOUT_S)
+        with opened as response:
             return json.load(response), response.headers
     except HTTPError as error:
         if (location := error.headers.get("Location")) is not None and error.code in range(300, 400):

@@ -218,7 +218,7 @@ def _run(
             if not isinstance(settings.allowed_origins, str):
                 os.environ[variable(names.name_in_use("allowed_origins"))] = json.dumps(settings.allowed_origins)
             if not settings.metrics.dir:
-                os.environ[variable(names.name_in_use("metrics.dir"))] = stack.enter_context(_folder_of_figures())
+                os.environ[variable(names.name_in_use("metrics.dir"))] = stack.enter_context(_metrics_directory())
             application, options["factory"] = "relay.cli.main:_worker_app", True
         return uvicorn_server.run(uvicorn.Config(application, workers=settings.workers, **options), listener, clean_up)
 
@@ -232,19 +232,19 @@ def _with_origins(settings: Config, added: list[str]) -> list[str] | str:
 
 
 @contextmanager
-def _folder_of_figures() -> Iterator[str]:
+def _metrics_directory() -> Iterator[str]:
     """Make a directory for what the workers count, and remove it. Raises ConfigError where none can be written."""
     places = (None, os.environ.get("XDG_RUNTIME_DIR") or None, "/dev/shm")
     for place in dict.fromkeys(places):
         try:
-            folder = TemporaryDirectory(prefix="relay-", dir=place, ignore_cleanup_errors=True)
+            directory = TemporaryDirectory(prefix="relay-", dir=place, ignore_cleanup_errors=True)
         except OSError:
             continue
-        with folder as path:
+        with directory as path:
             yield path
         return
     raise ConfigError(
-        "metrics.dir: workers share their figures in a directory, and none for temporary files can be written; "
+        "metrics.dir: workers share their metrics in a directory, and none for temporary files can be written; "
         "set metrics.dir, or the variable TMPDIR, to one that can, or workers = 1"
     )
 

@@ -47,7 +47,7 @@ def new_plugin(
     """Write a small plugin with a test: a package, ready to run."""
     from relay.plugins.scaffold import write_plugin
 
-    folder = write_plugin(name, directory)
-    typer.echo(f"wrote {folder}/")
+    package = write_plugin(name, directory)
+    typer.echo(f"wrote {package}/")
     typer.echo(f"""try it:   RELAY_PLUGINS__PATHS='["{directory}"]' relay serve""")
-    typer.echo(f"test it:  pytest {folder}")
+    typer.echo(f"test it:  pytest {package}")

@@ -112,7 +112,7 @@ def _import_package(init: Path) -> ModuleType:
     """Import a package by its path, under a name of its own: one called ``json`` hides no other module."""
     name = f"relay_plugin_{init.parent.name}"
     if not name.replace("-", "_").isidentifier():
-        raise ImportError("expected a folder's name of letters, digits, - and _")
+        raise ImportError("expected a directory name of letters, digits, - and _")
     spec = importlib.util.spec_from_file_location(name, init, submodule_search_locations=[str(init.parent)])
     assert spec is not None and spec.loader is not None, "a file that ends in .py has a loader"
     module = importlib.util.module_from_spec(spec)

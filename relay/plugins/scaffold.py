@@ -71,16 +71,16 @@ def test_what_one_says_reaches_the_topic() -> None:
 
 
 def write_plugin(name: str, directory: Path) -> Path:
-    """Write the package ``<directory>/<name>``. Returns its folder; raises ConfigError where it cannot be."""
+    """Write the package ``<directory>/<name>``. Returns its directory; raises ConfigError where it cannot be."""
     if not name.isidentifier() or not name.isascii():
         raise ConfigError(f"NAME: expected letters, digits and _, not beginning with a digit, got {name!r}")
-    folder = directory / name
+    package = directory / name
     try:
-        folder.mkdir(parents=True)
-        (folder / "__init__.py").write_text(_PLUGIN.format(name=name), encoding="utf-8")
-        (folder / f"test_{name}.py").write_text(_TEST.format(name=name), encoding="utf-8")
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(_PLUGIN.format(name=name), encoding="utf-8")
+        (package / f"test_{name}.py").write_text(_TEST.format(name=name), encoding="utf-8")
     except FileExistsError:
-        raise ConfigError(f"NAME: {folder} exists already") from None
+        raise ConfigError(f"NAME: {package} exists already") from None
     except OSError as error:
-        raise ConfigError(f"NAME: {folder} cannot be written: {error.strerror}") from None
-    return folder
+        raise ConfigError(f"NAME: {package} cannot be written: {error.strerror}") from None
+    return package

@@ -41,7 +41,7 @@ async def tell(relay: Any) -> None:
             continue
         if subscribers:
             memory = psutil.virtual_memory()
-            figures = {
+            stats = {
                 "cpu_percent": psutil.cpu_percent(),
                 "memory_percent": memory.percent,
                 "memory_bytes": memory.used,
@@ -50,5 +50,5 @@ async def tell(relay: Any) -> None:
                 "events_per_s": round((deliveries - last_deliveries) / (now - last_time), 1),
                 "uptime_s": round(now - started),
             }
-            relay.local_broadcast(TOPIC, EVENT, figures)
+            relay.local_broadcast(TOPIC, EVENT, stats)
         last_subscribers, last_time, last_deliveries = subscribers, now, deliveries

@@ -173,7 +173,7 @@ class ConsoleSession:
                         transport.send_control(answer)
                     case Join() as join if join.subscription.topic == TOPIC:
                         self._send(*self._protocol.accept(join))
-                        await self._tell_figures()
+                        await self._send_metrics()
                     case Join() as join:
                         self._send(*self._protocol.refuse(join, encode_payload({"reason": "unmatched topic"})))
                     case Leave() as leave:
@@ -215,13 +215,13 @@ class ConsoleSession:
                 self._tell_all("events", {"topic": self._observer.topic, "events": events, "left_out": left_out})
             if time.monotonic() >= due:
                 due += _INTERVAL_S
-                await self._tell_figures()
+                await self._send_metrics()
 
-    async def _tell_figures(self) -> None:
+    async def _send_metrics(self) -> None:
         node = self._node()
-        figures = await self._exporter.current()
+        metrics = await self._exporter.current()
         self._tell_all(
-            "figures",
+            "metrics",
             {
                 "node": f"{sockets.gethostname()}:{os.getpid()}",
                 "version": __version__,
@@ -229,9 +229,9 @@ class ConsoleSession:
                 # Totals can be compared with those of the same source alone: a directory, or a node in its lifetime.
                 "source": node.config.metrics.dir or node.name,
                 # Live in every worker; why not is known of this one.
-                "link": {"live": bool(figures["relay_link_live"][""]), "reason": node.link.reason},
+                "link": {"live": bool(metrics["relay_link_live"][""]), "reason": node.link.reason},
                 "bounds_s": BOUNDS_S,
-                "figures": figures,
+                "metrics": metrics,
             },
         )
 

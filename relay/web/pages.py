@@ -55,7 +55,7 @@ def routes(
     operators: ApiKeyAuth,
     link: Callable[[], Link],
     refusal: Callable[[], str],
-    figures: Callable[[], Awaitable[bytes]] | None,
+    metrics_text: Callable[[], Awaitable[bytes]] | None,
     publish_command: Callable[[], str],
 ) -> list[BaseRoute]:
     """Make the HTTP routes.
@@ -63,7 +63,7 @@ def routes(
     Args: operators: who may use the console.
           link: the broker's state, read for each request.
           refusal: why no client should be sent here; empty if the relay is ready.
-          figures: all metrics, in Prometheus's text format; None where they cannot be written.
+          metrics_text: all metrics, in Prometheus's text format; None where they cannot be written.
           publish_command: a line to paste, for the page.
     """
 
@@ -88,9 +88,9 @@ def routes(
             metrics.refused["metrics: wrong key" if fault.is_wrong_key else "metrics: not allowed"] += 1
             headers = {"www-authenticate": "Bearer"} if fault.status == HTTPStatus.UNAUTHORIZED else None
             return problem(fault.status, fault.text, headers)
-        if figures is None:
+        if metrics_text is None:
             return problem(404, describe("metrics", "/metrics"))
-        return Response(await figures(), headers={"content-type": _TEXT_FORMAT})
+        return Response(await metrics_text(), headers={"content-type": _TEXT_FORMAT})
 
     def show(file: str) -> Response:
         return _filled(

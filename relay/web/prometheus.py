@@ -310,7 +310,7 @@ class MetricsExporter:
     here, and at most once a second.
 
     Args: state: what the process holds, asked for each time they are read, in any thread.
-          folder: where workers leave their metrics for each other; empty for one process alone.
+          directory: where workers leave their metrics for each other; empty for one process alone.
           clock: monotonic seconds.
           old_names: whether the text has renamed metrics under their former names too.
     """
@@ -319,7 +319,7 @@ class MetricsExporter:
         self,
         metrics: Metrics,
         state: Callable[[], ProcessState],
-        folder: str = "",
+        directory: str = "",
         clock: Callable[[], float] = time.monotonic,
         *,
         old_names: bool = False,
@@ -328,7 +328,7 @@ class MetricsExporter:
         self._metrics = metrics
         self._state = state
         self._process = None if missing("metrics") else _this_process()
-        self._folder = _open(folder) if folder else None
+        self._store = _open(directory) if directory else None
         self._thread: ThreadPoolExecutor | None = None
         self._snapshot: _Kept[Snapshot] = _Kept(clock)
         self._text: _Kept[bytes] = _Kept(clock)
@@ -343,12 +343,12 @@ class MetricsExporter:
 
     async def save(self) -> None:
         """Leave the metrics of this process for the others; nothing where it is alone."""
-        if self._folder is not None:
+        if self._store is not None:
             await self._in_thread(self.write)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         if self._thread is None:  # made by the process that runs, which may be a fork of the one that made this object
-            self._thread = ThreadPoolExecutor(1, "relay-figures")
+            self._thread = ThreadPoolExecutor(1, "relay-metrics")
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def close(self) -> None:
@@ -374,10 +374,10 @@ class MetricsExporter:
     def of_all(self) -> Snapshot:
         """The metrics of all workers, now; those of the others are as old as a second at most."""
         snapshot = self.snapshot()
-        if self._folder is None:
+        if self._store is None:
             return snapshot
-        self._folder.write(snapshot)
-        return _merged(self._folder.read())
+        self._store.write(snapshot)
+        return _merged(self._store.read())
 
     def text(self) -> bytes:
         """All metrics in Prometheus's text format, now: of all workers, where there are several."""
@@ -385,8 +385,8 @@ class MetricsExporter:
 
     def write(self) -> None:
         """As `save`, in the thread of the caller."""
-        if self._folder is not None:
-            self._folder.write(self.snapshot())
+        if self._store is not None:
+            self._store.write(self.snapshot())
 
 
 def _text(snapshot: Snapshot, old_names: bool) -> bytes:
@@ -405,13 +405,13 @@ def _text(snapshot: Snapshot, old_names: bool) -> bytes:
     )
 
 
-def _open(folder: str) -> "SnapshotStore":
+def _open(directory: str) -> "SnapshotStore":
     from relay.web.multiprocess import SnapshotStore  # locks files, which not every system can
 
-    path = Path(folder)
+    path = Path(directory)
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"metrics.dir: expected a directory that can be made and written to, got {folder}")
+        raise ConfigError(f"metrics.dir: expected a directory that can be made and written to, got {directory}")
     return SnapshotStore(path, _counted)
 
 

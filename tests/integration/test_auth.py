@@ -31,7 +31,7 @@ from tests.support.client import Client
 from tests.support.keys import EC_PRIVATE, EC_PUBLIC, OTHER_SECRET, RSA_PRIVATE, RSA_PUBLIC, SECRET, jwk, token
 from tests.support.node import need_node, run_checks
 from tests.support.process import RelayProcess, Valkey
-from tests.support.serving import Served, eventually, figure, heard_on, http_get, serve
+from tests.support.serving import Served, eventually, heard_on, http_get, metric, serve
 
 Connect = Callable[..., Any]
 ServeRelay = Callable[..., Any]
@@ -142,7 +142,7 @@ async def test_refusal_before_the_handshake_carries_status_and_reason(
     found = await refused(served, **options)
     assert found[0] == status and text in found[1]
     _, metrics = await http_get(f"{served.http}/metrics")
-    assert figure(metrics, "relay_refused_total", kind="handshake", reason=kind.replace(" ", "_")) == 1
+    assert metric(metrics, "relay_refused_total", kind="handshake", reason=kind.replace(" ", "_")) == 1
 
 
 async def test_raw_client_reads_the_refusal(serve_relay: ServeRelay) -> None:
@@ -251,7 +251,7 @@ async def test_token_for_one_topic_never_opens_another(serve_relay: ServeRelay, 
     join_ref = await client.join("room:1")
     assert (await client.push(join_ref, "room:1", "shout"))["status"] == "ok"
     _, metrics = await http_get(f"{served.http}/metrics")
-    assert figure(metrics, "relay_refused_total", kind="socket", reason="unauthorized") == 8
+    assert metric(metrics, "relay_refused_total", kind="socket", reason="unauthorized") == 8
 
 
 async def test_joining_does_not_allow_to_push(serve_relay: ServeRelay, connect: Connect, redis: Redis) -> None:
@@ -710,7 +710,9 @@ async def test_user_is_sent_away_from_every_process(valkey: Valkey) -> None:
             await bob.expect_alive()
 
 
-async def test_order_that_cannot_be_told_is_carried_out_here_and_said(connect: Connect, direct: bool) -> None:
+async def test_control_message_that_cannot_be_published_is_applied_here_and_logged(
+    connect: Connect, direct: bool
+) -> None:
     with Valkey() as own:
         relay = Relay(redis_url=own.url, system_topic=False, auth=AUTH, rest=REST)
         async with serve(relay, direct=direct) as served:
@@ -724,7 +726,9 @@ async def test_order_that_cannot_be_told_is_carried_out_here_and_said(connect: C
             assert (await client.expect_closed())[0] == 1001
 
 
-async def test_what_is_no_order_is_dropped_and_counted(serve_relay: ServeRelay, connect: Connect, redis: Redis) -> None:
+async def test_malformed_control_message_is_dropped_and_counted(
+    serve_relay: ServeRelay, connect: Connect, redis: Redis
+) -> None:
     served = await serve_relay(auth=AUTH)
     client = await connect(served, query=with_token(token("alice", ROOMS)))
     before = served.relay.metrics.dropped["control message not understood"]

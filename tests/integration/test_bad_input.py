@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from relay.config import LimitsConfig
 from tests.support.client import BINARY, TEXT, Client, RawSocket
-from tests.support.serving import Served, eventually, figure, http_get
+from tests.support.serving import Served, eventually, http_get, metric
 
 Connect = Callable[..., Awaitable[Client]]
 ServeRelay = Callable[..., Awaitable[Served]]
@@ -57,10 +57,10 @@ async def bystander(served: Served, redis: Redis) -> AsyncIterator[None]:
 
 
 async def counted(served: Served, name: str, reason: str) -> float:
-    """One reason's figure on ``/metrics``; of what is malformed, one close code's."""
+    """One reason's metric on ``/metrics``; of what is malformed, one close code's."""
     label = "code" if name == "malformed" else "reason"
     labels = {label: reason.replace(" ", "_")} | ({"kind": "socket"} if name == "refused" else {})
-    return figure((await http_get(f"{served.http}/metrics"))[1], f"relay_{name}_total", **labels)
+    return metric((await http_get(f"{served.http}/metrics"))[1], f"relay_{name}_total", **labels)
 
 
 class Bad(NamedTuple):

@@ -525,7 +525,7 @@ async def test_message_on_the_control_channel_reaches_all_and_is_no_event(connec
     await pair.sink.expect(Event("room", "e", b"1"))
 
 
-async def test_without_a_control_channel_orders_stay_here(connect: Connect) -> None:
+async def test_without_a_control_channel_control_messages_stay_local(connect: Connect) -> None:
     pair = await connect(control_channel="")
     await pair.speaker.publish_control(b"{}")
     await pair.speaker.publish(Direction.TO, "room", "e", b"1")

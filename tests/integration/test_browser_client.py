@@ -14,14 +14,14 @@ import pytest
 from tests.support.node import DEADLINE_S, SCRIPTS, compile_typescript, need_browser, need_node, run_checks
 from tests.support.process import RelayProcess
 
-FOLDER = Path(__file__).parents[2] / "clients" / "browser"
+DIRECTORY = Path(__file__).parents[2] / "clients" / "browser"
 
 
 def test_its_own_tests_pass_in_node() -> None:
     """The wire vectors among them. Source: ``clients/browser/test``."""
     need_node()
     ran = subprocess.run(
-        ["node", "--test"], cwd=FOLDER, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        ["node", "--test"], cwd=DIRECTORY, capture_output=True, text=True, timeout=DEADLINE_S, check=False
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     counts = dict(re.findall(r"^\W*(pass|fail|skipped) (\d+)$", ran.stdout, re.MULTILINE))
@@ -30,30 +30,30 @@ def test_its_own_tests_pass_in_node() -> None:
 
 
 def test_it_is_under_7_kb_gzipped() -> None:
-    assert len(gzip.compress((FOLDER / "relay.js").read_bytes(), 9, mtime=0)) < 7000
+    assert len(gzip.compress((DIRECTORY / "relay.js").read_bytes(), 9, mtime=0)) < 7000
 
 
 def test_it_is_one_module_without_dependencies() -> None:
-    package = json.loads((FOLDER / "package.json").read_text("utf-8"))
+    package = json.loads((DIRECTORY / "package.json").read_text("utf-8"))
     assert {"dependencies", "peerDependencies"} & package.keys() == set()
-    assert not re.search(r"^import\b|\bimport\(|\brequire\(", (FOLDER / "relay.js").read_text("utf-8"), re.MULTILINE)
-    assert all((FOLDER / name).exists() for name in package["files"])
+    assert not re.search(r"^import\b|\bimport\(|\brequire\(", (DIRECTORY / "relay.js").read_text("utf-8"), re.MULTILINE)
+    assert all((DIRECTORY / name).exists() for name in package["files"])
 
 
 @pytest.mark.parametrize("name", ["Socket", "Channel", "Push", "PushError", "encode", "decode"])
 def test_declaration_names_what_the_module_exports(name: str) -> None:
     pattern = rf"^export (class|function) {name}\b"
     for file in ("relay.js", "relay.d.ts"):
-        assert re.search(pattern, (FOLDER / file).read_text("utf-8"), re.MULTILINE), file
+        assert re.search(pattern, (DIRECTORY / file).read_text("utf-8"), re.MULTILINE), file
 
 
 def test_declaration_is_what_typescript_understands_and_refuses_mistakes(tmp_path: Path) -> None:
     need_node()
-    compile_typescript(tmp_path, SCRIPTS / "types" / "client.ts", client=FOLDER / "relay.d.ts")
+    compile_typescript(tmp_path, SCRIPTS / "types" / "client.ts", client=DIRECTORY / "relay.d.ts")
 
 
 @pytest.mark.parametrize(
-    "types", [FOLDER / "relay.d.ts", SCRIPTS / "node_modules/@types/phoenix/index.d.ts"], ids=["relay", "phoenix"]
+    "types", [DIRECTORY / "relay.d.ts", SCRIPTS / "node_modules/@types/phoenix/index.d.ts"], ids=["relay", "phoenix"]
 )
 def test_one_application_compiles_with_either_client(types: Path, tmp_path: Path) -> None:
     need_node()

@@ -23,10 +23,10 @@ from tests.support.terminal import run_on_terminal
 class Command:
     """Runs ``relay`` in this process, with a settings file."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], directory: Path) -> None:
         self._monkeypatch = monkeypatch
         self._capsys = capsys
-        self.file = folder / "relay.toml"
+        self.file = directory / "relay.toml"
 
     def __call__(self, *arguments: str, settings: str = "") -> tuple[int, str, str]:
         """Exit code, standard output, standard error."""

@@ -31,13 +31,13 @@ def bench(*arguments: str, environ: dict[str, str] | None = None) -> subprocess.
     )
 
 
-def assert_all_came(figures: dict[str, Any]) -> None:
-    assert figures["published"] > 50
-    assert figures["received"] == figures["published"] * 2, "each of 3 topics has 2 sockets"
-    assert [figures[name] for name in ("lost", "duplicated", "out_of_order", "closed", "problem")] == [0, 0, 0, 0, None]
-    latency = figures["latency_ms"]
+def assert_all_came(results: dict[str, Any]) -> None:
+    assert results["published"] > 50
+    assert results["received"] == results["published"] * 2, "each of 3 topics has 2 sockets"
+    assert [results[name] for name in ("lost", "duplicated", "out_of_order", "closed", "problem")] == [0, 0, 0, 0, None]
+    latency = results["latency_ms"]
     assert 0 < latency["p50"] <= latency["p99"] <= latency["p99.9"] <= latency["max"]
-    assert figures["joins_per_s"] > 0
+    assert results["joins_per_s"] > 0
 
 
 # What is counted.
@@ -145,9 +145,9 @@ def test_lost_events_are_counted_and_exit_code_1(valkey: Valkey, tmp_path: Path)
     with RelayProcess("--redis-url", valkey.url, "--config", str(config)) as relay:
         ran = bench(relay.ws, *SHORT, "--redis-url", valkey.url)
     assert (ran.returncode, ran.stderr) == (1, "")
-    figures = json.loads(ran.stdout)
-    assert figures["lost"] > 0
-    assert figures["received"] + figures["lost"] == 2 * figures["published"]
+    results = json.loads(ran.stdout)
+    assert results["lost"] > 0
+    assert results["received"] + results["lost"] == 2 * results["published"]
 
 
 def test_relay_that_ends_meanwhile_closes_all_and_is_exit_code_1(valkey: Valkey) -> None:
@@ -163,9 +163,9 @@ def test_relay_that_ends_meanwhile_closes_all_and_is_exit_code_1(valkey: Valkey)
         finally:
             process.kill()
             process.wait()
-    figures = json.loads(out)
-    assert (process.returncode, figures["closed"]) == (1, 2)
-    assert "connection lost: 1012" in figures["problem"]
+    results = json.loads(out)
+    assert (process.returncode, results["closed"]) == (1, 2)
+    assert "connection lost: 1012" in results["problem"]
 
 
 def events_of(relay: RelayProcess) -> int:
@@ -243,6 +243,6 @@ def test_ctrl_c_ends_it_with_a_report_of_what_there_was(relay: RelayProcess) -> 
         process.kill()
         process.wait()
     assert (process.returncode, errors) == (130, "")
-    figures = json.loads(out)
-    assert figures["published"] > 0
-    assert [figures[name] for name in ("lost", "closed", "problem")] == [0, 0, None]
+    results = json.loads(out)
+    assert results["published"] > 0
+    assert [results[name] for name in ("lost", "closed", "problem")] == [0, 0, None]

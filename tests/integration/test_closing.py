@@ -61,7 +61,7 @@ async def test_terminated_relay_does_not_wait_for_a_client_that_reads_nothing(va
 async def test_socket_that_is_closed_is_cut_in_time_on_uvicorn(
     valkey: Valkey, redis: Redis, ws: str, amount: int
 ) -> None:
-    """Its descriptor and its memory in the kernel are freed, and the figures say what is the case."""
+    """Its descriptor and its memory in the kernel are freed, and the metrics say what is the case."""
     topic = f"closing:{ws}:{amount}"
     app = Relay(redis_url=valkey.url, system_topic=False, limits=LIMITS)
     async with serve(app, ws=ws) as served, RawSocket.connect(served.ws, receive_buffer=4096) as client:

@@ -1,6 +1,6 @@
 """The console in a real browser, with sockets that see what it does, and the pictures of it.
 
-``TESTS_SCREENSHOTS=docs make test ARGS="-k test_console"`` keeps the pictures in that folder.
+``TESTS_SCREENSHOTS=docs make test ARGS="-k test_console"`` keeps the pictures in that directory.
 """
 
 import asyncio
@@ -142,14 +142,14 @@ async def _publish(redis: Redis) -> None:
 async def test_console_is_shown_at_work(tmp_path: Path) -> None:
     need_browser()
     kept = os.environ.get("TESTS_SCREENSHOTS")
-    folder = ROOT / kept if kept else tmp_path
+    directory = ROOT / kept if kept else tmp_path
     seconds = "62" if kept else "2"  # as far as a chart goes back at first
     with RelayProcess("--config", "examples/relay.toml") as relay:
         async with busy(relay):
             topic = "order:10412"
-            arguments = ("console-pictures.mjs", relay.http, str(folder), seconds, topic)
+            arguments = ("console-pictures.mjs", relay.http, str(directory), seconds, topic)
             await asyncio.to_thread(run_checks, *arguments, deadline_s=200)
     for name in ("light", "dark", "narrow", "topic"):
-        picture = (folder / f"console-{name}.png").read_bytes()
+        picture = (directory / f"console-{name}.png").read_bytes()
         assert picture.startswith(PNG)
         assert len(picture) < 200_000

@@ -18,7 +18,7 @@ from relay.web.console import _LISTED_MAX, _SHOWN_MAX_BYTES, _TAIL_MAX, TOPIC
 from tests.support.client import Client
 from tests.support.keys import SECRET, token
 from tests.support.process import Valkey
-from tests.support.serving import Served, eventually, figure, http_get
+from tests.support.serving import Served, eventually, http_get, metric
 
 Connect = Callable[..., Awaitable[Client]]
 ServeRelay = Callable[..., Awaitable[Served]]
@@ -155,34 +155,34 @@ async def test_page_of_the_console_holds_no_data_and_lets_nothing_in_from_elsewh
 # What is told.
 
 
-async def test_figures_come_at_once_and_then_each_second(served: Served, connect: Connect) -> None:
+async def test_metrics_come_at_once_and_then_each_second(served: Served, connect: Connect) -> None:
     client = await connect(served)
     await client.join("room:1")
     async with operator(served) as watching:
-        first, second = await watching.hear("figures"), await watching.hear("figures")
+        first, second = await watching.hear("metrics"), await watching.hear("metrics")
     assert 500 < second["at_ms"] - first["at_ms"] < 5000
-    assert first["figures"]["relay_joins"] == {"": 1}
-    assert sum(first["figures"]["relay_sockets"].values()) == 1, "the console is no client of the relay"
+    assert first["metrics"]["relay_joins"] == {"": 1}
+    assert sum(first["metrics"]["relay_sockets"].values()) == 1, "the console is no client of the relay"
     assert first["link"] == {"live": True, "reason": ""}
-    assert len(first["figures"]["relay_fan_out_seconds"][""]) == len(first["bounds_s"]) + 2
+    assert len(first["metrics"]["relay_fan_out_seconds"][""]) == len(first["bounds_s"]) + 2
 
 
 async def test_several_workers_are_told_as_one(serve_relay: ServeRelay, connect: Connect, tmp_path: Path) -> None:
-    """Two relays on one folder are what two processes are; each lists its own sockets."""
+    """Two relays on one directory are what two processes are; each lists its own sockets."""
     both = [await serve_relay(metrics={"dir": str(tmp_path)}) for _ in range(2)]
     for served, topics in zip(both, (1, 2), strict=True):
         client = await connect(served)
         for number in range(topics):
             await client.join(f"room:{number}")
-        served.relay.figures.write()
+        served.relay.exporter.write()
     told = []
     for served in both:
         async with operator(served) as watching:
-            told.append(await watching.hear("figures"))
+            told.append(await watching.hear("metrics"))
             assert (await watching.ask("sockets"))["total"] == 1
-    for figures in (one["figures"] for one in told):
-        assert (figures["relay_workers"], figures["relay_joins"]) == ({"": 2}, {"": 3})
-        assert sum(figures["relay_sockets"].values()) == 2
+    for metrics in (one["metrics"] for one in told):
+        assert (metrics["relay_workers"], metrics["relay_joins"]) == ({"": 2}, {"": 3})
+        assert sum(metrics["relay_sockets"].values()) == 2
     assert told[0]["source"] == told[1]["source"], "their totals are the same"
     assert told[0]["link"]["live"]
 
@@ -195,17 +195,17 @@ async def test_worker_that_hears_nothing_is_told_by_the_others(
         deaf = await serve_relay(metrics=metrics, redis_url=server.url)
         server.kill()
         await eventually(lambda: not deaf.relay.link.live, "the link to be lost")
-        deaf.relay.figures.write()
+        deaf.relay.exporter.write()
         async with operator(await serve_relay(metrics=metrics)) as watching:
-            assert (await watching.hear("figures"))["link"] == {"live": False, "reason": ""}
+            assert (await watching.hear("metrics"))["link"] == {"live": False, "reason": ""}
 
 
-async def test_figures_of_another_process_are_told_apart(serve_relay: ServeRelay) -> None:
+async def test_metrics_of_another_process_are_told_apart(serve_relay: ServeRelay) -> None:
     served = await serve_relay()
     async with operator(served) as watching:
-        first, second = await watching.hear("figures"), await watching.hear("figures")
+        first, second = await watching.hear("metrics"), await watching.hear("metrics")
     assert first["source"] == second["source"] != ""
-    assert first["figures"]["relay_workers"] == {"": 1}
+    assert first["metrics"]["relay_workers"] == {"": 1}
 
 
 async def test_nothing_is_told_before_the_join_nor_on_another_topic(served: Served) -> None:
@@ -216,7 +216,7 @@ async def test_nothing_is_told_before_the_join_nor_on_another_topic(served: Serv
         await client.send(None, "2", TOPIC, "topics", {})
         assert await client.receive() == client.refusal(None, "2", TOPIC, "unmatched topic")
         for _ in range(3):
-            await watching.hear("figures")
+            await watching.hear("metrics")
         await client.expect_alive()
 
 
@@ -292,7 +292,7 @@ async def test_looking_at_a_topic_does_not_join_it(served: Served, connect: Conn
     async with operator(served) as watching:
         await watching.ask("watch", topic="room:1")
         assert (await watching.ask("topics"))["total"] == 0
-        assert (served.relay.topics, served.relay.figures.snapshot()["relay_topics"]) == ({}, {"": 0})
+        assert (served.relay.topics, served.relay.exporter.snapshot()["relay_topics"]) == ({}, {"": 0})
         await (await connect(served)).join("room:1")
         (row,) = (await watching.ask("topics"))["topics"]
         details = await watching.ask("topic", topic="room:1")
@@ -387,7 +387,7 @@ async def test_console_works_while_the_bus_is_away(serve_relay: ServeRelay) -> N
         server.kill()
         await eventually(lambda: not served.relay.link.live, "the link to be lost")
         async with operator(served) as watching:
-            told = await watching.hear("figures")
+            told = await watching.hear("metrics")
             assert not told["link"]["live"]
             assert "no subscription" in told["link"]["reason"]
             reply = await watching.push("publish", {"topic": "room:1", "event": "e"})
@@ -401,7 +401,7 @@ async def test_client_that_leaves_is_told_no_more_and_bad_frames_close_it(served
         assert await watching.push("phx_leave", {}) == {"status": "ok", "response": {}}
         await client.send_raw("{")
         assert (await client.expect_closed())[0] == 1007
-    assert figure((await http_get(f"{served.http}/metrics"))[1], "relay_malformed_total", code="1007") == 1
+    assert metric((await http_get(f"{served.http}/metrics"))[1], "relay_malformed_total", code="1007") == 1
 
 
 async def test_console_is_closed_when_the_relay_stops(served: Served) -> None:

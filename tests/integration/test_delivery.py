@@ -19,7 +19,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from tests.support.client import TEXT, Client, RawSocket
 from tests.support.process import RelayProcess, Valkey
-from tests.support.serving import Served, eventually, figure, http_get
+from tests.support.serving import Served, eventually, http_get, metric
 
 Connect = Callable[..., Awaitable[Client]]
 ServeRelay = Callable[..., Awaitable[Served]]
@@ -81,7 +81,7 @@ async def test_ten_thousand_events_reach_two_hundred_sockets_once_and_in_order()
             result = await sockets.result()
         assert result == [{"runs": [[0, 9_999]], "told": 0}] * 200
         _, metrics = await http_get(f"{relay.http}/metrics")
-        assert figure(metrics, "relay_deliveries_total") == 200 * 10_001
+        assert metric(metrics, "relay_deliveries_total") == 200 * 10_001
         assert not re.search(r"^relay_dropped_total\{.*\} [^0]", metrics, re.MULTILINE)
 
 
@@ -129,8 +129,8 @@ async def test_redis_killed_and_restarted_under_ten_thousand_events() -> None:
         assert after == [5_000, 9_999]
         assert before in ([], [[0, before[0][1]]] if before else [])
         assert not before or before[0][1] < 2_500
-    assert figure(metrics, "relay_gaps_total") == 1
-    assert figure(metrics, "relay_rejoins_requested_total") == 200
+    assert metric(metrics, "relay_gaps_total") == 1
+    assert metric(metrics, "relay_rejoins_requested_total") == 200
     assert log.count("gap: events of the last") == 1
     assert log.count("is down") == 1
     assert "Traceback" not in log
@@ -193,7 +193,7 @@ async def counts(served: Served, *reasons: str) -> list[float]:
     """How many events were dropped, by reason, and policy where there is one."""
     _, metrics = await http_get(f"{served.http}/metrics")
     labels = [dict(zip(("reason", "overflow"), reason.split(), strict=False)) for reason in reasons]
-    return [figure(metrics, "relay_dropped_total", **given) for given in labels]
+    return [metric(metrics, "relay_dropped_total", **given) for given in labels]
 
 
 async def test_drop_oldest_keeps_the_newest_events(serve_slow: ServeRelay, redis: Redis, connect: Connect) -> None:
@@ -278,7 +278,7 @@ async def test_slow_reader_is_told_what_it_missed(serve_slow: ServeRelay, redis:
     assert json.loads(shown)["dropped"] == missed
     assert OUTBOX / 2 < json.loads(shown)["outbox_bytes"] <= OUTBOX
     _, metrics = await http_get(f"{served.http}/metrics")
-    assert figure(metrics, "relay_dropped_topics_total", match="flood") == missed
+    assert metric(metrics, "relay_dropped_topics_total", match="flood") == missed
     await fast.expect_alive()
 
 

@@ -253,7 +253,7 @@ def test_scrape_configuration_is_what_prometheus_understands(tmp_path: Path) -> 
     check(need("promtool"), "check", "config", tmp_path / "prometheus.yml")
 
 
-def test_rules_ask_for_figures_that_exist() -> None:
+def test_rules_ask_for_metrics_that_exist() -> None:
     expressions = re.findall(r"^ *expr: (.*)$", (CONFIG / "alerts.yml").read_text(), re.MULTILINE)
     assert used_metrics(expressions) <= known_metrics()
 
@@ -276,11 +276,11 @@ export const dashboard = {dashboard().strip()} satisfies Plain<Dashboard>
 
 
 def labels_of() -> dict[str, set[str]]:
-    """The labels of each figure, by the name that Prometheus shows."""
-    return {figure.shown_name: set(figure.labels) for figure in METRIC_SPECS}
+    """The labels of each metric, by the name that Prometheus shows."""
+    return {spec.shown_name: set(spec.labels) for spec in METRIC_SPECS}
 
 
-def test_figures_are_grouped_by_labels_that_they_have() -> None:
+def test_metrics_are_grouped_by_labels_that_they_have() -> None:
     """By another label all would fall into one group, and nobody would be told."""
     rules = re.findall(r"^ *expr: (.*)$", (CONFIG / "alerts.yml").read_text(), re.MULTILINE)
     expressions = [*rules, *(target["expr"] for panel in panels() for target in panel["targets"])]
@@ -298,7 +298,7 @@ def panels() -> list[dict[str, Any]]:
     return found
 
 
-def test_dashboard_asks_for_figures_that_exist() -> None:
+def test_dashboard_asks_for_metrics_that_exist() -> None:
     expressions = [target["expr"] for panel in panels() for target in panel["targets"]]
     assert used_metrics(expressions) <= known_metrics()
 

@@ -1,6 +1,6 @@
 """Every code block of these pages is run, top to bottom, as a reader would type it.
 
-A page is one story in a fresh folder, with Redis behind it and one relay. Its language says what a block is:
+A page is one story in a fresh directory, with Redis behind it and one relay. Its language says what a block is:
 
 ``python``   A first line ``# some/file.py`` names a file: the block is written there. A block without one is added to
              the file of the last one that has one. On a page that has named none, it is executed, with ``await`` at
@@ -214,12 +214,12 @@ def test_page_on_limits_has_every_limit_and_its_default() -> None:
 
 
 async def test_sql_of_the_pages_reaches_browsers() -> None:
-    folder = Postgres.find()
-    if folder is None:
+    directory = Postgres.find()
+    if directory is None:
         pytest.skip("no Postgres on this machine: neither /usr/lib/postgresql/*/bin nor PATH has its initdb")
     statements = [block.text for page in PAGES for block in blocks_of(page) if block.language == "sql" and block.is_run]
     assert statements
-    with Postgres(folder) as postgres:
+    with Postgres(directory) as postgres:
         relay = Relay(broadcast_url=postgres.url, system_topic=False)
         async with serve(relay) as served, Client.connect(served.ws) as client:
             await client.join("room:1")
@@ -259,20 +259,20 @@ def test_number_of_events_that_may_wait_for_a_handler_is_documented() -> None:
 class Story:
     """One page while it is run."""
 
-    def __init__(self, page: Path, folder: Path, valkey: Valkey) -> None:
+    def __init__(self, page: Path, directory: Path, valkey: Valkey) -> None:
         self._page = page
         self._valkey = valkey
         self._port = free_port()
         self.origin = f"http://127.0.0.1:{self._port}"
-        self._folder = folder / "reader"
-        self._site = folder / "site"  # what `pip install .` installs into
-        self._bin = folder / "bin"
-        for made in (self._folder, self._site, self._bin, self._folder / "node_modules"):
+        self._directory = directory / "reader"
+        self._site = directory / "site"  # what `pip install .` installs into
+        self._bin = directory / "bin"
+        for made in (self._directory, self._site, self._bin, self._directory / "node_modules"):
             made.mkdir()
         self._environ = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")} | {
             "PATH": f"{self._bin}{os.pathsep}{os.environ['PATH']}",
-            "PYTHONPATH": os.pathsep.join(map(str, (self._folder, self._site, REPOSITORY))),
-            "XDG_RUNTIME_DIR": str(folder),
+            "PYTHONPATH": os.pathsep.join(map(str, (self._directory, self._site, REPOSITORY))),
+            "XDG_RUNTIME_DIR": str(directory),
             "RELAY_REDIS_URL": valkey.url,
             "RELAY_PORT": str(self._port),
             "UVICORN_PORT": str(self._port),
@@ -331,7 +331,7 @@ class Story:
         found = _FILE.match(text)
         if found is None:
             return None
-        file = self._folder / found[1]
+        file = self._directory / found[1]
         file.parent.mkdir(parents=True, exist_ok=True)
         self._is_stale = True
         return file
@@ -339,7 +339,7 @@ class Story:
     def _run_python(self, text: str, place: str) -> None:
         if "# → " in text:
             self._need_server()
-            script = Script(text, self._folder, self._environ, place, "python")
+            script = Script(text, self._directory, self._environ, place, "python")
             self._scripts.append(script)
             script.wait(until=script.expected[0])
             return
@@ -364,7 +364,7 @@ class Story:
 
     def _run_toml(self, text: str) -> None:
         named = self._named_file(text)
-        file = named or self._folder / "settings.toml"
+        file = named or self._directory / "settings.toml"
         file.write_text(text)
         if file.name != "pyproject.toml":
             _ = load(file)
@@ -387,11 +387,11 @@ class Story:
             if arguments[0] == "relay":  # which prints something else where nobody reads along
                 terminal = environ | {"TERM": "dumb", "COLUMNS": "200"}
                 program = [str(self._bin / "relay"), *arguments[1:]]
-                code, printed = run_on_terminal(program, cwd=self._folder, env=terminal)
+                code, printed = run_on_terminal(program, cwd=self._directory, env=terminal)
             else:
                 ended = subprocess.run(
                     arguments,
-                    cwd=self._folder,
+                    cwd=self._directory,
                     env=environ,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT if arguments[0] != "curl" else subprocess.DEVNULL,
@@ -412,13 +412,13 @@ class Story:
 
     def _serve(self, arguments: list[str], environ: dict[str, str], shown: str) -> None:
         self._end_server()
-        self._server = Server(arguments, environ, self._folder, self._port)
+        self._server = Server(arguments, environ, self._directory, self._port)
         self._is_stale = False
         self._server.wait_ready(shown)
 
     def _run_js(self, text: str, place: str) -> None:
         self._need_server()
-        script = Script(text, self._folder, self._environ, place, "js")
+        script = Script(text, self._directory, self._environ, place, "js")
         self._scripts.append(script)
         script.wait(until="joined" if "joined" in script.expected else None)
 
@@ -433,10 +433,10 @@ class Story:
     def finish(self) -> None:
         """See that nothing is still to come, and that what the page has written is typed."""
         self._end_server()
-        if any(self._folder.rglob("*.py")):
+        if any(self._directory.rglob("*.py")):
             checked = subprocess.run(
                 [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--explicit-package-bases", "."],
-                cwd=self._folder,
+                cwd=self._directory,
                 env=self._environ | {"MYPYPATH": str(REPOSITORY)},
                 capture_output=True,
                 text=True,
@@ -457,13 +457,15 @@ class Story:
 class Server:
     """A server that a page has started."""
 
-    def __init__(self, arguments: list[str], environ: dict[str, str], folder: Path, port: int) -> None:
+    def __init__(self, arguments: list[str], environ: dict[str, str], directory: Path, port: int) -> None:
         self.arguments = arguments
         self.environ = environ
         self._port = port
-        self._log = folder.parent / "server.log"
+        self._log = directory.parent / "server.log"
         with self._log.open("w") as log:
-            self._process = subprocess.Popen(arguments, cwd=folder, env=environ, stdout=log, stderr=subprocess.STDOUT)
+            self._process = subprocess.Popen(
+                arguments, cwd=directory, env=environ, stdout=log, stderr=subprocess.STDOUT
+            )
 
     def wait_ready(self, shown: str) -> None:
         """Return once it listens, and has printed what the page shows."""
@@ -488,13 +490,13 @@ class Server:
 class Script:
     """A script that runs in Node or in Python, and what it is expected to print."""
 
-    def __init__(self, text: str, folder: Path, environ: dict[str, str], place: str, language: str) -> None:
+    def __init__(self, text: str, directory: Path, environ: dict[str, str], place: str, language: str) -> None:
         self.expected = [
             line.strip() for found in re.findall(r"(?://|#) → (.*)$", text, re.MULTILINE) for line in found.split(" → ")
         ]
         assert self.expected, f"{place}: expected some `// → what is printed`"
         self._place = place
-        file = folder / f"script-{place.rpartition(' ')[2]}.{'mjs' if language == 'js' else 'txt'}"
+        file = directory / f"script-{place.rpartition(' ')[2]}.{'mjs' if language == 'js' else 'txt'}"
         file.write_text(text)
         if language == "python":
             command = [sys.executable, "-u", __file__, "await", file.name]
@@ -502,27 +504,27 @@ class Script:
                 "PYTHONPATH": f"{environ['PYTHONPATH']}{os.pathsep}{REPOSITORY / 'clients' / 'python'}"
             }
         else:
-            command = ["node", "--import", self._like_a_browser(folder).as_uri(), file.name]
-        self._log = folder.parent / f"{file.name}.log"
+            command = ["node", "--import", self._like_a_browser(directory).as_uri(), file.name]
+        self._log = directory.parent / f"{file.name}.log"
         with self._log.open("w") as log:
             self._process = subprocess.Popen(
                 command,
-                cwd=folder,
+                cwd=directory,
                 env=environ | {"NODE_DISABLE_COLORS": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
 
-    def _like_a_browser(self, folder: Path) -> Path:
+    def _like_a_browser(self, directory: Path) -> Path:
         """Let scripts find phoenix and a WebSocket; returns what Node has to import first."""
-        phoenix = folder / "node_modules" / "phoenix"
+        phoenix = directory / "node_modules" / "phoenix"
         if not phoenix.exists():
             phoenix.symlink_to(SCRIPTS / "node_modules" / "phoenix-1.8")
             # A browser has a WebSocket; Node has one since version 22.
             ws = (SCRIPTS / "node_modules" / "ws" / "wrapper.mjs").as_uri()
-            (folder / "browser.mjs").write_text(f"import ws from {json.dumps(ws)}\nglobalThis.WebSocket ??= ws\n")
-        return folder / "browser.mjs"
+            (directory / "browser.mjs").write_text(f"import ws from {json.dumps(ws)}\nglobalThis.WebSocket ??= ws\n")
+        return directory / "browser.mjs"
 
     def _printed(self) -> list[str]:
         return self._log.read_text("utf-8").splitlines()

@@ -245,21 +245,21 @@ async def test_a_page_works_in_a_relay_that_is_mounted(valkey: Valkey, tmp_path:
 
 
 def kept_picture(tmp_path: Path, name: str) -> Path:
-    """Where a picture goes; RELAY_TESTS_SCREENSHOTS names a folder that keeps them."""
-    folder = Path(os.environ.get("RELAY_TESTS_SCREENSHOTS") or tmp_path).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / f"example-{name}.png"
+    """Where a picture goes; RELAY_TESTS_SCREENSHOTS names a directory that keeps them."""
+    directory = Path(os.environ.get("RELAY_TESTS_SCREENSHOTS") or tmp_path).resolve()
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory / f"example-{name}.png"
 
 
 # The plugin in Node.
 
 
 @contextmanager
-def node_process(command: list[str], folder: Path, ready: str, **environ: str) -> Iterator[None]:
+def node_process(command: list[str], directory: Path, ready: str, **environ: str) -> Iterator[None]:
     """A command that is ended afterwards, and that has said ``ready`` before; it may not end by itself."""
     process = subprocess.Popen(
         command,
-        cwd=folder,
+        cwd=directory,
         env={**os.environ, "NO_COLOR": "1", **environ},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -283,7 +283,7 @@ def node_process(command: list[str], folder: Path, ready: str, **environ: str) -
 
 
 def node_plugin(redis_url: str, port: int) -> AbstractContextManager[None]:
-    """``npm start`` in the plugin's folder, but without npm between it and us."""
+    """``npm start`` in the plugin's directory, but without npm between it and us."""
     ready = f"serving http://127.0.0.1:{port}\n"
     return node_process(["node", "plugin.js"], NODE_PLUGIN, ready, REDIS_URL=redis_url, PORT=str(port))
 
@@ -336,9 +336,9 @@ def test_a_page_served_by_vite_reaches_the_relay_and_a_plugin(
 ) -> None:
     """The proxy lines of ``vite.config.js``, with only their addresses changed, in a real browser."""
     need_browser()
-    folder = tmp_path / "vite"
-    shutil.copytree(VITE, folder, ignore=shutil.ignore_patterns("node_modules", "package-lock.json"))
-    packages = folder / "node_modules"
+    directory = tmp_path / "vite"
+    shutil.copytree(VITE, directory, ignore=shutil.ignore_patterns("node_modules", "package-lock.json"))
+    packages = directory / "node_modules"
     packages.mkdir()
     for name, installed in (("vite", "vite"), ("phoenix", "phoenix-1.8")):
         (packages / name).symlink_to(SCRIPTS / "node_modules" / installed)
@@ -347,7 +347,7 @@ def test_a_page_served_by_vite_reaches_the_relay_and_a_plugin(
         RelayProcess("--redis-url", valkey.url) as relay,
         node_plugin(valkey.url, plugin_port),
     ):
-        config = folder / "vite.config.js"
+        config = directory / "vite.config.js"
         text = config.read_text("utf-8")
         for address, own in (("http://127.0.0.1:8000", relay.http), ("127.0.0.1:8001", f"127.0.0.1:{plugin_port}")):
             assert address in text
@@ -355,5 +355,5 @@ def test_a_page_served_by_vite_reaches_the_relay_and_a_plugin(
         config.write_text(text, "utf-8")
         # As `npm run dev`, but on a port of the test's choice, or not at all.
         vite = ["node", "node_modules/vite/bin/vite.js", "--host", "127.0.0.1", "--port", str(port), "--strictPort"]
-        with node_process(vite, folder, f"http://127.0.0.1:{port}/"):
+        with node_process(vite, directory, f"http://127.0.0.1:{port}/"):
             run_checks("vite-chromium.mjs", f"http://127.0.0.1:{port}")

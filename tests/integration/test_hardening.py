@@ -26,7 +26,7 @@ from relay.transports.uvicorn_http import HEAD_MAX_BYTES, RelayHTTPProtocol
 from relay.transports.uvicorn_websocket import _Inbox
 from tests.support.client import CLOSE, PING, PONG, TEXT, Client, RawSocket, client_frame
 from tests.support.process import RelayProcess, Valkey
-from tests.support.serving import Served, eventually, figure, http_get, serve
+from tests.support.serving import Served, eventually, http_get, metric, serve
 
 CONT = 0
 CHUNKED = b"POST /health HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -228,7 +228,7 @@ async def test_upgrade_that_websockets_cannot_read_is_answered(valkey: Valkey, h
         assert answer.startswith(b"HTTP/1.1 431 ") and b"at most 128 headers" in answer
         writer.close()
         _, text = await http_get(f"{served.http}/metrics")
-        assert figure(text, "relay_refused_total", kind="handshake", reason="head_too_large") == 1
+        assert metric(text, "relay_refused_total", kind="handshake", reason="head_too_large") == 1
 
 
 @pytest.mark.parametrize("opcode", [PING, PONG, CONT], ids=["ping", "pong", "fragment"])

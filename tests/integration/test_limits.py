@@ -17,7 +17,7 @@ from relay import Plugin, Push
 from relay.transports.uvicorn_http import HEAD_MAX_BYTES, RelayHTTPProtocol
 from tests.support.client import Client
 from tests.support.process import RelayProcess
-from tests.support.serving import Served, eventually, figure, http_get
+from tests.support.serving import Served, eventually, http_get, metric
 
 Connect = Callable[..., Awaitable[Client]]
 ServeRelay = Callable[..., Awaitable[Served]]
@@ -26,7 +26,7 @@ ServeRelay = Callable[..., Awaitable[Served]]
 async def counted(served: Served, reason: str, kind: str = "socket") -> float:
     """How often something was refused for ``reason``, as ``/metrics`` has it."""
     _, metrics = await http_get(f"{served.http}/metrics")
-    return figure(metrics, "relay_refused_total", kind=kind, reason=reason)
+    return metric(metrics, "relay_refused_total", kind=kind, reason=reason)
 
 
 # Joins and pushes per second.
@@ -355,7 +355,7 @@ async def test_relay_serve_cuts_slow_handshakes_and_looks_behind_proxies_itself(
             async with connection(int(relay.http.rsplit(":", 1)[1])) as (reader, _), asyncio.timeout(20):
                 assert await read_to_end(reader) == b""
         _, metrics = await http_get(f"{relay.http}/metrics")
-    assert figure(metrics, "relay_refused_total", kind="handshake", reason="too_slow") == 1
+    assert metric(metrics, "relay_refused_total", kind="handshake", reason="too_slow") == 1
 
 
 async def test_relay_serve_believes_no_proxy_by_default() -> None:

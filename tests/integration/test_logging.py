@@ -58,15 +58,15 @@ async def live(process: RelayProcess) -> None:
     await asyncio.to_thread(wait_for, lambda: "disconnected by" in process.output, "the last line")
 
 
-def settings(folder: Path, valkey: Valkey, log_format: str) -> dict[str, str]:
-    plugin = folder / "chatty"
+def settings(directory: Path, valkey: Valkey, log_format: str) -> dict[str, str]:
+    plugin = directory / "chatty"
     plugin.mkdir()
     (plugin / "__init__.py").write_text(textwrap.dedent(PLUGIN))
     return {
         "RELAY_REDIS_URL": valkey.url,
         "RELAY_LOG_FORMAT": log_format,
         "RELAY_AUTH__KEYS": json.dumps([SECRET]),
-        "RELAY_PLUGINS__PATHS": json.dumps([str(folder)]),
+        "RELAY_PLUGINS__PATHS": json.dumps([str(directory)]),
         "RELAY_LIMITS__PUSHES_PER_S": "1",
         "RELAY_LIMITS__PUSHES_BURST": "2",
     }

@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 
 from tests.support.client import TEXT, Client, RawSocket
 from tests.support.process import RelayProcess
-from tests.support.serving import Served, eventually, figure, http_get
+from tests.support.serving import Served, eventually, http_get, metric
 
 Connect = Callable[..., Awaitable[Client]]
 ServeRelay = Callable[..., Awaitable[Served]]
@@ -33,7 +33,7 @@ async def test_work_is_counted(serve_relay: ServeRelay, connect: Connect, redis:
     assert len(list(text_string_to_metric_families(text))) > 20
 
     def value(name: str, **labels: Any) -> float:
-        return figure(text, f"relay_{name}", **labels)
+        return metric(text, f"relay_{name}", **labels)
 
     assert value("sockets", path="direct" if direct else "asgi") == 2
     assert value("sockets", path="asgi" if direct else "direct") == 0
@@ -59,7 +59,7 @@ async def test_outbox_of_a_client_that_does_not_read_is_told(serve_relay: ServeR
         for _ in range(10):  # more than its transport and the kernel take, and less than its outbox
             await redis.publish("to:room:outbox:e", "[" + "1," * 25_000 + "1]")
         async with asyncio.timeout(20):
-            while figure((await http_get(f"{served.http}/metrics"))[1], "relay_outbox_bytes") < 100_000:
+            while metric((await http_get(f"{served.http}/metrics"))[1], "relay_outbox_bytes") < 100_000:
                 pass
 
 
@@ -71,7 +71,7 @@ async def test_any_worker_tells_the_sums_of_all_and_a_killed_one_is_not_forgotte
 
         async def until(name: str, wanted: Callable[[float], bool], **labels: Any) -> None:
             async with asyncio.timeout(30):
-                while not wanted(figure(await scrape(), f"relay_{name}", **labels)):
+                while not wanted(metric(await scrape(), f"relay_{name}", **labels)):
                     pass
 
         async with AsyncExitStack() as stack, Redis.from_url(relay.redis_url) as redis:
@@ -98,8 +98,8 @@ async def test_any_worker_tells_the_sums_of_all_and_a_killed_one_is_not_forgotte
 
             async def all_agree() -> bool:
                 texts = [await scrape() for _ in range(6)]  # whichever answers
-                return all(figure(text, "relay_sockets", path="direct") == count for text in texts) and all(
-                    figure(text, "relay_joins_total") == count for text in texts
+                return all(metric(text, "relay_sockets", path="direct") == count for text in texts) and all(
+                    metric(text, "relay_joins_total") == count for text in texts
                 )
 
             async with asyncio.timeout(30):
@@ -111,10 +111,10 @@ async def test_any_worker_tells_the_sums_of_all_and_a_killed_one_is_not_forgotte
 
             def has_settled(text: str) -> bool:
                 """Counters never fall, and the sockets of the ended worker are gone."""
-                is_counted = figure(text, "relay_joins_total") == count and figure(text, "relay_workers") == 2
-                return is_counted and figure(text, "relay_sockets", path="direct") < count
+                is_counted = metric(text, "relay_joins_total") == count and metric(text, "relay_workers") == 2
+                return is_counted and metric(text, "relay_sockets", path="direct") < count
 
             async with asyncio.timeout(30):
                 while not has_settled(await scrape()):
                     pass
-    assert os.listdir(tmp_path) == [], "the folder is gone with the relay"
+    assert os.listdir(tmp_path) == [], "the directory is gone with the relay"

@@ -583,12 +583,12 @@ async def test_app_with_a_plain_mount_ends_in_good_order(valkey: Valkey) -> None
 # relay serve module:app
 
 
-def run_relay(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_relay(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """``relay serve`` that is expected to end by itself."""
     command = [sys.executable, "-m", "relay", "serve", "--port", "0", *arguments]
-    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "XDG_RUNTIME_DIR": str(folder)}
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "XDG_RUNTIME_DIR": str(directory)}
     return subprocess.run(
-        command, cwd=folder, env=environ, capture_output=True, text=True, timeout=DEADLINE_S, check=False
+        command, cwd=directory, env=environ, capture_output=True, text=True, timeout=DEADLINE_S, check=False
     )
 
 

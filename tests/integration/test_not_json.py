@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from relay.plugins.hooks import to_payload
 from tests.support.client import Client
-from tests.support.serving import Served, figure, http_get
+from tests.support.serving import Served, http_get, metric
 
 Connect = Callable[..., Awaitable[Client]]
 
@@ -36,7 +36,7 @@ async def test_from_redis_it_is_binary_and_counted_and_said(
             assert isinstance(frame, bytes)
             assert frame.endswith(payload)
     _, metrics = await http_get(f"{served.http}/metrics")
-    assert figure(metrics, "relay_events_not_json_total") == 3
+    assert metric(metrics, "relay_events_not_json_total") == 3
     said = [record.getMessage() for record in caplog.records if "looks like JSON" in record.getMessage()]
     assert said == [
         "payload of event 'e' on topic 'room:nan' looks like JSON but is not valid: NaN and Infinity are no JSON; "

@@ -1,6 +1,6 @@
 """The relay's page in a real browser, and the pictures of it.
 
-``TESTS_SCREENSHOTS=docs/images make test ARGS="-k test_page"`` keeps the pictures in that folder.
+``TESTS_SCREENSHOTS=docs/images make test ARGS="-k test_page"`` keeps the pictures in that directory.
 """
 
 import json
@@ -31,11 +31,11 @@ def test_the_page_connects_and_shows_what_happens(
     """No error on the console, no request to another host, nothing wider than the window."""
     need_browser()
     kept = os.environ.get("TESTS_SCREENSHOTS")
-    folder = Path(kept or tmp_path).resolve()
+    directory = Path(kept or tmp_path).resolve()
     if kept:
         flags = [*flags, "--story"]
-    folder.mkdir(parents=True, exist_ok=True)
-    picture = folder / f"{name}.png"
+    directory.mkdir(parents=True, exist_ok=True)
+    picture = directory / f"{name}.png"
     run_checks("page-chromium.mjs", relay.http, str(picture), *flags, redis_url=relay.redis_url)
     assert picture.read_bytes().startswith(PNG)
 

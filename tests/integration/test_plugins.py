@@ -99,11 +99,11 @@ def errors_of(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     return [record for record in caplog.records if record.name == "relay.plugins" and record.levelno == logging.ERROR]
 
 
-def put(folder: Path, name: str, text: str) -> Path:
-    package = folder / name
+def put(directory: Path, name: str, text: str) -> Path:
+    package = directory / name
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(text)
-    return folder
+    return directory
 
 
 ANSWERS = """
@@ -129,8 +129,8 @@ async def test_plugins_are_found_in_all_three_ways(
     (info / "entry_points.txt").write_text("[relay.plugins]\ninstalled = relay_test_installed\n")
     (tmp_path / "site" / "relay_test_installed.py").write_text(ANSWERS.format(name="installed"))
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    folder = put(tmp_path / "plugins", "dropped", ANSWERS.format(name="dropped"))
-    served = await serve_plugin(plugins={"paths": [folder]}, system_topic=True)
+    directory = put(tmp_path / "plugins", "dropped", ANSWERS.format(name="dropped"))
+    served = await serve_plugin(plugins={"paths": [directory]}, system_topic=True)
     client = await connect(served)
     for name in ("installed", "dropped"):
         join_ref = await client.join(f"{name}:1")
@@ -142,8 +142,8 @@ async def test_plugins_are_found_in_all_three_ways(
 
 async def test_example_plugin_of_the_seed_works_unchanged(tmp_path: Path, serve_plugin: ServePlugin) -> None:
     """Source: seed.md, *Extend the FastAPI application*; the file is its code block, byte for byte."""
-    folder = put(tmp_path, "example", SEED)
-    served = await serve_plugin(plugins={"paths": [folder]})
+    directory = put(tmp_path, "example", SEED)
+    served = await serve_plugin(plugins={"paths": [directory]})
     status, body = await http_get(f"{served.http}/api/example/")
     assert (status, json.loads(body)) == (200, {"data": "This is an example plugin response"})
     status, body = await http_get(f"{served.http}/api/openapi.json")
@@ -164,8 +164,8 @@ async def test_plugins_routes_may_be_served_by_the_teams_own_app(tmp_path: Path,
         raise HTTPException(401, "who are you?")
 
     app = FastAPI(dependencies=[Depends(forbid)])
-    folder = put(tmp_path, "example", SEED)
-    relay = Relay(redis_url=valkey.url, plugins={"paths": [folder]}, system_topic=False)
+    directory = put(tmp_path, "example", SEED)
+    relay = Relay(redis_url=valkey.url, plugins={"paths": [directory]}, system_topic=False)
     relay.install(app, plugin_routes_in_app=True)
     async with serve(relay, app=app) as served:
         assert (await http_get(f"{served.http}/example/"))[0] == 401
@@ -826,13 +826,13 @@ async def test_handler_that_hangs_is_cut_and_blocks_nobody(
 
 
 def test_relay_with_a_handler_that_hangs_in_a_thread_can_be_stopped(tmp_path: Path) -> None:
-    folder = put(
+    directory = put(
         tmp_path,
         "stuck",
         "import threading\nfrom relay import Plugin\nplugin = Plugin('stuck')\n"
         "@plugin.on_join()\ndef hang(join):\n    threading.Event().wait()\n",
     )
-    environ = {"RELAY_PLUGINS__PATHS": json.dumps([str(folder)]), "RELAY_PLUGINS__TIMEOUT_S": "0.1"}
+    environ = {"RELAY_PLUGINS__PATHS": json.dumps([str(directory)]), "RELAY_PLUGINS__TIMEOUT_S": "0.1"}
 
     async def join(ws: str) -> None:
         async with Client.connect(ws) as client:
@@ -1629,13 +1629,13 @@ def test_list_of_plugins_says_where_what_and_what_failed(tmp_path: Path) -> None
     put(tmp_path / "plugins", "example", SEED)
     paths = json.dumps([str(tmp_path / "plugins")])
     listed = run_relay("plugins", cwd=tmp_path, RELAY_PLUGINS__PATHS=paths)
-    folder = tmp_path / "plugins"
-    chat = {"name": "chat", "source": f"{folder}/chat", "registers": ["on_push chat:* who → who"], "fault": None}
+    directory = tmp_path / "plugins"
+    chat = {"name": "chat", "source": f"{directory}/chat", "registers": ["on_push chat:* who → who"], "fault": None}
     assert [json.loads(line) for line in listed.stdout.splitlines()] == [
         {"name": "system", "source": "built-in", "registers": ["service → tell"], "fault": None},
-        {"name": "broken", "source": f"{folder}/broken", "registers": [], "fault": "RuntimeError: no database"},
+        {"name": "broken", "source": f"{directory}/broken", "registers": [], "fault": "RuntimeError: no database"},
         chat,
-        {"name": "example", "source": f"{folder}/example", "registers": ["register_plugin(app)"], "fault": None},
+        {"name": "example", "source": f"{directory}/example", "registers": ["register_plugin(app)"], "fault": None},
     ]
     assert listed.stderr == ""
     assert listed.returncode == 1
@@ -1676,13 +1676,13 @@ def test_new_plugin_is_written_listed_and_served(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
 def test_plugin_that_cannot_be_imported_stops_the_server_or_is_skipped(tmp_path: Path, on_error: str) -> None:
-    folder = put(tmp_path, "broken", "raise RuntimeError('no database')")
-    environ = {"RELAY_PLUGINS__PATHS": json.dumps([str(folder)]), "RELAY_PLUGINS__ON_ERROR": on_error}
+    directory = put(tmp_path, "broken", "raise RuntimeError('no database')")
+    environ = {"RELAY_PLUGINS__PATHS": json.dumps([str(directory)]), "RELAY_PLUGINS__ON_ERROR": on_error}
     if on_error == "stop":
         ended = run_relay("serve", "--port", "0", cwd=tmp_path, **environ)
         assert ended.returncode == 2
         assert ended.stderr.startswith(
-            f"relay: plugin broken ({folder}/broken) cannot be loaded: RuntimeError: no database\nTraceback"
+            f"relay: plugin broken ({directory}/broken) cannot be loaded: RuntimeError: no database\nTraceback"
         )
     else:
         with RelayProcess(environ=environ) as process:

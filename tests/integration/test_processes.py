@@ -92,8 +92,8 @@ relay = Relay(broadcast_url="memory://", system_topic=False)
 async def ids():
     async with relay.lifespan():
         relay.node.sockets
-        started = relay.figures.snapshot()["process_start_time_seconds"][""]
-        assert started == psutil.Process().create_time(), "the figures are those of this process"
+        started = relay.exporter.snapshot()["process_start_time_seconds"][""]
+        assert started == psutil.Process().create_time(), "the metrics are those of this process"
         return [next(relay.node._numbers) for _ in range(3)]
 
 

@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 
 from relay import Relay
 from tests.support.process import free_port
-from tests.support.serving import Served, eventually, figure, http_get, serve
+from tests.support.serving import Served, eventually, http_get, metric, serve
 from tests.support.upstream import Exchange, Upstream
 
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
@@ -600,7 +600,7 @@ async def test_client_that_goes_before_the_answer_ends_the_request_behind(
         exchange = await given_up(served, upstream, data)
         await (exchange.read_to_end() if data else exchange.closed())
     _, text = await http_get(served.http + "/metrics")
-    assert figure(text, "relay_refused_total", kind="proxy", reason="client_gone") == 20
+    assert metric(text, "relay_refused_total", kind="proxy", reason="client_gone") == 20
 
 
 @pytest.mark.parametrize("of_all", [False, True])
@@ -621,7 +621,7 @@ async def test_more_requests_than_allowed_are_answered_503(upstream: Upstream, o
         await (await upstream.next()).answer_ok()
         assert (await further).status_code == 200
         _, text = await http_get(served.http + "/metrics")
-        assert figure(text, "relay_refused_total", kind="proxy", reason="too_many_requests") == 1
+        assert metric(text, "relay_refused_total", kind="proxy", reason="too_many_requests") == 1
 
 
 async def test_service_that_does_not_answer_in_time_is_told_with_504(upstream: Upstream) -> None:
@@ -649,4 +649,4 @@ async def test_service_that_does_not_answer_in_time_is_told_with_504(upstream: U
             await exchange.answer(b"y")
         assert (await long).content == b"yyyyy"
         _, text = await http_get(served.http + "/metrics")
-        assert figure(text, "relay_refused_total", kind="proxy", reason="no_answer_in_time") == 1
+        assert metric(text, "relay_refused_total", kind="proxy", reason="no_answer_in_time") == 1

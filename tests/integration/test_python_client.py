@@ -26,7 +26,7 @@ from relay_client.wire import Message, decode, encode
 from tests.support.process import RelayProcess, Valkey, free_port
 from tests.support.serving import Served, eventually, heard_on
 
-FOLDER = Path(__file__).parents[2] / "clients" / "python"
+DIRECTORY = Path(__file__).parents[2] / "clients" / "python"
 
 # As `connect`, but it comes back at once.
 quickly = partial(connect, reconnect_s=lambda tries: 0.01, rejoin_s=lambda tries: 0.01)
@@ -773,7 +773,7 @@ def test_waits_are_random_within_windows_that_grow(monkeypatch: pytest.MonkeyPat
 def test_client_imports_nothing_but_websockets() -> None:
     """Above all not `relay`, which its users need not have."""
     found: set[str] = set()
-    for path in (FOLDER / "relay_client").glob("*.py"):
+    for path in (DIRECTORY / "relay_client").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Import):
                 found.update(alias.name.split(".")[0] for alias in node.names)
@@ -785,7 +785,7 @@ def test_client_imports_nothing_but_websockets() -> None:
 
 def test_wheel_is_built_and_works_by_itself(tmp_path: Path, relay: RelayProcess) -> None:
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    subprocess.run([*build, str(FOLDER)], check=True, cwd=tmp_path, env={**os.environ, "PIP_NO_INDEX": "1"})
+    subprocess.run([*build, str(DIRECTORY)], check=True, cwd=tmp_path, env={**os.environ, "PIP_NO_INDEX": "1"})
     [wheel] = tmp_path.glob("starlette_relay_client-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())

@@ -155,7 +155,7 @@ async def test_api_key_is_enough_under_any_name() -> None:
             assert (await ask(served.port, path, "evil.example", "Authorization: Bearer k"))[0] == 200
 
 
-async def test_figures_ask_for_a_key_where_others_are_let_in() -> None:
+async def test_metrics_ask_for_a_key_where_others_are_let_in() -> None:
     async with served_relay(allow_anonymous=True, metrics={"key": "m"}, rest={"api_key": "k"}) as served:
         for key, status in (("m", 200), ("k", 401), ("wrong", 401)):
             answer = await ask(served.port, "/metrics", "10.244.1.7:8000", f"Authorization: Bearer {key}")

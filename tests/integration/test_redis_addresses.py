@@ -51,9 +51,9 @@ FORMS = (
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A Valkey on TCP and on a Unix socket, a user with a password, and Sentinels; what stands for what in a form."""
-    folder = tmp_path_factory.mktemp("redis")
+    directory = tmp_path_factory.mktemp("redis")
     with ExitStack() as stack:
-        valkey = stack.enter_context(Valkey("--unixsocket", str(folder / "redis.sock")))
+        valkey = stack.enter_context(Valkey("--unixsocket", str(directory / "redis.sock")))
         guarded = stack.enter_context(Valkey("--requirepass", "password"))
         sentinels = stack.enter_context(Sentinels())
         with Redis(port=valkey.port) as redis:
@@ -61,7 +61,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         yield {
             "port": str(valkey.port),
             "guarded": str(guarded.port),
-            "path": str(folder / "redis.sock"),
+            "path": str(directory / "redis.sock"),
             "sentinels": ",".join(f"127.0.0.1:{port}" for port in sentinels.ports),
         }
 

@@ -19,7 +19,7 @@ from redis.asyncio import Redis
 from relay import Relay
 from tests.support.client import TEXT, Client, RawSocket
 from tests.support.process import Valkey
-from tests.support.serving import Served, eventually, figure, heard_on, http_get, serve
+from tests.support.serving import Served, eventually, heard_on, http_get, metric, serve
 from tests.support.witness import Ticker, Witness
 
 Connect = Callable[..., Awaitable[Client]]
@@ -100,7 +100,7 @@ async def expect_working(served: Served, server: Valkey, client: Client) -> None
         assert await heard() == ("from:room:after:shout", b'"hi"')
     await client.expect_alive()
     _, metrics = await http_get(f"{served.http}/metrics")
-    assert figure(metrics, "relay_link_live") == 1
+    assert metric(metrics, "relay_link_live") == 1
 
 
 @pytest.mark.parametrize("vsn", ["2.0.0", "1.0.0"])

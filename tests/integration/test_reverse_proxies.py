@@ -22,7 +22,7 @@ from tests.support.serving import http_get, serve
 CONFIG = Path(__file__).parents[2] / "config"
 
 
-def command(proxy: str, folder: Path, port: int, relay_port: int) -> list[str]:
+def command(proxy: str, directory: Path, port: int, relay_port: int) -> list[str]:
     """The proxy's file with its ports changed, and how it is run in the foreground."""
     program = shutil.which(proxy) or shutil.which(proxy, path="/usr/sbin:/sbin")
     if program is None:
@@ -30,30 +30,30 @@ def command(proxy: str, folder: Path, port: int, relay_port: int) -> list[str]:
     if proxy == "caddy":
         text = (CONFIG / "Caddyfile").read_text()
         text = text.replace("relay.example.org {", f"http://127.0.0.1:{port} {{").replace(":8000", f":{relay_port}")
-        (folder / "Caddyfile").write_text("{\n\tadmin off\n}\n" + text)
-        return [program, "run", "--adapter", "caddyfile", "--config", str(folder / "Caddyfile")]
+        (directory / "Caddyfile").write_text("{\n\tadmin off\n}\n" + text)
+        return [program, "run", "--adapter", "caddyfile", "--config", str(directory / "Caddyfile")]
     text = (CONFIG / "nginx.conf").read_text()
     text = text.replace("listen 80;", f"listen 127.0.0.1:{port};").replace("127.0.0.1:8000", f"127.0.0.1:{relay_port}")
     paths = "".join(
-        f"{name}_temp_path {folder}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        f"{name}_temp_path {directory}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
     )
-    main = f"daemon off; pid {folder}/nginx.pid; error_log stderr; events {{}}"
-    (folder / "nginx.conf").write_text(f"{main}\nhttp {{ access_log off; {paths}\n{text}\n}}\n")
-    return [program, "-e", "stderr", "-p", str(folder), "-c", str(folder / "nginx.conf")]
+    main = f"daemon off; pid {directory}/nginx.pid; error_log stderr; events {{}}"
+    (directory / "nginx.conf").write_text(f"{main}\nhttp {{ access_log off; {paths}\n{text}\n}}\n")
+    return [program, "-e", "stderr", "-p", str(directory), "-c", str(directory / "nginx.conf")]
 
 
 @asynccontextmanager
-async def behind(proxy: str, folder: Path, relay_port: int) -> AsyncIterator[int]:
+async def behind(proxy: str, directory: Path, relay_port: int) -> AsyncIterator[int]:
     """Run the proxy in front of a relay; gives its port."""
     port = free_port()
-    environ = {**os.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
-    arguments = command(proxy, folder, port, relay_port)  # skips where the proxy is not installed
-    with (folder / "log").open("wb") as log:
+    environ = {**os.environ, "HOME": str(directory), "XDG_DATA_HOME": str(directory), "XDG_CONFIG_HOME": str(directory)}
+    arguments = command(proxy, directory, port, relay_port)  # skips where the proxy is not installed
+    with (directory / "log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(*arguments, env=environ, stdout=log, stderr=log)
     try:
         async with asyncio.timeout(30):
             while True:
-                assert process.returncode is None, (folder / "log").read_text()
+                assert process.returncode is None, (directory / "log").read_text()
                 try:
                     if (await http_get(f"http://127.0.0.1:{port}/health"))[0] == 200:
                         break

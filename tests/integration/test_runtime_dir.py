@@ -19,7 +19,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def folder(base: Path) -> Path:
+def directory(base: Path) -> Path:
     return base / f"relay-{os.getuid()}"
 
 
@@ -31,29 +31,29 @@ def dead_pid() -> int:
     return process.pid
 
 
-def write(folder: Path, pid: int, redis_url: str, age_s: float = 0.0) -> Path:
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{pid}.json"
+def write(directory: Path, pid: int, redis_url: str, age_s: float = 0.0) -> Path:
+    directory.mkdir(exist_ok=True)
+    path = directory / f"{pid}.json"
     path.write_text(json.dumps({"page": "http://127.0.0.1:1/", "redis": redis_url}))
     when = path.stat().st_mtime - age_s
     os.utime(path, (when, when))
     return path
 
 
-def test_relay_is_found_while_it_runs_and_not_after(folder: Path) -> None:
+def test_relay_is_found_while_it_runs_and_not_after(directory: Path) -> None:
     assert runtime_dir.newest() is None
     with runtime_dir.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:7000"):
         assert runtime_dir.newest() == "redis://127.0.0.1:7000"
-        told = json.loads((folder / f"{os.getpid()}.json").read_text())
+        told = json.loads((directory / f"{os.getpid()}.json").read_text())
         assert told == {"page": "http://127.0.0.1:8000/", "redis": "redis://127.0.0.1:7000"}
     assert runtime_dir.newest() is None
-    assert list(folder.iterdir()) == []
+    assert list(directory.iterdir()) == []
 
 
-def test_relay_that_fails_is_not_found_afterwards(folder: Path) -> None:
+def test_relay_that_fails_is_not_found_afterwards(directory: Path) -> None:
     with pytest.raises(RuntimeError), runtime_dir.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:7000"):
         raise RuntimeError
-    assert list(folder.iterdir()) == []
+    assert list(directory.iterdir()) == []
 
 
 def test_relay_without_a_redis_of_its_own_announces_nothing(base: Path) -> None:
@@ -62,29 +62,29 @@ def test_relay_without_a_redis_of_its_own_announces_nothing(base: Path) -> None:
         assert list(base.iterdir()) == []
 
 
-def test_relay_whose_file_was_removed_ends_in_good_order(folder: Path) -> None:
+def test_relay_whose_file_was_removed_ends_in_good_order(directory: Path) -> None:
     with runtime_dir.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:7000"):
-        (folder / f"{os.getpid()}.json").unlink()
+        (directory / f"{os.getpid()}.json").unlink()
 
 
-def test_relay_started_last_wins(folder: Path) -> None:
-    write(folder, os.getppid(), "redis://127.0.0.1:1", age_s=60)
+def test_relay_started_last_wins(directory: Path) -> None:
+    write(directory, os.getppid(), "redis://127.0.0.1:1", age_s=60)
     with runtime_dir.announce("http://127.0.0.1:8000/", "redis://127.0.0.1:2"):
         assert runtime_dir.newest() == "redis://127.0.0.1:2"
     assert runtime_dir.newest() == "redis://127.0.0.1:1"
 
 
-def test_file_of_a_relay_that_was_killed_is_removed(folder: Path, dead_pid: int) -> None:
-    path = write(folder, dead_pid, "redis://127.0.0.1:1")
+def test_file_of_a_relay_that_was_killed_is_removed(directory: Path, dead_pid: int) -> None:
+    path = write(directory, dead_pid, "redis://127.0.0.1:1")
     assert runtime_dir.newest() is None
     assert not path.exists()
 
 
 def test_number_that_is_somebody_elses_process_by_now_is_no_relay(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Source: kill(2): EPERM for a process of another user."""
-    path = write(folder, 12345, "redis://127.0.0.1:1")
+    path = write(directory, 12345, "redis://127.0.0.1:1")
 
     def kill(pid: int, number: int) -> None:
         raise PermissionError
@@ -94,21 +94,21 @@ def test_number_that_is_somebody_elses_process_by_now_is_no_relay(
     assert not path.exists()
 
 
-def test_file_that_goes_while_it_is_read_is_no_relay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write(folder, os.getpid(), "redis://127.0.0.1:1")
+def test_file_that_goes_while_it_is_read_is_no_relay(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(directory, os.getpid(), "redis://127.0.0.1:1")
     monkeypatch.setattr(os, "kill", lambda pid, number: path.unlink())
     assert runtime_dir.newest() is None
 
 
-def test_file_that_is_being_written_is_not_read(folder: Path) -> None:
-    folder.mkdir()
-    (folder / f"{os.getpid()}.new").write_text('{"pa')
+def test_file_that_is_being_written_is_not_read(directory: Path) -> None:
+    directory.mkdir()
+    (directory / f"{os.getpid()}.new").write_text('{"pa')
     assert runtime_dir.newest() is None
 
 
-def test_directory_is_for_its_user_alone(folder: Path) -> None:
+def test_directory_is_for_its_user_alone(directory: Path) -> None:
     runtime_dir.newest()
-    assert folder.stat().st_mode & 0o777 == 0o700
+    assert directory.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("runtime", [None, "nowhere", "a file", "somebody else's"])
@@ -147,7 +147,7 @@ def test_without_any_directory_the_relay_serves_and_is_not_found(base: Path, mon
         assert runtime_dir.newest() is None
 
 
-def test_full_disk_does_not_stop_the_relay(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_does_not_stop_the_relay(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(path: Path, text: str) -> int:
         raise OSError("no space left on device")
 

@@ -15,9 +15,9 @@ from relay.plugins.scaffold import write_plugin
 
 @pytest.mark.parametrize("name", ["hello", "my_plugin2"])
 def test_written_plugin_passes_its_own_test(tmp_path: Path, name: str) -> None:
-    folder = write_plugin(name, tmp_path / "plugins")
-    assert folder == tmp_path / "plugins" / name
-    assert sorted(path.name for path in folder.iterdir()) == ["__init__.py", f"test_{name}.py"]
+    directory = write_plugin(name, tmp_path / "plugins")
+    assert directory == tmp_path / "plugins" / name
+    assert sorted(path.name for path in directory.iterdir()) == ["__init__.py", f"test_{name}.py"]
     command = [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"plugins/{name}"]
     repository = str(Path(__file__).parents[2])
     environ = {**os.environ, "PYTHONPATH": repository, "COLUMNS": "200"}
@@ -27,14 +27,14 @@ def test_written_plugin_passes_its_own_test(tmp_path: Path, name: str) -> None:
 
 
 def test_written_plugin_is_typed_and_in_the_one_format(tmp_path: Path) -> None:
-    folder = write_plugin("hello", tmp_path)
+    directory = write_plugin("hello", tmp_path)
     repository = Path(__file__).parents[2]
     for command in (
         ["ruff", "check", "--config"],
         ["ruff", "format", "--check", "--config"],
         ["mypy", "--config-file"],
     ):
-        line = [sys.executable, "-m", *command, str(repository / "pyproject.toml"), str(folder)]
+        line = [sys.executable, "-m", *command, str(repository / "pyproject.toml"), str(directory)]
         ended = subprocess.run(line, cwd=repository, capture_output=True, text=True, timeout=300)
         assert ended.returncode == 0, ended.stdout + ended.stderr
 
@@ -57,14 +57,14 @@ def test_name_that_is_no_package_is_refused(tmp_path: Path, name: str) -> None:
 
 
 def test_plugin_that_exists_is_not_written_over(tmp_path: Path) -> None:
-    folder = write_plugin("hello", tmp_path)
-    (folder / "__init__.py").write_text("mine")
+    directory = write_plugin("hello", tmp_path)
+    (directory / "__init__.py").write_text("mine")
     with pytest.raises(ConfigError, match=r"NAME: .*hello exists already"):
         write_plugin("hello", tmp_path)
-    assert (folder / "__init__.py").read_text() == "mine"
+    assert (directory / "__init__.py").read_text() == "mine"
 
 
-def test_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"NAME: .*hello cannot be written: Not a directory"):
         write_plugin("hello", tmp_path / "file")

@@ -84,9 +84,9 @@ class Monitor:
 
 @pytest.mark.parametrize("log_format", ["text", "json"])
 async def test_run_shows_none_of_the_secrets_it_used(tmp_path: Path, log_format: str) -> None:
-    folder = tmp_path / "failing"
-    folder.mkdir()
-    (folder / "__init__.py").write_text(textwrap.dedent(PLUGIN))
+    directory = tmp_path / "failing"
+    directory.mkdir()
+    (directory / "__init__.py").write_text(textwrap.dedent(PLUGIN))
     (tmp_path / "private.pem").write_text(RSA_PRIVATE)
     good = {way: token(f"user-{number}", ROOMS, ttl_s=300) for number, way in enumerate(WAYS)}
     joins, renewed, expired = token("eve", ROOMS), token("user-0", ROOMS, ttl_s=400), token("ada", ttl_s=-100)
@@ -213,8 +213,8 @@ async def test_relay_in_an_app_that_logs_everything_shows_no_secret(server: str)
         assert secret not in output, f"{secret} is in the output"
 
 
-def settings(folder: Path) -> dict[str, Any]:
-    path = folder / "key"
+def settings(directory: Path) -> dict[str, Any]:
+    path = directory / "key"
     path.write_text(OTHER_SECRET)
     return {
         "redis_url": f"redis://:{PASSWORD}@localhost",

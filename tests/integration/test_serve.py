@@ -27,7 +27,7 @@ from relay import ConfigError, __version__
 from relay.brokers import embedded
 from tests.support.client import Client
 from tests.support.process import DEADLINE_S, RelayProcess, Valkey, launched, wait_for
-from tests.support.serving import eventually, figure, heard_on, http_get
+from tests.support.serving import eventually, heard_on, http_get, metric
 
 ROOT = Path(__file__).parents[2]
 
@@ -185,7 +185,7 @@ async def test_health_ready_and_metrics_answer(relay: RelayProcess) -> None:
     assert await http_get(f"{relay.http}/ready") == (200, '{"status":"ready"}')
     status, body = await http_get(f"{relay.http}/metrics")
     assert status == 200
-    assert figure(body, "relay_link_live") == 1
+    assert metric(body, "relay_link_live") == 1
 
 
 async def test_page_and_browser_client_are_served(relay: RelayProcess) -> None:
@@ -251,13 +251,13 @@ async def test_pages_that_the_command_line_names_may_connect(workers: int) -> No
                 pass
 
 
-async def test_topic_system_tells_the_hosts_figures(relay: RelayProcess) -> None:
+async def test_topic_system_tells_the_hosts_metrics(relay: RelayProcess) -> None:
     async with Client.connect(relay.ws) as client:
         await client.join("system")
-        _, _, topic, event, figures = await client.receive()
+        _, _, topic, event, metrics = await client.receive()
         assert (topic, event) == ("system", "stats")
-        assert figures["sockets"] >= 1
-        assert 0 < figures["memory_percent"] < 100
+        assert metrics["sockets"] >= 1
+        assert 0 < metrics["memory_percent"] < 100
 
 
 async def test_frame_limit_holds_in_the_server(relay: RelayProcess) -> None:
@@ -470,7 +470,7 @@ os.environ.pop("XDG_RUNTIME_DIR", None)
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 async def test_relay_starts_without_a_directory_for_temporary_files(tmp_path: Path, workers: str) -> None:
-    """A read-only root: workers share their figures in memory, and the embedded server needs no file."""
+    """A read-only root: workers share their metrics in memory, and the embedded server needs no file."""
     (tmp_path / "sitecustomize.py").write_text(_NO_DIRECTORY)
     with RelayProcess("--workers", workers, environ={"PYTHONPATH": str(tmp_path)}) as relay:
         async with Client.connect(relay.ws) as client:
@@ -487,13 +487,13 @@ def test_relay_without_any_directory_for_its_workers_says_so_in_one_line(tmp_pat
     (tmp_path / "sitecustomize.py").write_text(nothing)
     with launched("--workers", "2", environ={"PYTHONPATH": str(tmp_path)}) as relay:
         assert relay.wait() == 2
-        assert relay.output.startswith("relay: metrics.dir: workers share their figures in a directory, and none ")
+        assert relay.output.startswith("relay: metrics.dir: workers share their metrics in a directory, and none ")
         assert relay.output.count("\n") == 1
         wait_for(relay.nothing_is_left, "all processes to end")
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_folder_of_figures_that_cannot_be_written_stops_the_start_in_one_line(workers: str) -> None:
+def test_directory_of_metrics_that_cannot_be_written_stops_the_start_in_one_line(workers: str) -> None:
     with launched("--workers", workers, environ={"RELAY_METRICS__DIR": "/proc/nowhere"}) as relay:
         assert relay.wait() != 0
         assert "metrics.dir: /proc/nowhere cannot be written: " in relay.output
@@ -514,11 +514,11 @@ def test_port_that_is_taken_stops_the_start_and_leaves_nothing() -> None:
             assert announced(relay) == []
 
 
-def _plugin(folder: Path, code: str) -> dict[str, str]:
+def _plugin(directory: Path, code: str) -> dict[str, str]:
     """Variables for a relay with this plugin."""
-    (folder / "faulty").mkdir()
-    (folder / "faulty" / "__init__.py").write_text(code)
-    return {"RELAY_PLUGINS__PATHS": json.dumps([str(folder)])}
+    (directory / "faulty").mkdir()
+    (directory / "faulty" / "__init__.py").write_text(code)
+    return {"RELAY_PLUGINS__PATHS": json.dumps([str(directory)])}
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -12,7 +12,7 @@ from relay import Relay
 from relay.transports.uvicorn_http import RelayHTTPProtocol
 from tests.support.client import TEXT, client_frame
 from tests.support.process import Valkey
-from tests.support.serving import Served, eventually, figure, http_get, serve
+from tests.support.serving import Served, eventually, http_get, metric, serve
 
 TARGET = "/socket/websocket?vsn=2.0.0"
 KEY = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
@@ -124,7 +124,7 @@ async def test_other_versions_are_told_the_one_that_is_spoken(valkey: Valkey, ve
         assert "Sec-WebSocket-Version: 13\r\n" in answer
         assert b"Sec-WebSocket-Version: 13" in body
         _, text = await http_get(f"{relay.http}/metrics")
-        assert figure(text, "relay_refused_total", kind="handshake", reason="websocket_version") >= 1
+        assert metric(text, "relay_refused_total", kind="handshake", reason="websocket_version") >= 1
 
 
 @pytest.mark.parametrize(

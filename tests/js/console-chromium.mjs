@@ -1,4 +1,4 @@
-// The console in a real browser: figures move, topics are searched and tailed, events are sent, sockets sent away.
+// The console in a real browser: metrics move, topics are searched and tailed, events are sent, sockets sent away.
 //   node console-chromium.mjs <relay http url> <topic> [--key=SECRET] [--dark] [--width=N] [--height=N] [--pid=N]
 // Somebody has joined <topic>, once, and nobody else has joined any. With --pid the relay is ended at last.
 
@@ -40,7 +40,7 @@ await inBrowser(origin, async (page, faults) => {
       await page.keyboard.press("Enter")
       await shows("#key-result", "not the key")
       equal(await page.$$eval(".view:not([hidden])", views => views.length), 0, "views shown")
-      equal(await text("#figures"), await page.$$eval("#figures h2", all => all.map(h2 => `${h2.textContent}–`).join("")), "figures")
+      equal(await text("#metrics"), await page.$$eval("#metrics h2", all => all.map(h2 => `${h2.textContent}–`).join("")), "metrics")
     })
     await check("the key opens it, and is kept in this tab alone", async () => {
       faults.splice(0, faults.length, ...faults.filter(fault => !fault.includes("401"))) // as asked for
@@ -57,12 +57,12 @@ await inBrowser(origin, async (page, faults) => {
   await check("the console connects", () => within(page.waitForSelector("#state[data-state='live']"), "an open connection")
     .then(() => null))
 
-  await check("figures move when events come", async () => {
+  await check("metrics move when events come", async () => {
     const again = setInterval(() => publish("tick", { n: 1 }), 100)
-    await until("a rate of events", () => parseFloat(document.querySelector("[data-figure=in] b").textContent) > 0)
+    await until("a rate of events", () => parseFloat(document.querySelector("[data-metric=in] b").textContent) > 0)
       .finally(() => clearInterval(again))
     await until("a line in a chart", () => document.querySelectorAll(".plot .line").length >= 5)
-    equal(Number(await text("[data-figure=sockets] b")), 1, "sockets")
+    equal(Number(await text("[data-metric=sockets] b")), 1, "sockets")
     const ticks = await page.$$eval(".chart:nth-child(3) .tick", all => all.map(tick => Number(tick.textContent)))
     equal(ticks.slice(0, 3), [0, 2, 4], "axis of Sockets, which are whole")
     await fits()
@@ -274,8 +274,8 @@ await inBrowser(origin, async (page, faults) => {
   })
 
   if (flag("pid")) {
-    await check("figures that no longer come are told apart from those of now", async () => {
-      await within(page.waitForSelector("[data-figure=sockets] b"), "figures")
+    await check("metrics that no longer come are told apart from those of now", async () => {
+      await within(page.waitForSelector("[data-metric=sockets] b"), "metrics")
       process.kill(Number(flag("pid")))
       await shows("#alarm", "No connection to the relay since ")
       await page.waitForSelector("#state[data-state='reconnecting']")

@@ -1,10 +1,10 @@
 // Pictures of the console at work.
-//   node console-pictures.mjs <relay http url> <folder> <seconds to wait first> <topic to open>
+//   node console-pictures.mjs <relay http url> <directory> <seconds to wait first> <topic to open>
 
 import { inBrowser } from "./chromium.mjs"
 import { check, equal, failures, within } from "./report.mjs"
 
-const [origin, folder, seconds, topic] = process.argv.slice(2)
+const [origin, directory, seconds, topic] = process.argv.slice(2)
 
 async function take(name, hash, { dark = false, width = 1280, height = 770, search } = {}) {
   await inBrowser(origin, async (page, faults) => {
@@ -13,8 +13,8 @@ async function take(name, hash, { dark = false, width = 1280, height = 770, sear
       await within(page.waitForSelector("#state[data-state='live']"), "an open connection")
       if (search) await page.type("#topic-search", search).then(() => page.evaluate(() => document.activeElement.blur()))
       await new Promise(resolve => setTimeout(resolve, 1000 * seconds))
-      await within(page.waitForFunction(() => document.querySelectorAll(".view:not([hidden]) :is(.line, .log li, .item)").length >= 3), "figures")
-      await page.screenshot({ path: `${folder}/${name}.png` })
+      await within(page.waitForFunction(() => document.querySelectorAll(".view:not([hidden]) :is(.line, .log li, .item)").length >= 3), "metrics")
+      await page.screenshot({ path: `${directory}/${name}.png` })
       equal(faults, [], "faults")
     })
   }, { dark, width, height })

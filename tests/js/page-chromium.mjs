@@ -1,7 +1,7 @@
-// The relay's own page in a real browser: it connects, shows figures and events, and asks no other host for anything.
+// The relay's own page in a real browser: it connects, shows metrics and events, and asks no other host for anything.
 //   node page-chromium.mjs <relay http url> <png path or -> [--dark] [--width=N] [--height=N] [--story]
 // --story: let it run for a while before the picture, with events as a real day would bring them.
-// The parts of the page it knows: #state[data-state="live"] while the socket is open; [data-figure] b, each figure of the
+// The parts of the page it knows: #state[data-state="live"] while the socket is open; [data-metric] b, each metric of the
 // system; #events, the events on the topics joined, room:1 among them from the start; #push and #push-result.
 
 import { inBrowser } from "./chromium.mjs"
@@ -30,9 +30,9 @@ await inBrowser(origin, async (page, faults) => {
   await check("the page connects", () => within(page.waitForSelector("#state[data-state='live']"), "an open connection")
     .then(() => null))
 
-  await check("the page shows figures of the system", () => within(page.waitForFunction(
-    () => [...document.querySelectorAll("[data-figure] b")].some(element => /\d/.test(element.textContent)),
-  ), "a figure").then(() => null))
+  await check("the page shows metrics of the system", () => within(page.waitForFunction(
+    () => [...document.querySelectorAll("[data-metric] b")].some(element => /\d/.test(element.textContent)),
+  ), "a metric").then(() => null))
 
   await check("the page shows an event published outside", async () => {
     const marker = "Hello from Redis"

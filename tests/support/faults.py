@@ -120,18 +120,18 @@ class Proxy:
 
 
 class Authority:
-    """A certificate authority of the test's own, in files below ``folder``."""
+    """A certificate authority of the test's own, in files below ``directory``."""
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
         self._key = ec.generate_private_key(ec.SECP256R1())
         name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "the test's own authority")])
         self._name = name
         basic = x509.BasicConstraints(ca=True, path_length=None)
         usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
         own = self._builder(name, self._key).add_extension(basic, True).add_extension(usage, True)
-        self.path = folder / "ca.pem"
+        self.path = directory / "ca.pem"
         self.path.write_bytes(own.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
 
     def _builder(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:
@@ -159,7 +159,7 @@ class Authority:
             known = x509.DNSName(name)
         subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
         made = self._builder(subject, key).add_extension(x509.SubjectAlternativeName([known]), False)
-        certificate, secret = self._folder / f"{name}.pem", self._folder / f"{name}.key"
+        certificate, secret = self._directory / f"{name}.pem", self._directory / f"{name}.key"
         certificate.write_bytes(made.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
         encoding, form = serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8
         secret.write_bytes(key.private_bytes(encoding, form, serialization.NoEncryption()))
@@ -192,7 +192,7 @@ class Sentinels:
         )
         self.ports: list[int] = []
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._folder = tempfile.TemporaryDirectory(prefix="relay-test-")
+        self._directory = tempfile.TemporaryDirectory(prefix="relay-test-")
 
     @property
     def url(self) -> str:
@@ -216,11 +216,11 @@ class Sentinels:
 
     def _start_sentinel(self) -> None:
         port = free_port()
-        path = Path(self._folder.name) / f"{port}.conf"
+        path = Path(self._directory.name) / f"{port}.conf"
         lines = [
             f"port {port}",
             "bind 127.0.0.1",
-            f"dir {self._folder.name}",
+            f"dir {self._directory.name}",
             f"sentinel monitor {self.service} 127.0.0.1 {self.master.port} 2",
             f"sentinel down-after-milliseconds {self.service} 500",
             f"sentinel failover-timeout {self.service} 3000",
@@ -257,7 +257,7 @@ class Sentinels:
             process.wait()
         for server in (self.master, self.replica):
             server.__exit__(None, None, None)
-        self._folder.cleanup()
+        self._directory.cleanup()
 
 
 # A network that loses every packet.

@@ -51,7 +51,7 @@ class Valkey:
     def __init__(self, *arguments: str, binary: str | None = None) -> None:
         self._binary = binary or str(ValkeyServer()._binary_path)
         self._arguments = arguments
-        self._folder = tempfile.TemporaryDirectory(prefix="relay-test-")
+        self._directory = tempfile.TemporaryDirectory(prefix="relay-test-")
         self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -71,7 +71,7 @@ class Valkey:
         assert not self._has_ended, "the server ended at its start"
 
     def _launch(self) -> None:
-        settings = ("--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", self._folder.name)
+        settings = ("--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", self._directory.name)
         self.process = subprocess.Popen(
             [self._binary, *settings, *self._arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -112,7 +112,7 @@ class Valkey:
     ) -> None:
         if self.process is not None and self.process.poll() is None:
             self.kill()
-        self._folder.cleanup()
+        self._directory.cleanup()
 
 
 class RelayProcess:
@@ -258,13 +258,13 @@ def launched(*arguments: str, environ: dict[str, str] | None = None) -> Iterator
 
 
 class Postgres:
-    """A Postgres server on a free loopback port, in a folder of its own; Postgres refuses to run as root.
+    """A Postgres server on a free loopback port, in a directory of its own; Postgres refuses to run as root.
 
-    Args: folder: of its programs, as `find` gives it.
+    Args: directory: of its programs, as `find` gives it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
         self._user = "postgres" if os.getuid() == 0 else None
         self._data = tempfile.TemporaryDirectory(prefix="relay-test-")
         if self._user is not None:
@@ -273,7 +273,7 @@ class Postgres:
         self.process: subprocess.Popen[bytes] | None = None
         options = ("--no-sync", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--locale=C")
         subprocess.run(
-            [folder / "initdb", *options, self._data.name],
+            [directory / "initdb", *options, self._data.name],
             user=self._user,
             cwd=self._data.name,
             check=True,
@@ -301,7 +301,7 @@ class Postgres:
         settings = {"listen_addresses": "127.0.0.1", "unix_socket_directories": self._data.name, "fsync": "off"}
         arguments = [argument for name, value in settings.items() for argument in ("-c", f"{name}={value}")]
         self.process = subprocess.Popen(
-            [self._folder / "postgres", "-D", self._data.name, "-p", str(self.port), *arguments],
+            [self._directory / "postgres", "-D", self._data.name, "-p", str(self.port), *arguments],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             user=self._user,
@@ -311,7 +311,7 @@ class Postgres:
 
     def _answers(self) -> bool:
         assert self.process is not None and self.process.poll() is None, "the server ended at its start"
-        command = [str(self._folder / "pg_isready"), "-h", "127.0.0.1", "-p", str(self.port), "-q"]
+        command = [str(self._directory / "pg_isready"), "-h", "127.0.0.1", "-p", str(self.port), "-q"]
         return subprocess.run(command).returncode == 0
 
     def kill(self) -> None:

@@ -47,15 +47,15 @@ class AppServer:
         environ: dict[str, str] | None = None,
         ready: str = "/",
     ) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="relay-test-")
-        Path(self._folder.name, "app.py").write_text(source, "utf-8")
+        self._directory = tempfile.TemporaryDirectory(prefix="relay-test-")
+        Path(self._directory.name, "app.py").write_text(source, "utf-8")
         self.port = free_port()
         program, *rest = COMMANDS[server].format(port=self.port).split()
         self.command = [sys.executable, "-m", program, *rest, *arguments]
         self._ready_path = ready
         own = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
-        paths = os.pathsep.join((self._folder.name, str(_ROOT)))
-        self.environ = {**own, "PYTHONPATH": paths, "XDG_RUNTIME_DIR": self._folder.name, **(environ or {})}
+        paths = os.pathsep.join((self._directory.name, str(_ROOT)))
+        self.environ = {**own, "PYTHONPATH": paths, "XDG_RUNTIME_DIR": self._directory.name, **(environ or {})}
         self._lines: list[str] = []
         self.process: subprocess.Popen[str] | None = None
 
@@ -82,7 +82,7 @@ class AppServer:
             stderr=subprocess.STDOUT,
             text=True,
             env=self.environ,
-            cwd=self._folder.name,
+            cwd=self._directory.name,
             start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True)
@@ -144,4 +144,4 @@ class AppServer:
             self._reader.join(10)
             assert self.process.stdout is not None
             self.process.stdout.close()
-        self._folder.cleanup()
+        self._directory.cleanup()

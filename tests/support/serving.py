@@ -115,8 +115,8 @@ async def http_get(url: str) -> tuple[int, str]:
     return await asyncio.to_thread(get)
 
 
-def figure(metrics: str, name: str, **labels: str) -> float:
-    """One figure out of what ``/metrics`` answers; 0 where it has not been counted yet. Labels not given are empty."""
+def metric(metrics: str, name: str, **labels: str) -> float:
+    """One metric out of what ``/metrics`` answers; 0 where it has not been counted yet. Labels not given are empty."""
     for shown, value in re.findall(rf"^{re.escape(name)}(?:{{(.*)}})? (\S+)$", metrics, re.MULTILINE):
         if {key: text for key, text in re.findall(r'(\w+)="([^"]*)"', shown) if text} == labels:
             return float(value)
@@ -137,3 +137,6 @@ async def heard_on(redis_url: str, pattern: str) -> AsyncIterator[Callable[[], A
             return message["channel"].decode(), message["data"]
 
         yield hear
+
+
+figure = metric

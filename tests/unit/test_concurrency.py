@@ -17,7 +17,7 @@ class Work:
         self.log: list[str] = []
         self.gates: dict[str, asyncio.Event] = {}
 
-    def piece(self, name: str) -> Coroutine[None, None, None]:
+    def job(self, name: str) -> Coroutine[None, None, None]:
         self.log.append(f"{name} called")
         self.gates[name] = asyncio.Event()
         return self._rest(name)
@@ -36,66 +36,66 @@ async def turns(count: int = 3) -> None:
 
 
 async def test_piece_without_a_rest_is_done_at_once() -> None:
-    lanes, work = KeyedQueue(), Work()
-    lanes.run("a", lambda: work.quick("1"))
+    queue, work = KeyedQueue(), Work()
+    queue.run("a", lambda: work.quick("1"))
     assert work.log == ["1 called"]
-    assert lanes.pending == 0
-    assert lanes.waiting("a") == 0
+    assert queue.pending == 0
+    assert queue.waiting("a") == 0
 
 
 async def test_pieces_of_one_key_run_in_order_one_at_a_time() -> None:
-    lanes, work = KeyedQueue(), Work()
-    lanes.run("a", lambda: work.piece("1"))
-    lanes.run("a", lambda: work.quick("2"))
-    lanes.run("a", lambda: work.piece("3"))
+    queue, work = KeyedQueue(), Work()
+    queue.run("a", lambda: work.job("1"))
+    queue.run("a", lambda: work.quick("2"))
+    queue.run("a", lambda: work.job("3"))
     assert work.log == ["1 called"]
-    assert (lanes.pending, lanes.waiting("a")) == (3, 2)
+    assert (queue.pending, queue.waiting("a")) == (3, 2)
     work.gates["1"].set()
     await turns()
     assert work.log == ["1 called", "1 done", "2 called", "3 called"]
-    assert (lanes.pending, lanes.waiting("a")) == (1, 0)
+    assert (queue.pending, queue.waiting("a")) == (1, 0)
     work.gates["3"].set()
     await turns()
     assert work.log[-1] == "3 done"
-    assert lanes.pending == 0
+    assert queue.pending == 0
 
 
 async def test_other_keys_go_on_while_one_waits() -> None:
-    lanes, work = KeyedQueue(), Work()
-    lanes.run("a", lambda: work.piece("1"))
-    lanes.run("b", lambda: work.piece("2"))
-    lanes.run("c", lambda: work.quick("3"))
+    queue, work = KeyedQueue(), Work()
+    queue.run("a", lambda: work.job("1"))
+    queue.run("b", lambda: work.job("2"))
+    queue.run("c", lambda: work.quick("3"))
     assert work.log == ["1 called", "2 called", "3 called"]
     work.gates["2"].set()
     await turns()
     assert work.log[-1] == "2 done"
-    assert lanes.pending == 1
-    await lanes.close()
+    assert queue.pending == 1
+    await queue.close()
 
 
 async def test_key_is_free_again_in_the_very_turn_in_which_its_last_piece_ends() -> None:
-    lanes, work = KeyedQueue(), Work()
+    queue, work = KeyedQueue(), Work()
 
     async def first() -> None:
         await asyncio.sleep(0)
-        asyncio.get_running_loop().call_soon(lanes.run, "a", lambda: work.quick("2"))
+        asyncio.get_running_loop().call_soon(queue.run, "a", lambda: work.quick("2"))
 
-    lanes.run("a", first)
+    queue.run("a", first)
     await turns()
     assert work.log == ["2 called"]
-    assert lanes.pending == 0
+    assert queue.pending == 0
 
 
 async def test_piece_may_begin_another_of_its_own_key() -> None:
-    """A socket's leave tells plugins of it in the lane of its topic, from within that lane."""
-    lanes, work = KeyedQueue(), Work()
+    """A socket's leave tells plugins of it in the queue of its topic, from within that queue."""
+    queue, work = KeyedQueue(), Work()
 
     def outer() -> None:
         work.quick("outer")
-        lanes.run("a", lambda: work.piece("inner"))
+        queue.run("a", lambda: work.job("inner"))
 
-    lanes.run("a", outer)
-    lanes.run("a", lambda: work.quick("after"))
+    queue.run("a", outer)
+    queue.run("a", lambda: work.quick("after"))
     assert work.log == ["outer called", "inner called"]
     work.gates["inner"].set()
     await turns()
@@ -103,28 +103,28 @@ async def test_piece_may_begin_another_of_its_own_key() -> None:
 
 
 async def test_piece_that_raises_blocks_neither_its_key_nor_the_count() -> None:
-    lanes, work = KeyedQueue(), Work()
+    queue, work = KeyedQueue(), Work()
 
     async def broken() -> None:
         raise RuntimeError("boom")
 
     caught: list[str] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: caught.append(str(context["exception"])))
-    lanes.run("a", broken)
-    lanes.run("a", lambda: work.quick("dropped"))
+    queue.run("a", broken)
+    queue.run("a", lambda: work.quick("dropped"))
     await turns()
-    assert lanes.pending == 0
-    lanes.run("a", lambda: work.quick("2"))
+    assert queue.pending == 0
+    queue.run("a", lambda: work.quick("2"))
     assert work.log == ["2 called"]
     gc.collect()
     assert caught == ["boom"]
 
 
 async def test_waiter_goes_on_once_enough_pieces_are_done() -> None:
-    lanes, work = KeyedQueue(), Work()
+    queue, work = KeyedQueue(), Work()
     for name in ("1", "2", "3"):
-        lanes.run(name, lambda name=name: work.piece(name))  # type: ignore[misc]
-    waiter = asyncio.create_task(lanes.wait_below(2))
+        queue.run(name, lambda name=name: work.job(name))  # type: ignore[misc]
+    waiter = asyncio.create_task(queue.wait_below(2))
     work.gates["1"].set()
     await turns()
     assert not waiter.done()
@@ -132,60 +132,60 @@ async def test_waiter_goes_on_once_enough_pieces_are_done() -> None:
     work.gates["3"].set()
     await turns()
     assert waiter.done()
-    await lanes.wait_below(1)
+    await queue.wait_below(1)
 
 
 async def test_owner_may_count_pieces_of_its_own() -> None:
-    lanes = KeyedQueue()
-    lanes.pending += 2
-    waiter = asyncio.create_task(lanes.wait_below(1))
+    queue = KeyedQueue()
+    queue.pending += 2
+    waiter = asyncio.create_task(queue.wait_below(1))
     await turns()
-    lanes.done()
-    lanes.done()
+    queue.done()
+    queue.done()
     await waiter
 
 
 async def test_close_cancels_what_runs_and_drops_what_waits() -> None:
-    lanes, work = KeyedQueue(), Work()
-    lanes.run("a", lambda: work.piece("1"))
-    lanes.run("a", lambda: work.quick("2"))
+    queue, work = KeyedQueue(), Work()
+    queue.run("a", lambda: work.job("1"))
+    queue.run("a", lambda: work.quick("2"))
     await turns()
-    await lanes.close()
+    await queue.close()
     assert work.log == ["1 called"]
-    assert lanes.pending == 0
-    await lanes.wait_below(1)
+    assert queue.pending == 0
+    await queue.wait_below(1)
 
 
 async def test_close_before_a_piece_has_begun_leaves_no_coroutine_behind() -> None:
     """Python warns of a coroutine that was never awaited, and a warning fails the test."""
-    lanes, work = KeyedQueue(), Work()
-    lanes.run("a", lambda: work.piece("1"))
-    await lanes.close()
-    del lanes
+    queue, work = KeyedQueue(), Work()
+    queue.run("a", lambda: work.job("1"))
+    await queue.close()
+    del queue
     gc.collect()
     assert work.log == ["1 called"]
 
 
 async def test_close_of_idle_lanes_does_nothing() -> None:
-    lanes = KeyedQueue()
-    await lanes.close()
-    assert lanes.pending == 0
+    queue = KeyedQueue()
+    await queue.close()
+    assert queue.pending == 0
 
 
-async def test_waiting_pieces_are_dropped_and_others_keep_their_order() -> None:
-    lanes, work = KeyedQueue(), Work()
+async def test_waiting_jobs_are_dropped_and_others_keep_their_order() -> None:
+    queue, work = KeyedQueue(), Work()
     for key in "ab":
-        lanes.run(key, partial(work.piece, f"{key}1"))
+        queue.run(key, partial(work.job, f"{key}1"))
         for number in "234":
-            lanes.run(key, partial(work.quick, key + number))
-    assert lanes.pending == 8
-    assert lanes.drop(lambda piece: getattr(piece, "args", ("",))[-1][1:] in ("2", "4")) == 4
-    assert (lanes.pending, lanes.waiting("a"), lanes.waiting("b")) == (4, 1, 1)
+            queue.run(key, partial(work.quick, key + number))
+    assert queue.pending == 8
+    assert queue.drop(lambda job: getattr(job, "args", ("",))[-1][1:] in ("2", "4")) == 4
+    assert (queue.pending, queue.waiting("a"), queue.waiting("b")) == (4, 1, 1)
     for gate in work.gates.values():
         gate.set()
-    await lanes.wait()
+    await queue.wait()
     assert [entry for entry in work.log if entry.startswith("a")] == ["a1 called", "a1 done", "a3 called"]
-    assert lanes.pending == 0
+    assert queue.pending == 0
 
 
 # What they hold.
@@ -193,41 +193,41 @@ async def test_waiting_pieces_are_dropped_and_others_keep_their_order() -> None:
 
 async def test_bytes_count_while_a_piece_waits_or_runs() -> None:
     metrics, work = Metrics(), Work()
-    lanes = KeyedQueue(InFlight(0, metrics))
-    lanes.run("a", lambda: work.quick("0"), 1000)
-    assert (lanes.held_bytes, metrics.in_flight_bytes) == (0, 0), "what is done at once is not counted"
-    lanes.run("a", lambda: work.piece("1"), 10)
-    lanes.run("a", lambda: work.piece("2"), 20)
-    lanes.run("a", lambda: work.quick("3"), 30)
-    lanes.run("b", lambda: work.piece("4"), 40)
-    assert lanes.held_bytes == metrics.in_flight_bytes == 100 + 2 * JOB_BYTES
-    assert lanes.waiting_bytes("a") == 50 + 2 * JOB_BYTES
+    queue = KeyedQueue(InFlight(0, metrics))
+    queue.run("a", lambda: work.quick("0"), 1000)
+    assert (queue.held_bytes, metrics.in_flight_bytes) == (0, 0), "what is done at once is not counted"
+    queue.run("a", lambda: work.job("1"), 10)
+    queue.run("a", lambda: work.job("2"), 20)
+    queue.run("a", lambda: work.quick("3"), 30)
+    queue.run("b", lambda: work.job("4"), 40)
+    assert queue.held_bytes == metrics.in_flight_bytes == 100 + 2 * JOB_BYTES
+    assert queue.waiting_bytes("a") == 50 + 2 * JOB_BYTES
     work.gates["1"].set()
     await turns()
-    assert lanes.held_bytes == metrics.in_flight_bytes == 90 + 2 * JOB_BYTES
+    assert queue.held_bytes == metrics.in_flight_bytes == 90 + 2 * JOB_BYTES
     work.gates["2"].set()
     await turns()
-    assert lanes.held_bytes == metrics.in_flight_bytes == 40
+    assert queue.held_bytes == metrics.in_flight_bytes == 40
     work.gates["4"].set()
     await turns()
-    assert (lanes.held_bytes, metrics.in_flight_bytes, lanes.pending) == (0, 0, 0)
+    assert (queue.held_bytes, metrics.in_flight_bytes, queue.pending) == (0, 0, 0)
 
 
 async def test_bytes_of_what_is_dropped_or_closed_count_no_more() -> None:
     metrics, work = Metrics(), Work()
-    lanes = KeyedQueue(InFlight(0, metrics))
+    queue = KeyedQueue(InFlight(0, metrics))
     for name in "123":
-        lanes.run("a", partial(work.piece, name), 10)
-    assert lanes.drop(lambda piece: isinstance(piece, partial) and piece.args == ("2",)) == 1
-    assert lanes.held_bytes == metrics.in_flight_bytes == 20 + JOB_BYTES
-    await lanes.close()
-    assert (metrics.in_flight_bytes, lanes.running) == (0, False)
+        queue.run("a", partial(work.job, name), 10)
+    assert queue.drop(lambda job: isinstance(job, partial) and job.args == ("2",)) == 1
+    assert queue.held_bytes == metrics.in_flight_bytes == 20 + JOB_BYTES
+    await queue.close()
+    assert (metrics.in_flight_bytes, queue.running) == (0, False)
 
 
 async def test_waiting_for_bytes_ends_when_there_are_fewer() -> None:
-    lanes, work = KeyedQueue(), Work()
-    lanes.run("a", lambda: work.piece("1"), 1000)
-    waiting = asyncio.ensure_future(lanes.wait_below(10, 1000))
+    queue, work = KeyedQueue(), Work()
+    queue.run("a", lambda: work.job("1"), 1000)
+    waiting = asyncio.ensure_future(queue.wait_below(10, 1000))
     await turns()
     assert not waiting.done()
     work.gates["1"].set()
@@ -241,17 +241,17 @@ async def test_lanes_with_the_most_give_up_when_all_hold_too_much() -> None:
     def make(name: str) -> KeyedQueue:
         def give_up() -> None:
             gone.append(name)
-            assert lanes.drop(lambda piece: True) == 1
+            assert queue.drop(lambda job: True) == 1
 
-        lanes = KeyedQueue(in_flight, give_up)
-        return lanes
+        queue = KeyedQueue(in_flight, give_up)
+        return queue
 
     small, large = make("small"), make("large")
-    for lanes, size in ((small, 500), (large, 1000)):
+    for queue, size in ((small, 500), (large, 1000)):
         for number in (1, 2):
-            lanes.run("a", partial(work.piece, f"{size} {number}"), size)
+            queue.run("a", partial(work.job, f"{size} {number}"), size)
     assert gone == []
-    small.run("b", lambda: work.piece("more"), 1)
+    small.run("b", lambda: work.job("more"), 1)
     assert gone == ["large"]
     assert (large.held_bytes, small.held_bytes) == (1000, 1001 + JOB_BYTES)
     assert metrics.in_flight_bytes == 2001 + JOB_BYTES
@@ -267,29 +267,29 @@ async def test_lanes_with_the_most_give_up_when_all_hold_too_much() -> None:
 async def test_running_piece_is_cut_off_where_nothing_waits_and_the_next_of_its_key_goes_on() -> None:
     """As a join's on_leave, which holds nothing, must be called whatever became of the push before it."""
     metrics, work = Metrics(), Work()
-    lanes = KeyedQueue(InFlight(1000, metrics), lambda: None)
-    lanes.run("a", lambda: work.piece("large"), 900)
-    lanes.run("b", lambda: work.piece("larger"), 901)
+    queue = KeyedQueue(InFlight(1000, metrics), lambda: None)
+    queue.run("a", lambda: work.job("large"), 900)
+    queue.run("b", lambda: work.job("larger"), 901)
     assert metrics.refused[IN_FLIGHT_FULL] == 2
-    lanes.run("a", lambda: work.quick("after"))
+    queue.run("a", lambda: work.quick("after"))
     await turns(6)
     assert work.log == ["large called", "larger called", "after called"]
-    assert (metrics.in_flight_bytes, lanes.pending, lanes.running) == (0, 0, False)
+    assert (metrics.in_flight_bytes, queue.pending, queue.running) == (0, 0, False)
 
 
 async def test_owner_that_cannot_give_up_has_half_and_each_of_its_keys_a_sixteenth() -> None:
     metrics, work = Metrics(), Work()
     in_flight = InFlight(16_000, metrics)
-    lanes = KeyedQueue(in_flight)
-    assert in_flight.has_room(lanes, "a", 100_000), "it need not wait"
-    lanes.run("a", lambda: work.piece("1"), 7500)
-    assert in_flight.has_room(lanes, "a", 500)
-    assert not in_flight.has_room(lanes, "a", 501)
-    lanes.run("b", lambda: work.piece("2"), 0)
-    assert in_flight.has_room(lanes, "b", 500)
-    await lanes.close()
-    lanes = KeyedQueue(in_flight)
-    lanes.run("a", lambda: work.piece("3"), 0)
-    assert in_flight.has_room(lanes, "a", 1000)
-    assert not in_flight.has_room(lanes, "a", 1001)
-    await lanes.close()
+    queue = KeyedQueue(in_flight)
+    assert in_flight.has_room(queue, "a", 100_000), "it need not wait"
+    queue.run("a", lambda: work.job("1"), 7500)
+    assert in_flight.has_room(queue, "a", 500)
+    assert not in_flight.has_room(queue, "a", 501)
+    queue.run("b", lambda: work.job("2"), 0)
+    assert in_flight.has_room(queue, "b", 500)
+    await queue.close()
+    queue = KeyedQueue(in_flight)
+    queue.run("a", lambda: work.job("3"), 0)
+    assert in_flight.has_room(queue, "a", 1000)
+    assert not in_flight.has_room(queue, "a", 1001)
+    await queue.close()

@@ -19,14 +19,14 @@ def test_storm_of_connects_writes_few_lines_and_tells_of_the_others(caplog: pyte
     caplog.set_level(logging.INFO, "relay.socket")
     now = 0.0
     loggers = RateLimitedLoggers(lambda: now)
-    journal = ConnectionLog(loggers)
+    log = ConnectionLog(loggers)
     for _ in range(10_000):
-        journal.connected(Somebody())
+        log.connected(Somebody())
     assert len(caplog.messages) == LINES_MAX
-    journal.join_refused(Somebody(), "room:1", "unauthorized")
+    log.join_refused(Somebody(), "room:1", "unauthorized")
     assert "refused" in caplog.messages[-1], "other kinds go on"
     now = INTERVAL_S
-    journal.connected(Somebody())
+    log.connected(Somebody())
     assert caplog.messages[-1].endswith(f" ({10_000 - LINES_MAX} similar messages suppressed)")
 
 
@@ -34,9 +34,9 @@ def test_suppressed_lines_are_counted_though_none_comes_after_them(caplog: pytes
     caplog.set_level(logging.INFO, "relay.socket")
     now = 0.0
     loggers = RateLimitedLoggers(lambda: now)
-    journal = ConnectionLog(loggers)
+    log = ConnectionLog(loggers)
     for _ in range(LINES_MAX + 3):
-        journal.connected(Somebody())
+        log.connected(Somebody())
     loggers.flush()
     assert len(caplog.messages) == LINES_MAX, "the interval is not over"
     now = INTERVAL_S
@@ -47,11 +47,11 @@ def test_suppressed_lines_are_counted_though_none_comes_after_them(caplog: pytes
 
 def test_nothing_that_a_client_says_breaks_a_line(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "relay.socket")
-    journal = ConnectionLog(RateLimitedLoggers())
+    log = ConnectionLog(RateLimitedLoggers())
     bad = "%s\nERROR relay: \x1b[31mforged" + 1000 * "x"
-    journal.join_refused(Somebody(), bad, bad.replace("\x1b", ""))
-    journal.rate_limited(Somebody(), bad, bad)
-    journal.disconnected(Somebody(), 1000, bad, "client", Totals(1.0, 0, 0, 0, 0))
+    log.join_refused(Somebody(), bad, bad.replace("\x1b", ""))
+    log.rate_limited(Somebody(), bad, bad)
+    log.disconnected(Somebody(), 1000, bad, "client", Totals(1.0, 0, 0, 0, 0))
     assert len(caplog.messages) == 3
     for message in caplog.messages:
         assert "\n" not in message and "\x1b" not in message and len(message) < 700

@@ -123,12 +123,12 @@ def test_what_is_on_by_default_is_off_with_one_line_each(
     ]
 
 
-def test_figures_of_the_relay_are_there_without_those_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_of_the_relay_are_there_without_those_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The console shows them."""
     uninstall(monkeypatch, "metrics")
-    figures = relay_with().figures.of_all()
-    assert figures["relay_sockets_opened"] == {"": 0}
-    assert figures["process_resident_memory_bytes"] == figures["process_start_time_seconds"] == {}
+    metrics = relay_with().exporter.of_all()
+    assert metrics["relay_sockets_opened"] == {"": 0}
+    assert metrics["process_resident_memory_bytes"] == metrics["process_start_time_seconds"] == {}
 
 
 def test_what_is_turned_off_needs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

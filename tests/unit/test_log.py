@@ -362,7 +362,7 @@ def test_record_without_such_text_keeps_its_pattern(caplog: pytest.LogCaptureFix
 
 
 def test_every_logger_of_the_relay_is_among_those_that_clean() -> None:
-    folder = Path(relay.__file__).parent
-    text = "".join(path.read_text() for path in folder.rglob("*.py"))
+    directory = Path(relay.__file__).parent
+    text = "".join(path.read_text() for path in directory.rglob("*.py"))
     named = set(re.findall(r"(?:getLogger|\.get)\(\"(relay[a-z_.]*)\"", text))
     assert named == set(LOGGERS)

@@ -1,4 +1,4 @@
-"""`relay.node`: handshakes, drain, orders, services and the order of start and stop, with sockets of no server."""
+"""`relay.node`: handshakes, drain, control messages, services, start and stop, with sockets of no server."""
 
 import asyncio
 import json
@@ -242,7 +242,7 @@ async def test_handshake_that_the_drain_overtakes_is_closed_with_1012() -> None:
         assert (client.connection.status, client.closed_with, relay.metrics.drained) == (101, CloseCode.RESTART, 1)
 
 
-# Orders.
+# Control messages.
 
 
 async def test_disconnect_closes_one_socket_of_this_process() -> None:
@@ -263,7 +263,9 @@ async def test_disconnect_of_a_user_closes_its_sockets_alone() -> None:
         await asyncio.gather(alice.task, also.task)
         assert [client.closed_with for client in (alice, also, bob)] == [1001, 1001, None]
         assert alice.connection.log[-1]["reason"] == "banned"
-        assert relay.metrics.disconnects_by_control == 2, "the order that comes back over the bus is not obeyed twice"
+        assert relay.metrics.disconnects_by_control == 2, (
+            "the message that comes back over the bus is not applied twice"
+        )
         await bob.leave()
 
 
@@ -280,7 +282,7 @@ async def test_kick_ends_one_topic_of_a_user() -> None:
             await client.leave()
 
 
-async def test_order_of_another_node_is_carried_out() -> None:
+async def test_control_message_of_another_node_is_applied() -> None:
     async with running(authenticate=by_query, **USERS) as one, running(authenticate=by_query, **USERS) as other:
         alice = await connect(one, "user=alice")
         taken: list[bytes] = []
@@ -417,7 +419,7 @@ async def test_metrics_directory_that_cannot_be_written_stops_the_start(
     async def read_only() -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(relay.figures, "save", read_only)
+    monkeypatch.setattr(relay.exporter, "save", read_only)
     with pytest.raises(ConfigError, match=r"metrics\.dir: .* cannot be written: Read-only file system"):
         await relay.start()
 

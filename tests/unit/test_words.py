@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 PLACES = ("README.md", "CONTRIBUTING.md", "docs", "clients", "config", "examples", "relay")
-"""Files and folders in which no such word may stand."""
+"""Files and directories in which no such word may stand."""
 
 ENDINGS = {
     ".md",
@@ -41,6 +41,8 @@ UNCLEAR = {
     r"(?:is|are|was|were|been|be) sent away|send(?:s|ing)? (?:\w+ ){1,2}away": "say disconnect, close or redirect",
     r"sees? out|who is there|who gets in": "say finish, presence, authentication",
     r"house": "say structure, conventions",
+    r"figures?": "say metrics, statistics or results",
+    r"(?<!metrics\.)folders?": "say directory",
 }
 """Patterns of whole words, and what to write instead. Names in code (`nobody_reads`) are not matched."""
 
@@ -87,6 +89,8 @@ def test_relay_documentation_and_clients_are_in_plain_technical_english() -> Non
         "users are sent away",
         "to send a user away",
         "the client is told",
+        "the figures of this process",
+        "a folder of plugins",
     ],
 )
 def test_unclear_words_are_found(text: str) -> None:

@@ -54,7 +54,7 @@ function showState(state) {
 // Aircraft.
 
 const aircraft = new Map(); // icao24 → what `move` keeps of it
-let reports = 0; // since the figures were last shown
+let reports = 0; // since the statistics were last shown
 
 function move(topic, report) {
   const now = performance.now();
@@ -233,11 +233,11 @@ function showCard() {
   byId("topic").textContent = topic;
 }
 
-// Figures, each second.
+// Statistics, each second.
 
 let silentFor = 0;
 
-function showFigures() {
+function showStatistics() {
   silentFor = reports ? 0 : silentFor + 1;
   byId("rate").textContent = reports.toLocaleString("en");
   byId("topics").textContent = [...topics.values()].filter(({ channel }) => channel.state === "joined").length;
@@ -269,5 +269,5 @@ byId("zoom").addEventListener("click", ({ target }) => target.value && map.zoom(
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", readColours);
 readColours();
 socket.connect();
-setInterval(showFigures, 1000);
+setInterval(showStatistics, 1000);
 requestAnimationFrame(animate);

@@ -26,7 +26,7 @@ export const binaryTop = (value) => 2 ** Math.ceil(Math.log2(value));
 
 export class Chart {
   #svg = draw("svg", { class: "plot", role: "img" });
-  #figures = [];
+  #metrics = [];
   #pointerX = null;
   #samples = [];
 
@@ -37,8 +37,8 @@ export class Chart {
    */
   constructor(title, lines, format, floor, roundUp = niceTop) {
     Object.assign(this, { title, lines, format, floor, roundUp });
-    this.#figures = lines.map(() => create("b", "", "–"));
-    const legend = lines.map(({ label }, line) => create("span", label ? `key line-${line}` : "", label ?? "", " ", this.#figures[line]));
+    this.#metrics = lines.map(() => create("b", "", "–"));
+    const legend = lines.map(({ label }, line) => create("span", label ? `key line-${line}` : "", label ?? "", " ", this.#metrics[line]));
     this.element = create("article", "chart card", create("h2", "", title), create("p", "now", ...legend), this.#svg);
     this.#svg.addEventListener("pointermove", ({ offsetX }) => this.#point(offsetX));
     this.#svg.addEventListener("pointerleave", () => this.#point(null));
@@ -70,7 +70,7 @@ export class Chart {
     this.#svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     this.#svg.replaceChildren(...parts);
     const now = values.map((row) => (row.at(-1) === null ? "–" : this.format(row.at(-1))));
-    this.#figures.forEach((figure, line) => (figure.textContent = now[line]));
+    this.#metrics.forEach((metric, line) => (metric.textContent = now[line]));
     this.#svg.setAttribute("aria-label", `${this.title}: ${now.join(", ")} now`);
   }
 

@@ -1,4 +1,4 @@
-/** The console: figures each second, topics with their events, sockets; over the relay's own WebSocket. */
+/** The console: metrics each second, topics with their events, sockets; over the relay's own WebSocket. */
 
 import { isStarted, openDoor, socket } from "./door.js";
 import { showCharts } from "./overview.js";

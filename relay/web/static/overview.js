@@ -1,4 +1,4 @@
-/** The overview: the figures of each second, their past in charts, plugins, and what was lost. */
+/** The overview: the metrics of each second, their past in charts, plugins, and what was lost. */
 
 import { binaryTop, Chart } from "./charts.js";
 import { channel, isStarted, showState, socket } from "./door.js";
@@ -6,31 +6,31 @@ import { byId, create, formatBytes, formatCount, formatDuration, formatRate } fr
 
 const KEPT = 301; // samples: five minutes
 const MINUTE = 60; // samples
-const SILENCE_MS = 5000; // after which figures are old
+const SILENCE_MS = 5000; // after which metrics are old
 
 // What has changed from one second to the next.
 
-const samples = []; // {at_ms, figures, rates…}, oldest first
+const samples = []; // {at_ms, metrics, rates…}, oldest first
 
-const total = (figure) => Object.values(figure ?? {}).reduce((sum, value) => sum + value, 0);
+const total = (metric) => Object.values(metric ?? {}).reduce((sum, value) => sum + value, 0);
 /** A histogram's observations and their seconds. */
 const counted = (histogram) => (histogram ? histogram.slice(0, -1).reduce((sum, value) => sum + value, 0) : 0);
 
-function sampleOf({ at_ms, figures }) {
-  const workers = total(figures.relay_workers);
-  // Others' figures are up to a second old, and not always equally: over one second alone their rates would leap.
+function sampleOf({ at_ms, metrics }) {
+  const workers = total(metrics.relay_workers);
+  // Others' metrics are up to a second old, and not always equally: over one second alone their rates would leap.
   const last = workers > 1 ? (samples.at(-3) ?? samples[0]) : samples.at(-1);
-  const sample = { at_ms, figures, workers, topics: total(figures.relay_topics), sockets: total(figures.relay_sockets) };
-  sample.outbox = total(figures.relay_outbox_bytes);
-  sample.lag = total(figures.relay_link_lag_seconds) * 1000 || null;
+  const sample = { at_ms, metrics, workers, topics: total(metrics.relay_topics), sockets: total(metrics.relay_sockets) };
+  sample.outbox = total(metrics.relay_outbox_bytes);
+  sample.lag = total(metrics.relay_link_lag_seconds) * 1000 || null;
   const seconds = last ? (at_ms - last.at_ms) / 1000 : 0;
   const rate = (name) =>
-    seconds > 0 ? Math.max(0, (total(figures[name]) - total(last.figures[name])) / seconds) : null;
+    seconds > 0 ? Math.max(0, (total(metrics[name]) - total(last.metrics[name])) / seconds) : null;
   for (const [short, name] of [
     ["in", "relay_events_in"], ["out", "relay_deliveries"], ["pushes", "relay_pushes_in"], ["drops", "relay_dropped"],
     ["bytes", "relay_delivered_bytes"], ["cpu", "process_cpu_seconds"],
   ]) sample[short] = rate(name);
-  const [now, before] = [figures.relay_fan_out_seconds[""], last?.figures.relay_fan_out_seconds[""]];
+  const [now, before] = [metrics.relay_fan_out_seconds[""], last?.metrics.relay_fan_out_seconds[""]];
   const events = before ? counted(now) - counted(before) : 0;
   sample.fanOut = events > 0 ? (1000 * (now.at(-1) - before.at(-1))) / events : null;
   return sample;
@@ -53,28 +53,28 @@ const charts = [
 ];
 byId("charts").append(...charts.map(({ element }) => element));
 
-/** Figures of the process are measured with the extra `metrics` alone. */
-const hasProcess = ({ figures }) => "" in (figures.process_start_time_seconds ?? {});
+/** Metrics of the process are measured with the extra `metrics` alone. */
+const hasProcess = ({ metrics }) => "" in (metrics.process_start_time_seconds ?? {});
 
-const figures = {
+const metrics = {
   sockets: ["Sockets", (s) => [formatCount(s.sockets)]],
   topics: ["Topics", (s) => [formatCount(s.topics)]],
   in: ["Events in", (s) => [s.in === null ? "–" : formatRate(s.in), "/s"]],
   out: ["Deliveries", (s) => [s.out === null ? "–" : formatRate(s.out), "/s"]],
   bytes: ["Sent", (s) => (s.bytes === null ? ["–"] : `${formatBytes(s.bytes)}/s`.split(" "))],
-  drops: ["Dropped", (s) => [formatCount(total(s.figures.relay_dropped))]],
-  gaps: ["Gaps", (s) => [formatCount(total(s.figures.relay_gaps))]],
+  drops: ["Dropped", (s) => [formatCount(total(s.metrics.relay_dropped))]],
+  gaps: ["Gaps", (s) => [formatCount(total(s.metrics.relay_gaps))]],
   outbox: ["Outboxes", (s) => formatBytes(s.outbox).split(" ")],
   cpu: ["CPU", (s) => [s.cpu === null || !hasProcess(s) ? "–" : (100 * s.cpu).toFixed(s.cpu < 0.1 ? 1 : 0), "%"]],
-  memory: ["Memory", (s) => (hasProcess(s) ? formatBytes(total(s.figures.process_resident_memory_bytes)).split(" ") : ["–"])],
+  memory: ["Memory", (s) => (hasProcess(s) ? formatBytes(total(s.metrics.process_resident_memory_bytes)).split(" ") : ["–"])],
   link: ["Link", (s, { link }) => [link.live ? "live" : "down"]],
-  up: ["Up", (s) => [hasProcess(s) ? formatDuration(s.at_ms / 1000 - total(s.figures.process_start_time_seconds)).split(" ")[0] : "–"]],
+  up: ["Up", (s) => [hasProcess(s) ? formatDuration(s.at_ms / 1000 - total(s.metrics.process_start_time_seconds)).split(" ")[0] : "–"]],
 };
-const cells = Object.entries(figures).map(([name, [title, read]]) => {
+const cells = Object.entries(metrics).map(([name, [title, read]]) => {
   const [value, unit] = [create("b", "", "–"), create("i")];
   const cell = create("article", "", create("h2", "", title), create("p", "", value, unit));
-  cell.dataset.figure = name;
-  byId("figures").append(cell);
+  cell.dataset.metric = name;
+  byId("metrics").append(cell);
   return { cell, value, unit, read };
 });
 
@@ -100,13 +100,13 @@ function fill(table, rows, empty) {
 }
 
 function showPlugins(now, past, bounds) {
-  const { relay_plugin_calls: calls, relay_plugin_errors: errors, relay_plugin_seconds: times } = now.figures;
+  const { relay_plugin_calls: calls, relay_plugin_errors: errors, relay_plugin_seconds: times } = now.metrics;
   const seconds = (now.at_ms - past.at_ms) / 1000;
   const rows = Object.keys(calls).sort().map((name) => {
-    const [time, before] = [times[name] ?? [], past.figures.relay_plugin_seconds[name] ?? []];
+    const [time, before] = [times[name] ?? [], past.metrics.relay_plugin_seconds[name] ?? []];
     const changes = time.map((value, place) => value - (before[place] ?? 0));
     const [count, spent] = [counted(changes), changes.at(-1)];
-    const called = calls[name] - (past.figures.relay_plugin_calls[name] ?? 0);
+    const called = calls[name] - (past.metrics.relay_plugin_calls[name] ?? 0);
     return tableRow(
       name,
       seconds > 0 ? formatRate(called / seconds) : "–",
@@ -127,9 +127,9 @@ const wordsOf = (kind, reason) =>
 
 function showLosses(now, past) {
   const rows = [];
-  for (const [kind, figure] of [["dropped", "relay_dropped"], ["refused", "relay_refused"], ["malformed", "relay_malformed"]]) {
-    for (const [reason, count] of Object.entries(now.figures[figure])) {
-      const recent = count - (past.figures[figure][reason] ?? 0);
+  for (const [kind, metric] of [["dropped", "relay_dropped"], ["refused", "relay_refused"], ["malformed", "relay_malformed"]]) {
+    for (const [reason, count] of Object.entries(now.metrics[metric])) {
+      const recent = count - (past.metrics[metric][reason] ?? 0);
       rows.push([count, tableRow(`${kind}: ${wordsOf(kind, reason)}`, recent ? formatCount(recent) : "–", formatCount(count))]);
     }
   }
@@ -137,7 +137,7 @@ function showLosses(now, past) {
   fill("losses", rows.map(([, row]) => row), "Nothing has been dropped or refused.");
 }
 
-/** Where several workers serve, the figures are of all, the lists of the one that answers. */
+/** Where several workers serve, the metrics are of all, the lists of the one that answers. */
 function showWhose(node, workers) {
   const colon = node.lastIndexOf(":");
   const [host, rest] = workers > 1 ? [`${node.slice(0, colon)} · `, `${workers} workers`] : [node.slice(0, colon), node.slice(colon)];
@@ -153,7 +153,7 @@ function showAlarm(text) {
   if (byId("alarm").textContent !== text) byId("alarm").textContent = text; // each change is read aloud
 }
 
-// Figures that no longer come are old: they stay, and are not taken for those of now.
+// Metrics that no longer come are old: they stay, and are not taken for those of now.
 
 let heardAt; // when the last ones came
 let silence; // the timer
@@ -175,7 +175,7 @@ function ageAll(state) {
 
 socket.onClose(() => ageAll("reconnecting"));
 
-function showFigures(message) {
+function showMetrics(message) {
   const sample = sampleOf(message);
   samples.push(sample);
   if (samples.length > KEPT) samples.shift();
@@ -184,7 +184,7 @@ function showFigures(message) {
   showAlarm(live ? "" : reason ? `The relay hears nothing: ${reason}` : "Another worker of this relay hears nothing.");
   for (const { cell, value, unit, read } of cells) {
     [value.textContent, unit.textContent = ""] = read(sample, message);
-    if (cell.dataset.figure === "link") cell.dataset.tone = message.link.live ? "ok" : "bad";
+    if (cell.dataset.metric === "link") cell.dataset.tone = message.link.live ? "ok" : "bad";
   }
   const past = samples[Math.max(0, samples.length - 1 - MINUTE)];
   if (!byId("overview").hidden) {
@@ -196,12 +196,12 @@ function showFigures(message) {
 
 let source;
 
-channel.on("figures", (message) => {
+channel.on("metrics", (message) => {
   // Of another process, or of the same one after a restart: its totals cannot be compared with these.
   if (message.source !== source) samples.length = 0;
   source = message.source;
   hear();
-  showFigures(message);
+  showMetrics(message);
 });
 
 /** Draw the charts, where they are in sight. */

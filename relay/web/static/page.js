@@ -61,8 +61,8 @@ const formats = {
 };
 
 function showStats(stats) {
-  for (const element of document.querySelectorAll("[data-figure]")) {
-    const name = element.dataset.figure;
+  for (const element of document.querySelectorAll("[data-metric]")) {
+    const name = element.dataset.metric;
     const value = stats[name];
     if (typeof value === "number") element.querySelector("b").textContent = (formats[name] ?? formatCount)(value);
   }
@@ -164,7 +164,7 @@ function showTopic(topic, { channel, hue, element }, note) {
   leave.addEventListener("click", () => channel.leave());
   element.className = `topic-${hue}`;
   element.dataset.state = channel.state;
-  element.hidden = topic === "system" && channel.state === "joined"; // its figures speak for it
+  element.hidden = topic === "system" && channel.state === "joined"; // its metrics speak for it
   element.replaceChildren(create("span", "topic-name", topic, " ", note), leave);
   showChoices();
 }

@@ -27,7 +27,7 @@ export async function lookAtTopics() {
   if (topic === null) return;
   const details = await ask("topic", { topic });
   if (!details || details.topic !== topic) return;
-  byId("topic-figures").textContent = `${formatRate(details.events_per_s)} events/s`;
+  byId("topic-metrics").textContent = `${formatRate(details.events_per_s)} events/s`;
   byId("joined-count").textContent = formatCount(details.sockets);
   const linkOf = ({ id, address, user }) => ({ href: socketHref(id), title: address, bold: user, text: id });
   showChips(byId("joined"), details.joined.map(linkOf));
@@ -38,7 +38,7 @@ export function showTopic(name) {
   topic = name;
   byId("topic-view").hidden = name === null;
   byId("topic-name").textContent = name ?? "";
-  byId("topic-figures").textContent = byId("joined-count").textContent = "";
+  byId("topic-metrics").textContent = byId("joined-count").textContent = "";
   showChips(byId("joined"), []);
   showResult(byId("publish-result"), "", "");
   if (isPaused) pause();

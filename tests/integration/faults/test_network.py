@@ -19,7 +19,7 @@ from relay.plugins.hooks import Push
 from tests.support.client import CLOSE, TEXT, Client, RawSocket, client_frame
 from tests.support.faults import lossy_network
 from tests.support.process import RelayProcess, Valkey
-from tests.support.serving import Served, eventually, figure, heard_on, http_get, serve
+from tests.support.serving import Served, eventually, heard_on, http_get, metric, serve
 from tests.support.witness import Ticker, Witness
 
 Connect = Callable[..., Awaitable[Client]]
@@ -41,10 +41,10 @@ async def program(*command: str) -> AsyncIterator[Process]:
         await process.wait()
 
 
-async def until_figure(relay: RelayProcess, name: str, value: float, deadline_s: float = 20) -> str:
-    """Wait until one figure of ``/metrics``, of the direct path, has this value; returns them all."""
+async def until_metric(relay: RelayProcess, name: str, value: float, deadline_s: float = 20) -> str:
+    """Wait until one metric of ``/metrics``, of the direct path, has this value; returns them all."""
     async with asyncio.timeout(deadline_s):
-        while figure(metrics := (await http_get(f"{relay.http}/metrics"))[1], name, path="direct") != value:  # noqa: ASYNC110 - another process's state
+        while metric(metrics := (await http_get(f"{relay.http}/metrics"))[1], name, path="direct") != value:  # noqa: ASYNC110 - another process's state
             await asyncio.sleep(0.05)
     return metrics
 
@@ -68,19 +68,19 @@ async def test_half_open_clients_are_closed_and_cost_nobody_else() -> None:
             program(*prefix, *beater) as process,
         ):
             beats = asyncio.create_task(beat(client))
-            await until_figure(relay, "relay_sockets", 21)
+            await until_metric(relay, "relay_sockets", 21)
             await asyncio.sleep(2)  # longer than the time limit: heartbeats keep them
-            await until_figure(relay, "relay_sockets", 21, 0.5)
+            await until_metric(relay, "relay_sockets", 21, 0.5)
             if network is not None:
                 network.cut()
             else:
                 process.send_signal(signal.SIGSTOP)
-            metrics = await until_figure(relay, "relay_sockets", 1)
+            metrics = await until_metric(relay, "relay_sockets", 1)
             await witness.progress()
             beats.cancel()
             assert witness.check(ticker) == 0
             assert witness.told == []
-        assert figure(metrics, "relay_refused_total", kind="socket", reason="idle") == 20
+        assert metric(metrics, "relay_refused_total", kind="socket", reason="idle") == 20
         assert "Traceback" not in relay.output
 
 
@@ -160,17 +160,17 @@ async def test_thousand_clients_that_vanish_at_once_cost_nobody_else() -> None:
             Redis.from_url(relay.redis_url) as redis,
         ):
             async with program(*swarm) as process:
-                await until_figure(relay, "relay_sockets", 1001)
+                await until_metric(relay, "relay_sockets", 1001)
                 for number in range(20):
                     await redis.publish("to:room:crowd:tick", number)
                 process.kill()
-            metrics = await until_figure(relay, "relay_sockets", 1)
+            metrics = await until_metric(relay, "relay_sockets", 1)
             await witness.progress()
             assert witness.check(ticker) == 0
             assert witness.told == []
             _, answer = await http_get(f"{relay.http}/health")
             assert json.loads(answer)["sockets"] == 1
-        assert figure(metrics, "relay_gaps_total") == 0
+        assert metric(metrics, "relay_gaps_total") == 0
         lines = relay.output.splitlines()
         assert len(lines) < 2 * LINES_MAX + 60, "a thousand that come and go are not two thousand lines"
         assert "Traceback" not in relay.output

@@ -22,7 +22,7 @@ import relay as package
 from tests.support.client import CLOSE, TEXT, Client, RawSocket
 from tests.support.phoenix import PhoenixClient, most_within, phoenix_clients, until_joined
 from tests.support.process import RelayProcess, Valkey, wait_for
-from tests.support.serving import eventually, figure, http_get
+from tests.support.serving import eventually, http_get, metric
 from tests.support.witness import Ticker, Witness
 
 OK = {"status": "ok", "response": {}}
@@ -121,7 +121,7 @@ async def test_outbox_of_a_slow_reader_is_sent_before_the_close() -> None:
                     await redis.publish("to:room:slow:tick", json.dumps([number, "x" * 10_000]))
             for number in range(600):
                 assert (await fast.receive())[4][0] == number
-            dropped = figure(
+            dropped = metric(
                 await metrics_of(relay), "relay_dropped_total", reason="slow_reader", overflow="drop_oldest"
             )
             ending = asyncio.create_task(asyncio.to_thread(relay.stop))
@@ -223,9 +223,9 @@ async def test_sigkill_of_one_worker_of_two_leaves_the_others_sockets_alone() ->
 @pytest.fixture
 def naughty(tmp_path: Path) -> Iterator[RelayProcess]:
     """A relay with a plugin that blocks the event loop, or turns the clock back, when it is pushed to do so."""
-    folder = tmp_path / "plugins" / "naughty"
-    folder.mkdir(parents=True)
-    (folder / "__init__.py").write_text(
+    directory = tmp_path / "plugins" / "naughty"
+    directory.mkdir(parents=True)
+    (directory / "__init__.py").write_text(
         "import asyncio, time\n"
         "from relay.plugins import Plugin\n"
         'plugin = Plugin("naughty")\n'
@@ -287,8 +287,8 @@ async def test_plugin_that_blocks_the_loop_for_two_seconds_costs_no_event(naught
             assert len(found.joined_at) == 1
             expect_unbroken(found.numbers)
         metrics = await metrics_of(naughty)
-    assert figure(metrics, "relay_gaps_total") == 0
-    assert figure(metrics, "relay_event_loop_stalls_total") == 3
+    assert metric(metrics, "relay_gaps_total") == 0
+    assert metric(metrics, "relay_event_loop_stalls_total") == 3
     assert naughty.output.count("the event loop stood still for") == 1, "one line in ten seconds"
 
 
@@ -299,7 +299,7 @@ async def test_loop_that_stands_still_while_redis_is_asked_for_a_sign_of_life_ke
     async with Client.connect(naughty.ws) as client:
         assert await client.push(await client.join("room:knob"), "room:knob", "stutter") == OK
         await client.expect_alive()
-        assert figure(await metrics_of(naughty), "relay_gaps_total") == 0
+        assert metric(await metrics_of(naughty), "relay_gaps_total") == 0
         assert await http_get(f"{naughty.http}/ready") == (200, '{"status":"ready"}')
 
 
@@ -320,8 +320,8 @@ async def test_clock_stepped_back_one_hour_changes_nothing(naughty: RelayProcess
             assert found.closed_at == [], "and those that beat their hearts are not"
             expect_unbroken(found.numbers)
         metrics = await metrics_of(naughty)
-    assert figure(metrics, "relay_gaps_total") == 0
-    assert figure(metrics, "relay_event_loop_stalls_total") == 0
+    assert metric(metrics, "relay_gaps_total") == 0
+    assert metric(metrics, "relay_event_loop_stalls_total") == 0
 
 
 # Modules that read the wall clock, each with its reason.
@@ -334,14 +334,14 @@ WALL_CLOCK = {
 
 
 def test_nothing_in_the_relay_reads_the_wall_clock() -> None:
-    folder = Path(package.__file__).parent
+    directory = Path(package.__file__).parent
     found = set()
-    for path in folder.rglob("*.py"):
+    for path in directory.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 name = f"{node.value.id}.{node.attr}"
                 if name in ("time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.today"):
-                    found.add(str(path.relative_to(folder)))
+                    found.add(str(path.relative_to(directory)))
     assert found == set(WALL_CLOCK)
 
 
@@ -410,9 +410,9 @@ async def test_relay_out_of_descriptors_keeps_its_clients_and_its_redis() -> Non
                 while "101" not in await status_of_handshake(port):  # noqa: ASYNC110 - another process's state
                     await asyncio.sleep(0.05)
             metrics = await metrics_of(relay)
-            assert figure(metrics, "relay_refused_total", kind="socket", reason="file_descriptors") > 200
+            assert metric(metrics, "relay_refused_total", kind="socket", reason="file_descriptors") > 200
             _ = witness.check(ticker)
-            assert len(witness.told) == figure(metrics, "relay_gaps_total") == 1
+            assert len(witness.told) == metric(metrics, "relay_gaps_total") == 1
         assert "Traceback" not in relay.output
 
 
@@ -439,7 +439,7 @@ async def test_connections_that_wait_for_their_client_make_room_for_others() -> 
                 assert (await http_get(f"{relay.http}/health"))[0] == 200
             assert (await client.push(ref, "room:1", "shout"))["status"] == "ok"
             assert (
-                figure(await metrics_of(relay), "relay_refused_total", kind="socket", reason="file_descriptors") > 100
+                metric(await metrics_of(relay), "relay_refused_total", kind="socket", reason="file_descriptors") > 100
             )
         assert relay.output.count("to make room") <= 2, "a line in ten seconds"
 

@@ -15,7 +15,7 @@ from relay.brokers.redis import publishing
 from tests.support.client import Client
 from tests.support.faults import Authority, Proxy, Sentinels
 from tests.support.process import Valkey, free_port, redis_servers, wait_for
-from tests.support.serving import Served, eventually, figure, heard_on, http_get
+from tests.support.serving import Served, eventually, heard_on, http_get, metric
 from tests.support.witness import Ticker, Witness
 
 Connect = Callable[..., Awaitable[Client]]
@@ -342,7 +342,7 @@ async def test_failover_by_sentinel(serve_relay: ServeRelay, connect: Connect) -
             _ = witness.check(ticker)
         assert served.relay.metrics.gaps == len(witness.told) == 1
         metrics = (await http_get(f"{served.http}/metrics"))[1]
-        assert figure(metrics, "relay_link_live") == 1
+        assert metric(metrics, "relay_link_live") == 1
 
 
 async def client_push(served: Served, connect: Connect) -> Any:

@@ -123,7 +123,7 @@ def test_pages_of_this_machine_are_no_reason_for_a_key() -> None:
     assert ApiKeyAuth(config, authenticates=False).check(scope(), b"") is None
 
 
-# Who sees the figures.
+# Who sees the metrics.
 
 OPEN: dict[str, Any] = {"allow_anonymous": True}
 
@@ -145,7 +145,7 @@ def metrics(*, authenticates: bool = False, api_key: str = "", **settings: Any) 
         {"authenticates": True},
     ],
 )
-def test_figures_are_for_this_machine_or_a_key_where_others_are_let_in(opened: dict[str, Any]) -> None:
+def test_metrics_are_for_this_machine_or_a_key_where_others_are_let_in(opened: dict[str, Any]) -> None:
     assert metrics(**opened).admit_to_metrics(scope()) is None
     strangers = [
         scope("192.168.1.9"),
@@ -174,7 +174,7 @@ def test_figures_are_for_this_machine_or_a_key_where_others_are_let_in(opened: d
         ({}, "", False),
     ],
 )
-def test_key_opens_the_figures(settings: dict[str, Any], given: str, passes: bool) -> None:
+def test_key_opens_the_metrics(settings: dict[str, Any], given: str, passes: bool) -> None:
     came = scope("192.168.1.9", host="relay.example", authorization=f"Bearer {given}")
     refused = metrics(**OPEN, **settings).admit_to_metrics(came)
     assert (refused is None) is passes
@@ -183,7 +183,7 @@ def test_key_opens_the_figures(settings: dict[str, Any], given: str, passes: boo
         assert "metrics.key" in refused.text and "metrics.public = true" in refused.text
 
 
-def test_figures_of_a_relay_for_this_machine_alone_are_checked_by_name_alone() -> None:
+def test_metrics_of_a_relay_for_this_machine_alone_are_checked_by_name_alone() -> None:
     assert metrics().admit_to_metrics(scope()) is None
     assert metrics().admit_to_metrics(scope(host="10.1.2.3:8000")) is None
     assert metrics().admit_to_metrics(scope(host="evil.example")) is not None

@@ -43,7 +43,7 @@ def test_control_messages_are_kept_only_for_decisions_that_began_before_them() -
     assert len(decisions) == 0
 
 
-def test_orders_do_not_pile_up_while_decisions_follow_each_other_without_a_pause() -> None:
+def test_control_messages_do_not_pile_up_while_decisions_follow_each_other_without_a_pause() -> None:
     decisions = Decisions()
     earlier = decisions.begin()
     for number in range(1000):

@@ -166,7 +166,7 @@ REFUSED = {
     "a keystore": (plain(b"\xfe\xed\xfe\xed" + bytes(60)), "keystore"),
     "an address": ("https://login.example.org/.well-known/jwks.json", "auth.jwks_url"),
     "a path": ("/run/secrets/public.pem", "file:"),
-    "a path without a folder": ("jwt.key", "file:"),
+    "a path without a directory": ("jwt.key", "file:"),
     "a token": (token(), "a token"),
     "a token behind a word": (f"Bearer {token()}", "a token"),
     "an address in capitals": ("HTTPS://LOGIN.EXAMPLE.ORG/KEYS", "auth.jwks_url"),

@@ -141,9 +141,9 @@ class Stream:
         sent = self.sent[ref]
         assert sent.topic == topic and ref not in self.answered
         self.answered[ref] = status
-        lane = (topic, sent.event == "plain")
-        assert int(ref) > self.newest.get(lane, 0), "replies come in order"
-        self.newest[lane] = int(ref)
+        key = (topic, sent.event == "plain")
+        assert int(ref) > self.newest.get(key, 0), "replies come in order"
+        self.newest[key] = int(ref)
         current = self.live.get(topic)
         if sent.event == "phx_join":
             assert join_ref == ref

@@ -506,7 +506,7 @@ def test_every_subscriber_hears_its_topics_in_order_whatever_happens(
     assert not fixture.hub.busy
 
 
-# Figures.
+# Metrics.
 
 
 def test_traffic_of_a_topic_nobody_has_joined_is_unknown(fixture: Fixture) -> None:

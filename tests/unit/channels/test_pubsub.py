@@ -50,7 +50,7 @@ class Bus(Broker):
         """Where this is a list, messages wait in it for the bus."""
         self.published: list[Event] = []
         self.directions: list[Direction] = []
-        self.orders: list[bytes] = []
+        self.control_messages: list[bytes] = []
         self.calls: list[str] = []
         self.open = asyncio.Event()
         """Cleared, it keeps `subscribe` waiting."""
@@ -72,7 +72,7 @@ class Bus(Broker):
         self.calls.append(f"unsubscribe {topic}")
 
     def publish_control(self, data: bytes) -> "asyncio.Future[None]":
-        self.orders.append(data)
+        self.control_messages.append(data)
         return self._answer()
 
     def publish(
@@ -587,14 +587,14 @@ async def test_leave_handlers_are_called_in_order_whatever_one_raises() -> None:
 
 
 async def test_control_message_of_another_node_is_handed_on() -> None:
-    world, orders = World(), list[ControlMessage]()
-    world.pubsub.on_control = orders.append
-    order = ControlMessage("kick", "alice", "n1", "room:1")
-    await world.pubsub.publish_control_message(order)
-    world.pubsub.receive_control(world.bus.orders[0])
-    assert orders == [order]
+    world, received = World(), list[ControlMessage]()
+    world.pubsub.on_control = received.append
+    message = ControlMessage("kick", "alice", "n1", "room:1")
+    await world.pubsub.publish_control_message(message)
+    world.pubsub.receive_control(world.bus.control_messages[0])
+    assert received == [message]
     world.pubsub.receive_control(b"{}")
-    assert orders == [order]
+    assert received == [message]
     assert world.metrics.dropped == {"control message not understood": 1}
 
 

@@ -22,9 +22,9 @@ from tests.support.serving import eventually
 @asynccontextmanager
 async def calls(timeout_s: float = 20.0) -> AsyncIterator[tuple[HandlerRunner, Metrics]]:
     metrics = Metrics()
-    caller = HandlerRunner(timeout_s, Telemetry(metrics))
-    yield caller, metrics
-    caller.close()
+    runner = HandlerRunner(timeout_s, Telemetry(metrics))
+    yield runner, metrics
+    runner.close()
 
 
 def as_is(answer: Any) -> Any:
@@ -49,24 +49,24 @@ def wrapped(argument: str) -> Awaitable[str]:
 
 
 async def test_coroutine_function_runs_in_the_loop_and_plain_function_in_a_thread() -> None:
-    async with calls() as (caller, metrics):
-        assert await caller.call(hook(coroutine), "hi") == "hi in MainThread"
-        assert await caller.call(hook(plain), "hi") == "hi in relay-plugin"
-        assert await caller.call(hook(wrapped), "hi") == "hi in MainThread"
-        assert await caller.call_with_result(hook(plain), "hi", str.upper) == "HI IN RELAY-PLUGIN"
+    async with calls() as (runner, metrics):
+        assert await runner.call(hook(coroutine), "hi") == "hi in MainThread"
+        assert await runner.call(hook(plain), "hi") == "hi in relay-plugin"
+        assert await runner.call(hook(wrapped), "hi") == "hi in MainThread"
+        assert await runner.call_with_result(hook(plain), "hi", str.upper) == "HI IN RELAY-PLUGIN"
         assert metrics.plugin_calls == {"p": 4}
         assert metrics.plugin_errors == {}
 
 
 async def test_time_of_handlers_is_counted_however_they_end() -> None:
-    async with calls(timeout_s=0.02) as (caller, metrics):
-        assert await caller.call(hook(coroutine), "hi")
-        caller.call_inline(hook(plain), "hi")
+    async with calls(timeout_s=0.02) as (runner, metrics):
+        assert await runner.call(hook(coroutine), "hi")
+        runner.call_inline(hook(plain), "hi")
         with pytest.raises(HandlerError):
-            await caller.call(hook(raises(ValueError("no"))), "hi")
+            await runner.call(hook(raises(ValueError("no"))), "hi")
         assert metrics.plugin_time["p"].sum_s < 0.02
         with pytest.raises(HandlerError):
-            await caller.call(hook(asyncio.Event().wait, "slow"))
+            await runner.call(hook(asyncio.Event().wait, "slow"))
         assert metrics.plugin_time["p"].count == 3
         assert metrics.plugin_time["slow"].count == 1
         assert metrics.plugin_time["slow"].sum_s >= 0.02
@@ -96,11 +96,11 @@ async def test_fault_of_a_handler_is_logged_once_and_counted(
     make: Callable[[BaseException], Callable[..., Any]], error: BaseException, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Also those that end a program, or a task."""
-    async with calls() as (caller, metrics):
+    async with calls() as (runner, metrics):
         broken = hook(make(error))
         for _ in range(3):
             with pytest.raises(HandlerError) as failed:
-                await caller.call(broken, None)
+                await runner.call(broken, None)
             assert "did not end" not in str(failed.value)
         assert metrics.plugin_errors == {"p": 3}
     [record] = caplog.records
@@ -111,31 +111,31 @@ async def test_fault_of_a_handler_is_logged_once_and_counted(
 
 
 async def test_refusal_is_an_answer_only_where_it_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
-    async with calls() as (caller, metrics):
+    async with calls() as (runner, metrics):
         for refuses in (hook(raises(Refused("no"))), hook(raises_later(Refused("no")))):
             with pytest.raises(Refused, match="no"):
-                await caller.call_with_result(refuses, None, as_is)
+                await runner.call_with_result(refuses, None, as_is)
         assert metrics.plugin_errors == {}
         with pytest.raises(HandlerError):
-            await caller.call(hook(raises(Refused("no"))), None)
+            await runner.call(hook(raises(Refused("no"))), None)
         assert metrics.plugin_errors == {"p": 1}
     assert "only on_join and on_push may" in caplog.text
 
 
 async def test_answer_that_cannot_be_sent_is_a_fault(caplog: pytest.LogCaptureFixture) -> None:
-    async with calls() as (caller, metrics):
+    async with calls() as (runner, metrics):
         with pytest.raises(HandlerError):
-            await caller.call_with_result(hook(lambda argument: object()), None, to_response)
+            await runner.call_with_result(hook(lambda argument: object()), None, to_response)
         assert metrics.plugin_errors == {"p": 1}
     assert "returned what cannot be sent" in caplog.text
 
 
 async def test_hook_on_the_way_of_every_event_is_called_in_the_loop(caplog: pytest.LogCaptureFixture) -> None:
-    async with calls() as (caller, metrics):
-        assert caller.call_inline(hook(plain), "hi") == "hi in MainThread"
+    async with calls() as (runner, metrics):
+        assert runner.call_inline(hook(plain), "hi") == "hi in MainThread"
         for error in (ValueError("boom"), SystemExit()):
             with pytest.raises(HandlerError):
-                caller.call_inline(hook(raises(error)), None)
+                runner.call_inline(hook(raises(error)), None)
         assert metrics.plugin_calls == {"p": 3}
         assert metrics.plugin_errors == {"p": 2}
 
@@ -149,23 +149,23 @@ async def test_handlers_that_hang_are_given_up(caplog: pytest.LogCaptureFixture)
     def hangs_in_thread(argument: object) -> None:
         released.wait()
 
-    async with calls(timeout_s=0.05) as (caller, metrics):
+    async with calls(timeout_s=0.05) as (runner, metrics):
         for function in (hangs, hangs_in_thread):
             with pytest.raises(HandlerError, match=r"did not end within 0\.05 s"):
-                await caller.call(hook(function), None)
+                await runner.call(hook(function), None)
         assert metrics.plugin_errors == {"p": 2}
         released.set()  # what it returns now is ignored
-        assert await caller.call(hook(plain), "hi") == "hi in relay-plugin"
+        assert await runner.call(hook(plain), "hi") == "hi in relay-plugin"
     assert caplog.text.count("did not end within 0.05 s") == 2
 
 
 async def test_cancellation_from_outside_goes_on_its_way() -> None:
-    async with calls() as (caller, metrics):
+    async with calls() as (runner, metrics):
 
         async def hangs(argument: object) -> None:
             await asyncio.Event().wait()
 
-        task = asyncio.create_task(caller.call(hook(hangs), None))
+        task = asyncio.create_task(runner.call(hook(hangs), None))
         await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -180,14 +180,14 @@ async def test_threads_of_one_plugin_are_no_other_plugins(monkeypatch: pytest.Mo
     def blocks(argument: object) -> None:
         released.wait()
 
-    async with calls(timeout_s=20) as (caller, metrics):
-        blocked = [asyncio.create_task(caller.call(hook(blocks, "bad"), None)) for _ in range(3)]
+    async with calls(timeout_s=20) as (runner, metrics):
+        blocked = [asyncio.create_task(runner.call(hook(blocks, "bad"), None)) for _ in range(3)]
         await eventually(lambda: metrics.plugin_calls["bad"] == 3, "the calls")
-        assert await caller.call(hook(plain, "good"), "hi") == "hi in relay-plugin"
+        assert await runner.call(hook(plain, "good"), "hi") == "hi in relay-plugin"
         blocked[2].cancel()  # it waits for a thread, and will not be called any more
         released.set()
         await asyncio.gather(*blocked, return_exceptions=True)
-        assert await caller.call(hook(plain, "bad"), "hi") == "hi in relay-plugin"
+        assert await runner.call(hook(plain, "bad"), "hi") == "hi in relay-plugin"
 
 
 async def test_handler_given_up_before_its_turn_is_not_called(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,22 +198,22 @@ async def test_handler_given_up_before_its_turn_is_not_called(monkeypatch: pytes
     def blocks(argument: object) -> None:
         released.wait()
 
-    async with calls(timeout_s=0.05) as (caller, _):
-        first = asyncio.create_task(caller.call(hook(blocks), None))
-        second = asyncio.create_task(caller.call(hook(called.append), "late"))
+    async with calls(timeout_s=0.05) as (runner, _):
+        first = asyncio.create_task(runner.call(hook(blocks), None))
+        second = asyncio.create_task(runner.call(hook(called.append), "late"))
         for task in (first, second):
             with pytest.raises(HandlerError):
                 await task
         released.set()
-        await caller.call(hook(called.append), "next")
+        await runner.call(hook(called.append), "next")
     assert called == ["next"]
 
 
 async def test_threads_are_reused_and_end_with_the_caller() -> None:
     before = set(threading.enumerate())
-    async with calls() as (caller, _):
+    async with calls() as (runner, _):
         for _ in range(5):
-            await caller.call(hook(plain), "hi")
+            await runner.call(hook(plain), "hi")
         [thread] = set(threading.enumerate()) - before
         assert thread.name == "relay-plugin"
     await eventually(lambda: not thread.is_alive(), "the thread to end")
@@ -236,13 +236,13 @@ def ends_late(argument):
     later.wait()
 
 async def main():
-    caller = HandlerRunner(0.05, Telemetry())
+    runner = HandlerRunner(0.05, Telemetry())
     for function in (hangs, ends_late):
         try:
-            await caller.call(Hook("p", function), None)
+            await runner.call(Hook("p", function), None)
         except HandlerError:
             print("given up")
-    caller.close()
+    runner.close()
 
 asyncio.run(main())
 later.set()  # its thread finds the loop closed

@@ -25,8 +25,8 @@ def say(push): ...
 """
 
 
-def write(folder: Path, name: str, text: str | None = None) -> Path:
-    package = folder / name
+def write(directory: Path, name: str, text: str | None = None) -> Path:
+    package = directory / name
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(PLUGIN.format(name=name) if text is None else text)
     return package
@@ -47,18 +47,18 @@ def leave_no_modules() -> Iterator[None]:
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder on ``sys.path`` with a distribution whose entry points are two plugins and a broken one."""
-    folder = tmp_path / "site"
-    info = folder / "some_plugins-1.0.dist-info"
+    """A directory on ``sys.path`` with a distribution whose entry points are two plugins and a broken one."""
+    directory = tmp_path / "site"
+    info = directory / "some_plugins-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-plugins\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         "[relay.plugins]\nzeta = entry_zeta\nalpha = entry_alpha:chat\n\n[other]\nx = y\n"
     )
-    (folder / "entry_zeta.py").write_text(PLUGIN.format(name="zeta"))
-    (folder / "entry_alpha.py").write_text(PLUGIN.format(name="alpha") + "\nchat = plugin\n")
-    monkeypatch.syspath_prepend(str(folder))
-    return folder
+    (directory / "entry_zeta.py").write_text(PLUGIN.format(name="zeta"))
+    (directory / "entry_alpha.py").write_text(PLUGIN.format(name="alpha") + "\nchat = plugin\n")
+    monkeypatch.syspath_prepend(str(directory))
+    return directory
 
 
 # Finding.
@@ -72,8 +72,8 @@ def test_without_any_plugin_nothing_is_loaded() -> None:
 
 def test_plugins_come_from_built_ins_then_entry_points_then_directories(installed: Path, tmp_path: Path) -> None:
     """In this order their handlers are called."""
-    for folder, name in (("two", "b"), ("one", "d"), ("one", "c")):
-        write(tmp_path / folder, name)
+    for directory, name in (("two", "b"), ("one", "d"), ("one", "c")):
+        write(tmp_path / directory, name)
     builtin = Plugin("builtin")
     builtin.on_push()(print)
     loaded = load(tmp_path / "two", tmp_path / "one", builtins=(builtin,))
@@ -102,7 +102,7 @@ def test_only_packages_of_a_directory_are_plugins(tmp_path: Path) -> None:
     write(tmp_path, "chat")
     write(tmp_path, ".hidden", "raise RuntimeError")
     (tmp_path / "module.py").write_text("raise RuntimeError")
-    (tmp_path / "folder").mkdir()
+    (tmp_path / "directory").mkdir()
     assert [found.name for found in load(tmp_path).found] == ["chat"]
 
 
@@ -124,7 +124,7 @@ def test_package_is_imported_under_a_name_of_its_own(tmp_path: Path) -> None:
     assert isinstance(sys.modules["relay_plugin_json.parts"], ModuleType)
 
 
-def test_folder_may_have_a_hyphen_in_its_name(tmp_path: Path) -> None:
+def test_directory_may_have_a_hyphen_in_its_name(tmp_path: Path) -> None:
     package = write(tmp_path, "my-chat", "from .parts import plugin")
     (package / "parts.py").write_text("from relay import Plugin\nplugin = Plugin('my-chat')\n")
     assert [found.name for found in load(tmp_path).found] == ["my-chat"]
@@ -158,7 +158,7 @@ FAULTS = {
     "lacks": ("import no_such_module_anywhere", "ModuleNotFoundError: No module named 'no_such_module_anywhere'"),
     "empty": ("", 'ImportError: expected `plugin = Plugin("name")` or `def register_plugin(app)` in it, found neither'),
     "mistaken": ("plugin = 'chat'", "ImportError: expected `plugin = "),
-    "not.a.name": ("", "ImportError: expected a folder's name of letters, digits, - and _"),
+    "not.a.name": ("", "ImportError: expected a directory name of letters, digits, - and _"),
 }
 
 

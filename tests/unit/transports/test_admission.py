@@ -30,17 +30,17 @@ def test_excess_adds_up_until_the_bucket_is_full_again() -> None:
     bucket = TokenBucket(10, 2, now=0.0)
     for _ in range(5):
         bucket.take(0.0)
-    assert bucket.excess == 3
+    assert bucket.violations == 3
     assert bucket.take(0.1)
-    assert bucket.excess == 3, "one token is no pause"
+    assert bucket.violations == 3, "one token is no pause"
     assert bucket.take(0.5)
-    assert bucket.excess == 0
+    assert bucket.violations == 0
 
 
 def test_several_tokens_are_taken_together_or_not_at_all() -> None:
     bucket = TokenBucket(10, 5, now=0.0)
     assert [bucket.take(0.0, 3), bucket.take(0.0, 3), bucket.take(0.0, 2)] == [True, False, True]
-    assert bucket.excess == 3
+    assert bucket.violations == 3
 
 
 def test_more_than_a_bucket_holds_is_taken_from_a_full_one_and_paid_off() -> None:

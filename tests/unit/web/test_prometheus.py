@@ -23,9 +23,9 @@ from relay.web.prometheus import METRIC_SPECS, READ_INTERVAL_S, MetricsExporter,
 DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
 
 
-def read(figures: MetricsExporter) -> dict[tuple[str, tuple[str, ...]], float]:
+def read(exporter: MetricsExporter) -> dict[tuple[str, tuple[str, ...]], float]:
     """Every sample, as Prometheus's own parser reads it, by name and label values, sorted by label."""
-    families = list(text_string_to_metric_families(figures.text().decode()))
+    families = list(text_string_to_metric_families(exporter.text().decode()))
     assert all(family.documentation for family in families)
     return {
         (sample.name, tuple(sample.labels.values())): sample.value for family in families for sample in family.samples
@@ -63,7 +63,7 @@ def test_every_counter_of_the_relay_is_shown() -> None:
 def test_drops_of_each_kind_and_faults_of_each_plugin_are_there_from_the_start() -> None:
     """A series that begins with its first drop has no rise, and no alarm rings."""
     relay = Relay(broadcast_url="memory://", extra_plugins=(Plugin("chatty"),))
-    samples = read(relay.figures)
+    samples = read(relay.exporter)
     shown = {labels for name, labels in samples if name == "relay_dropped_total"}
     assert shown == {dropped_labels(reason)[::-1] for reason in DROPPED}
     assert len(shown) == len(DROPPED)
@@ -81,13 +81,13 @@ def test_reasons_of_drops_are_those_of_the_table() -> None:
 
 def test_names_and_units_follow_the_conventions() -> None:
     """promtool check metrics: a unit is a base unit, and last but for ``_total``; only counters end in it."""
-    for figure in METRIC_SPECS:
-        assert figure.name.startswith(("relay_", "process_"))
-        assert not figure.name.endswith(("_total", "_s", "_ms", "_milliseconds", "_count", "_sum", "_bucket", "_info_"))
-        assert figure.kind != "histogram" or figure.name.endswith("_seconds")
-        assert figure.meaning.endswith("."), figure.name
-        assert ":" not in figure.name
-    assert len({figure.name for figure in METRIC_SPECS}) == len(METRIC_SPECS)
+    for spec in METRIC_SPECS:
+        assert spec.name.startswith(("relay_", "process_"))
+        assert not spec.name.endswith(("_total", "_s", "_ms", "_milliseconds", "_count", "_sum", "_bucket", "_info_"))
+        assert spec.kind != "histogram" or spec.name.endswith("_seconds")
+        assert spec.meaning.endswith("."), spec.name
+        assert ":" not in spec.name
+    assert len({spec.name for spec in METRIC_SPECS}) == len(METRIC_SPECS)
 
 
 def test_histogram_counts_what_is_no_larger_than_each_bound() -> None:
@@ -187,11 +187,11 @@ def test_former_names_and_label_values_are_exported_beside_the_new_ones_where_as
 
 def test_setting_exports_former_names() -> None:
     relay = Relay(broadcast_url="memory://", metrics={"old_names": True})
-    assert ("relay_stalls_total", ()) in read(relay.figures)
-    assert ("relay_stalls_total", ()) not in read(Relay(broadcast_url="memory://").figures)
+    assert ("relay_stalls_total", ()) in read(relay.exporter)
+    assert ("relay_stalls_total", ()) not in read(Relay(broadcast_url="memory://").exporter)
 
 
-def test_figures_of_the_process_are_its_own() -> None:
+def test_metrics_of_the_process_are_its_own() -> None:
     samples = read(lone(Metrics()))
     assert samples["process_resident_memory_bytes", ()] > 1_000_000
     assert samples["process_cpu_seconds_total", ()] > 0
@@ -240,12 +240,12 @@ def test_sums_of_all_are_a_snapshot_too_and_of_one_alone_its_own(tmp_path: Path)
     assert alone["relay_joins"] == {"": 10} and alone.keys() == ended.keys() == first.snapshot().keys()
 
 
-def test_worker_that_is_asked_tells_its_own_figures_as_they_are_now(tmp_path: Path) -> None:
+def test_worker_that_is_asked_tells_its_own_metrics_as_they_are_now(tmp_path: Path) -> None:
     metrics = Metrics()
-    figures = MetricsExporter(metrics, state, str(tmp_path))
+    exporter = MetricsExporter(metrics, state, str(tmp_path))
     for joins in (1, 2):
         metrics.joins = joins
-        assert read(figures)["relay_joins_total", ()] == joins
+        assert read(exporter)["relay_joins_total", ()] == joins
 
 
 def test_what_an_ended_worker_counted_stays_and_what_it_held_goes(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_what_an_ended_worker_counted_stays_and_what_it_held_goes(tmp_path: Path
 # While a relay runs.
 
 
-async def test_figures_are_read_in_another_thread_and_once_a_second() -> None:
+async def test_metrics_are_read_in_another_thread_and_once_a_second() -> None:
     """To list descriptors and to wait for a lock takes milliseconds, in which the event loop would do nothing else."""
     now, metrics = [100.0], Metrics(joins=1)
     threads: list[threading.Thread] = []
@@ -274,32 +274,32 @@ async def test_figures_are_read_in_another_thread_and_once_a_second() -> None:
         threads.append(threading.current_thread())
         return state(1)
 
-    figures = MetricsExporter(metrics, ask_state, clock=lambda: now[0])
-    texts = await asyncio.gather(*(figures.current_text() for _ in range(20)))
+    exporter = MetricsExporter(metrics, ask_state, clock=lambda: now[0])
+    texts = await asyncio.gather(*(exporter.current_text() for _ in range(20)))
     assert len(threads) == 1 and threads[0] is not threading.main_thread()
     assert len(set(texts)) == 1 and b"relay_joins_total 1.0" in texts[0]
     metrics.joins = 2
     now[0] += READ_INTERVAL_S / 2
-    assert await figures.current_text() == texts[0]
+    assert await exporter.current_text() == texts[0]
     now[0] += READ_INTERVAL_S / 2
-    assert (await figures.current())["relay_joins"] == {"": 2}
+    assert (await exporter.current())["relay_joins"] == {"": 2}
     assert len(threads) == 2, "of which the second is what the console sees, for itself"
-    assert b"relay_joins_total 2.0" in await figures.current_text()
-    figures.close()
+    assert b"relay_joins_total 2.0" in await exporter.current_text()
+    exporter.close()
 
 
-async def test_event_loop_goes_on_while_the_lock_of_the_folder_is_waited_for(tmp_path: Path) -> None:
-    figures = MetricsExporter(Metrics(), state, str(tmp_path))
-    figures.write()
+async def test_event_loop_goes_on_while_the_lock_of_the_directory_is_waited_for(tmp_path: Path) -> None:
+    exporter = MetricsExporter(Metrics(), state, str(tmp_path))
+    exporter.write()
     with (tmp_path / "lock").open("ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        waiting = [asyncio.create_task(figures.save()), asyncio.create_task(figures.current_text())]
+        waiting = [asyncio.create_task(exporter.save()), asyncio.create_task(exporter.current_text())]
         for _ in range(50):
             await asyncio.sleep(0.001)
         assert not any(task.done() for task in waiting)
         fcntl.flock(lock, fcntl.LOCK_UN)
         await asyncio.gather(*waiting)
-    figures.close()
+    exporter.close()
 
 
 def test_open_files_are_counted_without_a_list_of_them_where_the_system_knows() -> None:
@@ -314,7 +314,7 @@ def test_open_files_are_counted_without_a_list_of_them_where_the_system_knows() 
     assert abs(after - before - 200) <= 2
 
 
-# The folder.
+# The directory.
 
 
 def total(values: list[int]) -> int:
@@ -324,22 +324,22 @@ def total(values: list[int]) -> int:
 def test_ended_workers_do_not_fill_the_folder(tmp_path: Path) -> None:
     for _ in range(20):
         SnapshotStore(tmp_path, total).write(1)
-    folder = SnapshotStore(tmp_path, total)
-    folder.write(100)
-    assert folder.read() == [100, 20]
+    directory = SnapshotStore(tmp_path, total)
+    directory.write(100)
+    assert directory.read() == [100, 20]
     assert len(list(tmp_path.iterdir())) <= 4
 
 
 def test_shorter_value_replaces_a_longer_one(tmp_path: Path) -> None:
-    folder = SnapshotStore(tmp_path, list)
-    folder.write(["long"] * 100)
-    folder.write(["short"])
-    assert folder.read()[0] == ["short"]
+    directory = SnapshotStore(tmp_path, list)
+    directory.write(["long"] * 100)
+    directory.write(["short"])
+    assert directory.read()[0] == ["short"]
 
 
-def test_folder_is_made_for_its_user_alone(tmp_path: Path) -> None:
-    folder = SnapshotStore(tmp_path / "a" / "b", list)
-    folder.write([])
+def test_directory_is_made_for_its_user_alone(tmp_path: Path) -> None:
+    directory = SnapshotStore(tmp_path / "a" / "b", list)
+    directory.write([])
     assert (tmp_path / "a" / "b").stat().st_mode & 0o077 == 0
     (path,) = (path for path in (tmp_path / "a" / "b").glob("*.json") if path.name != "ended.json")
     assert path.stat().st_mode & 0o077 == 0
@@ -349,11 +349,11 @@ def test_folder_is_made_for_its_user_alone(tmp_path: Path) -> None:
 # The documentation.
 
 
-def test_documentation_tells_every_figure() -> None:
+def test_documentation_tells_every_metric() -> None:
     rows = [
-        f"| `{figure.shown_name}`{' by ' if figure.labels else ''}{', '.join(f'`{name}`' for name in figure.labels)} "
-        f"| {figure.kind} | {figure.meaning} |"
-        for figure in METRIC_SPECS
+        f"| `{spec.shown_name}`{' by ' if spec.labels else ''}{', '.join(f'`{name}`' for name in spec.labels)} "
+        f"| {spec.kind} | {spec.meaning} |"
+        for spec in METRIC_SPECS
     ]
     told = [line for line in DOCS.read_text("utf-8").splitlines() if line.startswith("| `")]
     assert told == rows, "the table of docs/metrics.md should be:\n" + "\n".join(rows)

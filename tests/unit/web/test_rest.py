@@ -464,7 +464,7 @@ async def test_path_that_can_be_read_in_two_ways_is_refused_where_the_server_has
 
 
 @pytest.mark.parametrize("query", ["", "user=", "topic=a", "user=a&topic=", "user=a&topics=b", "id=1"])
-async def test_order_with_a_misspelt_query_does_nothing(query: str) -> None:
+async def test_request_with_a_misspelt_query_does_nothing(query: str) -> None:
     """To leave its topic out would say more than was meant."""
     async with ordered() as (ask, orders):
         assert (await ask.delete(f"/users?{query}")).status_code == 422
@@ -472,7 +472,7 @@ async def test_order_with_a_misspelt_query_does_nothing(query: str) -> None:
 
 
 @pytest.mark.parametrize("path", ["users/alice", "users/a%2Fb", "sockets/1"])
-async def test_topic_in_the_query_of_an_order_by_path_is_refused(path: str) -> None:
+async def test_topic_in_the_query_of_a_request_by_path_is_refused(path: str) -> None:
     """Without it the order would be about all of the user's sockets, or about the whole socket."""
     async with ordered() as (ask, orders):
         assert "topic" in reason(await ask.delete(f"/{path}?topic=room:1"), 422)

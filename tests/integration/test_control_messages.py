@@ -1,4 +1,4 @@
-"""What is under way when a subscription ends, or when an order for its user comes: pushes that wait, joins and
+"""What is under way when a subscription ends, or when a control message for its user comes: pushes that wait, joins and
 handshakes that are being decided. Over real sockets, on both ways to write."""
 
 import asyncio
@@ -249,22 +249,22 @@ async def test_pushes_before_a_restart_are_handled(serve_relay: ServeRelay, conn
         assert [(await hear())[1] for _ in range(3)] == [b'{"i": %d}' % number for number in range(3)]
 
 
-@pytest.mark.parametrize("order", ["disconnect", "kick"])
-async def test_order_reaches_what_a_socket_has_left_behind(
-    serve_relay: ServeRelay, connect: Connect, valkey: Valkey, order: str
+@pytest.mark.parametrize("action", ["disconnect", "kick"])
+async def test_control_message_reaches_what_a_socket_has_left_behind(
+    serve_relay: ServeRelay, connect: Connect, valkey: Valkey, action: str
 ) -> None:
-    """Who pushes much and is gone at once is not out of an order's reach."""
+    """Who pushes much and is gone at once is not out of a control message's reach."""
     pushing = await make(serve_relay, connect)
     async with nothing_published(valkey, pushing):
         await pushing.push(range(5))
         await pushing.client.connection.close()
         await eventually(lambda: not pushing.served.relay.node.sockets, "the socket's end")
         relay = pushing.served.relay
-        await (relay.disconnect(user="alice") if order == "disconnect" else relay.kick("room:1", user="alice"))
+        await (relay.disconnect(user="alice") if action == "disconnect" else relay.kick("room:1", user="alice"))
         pushing.gate.opened.set()
         await eventually(lambda: not relay.node._left_behind, "the handlers' end")
     assert pushing.handled == [0]
-    counted = {"disconnect": {ENDED: 5}, "kick": {ENDED: 1, "unmatched topic": 4}}[order]
+    counted = {"disconnect": {ENDED: 5}, "kick": {ENDED: 1, "unmatched topic": 4}}[action]
     assert {reason: pushing.refused[reason] for reason in counted} == counted
 
 
@@ -285,7 +285,7 @@ async def test_rights_of_what_is_left_behind_end_with_the_token(
 
 @asynccontextmanager
 async def one_or_two(valkey: Valkey, elsewhere: bool, direct: bool, **settings: Any) -> AsyncIterator[Any]:
-    """A relay with ``settings``, and the relay that gives the orders: the same, or another on the same Redis."""
+    """A relay with ``settings``, and the relay that sends control messages: the same, or another on its Redis."""
     async with AsyncExitStack() as stack:
         relay = Relay(redis_url=valkey.url, system_topic=False, rest={"api_key": "k" * 16}, **settings)
         served = await stack.enter_async_context(serve(relay, direct=direct))
@@ -299,28 +299,28 @@ async def one_or_two(valkey: Valkey, elsewhere: bool, direct: bool, **settings: 
         assert len(decisions) == 0, "nothing is kept once no decision is under way"
 
 
-async def give(order: str, served: Served, other: Served, topic: str = "room:1") -> None:
-    """Give an order, and wait until it has come to where the decision is."""
-    orders: list[Any] = []
+async def send(action: str, served: Served, other: Served, topic: str = "room:1") -> None:
+    """Send a control message, and wait until it has come to where the decision is."""
+    messages: list[Any] = []
     node = served.relay.node
     carry_out = node._apply_control
 
     def note(message: Any) -> None:
-        orders.append(message)
+        messages.append(message)
         carry_out(message)
 
     node._apply_control = note  # type: ignore[method-assign]
-    if order == "rest":
+    if action == "rest":
         async with httpx.AsyncClient(trust_env=False, headers={"X-API-Key": "k" * 16}) as api:
             assert (await api.delete(f"{other.http}/api/users/alice")).status_code == 204
-    elif order == "rest-kick":
+    elif action == "rest-kick":
         async with httpx.AsyncClient(trust_env=False, headers={"X-API-Key": "k" * 16}) as api:
             assert (await api.delete(f"{other.http}/api/topics/{topic}/users/alice")).status_code == 204
-    elif order == "disconnect":
+    elif action == "disconnect":
         await other.relay.disconnect(user="alice", reason="banned")
     else:
         await other.relay.kick(topic, user="alice")
-    await eventually(lambda: orders, "the order to arrive")
+    await eventually(lambda: messages, "the control message to arrive")
     node._apply_control = carry_out  # type: ignore[method-assign]
 
 
@@ -335,30 +335,30 @@ def slow_join(gate: Gate) -> Plugin:
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-@pytest.mark.parametrize("order", ["kick", "rest-kick", "disconnect", "rest"])
-async def test_join_under_way_does_not_outlast_an_order(
-    valkey: Valkey, direct: bool, order: str, elsewhere: bool
+@pytest.mark.parametrize("action", ["kick", "rest-kick", "disconnect", "rest"])
+async def test_join_under_way_does_not_outlast_a_control_message(
+    valkey: Valkey, direct: bool, action: str, elsewhere: bool
 ) -> None:
     gate = Gate()
     async with one_or_two(valkey, elsewhere, direct, auth=AUTH, extra_plugins=(slow_join(gate),)) as (served, other):
         async with Client.connect(served.ws, query=query()) as client:
             await client.send("1", "1", "room:1", "phx_join", {})
             await gate.wait_begun()
-            await give(order, served, other)
+            await send(action, served, other)
             gate.opened.set()
-            if order in ("disconnect", "rest"):
+            if action in ("disconnect", "rest"):
                 assert (await client.expect_closed())[0] == 1001
             else:
                 assert await client.receive() == client.refusal("1", "1", "room:1", REMOVED)
-                await client.join("room:1")  # a decision that begins after the order is another one
-        assert served.relay.metrics.joins == (1 if "kick" in order else 0)
+                await client.join("room:1")  # a decision that begins after the message is another one
+        assert served.relay.metrics.joins == (1 if "kick" in action else 0)
         await eventually(lambda: not served.relay.topics, "nothing to stay joined")
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-@pytest.mark.parametrize("order", ["kick", "disconnect"])
-async def test_join_with_a_token_of_its_own_does_not_outlast_an_order(
-    valkey: Valkey, direct: bool, order: str, elsewhere: bool
+@pytest.mark.parametrize("action", ["kick", "disconnect"])
+async def test_join_with_a_token_of_its_own_does_not_outlast_a_control_message(
+    valkey: Valkey, direct: bool, action: str, elsewhere: bool
 ) -> None:
     """The token's user is not the socket's, and is known only once it has been checked."""
     gate = Gate()
@@ -373,13 +373,13 @@ async def test_join_with_a_token_of_its_own_does_not_outlast_an_order(
         async with Client.connect(served.ws, query=query("bob")) as client:
             await client.send("1", "1", "room:1", "phx_join", {"token": token("alice", ROOMS)})
             await gate.wait_begun()
-            await give(order, served, other)
+            await send(action, served, other)
             gate.opened.set()
             assert await client.receive() == client.refusal("1", "1", "room:1", REMOVED)
             await client.expect_alive()
 
 
-async def test_join_that_waits_for_the_bus_does_not_outlast_an_order(
+async def test_join_that_waits_for_the_bus_does_not_outlast_a_control_message(
     serve_relay: ServeRelay, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate()
@@ -409,7 +409,7 @@ async def test_rejoin_under_way_does_not_outlast_a_kick(valkey: Valkey, direct: 
             gate.opened.clear()
             await client.send("1", "1", "room:1", "phx_join", {})
             await gate.wait_begun(2)
-            await give("kick", served, other)
+            await send("kick", served, other)
             assert await client.receive() == [ref, ref, "room:1", "phx_close", {}]
             gate.opened.set()
             assert await client.receive() == client.refusal("1", "1", "room:1", REMOVED)
@@ -417,9 +417,9 @@ async def test_rejoin_under_way_does_not_outlast_a_kick(valkey: Valkey, direct: 
 
 
 @pytest.mark.parametrize("has_joined", [False, True])
-@pytest.mark.parametrize("order", ["leave", "path", "query"])
+@pytest.mark.parametrize("action", ["leave", "path", "query"])
 async def test_join_under_way_does_not_outlast_the_removal_of_its_socket(
-    valkey: Valkey, direct: bool, order: str, has_joined: bool
+    valkey: Valkey, direct: bool, action: str, has_joined: bool
 ) -> None:
     """Without any users: the socket is named by its id."""
     gate = Gate()
@@ -434,11 +434,11 @@ async def test_join_under_way_does_not_outlast_the_removal_of_its_socket(
             assert not socket.leave("room:2"), "it has nothing to do with this topic"
             await client.send("7", "7", "room:1", "phx_join", {})
             await gate.wait_begun(2 if has_joined else 1)
-            if order == "leave":
+            if action == "leave":
                 assert socket.leave("room:1")
             else:
                 path = (
-                    f"topics/room:1/sockets/{socket.id}" if order == "path" else f"sockets?id={socket.id}&topic=room:1"
+                    f"topics/room:1/sockets/{socket.id}" if action == "path" else f"sockets?id={socket.id}&topic=room:1"
                 )
                 async with httpx.AsyncClient(trust_env=False, headers={"X-API-Key": "k" * 16}) as api:
                     assert (await api.delete(f"{served.http}/api/{path}")).status_code == 204
@@ -450,7 +450,7 @@ async def test_join_under_way_does_not_outlast_the_removal_of_its_socket(
             await client.join("room:1")  # a later one is another decision
 
 
-async def test_order_for_others_leaves_a_join_under_way_alone(valkey: Valkey, direct: bool) -> None:
+async def test_control_message_for_others_leaves_a_join_under_way_alone(valkey: Valkey, direct: bool) -> None:
     gate = Gate()
     async with one_or_two(valkey, False, direct, auth=AUTH, extra_plugins=(slow_join(gate),)) as (served, _):
         async with Client.connect(served.ws, query=query()) as client:
@@ -463,7 +463,7 @@ async def test_order_for_others_leaves_a_join_under_way_alone(valkey: Valkey, di
             assert await client.receive() == client.reply("1", "1", "room:1")
 
 
-async def test_renewal_under_way_does_not_outlast_an_order(valkey: Valkey, direct: bool) -> None:
+async def test_renewal_under_way_does_not_outlast_a_control_message(valkey: Valkey, direct: bool) -> None:
     """A topic that was opened by a token of its own has ended; its renewal does not bring it back."""
     gate = Gate()
 
@@ -479,7 +479,7 @@ async def test_renewal_under_way_does_not_outlast_an_order(valkey: Valkey, direc
             renewal = {"access_token": token("alice", ROOMS, renewed=True)}
             await client.send(ref, "9", "room:1", "access_token", renewal)
             await gate.wait_begun()
-            await give("disconnect", served, other)
+            await send("disconnect", served, other)
             assert await client.receive() == [ref, ref, "room:1", "phx_close", {}]
             gate.opened.set()
             await eventually(lambda: served.relay.metrics.refused[REMOVED] == 1, "the renewal to be refused")
@@ -488,7 +488,7 @@ async def test_renewal_under_way_does_not_outlast_an_order(valkey: Valkey, direc
 
 @pytest.mark.parametrize("elsewhere", [False, True])
 @pytest.mark.parametrize("plain", [False, True])
-async def test_handshake_under_way_does_not_outlast_an_order(
+async def test_handshake_under_way_does_not_outlast_a_control_message(
     valkey: Valkey, direct: bool, elsewhere: bool, plain: bool
 ) -> None:
     """Its user is known only once ``authenticate`` has said so."""
@@ -512,7 +512,7 @@ async def test_handshake_under_way_does_not_outlast_an_order(
 
         connecting = asyncio.create_task(connect())
         await gate.wait_begun()
-        await give("disconnect", served, other)
+        await send("disconnect", served, other)
         gate.opened.set()
         with pytest.raises(InvalidStatus) as caught:
             await connecting
@@ -522,7 +522,7 @@ async def test_handshake_under_way_does_not_outlast_an_order(
             await client.join("room:1")
 
 
-async def test_order_between_the_decision_and_the_open_socket_closes_it(
+async def test_control_message_between_the_decision_and_the_open_socket_closes_it(
     valkey: Valkey, direct: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate()
@@ -540,7 +540,7 @@ async def test_order_between_the_decision_and_the_open_socket_closes_it(
 
         connecting = asyncio.create_task(connect())
         await gate.wait_begun()
-        await give("disconnect", served, other)
+        await send("disconnect", served, other)
         gate.opened.set()
         assert (await connecting)[0] == 1001
 
