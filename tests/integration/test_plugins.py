@@ -1811,3 +1811,38 @@ async def test_awaitable_of_a_plain_function_that_fails_or_hangs_costs_its_event
     await client.expect_event("room:1", "e", "pass")
     assert served.relay.metrics.dropped == {"by a plugin": 2}
     assert served.relay.metrics.plugin_errors == {"p": 2}
+
+
+def test_hanging_handler_does_not_keep_the_process_alive() -> None:
+    """The standard library's thread pool joins its threads at exit, and would wait for ever."""
+    script = """
+import asyncio, threading, time
+from relay.plugins.dispatcher import HandlerRunner, HandlerError
+from relay.plugins.hooks import Hook
+from relay.telemetry import Telemetry
+
+later = threading.Event()
+
+def hangs(argument):
+    threading.Event().wait()
+
+def ends_late(argument):
+    later.wait()
+
+async def main():
+    runner = HandlerRunner(0.05, Telemetry())
+    for function in (hangs, ends_late):
+        try:
+            await runner.call(Hook("p", function), None)
+        except HandlerError:
+            print("given up")
+    runner.close()
+
+asyncio.run(main())
+later.set()  # its thread finds the loop closed
+time.sleep(0.1)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0
+    assert ended.stdout == "given up\ngiven up\n"
+    assert "Exception in thread" not in ended.stderr

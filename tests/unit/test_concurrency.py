@@ -35,7 +35,7 @@ async def turns(count: int = 3) -> None:
         await asyncio.sleep(0)
 
 
-async def test_piece_without_a_rest_is_done_at_once() -> None:
+async def test_job_without_a_rest_is_done_at_once() -> None:
     queue, work = KeyedQueue(), Work()
     queue.run("a", lambda: work.quick("1"))
     assert work.log == ["1 called"]
@@ -43,7 +43,7 @@ async def test_piece_without_a_rest_is_done_at_once() -> None:
     assert queue.waiting("a") == 0
 
 
-async def test_pieces_of_one_key_run_in_order_one_at_a_time() -> None:
+async def test_jobs_of_one_key_run_in_order_one_at_a_time() -> None:
     queue, work = KeyedQueue(), Work()
     queue.run("a", lambda: work.job("1"))
     queue.run("a", lambda: work.quick("2"))
@@ -73,7 +73,7 @@ async def test_other_keys_go_on_while_one_waits() -> None:
     await queue.close()
 
 
-async def test_key_is_free_again_in_the_very_turn_in_which_its_last_piece_ends() -> None:
+async def test_key_is_free_again_in_the_very_turn_in_which_its_last_job_ends() -> None:
     queue, work = KeyedQueue(), Work()
 
     async def first() -> None:
@@ -86,7 +86,7 @@ async def test_key_is_free_again_in_the_very_turn_in_which_its_last_piece_ends()
     assert queue.pending == 0
 
 
-async def test_piece_may_begin_another_of_its_own_key() -> None:
+async def test_job_may_begin_another_of_its_own_key() -> None:
     """A socket's leave tells plugins of it in the queue of its topic, from within that queue."""
     queue, work = KeyedQueue(), Work()
 
@@ -102,7 +102,7 @@ async def test_piece_may_begin_another_of_its_own_key() -> None:
     assert work.log == ["outer called", "inner called", "inner done", "after called"]
 
 
-async def test_piece_that_raises_blocks_neither_its_key_nor_the_count() -> None:
+async def test_job_that_raises_blocks_neither_its_key_nor_the_count() -> None:
     queue, work = KeyedQueue(), Work()
 
     async def broken() -> None:
@@ -120,7 +120,7 @@ async def test_piece_that_raises_blocks_neither_its_key_nor_the_count() -> None:
     assert caught == ["boom"]
 
 
-async def test_waiter_goes_on_once_enough_pieces_are_done() -> None:
+async def test_waiter_goes_on_once_enough_jobs_are_done() -> None:
     queue, work = KeyedQueue(), Work()
     for name in ("1", "2", "3"):
         queue.run(name, lambda name=name: work.job(name))  # type: ignore[misc]
@@ -135,7 +135,7 @@ async def test_waiter_goes_on_once_enough_pieces_are_done() -> None:
     await queue.wait_below(1)
 
 
-async def test_owner_may_count_pieces_of_its_own() -> None:
+async def test_owner_may_count_jobs_of_its_own() -> None:
     queue = KeyedQueue()
     queue.pending += 2
     waiter = asyncio.create_task(queue.wait_below(1))
@@ -156,7 +156,7 @@ async def test_close_cancels_what_runs_and_drops_what_waits() -> None:
     await queue.wait_below(1)
 
 
-async def test_close_before_a_piece_has_begun_leaves_no_coroutine_behind() -> None:
+async def test_close_before_a_job_has_begun_leaves_no_coroutine_behind() -> None:
     """Python warns of a coroutine that was never awaited, and a warning fails the test."""
     queue, work = KeyedQueue(), Work()
     queue.run("a", lambda: work.job("1"))
@@ -166,7 +166,7 @@ async def test_close_before_a_piece_has_begun_leaves_no_coroutine_behind() -> No
     assert work.log == ["1 called"]
 
 
-async def test_close_of_idle_lanes_does_nothing() -> None:
+async def test_close_of_idle_queue_does_nothing() -> None:
     queue = KeyedQueue()
     await queue.close()
     assert queue.pending == 0
@@ -191,7 +191,7 @@ async def test_waiting_jobs_are_dropped_and_others_keep_their_order() -> None:
 # What they hold.
 
 
-async def test_bytes_count_while_a_piece_waits_or_runs() -> None:
+async def test_bytes_count_while_a_job_waits_or_runs() -> None:
     metrics, work = Metrics(), Work()
     queue = KeyedQueue(InFlight(0, metrics))
     queue.run("a", lambda: work.quick("0"), 1000)
@@ -234,7 +234,7 @@ async def test_waiting_for_bytes_ends_when_there_are_fewer() -> None:
     await waiting
 
 
-async def test_lanes_with_the_most_give_up_when_all_hold_too_much() -> None:
+async def test_queue_with_the_most_gives_up_when_all_hold_too_much() -> None:
     metrics, work, gone = Metrics(), Work(), list[str]()
     in_flight = InFlight(3000 + 2 * JOB_BYTES, metrics)
 
@@ -264,7 +264,7 @@ async def test_lanes_with_the_most_give_up_when_all_hold_too_much() -> None:
     assert metrics.in_flight_bytes == 0
 
 
-async def test_running_piece_is_cut_off_where_nothing_waits_and_the_next_of_its_key_goes_on() -> None:
+async def test_running_job_is_cut_off_where_nothing_waits_and_the_next_of_its_key_goes_on() -> None:
     """As a join's on_leave, which holds nothing, must be called whatever became of the push before it."""
     metrics, work = Metrics(), Work()
     queue = KeyedQueue(InFlight(1000, metrics), lambda: None)

