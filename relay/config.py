@@ -94,6 +94,8 @@ class Overflow(StrEnum):
     several may not: a1 b2 a3 arrives as a3 b2. At the end of the queue instead, a name whose value changes faster than
     the queue is read would wait without end.
     """
+    RECOVER = "recover"
+    """Drop what waits and deliver it from the topic's history, as fast as the client reads."""
 
 
 class Policy(NamedTuple):
@@ -121,6 +123,11 @@ class RedisConfig(Table):
 
     to_prefix: str = Field("to:", min_length=1, description="Redis channels towards browsers start with this")
     from_prefix: str = Field("from:", min_length=1, description="Redis channels of browsers' pushes start with this")
+    topic_prefix: str = Field(
+        "topic:",
+        min_length=1,
+        description="names of topics' histories start with this: of the stream, and of the channel that announces it",
+    )
     push_identity: bool = Field(False, description="publish each push a second time, with user and socket")
     from_user_prefix: str = Field(
         "from-user:", min_length=1, description="Redis channels of pushes with user and socket start with this"
@@ -210,6 +217,12 @@ class LimitsConfig(Table):
     body_max_bytes: Positive = Field(8_388_608, description="largest body of a REST request, in bytes")
     proxied_max: OrOff = Field(
         1000, description="requests in progress to all [[proxy]] prefixes; further ones get 503; 0: no limit"
+    )
+    recover_per_s: Positive = Field(1000, description="joins per second in one process that ask for missed events")
+    recover_max_events: Positive = Field(1000, description="most missed events that a join is given")
+    recover_max_bytes: Positive = Field(8_388_608, description="the same in bytes")
+    history_ring_max_bytes: Positive = Field(
+        67_108_864, description="bytes of recent events of all histories that one process keeps in memory"
     )
     drain_per_s: Positive = Field(1000, description="at shutdown: sockets closed per second")
     drain_timeout_s: Seconds = Field(
@@ -373,6 +386,13 @@ class PluginsConfig(Table):
     timeout_s: Seconds = Field(10.0, description="timeout of a handler in seconds")
 
 
+class HistoryConfig(Table):
+    """What a topic keeps of its events."""
+
+    size: int = Field(1000, ge=1, le=100_000, description="events kept of each topic")
+    ttl_s: int = Field(3600, ge=1, le=2_592_000, description="seconds for which an event is kept")
+
+
 class TopicConfig(Table):
     """Settings of the topics that ``match``; the first entry that matches is used."""
 
@@ -380,7 +400,8 @@ class TopicConfig(Table):
         "*", min_length=1, description="topic pattern: * is any text, ? one character, [abc] one of these"
     )
     overflow: Overflow = Field(
-        Overflow.DISCONNECT, description='overflow policy for slow readers: "disconnect", "drop-oldest" or "latest"'
+        Overflow.DISCONNECT,
+        description='overflow policy for slow readers: "disconnect", "drop-oldest", "latest", or "recover"',
     )
     latest_key: str = Field(
         "",
@@ -391,11 +412,16 @@ class TopicConfig(Table):
     )
     on_gap: OnGap = Field(OnGap.REJOIN, description='after a gap: ask subscribers to "rejoin", or "ignore" it')
     push: bool = Field(True, description="whether clients may push to these topics")
+    history: HistoryConfig | None = Field(
+        None, description="events kept for clients that rejoin: { size = 1000, ttl_s = 3600 }; null: none"
+    )
 
     @model_validator(mode="after")
     def _key_of_the_latest(self) -> "TopicConfig":
         if self.latest_key and self.overflow is not Overflow.LATEST:
             raise ValueError('latest_key is for overflow = "latest" alone')
+        if self.overflow is Overflow.RECOVER and self.history is None:
+            raise ValueError('overflow = "recover" needs a history; set history = { size = 1000, ttl_s = 3600 }')
         return self
 
     @property
@@ -545,6 +571,21 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     def _one_bus(self) -> "Config":
         if self.redis_url and self.broadcast_url:
             raise ValueError("redis_url and broadcast_url exclude each other; set one of them")
+        if self.has_history:
+            if self.broadcast_url and not self.broadcast_url.startswith("memory"):
+                raise ValueError("history needs Redis or memory://; set redis_url, or remove history from [[topics]]")
+            redis, prefix = self.redis, self.redis.topic_prefix
+            others = {"to_prefix": redis.to_prefix, "from_prefix": redis.from_prefix}
+            if redis.push_identity:
+                others["from_user_prefix"] = redis.from_user_prefix
+            for name, other in others.items():
+                if prefix.startswith(other) or other.startswith(prefix):
+                    raise ValueError(
+                        f"redis.topic_prefix = {prefix!r} and redis.{name} = {other!r} must not begin alike: events "
+                        "would be delivered twice, or a client could forge them"
+                    )
+            if redis.control_channel.startswith(prefix):
+                raise ValueError("redis.control_channel must not begin with redis.topic_prefix")
         if self.broadcast_url.startswith("memory") and self.workers > 1:
             raise ValueError("broadcast_url memory:// reaches one process only; use Redis, or workers = 1")
         return self
@@ -555,6 +596,11 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
             if fnmatchcase(topic, entry.match):
                 return entry
         return _DEFAULT_TOPIC
+
+    @property
+    def has_history(self) -> bool:
+        """Whether some topic has a history."""
+        return any(entry.history is not None for entry in self.topics)
 
     @property
     def is_exposed(self) -> bool:

@@ -40,6 +40,21 @@ class Reason(StrEnum):
     INTERNAL = "internal error"
 
 
+class NotRecovered(StrEnum):
+    """Why a join could not be given all that the client missed, as ``reason`` beside ``"recovered": false``."""
+
+    UNKNOWN = "unknown position"
+    """No entry of this position: none at all, of another topic, from before a flush, or lost in a failover."""
+    EXPIRED = "history expired"
+    """Older than what the history keeps, in number or in time."""
+    TOO_MANY = "too many events missed"
+    """More than ``limits.recover_max_events`` or ``limits.recover_max_bytes``."""
+    FORKED = "history forked"
+    """A failover lost acknowledged events behind it."""
+    UNAVAILABLE = "history unavailable"
+    """The store cannot be read."""
+
+
 IN_FLIGHT_FULL = "in flight full"
 """Why a push that waits for a handler goes no further, for the counter alone: its socket is closed with 1013."""
 
@@ -97,6 +112,7 @@ DROPPED = (
     "slow reader disconnected",
     "slow reader, drop-oldest",
     "slow reader, latest",
+    "slow reader, recover",
     "socket closed",
 )
 """Why events are not delivered: all reasons of ``relay_dropped_total``."""

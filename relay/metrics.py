@@ -93,6 +93,24 @@ class Metrics:
     """Sockets closed with 1012 because the relay was ending."""
     event_loop_stalls: int = 0
     """Times the event loop stood still for more than half a second: something in this process blocks it."""
+    history_appended: int = 0
+    """Events that this process has appended to histories."""
+    history_trimmed: int = 0
+    """Events that histories gave up for those, because they were full."""
+    history_recovered: int = 0
+    """Joins that were given all that their clients had missed."""
+    history_not_recovered: Counter[str] = field(default_factory=Counter)
+    """Joins that could not be, by reason."""
+    history_replayed: int = 0
+    """Events read from histories for joins, slow readers, and topics that were caught up."""
+    history_catch_ups: Counter[str] = field(default_factory=Counter)
+    """Times events were read from a history because they had not come from the bus, by cause."""
+    history_holes: int = 0
+    """Times an event's position did not follow the one before it."""
+    history_checks: int = 0
+    """Times a topic was checked against its history."""
+    history_lost: int = 0
+    """Times a topic's history had lost what had not come from the bus, so that its subscribers were asked to rejoin."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Events not delivered, by reason."""
     dropped_topics: Counter[str] = field(default_factory=Counter)

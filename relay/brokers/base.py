@@ -1,4 +1,4 @@
-"""The `Broker` interface, with its guarantees.
+"""The interfaces `Broker` and `HistoryStore`, with their guarantees.
 
 A broker carries events to and from other processes. The node is its only caller and its only sink.
 
@@ -9,15 +9,25 @@ Guarantees of every broker:
 - **Loss is reported.** Each time events may have been missed, `Sink.on_gap` is called, once hearing is restored.
 - **Publishing is answered.** The future of `publish` is done when the bus has taken the message, or fails
   with `BusUnavailable`; it never stays pending for longer than the broker's time limit.
+
+Guarantees of every store:
+
+- **Positions.** Each event has one, ``<ms>-<n>``: ``ms`` does not fall and ``n`` is consecutive for the life of a
+  history, so that a missing event shows as a hole.
+- **Recovered is never claimed falsely.** `open` finds no fault only if the entry of exactly the given position is still
+  there, or is the newest, and every event behind it is there too.
+- **A page is whole.** `read` returns rows only if the first is exactly the one that was asked for.
 """
 
 import asyncio
+import re
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import msgspec
 
-from relay.config import Direction
+from relay.config import Direction, HistoryConfig
+from relay.errors import NotRecovered
 
 
 class Event(msgspec.Struct, frozen=True, gc=False):
@@ -95,5 +105,94 @@ class Broker(Protocol):
         Returns: a future that is done when the bus has taken it, or fails with `BusUnavailable`.
         """
 
+    @property
+    def history(self) -> "HistoryStore | None":
+        """Reads the histories of topics, to which `publish` appends; None where no topic has one."""
+        return None
+
+    @property
+    def degraded(self) -> str:
+        """What does not work while the rest does; empty if all does."""
+        return ""
+
     def publish_control(self, data: bytes) -> "asyncio.Future[None]":
         """Publish a message for all nodes, this one too; see `publish`. Text, since not every bus carries bytes."""
+
+
+# Histories.
+
+GRACE_S = 300
+"""Seconds for which Redis keeps a stream longer than its ``ttl_s``."""
+
+_POSITION = re.compile(r"[0-9]{1,15}-[0-9]{1,15}", re.ASCII)
+
+
+def is_position(text: object) -> bool:
+    """Whether this may be the position of an event."""
+    return isinstance(text, str) and _POSITION.fullmatch(text) is not None
+
+
+class Place(NamedTuple):
+    """A position, to be compared: by age within one history, or across a history that began again."""
+
+    ms: int
+    n: int
+
+    @classmethod
+    def of(cls, position: str) -> "Place":
+        """Read a position that `is_position` has accepted."""
+        ms, _, n = position.partition("-")
+        return cls(int(ms), int(n))
+
+    def __str__(self) -> str:
+        return f"{self.ms}-{self.n}"
+
+
+class Opened(NamedTuple):
+    """What `HistoryStore.open` found."""
+
+    newest: str
+    """Position of the newest event, or where the first one will follow."""
+    now_ms: int
+    """The store's clock, which positions are made by, in milliseconds since 1970."""
+    fault: NotRecovered | None = None
+    """Why not every event behind the given position can be delivered."""
+
+
+class Summary(NamedTuple):
+    """What a history holds."""
+
+    events: int
+    first: str | None
+    last: str | None
+    bytes: int
+    """Memory it takes; approximate."""
+
+
+class HistoryStore(Protocol):
+    """Reads histories. Every method raises `BusUnavailable` where the history cannot be read."""
+
+    async def open(self, topic: str, since: str, settings: HistoryConfig, max_events: int, max_bytes: int) -> Opened:
+        """Say whether all events behind ``since`` are there."""
+
+    async def read(self, topic: str, since: str, count: int) -> list[Event] | None:
+        """Up to ``count`` rows, the one at ``since`` first; None where that is gone.
+
+        A row whose event is empty is no event: the birth of a history, or a mark that acknowledged events were lost.
+        Of these two, a mark has a payload, which is the position that was lost.
+        """
+
+    async def last(self, topic: str, count: int, before: str | None = None) -> list[Event]:
+        """Up to ``count`` newest rows, oldest first, of those older than ``before``."""
+
+    async def check(self, topic: str, heard: str, settings: HistoryConfig) -> None:
+        """Publish the newest position as a notice, an event without a name, in order with the topic's events.
+
+        Keeps the history alive for ``ttl_s`` more. Where the event at ``heard`` has been lost while younger ones are
+        there, or older ones alone, this leaves a mark.
+
+        Args: heard: position of the last event that was heard of the topic; empty for none.
+        """
+
+    async def describe(self, topic: str) -> Summary:
+        """Say what is there."""

@@ -22,9 +22,10 @@ from urllib.parse import urlsplit
 
 from broadcaster import Broadcast, BroadcastBackend
 
-from relay.brokers.base import Link, Sink
+from relay.brokers.base import Event, Link, Place, Sink
 from relay.brokers.envelope import pack, unpack
-from relay.config import Config, Direction
+from relay.brokers.memory_history import MemoryHistory
+from relay.config import Config, Direction, HistoryConfig
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
 
@@ -83,11 +84,18 @@ class BroadcasterBroker:
             config.redis.publish_queue_max
         )
         self._outgoing_bytes = 0
+        self._config = config
+        self.history: MemoryHistory | None = MemoryHistory(self._notify) if config.has_history else None
 
     @property
     def link(self) -> Link:
         """Whether the backend is connected and its probes come back."""
         return self._link
+
+    @property
+    def degraded(self) -> str:
+        """Empty: all works, or nothing."""
+        return ""
 
     @property
     def refusal(self) -> str:
@@ -137,7 +145,27 @@ class BroadcasterBroker:
         self, direction: Direction, topic: str, event: str, payload: bytes, sender: str | None = None
     ) -> asyncio.Future[None]:
         """Publish an envelope on the topic's bus channel."""
+        settings = self._config.topic(topic).history if self.history is not None else None
+        if settings is not None and direction is Direction.TO:
+            return self._append(topic, event, payload, settings, sender)
         return self._put(self._channel(direction, topic), pack(topic, event, payload, sender))
+
+    def _append(
+        self, topic: str, event: str, payload: bytes, settings: HistoryConfig, sender: str | None
+    ) -> asyncio.Future[None]:
+        assert self.history is not None, "the topic has one"
+        if (refusal := self._refuse(len(payload))) is not None:
+            return refusal
+        row = self.history.append(topic, event, payload, settings, sender)
+        self._metrics.history_appended += 1
+        self._metrics.history_trimmed += Place.of(str(row.position)).n > settings.size
+        return self._put(self._channel(Direction.TO, topic), pack(topic, event, payload, sender, row.position))
+
+    def _notify(self, row: Event) -> None:
+        future = self._put(
+            self._channel(Direction.TO, row.topic), pack(row.topic, row.event, row.payload, None, row.position)
+        )
+        future.add_done_callback(lambda done: done.cancelled() or done.exception())  # the next notice makes up for it
 
     def publish_control(self, data: bytes) -> asyncio.Future[None]:
         """Publish on the control channel; without one it is done at once, and reaches no other node."""
@@ -148,16 +176,25 @@ class BroadcasterBroker:
         return future
 
     def _put(self, channel: str, text: str) -> asyncio.Future[None]:
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if not self._link.live:  # it would wait for as long as the bus is away
-            future.set_exception(BusUnavailable(self._link.reason))
-            return future
         size = len(text.encode())
-        if self._outgoing.full() or self._outgoing_bytes + size > self._redis.publish_queue_max_bytes:
-            future.set_exception(BusUnavailable("too many messages are waiting for the bus"))
-            return future
+        if (refusal := self._refuse(size)) is not None:
+            return refusal
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._outgoing.put_nowait((channel, text, future))
         self._outgoing_bytes += size
+        return future
+
+    def _refuse(self, size: int) -> asyncio.Future[None] | None:
+        """A future that has failed, where a message of so many bytes cannot wait for the bus."""
+        fault = ""
+        if not self._link.live:  # it would wait for as long as the bus is away
+            fault = self._link.reason
+        elif self._outgoing.full() or self._outgoing_bytes + size > self._redis.publish_queue_max_bytes:
+            fault = "too many messages are waiting for the bus"
+        if not fault:
+            return None
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        future.set_exception(BusUnavailable(fault))
         return future
 
     def _channel(self, direction: Direction, topic: str) -> str:

@@ -6,8 +6,10 @@ Owns its format; must not know buses. An envelope is a JSON object::
     {"topic": "room:1", "event": "photo", "base64": "AP8="}                 payload was no JSON
     {"topic": "room:1", "event": "typing", "payload": {}, "sender": "6f1c2a9e.7"}
 
-``sender`` is there where `Broker.publish` was given one. Members that are not known are ignored, so that relays of
-different versions understand each other.
+    {"topic": "room:1", "event": "typing", "payload": {}, "position": "1764150000000-17"}
+
+``sender`` is there where `Broker.publish` was given one, ``position`` where the topic has a history. Members that are
+not known are ignored, so that relays of different versions understand each other.
 """
 
 import binascii
@@ -25,15 +27,16 @@ class _Envelope(msgspec.Struct, omit_defaults=True):
     payload: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
     base64: str | msgspec.UnsetType = msgspec.UNSET
     sender: str | None = None
+    position: str | None = None
 
 
 _decode = msgspec.json.Decoder(_Envelope).decode
 
 
-def pack(topic: str, event: str, payload: bytes, sender: str | None = None) -> str:
+def pack(topic: str, event: str, payload: bytes, sender: str | None = None, position: str | None = None) -> str:
     """Put an event into an envelope."""
     checked = classify_payload(payload)
-    envelope = _Envelope(topic, event, sender=sender)
+    envelope = _Envelope(topic, event, sender=sender, position=position)
     # Half a surrogate pair, as an escape, is JSON but not for the decoder of the envelope.
     if isinstance(checked, msgspec.Raw) and b"\\ud" not in payload.lower():
         envelope.payload = checked
@@ -48,9 +51,9 @@ def unpack(text: str) -> Event:
         envelope = _decode(text)
         if isinstance(envelope.base64, str):
             payload = b64decode(envelope.base64, validate=True)
-            return Event(envelope.topic, envelope.event, payload, None, envelope.sender)
+            return Event(envelope.topic, envelope.event, payload, envelope.position, envelope.sender)
     except (msgspec.DecodeError, RecursionError, UnicodeError, binascii.Error) as error:
         raise ValueError(str(error)) from error
     if isinstance(envelope.payload, msgspec.UnsetType):
         raise ValueError("expected `payload` or `base64`")
-    return Event(envelope.topic, envelope.event, bytes(envelope.payload), None, envelope.sender)
+    return Event(envelope.topic, envelope.event, bytes(envelope.payload), envelope.position, envelope.sender)

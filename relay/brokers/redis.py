@@ -1,50 +1,33 @@
-"""Redis Pub/Sub behind the `Broker` interface: one pattern subscription, read in batches, and its proof.
+"""Redis behind the `Broker` interface: one subscription by patterns, one publisher, and the streams of histories.
 
-Owns the subscription and its supervision; must not know topics' subscribers or sockets.
-
-The subscription's bytes go through ``hiredis.Reader`` directly, 1.2 µs an event; redis-py's own listener takes 20 µs,
-and at 40 000 events/s Redis cut it off for its output buffer.
-
-A connection that answers may hear nothing: its server has become a replica, or another one than that which takes the
-pushes. So the relay asks for the server's role, and publishes probes that must come back on the subscription.
+Owns these and the supervision of the subscription; must not know topics' subscribers or sockets.
 """
 
 import asyncio
 import logging
 import random
 import time
-from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
-
-import hiredis
 
 from relay import redis_url
-from relay.brokers.base import Event, Link, Sink
+from relay.brokers.base import HistoryStore, Link, Sink
 from relay.brokers.redis_connection import (
     Connections,
     LinkLost,
     RedisConnection,
     Role,
-    is_denied,
-    name_of,
-    packed,
-    read_role,
-    words,
 )
-from relay.brokers.redis_marker import PROBE, Markers
+from relay.brokers.redis_marker import Markers
 from relay.brokers.redis_publisher import Publisher
-from relay.brokers.redis_publisher import publishing as publishing
-from relay.config import Config, Direction
-from relay.errors import BusUnavailable, Reason
+from relay.brokers.redis_session import Session
+from relay.brokers.redis_settings import Preparation, history_args
+from relay.brokers.redis_streams import RedisHistory
+from relay.config import Config, Direction, RedisConfig
 from relay.metrics import Metrics
-from relay.protocol.topics import from_redis_channel, glob_escape, to_redis_channel
+from relay.protocol.topics import to_redis_channel
 
 _logger = logging.getLogger("relay.redis")
-
-_PROBE_EVERY_S = 60.0
-"""Seconds between two probes while events flow."""
 
 
 class RedisBroker:
@@ -65,19 +48,24 @@ class RedisBroker:
         patterns: Sequence[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._patterns = tuple(dict.fromkeys(patterns))
-        self._redis = config.redis
-        self._metrics = metrics
-        self._clock = clock
-        self._connections = Connections(redis_url.parse(config.redis_url), config.redis.timeout_s, clock)
+        self.patterns: tuple[str, ...] = tuple(dict.fromkeys(patterns))
+        self.settings: RedisConfig = config.redis
+        self.metrics: Metrics = metrics
+        self.clock: Callable[[], float] = clock
+        self.connections: Connections = Connections(redis_url.parse(config.redis_url), config.redis.timeout_s, clock)
         self.address: str = redis_url.shown(config.redis_url)
-        self._markers = markers = Markers(config.redis)
-        self._publisher = Publisher(self._connections, config.redis, markers, self, clock)
+        self.markers: Markers = Markers(config.redis)
+        self.publisher: Publisher = Publisher(self.connections, config.redis, self.markers, self, clock)
+        self._config = config
+        # None where no topic has a history; and what prepares a server for them.
+        self._streams = RedisHistory(self.connections, config) if config.has_history else None
+        self._preparation = Preparation(config) if config.has_history else None
+        self.hears_histories: bool = True
         self._link = Link(False, "not started")
         self._listener: asyncio.Task[None] | None = None
-        self._session: _Session | None = None
+        self._session: Session | None = None
         # Whether hearing has to be proved by a probe before the next subscription counts as live.
-        self._is_doubted = False
+        self.is_doubted: bool = False
         # What the Redis user may not do, each logged once.
         self._denied: set[str] = set()
 
@@ -87,25 +75,37 @@ class RedisBroker:
         return self._link
 
     @property
+    def history(self) -> HistoryStore | None:
+        """Reads the streams; None where no topic has a history, or none may be heard."""
+        return self._streams if self.hears_histories else None
+
+    @property
+    def degraded(self) -> str:
+        """What does not work while the rest does; empty if all does."""
+        return "" if self.hears_histories else f"no permission to hear {self.settings.topic_prefix}*, so no history"
+
+    @property
     def refusal(self) -> str:
         """Why nothing can be published: on a replica, or without a connection to publish on."""
-        return self._publisher.refusal
+        return self.publisher.refusal
 
     async def start(self, sink: Sink) -> None:
         """Start to listen; returns once the first attempt has succeeded or failed."""
         settled = asyncio.Event()
-        self._publisher.start()
+        self.publisher.start()
         self._listener = asyncio.create_task(self._supervise(sink, settled.set), name="relay-redis-listener")
         await settled.wait()
 
     async def stop(self) -> None:
         """Close both connections; messages not yet taken fail."""
-        await self._publisher.stop()
+        await self.publisher.stop()
         if self._listener is not None:
             self._listener.cancel()
             with suppress(asyncio.CancelledError):
                 await self._listener
-        await self._connections.close()
+        if self._streams is not None:
+            await self._streams.close()
+        await self.connections.close()
         self._link = Link(False, "stopped")
 
     async def subscribe(self, topic: str) -> None:
@@ -124,13 +124,13 @@ class RedisBroker:
         def on_live() -> None:
             nonlocal attempt, lost_at
             attempt = 0
-            self._is_doubted = False
+            self.is_doubted = False
             self._link = Link(True, "")
-            self._publisher.wake()
-            _logger.info("subscribed to %s* on %s", self._redis.to_prefix, self.address)
+            self.publisher.wake()
+            _logger.info("subscribed to %s* on %s", self.settings.to_prefix, self.address)
             if lost_at is not None:
-                away_s = self._clock() - lost_at
-                self._metrics.gaps += 1
+                away_s = self.clock() - lost_at
+                self.metrics.gaps += 1
                 _logger.warning("gap: events of the last %.1f s may have been missed", away_s)
                 sink.on_gap(fault)
                 lost_at = None
@@ -141,12 +141,12 @@ class RedisBroker:
             fault = await self._listen(sink, on_live)
             was_live = self._link.live
             if was_live:
-                lost_at = self._clock()
+                lost_at = self.clock()
             self._link = Link(False, f"{fault} (no subscription to {self.address})")
             settled()
             # Full jitter (a fleet of relays must not return in step), never quite zero.
-            limit_s = min(self._redis.backoff_max_s, self._redis.backoff_min_s * 2**attempt)
-            delay_s = self._redis.backoff_min_s / 2 + random.uniform(0, limit_s)
+            limit_s = min(self.settings.backoff_max_s, self.settings.backoff_min_s * 2**attempt)
+            delay_s = self.settings.backoff_min_s / 2 + random.uniform(0, limit_s)
             if was_live or attempt == 0 or attempt % 10 == 0:
                 _logger.warning("Redis link to %s is down: %s; trying again", self.address, fault)
             attempt = attempt + 1 if attempt < 1000 else 991
@@ -155,10 +155,10 @@ class RedisBroker:
     async def _listen(self, sink: Sink, on_live: Callable[[], None]) -> str:
         """Connect, subscribe, and hand events over until the connection ends. Returns why it has."""
         try:
-            connection = await self._connections.open()
+            connection = await self.connections.open()
         except LinkLost as lost:
             return str(lost)
-        self._session = session = _Session(self, connection, sink, on_live)
+        self._session = session = Session(self, connection, sink, on_live)
         try:
             return await session.run()
         except Exception as error:  # a fault of our own must not leave the relay deaf
@@ -170,9 +170,20 @@ class RedisBroker:
 
     def role_changed(self, role: Role) -> None:
         """Learn from the publisher that its server is no longer what it was: what it sends on may not reach us."""
+        if self._streams is not None:
+            self._streams.reconnect()
         # A session that saw the same role when it subscribed goes on.
         if self._session is not None and self._session.role != role:
             self._session.end(f"the server has become {role}")
+
+    def appended(self, position: bytes, size: int) -> None:
+        """Count an event that was appended to a history."""
+        self.metrics.history_appended += 1
+        self.metrics.history_trimmed += int(position.rpartition(b"-")[2]) > size
+
+    async def prepare(self, connection: RedisConnection) -> bool:
+        """Prepare the server for histories, if there are any; say whether it knows the script. Raises LinkLost."""
+        return self._preparation is not None and await self._preparation.prepare(connection)
 
     def report_denied(self, what: str, means: str, allow: str) -> None:
         """Log, once each, what the Redis user may not do, what that means, and what allows it."""
@@ -185,315 +196,22 @@ class RedisBroker:
     def publish(
         self, direction: Direction, topic: str, event: str, payload: bytes, sender: str | None = None
     ) -> asyncio.Future[None]:
-        """``PUBLISH <prefix><topic>:<event> <payload>``; calls made in one turn of the loop share a round trip."""
-        prefix = self._redis.prefix(direction)
-        return self._publisher.publish(to_redis_channel(prefix, topic, event), payload, sender)
+        """``PUBLISH <prefix><topic>:<event> <payload>``; calls made in one turn of the loop share a round trip.
+
+        An event of a topic with a history is appended to that too, by the script.
+        """
+        if self._streams is not None and direction is Direction.TO:
+            history = self._config.topic(topic).history
+            if history is not None:
+                args = history_args(event, payload, history, sender, self._config.limits.payload_max_bytes)
+                return self.publisher.append(f"{self.settings.topic_prefix}{topic}".encode(), args)
+        prefix = self.settings.prefix(direction)
+        return self.publisher.publish(to_redis_channel(prefix, topic, event), payload, sender)
 
     def publish_control(self, data: bytes) -> asyncio.Future[None]:
         """``PUBLISH <control channel> <data>``; without such a channel it is done at once, for no other node."""
-        if self._redis.control_channel:
-            return self._publisher.publish(self._redis.control_channel.encode(), data)
+        if self.settings.control_channel:
+            return self.publisher.publish(self.settings.control_channel.encode(), data)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         future.set_result(None)
         return future
-
-
-class _Session:
-    """One subscription from its handshake to the end of its connection, with what guards it."""
-
-    def __init__(
-        self, broker: RedisBroker, connection: RedisConnection, sink: Sink, on_live: Callable[[], None]
-    ) -> None:
-        self._broker = broker
-        self._connection = connection
-        self._sink = sink
-        self._on_live = on_live
-        self._settings = settings = broker._redis
-        self._metrics = broker._metrics
-        self._clock = broker._clock
-        self._pattern = (glob_escape(settings.to_prefix) + "*").encode()
-        self._control = glob_escape(settings.control_channel).encode()
-        self._probe_channels = list(broker._markers.channels)
-        # Commands whose replies are still to come, with their pattern; and how many patterns are not confirmed yet.
-        self._asked: deque[tuple[str, bytes]] = deque()
-        self._asked_together: Sequence[bytes] = ()
-        self._unconfirmed = 0
-        self._confirmed = asyncio.Event()
-        self._is_live = False
-        self.role: Role | None = None
-        self._fault = ""
-        # When the reader began to wait for bytes; None while it is busy with what it has.
-        self._waiting_since: float | None = None
-        # When the subscription was pinged, while the answer is still to come; and when the last ping answered was sent.
-        self._pinged_at: float | None = None
-        self._answered_ping = 0.0
-        self._may_ping = True
-        # When an event came last; the probe that is under way, and whether it has come back.
-        self._heard_at = self._clock()
-        self._probe = b""
-        self._probe_heard = asyncio.Event()
-
-    def end(self, fault: str) -> None:
-        """Cut the connection."""
-        self._fault = self._fault or fault
-        self._connection.abort()
-
-    async def run(self) -> str:
-        """Serve the connection to its end; returns why it has ended."""
-        guards: list[asyncio.Task[None]] = []
-        try:
-            async with asyncio.timeout(self._settings.timeout_s):
-                await self._check_role()
-            guards = [asyncio.create_task(self._guard(work)) for work in (self._watch, self._prove)]
-            await self._read()
-        except (LinkLost, hiredis.HiredisError) as lost:
-            return self._fault or (str(lost) if isinstance(lost, LinkLost) else words(lost))
-        except TimeoutError:
-            return f"no answer to ROLE within {self._settings.timeout_s:g} s"
-        else:
-            raise AssertionError("reading ends with an exception")
-        finally:
-            for guard in guards:
-                guard.cancel()
-            _ = await asyncio.gather(*guards, return_exceptions=True)
-
-    async def _guard(self, work: Callable[[], Coroutine[None, None, None]]) -> None:
-        try:
-            await work()
-        except LinkLost as lost:
-            self.end(str(lost))
-        except Exception as error:  # an unguarded subscription may go deaf
-            _logger.exception("the guard of the Redis subscription failed")
-            self.end(f"internal error: {type(error).__name__}")
-
-    # Reading.
-
-    async def _check_role(self) -> None:
-        """See that there is something to be heard. Raises LinkLost."""
-        broker, connection = self._broker, self._connection
-        self.role = role = await connection.role()
-        if role is None:
-            broker.report_denied("ROLE", "whether Redis is a master is not checked", "+role")
-        elif not role.is_linked or (broker._connections.asks_sentinels and not role.is_master):
-            raise LinkLost(f"the server is {role}")
-        elif not role.is_master:
-            _logger.warning("subscribing on a replica: %s; events are heard through its master", broker.address)
-            # Under RESP3 it can be asked again while it is subscribed; where it knows none, the probes are left.
-            if connection.protocol == 2 and not isinstance(await connection.ask("HELLO", "3"), hiredis.ReplyError):
-                connection.protocol = 3
-
-    async def _read(self) -> None:
-        connection, sink, metrics = self._connection, self._sink, self._metrics
-        prefix = self._settings.to_prefix.encode()
-        pattern, control, fallback = self._pattern, self._control, self._broker._markers.fallback
-        read_marker, marker = self._broker._markers.unpack, None
-        raw = {raw.encode() for raw in self._broker._patterns}  # Redis reports a pattern once, however often asked
-        # The pattern for events comes last: none is heard before all are confirmed, so that live means all of them.
-        patterns = (*sorted(raw), *((control,) if control else ()), pattern)
-        self._unconfirmed = len(patterns)
-        self._subscribe(patterns)
-        gets = connection.replies.gets
-        while True:
-            self._waiting_since = self._clock()
-            await connection.read()
-            self._waiting_since = None
-            events: list[Event] = []
-            while (reply := gets()) is not False:
-                if isinstance(reply, hiredis.ReplyError):
-                    self._take_refusal(reply)
-                    continue
-                if reply[0] != b"pmessage":
-                    self._take_answer(reply)
-                    continue
-                _, of, channel, payload = reply
-                if of == pattern and channel != fallback:
-                    names = from_redis_channel(prefix, channel)
-                    if names is None:
-                        metrics.dropped["channel names no event"] += 1
-                    elif marker is not None and marker.belongs_to(channel, payload):
-                        events.append(Event(*names, payload, None, marker.sender))
-                        marker = None
-                    else:
-                        events.append(Event(names[0], names[1], payload))
-                elif payload.startswith(PROBE) and (channel == fallback or of == control):
-                    if payload == self._probe:
-                        self._take_probe()
-                    marker = read_marker(payload) or marker
-                    continue
-                elif of == control:
-                    sink.receive_control(payload)
-                if of in raw:
-                    sink.receive_message(of.decode(), channel.decode(errors="replace"), payload)
-            if events:
-                self._heard_at = connection.read_at
-                if self._is_live:
-                    await sink.receive_events(events)
-                else:
-                    metrics.dropped[Reason.EVENTS_MISSED] += len(events)
-
-    def _subscribe(self, patterns: Sequence[bytes], *, one_by_one: bool = False) -> None:
-        """Ask for patterns in one command, which a server refuses as a whole, or in one for each."""
-        self._asked_together = () if one_by_one else patterns
-        self._asked.extend(("PSUBSCRIBE", each) for each in patterns)
-        commands = [(b"PSUBSCRIBE", each) for each in patterns] if one_by_one else [(b"PSUBSCRIBE", *patterns)]
-        self._connection.write(packed(commands))
-
-    def _take_answer(self, reply: Any) -> None:
-        """Take the answer to a command: ``["psubscribe", pattern, 1]``, ``["pong", ""]``, or what `read_role` reads."""
-        kind = reply if isinstance(reply, bytes) else reply[0]
-        if kind == b"psubscribe":
-            _ = self._asked.popleft()
-            self._confirm_one()
-        elif kind in (b"pong", b"PONG"):
-            _ = self._asked.popleft()
-            self._take_pong()
-        elif kind in (b"master", b"slave", b"sentinel"):
-            _ = self._asked.popleft()
-            if (role := read_role(reply)) != self.role:
-                raise LinkLost(f"the server has become {role}")
-
-    def _take_refusal(self, error: hiredis.ReplyError) -> None:
-        """Take an error reply. Raises LinkLost where nothing can be heard without what it refuses."""
-        command, pattern = self._asked.popleft() if self._asked else ("", b"")
-        if command == "PING":
-            self._take_pong()  # a sign of life, whatever it says
-            if is_denied(error):
-                self._may_ping = False
-                self._broker.report_denied("PING", "the connections are guarded by probes alone", "+ping")
-        elif command == "PSUBSCRIBE" and len(self._asked_together) > 1 and is_denied(error):
-            self._asked.clear()  # nothing else is asked before all patterns are confirmed
-            self._subscribe(self._asked_together, one_by_one=True)
-        elif command == "PSUBSCRIBE" and pattern == self._control and is_denied(error):
-            del self._probe_channels[0]
-            self._broker._publisher.mark_elsewhere(self._settings.control_channel.encode())
-            self._control_denied()
-            self._confirm_one()
-        elif command == "PSUBSCRIBE":
-            raise LinkLost(f"PSUBSCRIBE {name_of(pattern)}: {words(error)}")
-        elif command != "ROLE":
-            raise LinkLost(words(error))
-
-    def _control_denied(self) -> None:
-        name = self._settings.control_channel
-        means = "control messages of other nodes (disconnect, kick) are not heard here"
-        self._broker.report_denied(f"PSUBSCRIBE {name}", means, f"&{name}")
-
-    def _confirm_one(self) -> None:
-        self._unconfirmed -= 1
-        if not self._unconfirmed:
-            self._confirmed.set()
-            if not self._broker._is_doubted:
-                self._go_live()
-
-    def _go_live(self) -> None:
-        if not self._is_live:
-            self._is_live = True
-            self._on_live()
-
-    # Guarding.
-
-    def _take_pong(self) -> None:
-        if self._pinged_at is not None:
-            self._metrics.link_lag_s = self._clock() - self._pinged_at
-            self._answered_ping = self._pinged_at
-            self._pinged_at = None
-
-    def _ping(self) -> None:
-        if self._may_ping and self._pinged_at is None:
-            self._asked.append(("PING", b""))
-            self._pinged_at = self._clock()
-            self._connection.write(packed([("PING",)]))
-
-    async def _watch(self) -> None:
-        """Ping the connection, and abort it when nothing comes back: a dead peer sends no FIN.
-
-        A busy connection is pinged too: how long the answer takes is the lag of the events beside it.
-        """
-        settings, timeout_s = self._settings, self._settings.ping_timeout_s
-        try:
-            async with asyncio.timeout(settings.timeout_s):
-                await self._confirmed.wait()
-        except TimeoutError:
-            raise LinkLost(f"no answer to PSUBSCRIBE within {settings.timeout_s:g} s") from None
-        pause_s = max(settings.ping_interval_s - timeout_s, settings.ping_interval_s / 2)
-        while True:
-            await asyncio.sleep(pause_s)
-            looked_at = self._clock()
-            self._ping()
-            if self.role is not None and not self.role.is_master and self._connection.protocol == 3:
-                self._asked.append(("ROLE", b""))
-                self._connection.write(packed([("ROLE",)]))
-            await asyncio.sleep(timeout_s)
-            if self._is_silent_since(looked_at) and self._pinged_at is not None:
-                await asyncio.sleep(timeout_s / 8)  # what came while the loop was blocked is read first
-                if self._is_silent_since(looked_at) and self._pinged_at is not None:
-                    raise LinkLost(f"no answer to PING within {timeout_s:g} s")
-            if self._pinged_at is not None:  # the answer is still behind the events
-                self._metrics.link_lag_s = self._clock() - self._pinged_at
-
-    def _is_silent_since(self, then: float) -> bool:
-        since = self._waiting_since  # None: busy with what has come, so alive
-        return since is not None and since <= then
-
-    async def _prove(self) -> None:
-        """Publish a probe after each interval without an event, and once a minute with, and see that it is heard."""
-        interval_s = self._settings.ping_interval_s
-        await self._confirmed.wait()
-        probed_at = self._clock()
-        is_due = self._broker._is_doubted
-        while self._probe_channels:
-            due_at = min(max(self._heard_at, probed_at) + interval_s, probed_at + max(_PROBE_EVERY_S, interval_s))
-            if not is_due and (wait_s := due_at - self._clock()) > 0:
-                await asyncio.sleep(wait_s)
-                continue
-            probed_at = self._clock()
-            # A replica's own messages reach its own clients only: there the role says what can be said.
-            if not self._broker._publisher.is_at_master or await self._send_probe():
-                self._go_live()
-            is_due = not self._is_live
-        self._go_live()
-
-    async def _send_probe(self) -> bool:
-        """Publish a probe; False where it could not be published. Raises LinkLost where it was not heard."""
-        self._probe = self._broker._markers.next_probe()
-        self._probe_heard.clear()
-        channel = self._probe_channels[0]
-        sent_at = self._clock()
-        try:
-            await self._broker._publisher.publish(channel, self._probe)
-        except BusUnavailable as error:
-            if "NOPERM" not in str(error):
-                await asyncio.sleep(self._settings.ping_timeout_s)  # the publisher looks after its own connection
-                return False
-            self._probe_channels.remove(channel)
-            name = name_of(channel)
-            means = "another channel is tried" if self._probe_channels else "what is heard is not checked by probes"
-            self._broker.report_denied(f"PUBLISH {name}", means, f"+publish &{name}")
-            return bool(self._probe_channels) and await self._send_probe()
-        await self._expect_probe(sent_at)
-        return True
-
-    async def _expect_probe(self, sent_at: float) -> None:
-        timeout_s = self._settings.ping_timeout_s
-        if await self._hears(timeout_s):
-            return
-        self._ping()
-        # A ping sent later and answered has nothing waiting before it any more.
-        while not await self._hears(timeout_s / 2):
-            is_read_up = self._answered_ping > sent_at if self._may_ping else self._waiting_since is not None
-            if is_read_up or self._is_silent_since(sent_at):
-                self._broker._is_doubted = True
-                self._broker._publisher.reconnect()
-                raise LinkLost(f"a probe that was published did not come back within {timeout_s:g} s")
-            self._ping()
-
-    async def _hears(self, timeout_s: float) -> bool:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._probe_heard.wait()
-        return self._probe_heard.is_set()
-
-    def _take_probe(self) -> None:
-        if not self._may_ping:
-            self._metrics.link_lag_s = 0.0
-        self._probe_heard.set()

@@ -10,14 +10,13 @@ import asyncio
 import logging
 import random
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 import hiredis
 import msgspec
 
-from relay import redis_url
 from relay.brokers.redis_connection import (
     MASTER,
     Connections,
@@ -31,16 +30,16 @@ from relay.brokers.redis_connection import (
     words,
 )
 from relay.brokers.redis_marker import Markers
-from relay.config import Config, RedisConfig
+from relay.brokers.redis_scripts import PUBLISH
+from relay.config import RedisConfig
 from relay.errors import BusUnavailable
-from relay.protocol.topics import to_redis_channel
 
 _logger = logging.getLogger("relay.redis")
 
 _STOPPING = "the relay is stopping"
 
 
-def _not_published(where: str, role: Role) -> str:
+def not_published(where: str, role: Role) -> str:
     return f"{where} is {role}: what is published there does not reach its master's clients"
 
 
@@ -58,6 +57,8 @@ class _Sent(msgspec.Struct):
     replies: tuple[Any, ...] = ()
     """The first of several that have come."""
     marker_channel: bytes = b""
+    history: tuple[bytes, ...] = ()
+    """Arguments of ``publish.lua``, which appends it to its topic's history; empty for a plain message."""
 
 
 class PublisherOwner(Protocol):
@@ -69,6 +70,12 @@ class PublisherOwner(Protocol):
 
     def role_changed(self, role: Role) -> None:
         """Learn that the server is no longer what it was: subscriptions there may have gone deaf."""
+
+    def appended(self, position: bytes, size: int) -> None:
+        """Learn that an event was appended to a history of at most ``size``, and where."""
+
+    async def prepare(self, connection: RedisConnection) -> bool:
+        """Prepare the server for histories, if there are any; say whether it knows the script. Raises LinkLost."""
 
     def report_denied(self, what: str, means: str, allow: str) -> None:
         """Log, once each, what the Redis user may not do, what that means, and what allows it."""
@@ -97,6 +104,8 @@ class Publisher:
         # Where this connection may publish markers, the best first, and whether in transactions.
         self._marker_channels: list[bytes] = []
         self._is_atomic = False
+        # Whether the server knows the script that appends to histories.
+        self._has_script = False
         self._task: asyncio.Task[None] | None = None
         self._connection: RedisConnection | None = None
         self._role: Role | None = None
@@ -150,6 +159,19 @@ class Publisher:
 
     def publish(self, channel: bytes, payload: bytes, sender: str | None = None) -> asyncio.Future[None]:
         """Publish one message; see `Broker.publish`."""
+        return self._send(channel, payload, sender, ())
+
+    def append(self, channel: bytes, args: tuple[bytes, ...]) -> asyncio.Future[None]:
+        """Publish an event and append it to the history of its topic.
+
+        Args: channel: of the topic; its stream has the same name.
+              args: of ``publish.lua``: event, payload, and the topic's settings.
+        """
+        return self._send(channel, args[1], None, args)
+
+    def _send(
+        self, channel: bytes, payload: bytes, sender: str | None, history: tuple[bytes, ...]
+    ) -> asyncio.Future[None]:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         most, size = self._settings, len(channel) + len(payload)
         if self._refusal and not self._may_wait():
@@ -158,7 +180,7 @@ class Publisher:
         if len(self._unanswered) >= most.publish_queue_max or self._bytes + size > most.publish_queue_max_bytes:
             future.set_exception(BusUnavailable("too many messages are waiting for Redis"))
             return future
-        sent = _Sent(future, self._clock(), size, channel)
+        sent = _Sent(future, self._clock(), size, channel, history=history)
         self._unanswered.append(sent)
         self._bytes += size
         connection = self._connection
@@ -174,6 +196,9 @@ class Publisher:
 
     def _command(self, sent: _Sent, payload: bytes, sender: str | None) -> bytes:
         """What publishes a message, as this connection may do it."""
+        if sent.history:
+            script = ("EVALSHA", PUBLISH.sha) if self._has_script else ("EVAL", PUBLISH.text)
+            return packed([(*script, b"1", sent.channel, *sent.history)])
         if sender is None or not self._marker_channels:
             return packed([(b"PUBLISH", sent.channel, payload)])
         sent.marker_channel = self._marker_channels[0]
@@ -233,6 +258,7 @@ class Publisher:
                 self._owner.report_denied("ROLE", "whether Redis is a master is not checked", "+role")
             async with asyncio.timeout(self._settings.timeout_s):
                 await self._check_markers(connection)
+                self._has_script = await self._owner.prepare(connection)
             is_same = self._take_role(role or MASTER)
             if not self._refusal:
                 connection.write(b"".join([self._command(*message) for message in self._unsent]))
@@ -244,7 +270,7 @@ class Publisher:
             keeper = asyncio.create_task(self._keep(connection, asks_role=role is not None))
             await self._match_replies(connection)
         except TimeoutError:
-            fault = f"no answer to ROLE or MULTI within {self._settings.timeout_s:g} s"
+            fault = f"no answer to ROLE, MULTI or SCRIPT within {self._settings.timeout_s:g} s"
         except LinkLost as lost:
             fault = str(lost)
         except hiredis.HiredisError as error:
@@ -306,10 +332,21 @@ class Publisher:
                     self._take_answer(sent.future, reply)
                 elif sent.future.done():
                     continue  # its caller has given up
+                elif sent.history and isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
+                    self._send_again(connection, sent)
                 elif isinstance(reply, hiredis.ReplyError):  # of this message alone: NOPERM, OOM
                     sent.future.set_exception(BusUnavailable(f"PUBLISH {name_of(sent.channel)}: {words(reply)}"))
                 else:
                     sent.future.set_result(None)
+                    if sent.history:
+                        self._owner.appended(reply, int(sent.history[2]))
+
+    def _send_again(self, connection: RedisConnection, sent: _Sent) -> None:
+        """Send the whole script, since Redis has forgotten it and has carried nothing out."""
+        self._has_script = False
+        self._unanswered.append(sent)
+        self._bytes += sent.size
+        connection.write(self._command(sent, b"", None))
 
     def _outcome(self, sent: _Sent) -> Any:
         """The reply to a message, out of those to it and its marker."""
@@ -334,7 +371,7 @@ class Publisher:
         if role.is_master:
             self._refusal = ""
         else:
-            self._refusal = _not_published(self._owner.address, role)
+            self._refusal = not_published(self._owner.address, role)
             self._fail_all(self._refusal)
         if before != role and not (before is None and role.is_master):
             _logger.warning(
@@ -399,55 +436,3 @@ class Publisher:
         except LinkLost as lost:
             self._lose(connection, str(lost))
         return future
-
-
-@asynccontextmanager
-async def publishing(config: Config) -> AsyncIterator[Callable[[Sequence[tuple[str, str, bytes]]], Awaitable[int]]]:
-    """Publish events towards browsers for the duration of the block, from a program that does nothing else.
-
-    Yields: a function of topics, events and payloads, which publishes them in order. It returns how many
-            subscriptions took the last: the relays that listen. It raises BusUnavailable where Redis took them not.
-    """
-    where = redis_url.shown(config.redis_url)
-    connections = Connections(redis_url.parse(config.redis_url), config.redis.timeout_s)
-    connection: RedisConnection | None = None
-
-    async def publish(events: Sequence[tuple[str, str, bytes]]) -> int:
-        nonlocal connection
-        try:
-            if connection is None:
-                connection = await connections.open()
-                async with asyncio.timeout(config.redis.timeout_s):
-                    role = await connection.role()
-                if role is not None and not role.is_master:
-                    raise BusUnavailable(_not_published(where, role))
-            return await _publish_all(connection, config, events)
-        except LinkLost as lost:
-            raise BusUnavailable(f"{lost} ({where})") from lost
-        except TimeoutError:
-            raise BusUnavailable(f"no answer within {config.redis.timeout_s:g} s ({where})") from None
-
-    try:
-        yield publish
-    finally:
-        if connection is not None:
-            await connection.close()
-        await connections.close()
-
-
-async def _publish_all(connection: RedisConnection, config: Config, events: Sequence[tuple[str, str, bytes]]) -> int:
-    channels = [to_redis_channel(config.redis.to_prefix, topic, event) for topic, event, _ in events]
-    listening = 0
-    fault = ""
-    async with asyncio.timeout(config.redis.timeout_s):
-        for channel, (*_, payload) in zip(channels, events, strict=True):
-            connection.write(hiredis.pack_command((b"PUBLISH", channel, payload)))  # type: ignore[arg-type]  # as above
-        for channel in channels:
-            reply = await connection.reply()
-            if isinstance(reply, hiredis.ReplyError):
-                fault = fault or f"PUBLISH {name_of(channel)}: {words(reply)}"
-            else:
-                listening = int(reply)
-    if fault:
-        raise BusUnavailable(fault)
-    return listening

@@ -16,9 +16,12 @@ from typing import Any
 
 from relay.auth.authenticator import Authenticator
 from relay.auth.session import RENEWAL, Decision, tokens_in
+from relay.channels import replay
 from relay.channels.handle import SocketHandle
-from relay.channels.hub import Hub
+from relay.channels.history_reader import Recovery
+from relay.channels.hub import Hub, Subscriber
 from relay.channels.pubsub import PubSub
+from relay.channels.replay import Asked, Replay
 from relay.concurrency import Continuation, KeyedQueue
 from relay.config import Config, Policy
 from relay.errors import SUBSCRIPTION_ENDED, BusUnavailable, Reason
@@ -29,10 +32,11 @@ from relay.plugins import hooks
 from relay.plugins.dispatcher import HandlerError
 from relay.plugins.hooks import Hook, SocketInfo
 from relay.protocol.frame import Frame
-from relay.protocol.payload import EMPTY, Payload, encode_payload
+from relay.protocol.payload import EMPTY, Payload, add_members, encode_payload
 from relay.protocol.serializer import Ref
 from relay.protocol.state import ChannelsProtocol, Join, Leave, Push, Subscription
 from relay.tracing import Trace
+from relay.transports.base import Transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +105,7 @@ class ChannelOwner(SocketHandle):
 class Channel(Subscription):
     """One join, and what follows from it."""
 
-    __slots__ = ("_last_push", "_socket")
+    __slots__ = ("_last_push", "_socket", "replay")
 
     _socket: ChannelOwner
 
@@ -113,6 +117,8 @@ class Channel(Subscription):
         self.identity: Identity | None = None
         # The newest push without an answer: a leave waits for it, so that its reply comes first.
         self._last_push: asyncio.Future[None] | None = None
+        self.replay: Replay | None = None
+        """Gives it events from the topic's history; None where that was never needed."""
 
     # The join.
 
@@ -125,7 +131,13 @@ class Channel(Subscription):
         handlers = tuple(hooks.matching(pubsub.hooks.join, self.topic)) if pubsub.hooks.join else ()
         if isinstance(decision, Reason):
             self._refuse_join(join, decision)
-        elif decision is not None or handlers or self.topic in socket.announced or pubsub.must_subscribe:
+        elif (
+            decision is not None
+            or handlers
+            or self.topic in socket.announced
+            or pubsub.must_subscribe
+            or (pubsub.history is not None and self._asks_history(join) is not None)
+        ):
             return self._join_later(join, decision, handlers)
         else:
             self._announce()
@@ -154,7 +166,10 @@ class Channel(Subscription):
             self._announce()
             if pubsub.must_subscribe:
                 await pubsub.subscribe(self.topic)
-            self._accept_join(join, response)
+            recovery: Recovery | None = None
+            if pubsub.history is not None and (asked := self._asks_history(join)) is not None:
+                recovery = await pubsub.history.open(self.topic, asked.since, asked.last)
+            self._accept_join(join, response, recovery)
         except hooks.Refused as refusal:
             self._refuse_join(join, refusal.reason, refusal.response)
         except hooks.InvalidPayload:
@@ -169,6 +184,11 @@ class Channel(Subscription):
             raise
         finally:
             pubsub.decisions.end(join.began)
+
+    def _asks_history(self, join: "Join[Channel]") -> Asked | None:
+        """What the join asks for of the topic's history; None where it asks for nothing, or the topic has none."""
+        asks = replay.asked(join.params)
+        return asks if asks is not None and self._socket.services.config.topic(self.topic).history else None
 
     async def _call_join_handlers(self, join: "Join[Channel]", handlers: tuple[Hook, ...]) -> Payload:
         """What the join's reply says once all handlers allow it. Raises Refused, InvalidPayload, HandlerError."""
@@ -188,7 +208,7 @@ class Channel(Subscription):
         if self._socket.services.pubsub.hooks.leave:
             self._socket.announced[self.topic] = self
 
-    def _accept_join(self, join: "Join[Channel]", response: Payload) -> None:
+    def _accept_join(self, join: "Join[Channel]", response: Payload, recovery: Recovery | None = None) -> None:
         """Reply and subscribe, with nothing in between: no event comes before the reply, none is lost after it."""
         socket, topic = self._socket, self.topic
         if socket.is_closed:
@@ -200,10 +220,19 @@ class Channel(Subscription):
             self.release()
             self._refuse_join(join, reason or Reason.REMOVED)
             return
+        if join.replaces is not None and join.replaces.replay is not None:
+            join.replaces.replay.stop()
+        if recovery is not None:
+            response = add_members(response, recovery.response)
         for frame in socket.protocol.accept(join, response):
             socket.transport.send_control(frame)
-        socket.services.hub.add(topic, socket)
+        services = socket.services
+        is_first = services.hub.add(topic, socket, recovery is not None)
+        if is_first and services.pubsub.history is not None:
+            services.pubsub.history.follow(topic)
         socket.count_join()
+        if recovery is not None and recovery.start is not None:
+            self._make_replay(positioned=True).start(recovery.start, recovery.is_included)
 
     def _refuse_join(self, join: "Join[Channel]", reason: str, response: Payload | None = None) -> None:
         socket, own = self._socket, self.identity
@@ -214,6 +243,35 @@ class Channel(Subscription):
             join.replaces.release()
         for frame in socket.protocol.refuse(join, response or encode_payload({"reason": reason})):
             socket.transport.send_control(frame)
+
+    # Its history.
+
+    def _make_replay(self, *, positioned: bool) -> Replay:
+        services = self._socket.services
+        history = services.pubsub.history
+        assert history is not None, "events have positions where there is one"
+        if self.replay is None:
+            self.replay = Replay(self, history, services.hub, services.metrics, positioned)
+        return self.replay
+
+    def fall_behind(self, position: str) -> None:
+        """Give the client, as fast as it reads, the events from a position on, which were dropped."""
+        self._make_replay(positioned=False).fall_behind(position)
+
+    @property
+    def subscriber(self) -> Subscriber:
+        """Its socket, as the hub knows it."""
+        return self._socket
+
+    @property
+    def transport(self) -> Transport:
+        """Its socket's transport."""
+        return self._socket.transport
+
+    def lose_events(self) -> None:
+        """End the subscription with ``phx_error``: events that it missed are lost."""
+        if self.end(Reason.EVENTS_MISSED):
+            self._socket.services.metrics.rejoins_requested += 1
 
     # Its end.
 
@@ -246,6 +304,8 @@ class Channel(Subscription):
         """Deliver nothing more; handlers of on_leave are called after what is under way on the topic."""
         socket, topic, services = self._socket, self.topic, self._socket.services
         self._last_push = None
+        if self.replay is not None:
+            self.replay.stop()
         socket.transport.settle_dropped(topic, partial(socket.protocol.dropped_notice, subscription=self))
         socket.count_events(services.hub.events_for(topic, socket))
         services.hub.remove(topic, socket)

@@ -15,12 +15,12 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
-from relay.config import Policy
+from relay.config import Overflow, Policy
 from relay.errors import Reason
 from relay.metrics import Metrics
 from relay.protocol.frame import Frame
 from relay.protocol.payload import Payload
-from relay.protocol.serializer import Version, encode_broadcast
+from relay.protocol.serializer import Version, encode_broadcast, encode_positioned
 from relay.protocol.state import Subscription
 
 SLICE_S = 0.002
@@ -78,10 +78,23 @@ class _Group(NamedTuple):
     """Of each member, its `direct_write`; None where they go through `send_event`."""
     version: Version
     deflates: bool
+    positioned: bool
+    """Whether they have asked for positions."""
 
 
 class _Topic:
-    __slots__ = ("events", "groups", "held", "label", "mark", "policy", "rate", "subscribers")
+    __slots__ = (
+        "entered",
+        "events",
+        "groups",
+        "held",
+        "label",
+        "mark",
+        "policy",
+        "positioned",
+        "rate",
+        "subscribers",
+    )
 
     def __init__(self, policy: Policy, label: str, now: float) -> None:
         self.policy = policy
@@ -95,19 +108,26 @@ class _Topic:
         self.subscribers: dict[Subscriber, int] = {}
         # The subscribers as the loop walks them; built again after a join, a leave, or a change of readiness.
         self.groups: tuple[_Group, ...] | None = None
-        # Those of them that get no events for now, each with `events` as it was then.
+        # Those of them that get no events for now, each with `events` as it was then; negative where they miss none.
         self.held: dict[Subscriber, int] | None = None
+        # Those that have asked for positions.
+        self.positioned: set[Subscriber] | None = None
+        # Those that were held and are not any more, each with `events` as it was at that moment: what is still on its
+        # way from before has reached them already.
+        self.entered: dict[Subscriber, int] | None = None
 
     def sort(self) -> tuple[_Group, ...]:
         """The subscribers in groups."""
         if self.groups is None:
-            found: dict[tuple[Version, bool, bool], list[tuple[Subscriber, Callable[[bytes], object] | None]]] = {}
-            held = self.held or {}
+            found: dict[
+                tuple[Version, bool, bool, bool], list[tuple[Subscriber, Callable[[bytes], object] | None]]
+            ] = {}
+            held, positioned = self.held or {}, self.positioned or ()
             for subscriber in self.subscribers:
                 if subscriber in held:
                     continue
                 write = subscriber.direct_write()
-                key = (subscriber.version, subscriber.deflates, write is not None)
+                key = (subscriber.version, subscriber.deflates, write is not None, subscriber in positioned)
                 found.setdefault(key, []).append((subscriber, write))
             self.groups = tuple(
                 _Group(
@@ -115,8 +135,9 @@ class _Topic:
                     tuple(write for _, write in entries if write is not None) if ready else None,
                     version,
                     deflates,
+                    is_positioned,
                 )
-                for (version, deflates, ready), entries in found.items()
+                for (version, deflates, ready, is_positioned), entries in found.items()
             )
         return self.groups
 
@@ -124,7 +145,7 @@ class _Topic:
 class _Delivery:
     """Events of one topic on their way to the subscribers they found on their arrival."""
 
-    __slots__ = ("came_at", "events", "frames", "group", "groups", "position", "skip", "topic", "topic_name")
+    __slots__ = ("came_at", "events", "frames", "group", "groups", "number", "position", "skip", "topic", "topic_name")
 
     def __init__(
         self,
@@ -135,6 +156,8 @@ class _Delivery:
         now: float,
     ) -> None:
         self.skip = skip
+        # How many events its topic had before.
+        self.number = topic.events - len(events)
         self.came_at = now
         self.topic_name = topic_name
         self.topic = topic
@@ -143,19 +166,33 @@ class _Delivery:
         self.groups = topic.sort()
         self.group = 0
         self.position = 0
-        # Encoded at most once per version, and only for versions that a subscriber speaks.
-        self.frames: dict[Version, list[Frame]] = {}
+        # Encoded at most once per version, with positions and without, and only where a subscriber takes it so.
+        self.frames: dict[tuple[Version, bool], tuple[list[Frame], list[str]]] = {}
 
-    def encoded(self, version: Version) -> list[Frame]:
-        """One frame for each event."""
-        frames = self.frames.get(version)
+    def encoded(self, group: _Group) -> tuple[list[Frame], list[str]]:
+        """The frames of the events as a group takes them, and the name of each one's event."""
+        key = (group.version, group.positioned)
+        frames = self.frames.get(key)
         if frames is None:
-            frames = self.frames[version] = _encode(version, self.topic_name, self.events)
+            if group.positioned:
+                named = _encode_positioned(group.version, self.topic_name, self.events)
+                frames = [frame for _, frame in named], [event for event, _ in named]
+            else:
+                frames = _encode(group.version, self.topic_name, self.events), [event for event, _, _ in self.events]
+            self.frames[key] = frames
         return frames
 
 
 def _encode(version: Version, topic: str, events: Sequence[Outgoing]) -> list[Frame]:
-    return [encode_broadcast(version, topic, event, payload, position) for event, payload, position in events]
+    frames = [encode_broadcast(version, topic, event, payload, position) for event, payload, position in events]
+    if events[-1][2] is not None or (len(events) > 1 and any(position is not None for *_, position in events)):
+        for frame, (*_, position) in zip(frames, events, strict=True):
+            frame.position = position
+    return frames
+
+
+def _encode_positioned(version: Version, topic: str, events: Sequence[Outgoing]) -> list[tuple[str, Frame]]:
+    return [named for event in events for named in encode_positioned(version, topic, *event)]
 
 
 def _join(frames: Sequence[Frame], deflates: bool) -> bytes:
@@ -198,32 +235,48 @@ class Hub:
 
     # Who is subscribed.
 
-    def add(self, topic: str, subscriber: Subscriber) -> bool:
-        """Subscribe; say whether it is the topic's first subscriber. Adding one twice changes nothing."""
+    def add(self, topic: str, subscriber: Subscriber, positioned: bool = False) -> bool:
+        """Subscribe; say whether it is the topic's first subscriber. Adding one twice changes nothing.
+
+        Args: positioned: whether it has asked for positions.
+        """
         entry = self._topics.get(topic)
         first = entry is None
         if entry is None:
             entry = self._topics[topic] = _Topic(self._policy_of(topic), self._label_of(topic), self._clock())
         _ = entry.subscribers.setdefault(subscriber, entry.events)
         self._release(entry, subscriber)
+        if positioned:
+            if entry.positioned is None:
+                entry.positioned = set()
+            entry.positioned.add(subscriber)
+        elif entry.positioned is not None:  # a rejoin that does not ask for them any more
+            entry.positioned.discard(subscriber)
         entry.groups = None
         return first
 
-    def hold(self, topic: str, subscriber: Subscriber) -> None:
-        """Deliver nothing to a subscriber until it is removed, or added again; what it misses is counted as dropped.
+    def hold(self, topic: str, subscriber: Subscriber, *, is_lost: bool = True) -> None:
+        """Deliver nothing to a subscriber until it is removed, or added again.
 
-        It is counted at that moment, so that deliveries cost what they did.
+        Args: is_lost: whether it misses what comes meanwhile, which is then counted as dropped at the end, so that
+                       deliveries cost what they did; False where it gets that from the topic's history.
         """
         entry = self._topics.get(topic)
         if entry is not None and subscriber in entry.subscribers:
             if entry.held is None:
                 entry.held = {}
-            _ = entry.held.setdefault(subscriber, entry.events)
+            if is_lost and entry.held.get(subscriber, 0) < 0:
+                del entry.held[subscriber]
+            _ = entry.held.setdefault(subscriber, entry.events if is_lost else -1)
             entry.groups = None
 
     def _release(self, entry: _Topic, subscriber: Subscriber) -> None:
         if entry.held is not None and (since := entry.held.pop(subscriber, None)) is not None:
-            if entry.events > since:
+            if since < 0:
+                if entry.entered is None:
+                    entry.entered = {}
+                entry.entered[subscriber] = entry.events
+            elif entry.events > since:
                 self._metrics.dropped[Reason.EVENTS_MISSED] += entry.events - since
             if not entry.held:
                 entry.held = None
@@ -240,6 +293,10 @@ class Hub:
             return False
         self._release(entry, subscriber)
         del entry.subscribers[subscriber]
+        if entry.positioned is not None:
+            entry.positioned.discard(subscriber)
+        if entry.entered is not None:
+            _ = entry.entered.pop(subscriber, None)
         _ = self._observers.pop(subscriber, None)
         entry.groups = None
         if entry.subscribers:
@@ -278,9 +335,10 @@ class Hub:
         counts = ((name, len(topic.subscribers) - observers.get(name, 0)) for name, topic in self._topics.items())
         return {name: count for name, count in counts if count}
 
-    def pairs(self) -> "Iterator[tuple[str, Subscriber]]":
-        """Each topic with each of its subscribers."""
-        return ((name, subscriber) for name, topic in self._topics.items() for subscriber in topic.subscribers)
+    def pairs(self, topics: Iterable[str] | None = None) -> "Iterator[tuple[str, Subscriber]]":
+        """Each topic, or each of some, with each of its subscribers."""
+        entries = self._topics.items() if topics is None else ((name, self._topics.get(name)) for name in topics)
+        return ((name, each) for name, entry in entries if entry is not None for each in entry.subscribers)
 
     def stats(self, topic: str) -> Traffic | None:
         """How many events a topic has; None where no socket has joined it."""
@@ -292,6 +350,11 @@ class Hub:
         return Traffic(entry.events, entry.rate if since_s < 1 else recent)
 
     # Delivering.
+
+    def policy(self, topic: str) -> Policy:
+        """The policy of a topic for slow readers."""
+        entry = self._topics.get(topic)
+        return self._policy_of(topic) if entry is None else entry.policy
 
     @property
     def busy(self) -> bool:
@@ -322,9 +385,12 @@ class Hub:
         groups = entry.sort()
         if len(groups) == 1 and len(groups[0].members) <= _CHECK_EVERY and not self._deliveries and skip is None:
             # Most topics have few subscribers, all alike: no need to remember how far this came.
-            _, writes, version, deflates = groups[0]
+            _, writes, version, deflates, positioned = groups[0]
             if writes is not None:
-                frames = _encode(version, topic, events)
+                if positioned:
+                    frames = [frame for _, frame in _encode_positioned(version, topic, events)]
+                else:
+                    frames = _encode(version, topic, events)
                 data = _join(frames, deflates)
                 for write in writes:
                     write(data)
@@ -369,6 +435,10 @@ class Hub:
         self._metrics.fan_out.observe(self._clock() - delivery.came_at, len(delivery.events))
         return True
 
+    def _is_recovering(self, entry: _Topic, subscriber: Subscriber) -> bool:
+        """Whether a subscriber gets what comes from the topic's history."""
+        return entry.held is not None and entry.held.get(subscriber, 0) < 0
+
     def _count(self, entry: _Topic, frames: Sequence[Frame], sockets: int) -> None:
         """Count frames that were delivered to so many sockets each."""
         metrics = self._metrics
@@ -381,7 +451,7 @@ class Hub:
         self, delivery: _Delivery, writes: tuple[Callable[[bytes], object], ...], group: _Group, deadline: float
     ) -> bool:
         """Write to the sockets that are ready; the loop that all is about."""
-        frames = delivery.encoded(group.version)
+        frames, _ = delivery.encoded(group)
         data = _join(frames, group.deflates)
         count, start = len(writes), delivery.position
         position = start
@@ -399,15 +469,23 @@ class Hub:
         """Send to each socket separately, as it is now; the events of each one after the other."""
         topic, policy, skip = delivery.topic_name, delivery.topic.policy, delivery.skip
         members, still_here = group.members, delivery.topic.subscribers
-        frames = delivery.encoded(group.version)
+        frames, events = delivery.encoded(group)
+        entered, recovers = delivery.topic.entered, policy.overflow is Overflow.RECOVER
         count, position, delivered = len(members), delivery.position, 0
         while position < count:
             for subscriber in members[position : position + _CHECK_EVERY]:
                 # One that left while the delivery was put off has been sent phx_close: nothing may follow it.
-                if subscriber in still_here and subscriber is not skip:
-                    for (event, _, _), frame in zip(delivery.events, frames, strict=True):
-                        subscriber.send_event(frame, topic, event, policy)
-                    delivered += 1
+                if subscriber not in still_here or subscriber is skip:
+                    continue
+                if entered is not None and entered.get(subscriber, 0) > delivery.number:
+                    continue
+                if recovers and self._is_recovering(delivery.topic, subscriber):
+                    continue
+                for event, frame in zip(events, frames, strict=True):
+                    subscriber.send_event(frame, topic, event, policy)
+                    if recovers and self._is_recovering(delivery.topic, subscriber):
+                        break
+                delivered += 1
             position = min(position + _CHECK_EVERY, count)
             if position < count and self._clock() >= deadline:
                 break

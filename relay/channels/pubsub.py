@@ -5,12 +5,10 @@ Owns what the broker is asked for; must not know transports or the wire's frames
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from inspect import isawaitable
 from itertools import count
-from typing import Any
 from weakref import WeakValueDictionary
 
 from relay.auth.decisions import Decisions
@@ -18,6 +16,8 @@ from relay.brokers.base import Broker, Event
 from relay.channels import control
 from relay.channels.batch_pause import BatchPause
 from relay.channels.control import ControlMessage
+from relay.channels.event_filter import EventFilter
+from relay.channels.history import History
 from relay.channels.hub import JOINED_MAX_BYTES, Hub, Outgoing, Subscriber
 from relay.concurrency import JOB_BYTES, Continuation, InFlight, KeyedQueue
 from relay.config import Config, Direction, OnGap
@@ -27,7 +27,7 @@ from relay.plugins.hooks import Event as HookedEvent
 from relay.plugins.hooks import Hook, Hooks, InvalidPayload, RedisMessage, matching
 from relay.plugins.hooks import Leave as HookedLeave
 from relay.protocol import topics
-from relay.protocol.payload import Payload, classify_payload, fault_of_json, identified
+from relay.protocol.payload import EMPTY, Payload, classify_payload, fault_of_json, identified
 from relay.protocol.state import Subscription
 from relay.telemetry import Telemetry
 from relay.threadsafe import LOOP_HAS_ENDED, Call, Home
@@ -38,6 +38,9 @@ _EVENTS_WAITING = 10_000
 More than one read from Redis brings, so that a handler which keeps up loses none. To read the bus no further
 instead would make everybody wait for one handler.
 """
+
+_ROWS_WAITING = 1_000
+"""The same for events that are read from a history: so many may wait, and further ones are read later."""
 
 
 class PubSub:
@@ -63,6 +66,7 @@ class PubSub:
         metrics, tracer = telemetry.metrics, telemetry.tracer
         self.hooks: Hooks = runner.hooks
         self.runner: HandlerRunner = runner
+        self._event_filter = EventFilter(runner)
         self._pause = BatchPause() if pause is None else pause
         self._log = telemetry.loggers.get("relay.node")
         self._publish = broker.publish if tracer is None else tracer.around(broker.publish)
@@ -81,6 +85,10 @@ class PubSub:
         self._broker = broker
         self._hub = hub
         self._metrics = metrics
+        self.history: History | None = None
+        """What is known here of topics' histories; None where no topic has one."""
+        if config.has_history:
+            self.history = History(config, lambda: broker.history, self, metrics, self._log)
         self._hub_idle = asyncio.Event()
         hub.on_idle = self._hub_idle.set
         self._tasks: set[asyncio.Task[None]] = set()
@@ -104,6 +112,8 @@ class PubSub:
         if self._tasks:  # not longer: a handler may ignore its cancellation
             _ = await asyncio.wait(tuple(self._tasks), timeout=timeout_s)
         await self._queue.close(timeout_s)
+        if self.history is not None:
+            await self.history.close()
         await self._broker.stop()
         self.runner.close()
 
@@ -124,7 +134,7 @@ class PubSub:
         """Let the handlers that a socket leaves behind come to their end, each within its time; None without any."""
         if not queue.running:
             return None
-        task = self._spawn(self._finish(queue))
+        task = self.spawn(self._finish(queue))
         self._leftovers.add(task)
         task.add_done_callback(self._leftovers.discard)
         return task
@@ -144,29 +154,55 @@ class PubSub:
 
     async def receive_events(self, events: Sequence[Event]) -> None:
         """Deliver a batch to the local subscribers; returns when the hub can take more."""
-        hub, metrics, filtered = self._hub, self._metrics, bool(self.hooks.event)
         began = self._pause.clock()
-        metrics.events_in += len(events)
+        self._metrics.events_in += len(events)
+        self._deliver_events(events, self.history)
+        await self._wait_for_hub()
+        if pause_s := self._pause.length_s(began, len(events)):
+            await self._pause.sleep(pause_s)
+
+    async def _wait_for_hub(self) -> None:
+        while self._hub.busy:
+            self._hub_idle.clear()
+            await self._hub_idle.wait()
+
+    def _deliver_events(self, events: Sequence[Event], checked_by: History | None) -> None:
+        """Deliver events to the local subscribers.
+
+        Args: checked_by: what decides whether an event with a position follows on those before it; None where each
+                          does.
+        """
+        hub, metrics, filtered, history = self._hub, self._metrics, bool(self.hooks.event), self.history
         # Events of one topic that follow each other go to its sockets together.
         run: list[Outgoing] = []
         run_topic, run_bytes = "", 0
         for each in events:
-            topic, event, data = each.topic, each.event, each.payload
-            skip = self._skips.pop(each.sender, None) if each.sender is not None else None
+            topic, event, data, position = each.topic, each.event, each.payload, each.position
             if topic not in hub:
                 metrics.events_without_subscribers += 1
-            elif (fault := self._fault(event, data)) is not None:
+                self._forget_sender(each)
+                continue
+            if position is not None and checked_by is not None:
+                if filtered and not self._may_wait(topic, data):
+                    checked_by.check_soon(topic)  # it is read from the history, once there is room
+                    continue
+                if not checked_by.accept(each):
+                    continue
+            skip = self._skips.pop(each.sender, None) if each.sender is not None else None
+            if (fault := self._fault(event, data)) is not None:
                 metrics.dropped[fault] += 1
                 self._log.warning(fault, "event on topic %r dropped: %s", topic, fault)
+                self._note(topic, position)
             elif filtered and not self._may_wait(topic, data):
                 metrics.dropped["on_event handler too slow"] += 1
                 self._log.warning("on_event", "plugins are too slow for the events of topic %r: dropped", topic)
+                self._note(topic, position)
             else:
                 payload = classify_payload(data)
                 if payload is data:
                     self._note_binary(topic, event, data)
                 if filtered:
-                    self._queue.run(topic, partial(self._filter, topic, event, payload, skip, each.position), len(data))
+                    self._queue.run(topic, partial(self._filter, topic, event, payload, skip, position), len(data))
                     continue
                 run_bytes += len(data)
                 if run and (topic != run_topic or skip is not None or run_bytes > JOINED_MAX_BYTES):
@@ -174,16 +210,56 @@ class PubSub:
                     run, run_bytes = [], len(data)
                 run_topic = topic
                 if skip is None:
-                    run.append((event, payload, each.position))
+                    run.append((event, payload, position))
                 else:
-                    hub.fan_out(topic, event, payload, skip, each.position)
+                    hub.fan_out(topic, event, payload, skip, position)
+                if position is not None and history is not None:
+                    history.note(topic, position, event, payload, len(data))
         if run:
             hub.fan_out_all(run_topic, run)
-        while hub.busy:
-            self._hub_idle.clear()
-            await self._hub_idle.wait()
-        if pause_s := self._pause.length_s(began, len(events)):
-            await self._pause.sleep(pause_s)
+
+    def _forget_sender(self, event: Event) -> None:
+        if event.sender is not None:
+            _ = self._skips.pop(event.sender, None)
+
+    def _note(self, topic: str, position: str | None) -> None:
+        """Tell the history of an event that no subscriber is given."""
+        if position is not None and self.history is not None:
+            self.history.note(topic, position, "", EMPTY, 0)
+
+    # From histories.
+
+    def deliver_rows(self, rows: Sequence[Event]) -> None:
+        """Deliver events to the topic's subscribers, as if they had come from the bus."""
+        self._deliver_events(rows, None)
+
+    async def room_for_rows(self, topic: str) -> None:
+        """Return when hub and handlers can take more of a topic."""
+        await self._wait_for_hub()
+        while self._queue.waiting(topic) > _ROWS_WAITING:  # noqa: ASYNC110  # rare, and the end of a job sets no event
+            await asyncio.sleep(0.01)
+
+    async def filter_row(self, row: Event) -> tuple[str, Payload] | None:
+        """What handlers and limits leave of an event; None for nothing."""
+        if (fault := self._fault(row.event, row.payload)) is not None:
+            self._metrics.dropped[fault] += 1
+            return None
+        payload = classify_payload(row.payload)
+        if not self.hooks.event:
+            return row.event, payload
+        try:
+            left = self._event_filter.filter(HookedEvent(row.topic, row.event, payload))
+            if left is not None and not isinstance(left, HookedEvent):
+                left = await left
+        except InvalidPayload:
+            return None
+        return None if left is None or left.topic != row.topic else (left.event, left.data)
+
+    def request_rejoins_of(self, topic: str) -> None:
+        """Tell the subscribers of a topic, at a pace, that they may have missed events."""
+        pending = self._to_rejoin(self._hub.pairs([topic]))
+        if pending:
+            _ = self.spawn(self._request_all_rejoins(pending))
 
     def _note_binary(self, topic: str, event: str, data: bytes) -> None:
         """Count an event that is delivered as bytes although its publisher meant JSON, and say why now and then."""
@@ -196,74 +272,40 @@ class PubSub:
         self, topic: str, name: str, data: Payload, skip: Subscriber | None, position: str | None
     ) -> Continuation:
         """Pass an event through the handlers for it and deliver what is left of it."""
-        event: HookedEvent | None = HookedEvent(topic, name, data)
-        found = tuple(matching(self.hooks.event, topic, name))
-        if any(hook.is_async for hook in found):
-            return self._filter_later(found, event, skip, position)
-        for at, hook in enumerate(found):
-            try:
-                answer = event and self.runner.call_inline(hook, event)
-                if not isinstance(answer, HookedEvent) and isawaitable(
-                    answer
-                ):  # of a plain function: its call alone could tell
-                    return self._filter_later(found[at:], event, skip, position, answer)
-                event = self._checked(hook, answer)
-            except HandlerError:
-                event = None
-            except InvalidPayload as error:
-                self._drop_unreadable(topic, error)
-                return None
-        self._deliver(event, skip, position)
+        try:
+            left = self._event_filter.filter(HookedEvent(topic, name, data))
+        except InvalidPayload as error:
+            self._drop_unreadable(topic, error, position)
+            return None
+        if left is not None and not isinstance(left, HookedEvent):
+            return self._deliver_later(left, topic, skip, position)
+        self._deliver(left, topic, skip, position)
         return None
 
-    def _drop_unreadable(self, topic: str, error: InvalidPayload) -> None:
+    async def _deliver_later(
+        self, filtering: Awaitable[HookedEvent | None], topic: str, skip: Subscriber | None, position: str | None
+    ) -> None:
+        try:
+            left = await filtering
+        except InvalidPayload as error:
+            self._drop_unreadable(topic, error, position)
+        else:
+            self._deliver(left, topic, skip, position)
+
+    def _drop_unreadable(self, topic: str, error: InvalidPayload, position: str | None) -> None:
         self._metrics.dropped[Reason.INVALID_PAYLOAD] += 1
         self._log.warning(Reason.INVALID_PAYLOAD, "event on topic %r dropped for its publisher: %s", topic, error)
+        self._note(topic, position)
 
-    async def _filter_later(
-        self,
-        found: tuple[Hook, ...],
-        event: HookedEvent | None,
-        skip: Subscriber | None,
-        position: str | None,
-        answer: Awaitable[Any] | None = None,
-    ) -> None:
-        """The same for handlers that are awaited; ``answer`` is what the first of them has returned already."""
-        topic = "" if event is None else event.topic
-        for hook in found:
-            if event is None:
-                break
-            try:
-                if hook.is_async:
-                    event = self._checked(hook, await self.runner.call(hook, event))
-                    continue
-                given: Any = self.runner.call_inline(hook, event) if answer is None else answer
-                answer = None
-                given = await self.runner.wait(hook, given, event) if isawaitable(given) else given
-                event = self._checked(hook, given)
-            except HandlerError:
-                event = None
-            except InvalidPayload as error:
-                self._drop_unreadable(topic, error)
-                return
-        self._deliver(event, skip, position)
-
-    def _checked(self, hook: Hook, answer: object) -> HookedEvent | None:
-        if answer is None:
-            return None
-        if isinstance(answer, HookedEvent):
-            if topics.is_event(answer.event):
-                return answer
-            raise self.runner.record_failure(
-                hook, "returned an event with a name that cannot be", ValueError(answer.event)
-            )
-        raise self.runner.record_failure(hook, "returned neither an Event nor None", TypeError(type(answer).__name__))
-
-    def _deliver(self, event: HookedEvent | None, skip: Subscriber | None, position: str | None) -> None:
+    def _deliver(self, event: HookedEvent | None, topic: str, skip: Subscriber | None, position: str | None) -> None:
         if event is None:
             self._metrics.dropped["by a plugin"] += 1
-        else:
-            self._hub.fan_out(event.topic, event.event, event.data, skip, position)
+            self._note(topic, position)
+            return
+        self._hub.fan_out(event.topic, event.event, event.data, skip, position)
+        if position is not None and self.history is not None:
+            is_own = event.topic == topic
+            self.history.note(topic, position, event.event if is_own else "", event.data, len(bytes(event.data)))
 
     def receive_message(self, pattern: str, channel: str, data: bytes) -> None:
         """Hand a message on a raw Redis channel to the handlers that listen to ``pattern``, in order for each."""
@@ -320,23 +362,37 @@ class PubSub:
         """
         if self._gap_task is not None:
             self._gap_task.cancel()  # what remains of it is part of the new round
+        history = self.history
+        pending = self._to_rejoin(
+            (topic, each) for topic, each in self._hub.pairs() if history is None or not history.follows(topic)
+        )
+        self._gap_task = self.spawn(self._request_all_rejoins(pending))
+        if history is not None:
+            history.after_gap()
+
+    def _to_rejoin(self, pairs: Iterable[tuple[str, Subscriber]]) -> list[tuple[Subscriber, Subscription]]:
+        """Request the first rejoins; returns the subscriptions that are left, which get no events until then."""
         pending = [
             (subscriber, subscription)
-            for topic, subscriber in self._hub.pairs()
+            for topic, subscriber in pairs
             if self._config.topic(topic).on_gap is OnGap.REJOIN
             and (subscription := subscriber.subscription(topic)) is not None
         ]
-        # In portions of 50 ms: all at once would be answered by all at once, as soon as Redis is back.
-        portion = max(1, round(self._config.rejoins_per_s / 20))
+        portion = self._portion
         for subscriber, subscription in pending[portion:]:
             self._hub.hold(subscription.topic, subscriber)
         self._request_rejoins(pending[:portion])
-        self._gap_task = self._spawn(self._request_remaining_rejoins(pending[portion:], portion))
+        return pending[portion:]
 
-    async def _request_remaining_rejoins(self, pending: list[tuple[Subscriber, Subscription]], portion: int) -> None:
-        for start in range(0, len(pending), portion):
+    @property
+    def _portion(self) -> int:
+        """So many in 50 ms: all at once would be answered by all at once, as soon as Redis is back."""
+        return max(1, round(self._config.rejoins_per_s / 20))
+
+    async def _request_all_rejoins(self, pending: list[tuple[Subscriber, Subscription]]) -> None:
+        for start in range(0, len(pending), self._portion):
             await asyncio.sleep(0.05)
-            self._request_rejoins(pending[start : start + portion])
+            self._request_rejoins(pending[start : start + self._portion])
 
     def _request_rejoins(self, pending: list[tuple[Subscriber, Subscription]]) -> None:
         for subscriber, subscription in pending:
@@ -367,8 +423,10 @@ class PubSub:
 
     def unsubscribe(self, topic: str) -> None:
         """Stop to hear ``topic`` unless it is subscribed to again: it has no local subscriber any more."""
+        if self.history is not None:
+            self.history.unfollow(topic)
         if topic in self._heard:
-            _ = self._spawn(self._stop_hearing(topic))
+            _ = self.spawn(self._stop_hearing(topic))
 
     async def _stop_hearing(self, topic: str) -> None:
         async with self._lock(topic):
@@ -448,7 +506,8 @@ class PubSub:
         if not future.cancelled() and isinstance(error := future.exception(), BusUnavailable):
             self._log.warning("bus", "the bus did not take a message: %s", error)
 
-    def _spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+    def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """Run something until it ends or the relay stops."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

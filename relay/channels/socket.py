@@ -272,6 +272,12 @@ class Socket(ChannelOwner):
         if self.transport.closed_with in _REVOKING:
             self._revoke()
 
+    def fell_behind(self, topic: str, position: str) -> None:
+        """Have the channel of a topic given events from its history: the client reads too slowly for them."""
+        channel = self.protocol.subscriptions.get(topic)
+        if channel is not None:
+            channel.fall_behind(position)
+
     @property
     def dropped_notice(self) -> Callable[[str, int], Frame]:
         """Makes the frame that tells the client how many events of a topic were dropped."""

@@ -291,16 +291,16 @@ def _bus(settings: Config, url: str) -> "AbstractAsyncContextManager[Publish]":
 
 @asynccontextmanager
 async def _redis(settings: Config) -> AsyncIterator[Publish]:
-    from relay.brokers.redis import publishing
+    from relay.brokers.redis_publish_once import publishing
 
     heard = False
     async with publishing(settings) as publish_to_redis:
 
         async def publish(events: Sequence[tuple[str, Any]]) -> None:
             sent = [(topic, EVENT, json.dumps(payload).encode()) for topic, payload in events]
-            relays = await publish_to_redis(sent)
+            published = await publish_to_redis(sent)
             nonlocal heard
-            heard = heard or relays > 0
+            heard = heard or published.listening != 0
             if not heard:
                 raise Failed("no relay listens to this Redis; give the --redis-url of the one to load")
 

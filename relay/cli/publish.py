@@ -1,9 +1,10 @@
 """``relay publish``: one event into Redis, as a backend does.
 
-Owns which Redis is meant; the publishing is that of `relay.brokers.redis`.
+Owns which Redis is meant; the publishing is that of `relay.brokers.redis_publish_once`.
 """
 
 import asyncio
+from typing import TYPE_CHECKING
 
 from relay import runtime_dir
 from relay.cli.options import ConfigFile, EventName, Payload, RedisUrl, Topic, event_of, json_of, topic_of
@@ -11,6 +12,9 @@ from relay.cli.output import console, fail, is_terminal, print_lines
 from relay.config import EMBEDDED, Config
 from relay.config_sources import load
 from relay.errors import BusUnavailable, ConfigError
+
+if TYPE_CHECKING:
+    from relay.brokers.redis_publish_once import Published
 
 
 def publish(
@@ -28,17 +32,24 @@ def publish(
     else:
         settings = settings.model_copy(update={"redis_url": runtime_dir.with_password(settings.redis_url)})
     try:
-        relays = asyncio.run(_publish(settings, topic, event, payload.encode()))
+        published = asyncio.run(_publish(settings, topic, event, payload.encode()))
     except BusUnavailable as error:
         fail(f"not published: {error}")
+    if published.position is not None:
+        if is_terminal():
+            console().print(f"published to {topic} at {published.position}")
+        else:
+            print_lines([{"topic": topic, "event": event, "position": published.position}])
+        return
+    relays = published.listening
     if is_terminal():
         console().print(f"published to {topic}; {relays} relay{'' if relays == 1 else 's'} listening")
     else:
         print_lines([{"topic": topic, "event": event, "relays": relays}])
 
 
-async def _publish(settings: Config, topic: str, event: str, payload: bytes) -> int:
-    from relay.brokers.redis import publishing
+async def _publish(settings: Config, topic: str, event: str, payload: bytes) -> "Published":
+    from relay.brokers.redis_publish_once import publishing
 
     async with publishing(settings) as publish:
         return await publish([(topic, event, payload)])

@@ -50,12 +50,14 @@ class Frame:
           is_text: a text frame (opcode 1) rather than a binary one (opcode 2).
     """
 
-    __slots__ = ("_ws_frame_compressed", "_text", "_value", "_ws_frame", "data", "is_text", "size")
+    __slots__ = ("_ws_frame_compressed", "_text", "_value", "_ws_frame", "data", "is_text", "position", "size")
 
     def __init__(self, data: bytes, is_text: bool) -> None:
         self.data: bytes = data
         self.is_text: bool = is_text
         self.size: int = len(data)
+        self.position: str | None = None
+        """Of an event of a topic with a history: its place there."""
         self._ws_frame: bytes | None = None
         self._ws_frame_compressed: bytes | None = None
         self._text: str | None = None

@@ -4,6 +4,7 @@ Owns the decision between the two, and why bytes are not JSON; must not know fra
 """
 
 import re
+from collections.abc import Mapping
 from typing import TypeAlias
 
 import msgspec
@@ -114,3 +115,12 @@ def identified(user: str | None, socket_id: str, payload: Payload) -> msgspec.Ra
     """Say whose a push is: ``{"user":…,"socket":…,"payload":…}``; bytes stand there as ``{"base64": "…"}``."""
     fields = (_encode(user), _encode(socket_id), bytes(as_json(payload)))
     return msgspec.Raw(b'{"user":%b,"socket":%b,"payload":%b}' % fields)
+
+
+def add_members(payload: Payload, members: Mapping[str, object]) -> Payload:
+    """Add members to an object; any other payload is left as it is."""
+    data = bytes(payload).strip()
+    if not isinstance(payload, msgspec.Raw) or not data.startswith(b"{"):
+        return payload
+    head = data[:-1].rstrip()
+    return msgspec.Raw(b"%b%b%b" % (head, b"" if head == b"{" else b",", _encode(dict(members))[1:]))

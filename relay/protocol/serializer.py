@@ -197,6 +197,53 @@ def encode_broadcast(version: Version, topic: str, event: str, payload: Payload,
     return _text_v2(None, None, topic, event, payload)
 
 
+POSITION_KEY = "_position"
+"""Of an event's payload, and of the reply to a join, where the client has asked for positions."""
+
+POSITION_EVENT = "relay:position"
+"""Follows an event whose payload is no object; publishers cannot send it, since no event from the bus has a colon."""
+
+
+def encode_positioned(
+    version: Version, topic: str, event: str, payload: Payload, position: str | None
+) -> list[tuple[str, Frame]]:
+    """Encode one event for subscribers that have asked for positions: frames with the names of their events.
+
+    The position is the last member of a payload that is an object. After any other payload a second event has it. An
+    event without a position says so by null where its payload has a member of this name, since clients take the last.
+
+    Wire: ``[null,null,topic,event,{…,"_position":"<ms>-<n>"}]``, or the event verbatim and then
+          ``[null,null,topic,"relay:position",{"_position":"<ms>-<n>"}]``.
+    """
+    if version is Version.SSE:
+        return [(event, encode_broadcast(version, topic, event, payload, position))]
+    spliced = splice(payload, position)
+    if spliced is not None:
+        frames = [(event, encode_broadcast(version, topic, event, spliced))]
+    else:
+        frames = [(event, encode_broadcast(version, topic, event, payload))]
+        if position is not None:
+            note = encode_payload({POSITION_KEY: position})
+            frames.append((POSITION_EVENT, encode_broadcast(version, topic, POSITION_EVENT, note)))
+    for _, frame in frames:
+        frame.position = position
+    return frames
+
+
+def splice(payload: Payload, position: str | None) -> msgspec.Raw | None:
+    """An object with a position as its last member, its bytes otherwise untouched; None for any other payload."""
+    if not isinstance(payload, msgspec.Raw):
+        return None
+    data = bytes(payload).strip(b" \t\r\n")
+    if not data.startswith(b"{"):
+        return None
+    if position is None and b'"_position"' not in data and b"\\u" not in data:
+        return msgspec.Raw(data)
+    head = data[:-1].rstrip(b" \t\r\n")
+    value = b"null" if position is None else b'"%b"' % position.encode()
+    return msgspec.Raw(b'%b%b"_position":%b}' % (head, b"" if head == b"{" else b",", value))
+
+
 def encode_push(version: Version, join_ref: Ref, topic: str, event: str, payload: Payload) -> Frame:
     """Encode one message to one client: its join_ref, and no ref – phoenix.js takes any ref for its heartbeat's.
 

@@ -44,13 +44,13 @@ class StreamFrame(Frame):
           position: its place in the topic's history, where it has one.
     """
 
-    __slots__ = ("body", "position", "topic")
+    __slots__ = ("body", "topic")
 
     def __init__(self, topic: str, body: bytes, position: str | None = None) -> None:
         super().__init__(body if position is None else b"id: %b\n%b" % (position.encode(), body), True)
         self.topic: str = topic
         self.body: bytes = body
-        self.position: str | None = position
+        self.position = position
 
     @property
     def ws_frame(self) -> bytes:

@@ -42,6 +42,9 @@ class TransportOwner(Protocol):
     def close_started(self) -> None:
         """Learn that the relay has begun to close the transport."""
 
+    def fell_behind(self, topic: str, position: str) -> None:
+        """Learn that events of a topic, from this position on, were dropped, since they are in its history."""
+
     @property
     def dropped_notice(self) -> Callable[[str, int], Frame]:
         """Makes the frame that tells the client how many events of a topic were dropped."""
@@ -81,6 +84,9 @@ class Transport(Protocol):
     @property
     def write_mode(self) -> str:
         """How frames are written: ``direct`` to the server's transport, or through ASGI."""
+
+    async def drained(self) -> None:
+        """Return once nothing waits and the connection takes more; or it is being closed, or has ended."""
 
     @property
     def queued_bytes(self) -> int:

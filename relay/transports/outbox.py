@@ -28,6 +28,9 @@ class _Entry:
     """The pattern that its topic's policy stands under."""
 
 
+RECOVER_BYTES = 32_768
+"""Most bytes of events that wait for a socket under the policy ``recover``: beyond, they are in the history."""
+
 ENTRY_BYTES = 140
 """What a waiting frame takes beside its own bytes: its entry, its key, its places in the queue and in the table."""
 
@@ -138,8 +141,8 @@ class Outbox:
     def add_event(self, frame: Frame, topic: str, event: str, policy: Policy) -> int | None:
         """Queue an event, and make room for it as its topic's policy says.
 
-        Returns: how many events were dropped (the new one, where it alone exceeds the bound), or None:
-                 the socket must be closed, and the event was not queued.
+        Returns: how many events were dropped (the new one, where it alone exceeds the bound), or None, where the event
+                 was not queued: the socket must be closed; under ``recover`` it is given events from the history.
         """
         dropped = self._add_event(frame, topic, event, policy)
         if dropped:
@@ -156,6 +159,20 @@ class Outbox:
             self._counted = (waiting_bytes, frames)
             self._outboxes.count(self, more_bytes, more_bytes + ENTRY_BYTES * more_frames)
 
+    def drop_recoverable(self, topic: str) -> str | None:
+        """Drop what waits of a topic and is in its history; returns the position of the first, or None."""
+        first: str | None = None
+        kept: deque[_Entry] = deque()
+        for entry in self._entries:
+            if entry.key is None or entry.key[0] != topic or entry.frame.position is None:
+                kept.append(entry)
+            else:
+                first = first or entry.frame.position
+                self._forget(entry)
+        self._entries = kept
+        self._count()
+        return first
+
     def _add_event(self, frame: Frame, topic: str, event: str, policy: Policy) -> int | None:
         overflow = policy.overflow
         value = frame.payload_value(policy.latest_key) if policy.latest_key else None
@@ -167,9 +184,14 @@ class Outbox:
             waiting.frame = frame
             return 1
         dropped = 0
-        if self.event_bytes + frame.size > self.max_bytes:
+        if overflow is Overflow.RECOVER and frame.position is not None:
+            if self.event_bytes + frame.size > RECOVER_BYTES:
+                return None
+        elif self.event_bytes + frame.size > self.max_bytes:
             if overflow is Overflow.DISCONNECT:
                 return None
+            if overflow is Overflow.RECOVER:  # an event that is in no history
+                return 1
             if frame.size > self.max_bytes:
                 return 1
             if waiting is not None:  # outgrown its place: the newer value goes to the end of the queue

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 
-from relay.config import LimitsConfig, Policy
+from relay.config import LimitsConfig, Overflow, Policy
 from relay.errors import CloseCode
 from relay.log import RateLimitedLogger
 from relay.metrics import Metrics
@@ -117,6 +117,11 @@ class QueuedTransport(ABC):
             return
         outbox = self._queue()
         dropped = outbox.add_event(frame, topic, event, policy)
+        if dropped is None and frame.position is not None and policy.overflow is Overflow.RECOVER:
+            first = outbox.drop_recoverable(topic) or frame.position
+            if self.owner is not None:
+                self.owner.fell_behind(topic, first)
+            return
         if dropped is None:
             self._lose(outbox, "slow reader disconnected", Counter((policy.match,)))
             self._warn("slow", "reads too slowly for topic %r, outbox full; closed with 1013", topic)
@@ -199,6 +204,18 @@ class QueuedTransport(ABC):
         if not outbox:
             resolve(self._drained)
 
+    async def drained(self) -> None:
+        """Return once nothing waits and the connection takes more; or it is being closed, or has ended."""
+        while not self._ended and self._close is None and self._is_full():
+            if self._drained is None or self._drained.done():
+                self._drained = asyncio.get_running_loop().create_future()
+            await asyncio.wait((self._drained,))
+
+    def _is_full(self) -> bool:
+        if self._writer is None:
+            return bool(self._outbox) or self._is_sending()
+        return self._writer.open and (bool(self._outbox) or self._writer.paused)
+
     def reject(self, code: CloseCode, reason: str) -> None:
         """Count a frame that cannot be understood, and close."""
         self._metrics.malformed[str(int(code))] += 1
@@ -215,6 +232,7 @@ class QueuedTransport(ABC):
     def end(self) -> None:
         """Release the connection; called once by its reader, when nothing more can be received."""
         self._ended = True
+        resolve(self._drained)
         wake = self._wake
         if wake is not None and wake.done() and not wake.cancelled() and wake.result() is not None:
             self._metrics.dropped["socket closed"] += 1

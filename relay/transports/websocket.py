@@ -183,6 +183,7 @@ class WebSocketTransport(QueuedTransport):
         end = loop.time() + self._limits.close_timeout_s
         try:
             async with asyncio.timeout_at(end):
+                resolve(self._drained)  # for what waits in `drained`, which ends with the close
                 while self._outbox or self._is_sending():
                     self._drained = loop.create_future()
                     self._wake_writer()

@@ -815,7 +815,7 @@ async def test_markers_go_elsewhere_once_they_are_refused() -> None:
             url = f"redis://few:pw@127.0.0.1:{server.port}"
             sink, broker = Sink(), RedisBroker(Config(redis_url=url), Metrics())
             async with started(broker, sink):
-                broker._publisher._marker_channels = [b"relay:control", b"to:relay:probe"]  # as it would be unchecked
+                broker.publisher._marker_channels = [b"relay:control", b"to:relay:probe"]  # as it would be unchecked
                 futures = [broker.publish(Direction.TO, "room", "e", b"%d" % n, f"me.{n}") for n in range(3)]
                 await asyncio.gather(*futures)
                 await broker.publish(Direction.TO, "room", "e", b"3", "me.3")

@@ -92,6 +92,9 @@ class FakeTransport(Transport):
         self.last_size = 0 if frame is None else len(frame)
         return frame
 
+    async def drained(self) -> None:
+        """What is written is read at once."""
+
     def send_control(self, frame: Frame) -> None:
         (self.late if self.closes or self.ended else self.written).append(read_frame(frame))
         for changed in self._changed:

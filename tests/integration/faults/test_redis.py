@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from relay.brokers.redis import publishing
+from relay.brokers.redis_publish_once import publishing
 from tests.support.client import Client
 from tests.support.faults import Authority, Proxy, Sentinels
 from tests.support.process import Valkey, free_port, redis_servers, wait_for
@@ -338,7 +338,7 @@ async def test_failover_by_sentinel(serve_relay: ServeRelay, connect: Connect) -
             await witness.progress()
             assert await client_push(served, connect) == OK
             async with publishing(served.relay.config) as publish:
-                assert await publish([("room:nobody", "tick", b"1")]) == 1, "`relay publish` does too"
+                assert (await publish([("room:nobody", "tick", b"1")])).listening == 1, "`relay publish` does too"
             _ = witness.check(ticker)
         assert served.relay.metrics.gaps == len(witness.told) == 1
         metrics = (await http_get(f"{served.http}/metrics"))[1]

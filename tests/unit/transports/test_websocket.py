@@ -39,6 +39,9 @@ class Owner:
     def close_started(self) -> None:
         self.calls.append("close")
 
+    def fell_behind(self, topic: str, position: str) -> None:
+        self.calls.append(f"{topic} behind {position}")
+
     @property
     def dropped_notice(self) -> Callable[[str, int], Frame]:
         return lambda topic, count: frame(f"{topic} lost {count}")

@@ -1,0 +1,160 @@
+"""``relay:settings`` in Redis: what relays there do, for programs that publish; and how a server is prepared for it.
+
+Owns the hash's form and what is loaded into the server; must not know who publishes.
+
+A program that publishes to a topic has to know whether the topic has a history. It finds the relays' ``[[topics]]`` in
+this hash, which each relay with histories writes when it connects and renews while it runs.
+"""
+
+import logging
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import hiredis
+import msgspec
+
+from relay.brokers.redis_connection import RedisConnection, is_denied, words
+from relay.brokers.redis_scripts import FUNCTION, FUNCTION_NAME, FUNCTION_VERSION, PUBLISH, version_of
+from relay.config import Config, HistoryConfig
+from relay.version import __version__
+
+_logger = logging.getLogger("relay.redis")
+
+KEY = "relay:settings"
+
+_LIFETIME_S = 180
+"""Seconds for which the hash stays without being renewed, after the last relay with histories has gone."""
+
+RENEW_EVERY_S = 60.0
+
+
+class _Topic(msgspec.Struct):
+    match: str
+    history: dict[str, int] | None = None
+
+
+class Settings(NamedTuple):
+    """What a publisher has to know."""
+
+    to_prefix: str
+    topic_prefix: str
+    topics: tuple[tuple[str, HistoryConfig | None], ...]
+    payload_max_bytes: int
+
+    def history(self, topic: str) -> HistoryConfig | None:
+        """What is kept of a topic: as the first entry that matches it says."""
+        return next((history for match, history in self.topics if fnmatchcase(topic, match)), None)
+
+
+def own_settings(config: Config) -> Settings:
+    """What a configuration says."""
+    topics = tuple((entry.match, entry.history) for entry in config.topics)
+    return Settings(config.redis.to_prefix, config.redis.topic_prefix, topics, config.limits.payload_max_bytes)
+
+
+def history_args(
+    event: str, payload: bytes, history: HistoryConfig, sender: str | None, max_bytes: int
+) -> tuple[bytes, ...]:
+    """The arguments of ``publish.lua``."""
+    numbers = (str(number).encode() for number in (history.size, history.ttl_s))
+    return (event.encode(), payload, *numbers, (sender or "").encode(), str(max_bytes).encode())
+
+
+def renewal(config: Config) -> list[tuple[str, ...]]:
+    """The commands that write the hash."""
+    topics = [
+        _Topic(entry.match, None if entry.history is None else entry.history.model_dump()) for entry in config.topics
+    ]
+    fields = {
+        "version": __version__,
+        "to_prefix": config.redis.to_prefix,
+        "topic_prefix": config.redis.topic_prefix,
+        "payload_max_bytes": str(config.limits.payload_max_bytes),
+        "topics": msgspec.json.encode(topics).decode(),
+    }
+    flat = (word for pair in fields.items() for word in pair)
+    return [("HSET", KEY, *flat), ("EXPIRE", KEY, str(_LIFETIME_S))]
+
+
+async def read_settings(connection: RedisConnection, config: Config) -> Settings:
+    """What the relays on this Redis say, else what the configuration says. Raises LinkLost."""
+    own = own_settings(config)
+    reply = await connection.ask("HGETALL", KEY)
+    flat: Any = list(reply.items()) if isinstance(reply, dict) else reply
+    if isinstance(reply, hiredis.ReplyError) or not flat:
+        return own
+    pairs = flat if isinstance(reply, dict) else zip(flat[::2], flat[1::2], strict=True)
+    fields = {name.decode(): value.decode(errors="replace") for name, value in pairs}
+    try:
+        topics = msgspec.json.decode(fields["topics"], type=list[_Topic])
+        found = tuple(
+            (topic.match, None if topic.history is None else HistoryConfig(**topic.history)) for topic in topics
+        )
+        limit = int(fields["payload_max_bytes"])
+        return Settings(fields["to_prefix"], fields["topic_prefix"], found, limit)
+    except (KeyError, ValueError, msgspec.MsgspecError) as error:
+        _logger.warning("%s in Redis was not understood, so the configuration is used: %s", KEY, error)
+        return own
+
+
+class Preparation:
+    """Loads what histories need into a server, and says once what it cannot do.
+
+    Args: config: where some topic has a history.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._said: set[str] = set()
+
+    async def prepare(self, connection: RedisConnection) -> bool:
+        """Do so on a connection that has just been made; say whether it knows the script. Raises LinkLost."""
+        for command in renewal(self._config):
+            reply = await connection.ask(*command)
+            if isinstance(reply, hiredis.ReplyError):
+                self._say(f"{KEY} cannot be written ({words(reply)}): `relay publish` needs the configuration file")
+                break
+        await self._load_function(connection)
+        reply = await connection.ask("SCRIPT", "LOAD", PUBLISH.text)
+        if isinstance(reply, hiredis.ReplyError):
+            self._say(f"SCRIPT LOAD is not possible ({words(reply)}): EVAL is used, which sends the script each time")
+        return not isinstance(reply, hiredis.ReplyError)
+
+    async def _load_function(self, connection: RedisConnection) -> None:
+        reply = await connection.ask("FUNCTION", "LIST", "LIBRARYNAME", FUNCTION_NAME, "WITHCODE")
+        if isinstance(reply, hiredis.ReplyError):
+            why = (
+                "not permitted"
+                if is_denied(reply)
+                else "Redis 7.0 has it first"
+                if _is_unknown(reply)
+                else words(reply)
+            )
+            self._say(f"no function {FUNCTION_NAME} ({why}): programs in other languages publish history with EVAL")
+            return
+        if reply:
+            version = version_of(_code_of(reply[0]))
+            if version is None:
+                self._say(f"a function library {FUNCTION_NAME} of another program is there: it is left alone")
+            if version is None or version >= FUNCTION_VERSION:
+                return
+        loaded = await connection.ask("FUNCTION", "LOAD", "REPLACE", FUNCTION)
+        if isinstance(loaded, hiredis.ReplyError):
+            self._say(
+                f"no function {FUNCTION_NAME} ({words(loaded)}): programs in other languages publish history with EVAL"
+            )
+
+    def _say(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            _logger.warning("history: %s", text)
+
+
+def _is_unknown(reply: hiredis.ReplyError) -> bool:
+    return "unknown" in str(reply).lower()
+
+
+def _code_of(library: Any) -> str:
+    """The code of one library in the reply to ``FUNCTION LIST … WITHCODE``; a map under RESP3."""
+    pairs = library.items() if isinstance(library, dict) else zip(library[::2], library[1::2], strict=True)
+    return next((value.decode(errors="replace") for name, value in pairs if name == b"library_code"), "")

@@ -1,0 +1,40 @@
+"""Messages on the channel of a topic, which bears the name of the topic's history.
+
+Owns their form; must not know connections::
+
+    new_msg:{"text":"hi"}                          an event: its name, a colon, the payload verbatim
+    :1764150000000-17:new_msg:{"text":"hi"}        the same with its position; publish.lua alone writes it
+    :1764150000000-17*6f1c2a9e.7:new_msg:{}        the same with its sender; `*<sender>` stands without a position too
+    :1764150000000-17:                             a notice: this is the newest position; check.lua writes it
+
+The name of an event is never empty, so that a colon in the first place cannot be mistaken.
+"""
+
+from relay.brokers.base import Event, is_position
+
+_NOT_A_NAME = (b"{", b"[", b'"')
+"""How payloads begin, where a publisher has forgotten the event's name."""
+
+
+def unpack(topic: str, data: bytes) -> Event | None:
+    """Read a message; None where it names no event."""
+    head = data.find(b":")
+    position: str | None = None
+    sender: str | None = None
+    start = 0
+    if head == 0:
+        head = data.find(b":", 1)
+        if head < 0:
+            return None
+        place, star, name = data[1:head].decode(errors="replace").partition("*")
+        position = place or None
+        sender = name if star else None
+        if position is not None and not is_position(position):
+            return None
+        start = head + 1
+        if start == len(data):  # a notice
+            return None if position is None else Event(topic, "", b"", position)
+        head = data.find(b":", start)
+    if head <= start or data[start:head].startswith(_NOT_A_NAME):
+        return None
+    return Event(topic, data[start:head].decode(errors="replace"), data[head + 1 :], position, sender)

@@ -1,0 +1,283 @@
+"""Reads histories for those who join: what a position is worth, and pages of rows.
+
+Owns what is read once for all who ask for it; must not know what comes from the bus.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+from relay.brokers.base import Event, HistoryStore, Opened, Place, is_position
+from relay.config import Config, HistoryConfig
+from relay.errors import BusUnavailable, NotRecovered
+from relay.metrics import Metrics
+from relay.protocol.frame import Frame
+from relay.protocol.payload import Payload
+from relay.protocol.serializer import Version, encode_broadcast, encode_positioned
+
+PAGE_BYTES, PAGE_ROWS = 32_768, 64
+"""A page has as many rows as have about so many bytes, and no more than so many."""
+
+ENTRY_BYTES = 256
+"""What an event in memory takes beside its payload."""
+
+_ReadKey = tuple[str, str, object]
+
+
+class Entry:
+    """One event of a history, encoded at most once for each form in which it is sent."""
+
+    __slots__ = ("_frames", "event", "payload", "place", "size", "topic")
+
+    def __init__(self, topic: str, place: Place, event: str, payload: Payload, size: int) -> None:
+        self.topic: str = topic
+        self.place: Place = place
+        self.event: str = event
+        """Empty where a plugin has dropped it, or it cannot be delivered."""
+        self.payload: Payload = payload
+        self.size: int = size + ENTRY_BYTES
+        self._frames: dict[tuple[Version, bool], Sequence[tuple[str, Frame]]] = {}
+
+    def frames(self, version: Version, positioned: bool) -> Sequence[tuple[str, Frame]]:
+        """Its frames, each with the name of its event."""
+        if not self.event:
+            return ()
+        key = (version, positioned)
+        frames = self._frames.get(key)
+        if frames is None:
+            position = str(self.place)
+            if positioned:
+                frames = encode_positioned(version, self.topic, self.event, self.payload, position)
+            else:
+                frame = encode_broadcast(version, self.topic, self.event, self.payload, position)
+                frame.position = position
+                frames = [(self.event, frame)]
+            self._frames[key] = frames
+        return frames
+
+
+class Page:
+    """Rows of a history that follow each other."""
+
+    __slots__ = ("end", "entries", "is_last", "size")
+
+    def __init__(self, entries: Sequence[Entry], end: Place, is_last: bool) -> None:
+        self.entries: Sequence[Entry] = entries
+        self.end: Place = end
+        """Of the last row, delivered or not: the next page begins behind it."""
+        self.is_last: bool = is_last
+        """Whether there was nothing behind it."""
+        self.size: int = sum(entry.size for entry in entries)
+
+
+class Recovery:
+    """What a join on a topic with a history is given."""
+
+    __slots__ = ("fault", "is_included", "is_recovered", "position", "start")
+
+    def __init__(
+        self,
+        position: str | None,
+        start: Place | None,
+        fault: NotRecovered | None = None,
+        *,
+        is_recovered: bool = False,
+        is_included: bool = False,
+    ) -> None:
+        self.position: str | None = position
+        """What the reply says: the events that follow it are delivered."""
+        self.start: Place | None = start
+        """Where they begin; None for the next event that is heard."""
+        self.fault: NotRecovered | None = fault
+        self.is_recovered: bool = is_recovered
+        self.is_included: bool = is_included
+        """Whether the event at `start` is delivered too."""
+
+    @property
+    def response(self) -> dict[str, object]:
+        """Members of the reply to the join."""
+        fields: dict[str, object] = {"_position": self.position}
+        if self.is_recovered:
+            fields["recovered"] = True
+        elif self.fault is not None:
+            fields |= {"recovered": False, "reason": str(self.fault)}
+        return fields
+
+
+class RowFilter(Protocol):
+    """What decides on each row."""
+
+    async def filter_row(self, row: Event) -> tuple[str, Payload] | None:
+        """What handlers and limits leave of an event; None for nothing."""
+
+
+class HistoryReader:
+    """Reads the store, once for all who ask for the same.
+
+    Args: store: gives what reads histories, or None while that is impossible.
+    """
+
+    def __init__(
+        self, config: Config, store: Callable[[], HistoryStore | None], row_filter: RowFilter, metrics: Metrics
+    ) -> None:
+        self._config = config
+        self._limits = config.limits
+        self._store = store
+        self._filter = row_filter
+        self._metrics = metrics
+        # Reads under way, and pages that are whole, least recently used first.
+        self._reads: dict[_ReadKey, asyncio.Task[object]] = {}
+        self._pages: OrderedDict[_ReadKey, Page] = OrderedDict()
+        self.bytes: int = 0
+        """Of the pages in memory."""
+
+    @property
+    def store(self) -> HistoryStore:
+        """What reads histories. Raises BusUnavailable where that is impossible now."""
+        store = self._store()
+        if store is None:
+            raise BusUnavailable("histories cannot be heard")
+        return store
+
+    def _settings(self, topic: str) -> HistoryConfig:
+        settings = self._config.topic(topic).history
+        assert settings is not None, "the caller has looked"
+        return settings
+
+    # What a position is worth.
+
+    async def open(self, topic: str, since: object, last: object) -> Recovery:
+        """Decide what a join is given.
+
+        Args:   since: the client's position, as it says; any other value is not recovered, and None asks for nothing.
+                last: how many of the newest events it asks for instead; ignored where that is no number.
+        Raises: BusUnavailable.
+        """
+        count = min(last, self._limits.recover_max_events) if isinstance(last, int) and last is not True else 0
+        if since is None and count > 0:
+            return await self._open_last(topic, count)
+        opened = await self._open(topic, since if is_position(since) else "0-0")
+        newest = Place.of(opened.newest)
+        if since is None:
+            return Recovery(opened.newest, newest)
+        if opened.fault is None:
+            assert isinstance(since, str), "it is a position"
+            self._metrics.history_recovered += 1
+            return Recovery(since, Place.of(since), is_recovered=True)
+        self._metrics.history_not_recovered[opened.fault] += 1
+        return Recovery(opened.newest, newest, opened.fault)
+
+    async def _open(self, topic: str, since: object) -> Opened:
+        assert isinstance(since, str), "it is a position"
+        limits = self._limits
+        read = self.store.open(topic, since, self._settings(topic), limits.recover_max_events, limits.recover_max_bytes)
+        opened = await self._share((topic, since, "open"), read)
+        assert isinstance(opened, Opened), "it was asked for"
+        return opened
+
+    async def _open_last(self, topic: str, count: int) -> Recovery:
+        """Find the oldest of the last events, and the position before it."""
+        store, opened = self.store, await self._open(topic, "0-0")
+        found: list[Event] = []
+        size = 0
+        oldest_ms = opened.now_ms - self._settings(topic).ttl_s * 1000
+        step = 16
+        before: str | None = None
+        is_end = False
+        while not is_end and len(found) <= count:
+            rows = await store.last(topic, min(step, count + 1 - len(found)), before)
+            is_end = not rows
+            step = min(step * 2, 256)
+            for row in reversed(rows):
+                size += len(row.payload)
+                before = row.position
+                if not row.event or size > self._limits.recover_max_bytes:
+                    is_end = True
+                    break
+                found.append(row)
+        first = found[min(count, len(found)) - 1] if found else None
+        while first is not None and Place.of(str(first.position)).ms < oldest_ms:
+            found = found[: found.index(first)]
+            first = found[-1] if found else None
+        if first is None:
+            return Recovery(opened.newest, Place.of(opened.newest))
+        place = Place.of(str(first.position))
+        at = found.index(first)
+        position = found[at + 1].position if at + 1 < len(found) else str(Place(place.ms, place.n - 1))
+        return Recovery(position, place, is_included=True)
+
+    # Pages.
+
+    async def page(self, topic: str, place: Place, is_included: bool, row_bytes: float) -> Page | None:
+        """The rows behind a position, or from it on; None where that is gone, or events behind it were lost.
+
+        Args:   row_bytes: of a typical row.
+        Raises: BusUnavailable.
+        """
+        key = (topic, str(place), is_included)
+        page = self._pages.get(key)
+        if page is not None:
+            self._pages.move_to_end(key)
+            return page
+        read = await self._share(key, self._read_page(topic, place, is_included, row_bytes))
+        assert read is None or isinstance(read, Page), "it was asked for"
+        if read is not None and not read.is_last and key not in self._pages:
+            self._pages[key] = read
+            self.bytes += read.size
+        return read
+
+    async def _read_page(self, topic: str, place: Place, is_included: bool, row_bytes: float) -> Page | None:
+        before = place.n - 1 if is_included else place.n
+        count = rows_behind(before, row_bytes) + (0 if is_included else 1)
+        rows = await self.store.read(topic, str(place), count)
+        if rows is None:
+            return None
+        entries: list[Entry] = []
+        for row in rows if is_included else rows[1:]:
+            if row.event:
+                left = await self._filter.filter_row(row)
+                event, payload = ("", row.payload) if left is None else left
+                entries.append(Entry(topic, Place.of(str(row.position)), event, payload, len(row.payload)))
+            elif row.payload:  # a mark: what was acknowledged before it is lost
+                return None
+        return Page(entries, Place.of(str(rows[-1].position)), len(rows) < count)
+
+    def forget_oldest(self) -> bool:
+        """Forget the page that was not asked for for longest; False where there is none."""
+        if not self._pages:
+            return False
+        _, page = self._pages.popitem(last=False)
+        self.bytes -= page.size
+        return True
+
+    def forget(self, topic: str) -> None:
+        """Forget all pages of a topic."""
+        for key in [key for key in self._pages if key[0] == topic]:
+            self.bytes -= self._pages.pop(key).size
+
+    async def _share(self, key: _ReadKey, read: Awaitable[object]) -> object:
+        """Read once for all who ask meanwhile."""
+        task = self._reads.get(key)
+        if task is None:
+            task = self._reads[key] = asyncio.ensure_future(read)
+            task.add_done_callback(lambda done: self._reads.pop(key, None))
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        elif asyncio.iscoroutine(read):
+            read.close()
+        return await asyncio.shield(task)
+
+    async def close(self) -> None:
+        """End what is being read."""
+        for task in tuple(self._reads.values()):
+            task.cancel()
+        if self._reads:
+            _ = await asyncio.gather(*self._reads.values(), return_exceptions=True)
+
+
+def rows_behind(n: int, row_bytes: float) -> int:
+    """How many rows to read behind one: pages begin at the same rows for all who read them."""
+    rows = PAGE_ROWS
+    while rows > 1 and rows * row_bytes > PAGE_BYTES:
+        rows //= 2
+    return rows - (n + 1) % rows
