@@ -389,7 +389,7 @@ class Relay:
         self._let_go_of_ended()
         if self._node is None:
             # Starlette runs no lifespan of a mounted app: the first request finds the relay asleep.
-            _logger.warning("started by the first request; `relay.install(app)` starts it with your app")
+            _logger.warning("relay started by its first request; `relay.install(app)` starts it with your app")
             await self.start()
         if scope["type"] == "websocket" and not self.node.pubsub.home.is_here:
             raise RelayError(f"a socket in another event loop than the relay's would hear no event. {ONE_LOOP}")
@@ -497,7 +497,7 @@ class Relay:
             await self.start()
         except Exception as error:
             if not isinstance(error, ConfigError):
-                _logger.exception("the relay cannot start")
+                _logger.exception("start failed")
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
         await send({"type": "lifespan.startup.complete"})

@@ -252,7 +252,7 @@ class Node:
     async def _drain(self) -> None:
         limits, waiting = self.config.limits, list(self.sockets.values())
         if waiting:
-            _logger.info("ending: closing %d sockets", len(waiting))
+            _logger.info("shutting down: closing %d sockets", len(waiting))
         # The last ones need time for their close, too.
         time_s = max(limits.drain_timeout_s - limits.close_timeout_s, limits.drain_timeout_s / 2)
         per_s = max(limits.drain_per_s, len(waiting) / time_s)
@@ -447,7 +447,7 @@ class Node:
             if late_s > _STALL_S:
                 self._metrics.event_loop_stalls += 1
                 self._log.warning(
-                    "stall", "the event loop stood still for %.1f s: a handler blocks, or the machine does", late_s
+                    "stall", "event loop blocked for %.1f s (a handler blocks, or the machine is overloaded)", late_s
                 )
                 due = now + look_s
             self._loggers.flush()
@@ -471,7 +471,7 @@ class Node:
         try:
             await self._exporter.save()
         except OSError as error:  # a full disk, say: the others see what was written last
-            self._log.warning("metrics.dir", "metrics.dir cannot be written: %s", error)
+            self._log.warning("metrics.dir", "writing metrics.dir failed: %s", error)
 
     @property
     def state(self) -> ProcessState:

@@ -57,4 +57,4 @@ def service_links(environ: Mapping[str, str]) -> list[str]:
 def log_service_links() -> None:
     """Log, once, which variables are ignored as `service_links`."""
     if ignored := service_links(os.environ):
-        _logger.info("ignoring variables of a Kubernetes service or container link: %s", ", ".join(ignored))
+        _logger.info("variables of a Kubernetes service or container link ignored: %s", ", ".join(ignored))

@@ -56,7 +56,7 @@ class ApiKeyAuth:
     def _logged(self, scope: Mapping[str, Any], fault: AccessDenied | None, door: str) -> AccessDenied | None:
         if fault is not None and fault.is_wrong_key:
             address = (scope.get("client") or (None,))[0]
-            self._log.warning(door, "%s: refused a wrong API key; address %s", door, address, address=address)
+            self._log.warning(door, "wrong API key refused (%s); address %s", door, address, address=address)
         return fault
 
     def check(self, scope: Mapping[str, Any], given: bytes) -> AccessDenied | None:

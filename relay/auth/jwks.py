@@ -85,7 +85,7 @@ class PublishedKeys:
             # Its text may name the address, which may hold a password.
             what = str(error) if isinstance(error, _JwksError) else type(error).__name__
             known = "those known serve on" if self._keys else "no token can be checked against them"
-            self._log.warning("jwks", "auth.jwks_url: the keys cannot be fetched (%s); %s", what, known)
+            self._log.warning("jwks", "fetching the keys of auth.jwks_url failed (%s); %s", what, known)
         else:
             self._keys = keys
             self._fetched_at = self._tried_at

@@ -139,7 +139,7 @@ class BroadcasterBroker:
             try:
                 await self._backend.unsubscribe(channel)
             except Exception as error:  # as above; hearing more than is wanted does no harm
-                _logger.warning("cannot unsubscribe from %r: %s", channel, error)
+                _logger.warning("unsubscribe from %r failed: %s", channel, error)
 
     def publish(
         self, direction: Direction, topic: str, event: str, payload: bytes, sender: str | None = None

@@ -162,7 +162,7 @@ class RedisBroker:
         try:
             return await session.run()
         except Exception as error:  # a fault of our own must not leave the relay deaf
-            _logger.exception("the Redis listener failed")
+            _logger.exception("Redis listener failed")
             return f"internal error: {type(error).__name__}"
         finally:
             self._session = None

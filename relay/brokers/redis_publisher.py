@@ -234,7 +234,7 @@ class Publisher:
                 self._fail_all(fault)
                 self._wakes_at = self._clock() + self._settings.backoff_min_s
                 if attempt == 1:
-                    _logger.warning("cannot publish to %s: %s; trying again", self._owner.address, fault)
+                    _logger.warning("publishing connection to %s failed: %s; trying again", self._owner.address, fault)
             self._wake.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(random.uniform(self._settings.backoff_min_s / 4, limit_s)):
@@ -425,7 +425,7 @@ class Publisher:
                 asked = self._ask(connection, commands[0]) if commands else None
 
     def _give_up(self, connection: RedisConnection, fault: str) -> None:
-        _logger.warning("connection for publishing to %s lost: %s", self._owner.address, fault)
+        _logger.warning("publishing connection to %s lost: %s", self._owner.address, fault)
         self._lose(connection, fault)
 
     def _ask(self, connection: RedisConnection, command: str) -> asyncio.Future[Any]:

@@ -137,7 +137,7 @@ class Session:
         except LinkLost as lost:
             self.end(str(lost))
         except Exception as error:  # an unguarded subscription may go deaf
-            _logger.exception("the guard of the Redis subscription failed")
+            _logger.exception("guard of the Redis subscription failed")
             self.end(f"internal error: {type(error).__name__}")
 
     # Reading.

@@ -195,7 +195,7 @@ class PubSub:
                 self._note(topic, position)
             elif filtered and not self._may_wait(topic, data):
                 metrics.dropped["on_event handler too slow"] += 1
-                self._log.warning("on_event", "plugins are too slow for the events of topic %r: dropped", topic)
+                self._log.warning("on_event", "event on topic %r dropped: plugins are too slow", topic)
                 self._note(topic, position)
             else:
                 payload = classify_payload(data)
@@ -265,7 +265,7 @@ class PubSub:
         """Count an event that is delivered as bytes although its publisher meant JSON, and say why now and then."""
         if (fault := fault_of_json(data)) is not None:
             self._metrics.events_not_json += 1
-            text = "payload of event %r on topic %r looks like JSON but is not valid: %s; delivered as binary"
+            text = "event %r on topic %r delivered as binary: its payload looks like JSON but is not valid: %s"
             self._log.warning("no JSON", text, event, topic, fault)
 
     def _filter(
@@ -314,7 +314,7 @@ class PubSub:
             if hook.topic == pattern:
                 if not self._may_wait(hook, data):
                     self._metrics.dropped["on_redis handler too slow"] += 1
-                    self._log.warning(hook.plugin, "plugin %s is too slow for %s: dropped", hook.plugin, pattern)
+                    self._log.warning(hook.plugin, "message on %s dropped: plugin %s is too slow", pattern, hook.plugin)
                 else:
                     self._queue.run(hook, partial(self._call_redis_hook, hook, message), len(data))
 
@@ -328,7 +328,7 @@ class PubSub:
         message = control.decode(data)
         if message is None:
             self._metrics.dropped["control message not understood"] += 1
-            self._log.warning("control", "a message on the control channel was not understood: dropped")
+            self._log.warning("control", "control message dropped: not understood")
         else:
             self.on_control(message)
 
@@ -504,7 +504,7 @@ class PubSub:
 
     def _log_failure(self, future: asyncio.Future[None]) -> None:
         if not future.cancelled() and isinstance(error := future.exception(), BusUnavailable):
-            self._log.warning("bus", "the bus did not take a message: %s", error)
+            self._log.warning("bus", "publish failed: %s", error)
 
     def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Run something until it ends or the relay stops."""

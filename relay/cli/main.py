@@ -200,7 +200,7 @@ def _run(
         "lifespan": "on" if application is None else "auto",
     }
     if os.environ.get("FORWARDED_ALLOW_IPS"):
-        _logger.warning("FORWARDED_ALLOW_IPS is ignored: `trusted_proxies` names the proxies to believe")
+        _logger.warning("FORWARDED_ALLOW_IPS ignored: `trusted_proxies` names the proxies to believe")
     _collect_rarely()
     app = application or _alone(settings)  # workers make their own; what is wrong is said here, once for all of them
     if settings.workers == 1:

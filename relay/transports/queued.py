@@ -124,7 +124,7 @@ class QueuedTransport(ABC):
             return
         if dropped is None:
             self._lose(outbox, "slow reader disconnected", Counter((policy.match,)))
-            self._warn("slow", "reads too slowly for topic %r, outbox full; closed with 1013", topic)
+            self._warn("slow", "closed with 1013: outbox full, the client reads too slowly for topic %r", topic)
             self.close(CloseCode.SLOW_READER, "outbox full: this client reads too slowly")
             return
         if dropped:
@@ -163,7 +163,7 @@ class QueuedTransport(ABC):
         assert self._outbox is not None, "it is the largest"
         self._lose(self._outbox, "outboxes full")
         self._metrics.refused["outboxes full"] += 1
-        self._warn("outboxes", "the largest outbox of too many; closed with 1013")
+        self._warn("outboxes", "closed with 1013: all outboxes together are full, and this one is the largest")
         self.close(CloseCode.SLOW_READER, "this client reads too slowly, and too much waits for all such")
 
     def evict(self, kind: str, reason: str) -> None:

@@ -120,7 +120,7 @@ class _Worker(multiprocess.Process):
         parent = multiprocessing.parent_process()
         assert parent is not None, "workers are spawned"
         parent.join()
-        _logger.warning("the supervisor has ended: shutting down")
+        _logger.warning("shutting down: the supervisor has ended")
         assert isinstance(self.server, Server)
         self.server.stop_listening()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -152,7 +152,7 @@ def _exception_handler(log: RateLimitedLogger) -> Any:
 
     def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         if "socket.accept() out of system resource" in context["message"]:
-            log.warning("accept", "no connection can be taken: %s", context.get("exception"))
+            log.warning("accept", "accept failed: %s", context.get("exception"))
         else:
             loop.default_exception_handler(context)
 

@@ -185,7 +185,9 @@ class Proxy:
             await self._refuse(504, "no answer in time", text, scope, client.receive, send)
             return
         except httpx.TransportError as error:
-            self._log.warning(self._entry.prefix, "%s: %s", self._entry.prefix, str(error) or type(error).__name__)
+            self._log.warning(
+                self._entry.prefix, "request to %s failed: %s", self._entry.prefix, str(error) or type(error).__name__
+            )
             text = f"{self._entry.prefix}: the service behind it does not answer"
             await _problem(502, text)(scope, client.receive, send)
             return
@@ -222,7 +224,7 @@ class Proxy:
         self, status: int, kind: str, text: str, scope: Scope, receive: ReceiveCallable, send: SendCallable
     ) -> None:
         self._count(kind)
-        self._log.warning(f"{self._entry.prefix}: {kind}", "%s: %s", self._entry.prefix, text)
+        self._log.warning(f"{self._entry.prefix}: {kind}", "request to %s refused: %s", self._entry.prefix, text)
         await _problem(status, f"{self._entry.prefix}: {text}")(scope, receive, send)
 
     def _request(self, request: Request, client: "_Client", mount: str, path: bytes) -> httpx.Request:

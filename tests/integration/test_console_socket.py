@@ -118,7 +118,7 @@ async def test_wrong_keys_are_counted_and_told_to_the_log_at_each_door(
     refused = served.relay.metrics.refused
     assert (refused["handshake: console"], refused["rest: wrong key"], refused["rest: not allowed"]) == (2, 2, 1)
     said = [record.message for record in caplog.records if record.name == "relay.operators"]
-    assert said == [f"{door}: refused a wrong API key; address 127.0.0.1" for door in ("console", "rest")]
+    assert said == [f"wrong API key refused ({door}); address 127.0.0.1" for door in ("console", "rest")]
 
 
 async def test_without_a_key_only_this_machine_gets_in(serve_relay: ServeRelay) -> None:

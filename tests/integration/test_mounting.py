@@ -35,7 +35,7 @@ from tests.support.process import DEADLINE_S, Valkey
 from tests.support.servers import AppServer
 from tests.support.serving import Served, serve
 
-HINT = "started by the first request; `relay.install(app)` starts it with your app"
+HINT = "relay started by its first request; `relay.install(app)` starts it with your app"
 
 
 def memory_relay(**settings: Any) -> Relay:

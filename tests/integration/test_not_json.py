@@ -39,8 +39,8 @@ async def test_from_redis_it_is_binary_and_counted_and_said(
     assert metric(metrics, "relay_events_not_json_total") == 3
     said = [record.getMessage() for record in caplog.records if "looks like JSON" in record.getMessage()]
     assert said == [
-        "payload of event 'e' on topic 'room:nan' looks like JSON but is not valid: NaN and Infinity are no JSON; "
-        "delivered as binary"
+        "event 'e' on topic 'room:nan' delivered as binary: its payload looks like JSON but is not valid: NaN and "
+        "Infinity are no JSON"
     ]
 
 

@@ -483,7 +483,7 @@ async def test_service_that_is_down_is_told_with_502(caplog: pytest.LogCaptureFi
             "detail": "/api/node-plugin: the service behind it does not answer",
         }
     lines = [record.getMessage() for record in caplog.records if record.name == "relay.proxy"]
-    assert lines[0].startswith("/api/node-plugin: ")
+    assert lines[0].startswith("request to /api/node-plugin failed: ")
     assert lines[1:] == ["2 similar messages suppressed (/api/node-plugin)"], "and not one line for each request"
     assert "hunter2" not in caplog.text
 

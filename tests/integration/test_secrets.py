@@ -159,7 +159,7 @@ async def test_run_shows_none_of_the_secrets_it_used(tmp_path: Path, log_format:
         ": connected",
         ": join of ",
         ": disconnected by the ",
-        "keys cannot be fetched (status 503)",
+        "fetching the keys of auth.jwks_url failed (status 503)",
     ):
         assert line in output, "there was something to say"
     assert key_server.asked

@@ -334,7 +334,7 @@ async def test_every_command_works_beside_a_kubernetes_service_of_that_name() ->
     links = {"RELAY_PORT": "tcp://10.0.0.1:80", "RELAY_SERVICE_HOST": "10.0.0.1", "RELAY_SERVICE_PORT": "80"}
     with RelayProcess("--workers", "2", environ=links) as relay:
         names = "RELAY_PORT, RELAY_SERVICE_HOST, RELAY_SERVICE_PORT"
-        assert relay.output.count(f"ignoring variables of a Kubernetes service or container link: {names}") == 1
+        assert relay.output.count(f"variables of a Kubernetes service or container link ignored: {names}") == 1
         for arguments in (
             ("publish", "room:1", "e", "{}"),
             ("push", "room:1", "e", "{}", "--url", relay.ws),

@@ -270,7 +270,7 @@ async def test_start_and_stop_may_be_called_twice() -> None:
 async def test_first_request_starts_a_relay_that_no_lifespan_has_started(caplog: pytest.LogCaptureFixture) -> None:
     relay = make()
     assert (await ask(relay, "/ready")).status == 200
-    assert "started by the first request" in caplog.text
+    assert "relay started by its first request" in caplog.text
     await relay.stop()
 
 

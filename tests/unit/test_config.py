@@ -415,7 +415,7 @@ def test_service_links_are_logged_by_a_mounted_relay(
     caplog.set_level("INFO")
     Relay.from_file(write('broadcast_url = "memory://"'))
     assert [record.message for record in caplog.records] == [
-        "ignoring variables of a Kubernetes service or container link: RELAY_PORT"
+        "variables of a Kubernetes service or container link ignored: RELAY_PORT"
     ]
 
 

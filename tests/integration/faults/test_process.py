@@ -289,7 +289,7 @@ async def test_plugin_that_blocks_the_loop_for_two_seconds_costs_no_event(naught
         metrics = await metrics_of(naughty)
     assert metric(metrics, "relay_gaps_total") == 0
     assert metric(metrics, "relay_event_loop_stalls_total") == 3
-    assert naughty.output.count("the event loop stood still for") == 1, "one line in ten seconds"
+    assert naughty.output.count("event loop blocked for") == 1, "one line in ten seconds"
 
 
 async def test_loop_that_stands_still_while_redis_is_asked_for_a_sign_of_life_keeps_its_link(
@@ -333,14 +333,24 @@ WALL_CLOCK = {
 }
 
 
+WALL_CLOCK_CALLS = {
+    "time.time",
+    "time.time_ns",
+    "_clock.time",
+    "datetime.now",
+    "datetime.utcnow",
+    "datetime.today",
+}
+
+
 def test_nothing_in_the_relay_reads_the_wall_clock() -> None:
     directory = Path(package.__file__).parent
     found = set()
     for path in directory.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                name = f"{node.value.id}.{node.attr}"
-                if name in ("time.time", "time.time_ns", "datetime.now", "datetime.utcnow", "datetime.today"):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name | ast.Attribute):
+                owner = node.value.id if isinstance(node.value, ast.Name) else node.value.attr
+                if f"{owner}.{node.attr}" in WALL_CLOCK_CALLS:
                     found.add(str(path.relative_to(directory)))
     assert found == set(WALL_CLOCK)
 

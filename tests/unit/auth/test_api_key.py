@@ -47,8 +47,8 @@ def test_wrong_key_is_logged_with_its_address_and_without_itself(caplog: pytest.
         _ = operators.authorize(scope("192.168.1.9"), given.encode(), "rest")
     _ = operators.authorize(scope(None), b"a-guess", "console")
     assert [(record.name, record.levelname, record.message) for record in caplog.records] == [
-        ("relay.operators", "WARNING", "rest: refused a wrong API key; address 192.168.1.9"),
-        ("relay.operators", "WARNING", "console: refused a wrong API key; address None"),
+        ("relay.operators", "WARNING", "wrong API key refused (rest); address 192.168.1.9"),
+        ("relay.operators", "WARNING", "wrong API key refused (console); address None"),
     ]
 
 

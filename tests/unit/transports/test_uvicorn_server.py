@@ -32,8 +32,8 @@ def test_complaints_about_descriptors_are_written_once_a_second_at_most(caplog: 
     handle(loop, context)
     loop.close()
     assert [record.getMessage() for record in caplog.records] == [
-        "no connection can be taken: [Errno 24] Too many open files",
-        "no connection can be taken: [Errno 24] Too many open files (2047 similar messages suppressed)",
+        "accept failed: [Errno 24] Too many open files",
+        "accept failed: [Errno 24] Too many open files (2047 similar messages suppressed)",
     ]
 
 
