@@ -107,8 +107,10 @@ class Relay:
         self._console = Console(self.components, self._running_node, self.exporter) if self.config.console else None
         self._proxies = self._make_proxies()
         self._http = self._make_http()
-        self._socket_paths = frozenset((*segments(path), "websocket") for path in self.config.socket_paths)
-        self._long_poll_paths = frozenset((*segments(path), "longpoll") for path in self.config.socket_paths)
+        self._socket_paths, self._stream_paths, self._long_poll_paths = (
+            frozenset((*segments(path), name) for path in self.config.socket_paths)
+            for name in ("websocket", "sse", "longpoll")
+        )
         self._rest_path = segments(self.config.rest.path)
         self._proxied_paths = tuple(segments(entry.prefix) for entry in self.config.proxy)
 
@@ -391,10 +393,15 @@ class Relay:
             # Starlette runs no lifespan of a mounted app: the first request finds the relay asleep.
             _logger.warning("relay started by its first request; `relay.install(app)` starts it with your app")
             await self.start()
-        if scope["type"] == "websocket" and not self.node.pubsub.home.is_here:
+        is_socket = scope["type"] == "websocket" or path in self._stream_paths
+        if is_socket and not self.node.pubsub.home.is_here:
             raise RelayError(f"a socket in another event loop than the relay's would hear no event. {ONE_LOOP}")
-        if scope["type"] == "http":
-            if path in self._long_poll_paths:
+        if is_socket and (missing_transport := self._missing_transport(scope, path)) is not None:
+            await self._refuse(scope, receive, send, missing_transport)
+        elif scope["type"] == "http":
+            if path in self._stream_paths:
+                await self.node.serve_socket(scope, receive, send)
+            elif path in self._long_poll_paths:
                 await self._refuse(scope, receive, send, self._no_long_poll(scope, path))
             elif path in self._socket_paths:
                 self.metrics.refused["handshake: no upgrade"] += 1
@@ -420,14 +427,15 @@ class Relay:
         """
         if len(hosts_of(scope)) > 1:
             return SEVERAL_HOSTS
-        if scope["type"] == "websocket":
+        is_socket = scope["type"] == "websocket" or path in self._stream_paths
+        if is_socket:
             is_exempt = path == _CONSOLE_SOCKET  # it asks for the key, or for this machine
         else:
             is_exempt = (path in _OPEN_PATHS and not self._is_proxied(path)) or self.components.api_key_auth.has_key(
                 scope
             )
-        refused = None if is_exempt else self.components.network_access.check(came, scope)
-        if refused is None or scope["type"] == "websocket" or not self._is_for_operators(path):
+        refused = None if is_exempt else self.components.network_access.check(came, scope, is_socket=is_socket)
+        if refused is None or is_socket or not self._is_for_operators(path):
             return refused
         fault = self.components.api_key_auth.authorize(scope, api_key_from(scope), "rest")
         return fault and HandshakeRejected(
@@ -460,6 +468,14 @@ class Relay:
             return
         headers = {"www-authenticate": "Bearer"} if refused.status == HTTPStatus.UNAUTHORIZED else None
         await pages.problem(refused.status, refused.text, headers)(scope, receive, send)
+
+    def _missing_transport(self, scope: Scope, path: tuple[str, ...]) -> HandshakeRejected | None:
+        """Say that a path is of a transport that the settings do not list; None where it is not."""
+        name = "websocket" if path in self._socket_paths else "sse" if path in self._stream_paths else ""
+        if not name or name in self.config.transports:
+            return None
+        text = f"expected one of the relay's transports, {', '.join(self.config.transports)}, got {name}"
+        return HandshakeRejected(404, f"{text}; the setting `transports` names them", "transport")
 
     def _no_long_poll(self, scope: Scope, path: tuple[str, ...]) -> HandshakeRejected:
         socket = scope.get("root_path", "") + "/" + "/".join((*path[:-1], "websocket"))

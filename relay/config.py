@@ -444,6 +444,12 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
         "", repr=False, description="another message bus instead of Redis: memory://, postgres:// or kafka://"
     )
     socket_paths: tuple[str, ...] = Field(("/socket",), min_length=1, description="paths of sockets: new Socket(path)")
+    transports: tuple[Literal["websocket", "sse"], ...] = Field(
+        ("websocket", "sse"),
+        min_length=1,
+        description='how clients may connect: "websocket" at <socket path>/websocket, "sse" (server-sent events) at '
+        "<socket path>/sse",
+    )
     allowed_origins: Literal["same", "any"] | tuple[str, ...] = Field(
         "same",
         description='pages that may connect: "same" host, "any", or a list of "same", "https://example.org", '

@@ -392,3 +392,20 @@ def clean(record: logging.LogRecord) -> bool:
 
 for _name in LOGGERS:
     logging.getLogger(_name).addFilter(clean)
+
+
+UVICORN_LOGGERS = ("uvicorn.access", "uvicorn.error")
+"""Loggers of Uvicorn that write the query of a request: the first of each request, the second of each handshake."""
+
+_TOKEN = re.compile(r"([?&](?:token|userToken)=)[^&\s]+")
+
+
+def mask_tokens(record: logging.LogRecord) -> bool:
+    """Replace tokens in the query of an address by ``***``, where the server writes it to its log. Always True."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(_TOKEN.sub(r"\1***", arg) if isinstance(arg, str) else arg for arg in record.args)
+    return True
+
+
+for _name in UVICORN_LOGGERS:
+    logging.getLogger(_name).addFilter(mask_tokens)

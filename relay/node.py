@@ -35,20 +35,23 @@ from relay.permissions import Identity
 from relay.plugins.dispatcher import HandlerError, HandlerRunner, is_being_cancelled
 from relay.plugins.hooks import Hook, Hooks, to_payload
 from relay.plugins.loader import PluginSet
+from relay.protocol.serializer import Version
 from relay.protocol.topics import is_event, is_topic
 from relay.proxy_headers import rate_limit_key
 from relay.siblings import Siblings
 from relay.telemetry import Telemetry
 from relay.threadsafe import LOOP_HAS_ENDED, Call
 from relay.tracing import Trace
-from relay.transports import handshake
+from relay.transports import handshake, sse_request
 from relay.transports.admission import ConnectionLimiter
-from relay.transports.base import ReceiveCallable, Scope, SendCallable, TransportServices
-from relay.transports.handshake import HandshakeRejected
+from relay.transports.base import ReceiveCallable, Scope, SendCallable, Transport, TransportServices
+from relay.transports.handshake import HandshakeAccepted, HandshakeRejected
 from relay.transports.network_access import NetworkAccess
 from relay.transports.outbox import OutboxBudget
+from relay.transports.sse import SSETransport, is_server_ending
+from relay.transports.sse_request import StreamRequest
 from relay.transports.websocket import WebSocketTransport
-from relay.transports.writer import EXTENSION, DirectWriter
+from relay.transports.writer import EXTENSION, STREAM_EXTENSION, DirectWriter
 
 if TYPE_CHECKING:
     from relay.auth.keys import Key
@@ -159,7 +162,7 @@ class Node:
         self.sockets: dict[str, Socket] = {}
         # Sockets that have ended, with handlers under way for what they sent: control messages are about these too.
         self._left_behind: dict[asyncio.Task[None], Socket] = {}
-        self._write_modes: Counter[str] = Counter({"direct": 0, "asgi": 0})
+        self._write_modes: Counter[str] = Counter({"direct": 0, "asgi": 0, "sse": 0})
         self._no_sockets = asyncio.Event()
         self._no_sockets.set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -269,7 +272,10 @@ class Node:
             socket.close(CloseCode.RESTART, "the relay is restarting")
 
     async def serve_socket(self, scope: Scope, receive: ReceiveCallable, send: SendCallable) -> None:
-        """Serve one ``websocket`` scope from handshake to end."""
+        """Serve one ``websocket`` scope, or an ``http`` scope that asks for a stream, from handshake to end."""
+        if scope["type"] == "http" and scope["method"] != "GET":
+            await self._answer_other_method(scope, receive, send)
+            return
         trace = None if self._tracer is None else self._tracer.begin(scope)
         try:
             await self._serve_socket(scope, receive, send, trace)
@@ -340,16 +346,34 @@ class Node:
         self._log.warning(
             refused.kind, "handshake refused: %s%s; address %s", refused.text, hint, address, address=address
         )
-        await handshake.refuse(scope, receive, send, refused)
+        if scope["type"] == "websocket":
+            await handshake.refuse(scope, receive, send, refused)
+        else:
+            await sse_request.answer(scope, refused, may_read=self._may_read(scope))(scope, receive, send)
+
+    def _may_read(self, scope: Scope) -> bool:
+        """Whether the page that sends a request, if one does, may read its answer."""
+        is_local = self._network_access.has_local_pages(scope)
+        return handshake.check_origin(scope, self.config.allowed_origins, has_local_pages=is_local) is None
+
+    async def _answer_other_method(self, scope: Scope, receive: ReceiveCallable, send: SendCallable) -> None:
+        if scope["method"] == "OPTIONS":
+            await sse_request.answer_options(scope, may_read=self._may_read(scope))(scope, receive, send)
+        else:
+            await self._refuse(scope, receive, send, sse_request.wrong_method(scope))
+
+    def _check(self, scope: Scope) -> HandshakeAccepted | StreamRequest | HandshakeRejected:
+        origins, is_local = self.config.allowed_origins, self._network_access.has_local_pages(scope)
+        if scope["type"] == "websocket":
+            return handshake.check(scope, origins, has_local_pages=is_local)
+        return sse_request.check(scope, origins, self.config.limits, has_local_pages=is_local)
 
     async def _accept(
         self, scope: Scope, receive: ReceiveCallable, send: SendCallable, trace: Trace | None
     ) -> Socket | None:
-        """Do the handshake of a ``websocket`` scope; None where it was refused."""
-        config, authenticator = self.config, self._services.authenticator
-        shake = handshake.check(
-            scope, config.allowed_origins, has_local_pages=self._network_access.has_local_pages(scope)
-        )
+        """Do the handshake; None where it was refused."""
+        authenticator = self._services.authenticator
+        shake = self._check(scope)
         identity: Identity | None = None
         if authenticator is not None and not isinstance(shake, HandshakeRejected):
             try:
@@ -359,13 +383,19 @@ class Node:
         if isinstance(shake, HandshakeRejected):
             await self._refuse(scope, receive, send, shake)
             return None
-        await handshake.accept(receive, send, shake.subprotocol)
-        writer: DirectWriter | None = (scope.get("extensions") or {}).get(EXTENSION)
+        transport: Transport
+        if isinstance(shake, StreamRequest):
+            version, extension = Version.SSE, STREAM_EXTENSION
+            transport = SSETransport(next(self._numbers), shake, scope, receive, send, self._transport_services)
+        else:
+            version, extension = shake.version, EXTENSION
+            await handshake.accept(receive, send, shake.subprotocol)
+            transport = WebSocketTransport(next(self._numbers), scope, receive, send, self._transport_services)
+        writer: DirectWriter | None = (scope.get("extensions") or {}).get(extension)
         if writer is not None:
             writer.on_shutdown = self._on_shutdown
-            writer.close_timeout_s = config.limits.close_timeout_s
-        transport = WebSocketTransport(next(self._numbers), scope, receive, send, self._transport_services)
-        return Socket(transport, shake.version, self._services, identity, trace)
+            writer.close_timeout_s = self.config.limits.close_timeout_s
+        return Socket(transport, version, self._services, identity, trace)
 
     # What applications, plugins, REST and the console ask for.
 
@@ -451,6 +481,8 @@ class Node:
                 )
                 due = now + look_s
             self._loggers.flush()
+            if self._write_modes["sse"] and is_server_ending():
+                self.drain()
             if now < due:
                 continue
             due = now + look_s

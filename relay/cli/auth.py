@@ -197,6 +197,7 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
         from_where = "only this machine can reach it"
     yield "address", f"{config.host}:{config.port}; {from_where}"
     yield "sockets", ", ".join(config.socket_paths)
+    yield "transports", ", ".join(f"{name} at {config.socket_paths[0]}/{name}" for name in config.transports)
     yield "bus", _bus(config)
     pages = {"same": "those of the relay's own host and port", "any": "those of any host"}
     yield (

@@ -382,13 +382,16 @@ def _greet(settings: Config, embedded: bool, open_page: bool) -> None:
     from relay.web.pages import publish_line
 
     page = _page_url(settings)
-    paths = [f"ws{page.removeprefix('http').rstrip('/')}{path}/websocket" for path in settings.socket_paths]
+    root = page.rstrip("/")
     lines = [f"relay {__version__} is ready"]
     if settings.demo_page:
         lines.append(f"  page     {page}")
     if settings.console:
         lines.append(f"  console  {page}console")
-    lines += [f"  socket   {path}" for path in paths]
+    if "websocket" in settings.transports:
+        lines += [f"  socket   ws{root.removeprefix('http')}{path}/websocket" for path in settings.socket_paths]
+    if "sse" in settings.transports:
+        lines += [f"  stream   {root}{path}/sse?topic=…" for path in settings.socket_paths]
     if embedded:
         lines += _greet_embedded(settings)
     elif _is_shareable(settings.redis_url):

@@ -114,7 +114,7 @@ def encode_lines(event: str, payload: Payload) -> bytes:
 
 
 def encode_join(topic: str, response: Payload) -> bytes:
-    """Encode what plugins have answered to a join: ``relay:join``."""
+    """Encode that a topic is joined, and what plugins have answered: ``relay:join``."""
     data = b'{"topic":%b,"response":%b}' % (bytes(encode_payload(topic)), bytes(as_json(response)))
     return encode_lines(JOIN_EVENT, msgspec.Raw(data))
 

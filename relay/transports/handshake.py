@@ -54,13 +54,9 @@ def check(
           origins: the setting ``allowed_origins``.
           has_local_pages: whether, with ``"same"``, pages of this machine's other servers may connect too.
     """
-    headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-    origin = headers.get(b"origin")
-    if origin is not None and not is_allowed_origin(origin, headers.get(b"host", ""), origins):
-        is_local = has_local_pages and origins == "same" and is_loopback_host(_host_of_page(origin))
-        if not is_local:
-            text = f"origin {origin!r} may not connect; the relay's setting `allowed_origins` names those that may"
-            return HandshakeRejected(403, text, "origin", hint=_line_to_paste(origin, origins))
+    foreign = check_origin(scope, origins, has_local_pages=has_local_pages)
+    if foreign is not None:
+        return foreign
     offered = _subprotocols(scope)
     token = None
     if offered:
@@ -77,6 +73,20 @@ def check(
     if version is None:
         return HandshakeRejected(403, "expected vsn=2.0.0 or vsn=1.0.0 in the query", "version")
     return HandshakeAccepted(version, SUBPROTOCOL if offered else None, token)
+
+
+def check_origin(
+    scope: Mapping[str, Any], origins: str | tuple[str, ...], *, has_local_pages: bool
+) -> HandshakeRejected | None:
+    """Say why the page that sends a request may not connect; None where it may, or no page sends it. See `check`."""
+    headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+    origin = headers.get(b"origin")
+    if origin is None or is_allowed_origin(origin, headers.get(b"host", ""), origins):
+        return None
+    if has_local_pages and origins == "same" and is_loopback_host(_host_of_page(origin)):
+        return None
+    text = f"origin {origin!r} may not connect; the relay's setting `allowed_origins` names those that may"
+    return HandshakeRejected(403, text, "origin", hint=_line_to_paste(origin, origins))
 
 
 def _host_of_page(origin: str) -> str:

@@ -67,18 +67,23 @@ class NetworkAccess:
         self._hosts = config.allowed_hosts or ((ANY_HOST,) if authenticates else ())
         self._is_local = not config.is_exposed and not self._trusted
 
-    def check(self, scope: Mapping[str, Any], seen: Mapping[str, Any] | None = None) -> HandshakeRejected | None:
+    def check(
+        self, scope: Mapping[str, Any], seen: Mapping[str, Any] | None = None, *, is_socket: bool | None = None
+    ) -> HandshakeRejected | None:
         """Say why a request is not answered, whatever it asks for; None where it may pass.
 
         Args: scope: as the server gives it.
               seen: the same with the client's own address in it, from behind trusted proxies.
+              is_socket: whether it asks for events; by default, whether it is for a WebSocket.
         """
+        if is_socket is None:
+            is_socket = scope["type"] == "websocket"
         if is_in_process(scope):
             return None
         hosts = hosts_of(scope)
         if len(hosts) > 1:
             return SEVERAL_HOSTS
-        if self._here_alone and (stranger := self._stranger(scope, seen or scope)) is not None:
+        if self._here_alone and (stranger := self._stranger(scope, seen or scope, is_socket)) is not None:
             return stranger
         host = host_in(hosts[0]) if hosts else ""
         if self._allows(host):
@@ -88,12 +93,12 @@ class NetworkAccess:
         text = f'host {host!r} is not allowed; where this relay has that name, set allowed_hosts = ["{host}"]'
         return HandshakeRejected(403, text, "host not allowed")
 
-    def _stranger(self, scope: Mapping[str, Any], seen: Mapping[str, Any]) -> HandshakeRejected | None:
+    def _stranger(self, scope: Mapping[str, Any], seen: Mapping[str, Any], is_socket: bool) -> HandshakeRejected | None:
         client = seen.get("client")
         is_local = client is not None and is_loopback_address(client[0])
         text = "this relay authenticates no clients, so it answers this machine alone; "
         what = "set auth, authenticate= or allow_anonymous"
-        if scope["type"] == "websocket" and not is_local:
+        if is_socket and not is_local:
             return HandshakeRejected(403, text + what, "from another machine")
         if (header := forwarded_header(scope)) is None:
             return None

@@ -19,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from relay.fd_limit import descriptors
 from relay.metrics import count_refusal
 from relay.transports.uvicorn_websocket import RelayWebSocketProtocol, break_cycle, server_loggers, warn
+from relay.transports.writer import STREAM_EXTENSION, DirectWriter
 
 HEAD_MAX_BYTES = 65_536
 """Largest head of a request: its first line and its headers."""
@@ -78,6 +79,8 @@ class RelayHTTPProtocol(HttpToolsProtocol):
         self._waited_since: float | None = None
         # Seconds in which something of an answer must be read; None for the usual ones.
         self._unread_s: float | None = None
+        # What an application may write the rest of that answer with.
+        self._stream_writer: DirectWriter | None = None
         # What looks whether an answer is read, while it has to wait or is the last.
         self._watch: TimerHandle | None = None
 
@@ -251,10 +254,14 @@ class RelayHTTPProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answering = cycle
+        if cycle.scope["http_version"] == "1.1":  # else there are no chunks
+            self._stream_writer = DirectWriter(self.transport)
+            cast(dict[str, Any], cycle.scope)["extensions"] = {STREAM_EXTENSION: self._stream_writer}
         super()._start_asgi_task(cycle, app)
 
     def on_response_complete(self) -> None:
         """Begin to wait for a further head; Uvicorn's own timer ends with the first byte that comes, whatever it is."""
+        self._end_writer()
         is_next_here = bool(self.pipeline)
         super().on_response_complete()
         if self.transport.is_closing():
@@ -264,9 +271,25 @@ class RelayHTTPProtocol(HttpToolsProtocol):
         elif not is_next_here:
             self._await_head(after_s=self.timeout_keep_alive)
 
+    def _end_writer(self) -> None:
+        if self._stream_writer is not None:
+            self._stream_writer.end()
+            self._stream_writer = None
+
+    def drain(self) -> bool:
+        """Tell the relay that the server ends and that it is to end its stream; False where there is none."""
+        writer = self._stream_writer
+        if writer is None or writer.on_shutdown is None:
+            return False
+        if self._answering is not None:
+            self._answering.keep_alive = False
+        writer.on_shutdown()
+        return True
+
     def shutdown(self) -> None:
         """Let what is being answered end; a client that does not read its answer is not waited for."""
         super().shutdown()
+        self.drain()
         server_loggers(self.config).flush(at_once=True)
         self._unread_s = min(_UNREAD_S, self._close_timeout_s)
         self._watch_reader()
@@ -281,6 +304,8 @@ class RelayHTTPProtocol(HttpToolsProtocol):
         super().pause_writing()
         self._waited_since = self.loop.time()
         self._watch_reader()
+        if self._stream_writer is not None:
+            self._stream_writer.pause()
 
     def resume_writing(self) -> None:
         """The client reads."""
@@ -288,6 +313,8 @@ class RelayHTTPProtocol(HttpToolsProtocol):
         self._waited_since = None
         if not self.transport.is_closing():
             _cancel(self._watch)
+        if self._stream_writer is not None:
+            self._stream_writer.resume()
 
     def _watch_reader(self) -> None:
         """Cut the client off unless less is unread in a while; a close alone would wait for it without a limit."""
@@ -312,6 +339,7 @@ class RelayHTTPProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no longer: the client is gone. Nothing more is written, and what waits is not answered."""
+        self._end_writer()
         super().connection_lost(exc)
         self.pipeline.clear()
         # Uvicorn tells its newest request alone, and the one in work would write to a closed transport.

@@ -22,6 +22,7 @@ from uvicorn.supervisors import Multiprocess, multiprocess
 from relay.errors import ConfigError
 from relay.fd_limit import raise_descriptor_limit
 from relay.log import RateLimitedLogger
+from relay.transports.uvicorn_http import RelayHTTPProtocol
 from relay.transports.uvicorn_websocket import RelayWebSocketProtocol, server_loggers
 
 _logger = logging.getLogger("relay.server")
@@ -68,7 +69,7 @@ class Server(uvicorn.Server):
         draining = {
             connection
             for connection in self.server_state.connections
-            if isinstance(connection, RelayWebSocketProtocol) and connection.drain()
+            if isinstance(connection, RelayHTTPProtocol | RelayWebSocketProtocol) and connection.drain()
         }
         while draining & self.server_state.connections and not self.force_exit:  # noqa: ASYNC110 - Uvicorn has no event
             await asyncio.sleep(_LOOK_S)

@@ -1,14 +1,16 @@
 """The way past ASGI's ``send``: what a server offers a socket that wants to write ready frames.
 
-Owns the interface between `uvicorn_websocket` and `websocket`, which do not know each other. A server offers it
- as ``scope["extensions"]["relay.frames"]``; where it is absent, the ASGI path serves.
+Owns the interface between the server's protocol classes and the transports, which do not know each other. A server
+offers it as ``scope["extensions"]["relay.frames"]`` to WebSockets, and as ``["relay.stream"]`` to HTTP/1.1 requests,
+where what is written has to be chunks of a response that has begun; where it is absent, the ASGI path serves.
 """
 
 from asyncio import Transport
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 EXTENSION = "relay.frames"
+STREAM_EXTENSION = "relay.stream"
 
 
 class WriterOwner(Protocol):
@@ -58,6 +60,10 @@ class DirectWriter:
         self.on_shutdown: Callable[[], object] | None = None
         """Called when the server ends; the callee closes the socket in its own time."""
         self.owner: WriterOwner | None = None
+
+    def writes_for(self, send: Any) -> bool:
+        """Say whether ``send`` is the server's own: what middleware around it does to a response cannot be skipped."""
+        return getattr(getattr(send, "__self__", None), "transport", None) is self._transport
 
     def abort(self) -> None:
         """Cut the connection at once; what is buffered is lost."""

@@ -132,7 +132,11 @@ def _open_files(process: "psutil.Process") -> int:
 
 METRIC_SPECS: tuple[MetricSpec, ...] = (
     MetricSpec(
-        "relay_sockets", "gauge", "Sockets open now, by how frames are written.", ("path",), lambda m, s, p: s.sockets
+        "relay_sockets",
+        "gauge",
+        "Sockets open now, by how frames are written; streams of server-sent events are `sse`.",
+        ("path",),
+        lambda m, s, p: s.sockets,
     ),
     _counter("sockets_opened", "Sockets opened."),
     MetricSpec(

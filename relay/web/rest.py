@@ -97,9 +97,11 @@ class SocketDetails(BaseModel):
 
     id: str
     address: str | None
-    version: int = Field(description="of the protocol: 1 or 2")
+    version: int = Field(description="of the protocol: 1 or 2; 3 for server-sent events")
     user: str | None = Field(description="the subject of its token; null for an anonymous one")
-    path: str = Field(description='how frames are written: "direct" to the transport, or "asgi" through ASGI')
+    path: str = Field(
+        description='how frames are written: "direct" to the transport, "asgi" through ASGI, or "sse" to a stream'
+    )
     topics: list[str]
     outbox_bytes: int = Field(description="waiting, because it reads too slowly")
     dropped: int = Field(description="events it missed, because it reads too slowly")

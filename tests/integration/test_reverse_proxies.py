@@ -16,8 +16,10 @@ from websockets.exceptions import InvalidStatus
 from relay import Plugin, Relay
 from relay.web.rest import make_rest
 from tests.support.client import Client
+from tests.support.keys import SECRET, token
 from tests.support.process import Valkey, free_port
-from tests.support.serving import http_get, serve
+from tests.support.serving import eventually, http_get, serve
+from tests.support.sse import Stream
 
 CONFIG = Path(__file__).parents[2] / "config"
 
@@ -33,6 +35,7 @@ def command(proxy: str, directory: Path, port: int, relay_port: int) -> list[str
         (directory / "Caddyfile").write_text("{\n\tadmin off\n}\n" + text)
         return [program, "run", "--adapter", "caddyfile", "--config", str(directory / "Caddyfile")]
     text = (CONFIG / "nginx.conf").read_text()
+    text = text.replace("/var/log/nginx/access.log", f"{directory}/access.log")
     text = text.replace("listen 80;", f"listen 127.0.0.1:{port};").replace("127.0.0.1:8000", f"127.0.0.1:{relay_port}")
     paths = "".join(
         f"{name}_temp_path {directory}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -82,6 +85,31 @@ async def test_relay_works_behind_a_proxy_with_our_file(proxy: str, tmp_path: Pa
         assert refused.value.response.status_code == 403
         status, text = await http_get(f"http://127.0.0.1:{port}/ready")
         assert (status, json.loads(text)) == (200, {"status": "ready"})
+
+
+@pytest.mark.parametrize("proxy", ["nginx", "caddy"])
+async def test_streams_pass_a_proxy_with_our_file_and_their_tokens_are_not_logged(
+    proxy: str, tmp_path: Path, valkey: Valkey
+) -> None:
+    relay = Relay(redis_url=valkey.url, system_topic=False, trusted_proxies=["127.0.0.1"], auth={"keys": [SECRET]})
+    made = token("alice", {"room:*": "join"})
+    async with (
+        serve(relay, http="relay.server:RelayHTTPProtocol") as served,
+        behind(proxy, tmp_path, served.port) as port,
+    ):
+        base = f"http://127.0.0.1:{port}/socket"
+        async with Stream.open(base, "room:1", token=made, userToken="another") as stream:
+            assert stream.status == 200
+            for number in range(3):
+                await relay.publish("room:1", "new_msg", number)
+                await stream.expect_event("new_msg", str(number))  # at once, and not in a buffer
+            relay.node.drain()
+            assert [event.event for event in await stream.rest()] == ["relay:error"]
+        log = tmp_path / ("access.log" if proxy == "nginx" else "log")
+        await eventually(lambda: "topic=room" in log.read_text(), "the request to be logged")
+        logged = log.read_text()
+        assert ("token=***&userToken=***" if proxy == "nginx" else "token=REDACTED") in logged
+        assert made not in logged and "another" not in logged
 
 
 def plugin_with_a_route() -> Plugin:

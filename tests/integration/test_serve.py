@@ -70,10 +70,11 @@ def test_greeting_names_every_address(relay: RelayProcess) -> None:
     assert lines[1] == f"  page     http://127.0.0.1:{port}/"
     assert lines[2] == f"  console  http://127.0.0.1:{port}/console"
     assert lines[3] == f"  socket   ws://127.0.0.1:{port}/socket/websocket"
+    assert lines[4] == f"  stream   http://127.0.0.1:{port}/socket/sse?topic=…"
     url = r"redis://relay:[\w-]{32}@127\.0\.0\.1:\d+"
-    assert re.fullmatch(rf"  redis    {url}  \(a Valkey of the relay's own; .*\)", lines[4])
-    assert lines[5].startswith(f"  publish  redis-cli -u {relay.redis_url} PUBLISH ")
-    assert f"relay publish --redis-url redis://127.0.0.1:{redis_port(relay)} room:1 new_msg" in lines[6]
+    assert re.fullmatch(rf"  redis    {url}  \(a Valkey of the relay's own; .*\)", lines[5])
+    assert lines[6].startswith(f"  publish  redis-cli -u {relay.redis_url} PUBLISH ")
+    assert f"relay publish --redis-url redis://127.0.0.1:{redis_port(relay)} room:1 new_msg" in lines[7]
 
 
 def test_greeting_of_a_relay_on_all_addresses_names_one_to_go_to() -> None:

@@ -4,7 +4,8 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from relay.transports.writer import EXTENSION, DirectWriter
+from relay.transports.writer import EXTENSION, STREAM_EXTENSION, DirectWriter
+from tests.support.sse import Parser, StreamEvent
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -38,7 +39,7 @@ class ServerTransport(asyncio.Transport):
 class Connection:
     """One request or WebSocket as a server presents it.
 
-    Args: direct: offer the extension `relay.frames`.
+    Args: direct: offer the extension `relay.frames`, or `relay.stream`.
           answers_close: the client answers the relay's close, and the server reports a disconnect.
     """
 
@@ -75,7 +76,7 @@ class Connection:
         if kind == "http":
             self.scope["method"] = method
         if self.writer is not None:
-            self.scope["extensions"][EXTENSION] = self.writer
+            self.scope["extensions"][EXTENSION if kind == "websocket" else STREAM_EXTENSION] = self.writer
         self._answers_close = answers_close
         self._incoming: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.take_frames = asyncio.Event()
@@ -96,7 +97,10 @@ class Connection:
 
     def disconnect(self, code: int = 1000, reason: str = "") -> None:
         """Let the client, or the server, end the connection."""
-        self.put("websocket.disconnect", code=code, reason=reason)
+        if self.scope["type"] == "http":
+            self.put("http.disconnect")
+        else:
+            self.put("websocket.disconnect", code=code, reason=reason)
 
     async def receive(self) -> dict[str, Any]:
         """ASGI's ``receive``."""
@@ -146,10 +150,39 @@ class Connection:
         parts = [entry["body"] for entry in self.log if isinstance(entry, dict) and "body" in entry]
         return b"".join(parts).decode()
 
+    @property
+    def parser(self) -> Parser:
+        """What a client of server-sent events has read of an HTTP answer, its events in ``parsed``."""
+        parser = Parser()
+        for entry in self.log:
+            data = _chunk(entry) if isinstance(entry, bytes) else entry.get("body", b"")
+            parser.parsed += parser.feed(data)
+        return parser
+
+    @property
+    def events(self) -> list[StreamEvent]:
+        """The events in an HTTP answer."""
+        return self.parser.parsed
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the HTTP answer has ended."""
+        bodies = [each for each in self.log if isinstance(each, dict) and each["type"] == "http.response.body"]
+        return any(not body.get("more_body") for body in bodies)
+
     def header(self, name: str) -> str | None:
         """A header of an HTTP answer."""
         start = next(entry for entry in self.log if entry["type"].endswith("response.start"))
         return next((value.decode() for key, value in start["headers"] if key == name.encode()), None)
+
+
+def _chunk(data: bytes) -> bytes:
+    """What one or several chunks hold."""
+    found = b""
+    while data:
+        size, _, rest = data.partition(b"\r\n")
+        found, data = found + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
+    return found
 
 
 def _payload(frame: bytes) -> str | bytes:

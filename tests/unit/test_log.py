@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 
 import relay
-from relay.log import LOGGERS, SUBJECT, JsonFormatter, RateLimitedLogger, RateLimitedLoggers, TextFormatter
+from relay.log import (
+    LOGGERS,
+    SUBJECT,
+    UVICORN_LOGGERS,
+    JsonFormatter,
+    RateLimitedLogger,
+    RateLimitedLoggers,
+    TextFormatter,
+)
 
 logger = logging.getLogger("relay.tests.logs")
 
@@ -359,6 +367,18 @@ def test_record_without_such_text_keeps_its_pattern(caplog: pytest.LogCaptureFix
     assert (made.msg, made.args, made.exc_text) == ("said %s", ("héllo",), None)
     logging.getLogger("relay").warning("100 %%, %s", "a\nb")
     assert caplog.messages[-1] == "100 %, a\\nb"
+
+
+@pytest.mark.parametrize("name", UVICORN_LOGGERS)
+def test_tokens_in_addresses_are_masked_in_uvicorns_log(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, name)
+    log = logging.getLogger(name)
+    path = "/socket/sse?topic=a&token=secret&userToken=secret&tokens=3"
+    log.info('%s - "%s %s HTTP/%s" %d', "127.0.0.1:5", "GET", path, "1.1", 200)
+    log.info("no arguments, no token=secret")
+    log.info("%(a)s", {"a": 1})
+    masked = "/socket/sse?topic=a&token=***&userToken=***&tokens=3"
+    assert caplog.messages == [f'127.0.0.1:5 - "GET {masked} HTTP/1.1" 200', "no arguments, no token=secret", "1"]
 
 
 def test_every_logger_of_the_relay_is_among_those_that_clean() -> None:

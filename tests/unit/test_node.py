@@ -100,11 +100,11 @@ async def test_socket_is_known_by_its_id_as_long_as_it_is_open() -> None:
         socket = relay.node.socket(one.id)
         assert socket is not None
         assert socket.write_mode == "asgi"
-        assert relay.node.state.sockets == {"direct": 1, "asgi": 1}
+        assert relay.node.state.sockets == {"direct": 1, "asgi": 1, "sse": 0}
         assert socket.id.rpartition("-")[0] == two.id.rpartition("-")[0], "ids of one node have its part in common"
         await one.leave()
         assert relay.node.socket(socket.id) is None
-        assert relay.node.state.sockets == {"direct": 1, "asgi": 0}
+        assert relay.node.state.sockets == {"direct": 1, "asgi": 0, "sse": 0}
         await two.leave()
 
 
