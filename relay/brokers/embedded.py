@@ -29,8 +29,11 @@ COMMANDS = (
     *("hello", "auth", "client|setname", "client|setinfo", "ping", "quit"),  # to connect
     *("publish", "subscribe", "unsubscribe", "psubscribe", "punsubscribe", "multi", "exec"),
     *("pubsub", "role", "info"),  # to see how it is
+    *("eval", "evalsha", "script|load", "fcall", "function|list", "function|load"),  # histories
+    *("xadd", "xrange", "xrevrange", "xlen", "xinfo|stream", "memory|usage", "exists", "expire", "time"),
+    *("hset", "hgetall"),  # what relays say of their topics to programs that publish
 )
-"""What the relay, its commands and the documented recipes need; the rest of the server is closed. No keys.
+"""What the relay, its commands and the documented recipes need; the rest of the server is closed.
 
 Channels are not limited: a plugin may listen to any, and Redis compares patterns letter by letter, so `from:*` does not
 let `PSUBSCRIBE from:chat:*` pass.
@@ -160,7 +163,7 @@ class _Server:
         allowed = " ".join(f"+{command}" for command in COMMANDS)
         return (
             f'bind 127.0.0.1\nport {self._port}\nsave ""\nappendonly no\nloglevel warning\n'
-            f"user default off\nuser {USER} on #{digest} resetkeys allchannels -@all {allowed}\n"
+            f"user default off\nuser {USER} on #{digest} allkeys allchannels -@all {allowed}\n"
         )
 
     def _give(self, settings: bytes) -> None:

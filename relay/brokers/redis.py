@@ -21,9 +21,10 @@ from relay.brokers.redis_connection import (
 from relay.brokers.redis_marker import Markers
 from relay.brokers.redis_publisher import Publisher
 from relay.brokers.redis_session import Session
-from relay.brokers.redis_settings import Preparation, history_args
+from relay.brokers.redis_settings import RENEW_EVERY_S, Preparation, history_args, renewal
 from relay.brokers.redis_streams import RedisHistory
 from relay.config import Config, Direction, RedisConfig
+from relay.errors import BusUnavailable
 from relay.metrics import Metrics
 from relay.protocol.topics import to_redis_channel
 
@@ -63,6 +64,7 @@ class RedisBroker:
         self.hears_histories: bool = True
         self._link = Link(False, "not started")
         self._listener: asyncio.Task[None] | None = None
+        self._renewing: asyncio.Task[None] | None = None
         self._session: Session | None = None
         # Whether hearing has to be proved by a probe before the next subscription counts as live.
         self.is_doubted: bool = False
@@ -94,15 +96,19 @@ class RedisBroker:
         settled = asyncio.Event()
         self.publisher.start()
         self._listener = asyncio.create_task(self._supervise(sink, settled.set), name="relay-redis-listener")
+        if self._streams is not None and self._preparation is not None:
+            renewing = self._renew_settings(self._streams, self._preparation)
+            self._renewing = asyncio.create_task(renewing, name="relay-redis-settings")
         await settled.wait()
 
     async def stop(self) -> None:
         """Close both connections; messages not yet taken fail."""
         await self.publisher.stop()
-        if self._listener is not None:
-            self._listener.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._listener
+        for task in (self._listener, self._renewing):
+            if task is not None:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
         if self._streams is not None:
             await self._streams.close()
         await self.connections.close()
@@ -184,6 +190,16 @@ class RedisBroker:
     async def prepare(self, connection: RedisConnection) -> bool:
         """Prepare the server for histories, if there are any; say whether it knows the script. Raises LinkLost."""
         return self._preparation is not None and await self._preparation.prepare(connection)
+
+    async def _renew_settings(self, streams: RedisHistory, preparation: Preparation) -> None:
+        """Write ``relay:settings`` again and again: it expires after the last relay has gone."""
+        while True:
+            await asyncio.sleep(RENEW_EVERY_S)
+            if self._link.live and self.publisher.is_at_master:
+                try:
+                    await streams.write(renewal(self._config))
+                except BusUnavailable as error:
+                    preparation.report_unwritten(str(error))
 
     def report_denied(self, what: str, means: str, allow: str) -> None:
         """Log, once each, what the Redis user may not do, what that means, and what allows it."""

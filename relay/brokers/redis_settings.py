@@ -26,6 +26,7 @@ _LIFETIME_S = 180
 """Seconds for which the hash stays without being renewed, after the last relay with histories has gone."""
 
 RENEW_EVERY_S = 60.0
+"""Seconds after which relays write the hash again, and programs that publish read it again."""
 
 
 class _Topic(msgspec.Struct):
@@ -112,13 +113,17 @@ class Preparation:
         for command in renewal(self._config):
             reply = await connection.ask(*command)
             if isinstance(reply, hiredis.ReplyError):
-                self._say(f"{KEY} cannot be written ({words(reply)}): `relay publish` needs the configuration file")
+                self.report_unwritten(words(reply))
                 break
         await self._load_function(connection)
         reply = await connection.ask("SCRIPT", "LOAD", PUBLISH.text)
         if isinstance(reply, hiredis.ReplyError):
             self._say(f"SCRIPT LOAD is not possible ({words(reply)}): EVAL is used, which sends the script each time")
         return not isinstance(reply, hiredis.ReplyError)
+
+    def report_unwritten(self, why: str) -> None:
+        """Log, once for each reason, that the hash cannot be written."""
+        self._say(f"{KEY} cannot be written ({why}): `relay publish` needs the configuration file")
 
     async def _load_function(self, connection: RedisConnection) -> None:
         reply = await connection.ask("FUNCTION", "LIST", "LIBRARYNAME", FUNCTION_NAME, "WITHCODE")

@@ -7,6 +7,7 @@ A connection of its own, made when it is needed: a page of large rows would hold
 
 import asyncio
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import hiredis
@@ -68,6 +69,11 @@ class RedisHistory:
         if not first:
             return Summary(0, None, None, 0)
         return Summary(int(count), first[0][0].decode(), last[0][0].decode(), int(size or 0))
+
+    async def write(self, commands: Iterable[tuple[str, ...]]) -> None:
+        """Carry out commands that only have to succeed. Raises BusUnavailable."""
+        for command in commands:
+            await self._ask(*command)
 
     def reconnect(self) -> None:
         """Give the connection up: its server is no longer what it was."""

@@ -7,6 +7,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 
 from relay import Config
@@ -308,6 +309,35 @@ async def test_program_that_publishes_learns_of_histories_from_redis(valkey: Val
         second = await publish([(store.topic, "e", b"2")])
         await eventually(lambda: len(store.sink.events) == 2, "the events")
         assert [first.position, second.position] == [event.position for event in store.sink.events]
+
+
+async def test_settings_for_other_programs_are_renewed_while_a_relay_runs(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.brokers.redis.RENEW_EVERY_S", 0.01)
+    async with started(redis_url=valkey.url) as store:
+        await store.publish(b"1")
+        with SyncRedis(port=valkey.port) as admin:
+            for _ in range(2):
+                assert admin.delete("relay:settings")
+                await eventually(lambda: admin.exists("relay:settings"), "the settings")
+                await eventually(lambda: 120 < int(str(admin.ttl("relay:settings"))) <= 180, "their lifetime")
+
+
+async def test_settings_that_cannot_be_renewed_are_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("relay.brokers.redis.RENEW_EVERY_S", 0.01)
+    with Valkey() as server:
+        client = Redis(port=server.port)
+        async with started(redis_url=server.url) as store:
+            await store.publish(b"1")
+            assert "relay:settings" not in caplog.text
+            await client.set("relay:settings", "text")
+            await eventually(lambda: "relay:settings cannot be written" in caplog.text, "the warning")
+            await store.publish(b"2", b"3", b"4")
+        assert caplog.text.count("relay:settings cannot be written") == 1
+        await client.aclose()
 
 
 async def test_live_events_on_the_topics_channel(valkey: Valkey, client: Any) -> None:

@@ -20,7 +20,7 @@ import psutil
 import pytest
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
-from redis.exceptions import AuthenticationError, NoPermissionError
+from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
 from websockets.exceptions import InvalidStatus
 
 from relay import ConfigError, __version__
@@ -117,9 +117,11 @@ async def test_embedded_server_lets_its_user_do_what_a_relay_needs_and_no_more(r
         for command in ("CONFIG SET maxclients 20", "SET a b", "GET a", "KEYS *", "MONITOR", "ACL LIST", "SHUTDOWN"):
             with pytest.raises(NoPermissionError):
                 await execute(*command.split())
-        for command in ("EVAL code 0", "CLIENT KILL TYPE normal", "REPLICAOF h 1", "FLUSHALL"):
+        for command in ("EVALSHA_RO code 0", "CLIENT KILL TYPE normal", "REPLICAOF h 1", "FLUSHALL"):
             with pytest.raises(NoPermissionError):
                 await execute(*command.split())
+        with pytest.raises(ResponseError, match="no permissions to run the 'set' command"):
+            await execute("EVAL", "return redis.call('SET', KEYS[1], 'x')", 1, "a")
 
 
 async def test_password_of_the_embedded_server_is_for_its_user_alone(relay: RelayProcess) -> None:
