@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import typer
 
 from relay.brokers.embedded import BESIDE_AUTH
+from relay.cli.masking import mask_secrets
 from relay.cli.options import ConfigFile
 from relay.cli.output import console, is_terminal, print_lines
 from relay.config import (
@@ -147,7 +148,7 @@ def _json_or_text(value: str) -> Any:
 def check(config: ConfigFile = None) -> None:
     """Say in plain words who may connect and do what, and warn. Piped: a line of JSON each.
 
-    Where the file uses former names of settings, it is printed with the new names.
+    Where the file uses former names of settings, it is printed with the new names, and without its secrets.
 
     What `relay serve` would refuse is refused here: the relay is made as there, with its plugins, and not started.
     """
@@ -180,10 +181,15 @@ def _print_renamed(config: Path | None) -> None:
     text = Path(path).read_bytes().decode() if path else ""
     if (renamed := rename_in_toml(text)) == text:
         return
+    shown = mask_secrets(renamed)
     if is_terminal():
-        typer.echo(f"\n{path} with the new names:\n\n{renamed}")
+        typer.echo(f"\n{path} with the new names{_fill_in(shown != renamed)}:\n\n{shown}")
     else:
-        print_lines([{"about": "file", "text": renamed}])
+        print_lines([{"about": "file", "text": shown}])
+
+
+def _fill_in(is_masked: bool) -> str:
+    return ", and without its secrets: fill in what stands in <…>" if is_masked else ""
 
 
 def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]:

@@ -171,6 +171,22 @@ def test_check_warns_of_old_names_and_prints_the_file_with_the_new_ones(relay: C
     assert '"file"' not in out
 
 
+def test_check_prints_the_renamed_file_without_its_secrets(relay: Command, tmp_path: Path) -> None:
+    secrets = (
+        f'redis_url = "redis://ada:{SECRET}@127.0.0.1"\n[rest]\napi_key = "{SECRET}"\n[auth]\nkeys = ["{SECRET}"]\n'
+    )
+    code, out, _ = relay("check", settings=f"page = false\n{secrets}")
+    assert code == 1 and SECRET not in out
+    (text,) = [line["text"] for line in map(json.loads, out.splitlines()) if line["about"] == "file"]
+    assert 'api_key = "<rest.api_key>"' in text
+    file = tmp_path / "relay.toml"
+    file.write_text(f"page = false\n{secrets}")
+    command = [sys.executable, "-m", "relay", "check", "--config", str(file)]
+    _, shown = run_on_terminal(command, cwd=tmp_path, env=os.environ | {"TERM": "dumb"})
+    assert "with the new names, and without its secrets: fill in what stands in <…>:" in shown
+    assert SECRET not in shown
+
+
 def test_check_prints_the_renamed_file_as_it_is_on_a_terminal(tmp_path: Path) -> None:
     file = tmp_path / "relay.toml"
     file.write_text(OLD_NAMES)
