@@ -31,6 +31,7 @@ from relay.log import RateLimitedLoggers
 from relay.metrics import count_refusal
 from relay.protocol.frame import DEFLATE_WINDOW_BITS
 from relay.rate_limit import TokenBucket
+from relay.transports.read_budget import LARGE_BYTES, ReadBudget
 from relay.transports.writer import EXTENSION, DirectWriter
 
 _PIECE_BYTES = 4096
@@ -67,6 +68,14 @@ def server_loggers(config: uvicorn.Config) -> RateLimitedLoggers:
     return found
 
 
+def _read_budget(config: uvicorn.Config, loop: asyncio.AbstractEventLoop) -> ReadBudget:
+    """What all connections of one server share; kept where `server_loggers` are."""
+    found: ReadBudget | None = vars(config).get("read_budget")
+    if found is None:
+        found = vars(config)["read_budget"] = ReadBudget(loop)
+    return found
+
+
 def warn(config: uvicorn.Config, kind: str, text: str, *args: object) -> None:
     """Log a warning about a connection of this server; see `RateLimitedLogger.warning`."""
     server_loggers(config).get("relay.server").warning(kind, text, *args)
@@ -80,6 +89,11 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     _hang_up_check: TimerHandle | None = None
     # What cuts a connection that is being closed; Uvicorn's own name, since 0.54.
     close_timer: TimerHandle | None = None
+    # Whether messages may be larger than what is read of them (compressed, or in fragments), whether the last one was
+    # large, and whether the connection waits for a turn to parse in; as above.
+    _is_measured: bool = False
+    _reads_large: bool = False
+    _awaits_turn: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Offer compression, where it is on, without a context: with one, no frame could serve two sockets.
@@ -92,6 +106,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         self.writable: asyncio.Event = cast(asyncio.Event, _Gate())
         # What was read from the transport and is not parsed yet, while the application has messages to take.
         self._unparsed = b""
+        self._budget = _read_budget(self.config, self.loop)
         # What the application receives once that is parsed too, where the connection was lost before.
         self._farewell: dict[str, Any] | None = None
         # Frames that carry nothing.
@@ -122,15 +137,54 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             self._refuse_head()
 
     def _parse(self) -> None:
+        size = len(self._unparsed) + len(self.conn.reader.buffer)
+        is_large = size >= LARGE_BYTES or self._is_measured
+        if is_large:
+            if self._budget.is_spent and self._may_wait(size):
+                self._await_turn()
+                return
+            size = len(self._unparsed)
+            self._unparsed = memoryview(self._unparsed)  # type: ignore[assignment]  # of it no piece copies the rest
         is_lost = self._farewell is not None
         while self._unparsed and not self.read_paused and (is_lost or not self.transport.is_closing()):
             piece, self._unparsed = self._unparsed[:_PIECE_BYTES], self._unparsed[_PIECE_BYTES:]
             super().data_received(piece)
+        if is_large:
+            self._unparsed = bytes(self._unparsed)
+            self._count_large(size - len(self._unparsed))
         if self._farewell is not None and not self._unparsed:
             self.queue.put_nowait(self._farewell)
             self._farewell = None
             self._let_go()
         self._watch_end()
+
+    def _may_wait(self, size: int) -> bool:
+        """Whether there is something to parse that is large or belongs to a message that is; all else comes between."""
+        if not self._unparsed or self.read_paused or not self.handshake_complete:
+            return False
+        return size >= LARGE_BYTES or bool(self.frames) or self._reads_large
+
+    def _count_large(self, parsed: int) -> None:
+        """Count what was parsed, and the messages that came of it: to handle those is part of what a turn takes."""
+        messages = self.queue.size() if self.read_paused else 0
+        if self.read_paused:
+            self._reads_large = messages >= LARGE_BYTES
+        if parsed + messages >= LARGE_BYTES:
+            self._budget.spend(parsed + messages)
+
+    def _await_turn(self) -> None:
+        """Parse on in a later turn of the event loop, and read nothing meanwhile."""
+        if not self.transport.is_closing():
+            self.transport.pause_reading()
+        if not self._awaits_turn:
+            self._awaits_turn = True
+            self._budget.wait(self._take_turn)
+
+    def _take_turn(self) -> None:
+        self._awaits_turn = False
+        if not self.read_paused and not self.transport.is_closing():
+            self.transport.resume_reading()
+        self._parse()
 
     async def receive(self) -> Any:
         """Hand over the next message, and read on when it was the last."""
@@ -214,6 +268,8 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         if hasattr(self, "scope"):
             self.scope["subprotocols"] = [each for each in self.scope["subprotocols"] if each]
             self.frame_writer = DirectWriter(self.transport, _deflates(self.conn))
+            if self.conn.extensions:
+                self._is_measured = True
             extensions = cast(dict[str, Any], self.scope["extensions"])
             extensions[EXTENSION] = self.frame_writer
             self._await_decision()
@@ -255,6 +311,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
 
     def handle_cont(self, event: Frame) -> None:
         """Keep a fragment."""
+        self._is_measured = True
         if len(event.data) >= _FRAGMENT_MIN_BYTES or self._may_idle():
             super().handle_cont(event)
 
@@ -501,6 +558,10 @@ class _Inbox(_Waiting):
         """Take back a disconnect that came last."""
         if self._messages and self._messages[-1]["type"] == "websocket.disconnect":
             self._messages.pop()
+
+    def size(self) -> int:
+        """Characters and bytes of the messages that wait."""
+        return sum(len(message.get("text") or message.get("bytes") or b"") for message in self._messages)
 
     def empty(self) -> bool:
         """Whether no message waits."""

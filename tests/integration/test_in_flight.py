@@ -6,17 +6,21 @@ import statistics
 import sys
 import time
 import tracemalloc
+from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from relay.plugins import Plugin
 from relay.plugins.hooks import Event, Push
 from relay.protocol.serializer import Message, Version, decode
-from tests.support.client import CLOSE, TEXT, Client, RawSocket
+from relay.transports.read_budget import TURN_BYTES
+from tests.support.client import CLOSE, TEXT, Client, RawSocket, client_frame
 from tests.support.serving import Served, eventually
 
 Connect = Callable[..., Awaitable[Client]]
@@ -180,6 +184,56 @@ def test_payload_that_waits_takes_its_bytes_and_not_those_of_its_frame(text: str
     finally:
         tracemalloc.stop()
     assert taken < 1.1 * len(kept) * len(text.encode())
+
+
+@pytest.mark.parametrize("direct", [True], ids=["direct"])
+@pytest.mark.parametrize("fragments", [1, 4])
+async def test_turn_of_the_event_loop_reads_a_bounded_part_of_what_all_clients_sent(
+    fragments: int, serve_relay: ServeRelay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past its budget a turn begins nothing large: it ends the read that it is at, with the message in it."""
+    slow, size, count, read, turns = Slow(), 150_000, 24, Counter[str](), list[int]()
+    parse, hand_over = WebSocketsSansIOProtocol.data_received, WebSocketsSansIOProtocol.send_receive_event_to_app
+
+    def count_bytes(protocol: WebSocketsSansIOProtocol, data: bytes) -> None:
+        read["turn"] += len(data)
+        parse(protocol, data)
+
+    def count_message(protocol: WebSocketsSansIOProtocol) -> None:
+        read["turn"] += sum(map(len, protocol.frames))
+        hand_over(protocol)
+
+    def tick() -> None:
+        turns.append(read.pop("turn", 0))
+        if metrics.pushes_in < count:
+            loop.call_soon(tick)
+
+    monkeypatch.setattr(WebSocketsSansIOProtocol, "data_received", count_bytes)
+    monkeypatch.setattr(WebSocketsSansIOProtocol, "send_receive_event_to_app", count_message)
+    slow.gate.set()
+    served = await serve_relay(extra_plugins=(slow.plugin,))
+    loop, metrics = asyncio.get_running_loop(), served.relay.metrics
+    async with AsyncExitStack() as stack:
+        bystander = await stack.enter_async_context(RawSocket.connect(served.ws))
+        clients = [
+            await stack.enter_async_context(RawSocket.connect(served.ws, send_buffer=200_000)) for _ in range(count)
+        ]
+        for client in clients:
+            await push_many(client, "room:1", 0, 0)
+        text = json.dumps(["1", "2", "room:1", "x", "x" * size]).encode()
+        step = -(-len(text) // fragments)
+        for client in clients:
+            for start in range(0, len(text), step):
+                first_byte = TEXT * (start == 0) | 0x80 * (start + step >= len(text))
+                client.send_now(client_frame(TEXT, text[start : start + step], first_byte=first_byte))
+        bystander.send_now(client_frame(TEXT, b'[null,"h","phoenix","heartbeat",{}]'))
+        loop.call_soon(tick)
+        assert (await bystander.read_message())[1] == "h"
+        assert metrics.pushes_in < count // 2, "a small message waits for no turn"
+        for client in clients:
+            assert (await client.read_message())[4]["status"] == "ok"
+    assert sum(turns) >= 2 * count * size
+    assert max(turns) <= TURN_BYTES + 2 * (size + 1000)
 
 
 async def test_bystander_is_answered_while_others_fill_the_bound(serve_relay: ServeRelay, connect: Connect) -> None:

@@ -122,17 +122,26 @@ class RawSocket:
     @classmethod
     @asynccontextmanager
     async def connect(
-        cls, url: str, *, vsn: str = "2.0.0", receive_buffer: int | None = None, extensions: str = ""
+        cls,
+        url: str,
+        *,
+        vsn: str = "2.0.0",
+        receive_buffer: int | None = None,
+        send_buffer: int | None = None,
+        extensions: str = "",
     ) -> AsyncIterator["RawSocket"]:
         """Connect to ``<url>/websocket``; a small ``receive_buffer`` (bytes) lets pressure arrive early.
 
-        Args: extensions: those to offer, as the header says it.
+        Args: send_buffer: what `send_now` may leave with the kernel, in bytes.
+              extensions: those to offer, as the header says it.
         """
         parts = urlsplit(url)
         with socket.socket() as connection:
             connection.setblocking(False)
             if receive_buffer is not None:
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            if send_buffer is not None:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
             await asyncio.get_running_loop().sock_connect(connection, (parts.hostname, parts.port))
             self = cls(connection)
             await self.send_bytes(
@@ -153,6 +162,10 @@ class RawSocket:
     async def send_bytes(self, data: bytes) -> None:
         """Send bytes as they are."""
         await asyncio.get_running_loop().sock_sendall(self._connection, data)
+
+    def send_now(self, data: bytes) -> None:
+        """Hand bytes to the kernel, which must have room for them, before the event loop does anything else."""
+        assert self._connection.send(data) == len(data)
 
     async def send_frame(self, opcode: int, payload: bytes, *, first_byte: int | None = None) -> None:
         """Send one frame; ``first_byte`` replaces FIN and opcode."""

@@ -20,7 +20,7 @@ LONGER: dict[str, tuple[int, str]] = {
     "app": (550, "the whole API of a relay, with its docstrings"),
     "node": (600, "one running process, from its start to its end, and what is asked of it"),
     "transports.uvicorn_websocket": (
-        600,
+        620,
         "one connection from its upgrade request to its end, and what stands in for asyncio there",
     ),
     "channels.pubsub": (550, "the bridge between bus and subscribers, in both directions"),
