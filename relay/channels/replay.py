@@ -142,8 +142,9 @@ class Replay:
             if self._send(page.entries):
                 # A history that ends before what has been delivered here is read from a server that is behind.
                 attempts = attempts + 1 if not page.entries else 0
-                place, is_included = page.end, False
-                if page.is_last and not await history.reached(topic, place):
+                place, is_included, is_last = page.end, False, page.is_last
+                del page  # it is with the transport: nothing is held twice while that is written
+                if is_last and not await history.reached(topic, place):
                     break
                 if attempts > 1:
                     await asyncio.sleep(_AGAIN_S)

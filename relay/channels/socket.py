@@ -314,6 +314,11 @@ class Socket(ChannelOwner):
         return self.transport.queued_bytes
 
     @property
+    def held_bytes(self) -> int:
+        """All bytes that are held for the client: what waits, and what the server has not written yet."""
+        return self.transport.held_bytes
+
+    @property
     def dropped(self) -> int:
         """Events that it has missed because it reads slowly."""
         return self.transport.dropped

@@ -93,6 +93,10 @@ class Transport(Protocol):
         """Bytes that wait in its outbox."""
 
     @property
+    def held_bytes(self) -> int:
+        """The same, and bytes that were written and are not with the kernel yet, where the server says it."""
+
+    @property
     def dropped(self) -> int:
         """Events that were dropped from its outbox since it opened."""
 

@@ -177,6 +177,11 @@ class QueuedTransport(ABC):
         return 0 if self._outbox is None else self._outbox.waiting_bytes
 
     @property
+    def held_bytes(self) -> int:
+        """The same, and bytes that were written and are not with the kernel yet, where the server says it."""
+        return self.queued_bytes + (0 if self._writer is None else self._writer.buffered_bytes())
+
+    @property
     def dropped(self) -> int:
         """Events that were dropped from its outbox since it opened."""
         return 0 if self._outbox is None else self._outbox.dropped

@@ -104,6 +104,7 @@ class SocketDetails(BaseModel):
     )
     topics: list[str]
     outbox_bytes: int = Field(description="waiting, because it reads too slowly")
+    held_bytes: int = Field(description="the same, and what the server has not written to its connection yet")
     dropped: int = Field(description="events it missed, because it reads too slowly")
 
 
@@ -332,6 +333,7 @@ def _routes(components: Components, node: Callable[[], Node]) -> APIRouter:
             path=found.write_mode,
             topics=list(found.topics),
             outbox_bytes=found.queued_bytes,
+            held_bytes=found.held_bytes,
             dropped=found.dropped,
         )
 

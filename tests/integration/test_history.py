@@ -3,16 +3,19 @@
 import asyncio
 import json
 from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import psutil
 import pytest
 from redis.asyncio import Redis
 
 from relay.brokers.base import Place
-from tests.support.client import Client
-from tests.support.process import Valkey
-from tests.support.serving import Served, eventually
+from tests.support.client import TEXT, Client, RawSocket
+from tests.support.process import RelayProcess, Valkey
+from tests.support.serving import Served, eventually, http_get, metric
 
 Connect = Callable[..., Any]
 ServeRelay = Callable[..., Coroutine[Any, Any, Served]]
@@ -294,3 +297,72 @@ async def test_slow_reader_gets_every_event_in_order(
         assert (await client.receive())[4]["n"] == number
     await client.expect_alive()
     assert served.relay.metrics.history_catch_ups["slow reader"] >= 1
+
+
+async def test_memory_of_a_slow_reader_is_bounded(
+    serve_relay: ServeRelay, connect: Connect, topic: str, valkey: Valkey
+) -> None:
+    """It reads a tenth of what is published; it gets every event, and never are more than 128 kB held for it."""
+    topics = [{"match": "room:*", "history": {"size": 100_000, "ttl_s": 60}, "overflow": "recover"}]
+    served = await serve_relay(topics=topics, redis_url=valkey.url)
+    ended = asyncio.Event()
+    most = published = 0
+    text = "x" * 1000
+
+    async def publish_all() -> None:
+        nonlocal published
+        while not ended.is_set():
+            await asyncio.gather(
+                *(served.relay.publish(topic, "new", {"n": published + each, "t": text}) for each in range(20))
+            )
+            published += 20
+            await asyncio.sleep(0.002)
+
+    async with RawSocket.connect(served.ws, receive_buffer=4096) as client:
+        await client.send_frame(TEXT, json.dumps(["1", "1", topic, "phx_join", {}]).encode())
+        assert (await client.read_message())[3] == "phx_reply"
+        (socket,) = served.relay.node.sockets.values()
+        publishing = asyncio.create_task(publish_all())
+        for number in range(1000):
+            assert (await client.read_message())[4]["n"] == number
+            most = max(most, socket.held_bytes)
+            while published < min(10 * number, 8000):
+                await asyncio.sleep(0)
+                most = max(most, socket.held_bytes)
+        ended.set()
+        await publishing
+        for number in range(1000, published):
+            assert (await client.read_message())[4]["n"] == number
+            most = max(most, socket.held_bytes)
+    assert published >= 8000
+    assert served.relay.metrics.history_catch_ups["slow reader"] >= 1
+    assert 16_384 < most < 131_072, most
+
+
+async def test_two_hundred_slow_readers_take_little_memory(tmp_path: Path) -> None:
+    config = tmp_path / "relay.toml"
+    config.write_text(
+        "limits = { joins_per_s = 0 }\n[[topics]]\nmatch = '*'\noverflow = 'recover'\nhistory = { size = 20000 }\n"
+    )
+    with RelayProcess("--config", str(config)) as relay:
+        async with AsyncExitStack() as stack, Redis.from_url(relay.redis_url) as redis:
+            assert relay.process is not None
+            process = psutil.Process(relay.process.pid)
+            readers = [
+                await stack.enter_async_context(RawSocket.connect(relay.ws, receive_buffer=4096)) for _ in range(200)
+            ]
+            for reader in readers:
+                await reader.send_frame(TEXT, b'["1","1","room:1","phx_join",{}]')
+                assert (await reader.read_message())[3] == "phx_reply"
+            payload = json.dumps({"t": "x" * 1000})
+            before = process.memory_info().rss
+            for _ in range(20):
+                async with redis.pipeline(transaction=False) as pipeline:
+                    for _ in range(200):
+                        pipeline.fcall("relay_publish", 1, "topic:room:1", "new", payload, "20000", "60")
+                    await pipeline.execute()
+            caught_up, cause = "relay_history_catch_ups_total", {"cause": "slow reader"}
+            async with asyncio.timeout(20):
+                while metric((await http_get(f"{relay.http}/metrics"))[1], caught_up, **cause) < 200:  # noqa: ASYNC110 - another process's
+                    await asyncio.sleep(0.1)
+            assert process.memory_info().rss - before < 40 * 2**20, process.memory_info().rss - before

@@ -198,6 +198,7 @@ async def test_socket_tells_who_and_how(served: Served, connect: Connect, direct
         "path": "direct" if direct else "asgi",
         "topics": ["room:1", "room:2"],
         "outbox_bytes": 0,
+        "held_bytes": 0,
         "dropped": 0,
     }
 

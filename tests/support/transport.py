@@ -46,6 +46,7 @@ class FakeTransport(Transport):
     write_mode = "fake"
     deflates = False
     queued_bytes = 0
+    held_bytes = 0
     dropped = 0
 
     def __init__(self, id: str, query_string: bytes = b"") -> None:
