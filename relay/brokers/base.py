@@ -87,7 +87,10 @@ class Broker(Protocol):
         """End every task and connection. Messages not yet taken by the bus fail with `BusUnavailable`."""
 
     async def subscribe(self, topic: str) -> None:
-        """Return once events of ``topic`` are heard. Called for a topic's first subscriber."""
+        """Return once events of ``topic`` are heard. Called for a topic's first subscriber.
+
+        Where it is cancelled, `unsubscribe` follows. Raises BusUnavailable: nothing has changed then.
+        """
 
     async def unsubscribe(self, topic: str) -> None:
         """Stop hearing ``topic``; called after its last subscriber has left."""

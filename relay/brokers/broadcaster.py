@@ -120,9 +120,9 @@ class BroadcasterBroker:
     async def subscribe(self, topic: str) -> None:
         """Hear the bus channel of ``topic``. Raises BusUnavailable where the backend does not take it in time."""
         channel = self._channel(Direction.TO, topic)
-        self._wanted.add(channel)
         if self._backend is None:
             raise BusUnavailable(self._link.reason)
+        self._wanted.add(channel)
         try:
             async with asyncio.timeout(self._redis.timeout_s):
                 await self._backend.subscribe(channel)

@@ -164,12 +164,11 @@ class Channel(Subscription):
             is_asked = handlers or self.topic in self._socket.announced
             response = await self._call_join_handlers(join, handlers) if is_asked else EMPTY
             self._announce()
-            if pubsub.must_subscribe:
-                await pubsub.subscribe(self.topic)
-            recovery: Recovery | None = None
-            if pubsub.history is not None and (asked := self._asks_history(join)) is not None:
-                recovery = await pubsub.history.open(self.topic, asked.since, asked.last)
-            self._accept_join(join, response, recovery)
+            async with pubsub.subscribe(self.topic):
+                recovery: Recovery | None = None
+                if pubsub.history is not None and (asked := self._asks_history(join)) is not None:
+                    recovery = await pubsub.history.open(self.topic, asked.since, asked.last)
+                self._accept_join(join, response, recovery)
         except hooks.Refused as refusal:
             self._refuse_join(join, refusal.reason, refusal.response)
         except hooks.InvalidPayload:

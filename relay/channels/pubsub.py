@@ -6,10 +6,9 @@ Owns what the broker is asked for; must not know transports or the wire's frames
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from functools import partial
 from itertools import count
-from weakref import WeakValueDictionary
 
 from relay.auth.decisions import Decisions
 from relay.brokers.base import Broker, Event
@@ -19,6 +18,7 @@ from relay.channels.control import ControlMessage
 from relay.channels.event_filter import EventFilter
 from relay.channels.history import History
 from relay.channels.hub import JOINED_MAX_BYTES, Hub, Outgoing, Subscriber
+from relay.channels.subscriptions import TopicSubscriptions
 from relay.concurrency import JOB_BYTES, Continuation, InFlight, KeyedQueue
 from relay.config import Config, Direction, OnGap
 from relay.errors import BusUnavailable, Reason, RelayError
@@ -31,6 +31,9 @@ from relay.protocol.payload import EMPTY, Payload, classify_payload, fault_of_js
 from relay.protocol.state import Subscription
 from relay.telemetry import Telemetry
 from relay.threadsafe import LOOP_HAS_ENDED, Call, Home
+
+_HEARD = nullcontext()
+"""Around a join where the broker carries every topic."""
 
 _EVENTS_WAITING = 10_000
 """Events of one topic, or messages for one on_redis handler, that may wait for a plugin; further ones are dropped.
@@ -96,9 +99,7 @@ class PubSub:
         self.decisions: Decisions = Decisions()
         """Joins and handshakes that take their time, and the control messages that overtake them."""
         self._gap_task: asyncio.Task[None] | None = None
-        # Topics the broker was asked for, and the lock under which each is asked for or given back.
-        self._heard: set[str] = set()
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._subscriptions = TopicSubscriptions(broker, hub, self.spawn)
 
     async def start(self) -> None:
         """Start to hear the bus."""
@@ -410,33 +411,15 @@ class PubSub:
         """Whether events of a topic are heard only after `subscribe`."""
         return self._broker.needs_subscribe
 
-    async def subscribe(self, topic: str) -> None:
-        """Return once events of ``topic`` are heard. Raises BusUnavailable.
-
-        The caller adds its subscriber to the hub before it waits for anything else: else the topic may be given back.
-        """
-        if self._broker.needs_subscribe:
-            async with self._lock(topic):
-                if topic not in self._heard:
-                    await self._broker.subscribe(topic)
-                    self._heard.add(topic)
+    def subscribe(self, topic: str) -> AbstractAsyncContextManager[None]:
+        """Hear events of ``topic`` in the block; see `TopicSubscriptions.subscribe`."""
+        return self._subscriptions.subscribe(topic) if self._broker.needs_subscribe else _HEARD
 
     def unsubscribe(self, topic: str) -> None:
         """Stop to hear ``topic`` unless it is subscribed to again: it has no local subscriber any more."""
         if self.history is not None:
             self.history.unfollow(topic)
-        if topic in self._heard:
-            _ = self.spawn(self._stop_hearing(topic))
-
-    async def _stop_hearing(self, topic: str) -> None:
-        async with self._lock(topic):
-            # A socket may have joined while this waited for the lock.
-            if topic in self._heard and topic not in self._hub:
-                self._heard.discard(topic)
-                await self._broker.unsubscribe(topic)
-
-    def _lock(self, topic: str) -> asyncio.Lock:
-        return self._locks.setdefault(topic, asyncio.Lock())
+        self._subscriptions.unsubscribe(topic)
 
     @property
     def can_publish(self) -> bool:

@@ -301,11 +301,11 @@ class ConsoleSession:
             raise hooks.Refused(f"no topic: {topic!r}")
         observer = self._observer = TopicObserver(topic)
         try:
-            await node.pubsub.subscribe(topic)
+            async with node.pubsub.subscribe(topic):
+                node.hub.add_observer(topic, observer)
         except BusUnavailable as error:
             self._observer = None
             raise hooks.Refused(f"bus unavailable: {error}") from None
-        node.hub.add_observer(topic, observer)
 
     def _sockets(self, search: str) -> object:
         """Those whose ids, users, addresses or topics contain ``search``, those with the most waiting first."""

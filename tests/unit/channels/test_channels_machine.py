@@ -440,7 +440,7 @@ class Channels(RuleBasedStateMachine):
         assert len(node.pubsub.decisions) == 0 and not node.pubsub.decisions._under_way
         assert [stream.client.socket.queue.pending for stream in self.streams] == [0] * len(self.streams)
         assert self.left == +self.allowed
-        assert list(node.hub.pairs()) == [] and broker.heard == set()
+        assert list(node.hub.pairs()) == [] and broker.heard == broker.asked == set()
         assert node.metrics.sockets == 0 and node.metrics.in_flight_bytes == 0
         assert all(direction is Direction.FROM for direction, *_ in broker.published)
 

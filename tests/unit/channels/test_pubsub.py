@@ -644,42 +644,105 @@ async def test_second_gap_starts_a_new_round_and_asks_each_once() -> None:
 # Subscriptions.
 
 
+async def hear(world: World, topic: str) -> Reader:
+    """Join a topic, as a socket does."""
+    async with world.pubsub.subscribe(topic):
+        return world.reader(topic)
+
+
+def leave(world: World, *readers: Reader) -> None:
+    for reader in readers:
+        if world.hub.remove("t", reader):
+            world.pubsub.unsubscribe("t")
+
+
 async def test_topic_is_subscribed_to_once_and_given_back_after_its_last_subscriber() -> None:
     world = World(needs_subscribe=True)
     assert world.pubsub.must_subscribe
-    await asyncio.gather(world.pubsub.subscribe("t"), world.pubsub.subscribe("t"))
+    one, two = await asyncio.gather(hear(world, "t"), hear(world, "t"))
     assert world.bus.calls == ["subscribe t"]
-    world.pubsub.unsubscribe("t")
+    leave(world, one)
+    await until(lambda: not world.pubsub._tasks)
+    assert world.bus.calls == ["subscribe t"]
+    leave(world, two)
     await until(lambda: world.bus.calls == ["subscribe t", "unsubscribe t"])
     world.pubsub.unsubscribe("t")
-    await world.pubsub.subscribe("t")
+    await hear(world, "t")
     assert world.bus.calls[2:] == ["subscribe t"]
     await world.pubsub.stop()
 
 
 async def test_topic_that_is_joined_again_at_once_is_kept() -> None:
     world = World(needs_subscribe=True)
-    await world.pubsub.subscribe("t")
-    world.pubsub.unsubscribe("t")
+    leave(world, await hear(world, "t"))
     world.reader("t")
     await until(lambda: not world.pubsub._tasks)
     assert world.bus.calls == ["subscribe t"]
+
+
+async def test_topic_without_a_subscriber_after_its_join_is_given_back() -> None:
+    world = World(needs_subscribe=True)
+    with pytest.raises(RuntimeError, match="refused"):
+        async with world.pubsub.subscribe("t"):
+            raise RuntimeError("refused")
+    await until(lambda: world.bus.calls == ["subscribe t", "unsubscribe t"])
+
+
+async def test_topic_is_not_given_back_while_another_join_of_it_is_under_way() -> None:
+    world = World(needs_subscribe=True)
+    one = await hear(world, "t")
+    async with world.pubsub.subscribe("t"):
+        leave(world, one)
+        await until(lambda: not world.pubsub._tasks)  # as long as the join waits for its history, say
+        world.reader("t")
+    await until(lambda: not world.pubsub._tasks)
+    assert world.bus.calls == ["subscribe t"]
+
+
+async def test_subscription_that_is_cancelled_is_given_back() -> None:
+    """The bus may have taken it all the same."""
+    world = World(needs_subscribe=True)
+    world.bus.open.clear()
+    joining = asyncio.create_task(hear(world, "t"))
+    await until(lambda: world.bus.open._waiters)
+    joining.cancel()
+    await asyncio.wait((joining,))
+    world.bus.open.set()
+    await until(lambda: world.bus.calls == ["unsubscribe t"])
+    await hear(world, "t")
+    assert world.bus.calls == ["unsubscribe t", "subscribe t"]
+    await world.pubsub.stop()
+
+
+async def test_join_behind_one_that_is_cancelled_subscribes_itself() -> None:
+    world = World(needs_subscribe=True)
+    world.bus.open.clear()
+    joining = asyncio.create_task(hear(world, "t"))
+    await until(lambda: world.bus.open._waiters)
+    behind = asyncio.create_task(hear(world, "t"))
+    await asyncio.sleep(0)
+    joining.cancel()
+    await asyncio.wait((joining,))
+    world.bus.open.set()
+    await behind
+    await until(lambda: not world.pubsub._tasks)
+    assert world.bus.calls == ["subscribe t"]
+    await world.pubsub.stop()
 
 
 async def test_topic_that_the_bus_does_not_take_is_asked_for_again() -> None:
     world = World(needs_subscribe=True)
     world.bus.fault = "away"
     with pytest.raises(BusUnavailable, match="away"):
-        await world.pubsub.subscribe("t")
+        await hear(world, "t")
     world.bus.fault = None
-    await world.pubsub.subscribe("t")
+    await hear(world, "t")
     assert world.bus.calls == ["subscribe t"]
 
 
 async def test_bus_that_carries_every_topic_is_not_asked() -> None:
     world = World()
-    await world.pubsub.subscribe("t")
-    world.pubsub.unsubscribe("t")
+    leave(world, await hear(world, "t"))
     assert (world.bus.calls, world.pubsub.must_subscribe) == ([], False)
 
 
@@ -792,7 +855,7 @@ async def test_what_a_socket_leaves_behind_is_waited_for_up_to_the_deadline() ->
 async def test_stop_cancels_what_is_under_way_and_then_leaves_the_bus() -> None:
     world = World(needs_subscribe=True)
     await world.pubsub.start()
-    await world.pubsub.subscribe("t")
+    await hear(world, "t")
     queue, ended = KeyedQueue(world.pubsub.in_flight), list[str]()
 
     async def handler() -> None:
