@@ -50,9 +50,7 @@ class Entry:
             if positioned:
                 frames = encode_positioned(version, self.topic, self.event, self.payload, position)
             else:
-                frame = encode_broadcast(version, self.topic, self.event, self.payload, position)
-                frame.position = position
-                frames = [(self.event, frame)]
+                frames = [(self.event, encode_broadcast(version, self.topic, self.event, self.payload, position))]
             self._frames[key] = frames
         return frames
 

@@ -184,11 +184,7 @@ class _Delivery:
 
 
 def _encode(version: Version, topic: str, events: Sequence[Outgoing]) -> list[Frame]:
-    frames = [encode_broadcast(version, topic, event, payload, position) for event, payload, position in events]
-    if events[-1][2] is not None or (len(events) > 1 and any(position is not None for *_, position in events)):
-        for frame, (*_, position) in zip(frames, events, strict=True):
-            frame.position = position
-    return frames
+    return [encode_broadcast(version, topic, event, payload, position) for event, payload, position in events]
 
 
 def _encode_positioned(version: Version, topic: str, events: Sequence[Outgoing]) -> list[tuple[str, Frame]]:

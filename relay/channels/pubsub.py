@@ -158,7 +158,8 @@ class PubSub:
         began = self._pause.clock()
         self._metrics.events_in += len(events)
         self._deliver_events(events, self.history)
-        await self._wait_for_hub()
+        if self._hub.busy:
+            await self._wait_for_hub()
         if pause_s := self._pause.length_s(began, len(events)):
             await self._pause.sleep(pause_s)
 

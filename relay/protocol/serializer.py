@@ -43,6 +43,10 @@ class Version(IntEnum):
     """What it is sent is `relay.protocol.sse`; what its transport says in its client's name is V2."""
 
 
+# Enum members are looked up slowly, and this one is asked for with each event.
+_V2 = Version.V2
+
+
 class BinaryKind(IntEnum):
     """First byte of a binary V2 frame."""
 
@@ -182,19 +186,25 @@ def _text_v1(ref: Ref, topic: str, event: str, payload: Payload) -> Frame:
 def encode_broadcast(version: Version, topic: str, event: str, payload: Payload, position: str | None = None) -> Frame:
     """Encode one event for all subscribers of a topic: both refs null, so one frame serves them all.
 
-    Args:   position: its place in the topic's history, where it has one; for streams alone.
+    Args:   position: its place in the topic's history, where it has one; streams alone are sent it.
     Wire:   ``[null,null,topic,event,payload]``, or ``02 tl el topic event data`` for bytes.
     Source: Phoenix 1.9, ``V2.JSONSerializer.fastlane!/1``.
     """
-    if version is Version.V1:
-        return _text_v1(None, topic, event, payload)
-    if version is Version.SSE:
-        return sse.StreamFrame(topic, sse.encode_lines(event, payload), position)
-    if not isinstance(payload, msgspec.Raw):
-        topic_bytes, event_bytes = _name(topic), _name(event)
-        lengths = bytes((BinaryKind.BROADCAST, len(topic_bytes), len(event_bytes)))
-        return Frame(b"".join((lengths, topic_bytes, event_bytes, payload)), False)
-    return _text_v2(None, None, topic, event, payload)
+    if version is _V2:
+        if isinstance(payload, msgspec.Raw):
+            # As `_text_v2` does: one call fewer for each event.
+            frame = Frame(b"%b,%b]" % (_encode((None, None, topic, event))[:-1], bytes(payload)), True)
+        else:
+            topic_bytes, event_bytes = _name(topic), _name(event)
+            lengths = bytes((BinaryKind.BROADCAST, len(topic_bytes), len(event_bytes)))
+            frame = Frame(b"".join((lengths, topic_bytes, event_bytes, payload)), False)
+    elif version is Version.V1:
+        frame = _text_v1(None, topic, event, payload)
+    else:
+        frame = sse.StreamFrame(topic, sse.encode_lines(event, payload), position)
+    if position is not None:
+        frame.position = position
+    return frame
 
 
 POSITION_KEY = "_position"
