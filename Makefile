@@ -84,13 +84,13 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet
 	@printf '%s\n' '$(CURDIR)' > $@
 
 .venv/.run: .venv/.made-in requirements.lock pyproject.toml
-	@echo "installing the relay's packages in .venv: 150 MB, a minute"
+	@echo "installing the relay's packages in .venv: 120 MB, a minute"
 	$(PIP_INSTALL) --require-hashes -r requirements.lock
 	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
 .venv/.dev: .venv/.made-in requirements.lock requirements-dev.lock pyproject.toml
-	@echo "installing the development packages in .venv: 700 MB, two minutes"
+	@echo "installing the development packages in .venv: 750 MB, two minutes"
 	$(PIP_INSTALL) --require-hashes -r requirements-dev.lock
 	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@touch .venv/.run $@
