@@ -54,14 +54,12 @@ _logger = logging.getLogger("relay")
 
 _CONSOLE_SOCKET = segments(console.SOCKET_PATH)
 _OWN_PATHS = frozenset({(), ("health",), ("ready",), ("metrics",), ("console",), ("console", "access"), ("token",)})
-_OWN_REST_PATHS = frozenset(
-    {(), ("publish",), ("topics",), ("users",), ("sockets",), ("docs",), ("redoc",), ("openapi.json",)}
-)
+_REST_NAMES = frozenset({("publish",), ("topics",), ("users",), ("sockets",), ("history",)})
+"""What stands first in the REST interface's own paths."""
+
+_OWN_REST_PATHS = frozenset({(), *_REST_NAMES, ("docs",), ("redoc",), ("openapi.json",)})
 _OPEN_PATHS = frozenset({("health",), ("ready",), ("metrics",), ("console", "access")})
 """Paths of routes that say nothing to strangers, or check themselves who asks."""
-
-_REST_NAMES = frozenset({("publish",), ("topics",), ("users",), ("sockets",)})
-"""What stands first in the REST interface's own paths."""
 
 
 class Relay:

@@ -24,6 +24,7 @@ from relay.brokers.base import Broker, Link
 from relay.brokers.embedded import BESIDE_AUTH, EmbeddedValkey
 from relay.channels import control
 from relay.channels.channel import Services
+from relay.channels.history_reader import HistoryReader
 from relay.channels.hub import Hub
 from relay.channels.pubsub import PubSub
 from relay.channels.socket import Socket
@@ -431,6 +432,11 @@ class Node:
     def topics(self) -> dict[str, int]:
         """Topics joined in this process, with the number of their subscribers."""
         return self.pubsub.home.ask(self.hub.topics, self.config.redis.timeout_s)
+
+    def history_of(self, topic: str) -> HistoryReader | None:
+        """What reads a topic's history; None where it has none."""
+        history = self.pubsub.history
+        return None if history is None or history.settings(topic) is None else history.reader
 
     @property
     def link(self) -> Link:

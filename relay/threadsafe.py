@@ -120,6 +120,14 @@ class Home:
             raise RelayError(f"the relay's event loop did not answer within {timeout_s:g} s") from None
         return answers[0]
 
+    async def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run a coroutine in this loop, and return what it returns. Raises RelayError where the loop has ended."""
+        if self.is_here:
+            return await work()
+        if self.has_ended:
+            raise RelayError(LOOP_HAS_ENDED)
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work(), self.loop))
+
 
 def _running_loop() -> asyncio.AbstractEventLoop | None:
     try:

@@ -62,13 +62,15 @@ class RedisHistory:
         key = self._key(topic)
         count, first, last, size = await asyncio.gather(
             self._ask("XLEN", key),
-            self._ask("XRANGE", key, "-", "+", "COUNT", 1),
+            self._ask("XRANGE", key, "-", "+", "COUNT", 2),
             self._ask("XREVRANGE", key, "+", "-", "COUNT", 1),
             self._ask("MEMORY", "USAGE", key),
         )
+        if first and not _event(topic, first[0]).event:  # the birth of the history
+            first, count = first[1:], count - 1
         if not first:
-            return Summary(0, None, None, 0)
-        return Summary(int(count), first[0][0].decode(), last[0][0].decode(), int(size or 0))
+            return Summary(0, None, None, int(size or 0))
+        return Summary(count, first[0][0].decode(), last[0][0].decode(), int(size or 0))
 
     async def write(self, commands: Iterable[tuple[str, ...]]) -> None:
         """Carry out commands that only have to succeed. Raises BusUnavailable."""

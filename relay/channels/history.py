@@ -140,7 +140,7 @@ class History:
         self._hurried: set[str] = set()
         # When the next join has its turn to be given what it missed.
         self._turn_at = 0.0
-        self._reader = HistoryReader(config, store, owner, metrics)
+        self.reader: HistoryReader = HistoryReader(config, store, owner, metrics)
         # Of all rings.
         self._ring_bytes = 0
 
@@ -254,7 +254,7 @@ class History:
     def _make_room(self) -> None:
         """Forget pages, then rings, where all together are too large."""
         most = self._limits.history_ring_max_bytes
-        while self._ring_bytes + self._reader.bytes > most and self._reader.forget_oldest():
+        while self._ring_bytes + self.reader.bytes > most and self.reader.forget_oldest():
             pass
         if self._ring_bytes > most:
             for followed in self._followed.values():
@@ -319,7 +319,7 @@ class History:
         assert followed.heard is not None, "there is no hole without something heard"
         await self._owner.room_for_rows(topic)
         count = 1 + rows_behind(followed.heard.n, followed.row_bytes)
-        rows = await self._reader.store.read(topic, str(followed.heard), count)
+        rows = await self.reader.store.read(topic, str(followed.heard), count)
         if self._followed.get(topic) is not followed:
             return True
         if rows is None or any(not row.event and row.payload for row in rows[1:]):
@@ -353,7 +353,7 @@ class History:
         followed.heard = followed.delivered = None
         followed.held, followed.held_bytes = [], 0
         self._clear_ring(followed)
-        self._reader.forget(followed.topic)
+        self.reader.forget(followed.topic)
         followed.due_at = 0.0
         self._wake.set()
         if self._followed.get(followed.topic) is followed:
@@ -408,7 +408,7 @@ class History:
         try:
             await self._wait_for_turn()
             await self._wait_for_certainty(topic)
-            return await self._reader.open(topic, since, last)
+            return await self.reader.open(topic, since, last)
         except BusUnavailable as error:
             self._log.warning("history", "history of topic %r cannot be read: %s", topic, error)
             self._metrics.history_not_recovered[NotRecovered.UNAVAILABLE] += 1
@@ -480,7 +480,7 @@ class History:
         followed = self._followed.get(topic)
         if followed is None:
             return None
-        page = await self._reader.page(topic, place, is_included, followed.row_bytes)
+        page = await self.reader.page(topic, place, is_included, followed.row_bytes)
         if page is not None and page.entries:
             followed.row_bytes += (page.size / len(page.entries) - followed.row_bytes) / 4
             self._make_room()
@@ -488,4 +488,4 @@ class History:
 
     async def close(self) -> None:
         """End what is being read."""
-        await self._reader.close()
+        await self.reader.close()

@@ -6,7 +6,7 @@ Owns what is read once for all who ask for it; must not know what comes from the
 import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from relay.brokers.base import Event, HistoryStore, Opened, Place, is_position
 from relay.config import Config, HistoryConfig
@@ -21,6 +21,9 @@ PAGE_BYTES, PAGE_ROWS = 32_768, 64
 
 ENTRY_BYTES = 256
 """What an event in memory takes beside its payload."""
+
+_ANY_NUMBER = 2**53
+"""More than any history has."""
 
 _ReadKey = tuple[str, str, object]
 
@@ -103,6 +106,18 @@ class Recovery:
         return fields
 
 
+class Stored(NamedTuple):
+    """Events of a history, for those who look at it."""
+
+    events: Sequence[Event]
+    position: str
+    """What came later is behind this."""
+    fault: NotRecovered | None = None
+    """Why not all events behind the given position are there."""
+    has_more: bool = False
+    """Whether there are more events behind `position`."""
+
+
 class RowFilter(Protocol):
     """What decides on each row."""
 
@@ -175,35 +190,61 @@ class HistoryReader:
         return opened
 
     async def _open_last(self, topic: str, count: int) -> Recovery:
-        """Find the oldest of the last events, and the position before it."""
-        store, opened = self.store, await self._open(topic, "0-0")
-        found: list[Event] = []
-        size = 0
-        oldest_ms = opened.now_ms - self._settings(topic).ttl_s * 1000
-        step = 16
-        before: str | None = None
-        is_end = False
-        while not is_end and len(found) <= count:
-            rows = await store.last(topic, min(step, count + 1 - len(found)), before)
-            is_end = not rows
-            step = min(step * 2, 256)
-            for row in reversed(rows):
-                size += len(row.payload)
-                before = row.position
-                if not row.event or size > self._limits.recover_max_bytes:
-                    is_end = True
-                    break
-                found.append(row)
-        first = found[min(count, len(found)) - 1] if found else None
-        while first is not None and Place.of(str(first.position)).ms < oldest_ms:
-            found = found[: found.index(first)]
-            first = found[-1] if found else None
-        if first is None:
+        opened, found, before = await self._find_last(topic, count)
+        if not found:
             return Recovery(opened.newest, Place.of(opened.newest))
-        place = Place.of(str(first.position))
-        at = found.index(first)
-        position = found[at + 1].position if at + 1 < len(found) else str(Place(place.ms, place.n - 1))
-        return Recovery(position, place, is_included=True)
+        first = Place.of(str(found[0].position))
+        return Recovery(before or str(Place(first.ms, first.n - 1)), first, is_included=True)
+
+    async def _find_last(self, topic: str, count: int) -> tuple[Opened, list[Event], str | None]:
+        """The last events, oldest first, and the position before them, where that is known. Raises BusUnavailable."""
+        store, opened = self.store, await self._open(topic, "0-0")
+        oldest_ms = opened.now_ms - self._settings(topic).ttl_s * 1000
+        newest_first: list[Event] = []
+        size, step = 0, 16
+        before: str | None = None
+        while rows := await store.last(topic, min(step, count + 1 - len(newest_first)), before):
+            for row in reversed(rows):
+                before = row.position
+                size += len(row.payload)
+                is_too_old = Place.of(str(before)).ms < oldest_ms
+                if len(newest_first) == count or not row.event or is_too_old or size > self._limits.recover_max_bytes:
+                    return opened, newest_first[::-1], before
+                newest_first.append(row)
+            step = min(step * 2, 256)
+        return opened, newest_first[::-1], None
+
+    # For those who look at a history.
+
+    async def newest(self, topic: str, count: int) -> Stored:
+        """The last events as they are stored, ``count`` at most. Raises BusUnavailable."""
+        opened, found, _ = await self._find_last(topic, count)
+        return Stored(found, str(found[-1].position) if found else opened.newest)
+
+    async def behind(self, topic: str, since: str, count: int) -> Stored:
+        """The events behind a position as they are stored, ``count`` at most. Raises BusUnavailable."""
+        opened = await self.store.open(topic, since, self._settings(topic), _ANY_NUMBER, _ANY_NUMBER)
+        found: list[Event] = []
+        position, size, fault = since, 0, opened.fault
+        while fault is None:
+            wanted = min(count + 1 - len(found), PAGE_ROWS) + 1
+            rows = await self.store.read(topic, position, wanted)
+            if rows is None and position == opened.newest:
+                break  # the stream has lost all its entries, and nothing came behind them
+            for row in rows[1:] if rows is not None else ():
+                size += len(row.payload)
+                if len(found) == count or (found and size > self._limits.recover_max_bytes):
+                    return Stored(found, position, has_more=True)
+                if row.event:
+                    found.append(row)
+                elif row.payload:
+                    fault = NotRecovered.FORKED
+                position = str(row.position)
+            if rows is None:
+                fault = NotRecovered.EXPIRED
+            elif len(rows) < wanted:
+                break
+        return Stored(found, position) if fault is None else Stored((), opened.newest, fault)
 
     # Pages.
 

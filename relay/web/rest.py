@@ -33,6 +33,7 @@ from relay.plugins.loader import PluginSet
 from relay.protocol.payload import Payload
 from relay.protocol.topics import is_event, is_topic
 from relay.version import __version__
+from relay.web.rest_history import History, HistoryDetails, describe, read_history
 
 # What a schema can say of names; `relay.protocol.topics` says all.
 _TOPIC = r"^[^\x00-\x1f\x7f-\x9f]*$"
@@ -90,6 +91,7 @@ class TopicDetails(Topic):
     events: int
     events_per_s: float
     socket_ids: list[str]
+    history: HistoryDetails | None = Field(description="of the whole topic, not of this process; null without one")
 
 
 class SocketDetails(BaseModel):
@@ -120,6 +122,10 @@ _PROBLEMS = {
     **_described(422, "The request is not as described"),
 }
 _NOT_FOUND = _described(404, "There is no such thing here")
+_NOT_READ = {
+    **_described(404, "The topic has no history"),
+    **_described(503, "The history cannot be read now"),
+}
 _NOT_TOLD = {
     **_described(404, "A name with a line break in it has no route"),
     **_described(503, "It was done here, and the bus did not take it to the other nodes"),
@@ -306,18 +312,36 @@ def _routes(components: Components, node: Callable[[], Node]) -> APIRouter:
 
     @router.get("/topics/{topic:path}", responses=_NOT_FOUND)
     async def topic(topic: TopicName) -> TopicDetails:
-        """One topic: its sockets, and the events it had since its first subscriber came."""
-        traffic = node().hub.stats(topic)
-        if traffic is None:
-            raise HTTPException(404, f"no socket has joined {topic!r} in this process")
+        """One topic: its sockets, the events it had since its first subscriber came, and what its history holds."""
+        traffic, history = node().hub.stats(topic), await describe(node(), topic)
+        if traffic is None and (history is None or not history.events):
+            why = "" if history is None else f", and its history is {history.unavailable or 'empty'}"
+            raise HTTPException(404, f"no socket has joined {topic!r} in this process{why}")
         ids = [socket.id for socket in node().sockets.values() if socket.subscription(topic)]
         return TopicDetails(
             topic=topic,
             sockets=len(ids),
-            events=traffic.events,
-            events_per_s=round(traffic.events_per_s, 2),
+            events=traffic.events if traffic else 0,
+            events_per_s=round(traffic.events_per_s, 2) if traffic else 0.0,
             socket_ids=ids,
+            history=history,
         )
+
+    @router.get("/history", response_model=History, responses=_NOT_READ)
+    async def history(
+        topic: Annotated[str, Query(min_length=1, max_length=255, examples=["room:1"])],
+        since: Annotated[
+            str | None, Query(description="a position: the events behind it; without it, the newest events")
+        ] = None,
+        limit: Annotated[
+            int | None, Query(ge=1, description="most events, limits.recover_max_events at most; 100 if not given")
+        ] = None,
+    ) -> Response:
+        """The history of a topic, as it is stored: what `on_event` handlers make of events is not seen here.
+
+        At most ``limits.recover_max_bytes`` of payloads are returned, and ``more`` says that there are further events.
+        """
+        return await read_history(node(), topic, since, limit)
 
     @router.get("/sockets/{socket_id}", responses=_NOT_FOUND)
     async def socket(socket_id: SocketId) -> SocketDetails:

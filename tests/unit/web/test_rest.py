@@ -37,7 +37,12 @@ WRITES = [
     ("DELETE", "/topics/room:1/sockets/none", None),
     ("DELETE", "/sockets?id=none", None),
 ]
-READS = [("GET", "/topics", None), ("GET", "/topics/room:1", None), ("GET", "/sockets/none", None)]
+READS = [
+    ("GET", "/topics", None),
+    ("GET", "/history?topic=room:1", None),
+    ("GET", "/topics/room:1", None),
+    ("GET", "/sockets/none", None),
+]
 ROUTES = [*WRITES, *READS]
 
 
@@ -535,6 +540,7 @@ async def test_docs_and_schema_work_under_a_prefix(prefix: str) -> None:
         assert server["url"] == f"{prefix}/api"
         assert (await ask.get(server["url"] + "/topics")).json() == []
         assert sorted(schema["paths"]) == [
+            "/history",
             "/publish",
             "/sockets",
             "/sockets/{socket_id}",
