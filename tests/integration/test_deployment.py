@@ -1,6 +1,6 @@
 """The files of ``config/``: each is read by its own tool, and says nothing that the relay does not know.
 
-The proxies' files are run in ``tests/integration/test_reverse_proxies.py``; ``relay.toml`` is `test_config`'s.
+The proxies' files are run in ``tests/integration/test_reverse_proxies.py``; ``relay.toml`` is `test_config_example`'s.
 """
 
 import json

@@ -359,7 +359,7 @@ async def test_two_hundred_slow_readers_take_little_memory(tmp_path: Path) -> No
             for _ in range(20):
                 async with redis.pipeline(transaction=False) as pipeline:
                     for _ in range(200):
-                        pipeline.fcall("relay_publish", 1, "topic:room:1", "new", payload, "20000", "60")
+                        _ = pipeline.fcall("relay_publish", 1, "topic:room:1", "new", payload, "20000", "60")
                     await pipeline.execute()
             caught_up, cause = "relay_history_catch_ups_total", {"cause": "slow reader"}
             async with asyncio.timeout(20):

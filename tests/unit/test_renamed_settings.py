@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -25,13 +24,6 @@ VALUES: dict[str, Any] = {
     "metrics.folder": "figures",
 }
 Source = Callable[[str, Any, Path, pytest.MonkeyPatch], Config]
-
-
-@pytest.fixture(autouse=True)
-def no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in list(os.environ):
-        if name.upper().startswith("RELAY_"):
-            monkeypatch.delenv(name)
 
 
 def tree(name: str, value: Any) -> dict[str, Any]:

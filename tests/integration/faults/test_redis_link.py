@@ -414,7 +414,7 @@ async def test_user_with_few_rights_works_and_what_is_missing_is_said_once(
         await asyncio.sleep(1)  # some five intervals
         await sink.expect(Event("room", "e", b"1"))
         assert metrics.gaps == 0
-        assert not sink.orders
+        assert not sink.control_messages
         assert broker.link == (True, "")
     said = [record.getMessage() for record in caplog.records if "no permission for" in record.getMessage()]
     assert {text.split(" on 127")[0].removeprefix("no permission for ") for text in said} == missing
@@ -464,7 +464,7 @@ async def test_probes_are_no_events_and_no_orders(server: Valkey, control: str) 
             await eventually(
                 lambda: redis.info("commandstats").get("cmdstat_publish", {"calls": 0})["calls"] > before + 6, "probes"
             )
-        assert not (ours.events or theirs.events or ours.orders or theirs.orders)
+        assert not (ours.events or theirs.events or ours.control_messages or theirs.control_messages)
         assert not m.dropped
         assert one.link.live
 
