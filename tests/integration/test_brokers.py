@@ -5,7 +5,7 @@ A bus that cannot be cut from outside (``memory://``) is left out where it has t
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Protocol
 
@@ -23,39 +23,10 @@ from relay.errors import BusUnavailable
 from relay.metrics import Metrics
 from tests.support.process import Postgres, Valkey, redis_servers
 from tests.support.serving import eventually
+from tests.support.sink import Sink
 
 FAST = {"backoff_min_s": 0.02, "backoff_max_s": 0.1, "ping_interval_s": 0.2, "ping_timeout_s": 3}
 """Settings of a link that is cut on purpose."""
-
-
-class Sink:
-    """What a broker hands over."""
-
-    def __init__(self) -> None:
-        self.events: list[Event] = []
-        self.gaps: list[str] = []
-        self.control_messages: list[bytes] = []
-        self.messages: list[tuple[str, str, bytes]] = []
-        self.room = asyncio.Event()
-        self.room.set()
-
-    async def receive_events(self, events: Sequence[Event]) -> None:
-        self.events += events
-        await self.room.wait()
-
-    def receive_message(self, pattern: str, channel: str, data: bytes) -> None:
-        self.messages.append((pattern, channel, data))
-
-    def receive_control(self, data: bytes) -> None:
-        self.control_messages.append(data)
-
-    def on_gap(self, reason: str) -> None:
-        self.gaps.append(reason)
-
-    async def expect(self, *events: Event) -> None:
-        """These have come, and no others."""
-        await eventually(lambda: len(self.events) >= len(events), f"{len(events)} events")
-        assert self.events == list(events)
 
 
 class Bus(Protocol):

@@ -21,9 +21,9 @@ from relay.brokers.redis_scripts import FUNCTION, PUBLISH
 from relay.config import Direction, HistoryConfig
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
-from tests.integration.test_brokers import Sink
 from tests.support.process import Valkey, redis_servers
 from tests.support.serving import eventually
+from tests.support.sink import Sink
 
 PAGE = Path(__file__).parents[2] / "docs" / "history.md"
 RULES = {

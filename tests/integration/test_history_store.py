@@ -18,9 +18,9 @@ from relay.brokers.redis_publish_once import publishing
 from relay.config import Direction, HistoryConfig
 from relay.errors import BusUnavailable, NotRecovered
 from relay.metrics import Metrics
-from tests.integration.test_brokers import Sink
 from tests.support.process import Valkey
 from tests.support.serving import eventually
+from tests.support.sink import Sink
 
 SIZE = 10
 SETTINGS = HistoryConfig(size=SIZE, ttl_s=60)

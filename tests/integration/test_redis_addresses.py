@@ -18,10 +18,10 @@ from relay.brokers.redis import RedisBroker
 from relay.brokers.redis_connection import Connections
 from relay.config import Direction
 from relay.metrics import Metrics
-from tests.integration.test_brokers import Sink
 from tests.support.faults import Authority, Proxy, Sentinels
 from tests.support.process import Valkey, free_port
 from tests.support.serving import eventually
+from tests.support.sink import Sink
 
 ROOT = Path(__file__).parents[2]
 FAST = {"backoff_min_s": 0.02, "backoff_max_s": 0.1, "ping_interval_s": 0.2, "ping_timeout_s": 2, "timeout_s": 2}

@@ -1,0 +1,37 @@
+"""A node's side of a broker: it keeps what it is handed."""
+
+import asyncio
+from collections.abc import Sequence
+
+from relay.brokers.base import Event
+from tests.support.serving import eventually
+
+
+class Sink:
+    """What a broker hands over."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.gaps: list[str] = []
+        self.control_messages: list[bytes] = []
+        self.messages: list[tuple[str, str, bytes]] = []
+        self.room = asyncio.Event()
+        self.room.set()
+
+    async def receive_events(self, events: Sequence[Event]) -> None:
+        self.events += events
+        await self.room.wait()
+
+    def receive_message(self, pattern: str, channel: str, data: bytes) -> None:
+        self.messages.append((pattern, channel, data))
+
+    def receive_control(self, data: bytes) -> None:
+        self.control_messages.append(data)
+
+    def on_gap(self, reason: str) -> None:
+        self.gaps.append(reason)
+
+    async def expect(self, *events: Event) -> None:
+        """These have come, and no others."""
+        await eventually(lambda: len(self.events) >= len(events), f"{len(events)} events")
+        assert self.events == list(events)
