@@ -72,6 +72,8 @@ class Stream:
         self.headers: dict[str, str] = {}
         self.parser = Parser()
         self.writer = writer
+        self.read_id = ""
+        """The id of the event that was received last."""
         self.joins: list[Any] = []
         """What the stream has said of its joins; these events are kept apart from the others."""
         self.is_complete = False
@@ -157,7 +159,9 @@ class Stream:
                 data = await self._read()
                 assert data, "the stream has ended"
                 self._keep(data)
-        return self._events.popleft()
+        event = self._events.popleft()
+        self.read_id = event.id
+        return event
 
     async def expect_event(self, event: str, data: str) -> StreamEvent:
         """The next event has this name and this data."""
