@@ -130,6 +130,25 @@ def leaves_half_a_head(connection: socket.socket) -> None:
     connection.sendall(b"GET / HT")
 
 
+STREAM = get("/socket/sse?topic=room:1")
+
+
+def streamed(connection: socket.socket) -> None:
+    """A stream of server-sent events that has begun."""
+    connection.sendall(STREAM)
+    read_past(connection, b"relay:join")
+
+
+def streamed_until_reset(connection: socket.socket) -> None:
+    streamed(connection)
+    reset(connection)
+
+
+def stream_that_nobody_reads(connection: socket.socket) -> None:
+    connection.sendall(STREAM * 2)  # the second waits for the end of the first
+    reset(connection)
+
+
 LIVES = {
     "closed by the client": ends(END),
     "closed by the relay": ends(client_frame(TEXT, b"[") + END),
@@ -152,6 +171,11 @@ LIVES = {
     "keep-alive, then reset": keeps_alive_until_reset,
     "pipelined, then reset": pipelines_and_is_gone,
     "half a head": leaves_half_a_head,
+    "stream, gone": streamed,
+    "stream, reset": streamed_until_reset,
+    "stream, not read": stream_that_nobody_reads,
+    "stream, refused": answered(get("/socket/sse?topic=a", "Sec-Fetch-Site: cross-site", "Connection: close")),
+    "stream, of a topic that cannot be": answered(get("/socket/sse?topic=phoenix", "Connection: close")),
 }
 
 
@@ -254,7 +278,14 @@ def test_on_stock_uvicorn_the_relays_own_part_leaves_nothing(valkey: Valkey, ws:
         gc.disable()
         try:
             before = objects()
-            for name in ("closed by the client", "closed by the relay", "reset in mid-frame", "gone"):
+            for name in (
+                "closed by the client",
+                "closed by the relay",
+                "reset in mid-frame",
+                "gone",
+                "stream, gone",
+                "stream, reset",
+            ):
                 live(server, LIVES[name], 20)
 
             def grown() -> dict[str, int]:
