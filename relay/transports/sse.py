@@ -70,6 +70,7 @@ class SSETransport(QueuedTransport):
         "_first_events",
         "_is_over",
         "_joining",
+        "_last",
         "_over",
         "_positions",
         "_receive",
@@ -98,6 +99,7 @@ class SSETransport(QueuedTransport):
         self._receive = receive
         self._send = send
         self._since = request.since
+        self._last = request.last
         self._several = len(request.topics) > 1
         # Topics whose join is to be sent, those of which none is decided yet, and all that have not ended.
         self._to_join = deque(request.topics)
@@ -126,7 +128,8 @@ class SSETransport(QueuedTransport):
         """The join of the next topic, as a client would send it; None once the stream has ended."""
         if self._to_join:
             topic = self._to_join.popleft()
-            frame = _encode_join(["1", "1", topic, "phx_join", {"since": self._since.get(topic)}]).decode()
+            params = {"since": self._since.get(topic)} | ({} if self._last is None else {"last": self._last})
+            frame = _encode_join(["1", "1", topic, "phx_join", params]).decode()
             self.last_size = len(frame.encode())
             return frame
         gone = asyncio.ensure_future(self._wait_for_disconnect())

@@ -23,6 +23,9 @@ from relay.transports.handshake import HandshakeRejected, check_origin
 TOPICS_MAX = 10
 """Topics of one stream."""
 
+_COUNT_MAX_DIGITS = 9
+"""Of ``last=``; the history bounds the number."""
+
 _METHODS = "GET, OPTIONS"
 
 _NO_CROSS_SITE = ("same-origin", "none")
@@ -47,6 +50,8 @@ class StreamRequest(NamedTuple):
     topics: tuple[str, ...]
     since: Mapping[str, str]
     """By topic, the position of the last event that the client has had; not judged yet."""
+    last: int | None = None
+    """How many of the newest events it asks for where it names no position."""
     auth_token: None = None
     """A stream's token is in its query or its headers."""
 
@@ -80,8 +85,10 @@ def check(
     if not sse.fits_positions(topics):
         text = f"expected topics whose names and positions fit into {sse.POSITIONS_MAX_BYTES} bytes, URL-encoded"
         return HandshakeRejected(400, f"{text}, got longer ones; open several streams", "topics")
-    last = request.headers.get("last-event-id") or request.query_params.get("since", "")
-    return StreamRequest(topics, sse.decode_positions(last, topics))
+    position = request.headers.get("last-event-id") or request.query_params.get("since", "")
+    count = request.query_params.get("last", "")
+    last = int(count) if count.isascii() and count.isdigit() and len(count) <= _COUNT_MAX_DIGITS else None
+    return StreamRequest(topics, sse.decode_positions(position, topics), last)
 
 
 def wrong_method(scope: Scope) -> HandshakeRejected:

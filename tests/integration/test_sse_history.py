@@ -93,6 +93,18 @@ async def eventually_joined(stream: Stream) -> None:
             stream._keep(await stream._read())
 
 
+async def test_stream_may_begin_with_the_newest_events(served: Served, name: str) -> None:
+    topic = f"room:{name}"
+    await publish(served, topic, *range(10))
+    async with Stream.open(served.ws, topic, last="3") as stream:
+        assert await numbers(stream, 3) == [7, 8, 9]
+        await publish(served, topic, 10)
+        assert await numbers(stream, 1) == [10]
+    await publish(served, topic, *range(11, 20))
+    async with Stream.open(served.ws, topic, last="3", headers={"Last-Event-ID": stream.read_id}) as again:
+        assert await numbers(again, 9) == list(range(11, 20)), "the position goes first"
+
+
 async def test_several_topics_are_recovered_each_from_its_own_position(served: Served, name: str) -> None:
     one, two, live = f"room:{name}:1", f"room:{name}:2", f"live:{name}"
     topics = (one, two, live)

@@ -68,6 +68,7 @@ class Session:
         limits: LimitsConfig = LIMITS,
         budget: OutboxBudget | None = None,
         since: dict[str, str] | None = None,
+        last: int | None = None,
     ) -> None:
         self.connection = connection
         self.metrics = Metrics()
@@ -76,7 +77,7 @@ class Session:
         log = RateLimitedLoggers().get("relay.socket")
         self.transport = SSETransport(
             "s1",
-            StreamRequest(topics, since or {}),
+            StreamRequest(topics, since or {}, last),
             connection.scope,
             connection.receive,
             connection.send,
@@ -169,6 +170,13 @@ async def test_topics_are_joined_as_a_client_would() -> None:
     await session.finish()
     assert session.transport.ending == (None, "", "client")
     assert session.transport.closed_with is None
+
+
+async def test_newest_events_are_asked_for_as_a_client_would() -> None:
+    session = Session(connect(), last=50)
+    await until(lambda: session.joins)
+    assert bytes(session.joins[0].payload) == b'{"since":null,"last":50}'
+    await session.finish()
 
 
 async def test_response_begins_once_all_joins_are_accepted(mode: str) -> None:

@@ -99,6 +99,14 @@ def test_position_that_is_none_never_refuses_a_request(since: str) -> None:
     assert accepted(f"topic=a&since={since}").topics == ("a",)
 
 
+@pytest.mark.parametrize(
+    ("query", "last"),
+    [("last=50", 50), ("last=0", 0), ("last=", None), ("last=-5", None), ("last=" + "9" * 5000, None)],
+)
+def test_newest_events_may_be_asked_for(query: str, last: int | None) -> None:
+    assert accepted(f"topic=a&{query}").last == last
+
+
 # Pages.
 
 
