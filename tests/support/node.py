@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +151,15 @@ class Script:
 
 
 def run_checks(
-    name: str, *arguments: str, redis_url: str | None = None, deadline_s: float = DEADLINE_S
+    name: str,
+    *arguments: str,
+    redis_url: str | None = None,
+    deadline_s: float = DEADLINE_S,
+    act: Callable[[dict[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
     """Run a script to its end and publish what it waits for; fails with every check that failed.
+
+    Args: act: does what the script asks for with ``{"do": …}``.
 
     Returns: the detail of each check, by the check's name.
     """
@@ -172,6 +178,9 @@ def run_checks(
                     encoded = message.get("payload_base64")
                     payload = message["payload"].encode() if encoded is None else base64.b64decode(encoded)
                     bus.publish(message["redis_channel"], payload)
+            elif "do" in said:
+                assert act is not None, f"{name} asks for {said['do']}"
+                act(said)
             elif said["ok"]:
                 passed[said["name"]] = said["detail"]
             else:
