@@ -34,6 +34,7 @@ from tests.support.node import need_browser, need_node, run_checks
 from tests.support.process import DEADLINE_S, Valkey
 from tests.support.servers import AppServer
 from tests.support.serving import Served, serve
+from tests.support.sse import Stream
 
 HINT = "relay started by its first request; `relay.install(app)` starts it with your app"
 
@@ -455,6 +456,21 @@ async def test_server_carries_joins_pushes_and_events(server: AppServer, redis: 
         assert path == ("direct" if ours else "asgi")
 
 
+async def test_server_carries_streams(server: AppServer, redis: Redis) -> None:
+    async with Stream.open(socket_url(server), "room:streams") as stream:
+        assert stream.status == 200
+        for number in range(20):
+            await redis.publish("to:room:streams:new_msg", str(number))
+            await stream.expect_event("new_msg", str(number))
+        assert await path_of_socket(server, "room:streams") == "sse"
+    async with asyncio.timeout(DEADLINE_S):
+        while (await get(f"{server.http}/relay/api/topics/room:streams")).status_code != 404:  # noqa: ASYNC110 - a server's
+            await asyncio.sleep(0.02)
+    async with Stream.open(socket_url(server), "phoenix") as stream:
+        assert stream.status == 400
+        assert (await stream.body()).startswith("expected topics")
+
+
 async def test_server_refuses_pages_of_other_origins(server: AppServer) -> None:
     for options, path, status in (
         ({"additional_headers": {"Origin": "https://evil.example"}}, "/socket", 403),
@@ -517,6 +533,21 @@ async def test_server_ends_in_good_order(name: str, valkey: Valkey) -> None:
         assert exit_code in (0, -signal.SIGTERM), server.output
         assert "app started: True" in server.output
         assert "app ended: True" in server.output
+
+
+@pytest.mark.parametrize("name", SERVERS)
+async def test_server_does_not_wait_for_streams_without_a_limit(name: str, valkey: Valkey) -> None:
+    """Uvicorn waits until responses have ended, so the relay ends them; the others cut them, Granian where it may."""
+    arguments = ("--workers-kill-timeout", "1") if name == "granian" else ()
+    with AppServer(name, APP, *arguments, environ={"BUS": valkey.url}, ready="/relay/ready") as server:
+        async with Stream.open(socket_url(server), "room:1") as stream:
+            ending = asyncio.create_task(asyncio.to_thread(server.stop, signal.SIGTERM))
+            events = [event.event for event in await stream.rest()]
+            assert (events, stream.is_complete) == (
+                ([], False) if name in ("hypercorn", "granian") else (["relay:error"], True)
+            )
+        exit_code = await ending
+        assert exit_code in (0, -signal.SIGTERM), server.output
 
 
 async def worker_and_path(server: AppServer, topic: str) -> tuple[str, str] | None:
