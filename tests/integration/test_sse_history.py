@@ -112,7 +112,7 @@ async def test_several_topics_are_recovered_each_from_its_own_position(served: S
         await publish(served, one, 1)
         await publish(served, two, 101)
         await publish(served, live, 201)
-        assert await numbers(stream, 3) == [1, 101, 201]
+        assert sorted(await numbers(stream, 3)) == [1, 101, 201]  # the order is that of each topic
     await publish(served, two, 102, 103)
     await publish(served, live, 202)
     await publish(served, one, 2)
