@@ -47,9 +47,8 @@ floors: build/floors/.made ## run unit tests and the broker contract with the ol
 cover: .venv/.dev ## run every test and say which branches none of them took
 	@tools/browser.sh
 	rm -f .coverage .coverage.*
-	$(BIN)/coverage run -m pytest $(ARGS)
-	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report
+	$(BIN)/coverage run -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS) || failed=$$?; \
+		$(BIN)/coverage combine --quiet && $(BIN)/coverage report && exit $${failed:-0}
 
 bench: .venv/.dev ## measure what a delivered frame costs (3 minutes); `make bench-full` takes longer and writes the docs
 	$(BIN)/python -m benchmarks $(ARGS)
