@@ -36,7 +36,8 @@ async def publishing(
 ) -> AsyncIterator[Callable[[Sequence[tuple[str, str, bytes]]], Awaitable[Published]]]:
     """Publish events towards browsers for the duration of the block, from a program that does nothing else.
 
-    What the relays on this Redis say of their topics goes before the configuration: a topic with a history is appended.
+    An event of a topic with a history is appended to that. Which topics have one says the configuration, or if it says
+    nothing of topics, the relays on this Redis do.
 
     Yields: a function of topics, events and payloads, which publishes them in order. It raises BusUnavailable where
             Redis took them not.

@@ -77,9 +77,22 @@ def renewal(config: Config) -> list[tuple[str, ...]]:
     return [("HSET", KEY, *flat), ("EXPIRE", KEY, str(_LIFETIME_S))]
 
 
+def _says_itself(config: Config) -> bool:
+    """Whether a configuration says which topics have histories, or under which names events are published."""
+    return "topics" in config.model_fields_set or not config.redis.model_fields_set.isdisjoint(
+        ("to_prefix", "topic_prefix")
+    )
+
+
 async def read_settings(connection: RedisConnection, config: Config) -> Settings:
-    """What the relays on this Redis say, else what the configuration says. Raises LinkLost."""
+    """What a program that publishes has to know: of the configuration, or else of the relays on this Redis.
+
+    The configuration goes first where it has topics or prefixes of its own: relays of several applications may share
+    a Redis, and write the same hash. Raises LinkLost.
+    """
     own = own_settings(config)
+    if _says_itself(config):
+        return own
     reply = await connection.ask("HGETALL", KEY)
     flat: Any = list(reply.items()) if isinstance(reply, dict) else reply
     if isinstance(reply, hiredis.ReplyError) or not flat:

@@ -19,10 +19,13 @@ from typing import Annotated, Any
 import typer
 from websockets.asyncio.client import ClientConnection
 
+from relay.brokers.base import is_position
 from relay.cli.connection import TIMEOUT_S, Lost, ask_rest, connected, rest_url, socket_url
 from relay.cli.options import EventName, Params, Payload, RelayFile, Token, Topic, event_of, json_of, token_of, topic_of
 from relay.cli.output import Failed, console, fail, is_terminal, json_line, print_lines, printable
 from relay.config_sources import load
+from relay.errors import ConfigError
+from relay.protocol.serializer import POSITION_EVENT
 
 READABLE_PER_S = 20
 """With more events a second than this, a terminal shows rates instead."""
@@ -32,6 +35,12 @@ REJOIN_S = 1.0
 
 RECONNECT_MAX_S = 10.0
 """Between connections to a relay that is away."""
+
+_POSITION_S = 1.0
+"""For the position that follows a payload which is no object; an event that is in no history has none."""
+
+Shown = tuple[str, Any, str | None]
+"""Event, payload and position."""
 
 Url = Annotated[
     str | None, typer.Option(metavar="URL", help="The relay's socket.", show_default="ws://127.0.0.1:8000/socket")
@@ -45,13 +54,28 @@ def listen(
     token: Token = None,
     params: Params = "{}",
     count: Annotated[int | None, typer.Option(min=1, metavar="N", help="End after so many events.")] = None,
+    last: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Begin with the last N events of the topic's history.")
+    ] = None,
+    since: Annotated[
+        str | None, typer.Option(metavar="POSITION", help="Begin with the events behind this position.")
+    ] = None,
 ) -> None:
     """Show the events of a topic as they come, until Ctrl+C; many at once as rates. Piped: a line of JSON each.
 
     When the relay restarts, it connects again, and says that events may have been missed.
+
+    With --last or --since, events are shown with their positions, and what was missed while the connection was lost is
+    shown too, or it is said that it is gone. The topic has to have a history; --last 0 shows no old events.
     """
     address = socket_url(load(config), url)
-    _run(_listen(address, token_of(token), topic_of(topic), json_of("--params", params), count))
+    name, value = topic_of(topic), json_of("--params", params)
+    if since is not None and not is_position(since):
+        raise ConfigError(f"--since: expected a position such as 1764150000000-17, got {since!r}")
+    asks = since is not None or last is not None
+    if asks and not isinstance(value, dict):
+        raise ConfigError(f"--params: expected an object with --last or --since, got {params!r}")
+    _run(_listen(address, token_of(token), Joining(name, value, asks, last, since), count))
 
 
 def push(
@@ -66,7 +90,7 @@ def push(
     """Join a topic as a browser does, push one event, and show the reply."""
     name, value = event_of(event), json_of("JSON", payload)
     address = socket_url(load(config), url)
-    _run(_push(address, token_of(token), topic_of(topic), name, value, json_of("--params", params)))
+    _run(_push(address, token_of(token), Joining(topic_of(topic), json_of("--params", params)), name, value))
 
 
 def topics(
@@ -111,21 +135,54 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
 
 
 @dataclass
-class _Client:
-    connection: ClientConnection
+class Joining:
+    """A topic to join, on one connection after the other, and how far its history has been shown."""
+
     topic: str
     params: Any
+    positioned: bool = False
+    """Whether positions are asked for."""
+    last: int | None = None
+    since: str | None = None
+
+    def payload(self) -> Any:
+        """What to join with."""
+        if not self.positioned:
+            return self.params
+        return {**self.params, "since": self.since, **({"last": self.last} if self.last else {})}
+
+    def accepted(self, response: Any) -> None:
+        """Take the reply; say what is missing."""
+        if not self.positioned:
+            return
+        if not isinstance(response, dict) or "_position" not in response:
+            typer.echo(f"relay: {self.topic}: the topic has no history; nothing is recovered", err=True)
+            return
+        if response.get("recovered") is False:
+            reason = printable(str(response.get("reason")))
+            typer.echo(f"relay: {self.topic}: not recovered: {reason}; events may be missing", err=True)
+        self.since = response["_position"] or self.since
+
+
+@dataclass
+class _Client:
+    connection: ClientConnection
+    joining: Joining
     refs: int = 0
     join_ref: str | None = None
-    waiting: list[tuple[str, Any]] = field(default_factory=list)  # events that came before a reply
+    waiting: list[tuple[str, Any]] = field(default_factory=list)  # events that came before they were wanted
+
+    async def join(self) -> None:
+        """Join the topic. Raises Failed."""
+        self.joining.accepted(await self.ask("phx_join", self.joining.payload()))
 
     async def ask(self, event: str, payload: Any) -> Any:
         """Send, and return the response of the ``ok`` reply. Raises Failed."""
         self.refs += 1
-        ref = str(self.refs)
+        ref, topic = str(self.refs), self.joining.topic
         if event == "phx_join":
             self.join_ref = ref
-        await self.connection.send(json.dumps([self.join_ref, ref, self.topic, event, payload], ensure_ascii=False))
+        await self.connection.send(json.dumps([self.join_ref, ref, topic, event, payload], ensure_ascii=False))
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 while True:
@@ -135,11 +192,11 @@ class _Client:
                     if came != "phx_reply":
                         self.waiting.append((came, reply))
         except TimeoutError:
-            raise Failed(f"{event} on {self.topic}: no answer within {TIMEOUT_S:g} s") from None
+            raise Failed(f"{event} on {topic}: no answer within {TIMEOUT_S:g} s") from None
         if reply["status"] == "ok":
             return reply["response"]
         response = reply["response"]
-        raise Failed(f"{event} on {self.topic}: {response.get('reason') if isinstance(response, dict) else response}")
+        raise Failed(f"{event} on {topic}: {response.get('reason') if isinstance(response, dict) else response}")
 
     async def receive(self) -> tuple[str | None, str, Any]:
         """Ref, event and payload of the next message; one that is meant for an earlier join is left out."""
@@ -157,47 +214,75 @@ class _Client:
             return names[1], "phx_reply", {"status": names[3], "response": frame[end:]}
         return None, names[-1], frame[end:]
 
-    async def events(self) -> AsyncIterator[tuple[str, Any]]:
-        """The topic's events; after a `phx_error` it is joined again, and that is said. Raises Failed."""
-        while True:
-            while self.waiting:
-                yield self.waiting.pop(0)
+    async def next(self) -> tuple[str, Any]:
+        """Event and payload of the next message that is no reply."""
+        while not self.waiting:
             _, event, payload = await self.receive()
+            if event != "phx_reply":
+                return event, payload
+        return self.waiting.pop(0)
+
+    async def events(self) -> AsyncIterator[Shown]:
+        """The topic's events; after a `phx_error` it is joined again, and that is said. Raises Failed."""
+        topic = self.joining.topic
+        while True:
+            event, payload = await self.next()
             if event == "phx_close":
-                raise Failed(f"{self.topic}: closed by the relay")
+                raise Failed(f"{topic}: closed by the relay")
             if event == "phx_error":
                 reason = payload.get("reason", event) if isinstance(payload, dict) else event
-                typer.echo(f"relay: {self.topic}: {printable(str(reason))}; joining again", err=True)
+                typer.echo(f"relay: {topic}: {printable(str(reason))}; joining again", err=True)
                 while True:
                     await asyncio.sleep(REJOIN_S)
                     with suppress(Failed):
-                        await self.ask("phx_join", self.params)
+                        await self.join()
                         break
-            elif event != "phx_reply":
-                yield event, payload
+            elif not self.joining.positioned:
+                yield event, payload, None
+            elif event == POSITION_EVENT:  # later than it was waited for
+                self.joining.since = payload["_position"]
+            else:
+                position = await self._position_of(event, payload)
+                self.joining.since = position or self.joining.since
+                yield event, payload, position
+
+    async def _position_of(self, event: str, payload: Any) -> str | None:
+        """Take an event's position: out of its payload, or out of the message that follows one that is no object."""
+        if isinstance(payload, dict):
+            found = payload.pop("_position", None)
+            return found if isinstance(found, str) else None
+        try:
+            async with asyncio.timeout(_POSITION_S):
+                follows = await self.next()
+        except TimeoutError:
+            return None
+        if follows[0] == POSITION_EVENT:
+            return str(follows[1]["_position"])
+        self.waiting.insert(0, follows)
+        return None
 
 
 @asynccontextmanager
-async def _joined(url: str, token: str | None, topic: str, params: Any) -> AsyncIterator[_Client]:
+async def _joined(url: str, token: str | None, joining: Joining) -> AsyncIterator[_Client]:
     async with connected(url, token) as connection:
-        client = _Client(connection, topic, params)
-        await client.ask("phx_join", params)
+        client = _Client(connection, joining)
+        await client.join()
         yield client
 
 
-async def _push(url: str, token: str | None, topic: str, event: str, payload: Any, params: Any) -> None:
-    async with _joined(url, token, topic, params) as client:
+async def _push(url: str, token: str | None, joining: Joining, event: str, payload: Any) -> None:
+    async with _joined(url, token, joining) as client:
         _show_json(await client.ask(event, payload))
 
 
-async def _events(url: str, token: str | None, topic: str, params: Any) -> AsyncGenerator[tuple[str, Any]]:
+async def _events(url: str, token: str | None, joining: Joining) -> AsyncGenerator[Shown]:
     """The topic's events, of one connection after the other; that one is lost is said. Raises Failed."""
     pause_s = 0.0  # before the next connection; none before the first
     while True:
         try:
-            async with _joined(url, token, topic, params) as client:
+            async with _joined(url, token, joining) as client:
                 if not pause_s and is_terminal():
-                    typer.echo(f"listening to {topic}; Ctrl+C ends", err=True)
+                    typer.echo(f"listening to {joining.topic}; Ctrl+C ends", err=True)
                 pause_s = REJOIN_S
                 async for event in client.events():
                     yield event
@@ -205,20 +290,21 @@ async def _events(url: str, token: str | None, topic: str, params: Any) -> Async
             if not pause_s:
                 raise
             if pause_s == REJOIN_S:
-                typer.echo(f"relay: {printable(str(error))}; events may be missed; connecting again", err=True)
+                missed = "" if joining.positioned else "; events may be missed"
+                typer.echo(f"relay: {printable(str(error))}{missed}; connecting again", err=True)
         await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
         pause_s = min(2 * pause_s, RECONNECT_MAX_S)
 
 
-async def _listen(url: str, token: str | None, topic: str, params: Any, count: int | None) -> None:
+async def _listen(url: str, token: str | None, joining: Joining, count: int | None) -> None:
     async with AsyncExitStack() as stack:
-        show: Callable[[str, Any], None] = partial(_show_line, topic)
+        show: Callable[[str, Any, str | None], None] = partial(_show_line, joining.topic)
         if is_terminal():
             show = (await stack.enter_async_context(_Screen())).show
         left = count
-        events = await stack.enter_async_context(aclosing(_events(url, token, topic, params)))
-        async for event, payload in events:
-            show(event, payload)
+        events = await stack.enter_async_context(aclosing(_events(url, token, joining)))
+        async for event, payload, position in events:
+            show(event, payload, position)
             if left is not None and (left := left - 1) == 0:
                 return
 
@@ -232,8 +318,9 @@ def _fields(payload: Any) -> dict[str, Any]:
     return {"payload": payload}
 
 
-def _show_line(topic: str, event: str, payload: Any) -> None:
-    print_lines([{"topic": topic, "event": event, **_fields(payload)}])
+def _show_line(topic: str, event: str, payload: Any, position: str | None) -> None:
+    shown = {} if position is None else {"position": position}
+    print_lines([{"topic": topic, "event": event, **_fields(payload), **shown}])
 
 
 def _show_json(value: Any) -> None:
@@ -267,7 +354,7 @@ class _Screen:
         self._ticking.cancel()
         self._summarise()
 
-    def show(self, event: str, payload: Any) -> None:
+    def show(self, event: str, payload: Any, position: str | None = None) -> None:
         """Show one event, at once or among its second's rates."""
         from rich.text import Text
 
@@ -276,7 +363,10 @@ class _Screen:
             return
         shown = f"{len(payload)} bytes" if isinstance(payload, bytes) else json.dumps(payload, ensure_ascii=False)
         name = (printable(event), "bold cyan")
-        self._console.print(Text.assemble((time.strftime("%H:%M:%S "), "dim"), name, " ", printable(shown)))
+        place = "" if position is None else f" {position}"
+        self._console.print(
+            Text.assemble((time.strftime("%H:%M:%S "), "dim"), name, " ", printable(shown), (printable(place), "dim"))
+        )
 
     async def _tick(self) -> None:
         while True:

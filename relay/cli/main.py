@@ -39,6 +39,7 @@ from relay.cli.options import ConfigFile, RedisUrl, epilog
 from relay.cli.output import is_kept
 from relay.cli.plugins import new_plugin, plugins
 from relay.cli.publish import publish
+from relay.cli.topic_config import config as topic_config
 from relay.config import CONFIG_VARIABLE, EMBEDDED, Config
 from relay.config_sources import load, variable
 from relay.errors import ConfigError
@@ -450,6 +451,7 @@ for _name, _command in (
     ("bench", bench),
     ("token", token),
     ("check", check),
+    ("config", topic_config),
     ("plugins", plugins),
     ("new-plugin", new_plugin),
 ):

@@ -29,7 +29,11 @@ EXAMPLES = {
         "relay serve main:app",
     ),
     "publish": ("""relay publish room:1 new_msg '{"text":"hi"}'""",),
-    "listen": ("relay listen room:1", "relay listen room:1 --count 1 | jq .payload"),
+    "listen": (
+        "relay listen room:1",
+        "relay listen room:1 --last 20",
+        "relay listen room:1 --count 1 | jq .payload",
+    ),
     "push": ("""relay push room:1 shout '{"text":"hi"}'""",),
     "topics": ("relay topics", "relay topics --url https://example.org/api --config relay.toml"),
     "bench": (
@@ -38,6 +42,7 @@ EXAMPLES = {
     ),
     "token": ("""relay token --sub alice --topic "room:*:join,push" --ttl 1h""",),
     "check": ("relay check --config relay.toml",),
+    "config": ("relay config --topic room:1 --config relay.toml",),
     "plugins": ("relay plugins --config relay.toml",),
     "new-plugin": ("relay new-plugin hello", "relay new-plugin hello --in plugins"),
 }

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 def publish(
     topic: Topic, event: EventName, payload: Payload, config: ConfigFile = None, redis_url: RedisUrl = None
 ) -> None:
-    """Publish one event, to the configured Redis or to the embedded server of a relay running on this machine."""
+    """Publish one event, to the configured Redis or to the embedded server of a relay running on this machine.
+
+    If the topic has a history, the event is appended to that, and its position is printed. Which topics have one is
+    read from the settings; if these have neither [[topics]] nor prefixes, from what the relays there wrote into Redis.
+    """
     topic, event = topic_of(topic), event_of(event)
     _ = json_of("JSON", payload)  # it is sent as it was written
     settings = load(config, {"redis_url": redis_url})

@@ -4,15 +4,20 @@ import itertools
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
+from redis import Redis
 from typer.main import get_command
 
 from relay import __version__
+from relay.brokers.base import is_position
+from relay.brokers.redis_scripts import FUNCTION
 from relay.cli.main import app, main
 from relay.cli.options import EXAMPLES
 from tests.support.cli_page import PAGE, page
@@ -70,10 +75,10 @@ def test_program_name_is_relay_however_it_is_started() -> None:
 
 def test_help_names_the_commands_and_their_options(run: Run) -> None:
     for command, words in (
-        ((), ("serve", "publish", "listen", "push", "topics", "bench", "token", "check", "plugins", "new-plugin")),
+        ((), ("serve", "publish", "listen", "push", "topics", "bench", "token", "check", "config", "plugins")),
         (("bench",), ("URL", "--sockets", "--topics", "--rate", "--seconds", "--redis-url", "--token", "--json")),
         (("serve",), ("--config", "--host", "--port", "--redis-url", "--workers", "--open")),
-        (("listen",), ("TOPIC", "--config", "--url", "--token", "--params", "--count")),
+        (("listen",), ("TOPIC", "--config", "--url", "--token", "--params", "--count", "--last", "--since")),
         (("push",), ("TOPIC", "EVENT", "JSON", "--config", "--url", "--token", "--params")),
         (("topics",), ("--config", "--url")),
         (("publish",), ("TOPIC", "EVENT", "JSON", "--config", "--redis-url")),
@@ -353,3 +358,112 @@ def test_web_concurrency_that_is_no_number_is_refused(run: Run, monkeypatch: pyt
     ran = run("serve")
     said = "relay: environment: WEB_CONCURRENCY: expected a number of workers, 1 or more, got "
     assert (ran.code, ran.out, ran.err) == (2, "", f"{said}{value!r}\n")
+
+
+# Histories.
+
+
+SETTINGS = """\
+[redis]
+topic_prefix = "history:"
+to_prefix = "live:"
+[limits]
+payload_max_bytes = 1000
+[[topics]]
+match = "room:*"
+history = { size = 10, ttl_s = 60 }
+"""
+
+
+@pytest.fixture
+def settings(tmp_path: Path, valkey: Valkey) -> Path:
+    path = tmp_path / "relay.toml"
+    path.write_text(f'redis_url = "{valkey.url}"\n{SETTINGS}')
+    return path
+
+
+def entries(valkey: Valkey, key: str) -> list[Any]:
+    with Redis(port=valkey.port) as redis:
+        return [{name: row[name] for name in (b"e", b"d")} for _, row in redis.xrange(key)]
+
+
+def test_commands_that_config_prints_append_to_the_history(
+    run: Run, settings: Path, valkey: Valkey, tmp_path: Path
+) -> None:
+    topic = f"room:it's {uuid4().hex}"
+    ran = run("config", "--topic", topic, "--config", str(settings))
+    assert (ran.code, ran.err) == (0, "")
+    printed = json.loads(ran.out)
+    assert printed["from"] == "topics.0: room:*"
+    assert printed["history"] == {"size": 10, "ttl_s": 60}
+    key = f"history:{topic}"
+    args = ["new_msg", '{"text":"hi"}', "10", "60", "", "1000"]
+    assert printed["fcall"] == ["redis-cli", "FCALL", "relay_publish", "1", key, *args]
+    assert printed["eval"] == ["redis-cli", "--eval", "publish.lua", key, ",", *args]
+    with Redis(port=valkey.port) as redis:
+        redis.function_load(FUNCTION, replace=True)
+        assert is_position(redis.execute_command(*printed["fcall"][1:]).decode())
+        assert is_position(redis.eval(printed["script"], 1, key, *args).decode())
+        assert 60 < redis.ttl(key) <= 360
+    assert entries(valkey, key) == [{b"e": b"new_msg", b"d": b'{"text":"hi"}'}] * 2
+    if redis_cli := shutil.which("redis-cli"):
+        (tmp_path / "publish.lua").write_text(printed["script"])
+        for command in (printed["fcall"], printed["eval"]):
+            line = [redis_cli, "-p", str(valkey.port), *command[1:]]
+            position = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+            assert is_position(position.strip())
+        assert len(entries(valkey, key)) == 4
+
+
+def test_config_of_a_topic_without_history(run: Run, settings: Path) -> None:
+    printed = json.loads(run("config", "--topic", "other", "--config", str(settings)).out)
+    assert (printed["from"], printed["history"], printed["overflow"]) == ("defaults", None, "disconnect")
+    assert printed["publish"] == ["redis-cli", "PUBLISH", "live:other:new_msg", '{"text":"hi"}']
+    assert not {"fcall", "eval", "script"} & set(printed)
+    settings.write_text('broadcast_url = "memory://"\n[[topics]]\nmatch = "*"\nhistory = {}')
+    printed = json.loads(run("config", "--topic", "other", "--config", str(settings)).out)
+    assert printed["history"] == {"size": 1000, "ttl_s": 3600}
+    assert not {"publish", "fcall", "eval"} & set(printed), "no other program can publish on this bus"
+
+
+def test_config_on_a_terminal_is_for_pasting(settings: Path) -> None:
+    command = [sys.executable, "-m", "relay", "config", "--topic", "room:it's", "--config", str(settings)]
+    code, printed = run_on_terminal(command, cwd=Path.cwd(), env=dict(os.environ, TERM="dumb", COLUMNS="200"))
+    assert code == 0
+    lines = [shlex.split(line) for line in printed.splitlines() if line.startswith("  r")]
+    args = ["history:room:it's", ",", "new_msg", '{"text":"hi"}', "10", "60", "", "1000"]
+    assert lines[2] == ["redis-cli", "--eval", "publish.lua", *args]
+    assert lines[1] == [*command[2:], "|", "jq", "-r", ".script", ">", "publish.lua"]
+    assert "history         size = 10, ttl_s = 60\n" in printed
+    settings.write_text('broadcast_url = "memory://"')
+    assert (
+        "The bus is not Redis"
+        in run_on_terminal(command, cwd=Path.cwd(), env=dict(os.environ, TERM="dumb", COLUMNS="200"))[1]
+    )
+
+
+def test_publish_appends_under_the_names_of_the_settings(run: Run, settings: Path, valkey: Valkey) -> None:
+    """Relays of another application on this Redis may have written other ones there."""
+    topic = f"room:{uuid4().hex}"
+    with Redis(port=valkey.port) as redis:
+        other = {"to_prefix": "to:", "topic_prefix": "topic:", "payload_max_bytes": "9", "topics": "[]"}
+        redis.hset("relay:settings", mapping=other)
+    ran = run("publish", topic, "e", '{"n": 9007199254740993}', "--config", str(settings))
+    assert (ran.code, ran.err) == (0, "")
+    printed = json.loads(ran.out)
+    assert is_position(printed.pop("position"))
+    assert printed == {"topic": topic, "event": "e"}
+    assert entries(valkey, f"history:{topic}") == [{b"e": b"e", b"d": b'{"n": 9007199254740993}'}]
+    (line,) = run("publish", topic, "e", json.dumps("x" * 999), "--config", str(settings)).err.splitlines()
+    assert line.startswith(f"relay: not published: PUBLISH history:{topic}: expected a payload of at most 1000 bytes")
+    with Redis(port=valkey.port) as redis:
+        redis.delete("relay:settings")
+    ran = run("publish", topic, "e", "{}", "--redis-url", valkey.url)
+    assert json.loads(ran.out)["relays"] == 0, "neither settings nor relays say that the topic has a history"
+
+
+def test_publish_with_history_on_a_terminal(settings: Path) -> None:
+    command = [sys.executable, "-m", "relay", "publish", "room:cli", "e", "{}", "--config", str(settings)]
+    code, printed = run_on_terminal(command, cwd=Path.cwd(), env=dict(os.environ, TERM="dumb"))
+    assert code == 0
+    assert printed.startswith("published to room:cli at ")

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, Self
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 import redis
@@ -208,6 +209,63 @@ def test_refusal_is_exit_code_1_with_the_reason(valkey: Valkey, tmp_path: Path) 
     assert ran.stderr == "relay: e on cli:refused: push not allowed\n"
 
 
+HISTORY = {"RELAY_TOPICS": json.dumps([{"match": "room:*", "history": {"size": 5, "ttl_s": 60}}])}
+
+
+def post(relay: RelayProcess, topic: str, *payloads: Any) -> None:
+    events = [{"topic": topic, "event": "new", "payload": payload} for payload in payloads]
+    body = json.dumps({"events": events}).encode()
+    request = Request(f"{relay.http}/api/publish", body, {"content-type": "application/json"})
+    with urlopen(request, timeout=DEADLINE_S) as response:
+        assert json.load(response) == {"published": len(payloads)}
+
+
+def shown(it: Listening) -> list[Any]:
+    return [json.loads(line) for line in it.output.splitlines()]
+
+
+def test_listen_begins_with_the_last_events_or_behind_a_position(valkey: Valkey) -> None:
+    with RelayProcess("--redis-url", valkey.url, environ=HISTORY) as relay:
+        post(relay, "room:1", {"n": 1}, [2], {"n": 3}, "four")
+        listed = run("listen", "room:1", "--url", relay.ws, "--last", "3", "--count", "3")
+        assert (listed.returncode, listed.stderr) == (0, "")
+        events = [json.loads(line) for line in listed.stdout.splitlines()]
+        assert [event["payload"] for event in events] == [[2], {"n": 3}, "four"]
+        assert [event["position"].partition("-")[2] for event in events] == ["2", "3", "4"]
+        since = events[0]["position"]
+        with listening(relay, "room:1", "--since", since, "--count", "4") as it:
+            wait_for(lambda: len(it.output.splitlines()) == 2, "the missed events")
+            publish_to(valkey.url, "to:room:1:live", b'{"n":5}')
+            publish_to(valkey.url, "to:room:1:live", b"6")
+            assert it.end(code=0) == ""
+            assert [event["payload"] for event in shown(it)] == [{"n": 3}, "four", {"n": 5}, 6]
+            assert ["position" in event for event in shown(it)] == [True, True, False, False]
+        post(relay, "room:1", *range(10))
+        with listening(relay, "room:1", "--since", since, "--count", "1", terminal=True) as it:
+            post(relay, "room:1", {"n": 7})
+            assert "relay: room:1: not recovered: history expired; events may be missing\n" in it.end(code=0)
+            assert '{"n": 7} 1' in re.sub("\x1b\\[[0-9;]*m", "", it.output)
+        with listening(relay, "other:1", "--last", "1") as it:
+            it.process.send_signal(signal.SIGINT)
+            assert "the topic has no history; nothing is recovered" in it.end(code=0)
+
+
+def test_listen_catches_up_after_a_restart_of_the_relay(valkey: Valkey) -> None:
+    with ExitStack() as stack:
+        port = str(free_port())
+        arguments = ("--redis-url", valkey.url, "--port", port)
+        with RelayProcess(*arguments, environ=HISTORY) as relay:
+            it = stack.enter_context(listening(relay, "room:back", "--last", "0", "--count", "3"))
+            post(relay, "room:back", {"n": 1})
+            wait_for(lambda: it.output, "the event")
+        with RelayProcess(*arguments, environ=HISTORY) as relay:
+            post(relay, "room:back", {"n": 2}, {"n": 3})
+            errors = it.end(code=0)
+            assert [event["payload"]["n"] for event in shown(it)] == [1, 2, 3]
+            assert "connecting again" in errors
+            assert "missed" not in errors
+
+
 @pytest.mark.parametrize("command", [("listen", "secret"), ("push", "secret", "e", "{}")], ids=["listen", "push"])
 def test_refused_join_is_exit_code_1_with_the_reason(valkey: Valkey, tmp_path: Path, command: tuple[str, ...]) -> None:
     config = tmp_path / "relay.toml"
@@ -243,6 +301,9 @@ def test_nobody_there_is_exit_code_1_in_one_line(command: tuple[str, ...]) -> No
         (("listen", ""), "TOPIC"),
         (("listen", "t", "--params", "{"), "--params"),
         (("listen", "t", "--url", "http://x"), "--url"),
+        (("listen", "t", "--since", "x"), "--since"),
+        (("listen", "t", "--last", "-1"), "invalid value for '--last'"),
+        (("listen", "t", "--last", "1", "--params", "[]"), "--params"),
         (("topics", "--url", "nonsense"), "--url"),
         (("push", "phoenix", "e", "{}"), "TOPIC: 'phoenix' belongs to the protocol"),
         (("push", "t", "a:b", "{}"), "EVENT"),
