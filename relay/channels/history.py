@@ -303,7 +303,7 @@ class History:
                     attempts = 0
                 except BusUnavailable as error:
                     attempts += 1
-                    self._log.warning("history", "history of topic %r cannot be read: %s", followed.topic, error)
+                    self._log.warning("history", "history read of topic %r failed: %s", followed.topic, error)
                     if attempts == _READ_ATTEMPTS:
                         await self._lose(followed)
                         break
@@ -399,7 +399,7 @@ class History:
             await store.check(followed.topic, heard, followed.settings)
         except BusUnavailable as error:
             followed.due_at = time.monotonic() + _CHECK_AGAIN_S
-            self._log.warning("history", "history of topic %r cannot be checked: %s", followed.topic, error)
+            self._log.warning("history", "history check of topic %r failed: %s", followed.topic, error)
 
     # For joins.
 
@@ -410,7 +410,7 @@ class History:
             await self._wait_for_certainty(topic)
             return await self.reader.open(topic, since, last)
         except BusUnavailable as error:
-            self._log.warning("history", "history of topic %r cannot be read: %s", topic, error)
+            self._log.warning("history", "history read of topic %r failed: %s", topic, error)
             self._metrics.history_not_recovered[NotRecovered.UNAVAILABLE] += 1
             return Recovery(None, None, None if since is None else NotRecovered.UNAVAILABLE)
 

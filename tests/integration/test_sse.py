@@ -25,7 +25,7 @@ from relay.transports.sse import SSETransport
 from tests.support.client import Client
 from tests.support.keys import SECRET, token
 from tests.support.process import RelayProcess, Valkey
-from tests.support.serving import Served, eventually, figure, http_get, serve
+from tests.support.serving import Served, eventually, http_get, metric, serve
 from tests.support.sse import Stream, StreamEvent
 
 Connect = Callable[..., Awaitable[Client]]
@@ -77,7 +77,7 @@ async def end_of(stream: Stream) -> list[tuple[str, Any]]:
 
 async def counted(served: Served, reason: str, kind: str = "handshake") -> float:
     _, metrics = await http_get(f"{served.http}/metrics")
-    return figure(metrics, "relay_refused_total", kind=kind, reason=reason)
+    return metric(metrics, "relay_refused_total", kind=kind, reason=reason)
 
 
 # Events.
@@ -107,7 +107,7 @@ async def test_stream_counts_as_a_socket_for_operators(serve_streams: Serve, ope
     served = await serve_streams()
     stream = await open_stream(served, "room:1", "room:2")
     _, metrics = await http_get(f"{served.http}/metrics")
-    assert figure(metrics, "relay_sockets", path="sse") == 1
+    assert metric(metrics, "relay_sockets", path="sse") == 1
     assert served.relay.topics == {"room:1": 1, "room:2": 1}
     async with httpx.AsyncClient(trust_env=False, base_url=f"{served.http}/api") as api:
         (socket_id,) = (await api.get("/topics/room:1")).json()["socket_ids"]

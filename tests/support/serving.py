@@ -137,6 +137,3 @@ async def heard_on(redis_url: str, pattern: str) -> AsyncIterator[Callable[[], A
             return message["channel"].decode(), message["data"]
 
         yield hear
-
-
-figure = metric
