@@ -188,6 +188,7 @@ class Relay:
             self.components.api_key_auth,
             lambda: self.link,
             self._refusal,
+            lambda: self._node.broker.degraded if self._node is not None else "",
             None if missing("metrics") else self.exporter.current_text,
             lambda: self.publish_command,
         )

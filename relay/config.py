@@ -36,6 +36,9 @@ EMBEDDED = "embedded"
 ANY_HOST = "*"
 """In ``allowed_hosts``: whatever name the relay is asked under."""
 
+SETTINGS_KEY = "relay:settings"
+"""The key in Redis under which relays with histories say which topics have them."""
+
 _HOST_PATTERN = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*", re.ASCII)
 
 _REDIS_SCHEMES = ("redis", "rediss", "unix", *SENTINEL_SCHEMES)

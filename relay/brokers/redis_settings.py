@@ -15,12 +15,10 @@ import msgspec
 
 from relay.brokers.redis_connection import RedisConnection, is_denied, words
 from relay.brokers.redis_scripts import FUNCTION, FUNCTION_NAME, FUNCTION_VERSION, PUBLISH, version_of
-from relay.config import Config, HistoryConfig
+from relay.config import SETTINGS_KEY, Config, HistoryConfig
 from relay.version import __version__
 
 _logger = logging.getLogger("relay.redis")
-
-KEY = "relay:settings"
 
 _LIFETIME_S = 180
 """Seconds for which the hash stays without being renewed, after the last relay with histories has gone."""
@@ -74,7 +72,7 @@ def renewal(config: Config) -> list[tuple[str, ...]]:
         "topics": msgspec.json.encode(topics).decode(),
     }
     flat = (word for pair in fields.items() for word in pair)
-    return [("HSET", KEY, *flat), ("EXPIRE", KEY, str(_LIFETIME_S))]
+    return [("HSET", SETTINGS_KEY, *flat), ("EXPIRE", SETTINGS_KEY, str(_LIFETIME_S))]
 
 
 def _says_itself(config: Config) -> bool:
@@ -93,7 +91,7 @@ async def read_settings(connection: RedisConnection, config: Config) -> Settings
     own = own_settings(config)
     if _says_itself(config):
         return own
-    reply = await connection.ask("HGETALL", KEY)
+    reply = await connection.ask("HGETALL", SETTINGS_KEY)
     flat: Any = list(reply.items()) if isinstance(reply, dict) else reply
     if isinstance(reply, hiredis.ReplyError) or not flat:
         return own
@@ -107,7 +105,7 @@ async def read_settings(connection: RedisConnection, config: Config) -> Settings
         limit = int(fields["payload_max_bytes"])
         return Settings(fields["to_prefix"], fields["topic_prefix"], found, limit)
     except (KeyError, ValueError, msgspec.MsgspecError) as error:
-        _logger.warning("%s in Redis was not understood, so the configuration is used: %s", KEY, error)
+        _logger.warning("%s in Redis was not understood, so the configuration is used: %s", SETTINGS_KEY, error)
         return own
 
 
@@ -136,7 +134,7 @@ class Preparation:
 
     def report_unwritten(self, why: str) -> None:
         """Log, once for each reason, that the hash cannot be written."""
-        self._say(f"{KEY} cannot be written ({why}): `relay publish` needs the configuration file")
+        self._say(f"{SETTINGS_KEY} cannot be written ({why}): `relay publish` needs the configuration file")
 
     async def _load_function(self, connection: RedisConnection) -> None:
         reply = await connection.ask("FUNCTION", "LIST", "LIBRARYNAME", FUNCTION_NAME, "WITHCODE")

@@ -24,6 +24,7 @@ from relay.config import (
     CONFIG_VARIABLE,
     EMBEDDED,
     ENVELOPE_BYTES,
+    SETTINGS_KEY,
     TOKEN_KEY_VARIABLE,
     AuthConfig,
     Config,
@@ -230,6 +231,9 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
         if auth.tangram:
             yield "rights", "with a token of tangram's: everything on the one topic that it names"
     for entry in config.topics:
+        if entry.history is not None:
+            yield "history", f"{entry.match}: {entry.history.size} events of each topic, for {entry.history.ttl_s} s"
+    for entry in config.topics:
         if not entry.push:
             yield "rights", f"no client may push to {entry.match}, whatever a token says"
     yield "rest", _rest(config, exposure)
@@ -237,6 +241,13 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
         yield "metrics", _metrics(config)
     if ignored := service_links(os.environ):
         yield "note", f"variables of a Kubernetes service or container link are ignored: {', '.join(ignored)}"
+    for at, entry in enumerate(config.topics):
+        if entry.history is not None and entry.history.size > (most := config.limits.recover_max_events):
+            yield (
+                "note",
+                f"topics.{at}: history.size = {entry.history.size}, and a join is given {most} events at most "
+                "(limits.recover_max_events)",
+            )
     if config.is_exposed:
         yield "note", "the relay speaks no TLS; without a proxy that does, tokens can be read on their way"
 
@@ -372,6 +383,9 @@ def _contradictions(config: Config) -> Iterator[str]:
     for at, topic in enumerate(config.topics):
         if topic.notify_dropped and topic.overflow is Overflow.DISCONNECT:
             yield f'topics.{at}: notify_dropped has no effect with overflow = "disconnect": no event is dropped'
+    if config.has_history and SETTINGS_KEY.startswith(redis.topic_prefix):
+        name = SETTINGS_KEY.removeprefix(redis.topic_prefix)
+        yield f"redis.topic_prefix = {redis.topic_prefix!r}: topic {name!r} can have no history: its key is in use"
     yield from _never_used("topics", [topic.match for topic in config.topics])
     yield from _never_used("metrics.topics", config.metrics.topics)
     prefixes = [proxy.prefix.rstrip("/") for proxy in config.proxy]

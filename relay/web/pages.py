@@ -55,6 +55,7 @@ def routes(
     operators: ApiKeyAuth,
     link: Callable[[], Link],
     refusal: Callable[[], str],
+    degraded: Callable[[], str],
     metrics_text: Callable[[], Awaitable[bytes]] | None,
     publish_command: Callable[[], str],
 ) -> list[BaseRoute]:
@@ -63,6 +64,7 @@ def routes(
     Args: operators: who may use the console.
           link: the broker's state, read for each request.
           refusal: why no client should be sent here; empty if the relay is ready.
+          degraded: what does not work although it is; empty if all does.
           metrics_text: all metrics, in Prometheus's text format; None where they cannot be written.
           publish_command: a line to paste, for the page.
     """
@@ -74,12 +76,13 @@ def routes(
     async def ready(request: Request) -> Response:
         """The subscription is live, and the relay does not end; 503 otherwise, with the reason for operators alone."""
         reason = refusal()
-        if not reason:
-            return JSONResponse({"status": "ready"})
-        body = {"status": "not ready"}
-        if operators.may_know_reasons(request.scope):
+        status, code = ("not ready", 503) if reason else ("ready", 200)
+        if not reason and (reason := degraded()):
+            status = "degraded"
+        body = {"status": status}
+        if reason and operators.may_know_reasons(request.scope):
             body["reason"] = reason
-        return JSONResponse(body, status_code=503)
+        return JSONResponse(body, code)
 
     async def prometheus(request: Request) -> Response:
         """All metrics, of all workers, in Prometheus's text format."""

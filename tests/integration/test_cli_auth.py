@@ -473,6 +473,10 @@ def test_check_refuses_a_plugin_that_cannot_be_imported(relay: Command, tmp_path
         ),
         ('[[proxy]]\nprefix = "/api"\ntarget = "http://h"', "proxy.0: /api hides the REST interface"),
         ('[plugins]\ndisabled = ["chta"]', "plugins.disabled: there is no plugin chta"),
+        (
+            '[redis]\ntopic_prefix = "relay:"\ncontrol_channel = "c"\n[[topics]]\nmatch = "*"\nhistory = {}',
+            "redis.topic_prefix = 'relay:': topic 'settings' can have no history",
+        ),
     ],
 )
 def test_settings_without_effect_are_warned_of(relay: Command, settings: str, told: str) -> None:
@@ -480,3 +484,20 @@ def test_settings_without_effect_are_warned_of(relay: Command, settings: str, to
     assert code == 1
     (warning,) = (line for line in map(json.loads, out.splitlines()) if line["about"] == "warning")
     assert told in warning["text"]
+
+
+def test_check_lists_histories_and_notes_what_a_join_is_not_given(relay: Command) -> None:
+    settings = (
+        '[[topics]]\nmatch = "room:*"\nhistory = { size = 5000, ttl_s = 60 }\n[[topics]]\nmatch = "a"\nhistory = {}'
+    )
+    code, out, _ = relay("check", settings=with_redis(settings))
+    said = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [each["text"] for each in said if each["about"] == "history"] == [
+        "room:*: 5000 events of each topic, for 60 s",
+        "a: 1000 events of each topic, for 3600 s",
+    ]
+    notes = [each["text"] for each in said if each["about"] == "note"]
+    assert notes == [
+        "topics.0: history.size = 5000, and a join is given 1000 events at most (limits.recover_max_events)"
+    ]

@@ -1,9 +1,10 @@
 """The ACL lines of docs/history.md, on real servers: they suffice, and each part of them is needed."""
 
 import asyncio
+import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,13 @@ from relay.brokers.redis_scripts import FUNCTION, PUBLISH
 from relay.config import Direction, HistoryConfig
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
+from tests.integration.test_history import join
 from tests.support.process import Valkey, redis_servers
-from tests.support.serving import eventually
+from tests.support.serving import Served, eventually, http_get
 from tests.support.sink import Sink
+
+Connect = Callable[..., Any]
+ServeRelay = Callable[..., Coroutine[Any, Any, Served]]
 
 PAGE = Path(__file__).parents[2] / "docs" / "history.md"
 RULES = {
@@ -168,6 +173,24 @@ def test_rights_of_relay_publish(server: Valkey, admin: redis_py.Redis) -> None:
 
     allow(admin, "cli", RULES["cli"])
     assert is_position(asyncio.run(publish()))
+
+
+async def test_relay_without_the_right_to_hear_histories_is_degraded(
+    server: Valkey, admin: redis_py.Redis, serve_relay: ServeRelay, connect: Connect
+) -> None:
+    """Events of other topics reach its clients; a join that asks for missed events is answered."""
+    allow(admin, "relay", [rule for rule in RULES["relay"] if rule != "&topic:*"])
+    served = await serve_relay(redis_url=url_of(server, "relay"), topics=TOPICS)
+    client = await connect(served)
+    await client.join("other:1")
+    await served.relay.publish("other:1", "new_msg", {})
+    await client.expect_event("other:1", "new_msg", {})
+    reason = "no permission to hear topic:*, so no history"
+    status, body = await http_get(f"{served.http}/ready")
+    assert (status, json.loads(body)) == (200, {"status": "degraded", "reason": reason})
+    assert (await join(client, "room:1", since=None))["_position"] is None
+    answer = await join(client, "room:2", since="1-1")
+    assert (answer["recovered"], answer["reason"]) == (False, "history unavailable")
 
 
 async def test_embedded_server_keeps_histories() -> None:
