@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.brokers.base import Broker, Event, Link, Sink
+from relay.brokers.base import Broker, Event, HistoryStore, Link, Sink
+from relay.brokers.memory_history import MemoryHistory
 from relay.channels import pubsub as module
 from relay.channels.batch_pause import BatchPause
 from relay.channels.control import ControlMessage
@@ -54,7 +55,12 @@ class Bus(Broker):
         self.calls: list[str] = []
         self.open = asyncio.Event()
         """Cleared, it keeps `subscribe` waiting."""
+        self.kept: HistoryStore | None = None
         self.open.set()
+
+    @property
+    def history(self) -> HistoryStore | None:
+        return self.kept
 
     async def start(self, sink: Sink) -> None:
         self.calls.append("start")
@@ -744,6 +750,151 @@ async def test_bus_that_carries_every_topic_is_not_asked() -> None:
     world = World()
     leave(world, await hear(world, "t"))
     assert (world.bus.calls, world.pubsub.must_subscribe) == ([], False)
+
+
+# Histories.
+
+HISTORY: dict[str, Any] = {"topics": [{"match": "*", "history": {"size": 10, "ttl_s": 60}}]}
+
+
+class WithHistory(World):
+    """A node whose topics have a history in memory, and a subscriber of ``t`` that is followed."""
+
+    def __init__(self, plugin: Plugin | None = None) -> None:
+        super().__init__(plugin, **HISTORY)
+        self.store = MemoryHistory(lambda row: None)
+        self.bus.kept = self.store
+        self.subscriber = self.reader("t")
+        history = self.pubsub.history
+        assert history is not None
+        self.history = history
+        history.follow("t")
+
+    def row(self, payload: bytes = b"{}", event: str = "e", topic: str = "t") -> Event:
+        """The next event of a history, as it comes from the bus."""
+        settings = self.history.settings(topic)
+        assert settings is not None
+        return self.store.append(topic, event, payload, settings)
+
+
+async def test_event_with_a_position_is_delivered_once_and_in_its_place() -> None:
+    world = WithHistory()
+    one, two = world.row(), world.row()
+    await world.pubsub.receive_events([one, two])
+    await world.pubsub.receive_events([one])
+    assert world.subscriber.events() == [2], "what was heard already comes no more"
+    assert world.metrics.history_holes == 0
+    await world.pubsub.stop()
+
+
+async def test_event_of_a_topic_that_is_not_subscribed_to_leaves_nothing_behind() -> None:
+    world = WithHistory()
+    world.pubsub._skips["s"] = world.subscriber
+    await world.pubsub.receive_events([Event("u", "e", b"{}", None, "s")])
+    assert world.pubsub._skips == {} and world.metrics.events_without_subscribers == 1
+    await world.pubsub.stop()
+
+
+@pytest.mark.parametrize("drops", [True, False])
+async def test_history_learns_what_handlers_leave_of_an_event(drops: bool) -> None:
+    plugin = Plugin("p")
+
+    @plugin.on_event("t")
+    def change(event: HookedEvent) -> HookedEvent | None:
+        return None if drops else event.replace(payload={"changed": True})
+
+    world = WithHistory(plugin)
+    row = world.row()
+    await world.pubsub.receive_events([row])
+    assert len(world.subscriber.writes) == (0 if drops else 1)
+    assert world.metrics.dropped == ({"by a plugin": 1} if drops else {})
+    await world.pubsub.receive_events([world.row()])
+    assert world.metrics.history_holes == 0, "it has heard both"
+    await world.pubsub.stop()
+
+
+async def test_event_with_a_position_that_cannot_be_delivered_is_no_hole() -> None:
+    world = WithHistory()
+    await world.pubsub.receive_events([world.row(), world.row(event="a:b"), world.row()])
+    assert world.metrics.dropped == {"invalid event": 1}
+    assert (sum(world.subscriber.events()), world.metrics.history_holes) == (2, 0)
+    await world.pubsub.stop()
+
+
+async def test_row_of_a_history_goes_through_the_same_limits_and_handlers() -> None:
+    plugin = Plugin("p")
+
+    @plugin.on_event("t", "change")
+    def change(event: HookedEvent) -> HookedEvent:
+        return event.replace(payload={"n": event.payload["n"] + 1})
+
+    @plugin.on_event("t", "later")
+    async def later(event: HookedEvent) -> HookedEvent | None:
+        return None
+
+    @plugin.on_event("t", "elsewhere")
+    def elsewhere(event: HookedEvent) -> HookedEvent:
+        return HookedEvent("u", event.event, event.data)
+
+    world = WithHistory(plugin)
+
+    async def left_of(event: str, payload: bytes) -> tuple[str, bytes] | None:
+        left = await world.pubsub.filter_row(Event("t", event, payload, "1-1"))
+        return None if left is None else (left[0], bytes(left[1]))
+
+    assert await left_of("plain", b"{}") == ("plain", b"{}")
+    assert await left_of("change", b'{"n":1}') == ("change", b'{"n":2}')
+    assert await left_of("later", b"{}") is None
+    assert await left_of("elsewhere", b"{}") is None
+    assert await left_of("change", b'{"n":' + b"9" * 5000 + b"}") is None, "a number that Python cannot read"
+    assert await left_of("a:b", b"{}") is None
+    assert world.metrics.dropped["invalid event"] == 1
+    await world.pubsub.stop()
+
+
+async def test_row_of_a_history_stays_as_it_is_without_handlers() -> None:
+    assert await World().pubsub.filter_row(Event("t", "e", b"1", "1-1")) == ("e", encode_payload(1))
+
+
+async def test_rows_wait_for_handlers_that_are_busy_with_their_topic() -> None:
+    plugin, go = Plugin("p"), asyncio.Event()
+
+    @plugin.on_event("t")
+    async def slow(event: HookedEvent) -> HookedEvent:
+        await go.wait()
+        return event
+
+    world = WithHistory(plugin)
+    world.pubsub.deliver_rows([world.row() for _ in range(1100)])
+    room = asyncio.create_task(world.pubsub.room_for_rows("t"))
+    await asyncio.sleep(0)
+    assert not room.done()
+    go.set()
+    await room
+    await until(lambda: sum(world.subscriber.events()) == 1100)
+    await world.pubsub.stop()
+
+
+async def test_subscribers_of_one_topic_are_asked_to_rejoin() -> None:
+    world = WithHistory()
+    other = world.reader("u")
+    world.pubsub.request_rejoins_of("t")
+    world.pubsub.request_rejoins_of("nobody's")
+    await until(lambda: world.subscriber.ended)
+    assert world.subscriber.ended == [("t", Reason.EVENTS_MISSED)] and other.ended == []
+    await world.pubsub.stop()
+
+
+async def test_after_a_gap_a_topic_whose_position_is_known_is_checked_and_not_rejoined() -> None:
+    world = WithHistory()
+    await world.pubsub.receive_events([world.row()])
+    unknown = world.reader("u")
+    world.pubsub.on_gap("cut")
+    await until(lambda: unknown.ended)
+    assert world.subscriber.ended == []
+    world.pubsub.unsubscribe("t")
+    assert not world.history.follows("t")
+    await world.pubsub.stop()
 
 
 async def test_joins_are_refused_while_the_link_is_down_and_pushes_while_the_bus_refuses_them() -> None:
