@@ -395,8 +395,8 @@ class Relay:
         is_socket = scope["type"] == "websocket" or path in self._stream_paths
         if is_socket and not self.node.pubsub.home.is_here:
             raise RelayError(f"a socket in another event loop than the relay's would hear no event. {ONE_LOOP}")
-        if is_socket and (missing_transport := self._missing_transport(scope, path)) is not None:
-            await self._refuse(scope, receive, send, missing_transport)
+        if (off := self._transport_off(path)) is not None:
+            await self._refuse(scope, receive, send, off)
         elif scope["type"] == "http":
             if path in self._stream_paths:
                 await self.node.serve_socket(scope, receive, send)
@@ -468,7 +468,7 @@ class Relay:
         headers = {"www-authenticate": "Bearer"} if refused.status == HTTPStatus.UNAUTHORIZED else None
         await pages.problem(refused.status, refused.text, headers)(scope, receive, send)
 
-    def _missing_transport(self, scope: Scope, path: tuple[str, ...]) -> HandshakeRejected | None:
+    def _transport_off(self, path: tuple[str, ...]) -> HandshakeRejected | None:
         """Say that a path is of a transport that the settings do not list; None where it is not."""
         name = "websocket" if path in self._socket_paths else "sse" if path in self._stream_paths else ""
         if not name or name in self.config.transports:

@@ -69,6 +69,7 @@ PAGES = [
         "docs/redis",
         "docs/mounting",
         "docs/rest",
+        "docs/sse",
         "docs/authentication",
         "docs/security",
         "docs/metrics",

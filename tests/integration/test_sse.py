@@ -5,6 +5,7 @@ import json
 import re
 import socket
 import subprocess
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from typing import Any, cast
@@ -367,6 +368,17 @@ async def test_reader_that_reads_nothing_costs_its_outbox_and_no_more(
         seen.append(await slow.receive())
     dropped = sum(json.loads(event.data)["dropped"] for event in seen if event.event == "relay:dropped")
     assert dropped == found.dropped == 100 - sum(event.event == "big" for event in seen) > 0
+
+
+async def test_terminated_relay_does_not_wait_for_a_stream_that_is_not_read(valkey: Valkey) -> None:
+    environ = {"RELAY_LIMITS__CLOSE_TIMEOUT_S": "1", "RELAY_SYSTEM_TOPIC": "false"}
+    with RelayProcess("--redis-url", valkey.url, environ=environ) as relay:
+        async with Stream.open(relay.ws, "room:unread", receive_buffer=4096), Redis.from_url(valkey.url) as redis:
+            for _ in range(30):  # less than the outbox takes
+                await redis.publish("to:room:unread:big", '"' + "x" * 60_000 + '"')
+            began = time.monotonic()
+            assert await asyncio.to_thread(relay.stop) == 0
+            assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("direct", [False])

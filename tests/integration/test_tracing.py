@@ -23,6 +23,7 @@ from tests.support.client import Client
 from tests.support.keys import SECRET, token
 from tests.support.process import RelayProcess
 from tests.support.serving import Served, eventually
+from tests.support.sse import Stream
 
 ServeRelay = Callable[..., Awaitable[Served]]
 
@@ -117,6 +118,19 @@ async def test_traceparent_of_the_handshake_is_the_parent_of_all(
     assert publish.attributes == {"relay.topic": "room:1", "relay.event": "shout", "relay.outcome": "ok"}
     assert push.start_time and publish.end_time and push.end_time
     assert push.start_time <= publish.start_time <= publish.end_time <= push.end_time  # type: ignore[operator]
+
+
+async def test_streams_have_spans_of_their_request_and_joins(serve_relay: ServeRelay, spans: Spans) -> None:
+    served = await serve_relay(tracing=True)
+    async with Stream.open(served.ws, "room:1", headers={"traceparent": TRACEPARENT}) as stream:
+        assert stream.status == 200
+    async with Stream.open(served.ws, "phoenix") as stream:
+        assert stream.status == 400
+    accepted, refused = spans("handshake")
+    (join,) = spans("join")
+    assert parent_of(accepted) == int(PARENT, 16)
+    assert parent_of(join) == id_of(accepted)
+    assert (refused.attributes or {})["relay.outcome"] == "topics"
 
 
 async def test_handlers_have_spans_and_what_they_do_is_below(serve_relay: ServeRelay, spans: Spans) -> None:

@@ -98,6 +98,8 @@ def test_relay_that_does_not_run_says_so() -> None:
         ("/api//topics/", 200),
         ("/api/docs", 200),
         ("/socket/websocket", 426),
+        ("/socket/sse", 400),
+        ("/socket//sse/", 400),
         ("/socket/longpoll", 404),
         ("/socket", 404),
         ("/nothing", 404),
@@ -113,6 +115,18 @@ async def test_what_is_switched_off_is_not_found(path: str) -> None:
     async with running(demo_page=False, console=False, rest={"path": ""}) as relay:
         assert (await ask(relay, path)).status == 404
         assert (await ask(relay, "/health")).status == 200
+
+
+async def test_transport_that_is_not_listed_is_not_served() -> None:
+    async with running(transports=["websocket"]) as relay:
+        answer = await ask(relay, "/socket/sse")
+        assert answer.status == 404
+        assert "expected one of the relay's transports, websocket, got sse" in json.loads(answer.body)["detail"]
+        assert relay.metrics.refused == {"http: transport": 1}
+    async with running(transports=["sse"]) as relay:
+        for refused in (await knock(relay, "/socket/websocket"), await ask(relay, "/socket/websocket")):
+            assert refused.status == 404
+        assert (await ask(relay, "/socket/sse")).status == 400
 
 
 async def test_long_polling_client_is_informed_where_the_websocket_is() -> None:

@@ -90,6 +90,81 @@ async def connect(relay: Relay, query: str = "", **options: Any) -> Client:
     return client
 
 
+def stream(relay: Relay, query: str = "topic=room:1", **options: Any) -> Client:
+    """A client of server-sent events."""
+    return Client(relay, Connection("/socket/sse", query, kind="http", **options))
+
+
+# Streams of server-sent events.
+
+
+@pytest.mark.parametrize("direct", [True, False])
+async def test_stream_is_a_socket_from_its_request_to_its_end(direct: bool) -> None:
+    async with running() as relay:
+        client = stream(relay, direct=direct)
+        await until(lambda: client.connection.events)
+        assert relay.node.state.sockets == {"direct": 0, "asgi": 0, "sse": 1}
+        assert relay.topics == {"room:1": 1}
+        await relay.publish("room:1", "e", {"a": 1})
+        await until(lambda: len(client.connection.events) == 2)
+        assert client.connection.events[1].data == '{"a":1}'
+        await client.leave()
+        assert (relay.topics, relay.node.state.sockets["sse"]) == ({}, 0)
+
+
+async def test_refused_stream_is_counted_and_its_page_may_read_why_where_it_may_connect() -> None:
+    shop = ("origin", "https://shop.example")
+    async with running(allowed_origins=[shop[1]], limits={"sockets_max": 1}) as relay:
+        one = stream(relay, headers=[("host", "localhost")])
+        await until(lambda: one.connection.events)
+        for origin, query, method, status, allowed in (
+            (shop, "topic=a", "GET", 200, shop[1]),
+            (shop, "topic=a", "POST", 405, shop[1]),
+            (shop, "topic=a", "OPTIONS", 204, shop[1]),
+            (("origin", "https://evil.example"), "topic=a", "OPTIONS", 204, None),
+            (("origin", "https://evil.example"), "topic=a", "GET", 200, None),
+        ):
+            other = stream(relay, query, headers=[("host", "localhost"), origin], method=method)
+            await other.task
+            assert other.connection.status == status
+            assert other.connection.header("access-control-allow-origin") == allowed
+        assert relay.metrics.refused == {"handshake: sockets in all": 2, "handshake: method": 1}
+        await one.leave()
+        wrong = stream(relay, "", headers=[("host", "localhost")])
+        await wrong.task
+        assert wrong.connection.status == 400
+        assert relay.metrics.refused["handshake: topics"] == 1
+
+
+async def test_stream_is_authenticated_as_a_socket() -> None:
+    async with running(authenticate=by_query, **USERS) as relay:
+        alice, nobody = stream(relay, "topic=a&user=alice"), stream(relay, "topic=a")
+        await until(lambda: alice.connection.events)
+        (socket,) = relay.node.sockets.values()
+        assert socket.user == "alice"
+        await nobody.task
+        assert (nobody.connection.status, nobody.connection.body) == (403, "who are you?\n")
+        await relay.disconnect(user="alice", reason="bye")
+        await alice.task
+        assert alice.connection.events[-1].data == '{"reason":"bye"}'
+
+
+async def test_streams_end_when_uvicorn_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uvicorn waits for them at its end, before the lifespan's."""
+    is_ending = False
+    monkeypatch.setattr(module, "is_server_ending", lambda: is_ending)
+    async with running(limits={"idle_timeout_s": 0.08}) as relay:
+        client = stream(relay)
+        await until(lambda: client.connection.events)
+        is_ending = True
+        await client.task
+        assert client.connection.events[-1].data == '{"reason":"the relay is restarting"}'
+        assert relay.node.is_draining
+        late = stream(relay)
+        await late.task
+        assert (late.connection.status, late.connection.is_complete) == (200, True)
+
+
 # Handshakes.
 
 
