@@ -206,6 +206,19 @@ def test_every_guarantee_of_the_user_pages_has_its_tests() -> None:
         assert keys - proved.keys() == set(), name
 
 
+def test_every_promise_of_the_order_names_its_exception() -> None:
+    """Slow readers of a topic with `overflow = "latest"` get a newer value in the place of the older one."""
+    promises = ("order of redis", "order in which redis", "in another order than", "at most once and in order")
+    found = [
+        block
+        for page in (REPOSITORY / "docs").glob("*.md")
+        for block in re.split(r"\n\n(?!- )", page.read_text("utf-8"))  # a list belongs to what stands before it
+        if any(promise in " ".join(block.lower().split()) for promise in promises)
+    ]
+    assert len(found) >= 3
+    assert [block for block in found if not re.search('[`"]latest[`"]', block)] == []
+
+
 def test_page_on_limits_has_every_limit_and_its_default() -> None:
     text = (REPOSITORY / "docs" / "limits.md").read_text("utf-8")
     for name in LimitsConfig.model_fields:
