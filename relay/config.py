@@ -227,6 +227,10 @@ class LimitsConfig(Table):
     history_ring_max_bytes: Positive = Field(
         67_108_864, description="bytes of recent events of all histories that one process keeps in memory"
     )
+    presence_meta_max_bytes: Positive = Field(1024, description="bytes of what a client says of itself, for presence")
+    presence_state_max_bytes: Positive = Field(
+        1_048_576, description="bytes of all that is said of a topic's members; with more, only their number is sent"
+    )
     drain_per_s: Positive = Field(1000, description="at shutdown: sockets closed per second")
     drain_timeout_s: Seconds = Field(
         20.0, description="at shutdown: seconds for closing all sockets; the pace is raised if necessary"
@@ -389,6 +393,22 @@ class PluginsConfig(Table):
     timeout_s: Seconds = Field(10.0, description="timeout of a handler in seconds")
 
 
+class PresenceConfig(Table):
+    """How nodes find out that others have gone."""
+
+    lease_s: Seconds = Field(15.0, description="seconds after which a node that is not heard of counts as dead")
+    renew_s: Seconds = Field(5.0, description="seconds between two signs of life of a node")
+    leave_delay_s: SecondsOrOff = Field(
+        2.0, description="seconds for which a leave is held back: a page that is loaded again does not flicker; 0: none"
+    )
+
+    @model_validator(mode="after")
+    def _lease_outlives_a_renewal(self) -> "PresenceConfig":
+        if self.lease_s < 2 * self.renew_s:
+            raise ValueError(f"expected lease_s of at least 2 × renew_s, got {self.lease_s:g} and {self.renew_s:g}")
+        return self
+
+
 class HistoryConfig(Table):
     """What a topic keeps of its events."""
 
@@ -415,6 +435,12 @@ class TopicConfig(Table):
     )
     on_gap: OnGap = Field(OnGap.REJOIN, description='after a gap: ask subscribers to "rejoin", or "ignore" it')
     push: bool = Field(True, description="whether clients may push to these topics")
+    presence: bool | Literal["count"] = Field(
+        False, description='send subscribers the members: true, or "count" for their number; false: neither'
+    )
+    presence_max: Positive = Field(
+        1000, description="most members of a topic that are sent; with more, only their number is"
+    )
     history: HistoryConfig | None = Field(
         None, description="events kept for clients that rejoin: { size = 1000, ttl_s = 3600 }; null: none"
     )
@@ -482,6 +508,7 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     plugins: PluginsConfig = PluginsConfig()
     rest: RestConfig = RestConfig()
     metrics: MetricsConfig = MetricsConfig()
+    presence: PresenceConfig = PresenceConfig()
     proxy: tuple[ProxyConfig, ...] = ()
     topics: tuple[TopicConfig, ...] = ()
     _old_names: OldNames = PrivateAttr(default_factory=OldNames)
@@ -595,6 +622,8 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
                     )
             if redis.control_channel.startswith(prefix):
                 raise ValueError("redis.control_channel must not begin with redis.topic_prefix")
+        if self.has_presence and self.broadcast_url and not self.broadcast_url.startswith("memory"):
+            raise ValueError("presence needs Redis or memory://; set redis_url, or remove presence from [[topics]]")
         if self.broadcast_url.startswith("memory") and self.workers > 1:
             raise ValueError("broadcast_url memory:// reaches one process only; use Redis, or workers = 1")
         return self
@@ -610,6 +639,11 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     def has_history(self) -> bool:
         """Whether some topic has a history."""
         return any(entry.history is not None for entry in self.topics)
+
+    @property
+    def has_presence(self) -> bool:
+        """Whether some topic has presence."""
+        return any(entry.presence for entry in self.topics)
 
     @property
     def is_exposed(self) -> bool:

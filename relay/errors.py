@@ -27,6 +27,7 @@ class Reason(StrEnum):
     INVALID_EVENT = "invalid event"
     INVALID_PAYLOAD = "invalid payload"
     PAYLOAD_TOO_LARGE = "payload too large"
+    INVALID_PRESENCE = "invalid presence"
     PUSH_NOT_ALLOWED = "push not allowed"
     UNAUTHORIZED = "unauthorized"
     INVALID_TOKEN = "invalid token"

@@ -363,6 +363,7 @@ LOGGERS = (
     "relay.node",
     "relay.operators",
     "relay.plugins",
+    "relay.presence",
     "relay.proxy",
     "relay.redis",
     "relay.server",

@@ -111,6 +111,16 @@ class Metrics:
     """Times a topic was checked against its history."""
     history_lost: int = 0
     """Times a topic's history had lost what had not come from the bus, so that its subscribers were asked to rejoin."""
+    presence_members: int = 0
+    """Members that this process lists now."""
+    presence_diffs: int = 0
+    """Differences of members that were sent to subscribers."""
+    presence_heals: Counter[str] = field(default_factory=Counter)
+    """Times the members of another node were read again, because what was known of them was wrong, by cause."""
+    presence_ghosts_removed: int = 0
+    """Members of nodes that gave no sign of life any more."""
+    presence_leases_lost: int = 0
+    """Times others may have taken this process for dead, so that it announced its members again."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Events not delivered, by reason."""
     dropped_topics: Counter[str] = field(default_factory=Counter)

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from relay import runtime_dir
 from relay.auth.api_key import ApiKeyAuth
 from relay.auth.authenticator import Authenticate, Authenticator
-from relay.brokers.base import Broker, Link
+from relay.brokers.base import PRESENCE_CHANNEL, Broker, Link
 from relay.brokers.embedded import BESIDE_AUTH, EmbeddedValkey
 from relay.channels import control
 from relay.channels.channel import Services
 from relay.channels.history_reader import HistoryReader
 from relay.channels.hub import Hub
+from relay.channels.presence import Presence
 from relay.channels.pubsub import PubSub
 from relay.channels.socket import Socket
 from relay.config import EMBEDDED, Config
@@ -155,7 +156,14 @@ class Node:
         if self._verifier or authenticate or config.auth.anonymous or config.auth.authenticated:
             verify = self._verifier.verify if self._verifier else None
             authenticator = Authenticator(config, runner, verify, authenticate, self.pubsub.decisions)
-        self._services = Services(config, self.pubsub, self.hub, metrics, ConnectionLog(loggers), authenticator)
+        self.presence: Presence | None = None
+        if config.has_presence:
+            log = loggers.get("relay.presence")
+            self.presence = Presence(config, self.broker.presence, self.pubsub.spawn, metrics, log)
+            self.pubsub.on_presence = self.presence.receive
+        self._services = Services(
+            config, self.pubsub, self.hub, metrics, ConnectionLog(loggers), authenticator, self.presence
+        )
         self._network_access = components.network_access
         if self._embedded is not None and components.authenticates:
             _logger.warning("redis_url: %s", BESIDE_AUTH)
@@ -177,6 +185,8 @@ class Node:
             if self._verifier is not None:
                 self._verifier.start()
             await self.pubsub.start()
+            if self.presence is not None:
+                self.presence.start()
             for hook in self._hooks.startup:
                 try:
                     await self._runner.call(hook, self._owner)
@@ -220,6 +230,8 @@ class Node:
         for hook in self._hooks.shutdown:
             with suppress(HandlerError):  # logged and counted there
                 await self._runner.call(hook, self._owner)
+        if self.presence is not None:
+            await self.presence.stop()
         await self.pubsub.stop()
         if self._verifier is not None:
             await self._verifier.close()
@@ -567,4 +579,5 @@ def _make_broker(config: Config, metrics: Metrics, hooks: Hooks) -> Broker:
         return BroadcasterBroker(config, metrics)
     from relay.brokers.redis import RedisBroker
 
-    return RedisBroker(config, metrics, [hook.topic for hook in hooks.redis])
+    patterns = [hook.topic for hook in hooks.redis]
+    return RedisBroker(config, metrics, [*patterns, PRESENCE_CHANNEL] if config.has_presence else patterns)

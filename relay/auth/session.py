@@ -133,6 +133,7 @@ class SocketAuth:
         if not rights & Right.JOIN:
             return Reason.UNAUTHORIZED
         subscription.may_push = bool(rights & Right.PUSH)
+        subscription.has_presence = bool(rights & Right.PRESENCE)
         if subscription.identity is not None:
             self._set_timer(subscription.identity.expires_at)
         return None

@@ -28,6 +28,7 @@ import msgspec
 
 from relay.config import Direction, HistoryConfig
 from relay.errors import NotRecovered
+from relay.protocol.presence import Difference, Members
 
 
 class Event(msgspec.Struct, frozen=True, gc=False):
@@ -114,12 +115,63 @@ class Broker(Protocol):
         return None
 
     @property
+    def presence(self) -> "PresenceStore | None":
+        """Keeps the members of topics for other nodes; None without presence, or without other nodes."""
+        return None
+
+    @property
     def degraded(self) -> str:
         """What does not work while the rest does; empty if all does."""
         return ""
 
     def publish_control(self, data: bytes) -> "asyncio.Future[None]":
         """Publish a message for all nodes, this one too; see `publish`. Text, since not every bus carries bytes."""
+
+
+# Presence.
+
+PRESENCE_CHANNEL = "relay:presence"
+"""Where nodes tell each other who has come and gone."""
+
+
+class Lease(NamedTuple):
+    """What `PresenceStore.renew` found."""
+
+    held: bool
+    """Whether the lease had not run out: else others have taken the node for dead, or Redis has lost its members."""
+    nodes: dict[str, float]
+    """All nodes, with the seconds that are left of their leases; negative for the dead."""
+
+
+class OwnChange(NamedTuple):
+    """What has changed of a node's own members of one topic."""
+
+    topic: str
+    change: Difference
+    is_empty: bool
+    """Whether none is left."""
+
+
+class PresenceStore(Protocol):
+    """Keeps each node's own members where the others find them. Every method raises `BusUnavailable`."""
+
+    node: str
+    """The name of this node: another one at each start."""
+
+    async def write(self, changes: Sequence[OwnChange], message: bytes) -> None:
+        """Write changes of this node's members and publish a message about them, as one step."""
+
+    async def renew(self, message: bytes) -> Lease:
+        """Renew this node's lease, and publish a message."""
+
+    async def read(self, topic: str, node: str) -> Members:
+        """The members of one node."""
+
+    async def nodes(self) -> list[str]:
+        """All nodes whose lease has not run out."""
+
+    async def remove(self, node: str, message: bytes = b"") -> None:
+        """Remove all members of a node, and its lease: this node's at its end, with a message, or a dead one's."""
 
 
 # Histories.

@@ -93,6 +93,10 @@ class BroadcasterBroker:
         return self._link
 
     @property
+    def presence(self) -> None:
+        """None: presence on this bus is that of one process."""
+
+    @property
     def degraded(self) -> str:
         """Empty: all works, or nothing."""
         return ""

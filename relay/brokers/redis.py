@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from relay import redis_url
-from relay.brokers.base import HistoryStore, Link, Sink
+from relay.brokers.base import HistoryStore, Link, PresenceStore, Sink
 from relay.brokers.redis_connection import (
     Connections,
     LinkLost,
@@ -19,6 +19,7 @@ from relay.brokers.redis_connection import (
     Role,
 )
 from relay.brokers.redis_marker import Markers
+from relay.brokers.redis_presence import RedisPresence
 from relay.brokers.redis_publisher import Publisher
 from relay.brokers.redis_session import Session
 from relay.brokers.redis_settings import RENEW_EVERY_S, Preparation, history_args, renewal
@@ -61,6 +62,7 @@ class RedisBroker:
         # None where no topic has a history; and what prepares a server for them.
         self._streams = RedisHistory(self.connections, config) if config.has_history else None
         self._preparation = Preparation(config) if config.has_history else None
+        self._presence = RedisPresence(self.connections, config) if config.has_presence else None
         self.hears_histories: bool = True
         self._link = Link(False, "not started")
         self._listener: asyncio.Task[None] | None = None
@@ -80,6 +82,11 @@ class RedisBroker:
     def history(self) -> HistoryStore | None:
         """Reads the streams; None where no topic has a history, or none may be heard."""
         return self._streams if self.hears_histories else None
+
+    @property
+    def presence(self) -> PresenceStore | None:
+        """Keeps the members of topics for other nodes; None where no topic has presence."""
+        return self._presence
 
     @property
     def degraded(self) -> str:
@@ -109,8 +116,9 @@ class RedisBroker:
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
-        if self._streams is not None:
-            await self._streams.close()
+        for commands in (self._streams, self._presence):
+            if commands is not None:
+                await commands.close()
         await self.connections.close()
         self._link = Link(False, "stopped")
 
@@ -176,8 +184,9 @@ class RedisBroker:
 
     def role_changed(self, role: Role) -> None:
         """Learn from the publisher that its server is no longer what it was: what it sends on may not reach us."""
-        if self._streams is not None:
-            self._streams.reconnect()
+        for commands in (self._streams, self._presence):
+            if commands is not None:
+                commands.reconnect()
         # A session that saw the same role when it subscribed goes on.
         if self._session is not None and self._session.role != role:
             self._session.end(f"the server has become {role}")

@@ -37,6 +37,7 @@ def _text(name: str) -> str:
 PUBLISH = _script("publish.lua", "local keys, args = KEYS, ARGV\n")
 CHECK = _script("check.lua")
 OPEN = _script("open.lua")
+RENEW_LEASE = _script("presence.lua")
 
 FUNCTION = (
     f"#!lua name={FUNCTION_NAME}\n"

@@ -20,6 +20,7 @@ from relay.channels import replay
 from relay.channels.handle import SocketHandle
 from relay.channels.history_reader import Recovery
 from relay.channels.hub import Hub, Subscriber
+from relay.channels.presence import Presence, presence_meta
 from relay.channels.pubsub import PubSub
 from relay.channels.replay import Asked, Replay
 from relay.concurrency import Continuation, KeyedQueue
@@ -33,7 +34,8 @@ from relay.plugins.dispatcher import HandlerError
 from relay.plugins.hooks import Hook, SocketInfo
 from relay.protocol.frame import Frame
 from relay.protocol.payload import EMPTY, Payload, add_members, encode_payload
-from relay.protocol.serializer import Ref
+from relay.protocol.presence import EVENT_PREFIX, is_key
+from relay.protocol.serializer import Ref, Version
 from relay.protocol.state import ChannelsProtocol, Join, Leave, Push, Subscription
 from relay.tracing import Trace
 from relay.transports.base import Transport
@@ -50,6 +52,8 @@ class Services:
     connection_log: ConnectionLog
     authenticator: Authenticator | None = None
     """None where clients are not authenticated."""
+    presence: Presence | None = None
+    """None where no topic has presence."""
 
 
 class ChannelOwner(SocketHandle):
@@ -114,6 +118,7 @@ class Channel(Subscription):
         self.topic: str = topic
         self.join_ref: Ref = join_ref
         self.may_push: bool = True
+        self.has_presence: bool = True
         self.identity: Identity | None = None
         # The newest push without an answer: a leave waits for it, so that its reply comes first.
         self._last_push: asyncio.Future[None] | None = None
@@ -219,17 +224,29 @@ class Channel(Subscription):
             self.release()
             self._refuse_join(join, reason or Reason.REMOVED)
             return
+        services = socket.services
+        meta: bytes | None = None
+        if services.presence is not None and services.config.topic(topic).presence and self.has_presence:
+            meta = presence_meta(join.params, self._user, services.config.limits.presence_meta_max_bytes)
+            if meta is None or not is_key(self._presence_key):
+                self.release()
+                self._refuse_join(join, Reason.INVALID_PRESENCE)
+                return
         if join.replaces is not None and join.replaces.replay is not None:
             join.replaces.replay.stop()
         if recovery is not None:
             response = add_members(response, recovery.response)
         for frame in socket.protocol.accept(join, response):
             socket.transport.send_control(frame)
-        services = socket.services
         is_first = services.hub.add(topic, socket, recovery is not None)
         if is_first and services.pubsub.history is not None:
             services.pubsub.history.follow(topic)
         socket.count_join()
+        if meta is not None and services.presence is not None:
+            services.presence.track(self, self._presence_key, meta)
+            services.presence.watch(self)
+            if join.replaces is not None:
+                services.presence.unwatch(join.replaces)
         if recovery is not None and recovery.start is not None:
             self._make_replay(positioned=True).start(recovery.start, recovery.is_included)
 
@@ -242,6 +259,22 @@ class Channel(Subscription):
             join.replaces.release()
         for frame in socket.protocol.refuse(join, response or encode_payload({"reason": reason})):
             socket.transport.send_control(frame)
+
+    # Its presence.
+
+    @property
+    def _user(self) -> str | None:
+        return self._socket.user if self.identity is None else self.identity.user
+
+    @property
+    def _presence_key(self) -> str:
+        """What it is listed under: its user, or its socket, where that has none."""
+        return self._user or self._socket.id
+
+    @property
+    def version(self) -> Version:
+        """What its client speaks."""
+        return self._socket.version
 
     # Its history.
 
@@ -305,6 +338,8 @@ class Channel(Subscription):
         self._last_push = None
         if self.replay is not None:
             self.replay.stop()
+        if services.presence is not None:
+            services.presence.unwatch(self)
         socket.transport.settle_dropped(topic, partial(socket.protocol.dropped_notice, subscription=self))
         socket.count_events(services.hub.events_for(topic, socket))
         services.hub.remove(topic, socket)
@@ -331,7 +366,11 @@ class Channel(Subscription):
         if not self.may_push:
             self._refuse_push(push, Reason.UNAUTHORIZED)
             return None
-        if not socket.services.config.topic(topic).push:
+        settings = socket.services.config.topic(topic)
+        if settings.presence and push.event.startswith(EVENT_PREFIX):
+            self._refuse_push(push, Reason.INVALID_EVENT)
+            return None
+        if not settings.push:
             self._refuse_push(push, Reason.PUSH_NOT_ALLOWED)
             return None
         if pubsub.hooks.push and (handlers := tuple(hooks.matching(pubsub.hooks.push, topic, push.event))):
@@ -340,8 +379,7 @@ class Channel(Subscription):
             self._refuse_push(push, Reason.BUS_UNAVAILABLE)
             return None
         socket.queue.pending += 1
-        user = socket.user if self.identity is None else self.identity.user
-        published = pubsub.publish_push(topic, push.event, push.payload, user, socket.id)
+        published = pubsub.publish_push(topic, push.event, push.payload, self._user, socket.id)
         self._last_push = published
         published.add_done_callback(partial(self._pushed, push))
         if socket.trace is not None:

@@ -42,6 +42,8 @@ class Subscription:
     """The join's ``join_ref``, or its ``ref`` where the client gave none."""
     may_push: bool = True
     """Whether the client has the right to push here; decided once, when it joins."""
+    has_presence: bool = True
+    """Whether it has the right to be listed here, and to see the members."""
     identity: Identity | None = None
     """Whose token opened it, where the join brought one of its own; else it is the socket's."""
 

@@ -31,7 +31,8 @@ Source: phoenix.js 1.6 to 1.8, ``constants.js: CHANNEL_EVENTS`` and ``channel.js
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
-def _is_name(name: str) -> bool:
+def is_name(name: str) -> bool:
+    """Whether this can be a name at all: 1 to 255 bytes of UTF-8 without control characters."""
     if _FORBIDDEN.search(name):
         return False
     # isascii() is a flag of the string: the common name is measured without being encoded.
@@ -41,12 +42,12 @@ def _is_name(name: str) -> bool:
 
 def is_topic(topic: str) -> bool:
     """Say whether a client may join ``topic``: 1 to 255 bytes of UTF-8, no control characters, not a reserved name."""
-    return _is_name(topic) and topic != PROTOCOL_TOPIC and topic != RELAY_TOPIC
+    return is_name(topic) and topic != PROTOCOL_TOPIC and topic != RELAY_TOPIC
 
 
 def is_event(event: str) -> bool:
     """Say whether ``event`` may be pushed or published: as a topic, but without colon, and not reserved."""
-    return _is_name(event) and ":" not in event and not event.startswith(RESERVED_EVENT_PREFIXES)
+    return is_name(event) and ":" not in event and not event.startswith(RESERVED_EVENT_PREFIXES)
 
 
 def to_redis_channel(prefix: str, topic: str, event: str) -> bytes:

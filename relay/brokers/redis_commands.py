@@ -1,0 +1,116 @@
+"""Commands to Redis besides publishing: on a connection of their own, which is made when it is needed.
+
+Owns the connection and matches replies to commands; must not know what is asked. A large reply holds up the commands
+behind it, and no push.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import hiredis
+
+from relay.brokers.redis_connection import Connections, LinkLost, RedisConnection, packed, words
+from relay.brokers.redis_scripts import Script
+from relay.errors import BusUnavailable
+
+
+class RedisCommands:
+    """Sends commands and waits for their replies.
+
+    Args: connections: where to connect; the caller closes it.
+          timeout_s: seconds for a reply, connecting included.
+          name: of the task that reads.
+    """
+
+    def __init__(self, connections: Connections, timeout_s: float, name: str) -> None:
+        self._connections = connections
+        self._timeout_s = timeout_s
+        self._name = name
+        self._connecting = asyncio.Lock()
+        self._connection: RedisConnection | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._unanswered: deque[asyncio.Future[Any]] = deque()
+
+    async def run(self, script: Script, key: str, *args: object) -> Any:
+        """Run a script on one key. Raises BusUnavailable."""
+        try:
+            return await self.ask("EVALSHA", script.sha, 1, key, *args)
+        except _NoScript:
+            return await self.ask("EVAL", script.text, 1, key, *args)
+
+    async def ask(self, *command: object) -> Any:
+        """Send a command and wait for its reply. Raises BusUnavailable."""
+        return (await self.ask_all([command]))[0]
+
+    async def ask_all(self, commands: Sequence[Sequence[object]]) -> list[Any]:
+        """Send commands together and wait for all replies. Raises BusUnavailable, also for an error among them."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                connection = self._connection or await self._connect()
+                replies = [asyncio.get_running_loop().create_future() for _ in commands]
+                self._unanswered.extend(replies)
+                connection.write(packed([tuple(map(_argument, command)) for command in commands]))
+                answers = await asyncio.gather(*replies)
+        except LinkLost as lost:
+            raise BusUnavailable(str(lost)) from lost
+        except TimeoutError:
+            self.reconnect()
+            raise BusUnavailable(f"no reply to {commands[0][0]} within {self._timeout_s:g} s") from None
+        for command, answer in zip(commands, answers, strict=True):
+            if isinstance(answer, hiredis.ReplyError):
+                text = words(answer)
+                if text.startswith("NOSCRIPT"):
+                    raise _NoScript(text)
+                about = command[3 if str(command[0]).startswith("EVAL") else 1] if len(command) > 1 else ""
+                raise BusUnavailable(f"{command[0]} {about}: {text}")
+        return answers
+
+    def reconnect(self) -> None:
+        """Give the connection up: its server is no longer what it was."""
+        if self._connection is not None:
+            self._connection.abort()
+
+    async def close(self) -> None:
+        """End the connection."""
+        if self._reader is not None:
+            self._reader.cancel()
+            _ = await asyncio.gather(self._reader, return_exceptions=True)
+
+    async def _connect(self) -> RedisConnection:
+        async with self._connecting:
+            if self._connection is None:
+                connection = await self._connections.open()
+                self._unanswered = deque()
+                self._connection = connection
+                self._reader = asyncio.create_task(self._read(connection, self._unanswered), name=self._name)
+            return self._connection
+
+    async def _read(self, connection: RedisConnection, unanswered: deque[asyncio.Future[Any]]) -> None:
+        fault: Exception = LinkLost("the relay is stopping")
+        try:
+            while True:
+                reply = await connection.reply()
+                future = unanswered.popleft()
+                if not future.done():
+                    future.set_result(reply)
+        except (LinkLost, hiredis.HiredisError) as error:
+            fault = error if isinstance(error, LinkLost) else LinkLost(words(error))
+        except IndexError:
+            fault = LinkLost("an unasked reply came")
+        finally:
+            if self._connection is connection:
+                self._connection = None
+            for future in unanswered:
+                if not future.done():
+                    future.set_exception(fault)
+            await connection.close()
+
+
+class _NoScript(BusUnavailable):
+    """Redis does not know the script."""
+
+
+def _argument(part: object) -> bytes:
+    return part if isinstance(part, bytes) else str(part).encode()

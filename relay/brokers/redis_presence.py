@@ -1,0 +1,131 @@
+"""Presence in Redis: for each topic and node a hash of the node's members, and a lease for each node.
+
+Owns the keys; must not know who is shown what::
+
+    presence:room:1|5c1e…     hash: ref → [key, meta, previous ref]
+    presence:|5c1e…           set: the topics of which this node has members; no topic is called ""
+    presence:nodes            sorted set: node → when its lease ends, in ms by Redis's clock
+
+No key has a lifetime of its own: 100 000 members would cost thousands of writes a second. Those of a dead node are
+removed by the first that sees its lease ended for long.
+"""
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from relay.brokers.base import PRESENCE_CHANNEL, Lease, OwnChange
+from relay.brokers.redis_commands import RedisCommands
+from relay.brokers.redis_connection import Connections
+from relay.brokers.redis_scripts import RENEW_LEASE
+from relay.config import Config
+from relay.errors import BusUnavailable
+from relay.protocol.presence import Member, Members
+
+_PREFIX = "presence:"
+_NODES = f"{_PREFIX}nodes"
+
+_SCAN_COUNT = 500
+"""Members read at a time: a whole hash of 100 000 would block Redis for seconds."""
+
+_REMOVE_COUNT = 100
+_SWEEP_S = 30
+
+
+class _Value(msgspec.Struct, array_like=True):
+    key: str
+    meta: msgspec.Raw
+    previous: str = ""
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(_Value).decode
+
+
+class RedisPresence:
+    """Keeps the members of one node; see `PresenceStore`.
+
+    Args: connections: where to connect; the caller closes it.
+    """
+
+    def __init__(self, connections: Connections, config: Config) -> None:
+        self._commands = RedisCommands(connections, config.redis.timeout_s, "relay-redis-presence")
+        self.node: str = uuid.uuid4().hex[:12]
+        self._lease_ms = round(config.presence.lease_s * 1000)
+
+    async def write(self, changes: Sequence[OwnChange], message: bytes) -> None:
+        """Write changes of this node's members and publish a message about them, as one step."""
+        commands: list[tuple[object, ...]] = [("MULTI",)]
+        for topic, change, is_empty in changes:
+            key, topics = _key(topic, self.node), _topics(self.node)
+            if is_empty:
+                commands += [("UNLINK", key), ("SREM", topics, topic)]
+                continue
+            if change.leaves:
+                commands.append(("HDEL", key, *change.leaves))
+            if change.joins:
+                pairs = [each for member in change.joins.values() for each in (member.ref, _pack(member))]
+                commands += [("HSET", key, *pairs), ("SADD", topics, topic)]
+        commands += [("PUBLISH", PRESENCE_CHANNEL, message), ("EXEC",)]
+        answers = await self._commands.ask_all(commands)
+        if not isinstance(answers[-1], list):
+            raise BusUnavailable("EXEC: the transaction was discarded")
+
+    async def renew(self, message: bytes) -> Lease:
+        """Renew this node's lease, and publish a message."""
+        held, *flat = await self._commands.run(
+            RENEW_LEASE, _NODES, self.node, self._lease_ms, PRESENCE_CHANNEL, message
+        )
+        nodes = {node.decode(): left / 1000 for node, left in zip(flat[::2], flat[1::2], strict=True)}
+        return Lease(bool(held), nodes)
+
+    async def read(self, topic: str, node: str) -> Members:
+        """The members of one node."""
+        members: Members = {}
+        cursor: Any = b"0"
+        while True:
+            cursor, flat = await self._commands.ask("HSCAN", _key(topic, node), cursor, "COUNT", _SCAN_COUNT)
+            for ref, data in zip(flat[::2], flat[1::2], strict=True):
+                value = _decode(data)
+                members[ref.decode()] = Member(ref.decode(), value.key, bytes(value.meta), value.previous)
+            if cursor == b"0":
+                return members
+
+    async def nodes(self) -> list[str]:
+        """All nodes whose lease has not run out."""
+        seconds, micros = await self._commands.ask("TIME")
+        now = int(seconds) * 1000 + int(micros) // 1000
+        return [node.decode() for node in await self._commands.ask("ZRANGEBYSCORE", _NODES, now, "+inf")]
+
+    async def remove(self, node: str, message: bytes = b"") -> None:
+        """Remove all members of a node, and its lease."""
+        if node != self.node:
+            if await self._commands.ask("SET", f"{_NODES}:sweep:{node}", self.node, "NX", "EX", _SWEEP_S) is None:
+                return  # another node does it
+        while topics := await self._commands.ask("SPOP", _topics(node), _REMOVE_COUNT):
+            _ = await self._commands.ask("UNLINK", *(_key(topic.decode(), node) for topic in topics))
+        _ = await self._commands.ask("ZREM", _NODES, node)
+        if message:
+            _ = await self._commands.ask("PUBLISH", PRESENCE_CHANNEL, message)
+
+    def reconnect(self) -> None:
+        """Give the connection up: its server is no longer what it was."""
+        self._commands.reconnect()
+
+    async def close(self) -> None:
+        """End the connection."""
+        await self._commands.close()
+
+
+def _key(topic: str, node: str) -> str:
+    return f"{_PREFIX}{topic}|{node}"
+
+
+def _topics(node: str) -> str:
+    return f"{_PREFIX}|{node}"
+
+
+def _pack(member: Member) -> bytes:
+    return _encode(_Value(member.key, msgspec.Raw(member.meta), member.previous))

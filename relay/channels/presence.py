@@ -1,0 +1,402 @@
+"""Presence: who has joined a topic, on all nodes.
+
+Owns this node's members, and what nodes say to each other about theirs. Must not know how members are kept for other
+nodes, nor what subscribers are shown.
+
+Each node sends its own members' changes to the others, in numbered messages; no other node changes them. Where a number
+is missing, or the digests that come with each sign of life do not agree with what is known of a node, its members are
+read again, and the subscribers are sent the difference. So a lost message heals within one lease.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Callable, Coroutine
+
+import msgspec
+
+from relay.brokers.base import Lease, OwnChange, PresenceStore
+from relay.channels.presence_topic import WINDOW_S, PresenceTopic, Watcher
+from relay.config import Config
+from relay.errors import BusUnavailable
+from relay.log import RateLimitedLogger
+from relay.metrics import Metrics
+from relay.protocol import presence
+from relay.protocol.payload import Payload
+from relay.protocol.presence import NOTHING, Difference, Member, Members
+
+_AGAIN_S = 1.0
+"""Seconds after which what could not be written is written again."""
+
+_DEAD_S = 60.0
+"""Seconds after the end of its lease for which the members of a node are left where they are."""
+
+_OWN_BYTES = 512
+"""Bytes for what relay itself says of a member: its user."""
+
+_COUNT_KEY = "#"
+"""Key of what stands for all members of a node where their number alone is sent."""
+
+
+class _Change(msgspec.Struct, array_like=True):
+    topic: str
+    joins: list[tuple[str, str, msgspec.Raw, str]]
+    leaves: list[str]
+
+
+class _Message(msgspec.Struct, omit_defaults=True):
+    """What a node says to the others."""
+
+    node: str
+    number: int
+    changes: list[_Change] = []
+    digests: dict[str, tuple[int, int]] = {}
+    """Number of members and digest of their refs, of topics that have changed since the last sign of life."""
+    is_last: bool = False
+    """Whether the node is about to end."""
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = msgspec.json.Decoder(_Message).decode
+
+
+class Presence:
+    """The members of all topics with presence, as this node knows them.
+
+    Args: store: keeps members for the other nodes; None where there are none.
+          spawn: runs something until it ends or the relay stops.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: PresenceStore | None,
+        spawn: Callable[[Coroutine[None, None, None]], "asyncio.Task[None]"],
+        metrics: Metrics,
+        log: RateLimitedLogger,
+    ) -> None:
+        self._config = config
+        self._node = "" if store is None else store.node
+        self._store = store
+        self._spawn = spawn
+        self._metrics = metrics
+        self._log = log
+        self._topics: dict[str, PresenceTopic] = {}
+        # Nodes that are alive, each with the number of its last message; None before the first.
+        self._nodes: dict[str, int | None] = {}
+        self._number = 0
+        # Changes to be sent to the other nodes, and topics that have changed since the last sign of life.
+        self._outgoing: dict[str, Difference] = {}
+        self._changed_topics: set[str] = set()
+        self._wake = asyncio.Event()
+        self._could_renew = True
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def start(self) -> None:
+        """Begin to exchange members with other nodes."""
+        if self._store is not None:
+            self._tasks = [
+                self._spawn(self._renew_regularly(self._store)),
+                self._spawn(self._publish_regularly(self._store)),
+            ]
+
+    async def stop(self) -> None:
+        """Let the other nodes know that no member is left here."""
+        for topic in self._topics.values():
+            if topic.timer is not None:
+                topic.timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        if self._store is not None:
+            message = _encode(_Message(self._node, self._number, is_last=True))
+            try:
+                await self._store.remove(self._node, message)
+            except BusUnavailable as error:
+                self._log.warning("presence", "members of this node are left behind: %s", error)
+
+    # Members of this node.
+
+    def track(self, channel: Watcher, key: str, meta: bytes) -> None:
+        """List a channel under a key, or change what is said of it there.
+
+        Raises ValueError: no key, or no JSON object, or too large.
+        """
+        topic = self._topic(channel.topic)
+        refs = topic.tracked.setdefault(channel, {})
+        previous = refs.get(key, "")
+        if not presence.is_key(key):
+            raise ValueError(f"expected a key of 1 to 255 bytes without control characters, got {key!r:.60}")
+        cleaned = presence.clean_meta(meta)
+        most = self._config.limits.presence_meta_max_bytes + _OWN_BYTES
+        if cleaned is None or len(cleaned) > most:
+            raise ValueError(f"expected a JSON object of at most {most} bytes as meta, got {meta[:60]!r}")
+        member = Member(secrets.token_hex(8), key, cleaned, previous)
+        refs[key] = member.ref
+        gone = {previous: topic.members[previous]} if previous else {}
+        self._change_own(topic, Difference({member.ref: member}, gone))
+
+    def untrack(self, channel: Watcher, key: str | None = None) -> None:
+        """List a channel no more under a key, or under any."""
+        topic = self._topics.get(channel.topic)
+        if topic is None or channel not in topic.tracked:
+            return
+        refs = topic.tracked[channel]
+        keys = list(refs) if key is None else [key] if key in refs else []
+        gone = {ref: topic.members[ref] for ref in map(refs.pop, keys)}
+        if not refs:
+            del topic.tracked[channel]
+        if gone:
+            self._change_own(topic, Difference({}, gone))
+
+    def _change_own(self, topic: PresenceTopic, change: Difference) -> None:
+        presence.apply(topic.members, change)
+        self._metrics.presence_members += len(change.joins) - len(change.leaves)
+        if self._config.topic(topic.name).presence == "count":
+            count = Member(secrets.token_hex(8), _COUNT_KEY, b'{"count":%d}' % len(topic.members))
+            change = Difference({count.ref: count} if topic.members else {}, dict(topic.own))
+        presence.apply(topic.own, change)
+        topic.changed()
+        if self._store is not None:
+            self._outgoing[topic.name] = presence.compose(self._outgoing.get(topic.name, NOTHING), change)
+            self._changed_topics.add(topic.name)
+            self._wake.set()
+
+    # Subscribers.
+
+    def watch(self, channel: Watcher) -> None:
+        """Send a channel's client the members, and from then on the changes."""
+        topic = self._topic(channel.topic)
+        topic.watchers[channel] = topic.newcomers[channel] = None
+        topic.changed()
+
+    def unwatch(self, channel: Watcher) -> None:
+        """Send it nothing more, and list it no more: its subscription has ended."""
+        self.untrack(channel)
+        topic = self._topics.get(channel.topic)
+        if topic is None:
+            return
+        _ = topic.watchers.pop(channel, None)
+        _ = topic.newcomers.pop(channel, None)
+        if not topic.watchers and not topic.members:
+            if topic.timer is not None:
+                topic.timer.cancel()
+            del self._topics[channel.topic]
+
+    def _topic(self, name: str) -> PresenceTopic:
+        topic = self._topics.get(name)
+        if topic is None:
+            topic = self._topics[name] = PresenceTopic(name, self._config, self._metrics)
+            if self._store is not None:
+                for node in self._nodes:
+                    self._load(self._store, topic, node)
+        return topic
+
+    # Other nodes.
+
+    def receive(self, data: bytes) -> None:
+        """Take what a node has said; this one's own messages, and those that cannot be read, are ignored."""
+        try:
+            message = _decode(data)
+        except msgspec.MsgspecError:
+            self._log.warning("presence", "a message about presence was not understood: dropped")
+            return
+        node, store = message.node, self._store
+        if node == self._node or store is None:
+            return
+        if message.is_last:
+            self._forget(node)
+            return
+        before = self._nodes.get(node)
+        expected = message.number if message.digests or not message.changes else message.number - 1
+        is_known = node in self._nodes
+        self._nodes[node] = message.number
+        for change in message.changes:
+            topic = self._topics.get(change.topic)
+            if topic is not None:
+                self._apply(topic, node, change)
+        if not is_known or (before is not None and before != expected):
+            if is_known:
+                self._metrics.presence_heals["message missing"] += 1
+            for topic in self._topics.values():
+                self._load(store, topic, node)
+            return
+        for name, (count, digest) in message.digests.items():
+            topic = self._topics.get(name)
+            if topic is None or node in topic.loading:
+                continue
+            part = topic.parts.get(node, {})
+            if (len(part), presence.digest(part)) != (count, digest):
+                self._metrics.presence_heals["digest"] += 1
+                self._load(store, topic, node)
+
+    def _apply(self, topic: PresenceTopic, node: str, change: _Change) -> None:
+        joins = {ref: Member(ref, key, bytes(meta), previous) for ref, key, meta, previous in change.joins}
+        gone = Difference(joins, {ref: _GONE for ref in change.leaves})
+        if node in topic.loading:
+            topic.loading[node].append(gone)
+            return
+        presence.apply(topic.parts.setdefault(node, {}), gone)
+        topic.changed()
+
+    def _load(self, store: PresenceStore, topic: PresenceTopic, node: str) -> None:
+        """Read the members of a node again."""
+        if node != self._node and node not in topic.loading:
+            topic.loading[node] = []
+            _ = self._spawn(self._load_part(store, topic, node))
+
+    async def _load_part(self, store: PresenceStore, topic: PresenceTopic, node: str) -> None:
+        try:
+            members = await store.read(topic.name, node)
+        except BusUnavailable as error:
+            self._log.warning("presence", "members of topic %r cannot be read: %s", topic.name, error)
+            self._could_renew = False  # so that they are read again, when Redis answers
+            members = topic.parts.get(node, {})
+        finally:
+            changes = topic.loading.pop(node, [])
+        for change in changes:
+            presence.apply(members, change)
+        if node in self._nodes:
+            topic.parts[node] = members
+        topic.changed()
+
+    def _forget(self, node: str) -> None:
+        """Take a node's members for gone."""
+        _ = self._nodes.pop(node, None)
+        for topic in self._topics.values():
+            if topic.parts.pop(node, None):
+                topic.changed()
+
+    async def _renew_regularly(self, store: PresenceStore) -> None:
+        """Give a sign of life, and look which nodes give one."""
+        while True:
+            topics, self._changed_topics = self._changed_topics, set()
+            message = _encode(_Message(self._node, self._number, digests=self._digests(topics)))
+            try:
+                lease = await store.renew(message)
+            except BusUnavailable as error:
+                # What is known of others is left as it is: it cannot be checked now.
+                self._changed_topics |= topics
+                self._could_renew = False
+                self._log.warning("presence", "the lease of this node cannot be renewed: %s", error)
+            else:
+                self._take_lease(store, lease)
+            await asyncio.sleep(self._config.presence.renew_s)
+
+    def _digests(self, topics: set[str]) -> dict[str, tuple[int, int]]:
+        found: dict[str, tuple[int, int]] = {}
+        for name in topics:
+            if name not in self._outgoing:  # else the others cannot know of it yet
+                topic = self._topics.get(name)
+                own: Members = {} if topic is None else topic.own
+                found[name] = (len(own), presence.digest(own))
+        return found
+
+    def _take_lease(self, store: PresenceStore, lease: Lease) -> None:
+        if not lease.held and self._number:
+            self._metrics.presence_leases_lost += 1
+            self._announce_all()
+        alive = {node for node, left_s in lease.nodes.items() if left_s >= 0 and node != self._node}
+        for node in [node for node in self._nodes if node not in alive]:
+            self._metrics.presence_ghosts_removed += sum(
+                len(topic.parts.get(node, ())) for topic in self._topics.values()
+            )
+            self._forget(node)
+        missed, self._could_renew = not self._could_renew, True
+        for node in alive:
+            if missed or node not in self._nodes:
+                _ = self._nodes.setdefault(node, None)
+                for topic in self._topics.values():
+                    self._load(store, topic, node)
+        for node, left_s in lease.nodes.items():
+            if left_s < -_DEAD_S:
+                _ = self._spawn(self._sweep(store, node))
+
+    async def _sweep(self, store: PresenceStore, node: str) -> None:
+        try:
+            await store.remove(node)
+        except BusUnavailable as error:
+            self._log.warning("presence", "members of a dead node cannot be removed: %s", error)
+
+    def _announce_all(self) -> None:
+        """Send the other nodes all members here, under the same refs: this node may have been taken for dead."""
+        for topic in self._topics.values():
+            if topic.own:
+                before = self._outgoing.get(topic.name, NOTHING)
+                self._outgoing[topic.name] = presence.compose(before, Difference(dict(topic.own), {}))
+                self._changed_topics.add(topic.name)
+        self._wake.set()
+
+    async def _publish_regularly(self, store: PresenceStore) -> None:
+        """Send the other nodes what has changed here."""
+        while True:
+            _ = await self._wake.wait()
+            self._wake.clear()
+            outgoing, self._outgoing = self._outgoing, {}
+            if not outgoing:
+                continue
+            self._number += 1
+            changes = [OwnChange(name, change, self._has_none(name)) for name, change in outgoing.items()]
+            message = _Message(self._node, self._number, [_packed(name, change) for name, change in outgoing.items()])
+            try:
+                await store.write(changes, _encode(message))
+            except BusUnavailable as error:
+                self._log.warning("presence", "members cannot be written: %s", error)
+                for name, change in outgoing.items():
+                    self._outgoing[name] = presence.compose(change, self._outgoing.get(name, NOTHING))
+                self._wake.set()
+                await asyncio.sleep(_AGAIN_S)
+            await asyncio.sleep(WINDOW_S)
+
+    def _has_none(self, name: str) -> bool:
+        topic = self._topics.get(name)
+        return topic is None or not topic.own
+
+    # For those who ask.
+
+    async def list(self, name: str) -> Members:
+        """All members of a topic, on all nodes. Raises BusUnavailable."""
+        topic = self._topics.get(name)
+        if topic is not None and not topic.loading:
+            return topic.merged()
+        found: Members = dict(topic.own) if topic is not None else {}
+        if self._store is not None:
+            for node in await self._store.nodes():
+                if node != self._node:
+                    found |= await self._store.read(name, node)
+        return found
+
+
+_GONE = Member("", "", b"{}")
+
+
+class _Params(msgspec.Struct):
+    presence: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+_decode_params = msgspec.json.Decoder(_Params).decode
+
+
+def presence_meta(params: Payload, user: str | None, most: int) -> bytes | None:
+    """What is listed of a join: its user, and as ``meta`` what its params say under ``presence``.
+
+    Returns: a JSON object; None where the params say something else than an object there, or one over ``most`` bytes.
+    """
+    own = b"{}"
+    if isinstance(params, msgspec.Raw):
+        try:
+            own = bytes(_decode_params(params).presence)
+        except msgspec.ValidationError:  # params that are no object
+            own = b"{}"
+        except (msgspec.MsgspecError, RecursionError):
+            return None
+    cleaned = None if len(own) > most else presence.clean_meta(own)
+    if cleaned is None:
+        return None
+    members = [] if user is None else [b'"user":%b' % _encode(user)]
+    if cleaned != b"{}":
+        members.append(b'"meta":%b' % cleaned)
+    return b"{%b}" % b",".join(members)
+
+
+def _packed(name: str, change: Difference) -> _Change:
+    joins = [(each.ref, each.key, msgspec.Raw(each.meta), each.previous) for each in change.joins.values()]
+    return _Change(name, joins, list(change.leaves))

@@ -1,0 +1,284 @@
+"""Who is here: what clients are told, on one node and on several, with Redis and in memory."""
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from redis.asyncio import Redis
+
+from tests.support.client import Client
+from tests.support.process import Valkey
+from tests.support.serving import Served, eventually
+
+Connect = Callable[..., Any]
+ServeRelay = Callable[..., Coroutine[Any, Any, Served]]
+
+QUICK = {"lease_s": 1.5, "renew_s": 0.5, "leave_delay_s": 0.2}
+PRESENCE: dict[str, Any] = {"topics": [{"match": "room:*", "presence": True}], "presence": QUICK}
+
+
+@pytest.fixture
+def direct() -> bool:
+    """How frames are written does not matter here."""
+    return True
+
+
+@pytest.fixture
+def topic() -> str:
+    return f"room:{uuid4().hex}"
+
+
+class Person:
+    """A client that keeps the presence of a topic as phoenix.js does: state, then differences."""
+
+    def __init__(self, client: Client, topic: str) -> None:
+        self.client = client
+        self.topic = topic
+        self.state: dict[str, dict[str, Any]] | None = None
+        self.joined: list[str] = []
+        """Keys that came after the first state, as `onJoin` tells it, and keys that went."""
+        self.left: list[str] = []
+        self.count: int | None = None
+        self._task = asyncio.create_task(self._read())
+
+    async def join(self, **params: Any) -> None:
+        ref = self.client.next_ref()
+        await self.client.send(ref, ref, self.topic, "phx_join", params)
+
+    async def _read(self) -> None:
+        while True:
+            _, _, topic, event, payload = await self.client.receive()
+            if topic != self.topic:
+                continue
+            if event == "presence_state":
+                self.state = {key: {meta["phx_ref"]: meta for meta in entry["metas"]} for key, entry in payload.items()}
+            elif event == "presence_diff":
+                self._apply(payload)
+            elif event == "presence_count":
+                self.count = payload["count"]
+
+    def _apply(self, diff: dict[str, Any]) -> None:
+        assert self.state is not None, "a difference before the state"
+        for key, entry in diff["joins"].items():
+            if key not in self.state:
+                self.joined.append(key)
+            metas = self.state.setdefault(key, {})
+            for meta in entry["metas"]:
+                assert meta["phx_ref"] not in metas, "listed twice"
+                metas[meta["phx_ref"]] = meta
+        for key, entry in diff["leaves"].items():
+            for meta in entry["metas"]:
+                del self.state[key][meta["phx_ref"]]
+            if not self.state[key]:
+                del self.state[key]
+                self.left.append(key)
+
+    @property
+    def keys(self) -> set[str]:
+        return set() if self.state is None else set(self.state)
+
+    async def expect(self, *keys: str) -> None:
+        await eventually(lambda: self.keys == set(keys), f"{keys}, not {self.keys}")
+
+    async def leave(self) -> None:
+        self._task.cancel()
+        _ = await asyncio.gather(self._task, return_exceptions=True)
+        await self.client.connection.close()
+
+
+@pytest.fixture
+def enter(runner: asyncio.Runner, connect: Connect) -> Any:
+    """``await enter(served, topic, presence={…})``: somebody joins."""
+    people: list[Person] = []
+
+    async def enter(served: Served, topic: str, **params: Any) -> Person:
+        person = Person(await connect(served), topic)
+        people.append(person)
+        await person.join(**params)
+        return person
+
+    yield enter
+
+    async def end() -> None:
+        for person in people:
+            await person.leave()
+
+    runner.run(end())
+
+
+def settings(bus: str, valkey: Valkey) -> dict[str, Any]:
+    return PRESENCE | ({"redis_url": valkey.url} if bus == "redis" else {"broadcast_url": "memory://"})
+
+
+@pytest.mark.parametrize("bus", ["redis", "memory"])
+async def test_members_are_told_of_each_other(
+    serve_relay: ServeRelay, enter: Any, topic: str, valkey: Valkey, bus: str
+) -> None:
+    served = await serve_relay(**settings(bus, valkey))
+    one = await enter(served, topic, presence={"name": "One"})
+    await eventually(lambda: one.state is not None, "the state")
+    (own,) = one.keys
+    (meta,) = one.state[own].values()
+    assert meta["meta"] == {"name": "One"}
+    assert set(meta) == {"meta", "phx_ref"}, "an anonymous member has no user"
+    two = await enter(served, topic)
+    await eventually(lambda: len(one.keys) == 2 and one.keys == two.keys, "both")
+    assert len(one.joined) == 1
+    assert two.joined == []
+    await two.leave()
+    await eventually(lambda: len(one.keys) == 1, "the leave")
+    assert len(one.left) == 1
+    assert served.relay.metrics.presence_members == 1
+
+
+async def test_members_of_all_nodes_are_told(serve_relay: ServeRelay, enter: Any, topic: str, valkey: Valkey) -> None:
+    first = await serve_relay(**settings("redis", valkey))
+    second = await serve_relay(**settings("redis", valkey))
+    one = await enter(first, topic)
+    two = await enter(second, topic)
+    three = await enter(second, topic)
+    await eventually(lambda: len(one.keys) == 3 and one.keys == two.keys == three.keys, "all three")
+    await three.leave()
+    await eventually(lambda: len(one.keys) == 2 and one.keys == two.keys, "the leave")
+    async with Redis(port=valkey.port) as redis:
+        node = node_of(second)
+        assert await redis.hlen(f"presence:{topic}|{node}") == 1
+        await two.leave()
+        await eventually(lambda: len(one.keys) == 1, "the leave")
+        assert not await redis.exists(f"presence:{topic}|{node}", f"presence:|{node}")
+
+
+@pytest.mark.parametrize("meta", [[], "text", 1, None, {"a": "x" * 2000}])
+async def test_invalid_presence_refuses_the_join(
+    serve_relay: ServeRelay, connect: Connect, topic: str, valkey: Valkey, meta: Any
+) -> None:
+    served = await serve_relay(**settings("redis", valkey))
+    client = await connect(served)
+    ref = client.next_ref()
+    await client.send(ref, ref, topic, "phx_join", {"presence": meta})
+    assert await client.receive() == client.refusal(ref, ref, topic, "invalid presence")
+    await client.join("other:1", {"presence": meta})
+
+
+async def test_refs_in_a_meta_are_the_relays_own(
+    serve_relay: ServeRelay, enter: Any, topic: str, valkey: Valkey
+) -> None:
+    served = await serve_relay(**settings("redis", valkey))
+    one = await enter(served, topic, presence={"phx_ref": "mine", "phx_ref_prev": "x", "a": 1})
+    await eventually(lambda: one.state is not None, "the state")
+    ((meta,),) = (metas.values() for metas in one.state.values())
+    assert meta["meta"] == {"a": 1}
+    assert meta["phx_ref"] != "mine"
+
+
+async def test_push_of_a_presence_event_is_refused(
+    serve_relay: ServeRelay, connect: Connect, topic: str, valkey: Valkey
+) -> None:
+    served = await serve_relay(**settings("redis", valkey))
+    client = await connect(served)
+    await client.send("1", "1", topic, "phx_join", {})
+    assert [(await client.receive())[3] for _ in range(2)] == ["phx_reply", "presence_state"]
+    await client.send("1", "2", topic, "presence_diff", {"joins": {}, "leaves": {}})
+    assert await client.receive() == client.refusal("1", "2", topic, "invalid event")
+
+
+async def test_rejoin_within_the_delay_does_not_flicker(
+    serve_relay: ServeRelay, enter: Any, connect: Connect, topic: str, valkey: Valkey
+) -> None:
+    """The same socket joins again: one difference has the leave and the join, and the key is never gone."""
+    served = await serve_relay(**settings("redis", valkey) | {"presence": QUICK | {"leave_delay_s": 5.0}})
+    bystander = await enter(served, topic)
+    one = await enter(served, topic)
+    await eventually(lambda: len(bystander.keys) == 2, "both")
+    (key,) = bystander.joined
+    assert bystander.state is not None
+    (before,) = bystander.state[key]
+    await one.join(presence={"again": True})
+    await eventually(lambda: before not in bystander.state[key], "the new member")
+    assert len(bystander.state[key]) == 1
+    assert bystander.left == []
+    await one.client.send(None, "99", topic, "phx_leave", {})
+    await one.join()
+    await eventually(lambda: one.client and bystander.joined == [key], "nothing new")
+    assert bystander.left == []
+
+
+async def test_only_the_number_is_told(serve_relay: ServeRelay, enter: Any, topic: str, valkey: Valkey) -> None:
+    shared = settings("redis", valkey) | {"topics": [{"match": "room:*", "presence": "count"}]}
+    first, second = await serve_relay(**shared), await serve_relay(**shared)
+    people = [await enter(served, topic) for served in (first, second, second)]
+    await eventually(lambda: all(person.count == 3 for person in people), "the number")
+    await people.pop().leave()
+    await eventually(lambda: all(person.count == 2 for person in people), "the number")
+    assert all(person.state is None for person in people)
+
+
+async def test_too_many_members_are_counted(serve_relay: ServeRelay, enter: Any, topic: str, valkey: Valkey) -> None:
+    shared = settings("redis", valkey) | {"topics": [{"match": "room:*", "presence": True, "presence_max": 10}]}
+    served = await serve_relay(**shared)
+    people = [await enter(served, topic) for _ in range(10)]
+    await eventually(lambda: all(len(person.keys) == 10 for person in people), "all")
+    people.append(await enter(served, topic))
+    await eventually(lambda: all(person.count == 11 for person in people), "the number")
+    for person in people[:3]:
+        await person.leave()
+    await eventually(lambda: all(len(person.keys) == 8 for person in people[3:]), "the members again")
+
+
+async def test_dead_node_is_forgotten(serve_relay: ServeRelay, enter: Any, topic: str, valkey: Valkey) -> None:
+    """Its lease ends; a member left in Redis by a node that was killed."""
+    served = await serve_relay(**settings("redis", valkey))
+    async with Redis(port=valkey.port) as redis:
+        now = (await redis.time())[0] * 1000
+        node = uuid4().hex[:12]
+        await redis.zadd("presence:nodes", {node: now + 1500})
+        await redis.hset(f"presence:{topic}|{node}", "00ff", json.dumps(["ghost", {}, ""]))
+        await redis.sadd(f"presence:|{node}", topic)
+        presence: Any = served.relay.node.presence
+        await eventually(lambda: node in presence._nodes, "the node")
+        one = await enter(served, topic)
+        await eventually(lambda: "ghost" in one.keys, "the ghost")
+        await eventually(lambda: "ghost" not in one.keys, "its end")
+        assert served.relay.metrics.presence_ghosts_removed == 1
+        await redis.zadd("presence:nodes", {node: now - 100_000})
+        async with asyncio.timeout(20):
+            while await redis.exists(f"presence:{topic}|{node}", f"presence:|{node}"):  # noqa: ASYNC110 - Redis's
+                await asyncio.sleep(0.05)
+        assert await redis.zscore("presence:nodes", node) is None
+
+
+async def test_lost_message_is_healed(serve_relay: ServeRelay, enter: Any, topic: str, valkey: Valkey) -> None:
+    first, second = await serve_relay(**settings("redis", valkey)), await serve_relay(**settings("redis", valkey))
+    one = await enter(first, topic)
+    await eventually(lambda: len(one.keys) == 1, "the state")
+    pubsub = first.relay.node.pubsub
+    receive = pubsub.on_presence
+    pubsub.on_presence = lambda data: None
+    await enter(second, topic)
+    async with Redis(port=valkey.port) as redis, asyncio.timeout(20):
+        while not await redis.exists(f"presence:{topic}|{node_of(second)}"):  # noqa: ASYNC110 - Redis's
+            await asyncio.sleep(0.01)
+    pubsub.on_presence = receive
+    await eventually(lambda: len(one.keys) == 2, "what was missed")
+
+
+def node_of(served: Served) -> str:
+    store = served.relay.node.broker.presence
+    assert store is not None
+    return store.node
+
+
+async def test_flushed_redis_is_filled_again(serve_relay: ServeRelay, enter: Any, topic: str) -> None:
+    with Valkey() as server:
+        one_node, other = await serve_relay(**settings("redis", server)), await serve_relay(**settings("redis", server))
+        one, two = await enter(one_node, topic), await enter(other, topic)
+        await eventually(lambda: len(one.keys) == 2 and len(two.keys) == 2, "both")
+        async with Redis(port=server.port) as redis:
+            await redis.flushall()
+        await eventually(lambda: other.relay.metrics.presence_leases_lost == 1, "the loss")
+        three = await enter(other, topic)
+        await eventually(lambda: len(one.keys) == len(two.keys) == len(three.keys) == 3, "all three")
+        assert one.left == two.left == []
