@@ -130,7 +130,7 @@ class SSETransport(QueuedTransport):
             topic = self._to_join.popleft()
             params = {"since": self._since.get(topic)} | ({} if self._last is None else {"last": self._last})
             frame = _encode_join(["1", "1", topic, "phx_join", params]).decode()
-            self.last_size = len(frame.encode())
+            self.last_size: int = len(frame.encode())
             return frame
         gone = asyncio.ensure_future(self._wait_for_disconnect())
         try:

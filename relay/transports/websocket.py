@@ -87,7 +87,7 @@ class WebSocketTransport(QueuedTransport):
                     self._metrics.malformed[str(code)] += 1
                 self._gone = (code, event.get("reason") or "")
                 return None
-            self.last_received = time.monotonic()
+            self.last_received: float = time.monotonic()
             if self._close is not None:
                 continue  # what comes after our close is not for us any more
             frame: str | bytes = event["bytes"] if event.get("text") is None else event["text"]
@@ -95,7 +95,7 @@ class WebSocketTransport(QueuedTransport):
             if size <= limit and isinstance(frame, str) and not frame.isascii():
                 size = _size(frame)
             if size <= limit:
-                self.last_size = size
+                self.last_size: int = size
                 return frame
             self.reject(CloseCode.TOO_BIG, f"expected frames of at most {limit} bytes")
 
