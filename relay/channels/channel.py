@@ -16,6 +16,7 @@ from typing import Any
 
 from relay.auth.authenticator import Authenticator
 from relay.auth.session import RENEWAL, Decision, tokens_in
+from relay.brokers.base import Place
 from relay.channels import replay
 from relay.channels.handle import SocketHandle
 from relay.channels.history_reader import Recovery
@@ -285,6 +286,11 @@ class Channel(Subscription):
         if self.replay is None:
             self.replay = Replay(self, history, services.hub, services.metrics, positioned)
         return self.replay
+
+    @property
+    def recovered_to(self) -> Place | None:
+        """How far it has been given what its client missed; None while it gets the live events."""
+        return None if self.replay is None else self.replay.place
 
     def fall_behind(self, position: str) -> None:
         """Give the client, as fast as it reads, the events from a position on, which were dropped."""

@@ -179,6 +179,11 @@ class History:
         followed = self._followed.get(topic)
         return followed is not None and followed.heard is not None
 
+    def delivered(self, topic: str) -> Place | None:
+        """The position of the last event delivered here; None where none is known."""
+        followed = self._followed.get(topic)
+        return None if followed is None else followed.delivered
+
     def accept(self, event: Event) -> bool:
         """Look at an event with a position; False where it must not be delivered now, or not again."""
         followed = self._followed.get(event.topic)

@@ -118,6 +118,21 @@ class Stored(NamedTuple):
     """Whether there are more events behind `position`."""
 
 
+class Description(NamedTuple):
+    """What a history may hold, and what it holds now; None where that cannot be read."""
+
+    size: int
+    ttl_s: int
+    events: int | None = None
+    first: str | None = None
+    """Position of the oldest event."""
+    last: str | None = None
+    bytes: int | None = None
+    """Memory it takes; approximate."""
+    unavailable: str | None = None
+    """Why it cannot be read."""
+
+
 class RowFilter(Protocol):
     """What decides on each row."""
 
@@ -215,6 +230,19 @@ class HistoryReader:
         return opened, newest_first[::-1], None
 
     # For those who look at a history.
+
+    def empty(self, topic: str) -> Description:
+        """What may be there."""
+        return Description(**self._settings(topic).model_dump())
+
+    async def describe(self, topic: str) -> Description:
+        """Say what is there."""
+        empty = self.empty(topic)
+        try:
+            found = await self.store.describe(topic)
+        except BusUnavailable as error:
+            return empty._replace(unavailable=str(error))
+        return empty._replace(**found._asdict())
 
     async def newest(self, topic: str, count: int) -> Stored:
         """The last events as they are stored, ``count`` at most. Raises BusUnavailable."""

@@ -78,7 +78,7 @@ class Replay:
     Args: positioned: whether the client has asked for positions.
     """
 
-    __slots__ = ("_behind", "_channel", "_history", "_hub", "_metrics", "_task", "positioned")
+    __slots__ = ("_behind", "_channel", "_history", "_hub", "_metrics", "_task", "place", "positioned")
 
     def __init__(self, channel: ReplayOwner, history: History, hub: Hub, metrics: Metrics, positioned: bool) -> None:
         self._channel = channel
@@ -86,6 +86,8 @@ class Replay:
         self._hub = hub
         self._metrics = metrics
         self.positioned: bool = positioned
+        self.place: Place | None = None
+        """How far it has caught up; None once the channel gets the live events."""
         self._task: asyncio.Task[None] | None = None
         # From where on events were dropped once more, since the client did not take them.
         self._behind: Place | None = None
@@ -98,6 +100,7 @@ class Replay:
         topic = self._channel.topic
         if is_included or self._history.hand_over(topic, place) != ():
             self._hub.hold(topic, self._channel.subscriber, is_lost=False)
+            self.place = place
             self._task = self._history.spawn(self._run(place, is_included))
 
     def fall_behind(self, position: str) -> None:
@@ -113,7 +116,7 @@ class Replay:
         """End it: the subscription has ended."""
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
-        self._task = None
+        self._task = self.place = None
 
     async def _run(self, place: Place, is_included: bool) -> None:
         topic, transport, history = self._channel.topic, self._channel.transport, self._history
@@ -124,10 +127,11 @@ class Replay:
                 return
             if self._behind is not None:
                 place, is_included, self._behind = self._behind, True, None
+            self.place = place
             if not is_included and (recent := history.hand_over(topic, place)) is not None:
                 # Without waiting from here on: nothing may come in between.
                 if self._send(recent):
-                    self._task = None
+                    self._task = self.place = None
                     self._hub.add(topic, self._channel.subscriber, self.positioned)
                     return
                 continue
@@ -148,7 +152,7 @@ class Replay:
                     break
                 if attempts > 1:
                     await asyncio.sleep(_AGAIN_S)
-        self._task = None
+        self._task = self.place = None
         self._channel.lose_events()
 
     def _send(self, entries: Sequence[Entry]) -> bool:

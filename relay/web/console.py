@@ -18,6 +18,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from relay.brokers.base import Event, Place
+from relay.channels.socket import Socket
 from relay.config import Policy
 from relay.errors import BusUnavailable, CloseCode, Reason, WireError
 from relay.metrics import BOUNDS_S
@@ -25,7 +27,7 @@ from relay.node import Components, Node
 from relay.plugins import hooks
 from relay.protocol import serializer
 from relay.protocol.frame import Frame
-from relay.protocol.payload import encode_payload
+from relay.protocol.payload import classify_payload, encode_payload
 from relay.protocol.serializer import Version
 from relay.protocol.state import ChannelsProtocol, Join, Leave, Push, Send, Subscription
 from relay.protocol.topics import is_topic
@@ -50,6 +52,10 @@ _TAIL_MAX = 50
 """Events in one portion; further ones are counted, and not shown: people could not read them."""
 _SHOWN_MAX_BYTES = 16_384
 """Of a longer event the beginning is shown."""
+_STORED_MAX = 20
+"""Events of a history in one answer."""
+_DESCRIBE_S = 1.0
+"""Seconds to find out what a history holds."""
 _LISTED_MAX = 200
 """Topics, or sockets, in one answer."""
 
@@ -120,12 +126,7 @@ class TopicObserver:
         if len(self._events) >= _TAIL_MAX:
             self.left_out += 1
             return
-        kept = {"at_ms": round(time.time() * 1000), "event": event, "size": frame.size}
-        if frame.is_text:
-            kept["frame"] = frame.data[:_SHOWN_MAX_BYTES].decode(errors="ignore")
-        else:
-            kept["base64"] = base64.b64encode(frame.data[:_SHOWN_MAX_BYTES]).decode()
-        self._events.append(kept)
+        self._events.append(_shown(event, frame, round(time.time() * 1000)))
 
     def take(self) -> list[dict[str, Any]]:
         """What has come since the last time."""
@@ -256,7 +257,9 @@ class ConsoleSession:
             case "topics":
                 return self._topics(_text(given, "search"))
             case "topic":
-                return self._topic(_text(given, "topic"))
+                return await self._topic(_text(given, "topic"))
+            case "history":
+                return await self._history(_text(given, "topic"))
             case "watch":
                 await self._watch(_text(given, "topic") or None)
                 return {}
@@ -283,10 +286,32 @@ class ConsoleSession:
         events, rate = traffic or (0, 0.0)
         return {"topic": name, "sockets": count, "events": events, "events_per_s": round(rate, 2)}
 
-    def _topic(self, topic: str) -> object:
+    async def _topic(self, topic: str) -> object:
         joined = [socket for socket in self._node().sockets.values() if socket.subscription(topic)]
         ids = [{"id": socket.id, "address": socket.address, "user": socket.user} for socket in joined[:_LISTED_MAX]]
-        return {**self._row(topic, len(joined)), "joined": ids}
+        row = self._row(topic, len(joined))
+        return {**row, "joined": ids, "history": await self._describe_history(topic)}
+
+    async def _describe_history(self, topic: str) -> object:
+        reader = self._node().history_of(topic)
+        if reader is None:
+            return None
+        try:
+            async with asyncio.timeout(_DESCRIBE_S):  # the rest is shown while Redis hangs
+                return (await reader.describe(topic))._asdict()
+        except TimeoutError:
+            return reader.empty(topic)._replace(unavailable=f"no answer within {_DESCRIBE_S:g} s")._asdict()
+
+    async def _history(self, topic: str) -> object:
+        """The last events of a topic's history, as they are stored, the oldest first."""
+        reader = self._node().history_of(topic)
+        if reader is None:
+            raise hooks.Refused(f"topic {topic!r} has no history")
+        try:
+            stored = await reader.newest(topic, _STORED_MAX)
+        except BusUnavailable as error:
+            raise hooks.Refused(f"history unavailable: {error}") from None
+        return {"topic": topic, "events": [_stored(event) for event in stored.events]}
 
     async def _watch(self, topic: str | None) -> None:
         """Begin to tell the events of a topic, in place of those of another."""
@@ -320,12 +345,27 @@ class ConsoleSession:
             or any(needle in topic.lower() for topic in socket.topics)
         ]
         first = heapq.nlargest(_LISTED_MAX, found, key=lambda socket: (socket.queued_bytes, socket.dropped))
-        return {"total": len(found), "sockets": [self._socket(socket.id) for socket in first]}
+        return {"total": len(found), "sockets": [self._facts(socket) for socket in first]}
 
     def _socket(self, socket_id: str) -> object:
         socket = self._node().socket(socket_id)
         if socket is None:
             raise hooks.Refused(f"no socket {socket_id!r} here")
+        return {**self._facts(socket), "positions": self._positions(socket)}
+
+    def _positions(self, socket: Socket) -> dict[str, object]:
+        """By topic with a history, how far the socket has been given its events."""
+        history = self._node().pubsub.history
+        found: dict[str, object] = {}
+        for topic in socket.topics[:_LISTED_MAX] if history is not None else ():
+            channel = socket.subscription(topic)
+            if history is not None and channel is not None and history.settings(topic) is not None:
+                behind = channel.recovered_to
+                place = history.delivered(topic) if behind is None else behind
+                found[topic] = {"position": place and str(place), "is_catching_up": behind is not None}
+        return found
+
+    def _facts(self, socket: Socket) -> dict[str, object]:
         now = time.monotonic()
         return {
             "id": socket.id,
@@ -355,6 +395,22 @@ class ConsoleSession:
             raise hooks.Refused(f"bus unavailable: {error}") from None
         _logger.info("event %r published to topic %r at the console, by %s", event, topic, self._transport.address)
         return {}
+
+
+def _shown(event: str, frame: Frame, at_ms: int) -> dict[str, Any]:
+    """An event, as far as people can read it."""
+    shown = {"at_ms": at_ms, "event": event, "size": frame.size}
+    if frame.is_text:
+        shown["frame"] = frame.data[:_SHOWN_MAX_BYTES].decode(errors="ignore")
+    else:
+        shown["base64"] = base64.b64encode(frame.data[:_SHOWN_MAX_BYTES]).decode()
+    return shown
+
+
+def _stored(event: Event) -> dict[str, Any]:
+    """An event of a history, with its position; the time is that of the bus."""
+    frame = serializer.encode_broadcast(Version.V2, event.topic, event.event, classify_payload(event.payload))
+    return {**_shown(event.event, frame, Place.of(str(event.position)).ms), "position": event.position}
 
 
 def _text(given: dict[str, Any], name: str) -> str:

@@ -10,7 +10,7 @@ from fastapi import HTTPException
 from pydantic import BaseModel, Field, JsonValue
 from starlette.responses import Response
 
-from relay.brokers.base import Event, Summary, is_position
+from relay.brokers.base import Event, is_position
 from relay.channels.history_reader import HistoryReader, Stored
 from relay.errors import BusUnavailable
 from relay.node import Node
@@ -95,20 +95,9 @@ def _as_stored(event: Event) -> dict[str, object]:
     return {"event": event.event, "payload": payload, "position": event.position}
 
 
-async def _describe(reader: HistoryReader, topic: str) -> Summary:
-    return await reader.store.describe(topic)
-
-
 async def describe(node: Node, topic: str) -> HistoryDetails | None:
     """What a topic's history holds; None where it has none."""
-    reader, settings = node.history_of(topic), node.config.topic(topic).history
-    if reader is None or settings is None:
+    reader = node.history_of(topic)
+    if reader is None:
         return None
-    details = HistoryDetails(
-        size=settings.size, ttl_s=settings.ttl_s, events=None, first=None, last=None, bytes=None, unavailable=None
-    )
-    try:
-        found = await node.pubsub.home.run(partial(_describe, reader, topic))
-    except BusUnavailable as error:
-        return details.model_copy(update={"unavailable": str(error)})
-    return details.model_copy(update=found._asdict())
+    return HistoryDetails(**(await node.pubsub.home.run(partial(reader.describe, topic)))._asdict())

@@ -2,10 +2,12 @@
 
 import base64
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx2 as httpx
 import pytest
@@ -409,3 +411,82 @@ async def test_console_is_closed_when_the_relay_stops(served: Served) -> None:
         await watching.ask("topics")
         await served.relay.stop()
         assert (await watching.client.expect_closed())[0] == 1012
+
+
+# Histories.
+
+HISTORY = [{"match": "room:*", "history": {"size": 100, "ttl_s": 60}, "overflow": "recover"}]
+
+
+@pytest.mark.parametrize("bus", ["redis", "memory"])
+async def test_history_of_a_topic_is_shown(serve_relay: ServeRelay, valkey: Valkey, bus: str) -> None:
+    topic = f"room:{uuid4().hex}"
+    where = {"redis_url": valkey.url} if bus == "redis" else {"broadcast_url": "memory://"}
+    served = await serve_relay(topics=HISTORY, **where)
+    async with operator(served) as it:
+        assert (await it.ask("topic", topic="other"))["history"] is None
+        assert (await it.push("history", {"topic": "other"}))["status"] == "error"
+        assert await it.ask("history", topic=topic) == {"topic": topic, "events": []}
+        for number in range(24):
+            await served.relay.publish(topic, "new", {"n": number})
+        await served.relay.publish(topic, "raw", b"\xff")
+        history = (await it.ask("topic", topic=topic))["history"]
+        assert (history["size"], history["ttl_s"], history["events"], history["unavailable"]) == (100, 60, 25, None)
+        assert history["bytes"] > 0
+        answer = await it.ask("history", topic=topic)
+        events = answer["events"]
+        assert len(events) == 20
+        assert json.loads(events[0]["frame"]) == [None, None, topic, "new", {"n": 5}]
+        assert base64.b64decode(events[-1]["base64"]).endswith(b"\xff")
+        assert events[-1]["position"] == history["last"]
+        assert abs(events[-1]["at_ms"] / 1000 - time.time()) < 60
+
+
+async def test_history_that_cannot_be_read_is_said_and_the_rest_is_shown(
+    serve_relay: ServeRelay, connect: Connect, redis: Redis, valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topic = f"room:{uuid4().hex}"
+    await redis.set(f"topic:{topic}", "text")
+    served = await serve_relay(topics=HISTORY, redis_url=valkey.url)
+    client = await connect(served)
+    await client.join(topic)
+    async with operator(served) as it:
+        shown = await it.ask("topic", topic=topic)
+        assert shown["sockets"] == 1
+        assert "WRONGTYPE" in shown["history"]["unavailable"]
+        reply = await it.push("history", {"topic": topic})
+        assert "history unavailable: " in reply["response"]["reason"]
+        monkeypatch.setattr("relay.web.console._DESCRIBE_S", 0.05)
+        valkey.pause()
+        try:
+            shown = await it.ask("topic", topic=topic)
+        finally:
+            valkey.resume()
+        assert shown["sockets"] == 1
+        assert shown["history"]["unavailable"] == "no answer within 0.05 s"
+
+
+async def test_place_of_a_socket_in_a_history_is_shown(
+    serve_relay: ServeRelay, connect: Connect, valkey: Valkey
+) -> None:
+    topic = f"room:{uuid4().hex}"
+    served = await serve_relay(topics=HISTORY, redis_url=valkey.url, limits={"outbox_max_bytes": 2_000_000})
+    client = await connect(served)
+    await client.join(topic)
+    await client.join("other")
+    (socket,) = served.relay.node.sockets.values()
+    await served.relay.publish(topic, "new", {"n": 1})
+    await client.expect_event(topic, "new", {"n": 1})
+    async with operator(served) as it:
+        positions = (await it.ask("socket", id=socket.id))["positions"]
+        assert list(positions) == [topic]
+        assert positions[topic]["is_catching_up"] is False
+        assert positions[topic]["position"].endswith("-1")
+        assert "positions" not in (await it.ask("sockets", search=""))["sockets"][0]
+        # A reader that is slow, until it has read.
+        channel = socket.subscription(topic)
+        assert channel is not None
+        for number in range(2, 50):
+            await served.relay.publish(topic, "new", {"n": number, "text": "x" * 500_000})
+        await eventually(lambda: channel.recovered_to is not None, "the slow reader to fall behind")
+        assert (await it.ask("socket", id=socket.id))["positions"][topic]["is_catching_up"] is True

@@ -1,6 +1,7 @@
 // The console in a real browser: metrics move, topics are searched and tailed, events are sent, sockets sent away.
-//   node console-chromium.mjs <relay http url> <topic> [--key=SECRET] [--dark] [--width=N] [--height=N] [--pid=N]
+//   node console-chromium.mjs <relay http url> <topic> [--key=SECRET] [--dark] [--width=N] [--height=N] [--pid=N] [--history]
 // Somebody has joined <topic>, once, and nobody else has joined any. With --pid the relay is ended at last.
+// With --history the topic has one, which is empty.
 
 import { inBrowser } from "./chromium.mjs"
 import { check, equal, failures, say, within } from "./report.mjs"
@@ -172,6 +173,15 @@ await inBrowser(origin, async (page, faults) => {
     await shows("#tail", "from the console")
   })
 
+  await check("a history is shown where the topic has one", async () => {
+    if (!flags.includes("--history")) return equal(await page.$$("#history:not([hidden])").then(all => all.length), 0, "histories")
+    await shows("#history-facts", "1 of 100")
+    await page.click("#history-show")
+    await shows("#history-events", "from the console")
+    equal(await page.$$eval("#history-events li", rows => rows.map(row => /at \d+-1$/.test(row.title))), [true], "positions")
+    await fits()
+  })
+
   await check("a push is made as a client makes it", async () => {
     await page.click("#push")
     await within(page.waitForFunction(
@@ -194,6 +204,8 @@ await inBrowser(origin, async (page, faults) => {
     await shows("#socket-topics", topic)
     await shows("#socket-facts", "127.0.0.1")
     await shows("#socket-facts", "Useranonymous")
+    const place = await page.$eval("#socket-topics .chip", chip => chip.title)
+    equal(/^at \d+-1$/.test(place), flags.includes("--history"), `the place in the history: ${place}`)
     await fits()
     await page.keyboard.press("Escape")
     await page.waitForSelector("#socket-list .item")

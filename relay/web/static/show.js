@@ -87,6 +87,11 @@ export function reasonOf(response) {
   return typeof reason === "string" ? reason : JSON.stringify(reason);
 }
 
+/** Fill a list of names and values. */
+export function showFacts(list, facts) {
+  list.replaceChildren(...facts.map(([name, value]) => create("div", "", create("dt", "", name), create("dd", "", value))));
+}
+
 export function showResult(output, tone, text) {
   output.dataset.tone = tone;
   output.textContent = text;

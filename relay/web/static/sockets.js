@@ -2,7 +2,7 @@
 
 import { ask } from "./door.js";
 import { showChips, showRows, socketHref, topicHref } from "./lists.js";
-import { byId, create, formatBytes, formatCount, formatDuration, showResult } from "./show.js";
+import { byId, formatBytes, formatCount, formatDuration, showFacts, showResult } from "./show.js";
 
 export let socketId = null; // the one that is shown
 let isAsking = false; // whether to disconnect it
@@ -27,16 +27,20 @@ export async function lookAtSockets() {
   else showSocketFacts(found);
 }
 
-function showSocketFacts({ user, open_s, address, version, path, outbox_bytes, missed, idle_s, topics }) {
+function showSocketFacts({ user, open_s, address, version, path, outbox_bytes, missed, idle_s, topics, positions }) {
   const facts = [
     ["User", user ?? "anonymous"], ["Connected", `${formatDuration(open_s)} ago`], ["Last heard", `${formatDuration(idle_s)} ago`],
     ["Address", address ?? "–"], ["Protocol", `V${version}`], ["Frames", path],
     ["Waiting", formatBytes(outbox_bytes)], ["Events missed", formatCount(missed)], ["Topics", formatCount(topics.length)],
   ];
-  byId("socket-facts").replaceChildren(
-    ...facts.map(([name, value]) => create("div", "", create("dt", "", name), create("dd", "", value))),
-  );
-  showChips(byId("socket-topics"), topics.map((name) => ({ href: topicHref(name), text: name })));
+  showFacts(byId("socket-facts"), facts);
+  showChips(byId("socket-topics"), topics.map((name) => ({ href: topicHref(name), text: name, ...placeOf(positions[name]) })));
+}
+
+/** Where a socket stands in a topic's history, if it has one. */
+function placeOf(place) {
+  if (place === undefined) return {};
+  return { title: `at ${place.position ?? "no position yet"}`, bold: place.is_catching_up ? "catching up" : "" };
 }
 
 export function showSocket(id) {

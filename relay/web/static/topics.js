@@ -4,8 +4,8 @@ import { ask, channel, socket } from "./door.js";
 import { showChips, showRows, socketHref, topicHref } from "./lists.js";
 import { Socket } from "./relay.js";
 import {
-  byId, copy, create, formatBytes, formatCount, formatRate, prettyBytes, prettyJson, readPayload, readToken, reasonOf,
-  showResult, timeOf,
+  byId, copy, create, formatBytes, formatCount, formatDuration, formatRate, prettyBytes, prettyJson, readPayload, readToken, reasonOf,
+  showFacts, showResult, timeOf,
 } from "./show.js";
 
 const SHOWN_MAX = 200; // events in the list; older ones leave
@@ -31,6 +31,7 @@ export async function lookAtTopics() {
   byId("joined-count").textContent = formatCount(details.sockets);
   const linkOf = ({ id, address, user }) => ({ href: socketHref(id), title: address, bold: user, text: id });
   showChips(byId("joined"), details.joined.map(linkOf));
+  showHistoryFacts(details.history);
 }
 
 export function showTopic(name) {
@@ -41,6 +42,9 @@ export function showTopic(name) {
   byId("topic-metrics").textContent = byId("joined-count").textContent = "";
   showChips(byId("joined"), []);
   showResult(byId("publish-result"), "", "");
+  showHistoryFacts(null);
+  byId("history-events").hidden = true;
+  byId("history-events").replaceChildren();
   if (isPaused) pause();
   clearTail();
   ask("watch", { topic: name ?? "" });
@@ -148,6 +152,35 @@ byId("topic-search").addEventListener("input", lookAtTopics);
 byId("topic-search").addEventListener("keydown", ({ key, target }) => {
   if (key === "Enter" && target.value.trim()) location.hash = topicHref(target.value.trim());
 });
+
+// What is stored of the topic.
+
+function showHistoryFacts(history) {
+  byId("history").hidden = !history;
+  if (!history) return;
+  const { size, ttl_s, events, first, last, bytes, unavailable } = history;
+  showResult(byId("history-result"), "bad", unavailable === null ? "" : `It cannot be read: ${unavailable}`);
+  const facts = [
+    ["Events", events === null ? "–" : `${formatCount(events)} of ${formatCount(size)}`], ["Kept for", formatDuration(ttl_s)],
+    ["Memory", bytes === null ? "–" : formatBytes(bytes)], ["First", first ?? "–"], ["Last", last ?? "–"],
+  ];
+  showFacts(byId("history-facts"), facts);
+}
+
+byId("history-show").addEventListener("click", async () => {
+  const answer = await ask("history", { topic });
+  if (!answer || answer.topic !== topic) return;
+  const list = byId("history-events");
+  list.hidden = false;
+  list.replaceChildren(...answer.events.reverse().map(storedRow));
+  if (!answer.events.length) list.append(create("li", "left-out", "No event is stored."));
+});
+
+function storedRow(event) {
+  const row = eventRow(event);
+  row.title = `${row.title}, at ${event.position}`;
+  return row;
+}
 
 // Sending: to all as a backend does, or from one client as a browser does.
 
