@@ -18,6 +18,7 @@ __all__ = [
     "ConfigError",
     "Event",
     "Join",
+    "Joined",
     "Leave",
     "Plugin",
     "Push",
@@ -34,14 +35,14 @@ if TYPE_CHECKING:
     from relay.config import Config
     from relay.errors import BusUnavailable, ConfigError
     from relay.plugins import Plugin
-    from relay.plugins.hooks import Event, Join, Leave, Push, RedisMessage, Refused
+    from relay.plugins.hooks import Event, Join, Joined, Leave, Push, RedisMessage, Refused
 
 _HOMES = {
     "Relay": "relay.app",
     "Config": "relay.config",
     "BusUnavailable": "relay.errors",
     "ConfigError": "relay.errors",
-    **dict.fromkeys(("Event", "Join", "Leave", "Push", "RedisMessage", "Refused"), "relay.plugins.hooks"),
+    **dict.fromkeys(("Event", "Join", "Joined", "Leave", "Push", "RedisMessage", "Refused"), "relay.plugins.hooks"),
     "Plugin": "relay.plugins",
     "UpgradeRequest": "relay.auth.authenticator",
 }

@@ -31,7 +31,7 @@ from relay.metrics import IDLE, REFUSED_STATE, Metrics, ProcessState
 from relay.node import Components, Node
 from relay.paths import below, replace_route_path, route_path, segments, split_raw
 from relay.plugins import Plugin, system
-from relay.plugins.hooks import check_handler
+from relay.plugins.handlers import check_handler
 from relay.plugins.loader import PluginSet, load_plugins
 from relay.proxy_headers import apply_forwarded_headers, hosts_of, parse_networks
 from relay.service_links import log_service_links

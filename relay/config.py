@@ -435,8 +435,9 @@ class TopicConfig(Table):
     )
     on_gap: OnGap = Field(OnGap.REJOIN, description='after a gap: ask subscribers to "rejoin", or "ignore" it')
     push: bool = Field(True, description="whether clients may push to these topics")
-    presence: bool | Literal["count"] = Field(
-        False, description='send subscribers the members: true, or "count" for their number; false: neither'
+    presence: bool | Literal["count", "plugin"] = Field(
+        False,
+        description='send subscribers the members: true; those that plugins list: "plugin"; their number: "count"',
     )
     presence_max: Positive = Field(
         1000, description="most members of a topic that are sent; with more, only their number is"

@@ -9,7 +9,8 @@ reply. Where none of them has to wait, all are done at once.
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from relay.auth.authenticator import Authenticator
 from relay.auth.session import RENEWAL, Decision, tokens_in
 from relay.brokers.base import Place
 from relay.channels import replay
+from relay.channels.actions import ChannelActions, ChannelPushActions
 from relay.channels.handle import SocketHandle
 from relay.channels.history_reader import Recovery
 from relay.channels.hub import Hub, Subscriber
@@ -202,11 +204,23 @@ class Channel(Subscription):
         previous = socket.announced.get(self.topic)
         if previous is not None and (leaving := previous._call_leave_handlers()) is not None:
             await leaving
-        request = hooks.Join(socket, self.topic, join.params, self.identity)
+        request = hooks.Join(socket, self.topic, join.params, self.identity, ChannelActions(self, socket))
         answers: dict[str, Any] = {}
         for hook in handlers:
             await runner.call_with_result(hook, request, partial(hooks.add_response, answers))
         return hooks.to_payload(answers)
+
+    def _call_joined_handlers(self, params: Payload) -> Continuation:
+        runner = self._socket.services.pubsub.runner
+        handlers = tuple(hooks.matching(runner.hooks.joined, self.topic))
+        return self._call_joined_later(handlers, params) if handlers else None
+
+    async def _call_joined_later(self, handlers: tuple[Hook, ...], params: Payload) -> None:
+        socket = self._socket
+        joined = hooks.Joined(socket, self.topic, params, self.identity, ChannelActions(self, socket))
+        for hook in handlers:
+            with suppress(HandlerError):  # logged and counted there
+                await socket.services.pubsub.runner.call(hook, joined)
 
     def _announce(self) -> None:
         """Plugins have allowed the join: they are to hear of its end, whatever becomes of it."""
@@ -244,10 +258,13 @@ class Channel(Subscription):
             services.pubsub.history.follow(topic)
         socket.count_join()
         if meta is not None and services.presence is not None:
-            services.presence.track(self, self._presence_key, meta)
+            if services.config.topic(topic).presence != "plugin":
+                services.presence.track(self, self._presence_key, meta)
             services.presence.watch(self)
             if join.replaces is not None:
                 services.presence.unwatch(join.replaces)
+        if services.pubsub.hooks.joined:
+            socket.queue.run(topic, partial(self._call_joined_handlers, join.params))
         if recovery is not None and recovery.start is not None:
             self._make_replay(positioned=True).start(recovery.start, recovery.is_included)
 
@@ -271,6 +288,11 @@ class Channel(Subscription):
     def _presence_key(self) -> str:
         """What it is listed under: its user, or its socket, where that has none."""
         return self._user or self._socket.id
+
+    @property
+    def is_current(self) -> bool:
+        """Whether its subscription is still in force."""
+        return self._socket.protocol.is_current(self)
 
     @property
     def version(self) -> Version:
@@ -358,7 +380,8 @@ class Channel(Subscription):
         if announced.get(self.topic) is not self:
             return None
         del announced[self.topic]
-        return self._socket.services.pubsub.call_leave_handlers(hooks.Leave(self._socket, self.topic, self.identity))
+        leave = hooks.Leave(self._socket, self.topic, self.identity, ChannelActions(self, self._socket))
+        return self._socket.services.pubsub.call_leave_handlers(leave)
 
     # Its pushes.
 
@@ -406,7 +429,7 @@ class Channel(Subscription):
     async def _call_push_handlers(self, push: "Push[Channel]", handlers: tuple[Hook, ...]) -> None:
         """Have handlers deal with a push, then publish it, unless one of them stopped it."""
         socket, pubsub = self._socket, self._socket.services.pubsub
-        actions = _PushActions(pubsub, socket, self.topic, partial(self._reply, push))
+        actions = ChannelPushActions(self, socket, partial(self._reply, push))
         request = hooks.Push(socket, self.topic, push.event, push.payload, actions, self.identity)
         answer: Payload | None = None
         for hook in handlers:
@@ -472,26 +495,3 @@ class Channel(Subscription):
         frame = self._socket.protocol.reply(push, status, response)
         if frame is not None:
             self._socket.transport.send_control(frame)
-
-
-class _PushActions:
-    """What handlers of a push may do; they may run in threads."""
-
-    __slots__ = ("_pubsub", "_reply", "_socket", "_topic")
-
-    def __init__(
-        self, pubsub: PubSub, socket: ChannelOwner, topic: str, reply: Callable[[str, Payload], object]
-    ) -> None:
-        self._pubsub = pubsub
-        self._socket = socket
-        self._topic = topic
-        self._reply = reply
-
-    def reply(self, status: str, response: object) -> None:
-        self._pubsub.call_in_loop(partial(self._reply, status, hooks.to_payload(response)))
-
-    def broadcast(self, event: str, payload: object, to_all: bool) -> Awaitable[None]:
-        hooks.check_event(event)
-        skip = None if to_all else self._socket
-        send = partial(self._pubsub.broadcast, self._topic, event, hooks.to_payload(payload), skip)
-        return self._pubsub.start_call(send)

@@ -30,9 +30,6 @@ _AGAIN_S = 1.0
 _DEAD_S = 60.0
 """Seconds after the end of its lease for which the members of a node are left where they are."""
 
-_OWN_BYTES = 512
-"""Bytes for what relay itself says of a member: its user."""
-
 _COUNT_KEY = "#"
 """Key of what stands for all members of a node where their number alone is sent."""
 
@@ -116,23 +113,27 @@ class Presence:
     # Members of this node.
 
     def track(self, channel: Watcher, key: str, meta: bytes) -> None:
-        """List a channel under a key, or change what is said of it there.
-
-        Raises ValueError: no key, or no JSON object, or too large.
-        """
+        """List a channel under a key, or change what is said of it there; both as `check` has accepted them."""
         topic = self._topic(channel.topic)
         refs = topic.tracked.setdefault(channel, {})
         previous = refs.get(key, "")
-        if not presence.is_key(key):
-            raise ValueError(f"expected a key of 1 to 255 bytes without control characters, got {key!r:.60}")
-        cleaned = presence.clean_meta(meta)
-        most = self._config.limits.presence_meta_max_bytes + _OWN_BYTES
-        if cleaned is None or len(cleaned) > most:
-            raise ValueError(f"expected a JSON object of at most {most} bytes as meta, got {meta[:60]!r}")
-        member = Member(secrets.token_hex(8), key, cleaned, previous)
+        member = Member(secrets.token_hex(8), key, meta, previous)
         refs[key] = member.ref
         gone = {previous: topic.members[previous]} if previous else {}
         self._change_own(topic, Difference({member.ref: member}, gone))
+
+    def check(self, key: str, meta: bytes) -> bytes:
+        """Check what a member is to be listed under and what is said of it; returns the latter without reserved names.
+
+        Raises ValueError.
+        """
+        if not presence.is_key(key):
+            raise ValueError(f"expected a key of 1 to 255 bytes without control characters, got {key!r:.60}")
+        cleaned = presence.clean_meta(meta)
+        most = self._config.limits.presence_meta_max_bytes
+        if cleaned is None or len(cleaned) > most:
+            raise ValueError(f"expected a JSON object of at most {most} bytes as meta, got {meta[:60]!r}")
+        return cleaned
 
     def untrack(self, channel: Watcher, key: str | None = None) -> None:
         """List a channel no more under a key, or under any."""

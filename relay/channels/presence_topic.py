@@ -89,11 +89,12 @@ class PresenceTopic:
         # What watchers know; and when leaves that they do not know yet are due.
         self.shown: Members = {}
         self.leaves_due: dict[str, float] = {}
-        self.is_counted = False
-        self.shown_count = -1
-        self.counted_at = self.flushed_at = float("-inf")
+        self.is_counted: bool = False
+        self.shown_count: int = -1
+        self.counted_at: float = float("-inf")
+        self.flushed_at: float = float("-inf")
         self.timer: asyncio.TimerHandle | None = None
-        self.flush_at = float("inf")
+        self.flush_at: float = float("inf")
 
     def merged(self) -> Members:
         """All members on all nodes."""
@@ -130,7 +131,7 @@ class PresenceTopic:
         settings = self.settings
         if settings.presence == "count":
             return True
-        # A topic that has been counted is so until clearly fewer are there: it must not change to and fro.
+        # A topic that has been counted is so until clearly fewer are there: it must not change back and forth.
         most = settings.presence_max * (0.9 if self.is_counted else 1)
         return (
             len(members) > most

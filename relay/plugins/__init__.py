@@ -16,17 +16,16 @@ Owns what a plugin's author writes; `relay.plugins.hooks` says what each handler
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from relay.plugins.handlers import Handler, check_handler, is_async
 from relay.plugins.hooks import (
     Event,
-    Handler,
     Hook,
     HookTable,
     Join,
+    Joined,
     Leave,
     Push,
     RedisMessage,
-    check_handler,
-    is_async,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +38,7 @@ F = TypeVar("F", bound=Handler)
 _JoinAnswer = Mapping[str, Any] | None
 _EventAnswer = Event | None
 JoinHandler = TypeVar("JoinHandler", bound=Callable[[Join], _JoinAnswer | Awaitable[_JoinAnswer]])
+JoinedHandler = TypeVar("JoinedHandler", bound=Callable[[Joined], Awaitable[None] | None])
 LeaveHandler = TypeVar("LeaveHandler", bound=Callable[[Leave], Awaitable[None] | None])
 PushHandler = TypeVar("PushHandler", bound=Callable[[Push], object])
 EventHandler = TypeVar("EventHandler", bound=Callable[[Event], _EventAnswer | Awaitable[_EventAnswer]])
@@ -48,6 +48,7 @@ LifetimeHandler = TypeVar("LifetimeHandler", bound=Callable[[Any], Awaitable[Non
 
 _PARAMETERS = {
     "join": ("join",),
+    "joined": ("joined",),
     "leave": ("leave",),
     "push": ("push",),
     "event": ("event",),
@@ -87,6 +88,14 @@ class Plugin:
         matching handlers are called, in order, until one refuses. `on_leave` is called at the end of accepted joins.
         """
         return self._hook("join", topic)
+
+    def on_joined(self, topic: str = "*") -> Callable[[JoinedHandler], JoinedHandler]:
+        """Called after the reply to an accepted join: ``handler(joined: Joined) -> None``.
+
+        The place to list the subscription as a member, by ``joined.track``, and to send the client what it needs first.
+        The socket's further messages on that topic wait until it returns.
+        """
+        return self._hook("joined", topic)
 
     def on_leave(self, topic: str = "*") -> Callable[[LeaveHandler], LeaveHandler]:
         """Called when a subscription has ended, for any reason: ``handler(leave: Leave) -> None``.

@@ -15,11 +15,9 @@ in order, one at a time.
 import math
 import re
 from array import array
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from functools import partial
-from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction, signature, unwrap
 from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
@@ -27,6 +25,7 @@ import msgspec
 
 from relay.errors import RelayError
 from relay.permissions import Identity
+from relay.plugins.handlers import Handler, is_async
 from relay.protocol.payload import Payload
 from relay.protocol.topics import is_event
 
@@ -167,22 +166,111 @@ class _WithUser:
         return self.socket.claims if self._identity is None else self._identity.claims
 
 
-class Join(_WithUser, _WithPayload):
+class TopicActions(Protocol):
+    """What a handler may do on a topic, from any thread."""
+
+    @property
+    def relay(self) -> Any:
+        """The `relay.Relay` that calls the handler."""
+
+    def broadcast(self, event: str, payload: object, to_all: bool) -> Awaitable[None]:
+        """Send an event to the topic's subscribers, with or without the client itself."""
+
+    def track(self, key: str, meta: object) -> None:
+        """List the subscription as a member of the topic."""
+
+    def untrack(self, key: str | None) -> None:
+        """List it no more."""
+
+
+class PushActions(TopicActions, Protocol):
+    """What a handler may do with a push, from any thread."""
+
+    def reply(self, status: str, response: object) -> None:
+        """Reply to the client, if it is still there. Raises TypeError: the response is not JSON-serializable."""
+
+
+class _NoActions:
+    """Of a join or a leave that was made without a relay, by a test for one."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RelayError(f"{name}: expected an object that relay has given to a handler, got one made without a relay")
+
+
+_NO_ACTIONS: Any = _NoActions()
+
+
+class _WithActions:
+    """What can be done on the topic of a join, a leave or a push. May be used in a thread."""
+
+    __slots__ = ()
+
+    _actions: TopicActions
+
+    @property
+    def relay(self) -> Any:
+        """The `relay.Relay` that calls the handler."""
+        return self._actions.relay
+
+    def broadcast(self, event: str, payload: object) -> Awaitable[None]:
+        """Send an event to all subscribers of the topic, on every node.
+
+        It starts at once. A coroutine function awaits it to find out whether the bus has accepted it; in a plain
+        function the call returns when the bus has accepted it. ``payload`` is JSON-serializable, or ``bytes``.
+
+        Raises: ValueError: an invalid event name; TypeError: the payload is not JSON-serializable; BusUnavailable.
+        """
+        return self._actions.broadcast(event, payload, True)
+
+    def broadcast_from(self, event: str, payload: object) -> Awaitable[None]:
+        """Send an event to all subscribers of the topic except this socket; otherwise like `broadcast`."""
+        return self._actions.broadcast(event, payload, False)
+
+
+class Join(_WithUser, _WithActions, _WithPayload):
     """A join; ``payload`` is its params: in phoenix.js the second argument of ``socket.channel``."""
 
-    __slots__ = ("_identity", "socket", "topic")
+    __slots__ = ("_actions", "_identity", "socket", "topic")
 
-    def __init__(self, socket: Socket, topic: str, data: Payload, identity: Identity | None = None) -> None:
+    def __init__(
+        self,
+        socket: Socket,
+        topic: str,
+        data: Payload,
+        identity: Identity | None = None,
+        actions: TopicActions = _NO_ACTIONS,
+    ) -> None:
         super().__init__(data)
         self._identity = identity
+        self._actions = actions
         self.socket: Socket = socket
         """Who asks."""
         self.topic: str = topic
         """What for."""
 
 
+class Joined(Join):
+    """A join that was accepted, and from then on the subscription; may be kept, and used in a thread."""
+
+    __slots__ = ()
+
+    def track(self, key: str, meta: object) -> None:
+        """List the subscription as a member of the topic, under a key; or change what is said of it there.
+
+        It has no effect once the subscription has ended, which ends the listing.
+
+        Args:   meta: a JSON-serializable object of at most ``limits.presence_meta_max_bytes``.
+        Raises: ValueError: the topic has no presence; an invalid key or meta; TypeError: not JSON-serializable.
+        """
+        self._actions.track(key, meta)
+
+    def untrack(self, key: str | None = None) -> None:
+        """List it no more under a key, or under any."""
+        self._actions.untrack(key)
+
+
 @dataclass(frozen=True, slots=True)
-class Leave(_WithUser):
+class Leave(_WithUser, _WithActions):
     """The end of a subscription: the client left, joined again, disconnected, or was removed."""
 
     socket: Socket
@@ -190,22 +278,15 @@ class Leave(_WithUser):
     topic: str
     """What it was for."""
     _identity: Identity | None = field(default=None, repr=False)
+    _actions: TopicActions = field(default=_NO_ACTIONS, repr=False, compare=False)
 
 
-class PushActions(Protocol):
-    """What a handler may do with a push, from any thread."""
-
-    def reply(self, status: str, response: object) -> None:
-        """Reply to the client, if it is still there. Raises TypeError: the response is not JSON-serializable."""
-
-    def broadcast(self, event: str, payload: object, to_all: bool) -> Awaitable[None]:
-        """Send an event to the topic's subscribers, with or without the client itself; see `Push.broadcast`."""
-
-
-class Push(_WithUser, _WithPayload):
+class Push(_WithUser, _WithActions, _WithPayload):
     """A push of a client on a topic that it has joined. Attributes and methods may be used in a thread."""
 
     __slots__ = ("_actions", "_identity", "event", "forwarded", "replied", "socket", "topic")
+
+    _actions: PushActions
 
     def __init__(
         self,
@@ -224,7 +305,7 @@ class Push(_WithUser, _WithPayload):
         """Where to."""
         self.event: str = event
         """What it calls the push."""
-        self._actions = actions
+        self._actions: PushActions = actions
         self.forwarded: bool = True
         """Whether the push goes on to Redis, as ``from:<topic>:<event>``; see `stop`."""
         self.replied: bool = False
@@ -250,21 +331,6 @@ class Push(_WithUser, _WithPayload):
     def stop(self) -> None:
         """Do not publish the push to Redis."""
         self.forwarded = False
-
-    def broadcast(self, event: str, payload: object) -> Awaitable[None]:
-        """Send an event to all subscribers of the topic, on every node.
-
-        It starts at once. A coroutine function awaits it to find out whether the bus has accepted it; in a plain
-        function the call returns when the bus has accepted it.
-
-        Args:   payload: a JSON-serializable value, or ``bytes`` for a binary event.
-        Raises: ValueError: an invalid event name; TypeError: the payload is not JSON-serializable; BusUnavailable.
-        """
-        return self._actions.broadcast(event, payload, True)
-
-    def broadcast_from(self, event: str, payload: object) -> Awaitable[None]:
-        """Send an event to all subscribers of the topic except this socket; otherwise like `broadcast`."""
-        return self._actions.broadcast(event, payload, False)
 
 
 class Event(_WithPayload):
@@ -374,54 +440,6 @@ def add_response(response: dict[str, Any], answer: object) -> None:
     response.update(answer)
 
 
-Handler = Callable[..., Any]
-
-
-def is_async(function: Handler) -> bool:
-    """Whether calling ``function`` gives a coroutine: also of a partial, a static method, an object with ``__call__``.
-
-    What it says of a plain function that returns an awaitable is False: only its call tells.
-    """
-    while isinstance(function, partial | staticmethod):
-        function = function.func if isinstance(function, partial) else function.__func__
-    return iscoroutinefunction(function) or iscoroutinefunction(getattr(type(function), "__call__", None))  # noqa: B004
-
-
-def check_handler(what: str, function: object, *parameters: str) -> None:
-    """Check that ``function`` can be called as a handler is. Raises TypeError, which names it and its place.
-
-    Args: what: the hook, or another name for what it is.
-          parameters: the names of what it is given.
-    """
-    given = ", ".join(parameters)
-    if not callable(function):
-        raise TypeError(f"{what}: expected a function handler({given}), got {function!r:.200}")
-    named = f"{what}: {_place_of(function)}"
-    if isinstance(function, type):
-        raise TypeError(f"{named} is a class; expected a function handler({given}), or an object that can be called")
-    called: Handler = function
-    while isinstance(called, partial | staticmethod):
-        called = called.func if isinstance(called, partial) else called.__func__
-    for one in (called, getattr(type(called), "__call__", None)):  # noqa: B004
-        if isgeneratorfunction(one) or isasyncgenfunction(one):
-            raise TypeError(f"{named} has a yield, so that calling it runs nothing; expected a return")
-    try:
-        shape = signature(function)
-    except (ValueError, TypeError):  # of a function in C, which does not say
-        return
-    try:
-        _ = shape.bind(*parameters)
-    except TypeError as error:
-        raise TypeError(f"{named} cannot be called as handler({given}): {error}") from None
-
-
-def _place_of(function: Handler) -> str:
-    """A function's name, and its file and line where it has them."""
-    shown = getattr(function, "__qualname__", None) or f"{function!r:.200}"
-    code = getattr(unwrap(function), "__code__", None)
-    return f"{shown} ({code.co_filename}:{code.co_firstlineno})" if code else shown
-
-
 @dataclass(frozen=True, slots=True)
 class Hook:
     """One handler, and what it is for."""
@@ -457,6 +475,7 @@ class Hooks:
     """All handlers of all plugins, fixed at start-up, in the order they are called."""
 
     join: tuple[Hook, ...] = ()
+    joined: tuple[Hook, ...] = ()
     leave: tuple[Hook, ...] = ()
     push: tuple[Hook, ...] = ()
     event: tuple[Hook, ...] = ()

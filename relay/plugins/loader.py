@@ -19,7 +19,8 @@ from typing import Any
 from relay.config import PluginsConfig
 from relay.errors import ConfigError
 from relay.plugins import Plugin
-from relay.plugins.hooks import Hooks, HookTable, check_handler, is_async
+from relay.plugins.handlers import check_handler, is_async
+from relay.plugins.hooks import Hooks, HookTable
 
 _logger = logging.getLogger("relay.plugins")
 

@@ -9,9 +9,11 @@ from uuid import uuid4
 import pytest
 from redis.asyncio import Redis
 
+from relay import Joined, Leave, Relay
+from relay.plugins import Plugin
 from tests.support.client import Client
 from tests.support.process import Valkey
-from tests.support.serving import Served, eventually
+from tests.support.serving import Served, eventually, serve
 
 Connect = Callable[..., Any]
 ServeRelay = Callable[..., Coroutine[Any, Any, Served]]
@@ -282,3 +284,62 @@ async def test_flushed_redis_is_filled_again(serve_relay: ServeRelay, enter: Any
         three = await enter(other, topic)
         await eventually(lambda: len(one.keys) == len(two.keys) == len(three.keys) == 3, "all three")
         assert one.left == two.left == []
+
+
+async def test_plugin_lists_members_and_changes_them(
+    serve_relay: ServeRelay, enter: Any, topic: str, valkey: Valkey
+) -> None:
+    plugin = Plugin("members")
+    kept: list[Joined] = []
+
+    @plugin.on_joined("room:*")
+    def list_them(joined: Joined) -> None:  # in a thread
+        kept.append(joined)
+        joined.track(joined.payload["name"], {"status": "here"})
+        joined.track("everybody", {})
+
+    @plugin.on_leave("room:*")
+    async def tell(leave: Leave) -> None:
+        await leave.broadcast("left", {"relay": leave.relay is not None})
+
+    shared = settings("redis", valkey) | {"topics": [{"match": "room:*", "presence": "plugin"}]}
+    relay = Relay(extra_plugins=(plugin,), system_topic=False, **shared)
+    async with serve(relay) as own:
+        one, two = await enter(own, topic, name="one"), await enter(own, topic, name="two")
+        await eventually(lambda: one.keys == two.keys == {"one", "two", "everybody"}, "both")
+        assert one.state is not None
+        assert len(one.state["everybody"]) == 2
+        (before,) = one.state["one"]
+        kept[0].track("one", {"status": "away"})
+        await eventually(lambda: one.state and before not in one.state["one"], "the change")
+        ((meta,),) = [list(one.state["one"].values())]
+        assert (meta["status"], meta["phx_ref_prev"]) == ("away", before)
+        kept[0].untrack("one")
+        await one.expect("two", "everybody")
+        await two.leave()
+        await eventually(lambda: one.keys == {"everybody"}, "the leave")
+        kept[1].track("ghost", {})
+        for key, wrong in (
+            ("", {}),
+            ("__proto__", {}),
+            ("a\nb", {}),
+            ("a", []),
+            ("a", {"x": "y" * 2000}),
+            ("a", "text"),
+        ):
+            with pytest.raises(ValueError, match="expected"):
+                kept[0].track(key, wrong)
+        with pytest.raises(TypeError):
+            kept[0].track("a", {"x": object()})
+        kept[0].untrack()
+        await one.expect()
+
+
+async def test_rights_decide_on_presence(serve_relay: ServeRelay, connect: Connect, topic: str, valkey: Valkey) -> None:
+    """Without the right a client is not listed, and is not sent the members."""
+    grants = [{"match": "room:*", "rights": ["join", "push"]}]
+    served = await serve_relay(**settings("redis", valkey) | {"auth": {"anonymous": grants}})
+    client = await connect(served)
+    await client.join(topic)
+    await client.expect_alive()
+    assert served.relay.metrics.presence_members == 0

@@ -16,6 +16,7 @@ import pytest
 from relay import Relay
 from relay.permissions import Identity, Rights
 from relay.plugins import Plugin, hooks
+from relay.plugins.handlers import is_async
 from relay.plugins.hooks import (
     Event,
     Hook,
@@ -159,6 +160,16 @@ class Pushed:
         self.replies: list[tuple[str, object]] = []
         self.broadcasts: list[tuple[str, object, bool]] = []
         self.push = Push(SOCKET, "room:1", "say", raw("{}"), self)
+
+    @property
+    def relay(self) -> str:
+        return "the relay"
+
+    def track(self, key: str, meta: object) -> None:
+        raise AssertionError("a push lists nothing")
+
+    def untrack(self, key: str | None) -> None:
+        raise AssertionError("a push lists nothing")
 
     def reply(self, status: str, response: object) -> None:
         self.replies.append((status, response))
@@ -448,9 +459,9 @@ class Callables:
 def test_one_answer_says_what_is_async_of_every_kind_of_callable() -> None:
     callables = Callables()
     for function in callables.of_async.values():
-        assert hooks.is_async(function) and Hook("p", function).is_async, function
+        assert is_async(function) and Hook("p", function).is_async, function
     for function in callables.of_plain.values():
-        assert not hooks.is_async(function), function
+        assert not is_async(function), function
     assert hash(Hook("p", callables.of_plain["plain object without a hash"]))
 
 
