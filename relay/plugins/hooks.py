@@ -5,6 +5,7 @@ loaded, and within a plugin in the order of definition. Of one socket and topic,
 in order, one at a time.
 
     on_join(join)              allow by returning None, or a dict for the join reply; refuse by raising `Refused`
+    on_joined(joined)          an allowed join has been answered
     on_leave(leave)            what on_join allowed has ended, for whatever reason
     on_push(push)              answer by returning a value, `push.reply`, or raising `Refused`
     on_event(event)            an event on its way out: return it, changed or not, or None to drop it
@@ -13,12 +14,9 @@ in order, one at a time.
 """
 
 import math
-import re
-from array import array
 from collections.abc import Awaitable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -26,7 +24,7 @@ import msgspec
 from relay.errors import RelayError
 from relay.permissions import Identity
 from relay.plugins.handlers import Handler, is_async
-from relay.protocol.payload import Payload
+from relay.protocol.payload import Payload, is_deeper
 from relay.protocol.topics import is_event
 
 
@@ -117,7 +115,7 @@ class _WithPayload:
                 decoded = msgspec.json.decode(self.data) if isinstance(self.data, msgspec.Raw) else self.data
             except (ValueError, msgspec.MsgspecError, RecursionError) as error:
                 raise InvalidPayload(self, str(error)) from None
-            if isinstance(self.data, msgspec.Raw) and _is_deep(bytes(self.data)):
+            if isinstance(self.data, msgspec.Raw) and is_deeper(bytes(self.data), NESTING_MAX):
                 raise InvalidPayload(self, f"nested deeper than {NESTING_MAX} levels")
             self._decoded = decoded
         return self._decoded
@@ -125,18 +123,6 @@ class _WithPayload:
 
 NESTING_MAX = 256
 """Levels of lists and objects that a handler may read: what it then builds of them Python can write again."""
-
-_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
-_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
-_NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
-
-
-def _is_deep(data: bytes) -> bool:
-    """Say whether JSON is nested deeper than `NESTING_MAX`, in linear time."""
-    if data.count(b"[") + data.count(b"{") <= NESTING_MAX:
-        return False
-    steps = array("b", _STRINGS.sub(b"", data).translate(_STEPS, _NO_BRACKETS))
-    return max(accumulate(steps), default=0) > NESTING_MAX
 
 
 class SocketInfo(NamedTuple):
@@ -191,10 +177,10 @@ class PushActions(TopicActions, Protocol):
 
 
 class _NoActions:
-    """Of a join or a leave that was made without a relay, by a test for one."""
+    """Of a join or a leave that a test has made."""
 
     def __getattr__(self, name: str) -> Any:
-        raise RelayError(f"{name}: expected an object that relay has given to a handler, got one made without a relay")
+        raise RelayError(f"{name}: expected an object that relay has given to a handler")
 
 
 _NO_ACTIONS: Any = _NoActions()
@@ -216,14 +202,14 @@ class _WithActions:
         """Send an event to all subscribers of the topic, on every node.
 
         It starts at once. A coroutine function awaits it to find out whether the bus has accepted it; in a plain
-        function the call returns when the bus has accepted it. ``payload`` is JSON-serializable, or ``bytes``.
+        function the call returns then. ``payload`` is JSON-serializable, or ``bytes``.
 
         Raises: ValueError: an invalid event name; TypeError: the payload is not JSON-serializable; BusUnavailable.
         """
         return self._actions.broadcast(event, payload, True)
 
     def broadcast_from(self, event: str, payload: object) -> Awaitable[None]:
-        """Send an event to all subscribers of the topic except this socket; otherwise like `broadcast`."""
+        """The same for all subscribers except this socket."""
         return self._actions.broadcast(event, payload, False)
 
 
@@ -257,10 +243,9 @@ class Joined(Join):
     def track(self, key: str, meta: object) -> None:
         """List the subscription as a member of the topic, under a key; or change what is said of it there.
 
-        It has no effect once the subscription has ended, which ends the listing.
+        It has no effect once the subscription has ended, which ends the listing. ``meta`` is a JSON-serializable object.
 
-        Args:   meta: a JSON-serializable object of at most ``limits.presence_meta_max_bytes``.
-        Raises: ValueError: the topic has no presence; an invalid key or meta; TypeError: not JSON-serializable.
+        Raises: ValueError: the topic has no presence, an invalid key or meta; TypeError: not JSON-serializable.
         """
         self._actions.track(key, meta)
 
@@ -409,10 +394,8 @@ def _holds_no_number(value: object) -> bool:
         one = waiting.pop()
         if isinstance(one, float) and not math.isfinite(one):
             return True
-        if isinstance(one, dict):
-            waiting.extend(one.values())
-        elif isinstance(one, list | tuple | set | frozenset):
-            waiting.extend(one)
+        if isinstance(one, dict | list | tuple | set | frozenset):
+            waiting.extend(one.values() if isinstance(one, dict) else one)
     return False
 
 

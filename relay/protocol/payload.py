@@ -4,7 +4,9 @@ Owns the decision between the two, and why bytes are not JSON; must not know fra
 """
 
 import re
+from array import array
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import TypeAlias
 
 import msgspec
@@ -124,3 +126,16 @@ def add_members(payload: Payload, members: Mapping[str, object]) -> Payload:
         return payload
     head = data[:-1].rstrip()
     return msgspec.Raw(b"%b%b%b" % (head, b"" if head == b"{" else b",", _encode(dict(members))[1:]))
+
+
+_STRINGS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
+_STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
+
+
+def is_deeper(data: bytes, most: int) -> bool:
+    """Say whether JSON has lists and objects in more than so many levels, in linear time."""
+    if data.count(b"[") + data.count(b"{") <= most:
+        return False
+    steps = array("b", _STRINGS.sub(b"", data).translate(_STEPS, _NO_BRACKETS))
+    return max(accumulate(steps), default=0) > most

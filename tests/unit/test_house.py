@@ -124,6 +124,7 @@ def test_public_names_are_pinned() -> None:
         "ConfigError",
         "Event",
         "Join",
+        "Joined",
         "Leave",
         "Plugin",
         "Push",

@@ -362,16 +362,26 @@ def test_plain_function_is_refused_as_a_service() -> None:
 
 
 def test_every_hook_says_in_its_docstring_what_it_calls() -> None:
-    for name in ("on_join", "on_leave", "on_push", "on_event", "on_redis", "service", "on_startup", "on_shutdown"):
+    for name in (
+        "on_join",
+        "on_joined",
+        "on_leave",
+        "on_push",
+        "on_event",
+        "on_redis",
+        "service",
+        "on_startup",
+        "on_shutdown",
+    ):
         text = inspect.getdoc(getattr(Plugin, name))
         assert text is not None and "function(" in text or "handler(" in str(text), name
 
 
 # Mistakes are told where they are made, and every kind of callable is a handler.
 
-HOOKS = ("on_join", "on_leave", "on_push", "on_event", "on_redis", "service", "on_startup", "on_shutdown")
-PATTERNED = HOOKS[:5]
-CALLED_BARE = HOOKS[5:]
+HOOKS = ("on_join", "on_joined", "on_leave", "on_push", "on_event", "on_redis", "service", "on_startup", "on_shutdown")
+PATTERNED = HOOKS[:6]
+CALLED_BARE = HOOKS[6:]
 
 
 def register(plugin: Plugin, hook: str, function: Any) -> Any:
