@@ -243,7 +243,7 @@ class Joined(Join):
     def track(self, key: str, meta: object) -> None:
         """List the subscription as a member of the topic, under a key; or change what is said of it there.
 
-        It has no effect once the subscription has ended, which ends the listing. ``meta`` is a JSON-serializable object.
+        It has no effect once the subscription has ended, as its listing does then. ``meta`` is an object for JSON.
 
         Raises: ValueError: the topic has no presence, an invalid key or meta; TypeError: not JSON-serializable.
         """
