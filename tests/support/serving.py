@@ -74,7 +74,8 @@ async def serve(
           send_buffer: the kernel's, in bytes for each socket; a small one lets pressure arrive early.
           options: further settings of Uvicorn.
     """
-    listener = socket.socket()
+    # With its protocol: asyncio sets TCP_NODELAY only then.
+    listener = socket.socket(proto=socket.IPPROTO_TCP)
     if send_buffer is not None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
     listener.bind(("127.0.0.1", 0))
