@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
-from relay.config import Overflow, Policy
+from relay.config import Policy
 from relay.errors import Reason
 from relay.metrics import Metrics
 from relay.protocol.frame import Frame
@@ -117,33 +117,37 @@ class _Topic:
         self.entered: dict[Subscriber, int] | None = None
 
     def sort(self) -> tuple[_Group, ...]:
-        """The subscribers in groups."""
+        """The subscribers that get events now, in groups."""
         if self.groups is None:
-            found: dict[
-                tuple[Version, bool, bool, bool], list[tuple[Subscriber, Callable[[bytes], object] | None]]
-            ] = {}
-            held, positioned = self.held or {}, self.positioned or ()
-            for subscriber in self.subscribers:
-                if subscriber in held:
-                    continue
-                write = subscriber.direct_write()
-                key = (subscriber.version, subscriber.deflates, write is not None, subscriber in positioned)
-                found.setdefault(key, []).append((subscriber, write))
-            self.groups = tuple(
-                _Group(
-                    tuple(member for member, _ in entries),
-                    tuple(write for _, write in entries if write is not None) if ready else None,
-                    version,
-                    deflates,
-                    is_positioned,
-                )
-                for (version, deflates, ready, is_positioned), entries in found.items()
-            )
+            held = self.held or {}
+            self.groups = self._group(each for each in self.subscribers if each not in held)
         return self.groups
+
+    def sort_recovering(self) -> tuple[_Group, ...]:
+        """Those that are given events from the topic's history for now, in groups."""
+        return self._group(each for each, since in (self.held or {}).items() if since < 0)
+
+    def _group(self, subscribers: Iterable[Subscriber]) -> tuple[_Group, ...]:
+        found: dict[tuple[Version, bool, bool, bool], list[tuple[Subscriber, Callable[[bytes], object] | None]]] = {}
+        positioned = self.positioned or ()
+        for subscriber in subscribers:
+            write = subscriber.direct_write()
+            key = (subscriber.version, subscriber.deflates, write is not None, subscriber in positioned)
+            found.setdefault(key, []).append((subscriber, write))
+        return tuple(
+            _Group(
+                tuple(member for member, _ in entries),
+                tuple(write for _, write in entries if write is not None) if ready else None,
+                version,
+                deflates,
+                is_positioned,
+            )
+            for (version, deflates, ready, is_positioned), entries in found.items()
+        )
 
 
 class _Delivery:
-    """Events of one topic on their way to the subscribers they found on their arrival."""
+    """Events of one topic on their way to subscribers: in groups, as they were on the events' arrival."""
 
     __slots__ = ("came_at", "events", "frames", "group", "groups", "number", "position", "skip", "topic", "topic_name")
 
@@ -151,6 +155,7 @@ class _Delivery:
         self,
         topic_name: str,
         topic: _Topic,
+        groups: tuple[_Group, ...],
         events: Sequence[Outgoing],
         skip: Subscriber | None,
         now: float,
@@ -163,7 +168,7 @@ class _Delivery:
         self.topic = topic
         self.events = events
         # How far they came: all groups before `group`, and of that one the members before `position`.
-        self.groups = topic.sort()
+        self.groups = groups
         self.group = 0
         self.position = 0
         # Encoded at most once per version, with positions and without, and only where a subscriber takes it so.
@@ -255,7 +260,7 @@ class Hub:
         """Deliver nothing to a subscriber until it is removed, or added again.
 
         Args: is_lost: whether it misses what comes meanwhile, which is then counted as dropped at the end, so that
-                       deliveries cost what they did; False where it gets that from the topic's history.
+                       deliveries cost what they did; False where it gets from the topic's history what is there.
         """
         entry = self._topics.get(topic)
         if entry is not None and subscriber in entry.subscribers:
@@ -379,7 +384,8 @@ class Hub:
         if entry.label:
             self._metrics.topic_events[entry.label] += len(events)
         groups = entry.sort()
-        if len(groups) == 1 and len(groups[0].members) <= _CHECK_EVERY and not self._deliveries and skip is None:
+        is_alone = skip is None and entry.held is None and not self._deliveries
+        if is_alone and len(groups) == 1 and len(groups[0].members) <= _CHECK_EVERY:
             # Most topics have few subscribers, all alike: no need to remember how far this came.
             _, writes, version, deflates, positioned = groups[0]
             if writes is not None:
@@ -395,13 +401,19 @@ class Hub:
                 return True
         if skip is not None and skip in entry.subscribers:
             entry.subscribers[skip] += len(events)
-        delivery = _Delivery(topic, entry, events, skip, now)
+        self._begin(_Delivery(topic, entry, groups, events, skip, now))
+        if entry.held is not None:
+            unrecorded = [outgoing for outgoing in events if outgoing[2] is None]
+            if unrecorded and (recovering := entry.sort_recovering()):
+                self._begin(_Delivery(topic, entry, recovering, unrecorded, skip, now))
+        return True
+
+    def _begin(self, delivery: _Delivery) -> None:
         if self._deliveries:
             self._deliveries.append(delivery)
-        elif not self._deliver(delivery, now + SLICE_S):
+        elif not self._deliver(delivery, delivery.came_at + SLICE_S):
             self._deliveries.append(delivery)
             self._call_soon(self._go_on)
-        return True
 
     def _go_on(self) -> None:
         deadline = self._clock() + SLICE_S
@@ -466,21 +478,18 @@ class Hub:
         topic, policy, skip = delivery.topic_name, delivery.topic.policy, delivery.skip
         members, still_here = group.members, delivery.topic.subscribers
         frames, events = delivery.encoded(group)
-        entered, recovers = delivery.topic.entered, policy.overflow is Overflow.RECOVER
+        entered = delivery.topic.entered
         count, position, delivered = len(members), delivery.position, 0
         while position < count:
             for subscriber in members[position : position + _CHECK_EVERY]:
                 # One that left while the delivery was put off has been sent phx_close: nothing may follow it.
                 if subscriber not in still_here or subscriber is skip:
                     continue
-                if entered is not None and entered.get(subscriber, 0) > delivery.number:
-                    continue
-                if recovers and self._is_recovering(delivery.topic, subscriber):
-                    continue
+                is_past = entered is not None and entered.get(subscriber, 0) > delivery.number
                 for event, frame in zip(events, frames, strict=True):
-                    subscriber.send_event(frame, topic, event, policy)
-                    if recovers and self._is_recovering(delivery.topic, subscriber):
-                        break
+                    # What has a position reaches those that are given the history from there, and none of them twice.
+                    if frame.position is None or not (is_past or self._is_recovering(delivery.topic, subscriber)):
+                        subscriber.send_event(frame, topic, event, policy)
                 delivered += 1
             position = min(position + _CHECK_EVERY, count)
             if position < count and self._clock() >= deadline:

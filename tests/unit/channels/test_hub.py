@@ -630,3 +630,35 @@ def test_held_subscriber_gets_nothing_until_it_is_added_again_and_its_loss_is_co
     hub.hold("other", one)
     assert metrics.dropped == {Reason.EVENTS_MISSED: 4}
     assert "t" not in hub
+
+
+def test_event_in_no_history_reaches_those_that_are_given_the_history(fixture: Fixture) -> None:
+    hub = fixture.hub
+    one, two = fixture.reader("t"), fixture.reader("t")
+    hub.hold("t", one, is_lost=False)
+    hub.hold("t", two, is_lost=False)
+    hub.add("t", two)
+    hub.fan_out_all("t", [("a", EMPTY, "1-1"), ("b", EMPTY, None), ("c", EMPTY, "1-2")])
+    assert (one.texts, two.texts) == ([text("b")], [text("a"), text("b"), text("c")])
+    hub.hold("t", two)
+    hub.fan_out("t", "d", EMPTY)
+    assert one.texts == [text("b"), text("d")]
+    assert two.texts[3:] == [], "it misses what it is not given from the history"
+    hub.fan_out("t", "e", EMPTY, one)
+    assert one.texts == [text("b"), text("d")]
+
+
+@pytest.mark.parametrize("overflow", Overflow)
+def test_delivery_under_way_gives_nothing_of_a_history_twice(overflow: Overflow) -> None:
+    """Whether its subscriber has joined again since, or has been given the history up to its end."""
+    fixture = Fixture(lambda topic: Policy(overflow))
+    hub = fixture.hub
+    slow = fixture.slow_readers(STEP)
+    held, entered = fixture.reader("t"), fixture.reader("t")
+    hub.fan_out_all("t", [("a", EMPTY, "1-1"), ("b", EMPTY, None)])
+    assert slow[0].texts and not held.texts, "the rest is put off"
+    for reader in (held, entered):
+        hub.hold("t", reader, is_lost=False)
+    hub.add("t", entered)
+    fixture.loop.run()
+    assert held.texts == entered.texts == [text("b")]
