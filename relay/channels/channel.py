@@ -265,8 +265,10 @@ class Channel(Subscription):
                 services.presence.unwatch(join.replaces)
         if services.pubsub.hooks.joined:
             socket.queue.run(topic, partial(self._call_joined_handlers, join.params))
-        if recovery is not None and recovery.start is not None:
-            self._make_replay(positioned=True).start(recovery.start, recovery.is_included)
+        if recovery is not None:
+            positioned = self._make_replay(positioned=True)
+            if recovery.start is not None:
+                positioned.start(recovery.start, recovery.is_included)
 
     def _refuse_join(self, join: "Join[Channel]", reason: str, response: Payload | None = None) -> None:
         socket, own = self._socket, self.identity

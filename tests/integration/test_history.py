@@ -13,6 +13,8 @@ import pytest
 from redis.asyncio import Redis
 
 from relay.brokers.base import Place
+from relay.channels.history_reader import Recovery
+from relay.errors import NotRecovered
 from tests.support.client import TEXT, Client, RawSocket
 from tests.support.process import RelayProcess, Valkey
 from tests.support.serving import Served, eventually, http_get, metric
@@ -366,3 +368,28 @@ async def test_two_hundred_slow_readers_take_little_memory(tmp_path: Path) -> No
                 while metric((await http_get(f"{relay.http}/metrics"))[1], caught_up, **cause) < 200:  # noqa: ASYNC110 - another process's
                     await asyncio.sleep(0.1)
             assert process.memory_info().rss - before < 40 * 2**20, process.memory_info().rss - before
+
+
+async def test_slow_reader_is_given_positions_though_the_history_could_not_be_read_at_its_join(
+    serve_relay: ServeRelay, connect: Connect, topic: str, valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    topics = [{"match": "room:*", "history": {"size": 10_000, "ttl_s": 60}, "overflow": "recover"}]
+    served = await serve_relay(topics=topics, redis_url=valkey.url)
+
+    async def open(topic: str, since: object, last: object) -> Recovery:
+        return Recovery(None, None, NotRecovered.UNAVAILABLE)
+
+    history = served.relay.node.pubsub.history
+    assert history is not None
+    monkeypatch.setattr(history, "open", open)
+    client = await connect(served)
+    assert (await join(client, topic, since="1-1"))["_position"] is None
+    text = "x" * 1000
+    for start in range(0, 5000, 100):
+        await asyncio.gather(
+            *(served.relay.publish(topic, "new", {"n": number, "t": text}) for number in range(start, start + 100))
+        )
+    await eventually(lambda: served.relay.metrics.history_catch_ups["slow reader"], "the history to be needed")
+    for number in range(5000):
+        payload = (await client.receive())[4]
+        assert (payload["n"], Place.of(payload["_position"]).n) == (number, number + 1)
