@@ -9,7 +9,7 @@ async with connect("ws://localhost:8000/socket") as socket:
 
 from relay_client.channel import Channel
 from relay_client.errors import ClientError, ConnectError, JoinError, PushError, QueueOverflow
-from relay_client.events import REJOINED, Event, Overflow
+from relay_client.events import REJOINED, Event, Lost, Overflow, Recovered
 from relay_client.socket import Socket, connect
 
 __version__ = "0.1.0"
@@ -21,9 +21,11 @@ __all__ = [
     "ConnectError",
     "Event",
     "JoinError",
+    "Lost",
     "Overflow",
     "PushError",
     "QueueOverflow",
+    "Recovered",
     "Socket",
     "connect",
 ]

@@ -7,8 +7,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from relay_client.errors import ClientError, JoinError, PushError
-from relay_client.events import REJOINED, Event, EventQueue
+from relay_client.events import REJOINED, Event, EventQueue, Lost, Recovered
 from relay_client.link import Fresh, Link, log, value_of
+from relay_client.position import Tracker
 from relay_client.wire import Message, check_text, encode_payload
 
 LEAVE_TIMEOUT_S = 1.0
@@ -32,6 +33,7 @@ class Channel:
         params: Fresh[Mapping[str, Any]],
         *,
         queue: EventQueue,
+        tracker: Tracker | None,
         timeout_s: float,
         rejoin_s: Callable[[int], float],
     ) -> None:
@@ -41,6 +43,7 @@ class Channel:
         self._channels = channels  # the socket's, by topic
         self._params = params
         self._queue = queue
+        self._tracker = tracker  # of its position in the topic's history; None if it does not recover events
         self._timeout_s = timeout_s
         self._rejoin_s = rejoin_s
         self._join_ref: str | None = None
@@ -48,6 +51,7 @@ class Channel:
         self._joined = asyncio.Event()  # or over
         self._lost = asyncio.Event()  # since the last join
         self._lost_to = ""
+        self._rejoins_at_once = False
         self._answer: asyncio.Future[None] | None = None  # to the first join
         self._task: asyncio.Task[None] | None = None
 
@@ -117,6 +121,8 @@ class Channel:
 
     async def __anext__(self) -> Event:
         """Return the next event. The loop ends when the topic is left, closed by the server, or with QueueOverflow."""
+        if self._queue.is_behind and self._queue.is_empty:
+            self._catch_up()
         return await self._queue.get()
 
     def receive(self, message: Message) -> None:
@@ -133,14 +139,26 @@ class Channel:
             reason = message.payload.get("reason") if isinstance(message.payload, dict) else None
             self.lose(str(reason or "phx_error"))
         elif self.is_joined:
-            self._put(Event(message.topic, message.event, message.payload, message.ref))
+            event = Event(message.topic, message.event, message.payload, message.ref)
+            if self._tracker is None:
+                self._queue.put(event)
+            else:
+                self._tracker.receive(event)
 
     def lose(self, why: str) -> None:
         """Join again: events may be missed from now on. Called by the socket."""
         if self.is_joined:
             self._joined.clear()
+            if self._tracker is not None:
+                self._tracker.forget()
             self._lost_to = why
             self._lost.set()
+
+    def _catch_up(self) -> None:
+        """Join again, to be given from the history what was not queued."""
+        if self.is_joined:
+            self._rejoins_at_once = True
+            self.lose("the loop was too slow")
 
     def end(self, error: BaseException | None = None) -> None:
         """Let the loop end after what waits in its queue, with ``error`` or without. Called by the socket."""
@@ -148,6 +166,8 @@ class Channel:
             return
         self._is_over = True
         self._joined.set()
+        if self._tracker is not None:
+            self._tracker.flush()
         self._queue.end(error)
         self._link.fail("closed", self.topic)
         if self._channels.get(self.topic) is self:
@@ -159,15 +179,17 @@ class Channel:
 
     def _enter(self, response: Any) -> None:
         self.response = response
-        if self._lost_to:
-            self._put(Event(self.topic, REJOINED, {"reason": self._lost_to, "response": response}))
+        payload = {"reason": self._lost_to or "joined", "response": response}
+        if self._tracker is not None:
+            self._queue.is_behind = False
+            had_position = self._tracker.position is not None
+            is_recovered = self._tracker.enter(response)
+            if self._lost_to or had_position:
+                mark = Recovered if is_recovered else Lost
+                self._queue.put(mark(self.topic, REJOINED, payload, position=self._tracker.position))
+        elif self._lost_to:
+            self._queue.put(Event(self.topic, REJOINED, payload))
         self._joined.set()
-
-    def _put(self, event: Event) -> None:
-        was = self._queue.dropped
-        self._queue.put(event)
-        if was == 0 and self._queue.dropped:
-            log.warning("%s: events are dropped, its loop is too slow; `dropped` counts them", self.topic)
 
     async def _run(self, answer: asyncio.Future[None]) -> None:
         try:
@@ -196,6 +218,10 @@ class Channel:
                 if not answer.done():
                     answer.set_result(None)
                 await self._lost.wait()
+                if self._rejoins_at_once:
+                    self._rejoins_at_once = False
+                    await self._link.answered(self.topic)
+                    continue
                 if not self._link.is_open:
                     continue  # it takes a random time to come back already
             tries += 1
@@ -204,6 +230,8 @@ class Channel:
     async def _join(self) -> None:
         self._link.fail("disconnected", self.topic)  # a reply to a push of the last join will not come any more
         params = await value_of(self._params)
+        if self._tracker is not None:
+            params = self._tracker.params(params)
         self._join_ref = self._link.next_ref()
         message = Message(self._join_ref, self._join_ref, self.topic, "phx_join", params)
         try:

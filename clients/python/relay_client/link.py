@@ -106,6 +106,12 @@ class Link:
         else:
             future.set_exception(refusal(message.topic, message.event, status, response))
 
+    async def answered(self, topic: str) -> None:
+        """Wait until no push to this topic waits for its reply."""
+        while pending := [future for message, future in self._pending.values() if message.topic == topic]:
+            await asyncio.wait(pending)
+            await asyncio.sleep(0)  # for those who wait for the replies to take them
+
     def fail(self, status: str, topic: str | None = None) -> None:
         """Fail all pending replies of this topic, or of all topics."""
         for message, future in self._pending.values():

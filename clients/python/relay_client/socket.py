@@ -20,6 +20,7 @@ from relay_client.channel import Channel
 from relay_client.errors import ConnectError, PushError
 from relay_client.events import EventQueue, Overflow
 from relay_client.link import Fresh, Link, log, value_of
+from relay_client.position import Tracker
 from relay_client.wire import VSN, Message, check_text, decode
 
 NORMAL = 1000
@@ -107,22 +108,40 @@ class Socket:
         params: Fresh[Mapping[str, Any]] | None = None,
         *,
         limit: int = 1000,
-        overflow: Overflow = "drop-oldest",
+        overflow: Overflow | None = None,
+        recover: bool | str = False,
+        last: int | None = None,
     ) -> Channel:
         """Return a channel, which joins its topic in an ``async with`` block. A socket joins a topic once at a time.
 
         Args: params: sent with the join; or a function, sync or async, called for each join and rejoin.
               limit: number of events that may be queued for the loop.
-              overflow: what happens if more are queued: ``"drop-oldest"``, ``"latest"`` or ``"raise"``.
-        Raises: ValueError, TypeError: a topic that cannot be sent.
+              overflow: what happens if more are queued: ``"drop-oldest"``, ``"latest"`` or ``"raise"``; by default
+                  ``"drop-oldest"``, or ``"recover"`` if events are recovered.
+              recover: True recovers the events that were missed from the topic's history after each rejoin, so that
+                  the loop gets each event once and in order, and an event `Recovered` or `Lost` before them. A position
+                  (`Event.position`) recovers those since an earlier run too.
+              last: number of the newest events that the loop gets first, 1 or more; implies ``recover``.
+        Raises: ValueError, TypeError: a topic that cannot be sent; ``recover`` with an ``overflow`` that drops events.
         """
         _ = check_text("topic", topic)
+        recovers = recover is not False or last is not None
+        overflow = overflow or ("recover" if recovers else "drop-oldest")
+        if recovers and overflow in ("drop-oldest", "latest"):
+            raise ValueError(f"overflow: expected recover or raise where events are recovered, got {overflow!r}")
+        if overflow == "recover" and not recovers:
+            raise ValueError("overflow: expected recover=True with it")
+        if last is not None and last < 1:
+            raise ValueError(f"last: expected 1 or more, got {last}")
+        queue = EventQueue(topic, limit, overflow)
+        position = recover if isinstance(recover, str) else None
         return Channel(
             self._link,
             self._channels,
             topic,
             {} if params is None else params,
-            queue=EventQueue(topic, limit, overflow),
+            queue=queue,
+            tracker=Tracker(queue, position, last) if recovers else None,
             timeout_s=self._timeout_s,
             rejoin_s=self._rejoin_s,
         )

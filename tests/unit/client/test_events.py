@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from relay_client import REJOINED, Event, Overflow, QueueOverflow
+from relay_client import REJOINED, Event, Lost, Overflow, QueueOverflow, Recovered
 from relay_client.events import EventQueue
 
 
@@ -73,6 +73,49 @@ async def test_a_rejoin_stands_where_it_was_and_is_never_dropped() -> None:
 async def test_of_rejoins_with_nothing_between_them_the_newest_stays() -> None:
     queue = fill("drop-oldest", rejoined(-1), rejoined(-2), event(1), rejoined(-3), event(2), limit=1)
     assert await drain(queue) == [(-3, 1), (2, 0)]
+
+
+def positioned(number: int) -> Event:
+    return Event("t", "n", number, position=f"1-{number}")
+
+
+async def test_full_queue_that_recovers_takes_nothing_until_its_topic_is_rejoined() -> None:
+    queue = EventQueue("t", 2, "recover")
+    assert [queue.put(positioned(number)) for number in range(4)] == [True, True, False, False]
+    assert (queue.is_behind, queue.is_empty, queue.dropped) == (True, False, 0)
+    assert (await queue.get()).payload == 0
+    assert not queue.put(positioned(4)), "two and three are still missing"
+    assert (await queue.get()).payload == 1
+    assert queue.is_empty
+    queue.is_behind = False
+    assert queue.put(positioned(2))
+    assert [(await queue.get()).dropped, queue.dropped] == [0, 0]
+
+
+async def test_event_in_no_history_is_dropped_by_a_full_queue_and_counted() -> None:
+    queue = EventQueue("t", 1, "recover")
+    assert [queue.put(event(number)) for number in range(3)] == [True, False, False]
+    assert not queue.is_behind, "nothing can be recovered"
+    assert (await queue.get()).payload == 0
+    assert queue.put(positioned(3))
+    assert ((await queue.get()).dropped, queue.dropped) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("marks", "left"),
+    [
+        ([Lost, Recovered], Lost),
+        ([Recovered, Lost], Lost),
+        ([Lost, Recovered, Recovered], Lost),
+        ([Recovered, Recovered], Recovered),
+    ],
+)
+async def test_loss_is_not_hidden_by_a_later_recovery(marks: list[type[Event]], left: type[Event]) -> None:
+    queue = EventQueue("t", 1, "recover")
+    for number, mark in enumerate(marks):
+        queue.put(mark("t", REJOINED, number))
+    assert type(await queue.get()) is left
+    assert queue.is_empty
 
 
 async def test_after_the_end_nothing_is_added() -> None:
