@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 from urllib.parse import quote
 
+import msgspec
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Mount
@@ -33,6 +34,7 @@ from relay.paths import below, replace_route_path, route_path, segments, split_r
 from relay.plugins import Plugin, system
 from relay.plugins.handlers import check_handler
 from relay.plugins.loader import PluginSet, load_plugins
+from relay.protocol.presence import metas_by_key
 from relay.proxy_headers import apply_forwarded_headers, hosts_of, parse_networks
 from relay.service_links import log_service_links
 from relay.telemetry import Telemetry
@@ -54,7 +56,7 @@ _logger = logging.getLogger("relay")
 
 _CONSOLE_SOCKET = segments(console.SOCKET_PATH)
 _OWN_PATHS = frozenset({(), ("health",), ("ready",), ("metrics",), ("console",), ("console", "access"), ("token",)})
-_REST_NAMES = frozenset({("publish",), ("topics",), ("users",), ("sockets",), ("history",)})
+_REST_NAMES = frozenset({("publish",), ("topics",), ("users",), ("sockets",), ("history",), ("presence",)})
 """What stands first in the REST interface's own paths."""
 
 _OWN_REST_PATHS = frozenset({(), *_REST_NAMES, ("docs",), ("redoc",), ("openapi.json",)})
@@ -346,6 +348,26 @@ class Relay:
         `publish`.
         """
         return self.node.kick(topic, user)
+
+    async def presence(self, topic: str) -> dict[str, list[dict[str, Any]]]:
+        """The members of a topic with presence, on all nodes: what is said of each, by key, without ``phx_ref``.
+
+        A list has one entry for each join under the key: ``{"alice": [{"user": "alice", "meta": {"name": "Al"}}]}``.
+        Members who have left are missing at once, while subscribers are informed after ``presence.leave_delay_s``.
+
+        Raises: ValueError: a topic without presence, or with ``presence = "count"``; RelayError: relay is not running;
+                BusUnavailable: the members of other nodes cannot be read.
+        """
+        members = await self.node.presence_members(topic)
+        found = metas_by_key(members.values())
+        return {key: [msgspec.json.decode(meta) for meta in metas] for key, metas in found.items()}
+
+    async def presence_count(self, topic: str) -> int:
+        """The number of members of a topic with presence, on all nodes; with ``presence = "count"``, too.
+
+        Raises: ValueError: a topic without presence; RelayError, BusUnavailable: as of `presence`.
+        """
+        return await self.node.presence_count(topic)
 
     @property
     def topics(self) -> dict[str, int]:

@@ -37,6 +37,7 @@ from relay.permissions import Identity
 from relay.plugins.dispatcher import HandlerError, HandlerRunner, is_being_cancelled
 from relay.plugins.hooks import Hook, Hooks, to_payload
 from relay.plugins.loader import PluginSet
+from relay.protocol.presence import Members
 from relay.protocol.serializer import Version
 from relay.protocol.topics import is_event, is_topic
 from relay.proxy_headers import rate_limit_key
@@ -449,6 +450,22 @@ class Node:
         """What reads a topic's history; None where it has none."""
         history = self.pubsub.history
         return None if history is None or history.settings(topic) is None else history.reader
+
+    async def presence_members(self, topic: str) -> Members:
+        """The members of a topic; see `relay.Relay.presence`. Raises ValueError, BusUnavailable."""
+        presence = self._presence_of(topic)
+        if self.config.topic(topic).presence == "count":
+            raise ValueError(f'topic {topic!r} has presence = "count": only the number of its members is known')
+        return await self.pubsub.home.run(partial(presence.list, topic))
+
+    async def presence_count(self, topic: str) -> int:
+        """How many members a topic has; see `relay.Relay.presence_count`. Raises ValueError, BusUnavailable."""
+        return await self.pubsub.home.run(partial(self._presence_of(topic).count, topic))
+
+    def _presence_of(self, topic: str) -> Presence:
+        if self.presence is None or not self.config.topic(topic).presence:
+            raise ValueError(f"topic {topic!r} has no presence; set presence for it in [[topics]]")
+        return self.presence
 
     @property
     def link(self) -> Link:

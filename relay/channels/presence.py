@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine
 import msgspec
 
 from relay.brokers.base import Lease, OwnChange, PresenceStore
-from relay.channels.presence_topic import WINDOW_S, PresenceTopic, Watcher
+from relay.channels.presence_topic import WINDOW_S, PresenceTopic, Watcher, count_members
 from relay.config import Config
 from relay.errors import BusUnavailable
 from relay.log import RateLimitedLogger
@@ -85,7 +85,8 @@ class Presence:
         self._outgoing: dict[str, Difference] = {}
         self._changed_topics: set[str] = set()
         self._wake = asyncio.Event()
-        self._could_renew = True
+        # Whether what is known of other nodes is as new as their last messages.
+        self._could_renew = False
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -354,16 +355,25 @@ class Presence:
     # For those who ask.
 
     async def list(self, name: str) -> Members:
-        """All members of a topic, on all nodes. Raises BusUnavailable."""
+        """All members of a topic, on all nodes; with ``presence = "count"``, what stands for those of each.
+
+        Raises: BusUnavailable: those of other nodes cannot be read.
+        """
         topic = self._topics.get(name)
-        if topic is not None and not topic.loading:
+        if self._store is None:
+            return {} if topic is None else topic.merged()
+        if topic is not None and self._could_renew and not topic.loading:
             return topic.merged()
-        found: Members = dict(topic.own) if topic is not None else {}
-        if self._store is not None:
-            for node in await self._store.nodes():
-                if node != self._node:
-                    found |= await self._store.read(name, node)
-        return found
+        found: Members = {}
+        for node in await self._store.nodes():
+            if node != self._node:
+                found |= await self._store.read(name, node)
+        topic = self._topics.get(name)
+        return found if topic is None else found | topic.own
+
+    async def count(self, name: str) -> int:
+        """How many members a topic has, on all nodes. Raises BusUnavailable."""
+        return count_members(await self.list(name), self._config.topic(name))
 
 
 _GONE = Member("", "", b"{}")

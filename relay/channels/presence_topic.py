@@ -145,7 +145,7 @@ class PresenceTopic:
             self.leaves_due.clear()
         if self.loading:
             return
-        count = _count(members) if self.settings.presence == "count" else len(members)
+        count = count_members(members, self.settings)
         if now - self.counted_at < _COUNT_WINDOW_S and count != self.shown_count:
             self._flush_by(self.counted_at + _COUNT_WINDOW_S)
             watchers, count = self.newcomers, max(self.shown_count, 0)
@@ -197,8 +197,10 @@ class PresenceTopic:
             watcher.transport.send_control(frame)
 
 
-def _count(members: Members) -> int:
-    """How many members there are, as what stands for those of each node says."""
+def count_members(members: Members, settings: TopicConfig) -> int:
+    """How many members there are; where only their number is known, as what stands for those of each node says."""
+    if settings.presence != "count":
+        return len(members)
     return sum(_count_of(member.meta) for member in members.values())
 
 

@@ -112,6 +112,14 @@ def digest(members: Iterable[str]) -> int:
     return found
 
 
+def metas_by_key(members: Iterable[Member]) -> dict[str, list[msgspec.Raw]]:
+    """What is said of the members under each key, without refs."""
+    found: dict[str, list[msgspec.Raw]] = {}
+    for member in members:
+        found.setdefault(member.key, []).append(msgspec.Raw(member.meta))
+    return found
+
+
 def encode_state(members: Iterable[Member]) -> msgspec.Raw:
     """Encode a state as `presence_state` has it."""
     return msgspec.Raw(_encode_keys(members))

@@ -34,6 +34,7 @@ from relay.protocol.payload import Payload
 from relay.protocol.topics import is_event, is_topic
 from relay.version import __version__
 from relay.web.rest_history import History, HistoryDetails, describe, read_history
+from relay.web.rest_presence import TopicPresence, read_presence
 
 # What a schema can say of names; `relay.protocol.topics` says all.
 _TOPIC = r"^[^\x00-\x1f\x7f-\x9f]*$"
@@ -125,6 +126,10 @@ _NOT_FOUND = _described(404, "There is no such thing here")
 _NOT_READ = {
     **_described(404, "The topic has no history"),
     **_described(503, "The history cannot be read now"),
+}
+_NO_MEMBERS = {
+    **_described(404, "The topic has no presence"),
+    **_described(503, "The members of other nodes cannot be read now"),
 }
 _NOT_TOLD = {
     **_described(404, "A name with a line break in it has no route"),
@@ -342,6 +347,13 @@ def _routes(components: Components, node: Callable[[], Node]) -> APIRouter:
         At most ``limits.recover_max_bytes`` of payloads are returned, and ``more`` says that there are further events.
         """
         return await read_history(node(), topic, since, limit)
+
+    @router.get("/presence", response_model=TopicPresence, responses=_NO_MEMBERS)
+    async def presence(
+        topic: Annotated[str, Query(min_length=1, max_length=255, examples=["room:1"])],
+    ) -> Response:
+        """The members of a topic with presence, on all nodes."""
+        return await read_presence(node(), topic)
 
     @router.get("/sockets/{socket_id}", responses=_NOT_FOUND)
     async def socket(socket_id: SocketId) -> SocketDetails:

@@ -40,6 +40,7 @@ WRITES = [
 READS = [
     ("GET", "/topics", None),
     ("GET", "/history?topic=room:1", None),
+    ("GET", "/presence?topic=room:1", None),
     ("GET", "/topics/room:1", None),
     ("GET", "/sockets/none", None),
 ]
@@ -541,6 +542,7 @@ async def test_docs_and_schema_work_under_a_prefix(prefix: str) -> None:
         assert (await ask.get(server["url"] + "/topics")).json() == []
         assert sorted(schema["paths"]) == [
             "/history",
+            "/presence",
             "/publish",
             "/sockets",
             "/sockets/{socket_id}",
