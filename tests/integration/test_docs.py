@@ -248,7 +248,7 @@ def test_page_on_plugins_shows_every_hook_with_its_signature() -> None:
     """A hook that is added, renamed or changed must be described."""
     text = (REPOSITORY / "docs" / "plugins.md").read_text("utf-8")
     hooks = [name for name in vars(Plugin) if name.startswith("on_")]
-    assert len(hooks) == 7
+    assert len(hooks) == 8
     for name in hooks:
         parameters = list(inspect.signature(getattr(Plugin, name)).parameters.values())[1:]
         if parameters[0].name == "function":
