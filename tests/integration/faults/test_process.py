@@ -327,6 +327,7 @@ async def test_clock_stepped_back_one_hour_changes_nothing(naughty: RelayProcess
 # Modules that read the wall clock, each with its reason.
 WALL_CLOCK = {
     "auth/authenticator.py": "read once as a token is taken; from then on it expires by the other clock",
+    "brokers/memory_history.py": "a position begins with the time of day, as in Redis: it is newer after a restart",
     "web/tangram.py": "a token says the time of day at which it expires",
     "cli/auth.py": "the same",
     "web/console.py": "the time of day that the page shows beside an event",
