@@ -60,6 +60,9 @@ class AuthOwner(Protocol):
     def end_subscription(self, subscription: Subscription, reason: Reason | None) -> bool:
         """End a subscription: with a reason by ``phx_error``, without one by ``phx_close``."""
 
+    def rights_changed(self, subscription: Subscription) -> None:
+        """Learn that a subscription goes on with other rights."""
+
     def close(self, code: int, reason: str) -> bool:
         """Close the socket."""
 
@@ -182,6 +185,8 @@ class SocketAuth:
         if (reason := self.judge(subscription)) is not None:
             self._count_refusal(reason)
             self._end_subscription(subscription, None)
+        elif self._owner is not None:
+            self._owner.rights_changed(subscription)
 
     # Expiry.
 

@@ -12,6 +12,7 @@ removed by the first that sees its lease ended for long.
 
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -78,7 +79,7 @@ class RedisPresence:
         held, *flat = await self._commands.run(
             RENEW_LEASE, _NODES, self.node, self._lease_ms, PRESENCE_CHANNEL, message
         )
-        nodes = {node.decode(): left / 1000 for node, left in zip(flat[::2], flat[1::2], strict=True)}
+        nodes = {node.decode(errors="replace"): left / 1000 for node, left in zip(flat[::2], flat[1::2], strict=True)}
         return Lease(bool(held), nodes)
 
     async def read(self, topic: str, node: str) -> Members:
@@ -88,8 +89,9 @@ class RedisPresence:
         while True:
             cursor, flat = await self._commands.ask("HSCAN", _key(topic, node), cursor, "COUNT", _SCAN_COUNT)
             for ref, data in zip(flat[::2], flat[1::2], strict=True):
-                value = _decode(data)
-                members[ref.decode()] = Member(ref.decode(), value.key, bytes(value.meta), value.previous)
+                with suppress(msgspec.MsgspecError, UnicodeDecodeError):  # what another program has put there
+                    value = _decode(data)
+                    members[ref.decode()] = Member(ref.decode(), value.key, bytes(value.meta), value.previous)
             if cursor == b"0":
                 return members
 
@@ -97,7 +99,9 @@ class RedisPresence:
         """All nodes whose lease has not run out."""
         seconds, micros = await self._commands.ask("TIME")
         now = int(seconds) * 1000 + int(micros) // 1000
-        return [node.decode() for node in await self._commands.ask("ZRANGEBYSCORE", _NODES, now, "+inf")]
+        return [
+            node.decode(errors="replace") for node in await self._commands.ask("ZRANGEBYSCORE", _NODES, now, "+inf")
+        ]
 
     async def remove(self, node: str, message: bytes = b"") -> None:
         """Remove all members of a node, and its lease."""

@@ -291,6 +291,12 @@ class Channel(Subscription):
         """What it is listed under: its user, or its socket, where that has none."""
         return self._user or self._socket.id
 
+    def rights_changed(self) -> None:
+        """End what a renewed token does not allow any more."""
+        presence = self._socket.services.presence
+        if presence is not None and not self.has_presence:
+            presence.unwatch(self)
+
     @property
     def is_current(self) -> bool:
         """Whether its subscription is still in force."""

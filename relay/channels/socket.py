@@ -298,6 +298,12 @@ class Socket(ChannelOwner):
         channel = self.protocol.subscriptions.get(subscription.topic)
         return channel.end(reason) if channel is not None and channel is subscription else False
 
+    def rights_changed(self, subscription: Subscription) -> None:
+        """Learn that a channel goes on with other rights."""
+        channel = self.protocol.subscriptions.get(subscription.topic)
+        if channel is not None and channel is subscription:
+            channel.rights_changed()
+
     @property
     def topics(self) -> tuple[str, ...]:
         """All topics this socket has joined."""

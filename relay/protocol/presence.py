@@ -13,6 +13,7 @@ Source: Phoenix 1.8, ``presence.js: syncState, syncDiff`` and ``lib/phoenix/pres
 """
 
 from collections.abc import Iterable, Mapping
+from hashlib import blake2b
 from typing import NamedTuple, TypeAlias
 
 import msgspec
@@ -108,7 +109,7 @@ def digest(members: Iterable[str]) -> int:
     """A number that differs, in all likelihood, where refs differ; their order does not matter."""
     found = 0
     for ref in members:
-        found ^= int(ref, 16)
+        found ^= int.from_bytes(blake2b(ref.encode(), digest_size=8).digest())
     return found
 
 

@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 from uuid import uuid4
 
+import jwt
 import pytest
 from redis.asyncio import Redis
 
@@ -343,3 +345,51 @@ async def test_rights_decide_on_presence(serve_relay: ServeRelay, connect: Conne
     await client.join(topic)
     await client.expect_alive()
     assert served.relay.metrics.presence_members == 0
+
+
+async def test_token_renewed_without_the_right_ends_the_listing(
+    serve_relay: ServeRelay, connect: Connect, topic: str, valkey: Valkey
+) -> None:
+    key = "a secret of thirty-two bytes or more"
+
+    def token(*rights: str) -> str:
+        return jwt.encode({"sub": "alice", "exp": time.time() + 60, "topics": {"room:*": list(rights)}}, key)
+
+    served = await serve_relay(**settings("redis", valkey) | {"auth": {"keys": [key]}})
+    client = await connect(served, query=f"token={token('join', 'presence')}")
+    await client.send("1", "1", topic, "phx_join", {})
+    assert [(await client.receive())[3] for _ in range(2)] == ["phx_reply", "presence_state"]
+    assert served.relay.metrics.presence_members == 1
+    await client.send("1", "2", topic, "access_token", {"access_token": token("join")})
+    assert (await client.receive())[4]["status"] == "ok"
+    assert served.relay.metrics.presence_members == 0
+    assert await client.push("1", topic, "shout") == {"status": "error", "response": {"reason": "unauthorized"}}
+
+
+async def test_what_others_write_into_redis_harms_nobody(
+    serve_relay: ServeRelay, enter: Any, topic: str, valkey: Valkey
+) -> None:
+    served = await serve_relay(**settings("redis", valkey))
+    one = await enter(served, topic)
+    await eventually(lambda: len(one.keys) == 1, "the state")
+    async with Redis(port=valkey.port) as redis:
+        node = uuid4().hex[:12]
+        now = (await redis.time())[0] * 1000
+        for wrong in (b"", b"{}", b"\xff", b'{"node":"x","number":1,"changes":[["t",[],[1]]]}', b"[]", b"1" * 9999):
+            await redis.publish("relay:presence", wrong)
+        members: Any = {"a": "no JSON", b"\xff": "[1]", "b": '["there",{},""]'}
+        await redis.hset(f"presence:{topic}|{node}", mapping=members)
+        joins = [["not hex", "ghost", {}, ""]]
+        changes = [[topic, joins, []]]
+        await redis.publish("relay:presence", json.dumps({"node": node, "number": 1, "changes": changes}))
+        digests = {topic: [1, 5]}
+        await redis.publish("relay:presence", json.dumps({"node": node, "number": 1, "digests": digests}))
+        leases: Any = {node: now + 60_000, b"\xff\xfe": now + 60_000}
+        await redis.zadd("presence:nodes", leases)
+        try:
+            await eventually(lambda: "there" in one.keys, "what can be read")
+            assert served.relay.node.link.live
+            assert served.relay.metrics.gaps == 0
+        finally:
+            await redis.zrem("presence:nodes", node, b"\xff\xfe")
+            await redis.delete(f"presence:{topic}|{node}")

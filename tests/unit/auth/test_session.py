@@ -63,6 +63,9 @@ class Owner:
             raise AuthenticationError(401, "token", "bad")
         return self.tokens[token]
 
+    def rights_changed(self, subscription: Subscription) -> None:
+        """What follows from it is the channel's."""
+
     def end_subscription(self, subscription: Subscription, reason: Reason | None) -> bool:
         del self.subscriptions[subscription.topic]
         self.done.append((subscription.topic, reason))
