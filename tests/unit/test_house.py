@@ -23,6 +23,7 @@ LONGER: dict[str, tuple[int, str]] = {
         620,
         "one connection from its upgrade request to its end, and what stands in for asyncio there",
     ),
+    "channels.channel": (550, "one join, from its decision to its end, with all that it has in between"),
     "channels.pubsub": (550, "the bridge between bus and subscribers, in both directions"),
     "config": (700, "one tree of settings, which is read from top to bottom"),
 }
