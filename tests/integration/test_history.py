@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -393,3 +394,55 @@ async def test_slow_reader_is_given_positions_though_the_history_could_not_be_re
     for number in range(5000):
         payload = (await client.receive())[4]
         assert (payload["n"], Place.of(payload["_position"]).n) == (number, number + 1)
+
+
+async def test_more_missed_events_than_the_limits_are_not_recovered(
+    serve_relay: ServeRelay, connect: Connect, topic: str, valkey: Valkey
+) -> None:
+    limits = {"recover_max_events": 3, "recover_max_bytes": 1000}
+    served = await serve_relay(topics=HISTORY, limits=limits, redis_url=valkey.url)
+    since = (await join(await connect(served), topic, since=None))["_position"]
+    await publish(served, topic, 1, 2, 3)
+    client = await connect(served)
+    assert (await join(client, topic, since=since))["recovered"] is True
+    third = (await receive_events(client, topic, 3))[-1]["_position"]
+    await publish(served, topic, 4)
+    answer = await join(await connect(served), topic, since=since)
+    assert (answer["recovered"], answer["reason"]) == (False, "too many events missed")
+    await served.relay.publish(topic, "new", "x" * 1000)
+    answer = await join(await connect(served), topic, since=third)
+    assert (answer["recovered"], answer["reason"]) == (False, "too many events missed")
+    last = await connect(served)
+    assert Place.of((await join(last, topic, last=9))["_position"]).n == 5, "not even one of the last fits"
+
+
+async def test_joins_that_ask_wait_for_their_turn(
+    serve_relay: ServeRelay, connect: Connect, topic: str, valkey: Valkey
+) -> None:
+    served = await serve_relay(topics=HISTORY, limits={"recover_per_s": 10}, redis_url=valkey.url)
+    clients = [await connect(served) for _ in range(14)]
+    began = time.monotonic()
+    await asyncio.gather(*(join(client, topic, since=None) for client in clients))
+    assert time.monotonic() - began >= 0.3
+    began = time.monotonic()
+    await asyncio.gather(*(join(client, f"{topic}:2") for client in clients))
+    assert time.monotonic() - began < 0.3 * 14, "those that do not ask need not wait"
+
+
+async def test_recent_events_of_all_topics_are_bounded_in_bytes(
+    serve_relay: ServeRelay, connect: Connect, topic: str, valkey: Valkey
+) -> None:
+    served = await serve_relay(topics=HISTORY, limits={"history_ring_max_bytes": 5000}, redis_url=valkey.url)
+    history = served.relay.node.pubsub.history
+    assert history is not None
+    clients = [await connect(served) for _ in range(3)]
+    for number, client in enumerate(clients):
+        await join(client, f"{topic}:{number}", since=None)
+    for number, client in enumerate(clients):
+        await publish(served, f"{topic}:{number}", *range(20))
+        events = await receive_events(client, f"{topic}:{number}", 20)
+        assert history._ring_bytes + history.reader.bytes <= 5000
+        late = await connect(served)
+        answer = await join(late, f"{topic}:{number}", since=events[0]["_position"])
+        assert answer["recovered"] is True
+        assert [event["n"] for event in await receive_events(late, f"{topic}:{number}", 19)] == list(range(1, 20))

@@ -194,6 +194,22 @@ async def test_lost_event_leaves_one_mark_and_older_positions_are_not_recovered(
         assert (await store.open(str(marks[0].position)))[::2] == (after[0], None)
 
 
+async def test_restored_backup_is_not_claimed(valkey: Valkey, client: Any) -> None:
+    """What came after the backup is unknown, and what was before it has a mark behind it, once a relay has looked."""
+    async with started(redis_url=valkey.url) as store:
+        key = f"topic:{store.topic}"
+        one, two, three = await store.publish(b"1", b"2", b"3")
+        backup = await client.dump(key)
+        lost = (await store.publish(b"4", b"5"))[-1]
+        await client.restore(key, 0, backup, replace=True)
+        await store.history.check(store.topic, lost, SETTINGS)
+        again = await store.publish(b"6")
+        assert Place.of(again[0]) > Place.of(lost)
+        assert (await store.open(lost)).fault is NotRecovered.UNKNOWN
+        for position in (one, two, three):
+            assert (await store.open(position)).fault is NotRecovered.FORKED
+
+
 async def test_history_that_has_left_the_heard_event_behind_gets_no_mark(valkey: Valkey) -> None:
     async with started(redis_url=valkey.url) as store:
         positions = await store.publish(*[b"1"] * (SIZE * 2))
