@@ -1,4 +1,4 @@
-"""``relay listen``, ``relay push`` and ``relay topics``: a running relay, seen as its clients see it.
+"""``relay listen``, ``push``, ``topics`` and ``presence``: a running relay, seen as its clients see it.
 
 Owns a small client of one topic; must not know how a relay works inside. On a terminal the output is for reading;
 piped, it is a line of JSON each. What goes wrong is said on standard error.
@@ -15,6 +15,7 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
+from urllib.parse import urlencode
 
 import typer
 from websockets.asyncio.client import ClientConnection
@@ -93,12 +94,12 @@ def push(
     _run(_push(address, token_of(token), Joining(topic_of(topic), json_of("--params", params)), name, value))
 
 
-def topics(
-    config: RelayFile = None,
-    url: Annotated[
-        str | None, typer.Option(metavar="URL", help="REST interface.", show_default="http://127.0.0.1:8000/api")
-    ] = None,
-) -> None:
+RestUrl = Annotated[
+    str | None, typer.Option(metavar="URL", help="REST interface.", show_default="http://127.0.0.1:8000/api")
+]
+
+
+def topics(config: RelayFile = None, url: RestUrl = None) -> None:
     """List the topics joined in a relay, and by how many sockets; the API key is that of the settings."""
     settings = load(config)
     address = rest_url(settings, url)
@@ -120,6 +121,34 @@ def topics(
     for one in found:
         table.add_row(Text(printable(one["topic"])), str(one["sockets"]))
     console().print(table if found else "no topic is joined")
+
+
+def presence(topic: Topic, config: RelayFile = None, url: RestUrl = None) -> None:
+    """List the members of a topic with presence, on all nodes; the API key is that of the settings.
+
+    Where only the number of members is known or sent to subscribers, the number is shown.
+    """
+    settings = load(config)
+    address, query = rest_url(settings, url), urlencode({"topic": topic_of(topic)})
+    try:
+        found, _ = ask_rest(settings, address, f"/presence?{query}")
+    except Failed as error:
+        fail(str(error))
+    listed = found["members"]
+    members = [{"key": key, "meta": meta} for key, metas in (listed or {}).items() for meta in metas]
+    if not is_terminal():
+        print_lines([{"count": found["count"]}] if listed is None else members)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    if not members:
+        console().print(f"members: {found['count']}")
+        return
+    table = Table("key", "meta", box=None)
+    for one in members:
+        table.add_row(Text(printable(one["key"])), Text(printable(json_line(one["meta"]))))
+    console().print(table)
 
 
 # The client.

@@ -32,7 +32,7 @@ import typer
 from relay import runtime_dir
 from relay.cli.auth import check, token
 from relay.cli.bench import bench
-from relay.cli.client import listen, push, topics
+from relay.cli.client import listen, presence, push, topics
 from relay.cli.connection import host_of
 from relay.cli.help import Command, Group
 from relay.cli.options import ConfigFile, RedisUrl, epilog
@@ -449,6 +449,7 @@ for _name, _command in (
     ("listen", listen),
     ("push", push),
     ("topics", topics),
+    ("presence", presence),
     ("bench", bench),
     ("token", token),
     ("check", check),

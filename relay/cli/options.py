@@ -36,6 +36,7 @@ EXAMPLES = {
     ),
     "push": ("""relay push room:1 shout '{"text":"hi"}'""",),
     "topics": ("relay topics", "relay topics --url https://example.org/api --config relay.toml"),
+    "presence": ("relay presence room:1", "relay presence room:1 | jq -r .key | sort -u"),
     "bench": (
         "relay bench ws://127.0.0.1:8000/socket",
         "relay bench --sockets 500 --topics 50 --rate 1000 --seconds 30",

@@ -75,12 +75,28 @@ def test_program_name_is_relay_however_it_is_started() -> None:
 
 def test_help_names_the_commands_and_their_options(run: Run) -> None:
     for command, words in (
-        ((), ("serve", "publish", "listen", "push", "topics", "bench", "token", "check", "config", "plugins")),
+        (
+            (),
+            (
+                "serve",
+                "publish",
+                "listen",
+                "push",
+                "topics",
+                "presence",
+                "bench",
+                "token",
+                "check",
+                "config",
+                "plugins",
+            ),
+        ),
         (("bench",), ("URL", "--sockets", "--topics", "--rate", "--seconds", "--redis-url", "--token", "--json")),
         (("serve",), ("--config", "--host", "--port", "--redis-url", "--workers", "--open")),
         (("listen",), ("TOPIC", "--config", "--url", "--token", "--params", "--count", "--last", "--since")),
         (("push",), ("TOPIC", "EVENT", "JSON", "--config", "--url", "--token", "--params")),
         (("topics",), ("--config", "--url")),
+        (("presence",), ("TOPIC", "--config", "--url")),
         (("publish",), ("TOPIC", "EVENT", "JSON", "--config", "--redis-url")),
     ):
         shown = run(*command, "--help").out

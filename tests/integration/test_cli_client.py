@@ -1,4 +1,4 @@
-"""``relay listen``, ``push`` and ``topics``, as processes against ``relay serve``, on a terminal and piped."""
+"""``relay listen``, ``push``, ``topics`` and ``presence`` as processes, on a terminal and piped."""
 
 import json
 import os
@@ -284,10 +284,12 @@ def test_wrong_address_is_exit_code_1_with_what_the_server_said(relay: RelayProc
 
 
 @pytest.mark.parametrize(
-    "command", [("listen", "t"), ("push", "t", "e", "{}"), ("topics",)], ids=["listen", "push", "topics"]
+    "command",
+    [("listen", "t"), ("push", "t", "e", "{}"), ("topics",), ("presence", "t")],
+    ids=["listen", "push", "topics", "presence"],
 )
 def test_nobody_there_is_exit_code_1_in_one_line(command: tuple[str, ...]) -> None:
-    url = f"{'http' if command[0] == 'topics' else 'ws'}://127.0.0.1:{free_port()}/x"
+    url = f"{'http' if command[0] in ('topics', 'presence') else 'ws'}://127.0.0.1:{free_port()}/x"
     ran = run(*command, "--url", url)
     assert (ran.returncode, ran.stdout) == (1, "")
     (line,) = ran.stderr.splitlines()
@@ -305,6 +307,8 @@ def test_nobody_there_is_exit_code_1_in_one_line(command: tuple[str, ...]) -> No
         (("listen", "t", "--last", "-1"), "invalid value for '--last'"),
         (("listen", "t", "--last", "1", "--params", "[]"), "--params"),
         (("topics", "--url", "nonsense"), "--url"),
+        (("presence", "t", "--url", "nonsense"), "--url"),
+        (("presence", "phoenix"), "TOPIC: 'phoenix' belongs to the protocol"),
         (("push", "phoenix", "e", "{}"), "TOPIC: 'phoenix' belongs to the protocol"),
         (("push", "t", "a:b", "{}"), "EVENT"),
         (("push", "t", "e", "{"), "JSON"),
@@ -405,6 +409,36 @@ def test_topics_on_a_terminal_are_a_table(relay: RelayProcess) -> None:
     header, *rows = [line.split() for line in printed.splitlines()]
     assert (code, header) == (0, ["topic", "sockets"])
     assert [row for row in rows if row[0].startswith("cli:table")] == [["cli:table:1", "2"], ["cli:table:2", "1"]]
+
+
+PRESENCE = {
+    "RELAY_TOPICS": json.dumps([{"match": "room:*", "presence": True}, {"match": "many:*", "presence": "count"}]),
+    "RELAY_PRESENCE__LEAVE_DELAY_S": "0",
+}
+
+
+def test_members_are_listed(valkey: Valkey) -> None:
+    with RelayProcess("--redis-url", valkey.url, environ=PRESENCE) as relay:
+        command = ("presence", "--url", f"{relay.http}/api")
+        assert (run(*command, "room:zürich & 1").returncode, run(*command, "room:zürich & 1").stdout) == (0, "")
+        with (
+            listening(relay, "room:zürich & 1", "--params", '{"presence": {"name": "Ada\\u001b[31m"}}'),
+            listening(relay, "many:1"),
+            listening(relay, "many:1"),
+        ):
+            wait_for(lambda: run(*command, "room:zürich & 1").stdout, "the join")
+            (member,) = map(json.loads, run(*command, "room:zürich & 1").stdout.splitlines())
+            assert member == {"key": member["key"], "meta": {"meta": {"name": "Ada\x1b[31m"}}}
+            wait_for(lambda: run(*command, "many:1").stdout == '{"count": 2}\n', "both joins")
+            environ = {**os.environ, "TERM": "dumb", "COLUMNS": "80"}
+            code, printed = run_on_terminal(relay_command(*command, "room:zürich & 1"), cwd=ROOT, env=environ)
+            header, row = printed.splitlines()
+            assert (code, header.split(), row.split()[0]) == (0, ["key", "meta"], member["key"])
+            assert "Ada" in row and "\x1b" not in row
+            assert run_on_terminal(relay_command(*command, "many:1"), cwd=ROOT, env=environ) == (0, "members: 2\n")
+        refused = run(*command, "other:1")
+        detail = "topic 'other:1' has no presence; set presence for it in [[topics]]"
+        assert (refused.returncode, refused.stderr) == (1, f"relay: {relay.http}/api: HTTP 404: {detail}\n")
 
 
 class Redirecting:

@@ -18,9 +18,9 @@ HEAD = """\
 <!-- Written by `python -m tests.support.cli_page`; a test compares. -->
 
 This page is the reference of the `relay` command. `relay COMMAND --help` prints the same information. On a terminal,
-output is formatted for reading; when it is piped, `relay publish`, `listen`, `push`, `topics`, `bench`, `check`,
-`config` and `plugins` print one JSON object per line. Errors go to standard error, in one line where possible. Exit
-codes: 0 success, 1 failure, 2 wrong usage or settings.
+output is formatted for reading; when it is piped, `relay publish`, `listen`, `push`, `topics`, `presence`, `bench`,
+`check`, `config` and `plugins` print one JSON object per line. Errors go to standard error, in one line where possible.
+Exit codes: 0 success, 1 failure, 2 wrong usage or settings.
 
 `relay --install-completion` installs completion of commands and options for your shell (bash, zsh, fish, PowerShell);
 `relay --show-completion` prints what it would install.
