@@ -1,10 +1,13 @@
-"""An hour of churn and faults against one ``relay serve``, whose memory must not grow: ``make soak``.
+"""An hour of churn and faults against one ``relay serve``: memory must not grow, nor an event be lost: ``make soak``.
 
 Sockets come, join, push, leave, rejoin, go in good order, vanish with a reset, send nonsense, stop to read or are
-refused, requests share connections; Redis is cut off, paused, killed and restarted. Once a minute a line says what the
-relay holds. Exits 1 where the relay has logged a traceback, or where the memory has grown: the median of the last sixth
-of the time, minutes 50 to 60, against that of the second sixth, minutes 10 to 20, by over 1 %. A shorter run may grow
-by as much more as it is shorter, by 5 % at most. What the relay has logged is kept in ``build/soak.log``.
+refused, requests share connections; Redis is cut off, paused, killed and restarted. Meanwhile followers of a topic with
+a history are cut and come back with their positions, and what they got is compared with what Redis has acknowledged.
+Once a minute a line says what the relay holds. Exits 1 where the relay has logged a traceback, where a follower has
+seen an event twice, has missed one while it was said to have recovered, or hears nothing any more, or where the memory
+has grown: the median of the last sixth of the time, minutes 50 to 60, against that of the second sixth, minutes 10 to
+20, by over 1 %. A shorter run may grow by as much more as it is shorter, by 5 % at most. What the relay has logged is
+kept in ``build/soak.log``.
 """
 
 import argparse
@@ -23,16 +26,24 @@ from urllib.request import urlopen
 
 import psutil
 from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus
 from websockets.typing import Origin
 
+from relay.errors import BusUnavailable
 from tests.support.client import TEXT, Client, RawSocket
+from tests.support.follower import Follower, Source, progress
 from tests.support.process import RelayProcess, Valkey
 
 SOCKETS = 100
 TOPICS = 30
 EVENTS_PER_S = 100
+FOLLOWED = "followed:1"
+FOLLOWERS = 6
+HISTORY = {"size": 10_000, "ttl_s": 600}
+ENVIRON = {"RELAY_TOPICS": json.dumps([{"match": FOLLOWED, "history": HISTORY}])}
 HOUR_MINUTES = 60.0
 GROWTH_MAX = 0.01
 """Of an hour; see `growth_max`."""
@@ -153,6 +164,45 @@ async def publish(url: str, end: float) -> None:
         await asyncio.sleep(0.1)
 
 
+async def follow(ws_url: str, redis_url: str, end: float) -> list[str]:
+    """Follow a topic with a history over cuts of its clients; returns what was wrong with what they got."""
+    source = Source()
+    # An event that is sent again would come twice: no retries, and no timeout shorter than a pause.
+    async with Redis.from_url(redis_url, retry=Retry(NoBackoff(), 0), socket_timeout=30) as redis:
+
+        async def publish(payload: bytes) -> None:
+            size, ttl_s = HISTORY.values()
+            try:
+                await redis.fcall("relay_publish", 1, f"topic:{FOLLOWED}", "tick", payload, str(size), str(ttl_s))
+            except (RedisError, OSError) as error:
+                done["events with history refused"] += 1
+                await asyncio.sleep(0.1)
+                raise BusUnavailable(str(error)) from error
+
+        wrong: list[str] = []
+        async with Follower.run([ws_url], FOLLOWED, FOLLOWERS) as followers, source.run(publish, pace_s=0.1):
+            while time.monotonic() < end:
+                await asyncio.sleep(random.uniform(0, 2))
+                random.choice(followers).cut()
+            try:
+                await progress(followers, 1)
+            except TimeoutError:
+                wrong.append("a follower gets no events any more")
+    for follower in followers:
+        try:
+            follower.check(source)
+        except AssertionError as error:
+            wrong.append(str(error))
+        done["followed events"] += follower.count
+        done["followers recovered"] += follower.recovered
+        for reason, count in follower.lost.items():
+            done[f"not recovered: {reason}"] += count
+    done["events with history"] = len(source.acknowledged)
+    if not done["followers recovered"]:
+        wrong.append("no follower has recovered")
+    return wrong
+
+
 async def break_redis(server: Valkey, end: float) -> None:
     """A fault each 15 s."""
     while time.monotonic() + 20 < end:
@@ -196,7 +246,7 @@ async def watch(relay: RelayProcess, minutes: float, started: float) -> tuple[fl
 
 
 async def run(minutes: float) -> int:
-    with Valkey() as server, RelayProcess("--redis-url", server.url) as relay:
+    with Valkey() as server, RelayProcess("--redis-url", server.url, environ=ENVIRON) as relay:
         started = time.monotonic()
         end = started + minutes * 60
         async with asyncio.TaskGroup() as group:
@@ -204,8 +254,10 @@ async def run(minutes: float) -> int:
                 group.create_task(lead_a_life(relay.ws, end))
             group.create_task(publish(server.url, end))
             group.create_task(break_redis(server, end))
+            following = group.create_task(follow(relay.ws, server.url, end))
             watching = group.create_task(watch(relay, minutes, started))
         before, after = watching.result()
+        wrong = following.result()
     # After its end, whose tracebacks count too.
     LOG.parent.mkdir(exist_ok=True)
     LOG.write_text(relay.output)  # noqa: ASYNC240 - all others have ended
@@ -214,9 +266,11 @@ async def run(minutes: float) -> int:
     sys.stdout.write(
         f"{minutes:g} minutes: {before:.1f} MiB in minutes {minutes / 6:.3g} to {minutes / 3:.3g}, "
         f"{after:.1f} MiB in minutes {minutes * 5 / 6:.3g} to {minutes:g}, {growth:+.1%}, "
-        f"{growth_max(minutes):.1%} allowed; {tracebacks} tracebacks in {LOG}; {dict(done)}\n"
+        f"{growth_max(minutes):.1%} allowed; {tracebacks} tracebacks in {LOG}; "
+        f"{len(wrong)} faults of followers; {dict(done)}\n"
     )
-    return 1 if growth > growth_max(minutes) or tracebacks else 0
+    sys.stdout.writelines(f"follower: {text}\n" for text in wrong)
+    return 1 if growth > growth_max(minutes) or tracebacks or wrong else 0
 
 
 def main() -> None:
