@@ -13,12 +13,13 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.compression import compression
+from benchmarks.history import HISTORY
 from benchmarks.load import LoadError, Publisher
 from benchmarks.points import judge
 from benchmarks.scenarios import SCENARIOS, Bench, Plan, Row
 from benchmarks.servers import HERE, Cores, valkey
 
-_ALL = (*SCENARIOS, compression)
+_ALL = (*SCENARIOS, compression, *HISTORY)
 
 _ROOM = 500
 """File descriptors beside the sockets."""
@@ -47,13 +48,13 @@ def main() -> int:
     rows: list[Row] = []
     began, neighbours = time.monotonic(), report.Neighbours()
     gc.disable()  # a collection would be taken for latency
-    with valkey(cores) as port:
+    with valkey(cores) as (port, redis_pid):
         for scenario in _ALL:
             if arguments.only and scenario.__name__ not in arguments.only:
                 continue
             publisher = Publisher(port)
             try:
-                rows += scenario(Bench(cores, port, plan, publisher, report.show))
+                rows += scenario(Bench(cores, port, redis_pid, plan, publisher, report.show))
             except (LoadError, OSError) as error:
                 rows.append(Row(scenario.__name__, "", note=f"failed: {error}"))
                 report.show(f"{scenario.__name__} failed: {error}")

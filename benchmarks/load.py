@@ -58,6 +58,12 @@ def publish_command(redis_channel: bytes, message: bytes) -> bytes:
     )
 
 
+def append_command(redis_key: bytes, event: bytes, message: bytes, size: int, ttl_s: int) -> bytes:
+    """``FCALL relay_publish``: a publish with history, as programs in other languages do it."""
+    words = (b"FCALL", b"relay_publish", b"1", redis_key, event, message, b"%d" % size, b"%d" % ttl_s)
+    return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in words)
+
+
 class Client:
     """One socket: joining by its steps, then counting."""
 
@@ -144,12 +150,14 @@ class Group:
         topics: Callable[[int], Sequence[int]] = lambda _: (0,),
         receive_buffer: int | None = None,
         at_once: int = _JOINING_AT_ONCE,
+        keep: int = 0,
     ) -> list[Client]:
         """Connect and join ``count`` sockets as fast as the server takes them.
 
         Args: topics: what the n-th of them joins, as places in ``self.topics``.
               receive_buffer: size of the kernel's buffer, for slow readers.
               at_once: sockets that may be between connect and joined.
+              keep: of so many, spread over all, what comes with and after the reply to the join is kept.
         Raises: LoadError: one was refused, or they did not all join within two minutes.
         """
         made: list[Client] = []
@@ -157,6 +165,8 @@ class Group:
         while len(made) < count or self._joining:
             while len(made) < count and self._joining < at_once:
                 made.append(self._connect(topics(len(made)), receive_buffer))
+                if keep and len(made) % max(1, count // keep) == 0:
+                    made[-1].chunks = []
                 if len(made) % 50 == 0:
                     self.pump(0)
             self.pump(0.1)
@@ -197,6 +207,8 @@ class Group:
                 client.sock.sendall(client.steps[0].send)
         self._joining -= 1
         client.on_data = None
+        if client.chunks is not None:
+            client.chunks.append((client.tail, time.time_ns()))
         client.tail = b""
 
     def close(self, clients: Sequence[Client]) -> None:

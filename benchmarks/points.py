@@ -6,9 +6,11 @@ that this run could not judge.
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from statistics import median
 from typing import Any
 
 from benchmarks.compression import COMPRESSED, PLAIN
+from benchmarks.history import AGAIN, REDIS, WITH, WITHOUT
 from benchmarks.scenarios import BROADCASTER, DIRECT, FLOOR, POLICIES, PORTABLE, SOCKETIO, TANGRAM, Row
 
 YES, NO, UNKNOWN = "reached", "not reached", "not judged"
@@ -16,7 +18,7 @@ YES, NO, UNKNOWN = "reached", "not reached", "not judged"
 
 @dataclass
 class Point:
-    """One line: which of the ten, what is asked, what came."""
+    """One line: which of the eleven, what is asked, what came."""
 
     number: int
     what: str
@@ -102,7 +104,28 @@ def judge(rows: Sequence[Row]) -> list[Point]:
         got = two.per_s / one.per_s
         verdict = YES if got >= 1.8 else UNKNOWN if "no room" in two.note else NO
         points.append(Point(10, "two workers", "≥ 1.8× one's load", f"{got:.2f}×; {two.note}".rstrip("; "), verdict))
+    publish = "publish with history, 500 sockets, 20/s"
+    ratio(11, "delivery with history", 1.1, (publish, DIRECT), ("bare publish, 500 sockets, 20/s", DIRECT), "bare")
+    share = table.value("publish with history, 10 sockets, saturated", REDIS)
+    most(11, "Redis's share of a publish with history", 40, "µs", share)
+    ratio(11, "event recovered", 1, ("recovery of", DIRECT), ("live events beside", DIRECT), "live")
+    points.append(_unasked(table))
     return points
+
+
+def _unasked(table: _Rows) -> Point:
+    """Positions may cost those who do not ask for them no more than twice what two equal relays differ by."""
+    what, target = "positions, for those who do not ask", "≤ 1 + 2 × spread of A/A"
+    rows = [table.find("positions not asked for", server) for server in (WITHOUT, AGAIN, WITH)]
+    first, again, asked = ((found and found.cpu_us and found.rounds) or [] for found in rows)
+    if not first or not again or not asked:
+        return Point(11, what, target, "–", UNKNOWN)
+    control = [other / one for one, other in zip(first, again, strict=True)]
+    # Measured between the two others, so that a steady drift of the machine cancels out.
+    got = median(2 * value / (one + other) for one, value, other in zip(first, asked, again, strict=True))
+    spread = median(abs(value - 1) for value in control)
+    text = f"{got:.3f}×; A/A {median(control):.3f}×, spread {spread:.3f}; medians of {len(control)} pairs"
+    return Point(11, what, target, text, YES if got <= 1 + 2 * spread else NO)
 
 
 def _compression(table: _Rows) -> list[Point]:

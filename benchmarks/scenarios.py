@@ -57,6 +57,9 @@ class Plan:
     pushes: int = 10_000
     slow_s: float = 4.0
     saturate_s: float = 2.0
+    returning: tuple[int, int] = (200, 500)
+    """Clients that recover, and events that each has missed."""
+    pairs: int = 4
 
     @classmethod
     def full(cls) -> "Plan":
@@ -70,6 +73,8 @@ class Plan:
             pushes=50_000,
             slow_s=30.0,
             saturate_s=10.0,
+            returning=(1000, 1000),
+            pairs=10,
         )
 
 
@@ -89,6 +94,8 @@ class Row:
     load_busy: float | None = None
     per_s: float | None = None
     wire_bytes: int | None = None
+    rounds: list[float] | None = None
+    """CPU of each round, where rounds are compared one by one."""
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -102,6 +109,7 @@ class Bench:
 
     cores: Cores
     redis_port: int
+    redis_pid: int
     plan: Plan
     publisher: Publisher
     say: Callable[[str], None]

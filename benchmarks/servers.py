@@ -115,14 +115,25 @@ class Server:
 
     def cpu_s(self) -> float:
         """Seconds of CPU time so far."""
-        return sum(_cpu_s(pid) for pid in self.pids)
+        return sum(cpu_s(pid) for pid in self.pids)
 
     def rss_kb(self) -> float:
         """Resident memory in kB."""
         return sum(psutil.Process(pid).memory_info().rss for pid in self.pids) / 1024
 
+    def forget_peak(self) -> None:
+        """Have `peak_kb` begin at what is resident now."""
+        for pid in self.pids:
+            Path(f"/proc/{pid}/clear_refs").write_text("5")
 
-def _cpu_s(pid: int) -> float:
+    def peak_kb(self) -> float:
+        """Most resident memory since `forget_peak`, in kB."""
+        statuses = [Path(f"/proc/{pid}/status").read_text() for pid in self.pids]
+        return sum(float(status.split("VmHWM:", 1)[1].split(maxsplit=1)[0]) for status in statuses)
+
+
+def cpu_s(pid: int) -> float:
+    """Seconds of CPU time of a process so far."""
     # clock_getcpuclockid(3): the CPU clock of another process, all threads (CPUCLOCK_SCHED).
     with suppress(OSError):
         return time.clock_gettime((~pid << 3) | 2)
@@ -131,11 +142,12 @@ def _cpu_s(pid: int) -> float:
 
 
 @contextmanager
-def valkey(cores: Cores) -> Iterator[int]:
-    """The Redis of the whole run; gives its port."""
+def valkey(cores: Cores) -> Iterator[tuple[int, int]]:
+    """The Redis of the whole run; gives its port and its process id."""
     cores.pin_load()
     with Valkey() as server:
-        yield server.port
+        assert server.process is not None
+        yield server.port, server.process.pid
 
 
 @contextmanager
