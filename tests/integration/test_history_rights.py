@@ -52,15 +52,33 @@ def server(request: pytest.FixtureRequest) -> Iterator[Valkey]:
 @pytest.fixture
 def admin(server: Valkey) -> Iterator[redis_py.Redis]:
     with redis_py.Redis(port=server.port) as admin:
-        admin.flushall()
-        admin.function_flush()
-        admin.script_flush()
+        empty(admin)
         yield admin
+
+
+def empty(admin: redis_py.Redis) -> None:
+    admin.flushall()
+    admin.script_flush()
+    if has_functions(admin):
+        admin.function_flush()
+
+
+def has_functions(admin: redis_py.Redis) -> bool:
+    """Redis 7.0 has them first."""
+    info: Any = admin.info("server")
+    return not str(info["redis_version"]).startswith("6.")
 
 
 def allow(admin: redis_py.Redis, user: str, rules: list[str]) -> None:
     execute: Any = admin.execute_command
-    execute("ACL", "SETUSER", user, "reset", "on", ">secret", *rules)
+    known = [rule for rule in rules if has_functions(admin) or not rule.startswith(("+function|", "+fcall"))]
+    execute("ACL", "SETUSER", user, "reset", "on", ">secret", *known)
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the log warns of, but that Redis has no functions."""
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    return [text for text in said if "Redis 7.0 has it first" not in text]
 
 
 def url_of(server: Valkey, user: str) -> str:
@@ -108,23 +126,22 @@ def test_rights_of_the_relay_suffice_and_each_is_needed(
     rules = RULES["relay"]
     allow(admin, "relay", rules)
     asyncio.run(use_all(url_of(server, "relay"), admin))
-    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert warnings(caplog) == []
     assert admin.exists("relay:settings")
-    assert is_position(admin.fcall("relay_publish", 1, "topic:room:1", "e", "1", 5, 60).decode())
+    if has_functions(admin):
+        assert is_position(admin.fcall("relay_publish", 1, "topic:room:1", "e", "1", 5, 60).decode())
     superfluous = []
     for rule in rules:
-        if rule in IN_USE_LATER:
+        if rule in IN_USE_LATER or (rule.startswith("+function|") and not has_functions(admin)):
             continue
-        admin.flushall()
-        admin.function_flush()
-        admin.script_flush()
+        empty(admin)
         caplog.clear()
         allow(admin, "relay", [other for other in rules if other != rule])
         failed = True
         with suppress(BusUnavailable, AssertionError):
             asyncio.run(use_all(url_of(server, "relay"), admin))
             failed = False
-        if not failed and not any(record.levelno >= logging.WARNING for record in caplog.records):
+        if not failed and not warnings(caplog):
             superfluous.append(rule)
     assert superfluous == []
 
@@ -132,7 +149,10 @@ def test_rights_of_the_relay_suffice_and_each_is_needed(
 @pytest.mark.parametrize("user", ["app", "app6"])
 def test_rights_of_a_publisher_suffice_and_each_is_needed(server: Valkey, admin: redis_py.Redis, user: str) -> None:
     rules = RULES[user]
-    admin.function_load(FUNCTION)
+    if user == "app" and not has_functions(admin):
+        return  # there is nothing that could be called
+    if has_functions(admin):
+        admin.function_load(FUNCTION)
     head = ("FCALL", "relay_publish") if user == "app" else ("EVAL", PUBLISH.text)
 
     def publish() -> None:
