@@ -32,6 +32,8 @@ COMMANDS = (
     *("eval", "evalsha", "script|load", "fcall", "function|list", "function|load"),  # histories
     *("xadd", "xrange", "xrevrange", "xlen", "xinfo|stream", "memory|usage", "exists", "expire", "time"),
     *("hset", "hgetall"),  # what relays say of their topics to programs that publish
+    *("hdel", "hscan", "sadd", "srem", "spop", "set", "unlink"),  # presence
+    *("zadd", "zrem", "zscore", "zrange", "zrangebyscore"),
 )
 """What the relay, its commands and the documented recipes need; the rest of the server is closed.
 

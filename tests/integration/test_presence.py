@@ -393,3 +393,17 @@ async def test_what_others_write_into_redis_harms_nobody(
         finally:
             await redis.zrem("presence:nodes", node, b"\xff\xfe")
             await redis.delete(f"presence:{topic}|{node}")
+
+
+async def test_embedded_server_keeps_members(enter: Any, topic: str) -> None:
+    """Its user may run what that needs, also when a node has ended without a word."""
+    async with serve(Relay(**PRESENCE, redis_url="embedded", system_topic=False)) as served:
+        store = served.relay.node.broker.presence
+        assert store is not None
+        one, two = await enter(served, topic), await enter(served, topic)
+        await eventually(lambda: len(one.keys) == 2 and len(two.keys) == 2, "both members")
+        assert len(await store.nodes()) == 1
+        assert len(await store.read(topic, (await store.nodes())[0])) == 2
+        await store.remove("000000000000")
+        await two.client.connection.close()
+        await eventually(lambda: len(one.keys) == 1, "the leave")
