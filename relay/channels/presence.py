@@ -10,6 +10,7 @@ read again, and the subscribers are sent the difference. So a lost message heals
 
 import asyncio
 import secrets
+import time
 from collections.abc import Callable, Coroutine
 
 import msgspec
@@ -80,6 +81,8 @@ class Presence:
         self._topics: dict[str, PresenceTopic] = {}
         # Nodes that are alive, each with the number of its last message; None before the first.
         self._nodes: dict[str, int | None] = {}
+        # Nodes whose lease is not in Redis any more, each with when it counts as dead.
+        self._missing: dict[str, float] = {}
         self._number = 0
         # Changes to be sent to the other nodes, and topics that have changed since the last sign of life.
         self._outgoing: dict[str, Difference] = {}
@@ -263,6 +266,7 @@ class Presence:
     def _forget(self, node: str) -> None:
         """Take a node's members for gone."""
         _ = self._nodes.pop(node, None)
+        _ = self._missing.pop(node, None)
         for topic in self._topics.values():
             if topic.parts.pop(node, None):
                 topic.changed()
@@ -297,13 +301,14 @@ class Presence:
             self._metrics.presence_leases_lost += 1
             self._announce_all()
         alive = {node for node, left_s in lease.nodes.items() if left_s >= 0 and node != self._node}
-        for node in [node for node in self._nodes if node not in alive]:
+        for node in [node for node in self._nodes if node not in alive and self._is_dead(node, lease)]:
             self._metrics.presence_ghosts_removed += sum(
                 len(topic.parts.get(node, ())) for topic in self._topics.values()
             )
             self._forget(node)
         missed, self._could_renew = not self._could_renew, True
         for node in alive:
+            _ = self._missing.pop(node, None)
             if missed or node not in self._nodes:
                 _ = self._nodes.setdefault(node, None)
                 for topic in self._topics.values():
@@ -311,6 +316,12 @@ class Presence:
         for node, left_s in lease.nodes.items():
             if left_s < -_DEAD_S:
                 _ = self._spawn(self._sweep(store, node))
+
+    def _is_dead(self, node: str, lease: Lease) -> bool:
+        """Whether a node without a lease counts as dead: one that has none since a flush may still renew it."""
+        if node in lease.nodes:
+            return True
+        return time.monotonic() > self._missing.setdefault(node, time.monotonic() + self._config.presence.lease_s)
 
     async def _sweep(self, store: PresenceStore, node: str) -> None:
         try:

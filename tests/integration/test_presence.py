@@ -232,7 +232,10 @@ async def test_too_many_members_are_counted(serve_relay: ServeRelay, enter: Any,
     await eventually(lambda: all(len(person.keys) == 8 for person in people[3:]), "the members again")
 
 
-async def test_dead_node_is_forgotten(serve_relay: ServeRelay, enter: Any, topic: str, valkey: Valkey) -> None:
+@pytest.mark.parametrize("is_lost", [False, True], ids=["ended", "lost"])
+async def test_dead_node_is_forgotten(
+    serve_relay: ServeRelay, enter: Any, topic: str, valkey: Valkey, is_lost: bool
+) -> None:
     """Its lease ends; a member left in Redis by a node that was killed."""
     served = await serve_relay(**settings("redis", valkey))
     async with Redis(port=valkey.port) as redis:
@@ -245,6 +248,8 @@ async def test_dead_node_is_forgotten(serve_relay: ServeRelay, enter: Any, topic
         await eventually(lambda: node in presence._nodes, "the node")
         one = await enter(served, topic)
         await eventually(lambda: "ghost" in one.keys, "the ghost")
+        if is_lost:
+            await redis.zrem("presence:nodes", node)
         await eventually(lambda: "ghost" not in one.keys, "its end")
         assert served.relay.metrics.presence_ghosts_removed == 1
         await redis.zadd("presence:nodes", {node: now - 100_000})
@@ -284,6 +289,21 @@ async def test_flushed_redis_is_filled_again(serve_relay: ServeRelay, enter: Any
             await redis.flushall()
         await eventually(lambda: other.relay.metrics.presence_leases_lost == 1, "the loss")
         three = await enter(other, topic)
+        await eventually(lambda: len(one.keys) == len(two.keys) == len(three.keys) == 3, "all three")
+        assert one.left == two.left == []
+
+
+async def test_flush_does_not_flicker(serve_relay: ServeRelay, enter: Any, topic: str) -> None:
+    """The first node that looks afterwards finds no lease of the other, which renews its own later."""
+    with Valkey() as server:
+        slow = settings("redis", server) | {"presence": {"lease_s": 3, "renew_s": 1.5, "leave_delay_s": 0}}
+        nodes = [await serve_relay(**slow), await serve_relay(**slow)]
+        one, two = [await enter(node, topic) for node in nodes]
+        await eventually(lambda: len(one.keys) == 2 and len(two.keys) == 2, "both")
+        async with Redis(port=server.port) as redis:
+            await redis.flushall()
+        await eventually(lambda: all(node.relay.metrics.presence_leases_lost == 1 for node in nodes), "the loss")
+        three = await enter(nodes[1], topic)
         await eventually(lambda: len(one.keys) == len(two.keys) == len(three.keys) == 3, "all three")
         assert one.left == two.left == []
 
