@@ -69,6 +69,7 @@ PAGES = [
         "docs/plugins",
         "docs/redis",
         "docs/history",
+        "docs/presence",
         "docs/mounting",
         "docs/rest",
         "docs/sse",
@@ -195,7 +196,7 @@ def test_every_guarantee_of_the_user_pages_has_its_tests() -> None:
     """Limits by their first cell, all others by number; none of them names a test itself."""
     proved = {row[0]: row[-1] for header, rows in tables_of(DEVELOPING) if header[-1] == "Tests" for row in rows}
     assert all("test_" in tests for tests in proved.values())
-    for name, least in (("limits", 40), ("reliability", 40), ("security", 40), ("history", 16)):
+    for name, least in (("limits", 40), ("reliability", 40), ("security", 40), ("history", 16), ("presence", 9)):
         page = REPOSITORY / "docs" / f"{name}.md"
         assert not re.search(r"\btest_", page.read_text("utf-8")), name
         keys = {

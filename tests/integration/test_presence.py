@@ -232,6 +232,16 @@ async def test_too_many_members_are_counted(serve_relay: ServeRelay, enter: Any,
     await eventually(lambda: all(len(person.keys) == 8 for person in people[3:]), "the members again")
 
 
+async def test_members_with_large_metas_are_counted(
+    serve_relay: ServeRelay, enter: Any, topic: str, valkey: Valkey
+) -> None:
+    served = await serve_relay(**settings("redis", valkey), limits={"presence_state_max_bytes": 2000})
+    people = [await enter(served, topic, presence={"text": "x" * 900}) for _ in range(2)]
+    await eventually(lambda: all(len(person.keys) == 2 for person in people), "both")
+    people.append(await enter(served, topic, presence={"text": "x" * 900}))
+    await eventually(lambda: all(person.count == 3 for person in people), "the number")
+
+
 @pytest.mark.parametrize("is_lost", [False, True], ids=["ended", "lost"])
 async def test_dead_node_is_forgotten(
     serve_relay: ServeRelay, enter: Any, topic: str, valkey: Valkey, is_lost: bool
