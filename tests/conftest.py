@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 
 from relay import Relay
@@ -78,6 +79,14 @@ def valkey() -> Iterator[Valkey]:
     """A Valkey server for the whole run; tests on it keep apart by their topics."""
     with Valkey() as server:
         yield server
+
+
+@pytest.fixture(autouse=True)
+def settings_in_redis(request: pytest.FixtureRequest) -> None:
+    """Forget which topics the relays of earlier tests had histories for: programs that publish go by that."""
+    if "valkey" in request.fixturenames:
+        with SyncRedis(port=request.getfixturevalue("valkey").port) as client:
+            client.delete("relay:settings")
 
 
 @pytest.fixture(params=["direct", "asgi"])

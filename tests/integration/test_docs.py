@@ -280,7 +280,7 @@ class Story:
         self._page = page
         self._valkey = valkey
         with redis.Redis.from_url(valkey.url) as client:
-            client.flushall()  # other pages' relays have said there which topics have histories
+            client.flushall()  # the histories of other pages
         self._port = free_port()
         self.origin = f"http://127.0.0.1:{self._port}"
         self._directory = directory / "reader"
