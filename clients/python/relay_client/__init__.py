@@ -10,6 +10,7 @@ async with connect("ws://localhost:8000/socket") as socket:
 from relay_client.channel import Channel
 from relay_client.errors import ClientError, ConnectError, JoinError, PushError, QueueOverflow
 from relay_client.events import REJOINED, Event, Lost, Overflow, Recovered
+from relay_client.presence import Presence, PresenceChange
 from relay_client.socket import Socket, connect
 
 __version__ = "0.1.0"
@@ -23,6 +24,8 @@ __all__ = [
     "JoinError",
     "Lost",
     "Overflow",
+    "Presence",
+    "PresenceChange",
     "PushError",
     "QueueOverflow",
     "Recovered",

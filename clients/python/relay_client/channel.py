@@ -10,6 +10,8 @@ from relay_client.errors import ClientError, JoinError, PushError
 from relay_client.events import REJOINED, Event, EventQueue, Lost, Recovered
 from relay_client.link import Fresh, Link, log, value_of
 from relay_client.position import Tracker
+from relay_client.presence import EVENTS as PRESENCE_EVENTS
+from relay_client.presence import Presence
 from relay_client.wire import Message, check_text, encode_payload
 
 LEAVE_TIMEOUT_S = 1.0
@@ -34,6 +36,7 @@ class Channel:
         *,
         queue: EventQueue,
         tracker: Tracker | None,
+        presence: Presence | None,
         timeout_s: float,
         rejoin_s: Callable[[int], float],
     ) -> None:
@@ -44,6 +47,7 @@ class Channel:
         self._params = params
         self._queue = queue
         self._tracker = tracker  # of its position in the topic's history; None if it does not recover events
+        self._presence = presence  # None if its events are for the loop
         self._timeout_s = timeout_s
         self._rejoin_s = rejoin_s
         self._join_ref: str | None = None
@@ -64,6 +68,13 @@ class Channel:
     def dropped(self) -> int:
         """Number of events that the queue has dropped."""
         return self._queue.dropped
+
+    @property
+    def presence(self) -> Presence:
+        """The members of the topic. Raises RuntimeError if the topic was joined without ``presence``."""
+        if self._presence is None:
+            raise RuntimeError(f"{self.topic!r} was joined without presence; expected presence={{}} there")
+        return self._presence
 
     async def __aenter__(self) -> Self:
         """Join. Raises JoinError where the server refuses, or does not answer in time, and what the params raise."""
@@ -138,6 +149,8 @@ class Channel:
         elif message.event == "phx_error":
             reason = message.payload.get("reason") if isinstance(message.payload, dict) else None
             self.lose(str(reason or "phx_error"))
+        elif self.is_joined and self._presence is not None and message.event in PRESENCE_EVENTS:
+            self._presence.receive(message.event, message.payload)
         elif self.is_joined:
             event = Event(message.topic, message.event, message.payload, message.ref)
             if self._tracker is None:
@@ -169,6 +182,8 @@ class Channel:
         if self._tracker is not None:
             self._tracker.flush()
         self._queue.end(error)
+        if self._presence is not None:
+            self._presence.end()
         self._link.fail("closed", self.topic)
         if self._channels.get(self.topic) is self:
             del self._channels[self.topic]
@@ -189,6 +204,8 @@ class Channel:
                 self._queue.put(mark(self.topic, REJOINED, payload, position=self._tracker.position))
         elif self._lost_to:
             self._queue.put(Event(self.topic, REJOINED, payload))
+        if self._presence is not None:
+            self._presence.enter()
         self._joined.set()
 
     async def _run(self, answer: asyncio.Future[None]) -> None:

@@ -5,6 +5,7 @@ import base64
 import random
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from ipaddress import ip_address
 from socket import inet_aton
 from types import TracebackType
@@ -21,6 +22,7 @@ from relay_client.errors import ConnectError, PushError
 from relay_client.events import EventQueue, Overflow
 from relay_client.link import Fresh, Link, log, value_of
 from relay_client.position import Tracker
+from relay_client.presence import Presence
 from relay_client.wire import VSN, Message, check_text, decode
 
 NORMAL = 1000
@@ -111,6 +113,7 @@ class Socket:
         overflow: Overflow | None = None,
         recover: bool | str = False,
         last: int | None = None,
+        presence: Mapping[str, Any] | None = None,
     ) -> Channel:
         """Return a channel, which joins its topic in an ``async with`` block. A socket joins a topic once at a time.
 
@@ -122,6 +125,8 @@ class Socket:
                   the loop gets each event once and in order, and an event `Recovered` or `Lost` before them. A position
                   (`Event.position`) recovers those since an earlier run too.
               last: number of the newest events that the loop gets first, 1 or more; implies ``recover``.
+              presence: what the other members are shown of this one, sent as ``presence`` in the params; ``{}`` for
+                  nothing. `Channel.presence` has the members then, and the loop does not get the events about them.
         Raises: ValueError, TypeError: a topic that cannot be sent; ``recover`` with an ``overflow`` that drops events.
         """
         _ = check_text("topic", topic)
@@ -135,13 +140,17 @@ class Socket:
             raise ValueError(f"last: expected 1 or more, got {last}")
         queue = EventQueue(topic, limit, overflow)
         position = recover if isinstance(recover, str) else None
+        joined_with: Fresh[Mapping[str, Any]] = {} if params is None else params
+        if presence:
+            joined_with = partial(_with_presence, joined_with, dict(presence))
         return Channel(
             self._link,
             self._channels,
             topic,
-            {} if params is None else params,
+            joined_with,
             queue=queue,
             tracker=Tracker(queue, position, last) if recovers else None,
+            presence=None if presence is None else Presence(),
             timeout_s=self._timeout_s,
             rejoin_s=self._rejoin_s,
         )
@@ -290,6 +299,10 @@ class Socket:
 
 connect = Socket
 """Alias of `Socket`: ``async with connect("ws://localhost:8000/socket") as socket:`` connects, then closes."""
+
+
+async def _with_presence(params: Fresh[Mapping[str, Any]], meta: dict[str, Any]) -> Mapping[str, Any]:
+    return {**await value_of(params), "presence": meta}
 
 
 async def _close(connection: ClientConnection) -> None:
