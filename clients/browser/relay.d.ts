@@ -75,19 +75,38 @@ export class Channel implements AsyncIterable<ChannelEvent> {
   readonly state: ChannelState;
   /** Join, and rejoin after every failure until `leave()`. Once per channel. */
   join(timeout?: number): Push;
+  /**
+   * Before `join()`: deliver, after each rejoin, what was missed from the topic's history, each event once and in order.
+   * First comes an event `relay:recovered`: nothing is missing, and what was missed follows; or `relay:lost` with
+   * `{reason}`: events are missing. The payload of events is the one that was published.
+   *
+   * @param options.since position of the last event that an earlier page was given; the first join recovers from there.
+   * @param options.last how many of the newest events come first, where there is no position yet.
+   */
+  recover(options?: { since?: string | null; last?: number }): this;
   /** Stop; the channel cannot be joined again. */
   leave(timeout?: number): Push;
   /** Send an event; while the channel is not joined the push waits for it, until its timeout. */
   push(event: string, payload?: Payload, timeout?: number): Push;
-  /** Call back with each payload of this event; returns a ref for `off`. */
-  on(event: string, callback: (payload: any, ref: string | null, joinRef: string | null) => void): number;
+  /**
+   * Call back with each payload of this event; returns a ref for `off`. The position is that of an event in the topic's
+   * history, if the channel recovers events.
+   */
+  on(
+    event: string,
+    callback: (payload: any, ref: string | null, joinRef: string | null, position?: string) => void,
+  ): number;
   /** Remove the callback of this ref, or all of the event's. */
   off(event: string, ref?: number): void;
   /** The channel is gone for good: left, or closed by the server. */
   onClose(callback: (payload: any) => void): number;
   /** The channel broke and will be joined again; `{source: "transport"}` where the connection was lost. */
   onError(callback: (payload: any) => void): number;
-  /** All events from now on; of those not yet taken the newest `limit` (default 1000) are kept. */
+  /**
+   * All events from now on; of those not yet taken the newest `limit` (default 1000) are kept. If the channel recovers
+   * events, a full queue drops none: the channel takes no more until it is empty, and then has the history deliver them.
+   * So end an iteration that is not read any more, by `return()`.
+   */
   events(options?: { limit?: number }): EventStream;
   joinRef(): string | null;
   /** Whether a push would be sent at once. */
@@ -103,6 +122,8 @@ export class Channel implements AsyncIterable<ChannelEvent> {
 export interface ChannelEvent {
   event: string;
   payload: any;
+  /** Its place in the topic's history, if the channel recovers events and the event is in the history. */
+  position?: string;
   /** How many events this iteration has lost so far because they were not taken in time. */
   lost: number;
 }

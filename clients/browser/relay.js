@@ -1,14 +1,14 @@
 /**
- * A small browser client for the relay, and for any server that speaks Phoenix Channels V2.
+ * A browser client for the relay, and for any server that speaks Phoenix Channels V2.
  *
- * It has the interface of the npm package `phoenix`, so that either can take the other's place. Documented in `relay.d.ts`;
- * a leading underscore means: for this module alone.
+ * It has the interface of the npm package `phoenix`. Documented in `relay.d.ts`; `_name` is for this module alone.
  */
 
 const VSN = "2.0.0";
 const PUSH = 0, REPLY = 1, BROADCAST = 2; // first byte of a binary frame
-const NORMAL = 1000, ABNORMAL = 1006; // close codes, RFC 6455 section 7.4.1
+const NORMAL = 1000, ABNORMAL = 1006; // close codes
 const TOKEN_PREFIX = "base64url.bearer.phx.";
+const POSITION_MS = 50; // how long an event waits for its position
 
 // Full jitter: a restarted server meets its clients spread over the whole window, not in waves.
 const jitter = (windowMs) => Math.random() * windowMs;
@@ -41,6 +41,8 @@ function delay(kind, options, tries) {
   return ms >= 0 && ms < Infinity ? ms : DEFAULTS[kind](tries);
 }
 
+const isText = (value) => typeof value === "string";
+
 const isBinary = (payload) => payload instanceof ArrayBuffer || ArrayBuffer.isView(payload);
 
 // Frames.
@@ -68,7 +70,7 @@ function encodeName(name) {
 
 /** From a text frame, or from a binary push, reply or broadcast. */
 export function decode(frame) {
-  if (typeof frame === "string") {
+  if (isText(frame)) {
     const [join_ref, ref, topic, event, payload] = JSON.parse(frame);
     return { join_ref, ref, topic, event, payload };
   }
@@ -110,18 +112,16 @@ function* flatten(params, prefix) {
 
 // Pushes.
 
-/** Why an awaited push failed. */
 export class PushError extends Error {
   name = "PushError";
 
   constructor(push, status, response) {
     const reason = response?.reason ?? status;
-    super(`${push.event} on "${push.channel.topic}": ${typeof reason === "string" ? reason : JSON.stringify(reason)}`);
+    super(`${push.event} on "${push.channel.topic}": ${isText(reason) ? reason : JSON.stringify(reason)}`);
     Object.assign(this, { status, response, reason });
   }
 }
 
-/** One message to the server and its reply: `push.receive("ok", callback)`, or `await push`. */
 export class Push {
   ref = null;
   #hooks = [];
@@ -136,7 +136,7 @@ export class Push {
     return this.#on((came, response) => came === status && callback(response));
   }
 
-  // Made on demand: a push without an awaiting caller must not end in an unhandled rejection.
+  // Made on demand: without an awaiting caller nothing may be an unhandled rejection.
   then(onOk, onFailure) {
     const reply = new Promise((resolve, reject) => {
       this.#on((status, response) =>
@@ -196,12 +196,12 @@ export class Push {
     this._cancel();
     this.#received = [status, response];
     for (const hook of [...this.#hooks]) call(hook, status, response);
+    this.channel._catchUp();
   }
 }
 
 // Channels.
 
-/** One topic, joined over one socket. */
 export class Channel {
   state = "closed"; // joining, joined, errored, leaving
   #join = null; // the join's Push, sent again on each rejoin
@@ -212,6 +212,11 @@ export class Channel {
   #streams = new Set();
   #timer; // for the next rejoin
   #tries = 0;
+  #history = null; // what each join adds to its params; null where events are not recovered
+  #isRejoin = false; // whether the next join has something to recover
+  #isPositioned = false; // whether the server sends positions
+  #isBehind = false; // whether events were not taken, which the history has
+  #held = null; // the message whose position may be the next one
 
   constructor(topic, params, socket) {
     Object.assign(this, { topic, params, socket });
@@ -219,12 +224,19 @@ export class Channel {
 
   join(timeout = this.socket.timeout) {
     if (this.#join) throw new Error(`"${this.topic}" was joined before: make a new channel`);
-    this.#join = new Push(this, "phx_join", this.params, timeout)
-      .receive("ok", () => this.#joined())
+    const params = () => ({ ...valueOf(this.params), ...this.#history });
+    this.#join = new Push(this, "phx_join", this.#history ? params : this.params, timeout)
+      .receive("ok", (response) => this.#joined(response))
       .receive("error", () => this.#rejoinLater())
       .receive("timeout", () => this.#unanswered());
     this.#rejoin();
     return this.#join;
+  }
+
+  recover({ since = null, last } = {}) {
+    this.#history = { since, last };
+    this.#isRejoin = since !== null;
+    return this;
   }
 
   leave(timeout = this.socket.timeout) {
@@ -260,19 +272,19 @@ export class Channel {
     }
   }
 
-  /** Gone for good. */
   onClose(callback) {
     return this.on("phx_close", callback);
   }
 
-  /** Broken, and about to be joined again. */
   onError(callback) {
     return this.on("phx_error", callback);
   }
 
-  /** The events, for `for await`: of those not yet taken the newest `limit` are kept. */
   events({ limit = 1000 } = {}) {
-    const stream = new EventStream(limit, () => this.#streams.delete(stream));
+    const stream = new EventStream(limit, (isOver) => {
+      if (isOver) this.#streams.delete(stream);
+      this._catchUp();
+    });
     if (this.#join && this.state === "closed") stream.return();
     else this.#streams.add(stream);
     return stream;
@@ -330,15 +342,70 @@ export class Channel {
     this.#buffer.delete(push);
   }
 
-  _receive({ join_ref, ref, event, payload }) {
+  _receive(message) {
+    const { join_ref, ref, event, payload } = message;
     if (join_ref && join_ref !== this.joinRef()) return; // meant for an earlier join
     if (event === "phx_reply") this.#pending.get(ref)?._settle(payload?.status, payload?.response);
     else if (event === "phx_close") this.#close(payload);
     else if (event === "phx_error") this.#fail(payload);
-    else {
-      this.#trigger(event, payload, ref, join_ref);
-      for (const stream of this.#streams) stream._add(event, payload);
+    else if (!this.#history) this.#give(message);
+    else if (this.isJoined()) this.#locate(message);
+  }
+
+  #give({ event, payload, ref, join_ref, position }) {
+    this.#trigger(event, payload, ref, join_ref, position);
+    for (const stream of this.#streams) stream._add({ event, payload, position }, this.#history);
+  }
+
+  // Recovery: each join asks for what follows on the last event that the page was given.
+
+  #locate(message) {
+    const { event, payload } = message;
+    if (!this.#isPositioned) return this.#give(message); // a `_position` is the page's own
+    if (event === "relay:position") return this.#release(payload?._position);
+    this.#release();
+    if (Object.prototype.toString.call(payload) === "[object Object]") {
+      const { _position, ...published } = payload;
+      return this.#take({ ...message, payload: published }, _position);
     }
+    this.#held = message;
+    setTimeout(() => this.#held === message && this.isJoined() && this.#release(), POSITION_MS);
+  }
+
+  #release(position) {
+    const held = this.#held;
+    this.#held = null;
+    if (held) this.#take(held, position);
+    else if (!this.#isBehind) this.#keep(position); // it came late, if at all
+  }
+
+  #take(message, position) {
+    const streams = [...this.#streams];
+    if (!this.#isBehind && !streams.some((stream) => stream._isFull)) {
+      this.#give({ ...message, position: position ?? undefined });
+      this.#keep(position);
+    } else if (isText(position)) this.#isBehind = true;
+    else for (const stream of streams) stream.lost++; // it is in no history
+  }
+
+  #keep(position) {
+    if (isText(position)) this.#history.since = position;
+  }
+
+  /** Rejoin once the page has taken what waited; not before the replies to pushes, which would be lost. */
+  _catchUp() {
+    const isReady = this.#isBehind && this.isJoined() && !this.#pending.size;
+    if (isReady && [...this.#streams].every((stream) => stream._isIdle)) this.#rejoin();
+  }
+
+  #resume({ _position, recovered, reason = "nothing to recover from" }) {
+    this.#held = null; // if it has a position, it comes again
+    this.#isBehind = false;
+    this.#isPositioned = _position !== undefined;
+    this.#keep(_position);
+    const [event, payload] = this.#isPositioned && recovered ? ["relay:recovered", {}] : ["relay:lost", { reason }];
+    if (this.#isRejoin) this.#give({ event, payload });
+    this.#isRejoin = true;
   }
 
   #trigger(event, ...args) {
@@ -360,9 +427,10 @@ export class Channel {
     this.#timer = setTimeout(() => this.#rejoin(), delay("rejoinAfterMs", this.socket, ++this.#tries));
   }
 
-  #joined() {
+  #joined(response) {
     this.state = "joined";
     this.#tries = 0;
+    if (this.#history) this.#resume(response ?? {});
     for (const push of [...this.#buffer]) push._trySend();
   }
 
@@ -382,6 +450,7 @@ export class Channel {
 
   #close(payload) {
     if (this.state === "closed") return;
+    this.#release();
     this.#stopJoining();
     this.state = "closed";
     this.socket.remove(this);
@@ -395,23 +464,31 @@ export class Channel {
   }
 }
 
-/** A bounded queue for `for await`; it ends when the channel closes, and `lost` counts what was not taken in time. */
+/** A bounded queue for `for await`. */
 class EventStream {
   lost = 0;
   #queue = [];
   #wakes = []; // one for each next() that waits
   #isOver = false;
   #limit;
-  #onEnd;
+  #onIdle; // called when it is empty, and when it is over
 
-  constructor(limit, onEnd) {
+  constructor(limit, onIdle) {
     this.#limit = limit;
-    this.#onEnd = onEnd;
+    this.#onIdle = onIdle;
   }
 
-  _add(event, payload) {
-    this.#queue.push({ event, payload });
-    if (this.#queue.length > this.#limit) {
+  get _isFull() {
+    return this.#queue.length >= this.#limit;
+  }
+
+  get _isIdle() {
+    return !this.#queue.length;
+  }
+
+  _add(event, isKept) {
+    this.#queue.push(event);
+    if (!isKept && this.#queue.length > this.#limit) {
       this.#queue.shift();
       this.lost++;
     }
@@ -419,14 +496,17 @@ class EventStream {
   }
 
   async next() {
-    while (!this.#queue.length && !this.#isOver) await new Promise((wake) => this.#wakes.push(wake));
-    const done = !this.#queue.length;
+    while (this._isIdle && !this.#isOver) {
+      this.#onIdle(false);
+      await new Promise((wake) => this.#wakes.push(wake));
+    }
+    const done = this._isIdle;
     return { value: done ? undefined : { ...this.#queue.shift(), lost: this.lost }, done };
   }
 
   async return() {
     this.#isOver = true;
-    this.#onEnd();
+    this.#onIdle(true);
     this.#wake();
     return { value: undefined, done: true };
   }
@@ -442,7 +522,6 @@ class EventStream {
 
 // The socket.
 
-/** One connection, kept until `disconnect()` or until the server closes it with 1000. */
 export class Socket {
   channels = [];
   #transport = null; // the WebSocket in use
@@ -558,7 +637,7 @@ export class Socket {
   #protocols() {
     const token = valueOf(this.authToken);
     if (!token) return [];
-    // A slash is not allowed in the name of a subprotocol, so that one letter is taken from the URL alphabet.
+    // A subprotocol must not contain a slash: base64, but for this letter of base64url.
     return ["phoenix", TOKEN_PREFIX + btoa(token).replace(/=/g, "").replace(/\//g, "_")];
   }
 
@@ -597,7 +676,7 @@ export class Socket {
     this.#page = null;
   }
 
-  /** Close without waiting for the peer: one that is out of reach would hold us up for a minute. */
+  /** Close without waiting for the peer: one out of reach would take a minute. */
   #letGo(event, code) {
     const transport = this.#transport;
     if (!transport) return;

@@ -396,7 +396,7 @@ test("iterating gives every event in order, counts the lost, and ends with the c
   const channel = join(wire);
   const stream = channel.events({ limit: 2 });
   for (const n of [1, 2, 3]) wire.receive([null, null, "room:1", "n", n]);
-  assert.deepEqual(await stream.next(), { value: { event: "n", payload: 2, lost: 1 }, done: false });
+  assert.deepEqual(await stream.next(), { value: { event: "n", payload: 2, position: undefined, lost: 1 }, done: false });
   assert.equal(stream.lost, 1);
   wire.receive([channel.joinRef(), channel.joinRef(), "room:1", "phx_close", {}]);
   const rest = [];

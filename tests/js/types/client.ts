@@ -15,6 +15,9 @@ for await (const { event, payload, lost } of room) {
   const counted: number = lost
   console.log(event.length, payload.text, counted, reply.id)
 }
+const kept: Channel = socket.channel("room:2").recover({ since: sessionStorage.position ?? null, last: 20 })
+kept.on("new_msg", (payload, ref, joinRef, position?: string) => console.log(payload, ref, joinRef, position))
+for await (const { position } of kept) sessionStorage.position = position
 const stream = room.events({ limit: 10 })
 const first: IteratorResult<ChannelEvent> = await stream.next()
 console.log(first.done, stream.lost, room.isJoined() && room.canPush())
@@ -25,6 +28,8 @@ socket.off([socket.onOpen(() => {}), socket.onMessage(({ topic }) => console.log
 
 // @ts-expect-error: no such option
 new Socket("socket", { heartbeatMs: 1 })
+// @ts-expect-error: a position is text
+room.recover({ since: 1 })
 // @ts-expect-error: channels are made by a socket
 new Channel()
 // @ts-expect-error: an event has a name
