@@ -290,7 +290,24 @@ class ConsoleSession:
         joined = [socket for socket in self._node().sockets.values() if socket.subscription(topic)]
         ids = [{"id": socket.id, "address": socket.address, "user": socket.user} for socket in joined[:_LISTED_MAX]]
         row = self._row(topic, len(joined))
-        return {**row, "joined": ids, "history": await self._describe_history(topic)}
+        history, members = await asyncio.gather(self._describe_history(topic), self._describe_members(topic))
+        return {**row, "joined": ids, "history": history, "presence": members}
+
+    async def _describe_members(self, topic: str) -> object:
+        """The members on all nodes, those with the first keys; None where the topic has no presence."""
+        node, presence = self._node(), self._node().config.topic(topic).presence
+        if not presence:
+            return None
+        try:
+            async with asyncio.timeout(_DESCRIBE_S):
+                if presence == "count":
+                    return {"count": await node.presence_count(topic), "members": [], "unavailable": None}
+                found = await node.presence_members(topic)
+        except (TimeoutError, BusUnavailable) as error:
+            return {"count": None, "members": [], "unavailable": str(error) or f"no answer within {_DESCRIBE_S:g} s"}
+        first = heapq.nsmallest(_LISTED_MAX, found.values(), key=lambda member: member.key)
+        members = [{"key": member.key, "meta": member.meta.decode()} for member in first]
+        return {"count": len(found), "members": members, "unavailable": None}
 
     async def _describe_history(self, topic: str) -> object:
         reader = self._node().history_of(topic)

@@ -58,7 +58,7 @@ async def drive(relay: RelayProcess, *flags: str) -> tuple[list[str], tuple[int,
 async def test_operators_see_and_do_what_they_need(flags: list[str]) -> None:
     """No error in the browser, no request to another host, nothing wider than the window."""
     need_browser()
-    topics = [{"match": TOPIC, "history": {"size": 100, "ttl_s": 60}}]
+    topics = [{"match": TOPIC, "history": {"size": 100, "ttl_s": 60}, "presence": True}]
     with RelayProcess(environ={"RELAY_SYSTEM_TOPIC": "false", "RELAY_TOPICS": json.dumps(topics)}) as relay:
         heard, closed = await drive(relay, "--history", *flags)
         assert any("from the console" in frame for frame in heard)

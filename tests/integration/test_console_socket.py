@@ -467,6 +467,39 @@ async def test_history_that_cannot_be_read_is_said_and_the_rest_is_shown(
         assert shown["history"]["unavailable"] == "no answer within 0.05 s"
 
 
+@pytest.mark.parametrize("bus", ["redis", "memory"])
+async def test_members_of_a_topic_are_shown(
+    serve_relay: ServeRelay, connect: Connect, valkey: Valkey, bus: str
+) -> None:
+    topic = f"room:{uuid4().hex}"
+    where = {"redis_url": valkey.url} if bus == "redis" else {"broadcast_url": "memory://"}
+    topics = [{"match": "room:*", "presence": True}, {"match": "many:*", "presence": "count"}]
+    served = await serve_relay(topics=topics, **where)
+    client = await connect(served)
+    await client.send("1", "1", topic, "phx_join", {"presence": {"name": "Ada"}})
+    await client.send("2", "2", f"many:{topic}", "phx_join", {})
+    (key,) = served.relay.node.sockets
+    async with operator(served) as it:
+        assert (await it.ask("topic", topic="other"))["presence"] is None
+        await eventually(lambda: served.relay.metrics.presence_members == 2, "both joins")
+        member = {"key": key, "meta": '{"meta":{"name":"Ada"}}'}
+        presence = (await it.ask("topic", topic=topic))["presence"]
+        assert presence == {"count": 1, "members": [member], "unavailable": None}
+        presence = (await it.ask("topic", topic=f"many:{topic}"))["presence"]
+        assert presence == {"count": 1, "members": [], "unavailable": None}
+
+
+async def test_members_that_cannot_be_read_are_said_to_be_so(serve_relay: ServeRelay) -> None:
+    with Valkey() as server:
+        served = await serve_relay(topics=[{"match": "*", "presence": True}], redis_url=server.url)
+        async with operator(served) as it:
+            assert (await it.ask("topic", topic="room:1"))["presence"]["count"] == 0
+            server.kill()
+            presence = (await it.ask("topic", topic="room:1"))["presence"]
+            assert (presence["count"], presence["members"]) == (None, [])
+            assert presence["unavailable"]
+
+
 async def test_place_of_a_socket_in_a_history_is_shown(
     serve_relay: ServeRelay, connect: Connect, valkey: Valkey
 ) -> None:

@@ -1,7 +1,7 @@
 // The console in a real browser: metrics move, topics are searched and tailed, events are sent, sockets sent away.
 //   node console-chromium.mjs <relay http url> <topic> [--key=SECRET] [--dark] [--width=N] [--height=N] [--pid=N] [--history]
 // Somebody has joined <topic>, once, and nobody else has joined any. With --pid the relay is ended at last.
-// With --history the topic has one, which is empty.
+// With --history the topic has one, which is empty, and presence.
 
 import { inBrowser } from "./chromium.mjs"
 import { check, equal, failures, say, within } from "./report.mjs"
@@ -179,6 +179,13 @@ await inBrowser(origin, async (page, faults) => {
     await page.click("#history-show")
     await shows("#history-events", "from the console")
     equal(await page.$$eval("#history-events li", rows => rows.map(row => /at \d+-1$/.test(row.title))), [true], "positions")
+    await fits()
+  })
+
+  await check("members are shown where the topic has presence", async () => {
+    if (!flags.includes("--history")) return equal(await page.$$("#members:not([hidden])").then(all => all.length), 0, "lists")
+    await shows("#members-count", "1")
+    equal(await page.$$eval("#members-list span.chip", chips => chips.map(chip => chip.title)), ["{}"], "metas")
     await fits()
   })
 

@@ -37,7 +37,7 @@ export function showChips(list, links) {
   list.dataset.key = key;
   list.replaceChildren(
     ...links.map(({ href, title, bold, text }) => {
-      const link = create("a", "chip", ...(bold ? [create("b", "", bold), " "] : []), text);
+      const link = create(href ? "a" : "span", "chip", ...(bold ? [create("b", "", bold), " "] : []), text);
       Object.assign(link, { href, title: title ?? "" });
       return link;
     }),

@@ -32,6 +32,7 @@ export async function lookAtTopics() {
   const linkOf = ({ id, address, user }) => ({ href: socketHref(id), title: address, bold: user, text: id });
   showChips(byId("joined"), details.joined.map(linkOf));
   showHistoryFacts(details.history);
+  showMembers(details.presence);
 }
 
 export function showTopic(name) {
@@ -43,6 +44,7 @@ export function showTopic(name) {
   showChips(byId("joined"), []);
   showResult(byId("publish-result"), "", "");
   showHistoryFacts(null);
+  showMembers(null);
   byId("history-events").hidden = true;
   byId("history-events").replaceChildren();
   if (isPaused) pause();
@@ -165,6 +167,18 @@ function showHistoryFacts(history) {
     ["Memory", bytes === null ? "–" : formatBytes(bytes)], ["First", first ?? "–"], ["Last", last ?? "–"],
   ];
   showFacts(byId("history-facts"), facts);
+}
+
+// Who is listed as a member, on all nodes.
+
+function showMembers(presence) {
+  byId("members").hidden = !presence;
+  if (!presence) return;
+  const { count, members, unavailable } = presence;
+  showResult(byId("members-result"), "bad", unavailable === null ? "" : `They cannot be read: ${unavailable}`);
+  byId("members-count").textContent = count === null ? "" : formatCount(count);
+  byId("members-list").hidden = !members.length && count !== 0;
+  showChips(byId("members-list"), members.map(({ key, meta }) => ({ title: meta, text: key })));
 }
 
 byId("history-show").addEventListener("click", async () => {
