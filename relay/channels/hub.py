@@ -196,7 +196,7 @@ def _encode_positioned(version: Version, topic: str, events: Sequence[Outgoing])
     return [named for event in events for named in encode_positioned(version, topic, *event)]
 
 
-def _join(frames: Sequence[Frame], deflates: bool) -> bytes:
+def join_frames(frames: Sequence[Frame], deflates: bool) -> bytes:
     """All frames joined together, as sockets that deflate take them, or as others do."""
     if len(frames) == 1:
         return frames[0].ws_frame_compressed if deflates else frames[0].ws_frame
@@ -393,7 +393,7 @@ class Hub:
                     frames = [frame for _, frame in _encode_positioned(version, topic, events)]
                 else:
                     frames = _encode(version, topic, events)
-                data = _join(frames, deflates)
+                data = join_frames(frames, deflates)
                 for write in writes:
                     write(data)
                 self._count(entry, frames, len(writes))
@@ -460,7 +460,7 @@ class Hub:
     ) -> bool:
         """Write to the sockets that are ready; the loop that all is about."""
         frames, _ = delivery.encoded(group)
-        data = _join(frames, group.deflates)
+        data = join_frames(frames, group.deflates)
         count, start = len(writes), delivery.position
         position = start
         while position < count:
