@@ -25,10 +25,21 @@ from relay.plugins import hooks
 from relay.web.prometheus import METRIC_SPECS
 from relay.web.rest import make_rest
 
-_HANDED = (hooks.Join, hooks.Leave, hooks.Push, hooks.Event, hooks.RedisMessage, hooks.Socket)
+_HANDED = (hooks.Join, hooks.Joined, hooks.Leave, hooks.Push, hooks.Event, hooks.RedisMessage, hooks.Socket)
 """What handlers are given."""
 
-_NOT_CONSTRUCTED = frozenset((*_HANDED, UpgradeRequest, relay_client.Channel, relay_client.Event))
+_NOT_CONSTRUCTED = frozenset(
+    (
+        *_HANDED,
+        UpgradeRequest,
+        relay_client.Channel,
+        relay_client.Event,
+        relay_client.Recovered,
+        relay_client.Lost,
+        relay_client.Presence,
+        relay_client.PresenceChange,
+    )
+)
 """Classes whose objects relay creates: their constructors are not part of the API."""
 
 _APPLICATION: tuple[type, ...] = (Relay, UpgradeRequest, Refused, RelayError, ConfigError, BusUnavailable)
@@ -37,6 +48,10 @@ _CLIENT: tuple[type, ...] = (
     relay_client.Socket,
     relay_client.Channel,
     relay_client.Event,
+    relay_client.Recovered,
+    relay_client.Lost,
+    relay_client.Presence,
+    relay_client.PresenceChange,
     relay_client.ClientError,
     relay_client.ConnectError,
     relay_client.PushError,
@@ -102,7 +117,7 @@ def _table_of(field: FieldInfo) -> tuple[type[BaseModel], bool] | None:
         return found, False
     arguments: tuple[Any, ...] = getattr(found, "__args__", ())
     if len(arguments) == 2 and isinstance(arguments[0], type) and issubclass(arguments[0], BaseModel):
-        return arguments[0], True
+        return arguments[0], get_origin(found) is tuple  # else the table is optional
     return None
 
 
