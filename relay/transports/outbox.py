@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from relay.config import Overflow, Policy
 from relay.metrics import Metrics
 from relay.protocol.frame import Frame
+from relay.protocol.serializer import POSITION_EVENT
 
 _Key = tuple[str, str, bytes | None]
 """Topic, event, and the value of the topic's ``latest_key``."""
@@ -166,6 +167,8 @@ class Outbox:
         for entry in self._entries:
             if entry.key is None or entry.key[0] != topic or entry.frame.position is None:
                 kept.append(entry)
+            elif first is None and entry.key[1] == POSITION_EVENT:
+                kept.append(entry)  # of an event that has been written
             else:
                 first = first or entry.frame.position
                 self._forget(entry)
@@ -178,14 +181,20 @@ class Outbox:
         value = frame.payload_value(policy.latest_key) if policy.latest_key else None
         key = (topic, event, value)
         waiting = self._latest.get(key) if overflow is Overflow.LATEST else None
-        if waiting is not None and self.event_bytes - waiting.frame.size + frame.size <= self.max_bytes:
-            # The newer value takes the older one's place in the queue: O(1), and no value waits longer for changing.
-            self.event_bytes += frame.size - waiting.frame.size
-            waiting.frame = frame
-            return 1
         dropped = 0
+        if waiting is not None and self.event_bytes - waiting.frame.size + frame.size <= self.max_bytes:
+            if frame.position is None:
+                # The newer value takes the older one's place in the queue: O(1), and no value waits longer for
+                # changing.
+                self.event_bytes += frame.size - waiting.frame.size
+                waiting.frame = frame
+                return 1
+            # Positions may not go back: a client that was cut off there would not be given what had to wait.
+            self._remove(waiting)
+            waiting, dropped = None, 1
         if overflow is Overflow.RECOVER and frame.position is not None:
-            if self.event_bytes + frame.size > RECOVER_BYTES:
+            # The position of an event that waits, or has been written, goes with it.
+            if self.event_bytes + frame.size > RECOVER_BYTES and event != POSITION_EVENT:
                 return None
         elif self.event_bytes + frame.size > self.max_bytes:
             if overflow is Overflow.DISCONNECT:
@@ -195,8 +204,7 @@ class Outbox:
             if frame.size > self.max_bytes:
                 return 1
             if waiting is not None:  # outgrown its place: the newer value goes to the end of the queue
-                self._entries.remove(waiting)
-                self._forget(waiting)
+                self._remove(waiting)
                 dropped = 1
             dropped += self._make_room(topic, frame.size)
             if self.event_bytes + frame.size > self.max_bytes:
@@ -252,6 +260,10 @@ class Outbox:
         self.event_bytes = self.control_bytes = 0
         self._count()
         return events
+
+    def _remove(self, entry: _Entry) -> None:
+        self._entries.remove(entry)
+        self._forget(entry)
 
     def _forget(self, entry: _Entry) -> None:
         if entry.key is None:

@@ -219,7 +219,8 @@ class QueuedTransport(ABC):
     def _is_full(self) -> bool:
         if self._writer is None:
             return bool(self._outbox) or self._is_sending()
-        return self._writer.open and (bool(self._outbox) or self._writer.paused)
+        # One that is not open takes nothing more: its end is about to be noticed.
+        return not self._writer.open or bool(self._outbox) or self._writer.paused
 
     def reject(self, code: CloseCode, reason: str) -> None:
         """Count a frame that cannot be understood, and close."""

@@ -287,6 +287,9 @@ class SSETransport(QueuedTransport):
         self._note_pause()
         super().readiness_changed()
 
+    def _is_full(self) -> bool:
+        return self._writing is None or super()._is_full()  # nothing is sent before all joins are decided
+
     def flush(self) -> None:
         """Write what is queued to the transport, as far as its buffer takes it."""
         super().flush()

@@ -11,12 +11,13 @@ from relay.config import Overflow, Policy
 from relay.metrics import Metrics
 from relay.protocol.frame import Frame
 from relay.protocol.payload import classify_payload
-from relay.protocol.serializer import Version, encode_broadcast
-from relay.transports.outbox import ENTRY_BYTES, Outbox, OutboxBudget
+from relay.protocol.serializer import POSITION_EVENT, Version, encode_broadcast
+from relay.transports.outbox import ENTRY_BYTES, RECOVER_BYTES, Outbox, OutboxBudget
 
 DISCONNECT = Policy(Overflow.DISCONNECT)
 DROP_OLDEST = Policy(Overflow.DROP_OLDEST)
 LATEST = Policy(Overflow.LATEST)
+RECOVER = Policy(Overflow.RECOVER)
 
 
 def frame(text: str, size: int | None = None) -> Frame:
@@ -112,6 +113,22 @@ def test_policy_latest_keeps_the_newest_in_the_place_of_the_oldest() -> None:
     assert outbox.add_event(frame("position 2", 30), "t", "position", LATEST) == 1
     assert outbox.event_bytes == 70
     assert drain(outbox) == ["position 2", "speed 1", "elsewhere"]
+
+
+def positioned(text: str, n: int, size: int | None = None) -> Frame:
+    """The frame of an event of a topic with a history."""
+    event = frame(text, size)
+    event.position = f"1000-{n}"
+    return event
+
+
+def test_policy_latest_lets_no_position_go_back() -> None:
+    """A client that is cut off after one would come back with it, and would not be given what stood behind it."""
+    outbox = Outbox(100)
+    for n, text, event in ((1, "a1", "a"), (2, "b2", "b"), (3, "a3", "a"), (4, "b4", "b"), (5, "a5", "a")):
+        assert outbox.add_event(positioned(text, n, 20), "t", event, LATEST) == (0 if n < 3 else 1)
+    assert outbox.event_bytes == 40
+    assert drain(outbox) == ["b4", "a5"]
 
 
 def test_policy_latest_starts_anew_once_its_value_was_sent() -> None:
@@ -335,6 +352,36 @@ def test_bound_of_all_outboxes_is_one_of_memory(policy: Policy) -> None:
         tracemalloc.stop()
     assert len(outbox) == len(events)
     assert outbox.held_bytes == pytest.approx(outbox.waiting_bytes + taken, rel=0.2)
+
+
+def test_policy_recover_gives_up_what_is_in_the_history_and_says_from_where_on() -> None:
+    outbox = Outbox(100_000)
+    outbox.add_control(frame("reply"))
+    outbox.add_event(frame("live"), "t", "e", RECOVER)
+    for n in range(1, 4):
+        assert outbox.add_event(positioned(str(n), n, 10_000), "t", "e", RECOVER) == 0
+    outbox.add_event(positioned("other", 1), "u", "e", DROP_OLDEST)
+    assert outbox.add_event(positioned("4", 4, 10_000), "t", "e", RECOVER) is None
+    assert outbox.drop_recoverable("t") == "1000-1"
+    assert outbox.drop_recoverable("t") is None
+    assert drain(outbox) == ["reply", "live", "other"]
+    assert (outbox.waiting_bytes, outbox.dropped) == (0, 0)
+
+
+def test_policy_recover_drops_events_that_are_in_no_history_over_the_bound() -> None:
+    outbox = Outbox(30)
+    assert outbox.add_event(frame("live", 31), "t", "e", RECOVER) == 1
+
+
+def test_position_goes_with_its_event_whether_that_waits_or_was_written() -> None:
+    """What follows a payload that is no object: given up alone, its event would be given a second time."""
+    outbox = Outbox(100_000)
+    assert outbox.add_event(positioned("position 1", 1), "t", POSITION_EVENT, RECOVER) == 0
+    assert outbox.add_event(positioned("2", 2, RECOVER_BYTES - 10), "t", "e", RECOVER) == 0
+    assert outbox.add_event(positioned("position 2", 2, 90), "t", POSITION_EVENT, RECOVER) == 0
+    assert outbox.add_event(positioned("3", 3, 90), "t", "e", RECOVER) is None
+    assert outbox.drop_recoverable("t") == "1000-2"
+    assert drain(outbox) == ["position 1"]
 
 
 def test_no_bound_for_all_outboxes_where_it_is_zero() -> None:

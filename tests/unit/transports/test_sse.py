@@ -316,7 +316,7 @@ async def test_id_names_only_what_was_sent_before(mode: str) -> None:
         session.transport.send_event(frame(topic=topic, position=position), topic, "e", latest)
     session.unblock()
     await until(lambda: session.events.count("e") == 2)
-    assert [event.id for event in session.connection.events if event.event == "e"] == ["a=1-3&b=1-1", "a=1-3&b=1-2"]
+    assert [event.id for event in session.connection.events if event.event == "e"] == ["a=1-1&b=1-2", "a=1-3&b=1-2"]
     await session.finish()
 
 
@@ -332,6 +332,17 @@ async def test_events_are_written_in_order(mode: str) -> None:
     assert session.events == [*(f"e{number}" for number in range(10)), "pushed"]
     await session.finish()
     assert not session.metrics.dropped
+
+
+async def test_stream_takes_no_events_before_all_joins_are_decided(mode: str) -> None:
+    session = Session(connect(mode), ("a", "b"))
+    session.reply("a")
+    waiting = asyncio.create_task(session.transport.drained())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    session.reply("b")
+    await waiting
+    await session.finish()
 
 
 async def test_bytes_go_straight_to_the_transport_where_the_server_lets_them() -> None:

@@ -412,6 +412,31 @@ async def test_evicted_transport_is_closed_once_with_1013(mode: str, caplog: pyt
     assert [record.getMessage() for record in caplog.records] == ["socket s1: closed with 1013: too much waits"]
 
 
+async def test_connection_is_drained_once_nothing_waits(mode: str) -> None:
+    session = await Session(connect(mode)).open()
+    await session.transport.drained()
+    await session.blocked()
+    session.event("e")
+    waiting = asyncio.create_task(session.transport.drained())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    session.unblock()
+    await waiting
+    await session.finish()
+
+
+async def test_connection_that_is_lost_is_drained_once_its_reader_knows() -> None:
+    """Until then it takes nothing more: what fills it again and again would not let the reader have its turn."""
+    session = await Session(connect("direct")).open()
+    assert session.connection.writer is not None
+    session.connection.writer.end()
+    waiting = asyncio.create_task(session.transport.drained())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    session.connection.disconnect()
+    await waiting
+
+
 # Its end.
 
 
