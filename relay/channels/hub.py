@@ -271,12 +271,18 @@ class Hub:
             _ = entry.held.setdefault(subscriber, entry.events if is_lost else -1)
             entry.groups = None
 
+    def is_held(self, topic: str, subscriber: Subscriber) -> bool:
+        """Whether a subscriber misses what comes."""
+        entry = self._topics.get(topic)
+        return entry is not None and entry.held is not None and entry.held.get(subscriber, -1) >= 0
+
     def _release(self, entry: _Topic, subscriber: Subscriber) -> None:
         if entry.held is not None and (since := entry.held.pop(subscriber, None)) is not None:
             if since < 0:
-                if entry.entered is None:
-                    entry.entered = {}
-                entry.entered[subscriber] = entry.events
+                if self._deliveries:
+                    if entry.entered is None:
+                        entry.entered = {}
+                    entry.entered[subscriber] = entry.events
             elif entry.events > since:
                 self._metrics.dropped[Reason.EVENTS_MISSED] += entry.events - since
             if not entry.held:

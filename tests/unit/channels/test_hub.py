@@ -662,3 +662,14 @@ def test_delivery_under_way_gives_nothing_of_a_history_twice(overflow: Overflow)
     hub.add("t", entered)
     fixture.loop.run()
     assert held.texts == entered.texts == [text("b")]
+
+
+def test_hub_says_who_misses_what_comes(fixture: Fixture) -> None:
+    hub = fixture.hub
+    one, two = fixture.reader("t"), fixture.reader("t")
+    assert not hub.is_held("t", one) and not hub.is_held("elsewhere", one)
+    hub.hold("t", one)
+    hub.hold("t", two, is_lost=False)
+    assert hub.is_held("t", one) and not hub.is_held("t", two)
+    hub.hold("t", two)
+    assert hub.is_held("t", two), "what it misses now is lost"
