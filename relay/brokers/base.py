@@ -22,7 +22,7 @@ Guarantees of every store:
 import asyncio
 import re
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeGuard
 
 import msgspec
 
@@ -182,7 +182,7 @@ GRACE_S = 300
 _POSITION = re.compile(r"[0-9]{1,15}-[0-9]{1,15}", re.ASCII)
 
 
-def is_position(text: object) -> bool:
+def is_position(text: object) -> TypeGuard[str]:
     """Whether this may be the position of an event."""
     return isinstance(text, str) and _POSITION.fullmatch(text) is not None
 

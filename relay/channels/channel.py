@@ -175,7 +175,7 @@ class Channel(Subscription):
             async with pubsub.subscribe(self.topic):
                 recovery: Recovery | None = None
                 if pubsub.history is not None and (asked := self._asks_history(join)) is not None:
-                    recovery = await pubsub.history.open(self.topic, asked.since, asked.last)
+                    recovery = await pubsub.history.open(self.topic, asked.since, asked.last, self._is_wanted)
                 self._accept_join(join, response, recovery)
         except hooks.Refused as refusal:
             self._refuse_join(join, refusal.reason, refusal.response)
@@ -253,8 +253,8 @@ class Channel(Subscription):
             response = add_members(response, recovery.response)
         for frame in socket.protocol.accept(join, response):
             socket.transport.send_control(frame)
-        is_first = services.hub.add(topic, socket, recovery is not None)
-        if is_first and services.pubsub.history is not None:
+        services.hub.add(topic, socket, recovery is not None)
+        if services.pubsub.history is not None:
             services.pubsub.history.follow(topic)
         socket.count_join()
         if meta is not None and services.presence is not None:
@@ -266,9 +266,7 @@ class Channel(Subscription):
         if services.pubsub.hooks.joined:
             socket.queue.run(topic, partial(self._call_joined_handlers, join.params))
         if recovery is not None:
-            positioned = self._make_replay(positioned=True)
-            if recovery.start is not None:
-                positioned.start(recovery.start, recovery.is_included)
+            self._make_replay(positioned=True).begin(recovery)
 
     def _refuse_join(self, join: "Join[Channel]", reason: str, response: Payload | None = None) -> None:
         socket, own = self._socket, self.identity
@@ -308,6 +306,10 @@ class Channel(Subscription):
         return self._socket.version
 
     # Its history.
+
+    def _is_wanted(self) -> bool:
+        """Whether the client still waits for the answer to the join."""
+        return not self._socket.is_closed
 
     def _make_replay(self, *, positioned: bool) -> Replay:
         services = self._socket.services

@@ -12,14 +12,17 @@ the event loop, with what was delivered since then, which the ring of recent eve
 """
 
 import asyncio
+import heapq
+import math
 import random
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from itertools import count, islice
 from typing import Protocol
 
 from relay.brokers.base import Event, HistoryStore, Place
+from relay.channels.followed import RING_BYTES, Followed, Rings
 from relay.channels.history_reader import ENTRY_BYTES, Entry, HistoryReader, Page, Recovery, rows_behind
 from relay.config import Config, HistoryConfig
 from relay.errors import BusUnavailable, NotRecovered
@@ -35,73 +38,24 @@ CHECKS_PER_S = 200
 
 _CHECK_STEP_S = 0.1
 _CHECK_AGAIN_S = 5.0
+_LOOKED_AT = 1000
+"""Most topics of which one step finds out whether they are due."""
 
 _READ_ATTEMPTS, _READ_AGAIN_S = 5, 0.5
 """How often a history that is to be caught up is read before it counts as lost, and the seconds in between."""
-
-_RING_BYTES = 65_536
-"""Recent events of one topic that are kept, in bytes of their payloads and `ENTRY_BYTES` for each."""
 
 _REACHED_S = 1.0
 """Seconds a join waits for an event that is in the history and was not heard, before the topic is checked."""
 
 
-class _Followed:
-    """One topic with a history that has a subscriber here."""
-
-    __slots__ = (
-        "catching_up",
-        "delivered",
-        "due_at",
-        "heard",
-        "held",
-        "held_bytes",
-        "is_doubted",
-        "ring",
-        "ring_bytes",
-        "ring_start",
-        "row_bytes",
-        "settings",
-        "topic",
-        "waiters",
-    )
-
-    def __init__(self, topic: str, settings: HistoryConfig) -> None:
-        self.topic = topic
-        self.settings = settings
-        # The last position that was heard, and the last that was delivered: handlers of on_event may be in between.
-        self.heard: Place | None = None
-        self.delivered: Place | None = None
-        self.due_at = 0.0
-        # While it is caught up: what has come from the bus meanwhile.
-        self.catching_up: asyncio.Task[None] | None = None
-        self.held: list[Event] = []
-        self.held_bytes = 0
-        # Whether the link was interrupted since: what was heard last may be of a history that is no more.
-        self.is_doubted = False
-        # The last events delivered, without a hole, and the position before the first of them, where that is known.
-        self.ring: deque[Entry] = deque()
-        self.ring_start: Place | None = None
-        self.ring_bytes = 0
-        # Of a typical row; pages are so many rows that they have about `PAGE_BYTES`.
-        self.row_bytes = 1024.0
-        self.waiters: list[asyncio.Future[None]] = []
-
-    def wake(self) -> None:
-        waiters, self.waiters = self.waiters, []
-        for waiter in waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
-
 class HistoryOwner(Protocol):
     """What follows histories: the bridge between hub and broker."""
 
-    def deliver_rows(self, rows: Sequence[Event]) -> None:
-        """Deliver events to the topic's subscribers, as if they had come from the bus."""
+    def deliver_rows(self, rows: Sequence[Event]) -> int:
+        """Deliver events to the topic's subscribers, as if they came from the bus; returns how many were taken."""
 
-    async def room_for_rows(self, topic: str) -> None:
-        """Return when hub and handlers can take more of a topic."""
+    async def room_for_rows(self, topic: str, payload: bytes = b"") -> None:
+        """Return when hub and handlers can take more of a topic, an event with this payload at least."""
 
     async def filter_row(self, row: Event) -> tuple[str, Payload] | None:
         """What handlers and limits leave of an event; None for nothing."""
@@ -133,16 +87,22 @@ class History:
         self._owner = owner
         self._metrics = metrics
         self._log = log
-        self._followed: dict[str, _Followed] = {}
+        self._followed: dict[str, Followed] = {}
         self._checking: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
-        # Until then topics are checked at the pace of recoveries, after a gap.
-        self._hurried: set[str] = set()
-        # When the next join has its turn to be given what it missed.
+        # A heap: when a topic is to be looked at, a number of its own, and the topic. One that has an earlier entry by
+        # now, or is followed no more, is passed over.
+        self._queue: list[tuple[float, int, Followed]] = []
+        self._numbers = count()
+        # Topics that are checked out of turn, at the pace of recoveries, the first first.
+        self._hurried: dict[str, None] = {}
+        # Held by the join whose turn is next to be given what it missed, and when that is.
+        self._turn = asyncio.Lock()
         self._turn_at = 0.0
         self.reader: HistoryReader = HistoryReader(config, store, owner, metrics)
-        # Of all rings.
-        self._ring_bytes = 0
+        self.replay_bytes: int = min(RING_BYTES // 2, self._limits.outbox_max_bytes)
+        """Of frames from a history that may wait for one client; a single event may have more."""
+        self._rings = Rings()
 
     def spawn(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
         """Run something until it ends or the relay stops."""
@@ -155,24 +115,35 @@ class History:
     # Following.
 
     def follow(self, topic: str) -> None:
-        """Begin to follow a topic that has its first subscriber here; nothing where it has no history."""
-        settings = self.settings(topic)
-        if settings is None or topic in self._followed or self._store() is None:
+        """Begin to follow a topic that has a subscriber here; nothing where it is followed, or has no history."""
+        if topic in self._followed or (settings := self.settings(topic)) is None or self._store() is None:
             return
-        self._followed[topic] = _Followed(topic, settings)
+        self._begin(topic, settings)
         if self._checking is None or self._checking.done():
             self._checking = self._owner.spawn(self._check_regularly())
+
+    def _begin(self, topic: str, settings: HistoryConfig) -> None:
+        """Know nothing yet of where a topic stands, and have it checked at once."""
+        self._followed[topic] = followed = Followed(topic, settings)
+        self._schedule(followed, 0.0)
         self._wake.set()
 
     def unfollow(self, topic: str) -> None:
         """Stop to follow a topic that has no subscriber here any more."""
         followed = self._followed.pop(topic, None)
-        if followed is not None:
-            self._hurried.discard(topic)
-            self._clear_ring(followed)
-            if followed.catching_up is not None:
-                followed.catching_up.cancel()
-            followed.wake()
+        if followed is None:
+            return
+        _ = self._hurried.pop(topic, None)
+        self._rings.clear(followed)
+        if followed.catching_up is not None:
+            followed.catching_up.cancel()
+        if followed.is_doubted:  # what was heard here may be known nowhere else
+            _ = self._owner.spawn(self._check(followed))
+        followed.wake()
+
+    def epoch(self, topic: str) -> object:
+        """What stays the same while a topic is followed without a loss; None while it is not followed."""
+        return self._followed.get(topic)
 
     def follows(self, topic: str) -> bool:
         """Whether what is lost of this topic can be found: a position is known."""
@@ -193,15 +164,14 @@ class History:
         place, heard = Place.of(event.position), followed.heard
         followed.due_at = time.monotonic() + random.uniform(CHECK_MIN_S, CHECK_MAX_S)
         if followed.catching_up is not None:
-            self._hold(followed, event)
+            followed.hold(event)
             return False
         if followed.is_doubted:
-            if place != heard:
-                self._hold(followed, event)
-                self._catch_up(followed, "gap")
+            if place == heard:
+                followed.settle(followed.gaps)
             else:
-                followed.is_doubted = False
-                followed.wake()
+                followed.hold(event)
+                self._catch_up(followed, "gap")
             return False
         if heard is None:
             followed.heard = place
@@ -213,8 +183,8 @@ class History:
             return True
         if place == heard or (place.n <= heard.n and place.ms <= heard.ms):
             return False  # heard already: what was caught up comes from the bus too
-        self._metrics.history_holes += 1
-        self._hold(followed, event)
+        self._metrics.history_holes += bool(event.event)
+        followed.hold(event)
         self._catch_up(followed, "hole" if event.event else "check")
         return False
 
@@ -230,51 +200,19 @@ class History:
         followed.row_bytes += (size + ENTRY_BYTES - followed.row_bytes) / 16
         self._note(followed, place, Entry(topic, place, event, payload, size))
 
-    def _note(self, followed: _Followed, place: Place, entry: Entry | None = None) -> None:
-        ring, delivered = followed.ring, followed.delivered
-        if entry is None or delivered is None or delivered.n + 1 != place.n:
-            self._clear_ring(followed)
-        elif not ring:
-            followed.ring_start = delivered
-        if entry is not None and followed.ring_start is not None:
-            ring.append(entry)
-            followed.ring_bytes += entry.size
-            self._ring_bytes += entry.size
-            while followed.ring_bytes > _RING_BYTES and len(ring) > 1:
-                oldest = ring.popleft()
-                followed.ring_start = oldest.place
-                followed.ring_bytes -= oldest.size
-                self._ring_bytes -= oldest.size
-            self._make_room()
-        followed.delivered = place
+    def _note(self, followed: Followed, place: Place, entry: Entry | None = None) -> None:
+        self._rings.note(followed, place, entry)
+        self._make_room()
         if followed.waiters:
             followed.wake()
-
-    def _clear_ring(self, followed: _Followed) -> None:
-        self._ring_bytes -= followed.ring_bytes
-        followed.ring.clear()
-        followed.ring_bytes = 0
-        followed.ring_start = None
 
     def _make_room(self) -> None:
         """Forget pages, then rings, where all together are too large."""
         most = self._limits.history_ring_max_bytes
-        while self._ring_bytes + self.reader.bytes > most and self.reader.forget_oldest():
+        while self._rings.bytes + self.reader.bytes > most and self.reader.forget_oldest():
             pass
-        if self._ring_bytes > most:
-            for followed in self._followed.values():
-                if self._ring_bytes <= most:
-                    break
-                self._clear_ring(followed)
-
-    def _hold(self, followed: _Followed, event: Event) -> None:
-        """Keep an event from the bus until the topic is caught up; the store has it too."""
-        size = len(event.payload) + ENTRY_BYTES
-        if followed.held_bytes + size > _RING_BYTES:
-            followed.held.clear()
-            followed.held_bytes = 0
-        followed.held.append(event)
-        followed.held_bytes += size
+        while self._rings.bytes > most:
+            self._rings.clear_oldest()
 
     # Catching up.
 
@@ -282,23 +220,22 @@ class History:
         """Check all topics, at the pace of recoveries: the link was interrupted."""
         for topic, followed in self._followed.items():
             if followed.heard is not None:
-                followed.is_doubted = True
-                self._hurried.add(topic)
+                followed.gaps += 1
+                self._hurried[topic] = None
         self._wake.set()
 
     def check_soon(self, topic: str) -> None:
         """Check a topic out of turn."""
-        followed = self._followed.get(topic)
-        if followed is not None:
-            followed.due_at = 0.0
+        if topic in self._followed:
+            self._hurried[topic] = None
             self._wake.set()
 
-    def _catch_up(self, followed: _Followed, cause: str) -> None:
+    def _catch_up(self, followed: Followed, cause: str) -> None:
         self._metrics.history_catch_ups[cause] += 1
         followed.catching_up = self._owner.spawn(self._run_catch_up(followed))
 
-    async def _run_catch_up(self, followed: _Followed) -> None:
-        """Deliver what is missing of a topic, from the position heard last."""
+    async def _run_catch_up(self, followed: Followed) -> None:
+        """Deliver what is missing of a topic, from the position heard last; cancelled when it is followed no more."""
         attempts = 0
         try:
             while True:
@@ -315,86 +252,111 @@ class History:
                     await asyncio.sleep(_READ_AGAIN_S)
         finally:
             followed.catching_up = None
-            followed.is_doubted = False
             followed.wake()
 
-    async def _catch_up_step(self, followed: _Followed) -> bool:
+    async def _catch_up_step(self, followed: Followed) -> bool:
         """Deliver one page; True once what comes from the bus follows on it."""
-        topic = followed.topic
+        topic, gaps = followed.topic, followed.gaps
         assert followed.heard is not None, "there is no hole without something heard"
-        await self._owner.room_for_rows(topic)
-        count = 1 + rows_behind(followed.heard.n, followed.row_bytes)
-        rows = await self.reader.store.read(topic, str(followed.heard), count)
-        if self._followed.get(topic) is not followed:
-            return True
+        most = 1 + rows_behind(followed.heard.n, followed.row_bytes)
+        rows = await self.reader.store.read(topic, str(followed.heard), most)
         if rows is None or any(not row.event and row.payload for row in rows[1:]):
             await self._lose(followed)
             return True
+        followed.settle(gaps)
         missing = [row for row in rows[1:] if row.event]
         self._metrics.history_replayed += len(missing)
+        await self._deliver(followed, missing)
         # Without waiting from here on: nothing may come in between.
         followed.heard = Place.of(str(rows[-1].position))
-        self._owner.deliver_rows(missing)
-        if len(rows) == count:
-            return False
-        held, followed.held, followed.held_bytes = followed.held, [], 0
-        for event in held:
-            place = Place.of(str(event.position))
-            if place.n <= followed.heard.n and place.ms <= followed.heard.ms:
+        # What the store said before a gap says nothing of what was lost in it.
+        return len(rows) < most and self._release_held(followed) and not followed.is_doubted
+
+    async def _deliver(self, followed: Followed, rows: Sequence[Event]) -> None:
+        """Deliver rows as far as handlers take them, one portion after the other."""
+        while rows:
+            await self._owner.room_for_rows(followed.topic, rows[0].payload)
+            taken = self._owner.deliver_rows(rows)
+            assert taken, "there is room"
+            followed.heard = Place.of(str(rows[taken - 1].position))
+            rows = rows[taken:]
+
+    def _release_held(self, followed: Followed) -> bool:
+        """Deliver what has come from the bus meanwhile; False where the store has to be read again before."""
+        for event in followed.take_held():
+            place, heard = Place.of(str(event.position)), followed.heard
+            assert heard is not None, "it was caught up"
+            if place.n <= heard.n and place.ms <= heard.ms:
                 continue
-            if place.n != followed.heard.n + 1 or not event.event:
+            if place.n != heard.n + 1 or place.ms < heard.ms or not event.event:
                 return False  # the store has what lies between, by now
+            if not self._owner.deliver_rows([event]):
+                return False
             followed.heard = place
-            self._owner.deliver_rows([event])
         return True
 
-    async def _lose(self, followed: _Followed) -> None:
+    async def _lose(self, followed: Followed) -> None:
         """Have the subscribers rejoin: what they missed is lost, or cannot be read. The topic begins again.
 
         First the store may mark the loss: a client that rejoins from before it must not get `recovered`.
         """
+        topic = followed.topic
         self._metrics.history_lost += 1
+        self.reader.forget(topic)
         await self._check(followed)
-        followed.heard = followed.delivered = None
-        followed.held, followed.held_bytes = [], 0
-        self._clear_ring(followed)
-        self.reader.forget(followed.topic)
-        followed.due_at = 0.0
-        self._wake.set()
-        if self._followed.get(followed.topic) is followed:
-            self._owner.request_rejoins_of(followed.topic)
+        self._rings.clear(followed)
+        self._begin(topic, followed.settings)
+        self._owner.request_rejoins_of(topic)
 
     # Checking.
 
+    def _schedule(self, followed: Followed, at: float) -> None:
+        """Have a topic checked at a time, unless something is heard of it before."""
+        followed.due_at = at
+        if at < followed.queued_at:
+            followed.queued_at = at
+            heapq.heappush(self._queue, (at, next(self._numbers), followed))
+
+    def _take_due(self, now: float) -> list[Followed]:
+        """Some of the topics that have been silent for long, the longest silent first."""
+        due: list[Followed] = []
+        for _ in range(_LOOKED_AT):
+            if not self._queue or self._queue[0][0] > now or len(due) == max(1, round(CHECKS_PER_S * _CHECK_STEP_S)):
+                break
+            at, _, followed = heapq.heappop(self._queue)
+            if at != followed.queued_at or self._followed.get(followed.topic) is not followed:
+                continue
+            followed.queued_at = math.inf
+            if followed.due_at > now:
+                self._schedule(followed, followed.due_at)
+            elif followed.catching_up is not None:
+                self._schedule(followed, now + _CHECK_AGAIN_S)
+            else:
+                due.append(followed)
+        return due
+
     async def _check_regularly(self) -> None:
-        """Check each topic that has been silent for long, the longest silent first, a few at a time."""
+        """Check each topic that has been silent for long, a few at a time."""
         while self._followed:
             now = time.monotonic()
-            due = sorted(
-                (
-                    followed
-                    for followed in self._followed.values()
-                    if followed.due_at <= now and not followed.catching_up
-                ),
-                key=lambda followed: followed.due_at,
-            )[: max(1, round(CHECKS_PER_S * _CHECK_STEP_S))]
+            due = self._take_due(now)
             portion = max(1, round(self._limits.recover_per_s * _CHECK_STEP_S))
-            for topic in sorted(self._hurried)[:portion]:
-                self._hurried.discard(topic)
-                if (followed := self._followed.get(topic)) is not None and followed not in due:
+            for topic in tuple(islice(self._hurried, portion)):
+                del self._hurried[topic]
+                if (followed := self._followed[topic]) not in due:
                     due.append(followed)
             for followed in due:
-                followed.due_at = now + random.uniform(CHECK_MIN_S, CHECK_MAX_S)
+                self._schedule(followed, now + random.uniform(CHECK_MIN_S, CHECK_MAX_S))
             if due:
                 _ = await asyncio.gather(*(self._check(followed) for followed in due))
                 await asyncio.sleep(_CHECK_STEP_S)
                 continue
             self._wake.clear()
             with suppress(TimeoutError):
-                async with asyncio.timeout(1.0):
+                async with asyncio.timeout(min(1.0, self._queue[0][0] - now) if self._queue else 1.0):
                     await self._wake.wait()
 
-    async def _check(self, followed: _Followed) -> None:
+    async def _check(self, followed: Followed) -> None:
         store = self._store()
         if store is None:
             return
@@ -403,64 +365,71 @@ class History:
         try:
             await store.check(followed.topic, heard, followed.settings)
         except BusUnavailable as error:
-            followed.due_at = time.monotonic() + _CHECK_AGAIN_S
+            self._schedule(followed, time.monotonic() + _CHECK_AGAIN_S)
             self._log.warning("history", "history check of topic %r failed: %s", followed.topic, error)
 
     # For joins.
 
-    async def open(self, topic: str, since: object, last: object) -> Recovery:
-        """Decide what a join is given, at the pace of recoveries; see `HistoryReader.open`. Never refuses it."""
+    async def open(self, topic: str, since: object, last: object, is_wanted: Callable[[], bool]) -> Recovery:
+        """Decide what a join is given, at the pace of recoveries; see `HistoryReader.open`. Never refuses it.
+
+        Args: is_wanted: whether the client still waits for that, when it is its turn.
+        """
         try:
-            await self._wait_for_turn()
+            if not await self._wait_for_turn(is_wanted):
+                return Recovery(None, None)
             await self._wait_for_certainty(topic)
             return await self.reader.open(topic, since, last)
         except BusUnavailable as error:
             self._log.warning("history", "history read of topic %r failed: %s", topic, error)
+            if since is None:
+                return Recovery(None, None)
             self._metrics.history_not_recovered[NotRecovered.UNAVAILABLE] += 1
-            return Recovery(None, None, None if since is None else NotRecovered.UNAVAILABLE)
+            return Recovery(None, None, NotRecovered.UNAVAILABLE)
 
-    async def _wait_for_turn(self) -> None:
-        """Keep to ``limits.recover_per_s``; what was not used within the last second may be used at once."""
-        now = time.monotonic()
-        self._turn_at = max(self._turn_at, now - 1.0) + 1 / self._limits.recover_per_s
-        if self._turn_at > now:
-            await asyncio.sleep(self._turn_at - now)
+    async def _wait_for_turn(self, is_wanted: Callable[[], bool]) -> bool:
+        """Keep to ``limits.recover_per_s``; what was not used within the last second may be used at once.
+
+        Returns: False for a client that has gone: its turn is the next one's.
+        """
+        async with self._turn:
+            if not is_wanted():
+                return False
+            now = time.monotonic()
+            self._turn_at = max(self._turn_at, now - 1.0) + 1 / self._limits.recover_per_s
+            if self._turn_at > now:
+                await asyncio.sleep(self._turn_at - now)
+            return True
 
     async def _wait_for_certainty(self, topic: str) -> None:
         """After a gap: wait until it is known whether events were lost that were heard here. Raises BusUnavailable."""
         followed = self._followed.get(topic)
-        if followed is None or not (followed.is_doubted or followed.catching_up):
+        if followed is None or not followed.is_doubted:
             return
-        self._hurried.add(topic)
-        self._wake.set()
         try:
             async with asyncio.timeout(self._config.redis.timeout_s):
-                while followed.is_doubted or followed.catching_up:
-                    await self._wait(followed)
+                if topic in self._hurried:  # others may be before it
+                    del self._hurried[topic]
+                    await self._check(followed)
+                while self._followed.get(topic) is followed and followed.is_doubted:
+                    await followed.wait()
         except TimeoutError:
             raise BusUnavailable("the topic is still being caught up") from None
 
-    async def _wait(self, followed: _Followed) -> None:
-        """Return when something has happened to a topic."""
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        followed.waiters.append(waiter)
-        await waiter
-
-    def hand_over(self, topic: str, place: Place) -> Sequence[Entry] | None:
-        """What was delivered here after a position; None where that is not known, or the position is not reached yet.
+    def hand_over(self, topic: str, place: Place, is_included: bool = False) -> Sequence[Entry] | None:
+        """What was delivered here after a position, or from it on; None where that is not known, or not reached yet.
 
         A channel that is given this and enters the hub in the same turn of the event loop misses nothing.
         """
         followed = self._followed.get(topic)
+        return None if followed is None else followed.delivered_after(place, is_included)
+
+    def is_ahead(self, topic: str, place: Place) -> bool:
+        """Whether a position of the history that is followed has not been delivered here yet."""
+        followed = self._followed.get(topic)
         if followed is None or followed.delivered is None:
-            return None
-        if followed.delivered == place:
-            return ()
-        ring = followed.ring
-        at = place.n - ring[0].place.n if ring else len(ring)
-        if not -1 <= at < len(ring) or (followed.ring_start if at < 0 else ring[at].place) != place:
-            return None
-        return [ring[i] for i in range(at + 1, len(ring))]
+            return False
+        return place.n > followed.delivered.n and place.ms >= followed.delivered.ms
 
     async def reached(self, topic: str, place: Place) -> bool:
         """Wait until a position has been delivered here; False where the topic is not followed any more."""
@@ -473,9 +442,13 @@ class History:
                 return True
             try:
                 async with asyncio.timeout(_REACHED_S):
-                    await self._wait(followed)
+                    await followed.wait()
             except TimeoutError:
                 self.check_soon(topic)
+
+    async def open_again(self, topic: str, last: int) -> Recovery:
+        """Find the newest events once more: those that were found are gone by now. Raises BusUnavailable."""
+        return await self.reader.open(topic, None, last)
 
     async def page(self, topic: str, place: Place, is_included: bool = False) -> Page | None:
         """The rows behind a position, or from it on; None where that is gone, or events behind it were lost.

@@ -22,6 +22,9 @@ PAGE_BYTES, PAGE_ROWS = 32_768, 64
 ENTRY_BYTES = 256
 """What an event in memory takes beside its payload."""
 
+_NOWHERE = "0-0"
+"""No event has this position."""
+
 _ANY_NUMBER = 2**53
 """More than any history has."""
 
@@ -75,7 +78,7 @@ class Page:
 class Recovery:
     """What a join on a topic with a history is given."""
 
-    __slots__ = ("fault", "is_included", "is_recovered", "position", "start")
+    __slots__ = ("fault", "is_included", "is_recovered", "last", "position", "start")
 
     def __init__(
         self,
@@ -85,6 +88,7 @@ class Recovery:
         *,
         is_recovered: bool = False,
         is_included: bool = False,
+        last: int = 0,
     ) -> None:
         self.position: str | None = position
         """What the reply says: the events that follow it are delivered."""
@@ -94,6 +98,8 @@ class Recovery:
         self.is_recovered: bool = is_recovered
         self.is_included: bool = is_included
         """Whether the event at `start` is delivered too."""
+        self.last: int = last
+        """How many of the newest events begin there; 0 where that is of no interest."""
 
     @property
     def response(self) -> dict[str, object]:
@@ -185,19 +191,19 @@ class HistoryReader:
         count = min(last, self._limits.recover_max_events) if isinstance(last, int) and last is not True else 0
         if since is None and count > 0:
             return await self._open_last(topic, count)
-        opened = await self._open(topic, since if is_position(since) else "0-0")
+        place = Place.of(since) if is_position(since) else None
+        opened = await self._open(topic, _NOWHERE if place is None else str(place))
         newest = Place.of(opened.newest)
         if since is None:
             return Recovery(opened.newest, newest)
-        if opened.fault is None:
-            assert isinstance(since, str), "it is a position"
+        fault = NotRecovered.UNKNOWN if place is None else opened.fault
+        if fault is None:
             self._metrics.history_recovered += 1
-            return Recovery(since, Place.of(since), is_recovered=True)
-        self._metrics.history_not_recovered[opened.fault] += 1
-        return Recovery(opened.newest, newest, opened.fault)
+            return Recovery(str(place), place, is_recovered=True)
+        self._metrics.history_not_recovered[fault] += 1
+        return Recovery(opened.newest, newest, fault)
 
-    async def _open(self, topic: str, since: object) -> Opened:
-        assert isinstance(since, str), "it is a position"
+    async def _open(self, topic: str, since: str) -> Opened:
         limits = self._limits
         read = self.store.open(topic, since, self._settings(topic), limits.recover_max_events, limits.recover_max_bytes)
         opened = await self._share((topic, since, "open"), read)
@@ -209,11 +215,11 @@ class HistoryReader:
         if not found:
             return Recovery(opened.newest, Place.of(opened.newest))
         first = Place.of(str(found[0].position))
-        return Recovery(before or str(Place(first.ms, first.n - 1)), first, is_included=True)
+        return Recovery(before or str(Place(first.ms, first.n - 1)), first, is_included=True, last=count)
 
     async def _find_last(self, topic: str, count: int) -> tuple[Opened, list[Event], str | None]:
         """The last events, oldest first, and the position before them, where that is known. Raises BusUnavailable."""
-        store, opened = self.store, await self._open(topic, "0-0")
+        store, opened = self.store, await self._open(topic, _NOWHERE)
         oldest_ms = opened.now_ms - self._settings(topic).ttl_s * 1000
         newest_first: list[Event] = []
         size, step = 0, 16

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, 
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from functools import partial
 from itertools import count
+from typing import NamedTuple
 
 from relay.auth.decisions import Decisions
 from relay.brokers.base import PRESENCE_CHANNEL, Broker, Event
@@ -44,6 +45,16 @@ instead would make everybody wait for one handler.
 
 _ROWS_WAITING = 1_000
 """The same for events that are read from a history: so many may wait, and further ones are read later."""
+
+
+class _Origin(NamedTuple):
+    """Where an event comes from that waits for handlers."""
+
+    topic: str
+    position: str | None
+    epoch: object
+    """What `History.epoch` said when it came."""
+    skip: Subscriber | None
 
 
 class PubSub:
@@ -158,7 +169,8 @@ class PubSub:
     async def receive_events(self, events: Sequence[Event]) -> None:
         """Deliver a batch to the local subscribers; returns when the hub can take more."""
         began = self._pause.clock()
-        self._metrics.events_in += len(events)
+        # Notices are no events.
+        self._metrics.events_in += sum(1 for each in events if each.event or each.position is None)
         self._deliver_events(events, self.history)
         if self._hub.busy:
             await self._wait_for_hub()
@@ -183,7 +195,7 @@ class PubSub:
         for each in events:
             topic, event, data, position = each.topic, each.event, each.payload, each.position
             if topic not in hub:
-                metrics.events_without_subscribers += 1
+                metrics.events_without_subscribers += bool(event)
                 self._forget_sender(each)
                 continue
             if position is not None and checked_by is not None:
@@ -206,7 +218,9 @@ class PubSub:
                 if payload is data:
                     self._note_binary(topic, event, data)
                 if filtered:
-                    self._queue.run(topic, partial(self._filter, topic, event, payload, skip, position), len(data))
+                    epoch = None if history is None or position is None else history.epoch(topic)
+                    origin = _Origin(topic, position, epoch, skip)
+                    self._queue.run(topic, partial(self._filter, origin, event, payload), len(data))
                     continue
                 run_bytes += len(data)
                 if run and (topic != run_topic or skip is not None or run_bytes > JOINED_MAX_BYTES):
@@ -233,14 +247,21 @@ class PubSub:
 
     # From histories.
 
-    def deliver_rows(self, rows: Sequence[Event]) -> None:
-        """Deliver events to the topic's subscribers, as if they had come from the bus."""
-        self._deliver_events(rows, None)
+    def deliver_rows(self, rows: Sequence[Event]) -> int:
+        """Deliver events to the topic's subscribers, as if they came from the bus; returns how many were taken."""
+        if not self.hooks.event:
+            self._deliver_events(rows, None)
+            return len(rows)
+        taken = 0
+        while taken < len(rows) and self._may_wait(rows[taken].topic, rows[taken].payload):
+            self._deliver_events(rows[taken : taken + 1], None)
+            taken += 1
+        return taken
 
-    async def room_for_rows(self, topic: str) -> None:
-        """Return when hub and handlers can take more of a topic."""
+    async def room_for_rows(self, topic: str, payload: bytes = b"") -> None:
+        """Return when hub and handlers can take more of a topic, an event with this payload at least."""
         await self._wait_for_hub()
-        while self._queue.waiting(topic) > _ROWS_WAITING:  # noqa: ASYNC110  # rare, and the end of a job sets no event
+        while self._queue.waiting(topic) > _ROWS_WAITING or not self._may_wait(topic, payload):  # noqa: ASYNC110  # rare, and the end of a job sets no event
             await asyncio.sleep(0.01)
 
     async def filter_row(self, row: Event) -> tuple[str, Payload] | None:
@@ -272,44 +293,56 @@ class PubSub:
             text = "event %r on topic %r delivered as binary: its payload looks like JSON but is not valid: %s"
             self._log.warning("no JSON", text, event, topic, fault)
 
-    def _filter(
-        self, topic: str, name: str, data: Payload, skip: Subscriber | None, position: str | None
-    ) -> Continuation:
+    def _filter(self, origin: _Origin, name: str, data: Payload) -> Continuation:
         """Pass an event through the handlers for it and deliver what is left of it."""
         try:
-            left = self._event_filter.filter(HookedEvent(topic, name, data))
+            left = self._event_filter.filter(HookedEvent(origin.topic, name, data))
         except InvalidPayload as error:
-            self._drop_unreadable(topic, error, position)
+            self._drop_unreadable(origin, error)
             return None
         if left is not None and not isinstance(left, HookedEvent):
-            return self._deliver_later(left, topic, skip, position)
-        self._deliver(left, topic, skip, position)
+            return self._deliver_later(origin, left)
+        self._deliver(origin, left)
         return None
 
-    async def _deliver_later(
-        self, filtering: Awaitable[HookedEvent | None], topic: str, skip: Subscriber | None, position: str | None
-    ) -> None:
+    async def _deliver_later(self, origin: _Origin, filtering: Awaitable[HookedEvent | None]) -> None:
         try:
             left = await filtering
         except InvalidPayload as error:
-            self._drop_unreadable(topic, error, position)
+            self._drop_unreadable(origin, error)
         else:
-            self._deliver(left, topic, skip, position)
+            self._deliver(origin, left)
 
-    def _drop_unreadable(self, topic: str, error: InvalidPayload, position: str | None) -> None:
+    def _drop_unreadable(self, origin: _Origin, error: InvalidPayload) -> None:
+        topic = origin.topic
         self._metrics.dropped[Reason.INVALID_PAYLOAD] += 1
         self._log.warning(Reason.INVALID_PAYLOAD, "event on topic %r dropped for its publisher: %s", topic, error)
-        self._note(topic, position)
+        if not self._is_over(origin):
+            self._note(topic, origin.position)
 
-    def _deliver(self, event: HookedEvent | None, topic: str, skip: Subscriber | None, position: str | None) -> None:
+    def _deliver(self, origin: _Origin, event: HookedEvent | None) -> None:
+        topic, position = origin.topic, origin.position
+        if self._is_over(origin):
+            self._metrics.dropped[Reason.EVENTS_MISSED] += topic in self._hub
+            return
         if event is None:
             self._metrics.dropped["by a plugin"] += 1
             self._note(topic, position)
-            return
-        self._hub.fan_out(event.topic, event.event, event.data, skip, position)
-        if position is not None and self.history is not None:
-            is_own = event.topic == topic
-            self.history.note(topic, position, event.event if is_own else "", event.data, len(bytes(event.data)))
+        elif event.topic != topic:
+            self._hub.fan_out(event.topic, event.event, event.data, origin.skip)
+            self._note(topic, position)
+        else:
+            self._hub.fan_out(topic, event.event, event.data, origin.skip, position)
+            if position is not None and self.history is not None:
+                self.history.note(topic, position, event.event, event.data, len(bytes(event.data)))
+
+    def _is_over(self, origin: _Origin) -> bool:
+        """Whether an event waited for handlers while its topic was left, or lost what lay before it.
+
+        Who has joined since got what he is to get from the history; the event would come after younger ones.
+        """
+        history = self.history
+        return history is not None and origin.position is not None and history.epoch(origin.topic) is not origin.epoch
 
     def receive_message(self, pattern: str, channel: str, data: bytes) -> None:
         """Hand a message on a raw Redis channel to the handlers that listen to ``pattern``, in order for each."""
@@ -370,7 +403,10 @@ class PubSub:
             self._gap_task.cancel()  # what remains of it is part of the new round
         history = self.history
         pending = self._to_rejoin(
-            (topic, each) for topic, each in self._hub.pairs() if history is None or not history.follows(topic)
+            (topic, each)
+            for topic, each in self._hub.pairs()
+            # Those that wait still for their turn after an earlier gap get no events, whatever is known by now.
+            if history is None or not history.follows(topic) or self._hub.is_held(topic, each)
         )
         self._gap_task = self.spawn(self._request_all_rejoins(pending))
         if history is not None:

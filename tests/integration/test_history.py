@@ -377,7 +377,7 @@ async def test_slow_reader_is_given_positions_though_the_history_could_not_be_re
     topics = [{"match": "room:*", "history": {"size": 10_000, "ttl_s": 60}, "overflow": "recover"}]
     served = await serve_relay(topics=topics, redis_url=valkey.url)
 
-    async def open(topic: str, since: object, last: object) -> Recovery:
+    async def open(*asked: object) -> Recovery:
         return Recovery(None, None, NotRecovered.UNAVAILABLE)
 
     history = served.relay.node.pubsub.history

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from relay.auth.authenticator import Authenticator
-from relay.brokers.base import Broker, Event, Link, Sink
+from relay.brokers.base import Broker, Event, HistoryStore, Link, Sink
 from relay.channels.batch_pause import BatchPause
 from relay.channels.channel import Services
 from relay.channels.hub import Hub
@@ -168,6 +168,12 @@ class FakeBroker(Broker):
         self.sender: str | None = None
         """The sender of what was published last."""
         self.on_publish: Callable[[bytes], None] = lambda payload: None
+        self.kept: HistoryStore | None = None
+        """What reads histories."""
+
+    @property
+    def history(self) -> HistoryStore | None:
+        return self.kept
 
     def answer(self, error: str = "") -> str:
         """Let the oldest call that waits succeed, or fail; returns which kind it was."""
@@ -302,8 +308,17 @@ class FakeNode:
         trace: Trace | None = None,
     ) -> Client:
         """Open a socket, and serve it in a task."""
+        return self.serve(FakeTransport(f"socket-{len(self.clients)}", query_string), version, identity, trace)
+
+    def serve(
+        self,
+        transport: FakeTransport,
+        version: Version = Version.V2,
+        identity: Identity | None = None,
+        trace: Trace | None = None,
+    ) -> Client:
+        """Serve a socket on a transport, in a task."""
         services = Services(self.config, self.pubsub, self.hub, self.metrics, self._log, self.authenticator)
-        transport = FakeTransport(f"socket-{len(self.clients)}", query_string)
         client = Client(Socket(transport, version, services, identity, trace), transport)
         self.clients.append(client)
         return client
