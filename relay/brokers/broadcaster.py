@@ -163,7 +163,8 @@ class BroadcasterBroker:
         row = self.history.append(topic, event, payload, settings, sender)
         self._metrics.history_appended += 1
         self._metrics.history_trimmed += Place.of(str(row.position)).n > settings.size
-        return self._put(self._channel(Direction.TO, topic), pack(topic, event, payload, sender, row.position))
+        # It is kept by now, so it must not be refused any more.
+        return self._enqueue(self._channel(Direction.TO, topic), pack(topic, event, payload, sender, row.position))
 
     def _notify(self, row: Event) -> None:
         future = self._put(
@@ -180,12 +181,13 @@ class BroadcasterBroker:
         return future
 
     def _put(self, channel: str, text: str) -> asyncio.Future[None]:
-        size = len(text.encode())
-        if (refusal := self._refuse(size)) is not None:
-            return refusal
+        refusal = self._refuse(len(text.encode()))
+        return self._enqueue(channel, text) if refusal is None else refusal
+
+    def _enqueue(self, channel: str, text: str) -> asyncio.Future[None]:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._outgoing.put_nowait((channel, text, future))
-        self._outgoing_bytes += size
+        self._outgoing_bytes += len(text.encode())
         return future
 
     def _refuse(self, size: int) -> asyncio.Future[None] | None:

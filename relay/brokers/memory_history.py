@@ -3,9 +3,11 @@
 Owns the events kept; must not know who asks.
 """
 
+import heapq
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 
 import msgspec
 
@@ -41,7 +43,8 @@ class MemoryHistory:
         self._notify = notify
         self._clock = clock
         self._logs: dict[str, _Log] = {}
-        self._due: deque[tuple[float, str]] = deque()
+        # A heap: when a history that is there is looked at, which may have been renewed by then.
+        self._due: list[tuple[float, str]] = []
 
     def append(
         self, topic: str, event: str, payload: bytes, settings: HistoryConfig, sender: str | None = None
@@ -59,19 +62,17 @@ class MemoryHistory:
 
     def _log(self, topic: str, settings: HistoryConfig) -> _Log:
         now = self._clock()
-        # Those that have expired without being asked for, a few at a time.
         while self._due and self._due[0][0] <= now:
-            _, other = self._due.popleft()
-            held = self._logs.get(other)
-            if held is not None and held.expires_at <= now:
+            _, other = heapq.heappop(self._due)
+            if self._logs[other].expires_at <= now:
                 del self._logs[other]
-            elif held is not None:
-                self._due.append((held.expires_at, other))
+            else:
+                heapq.heappush(self._due, (self._logs[other].expires_at, other))
         log = self._logs.get(topic)
-        if log is None or log.expires_at <= now:
+        if log is None:
             log = self._logs[topic] = _Log(Place(int(now * 1000), 0))
             log.entries.append(_Entry(log.newest, Event(topic, "", b"", str(log.newest)), 0))
-            self._due.append((now + settings.ttl_s + GRACE_S, topic))
+            heapq.heappush(self._due, (now + settings.ttl_s + GRACE_S, topic))
         log.expires_at = now + settings.ttl_s + GRACE_S
         return log
 
@@ -81,9 +82,9 @@ class MemoryHistory:
         newest, now_ms = str(log.newest), int(self._clock() * 1000)
         if place == log.newest:
             return Opened(newest, now_ms)
-        rows = _from(log, place)
+        rows = _from(log, place, 2)
         if rows is None:
-            first = log.entries[0].place if log.entries else log.newest
+            first = log.entries[0].place
             is_older = place.ms <= first.ms and place.n < first.n
             return Opened(newest, now_ms, NotRecovered.EXPIRED if is_older else NotRecovered.UNKNOWN)
         if log.newest.n - place.n > max_events or log.total_bytes - rows[0].total_bytes > max_bytes:
@@ -95,22 +96,16 @@ class MemoryHistory:
     async def read(self, topic: str, since: str, count: int) -> list[Event] | None:
         """Up to ``count`` rows, the one at ``since`` first; None where that is gone."""
         log, place = self._logs.get(topic), Place.of(since)
-        rows = None if log is None else _from(log, place)
-        return None if rows is None else [entry.row for entry in rows[:count]]
+        rows = None if log is None else _from(log, place, count)
+        return None if rows is None else [entry.row for entry in rows]
 
     async def last(self, topic: str, count: int, before: str | None = None) -> list[Event]:
         """Up to ``count`` newest rows, oldest first, of those older than ``before``."""
         log = self._logs.get(topic)
         if log is None:
             return []
-        limit = None if before is None else Place.of(before)
-        found: list[Event] = []
-        for entry in reversed(log.entries):
-            if len(found) == count:
-                break
-            if limit is None or entry.place < limit:
-                found.append(entry.row)
-        return found[::-1]
+        younger = 0 if before is None else max(0, log.newest.n + 1 - Place.of(before).n)
+        return [entry.row for entry in islice(reversed(log.entries), younger, younger + count)][::-1]
 
     async def check(self, topic: str, heard: str, settings: HistoryConfig) -> None:
         """Publish the newest position as a notice; memory loses nothing, so there are no marks."""
@@ -126,9 +121,9 @@ class MemoryHistory:
         return Summary(len(events), str(events[0].place), str(events[-1].place), size)
 
 
-def _from(log: _Log, place: Place) -> list[_Entry] | None:
-    """The entries from one on; None where that is gone. Numbers are consecutive, so that it is found at once."""
-    at = place.n - log.entries[0].place.n if log.entries else -1
+def _from(log: _Log, place: Place, count: int) -> list[_Entry] | None:
+    """Up to so many entries from one on; None where that is gone. It is found by its number: these are consecutive."""
+    at = place.n - log.entries[0].place.n
     if not 0 <= at < len(log.entries) or log.entries[at].place != place:
         return None
-    return [log.entries[i] for i in range(at, len(log.entries))]
+    return [log.entries[i] for i in range(at, min(at + count, len(log.entries)))]
