@@ -27,9 +27,14 @@ RENEW_EVERY_S = 60.0
 """Seconds after which relays write the hash again, and programs that publish read it again."""
 
 
+class _History(msgspec.Struct):
+    size: int
+    ttl_s: int
+
+
 class _Topic(msgspec.Struct):
     match: str
-    history: dict[str, int] | None = None
+    history: _History | None = None
 
 
 class Settings(NamedTuple):
@@ -62,7 +67,8 @@ def history_args(
 def renewal(config: Config) -> list[tuple[str, ...]]:
     """The commands that write the hash."""
     topics = [
-        _Topic(entry.match, None if entry.history is None else entry.history.model_dump()) for entry in config.topics
+        _Topic(entry.match, None if entry.history is None else _History(entry.history.size, entry.history.ttl_s))
+        for entry in config.topics
     ]
     fields = {
         "version": __version__,
@@ -100,7 +106,8 @@ async def read_settings(connection: RedisConnection, config: Config) -> Settings
     try:
         topics = msgspec.json.decode(fields["topics"], type=list[_Topic])
         found = tuple(
-            (topic.match, None if topic.history is None else HistoryConfig(**topic.history)) for topic in topics
+            (topic.match, None if (kept := topic.history) is None else HistoryConfig(size=kept.size, ttl_s=kept.ttl_s))
+            for topic in topics
         )
         limit = int(fields["payload_max_bytes"])
         return Settings(fields["to_prefix"], fields["topic_prefix"], found, limit)

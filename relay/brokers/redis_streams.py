@@ -84,12 +84,18 @@ class RedisHistory:
         return self._prefix + topic
 
 
+_FOREIGN = b"\0"
+"""In the place of an event's name, in a row of another program that has none: no event may be named so."""
+
+
 def _event(topic: str, row: Any) -> Event:
     """Make an event of a row: ``[id, [name, value, …]]``."""
     position, flat = row
     fields = dict(zip(flat[::2], flat[1::2], strict=True))
     sender = fields.get(b"s")
     event = fields.get(b"e", b"")
+    if not event and b"m" not in fields and b"b" not in fields:
+        event = _FOREIGN
     return Event(
         topic,
         event.decode(errors="replace"),

@@ -18,6 +18,7 @@ from relay.brokers.redis_publish_once import publishing
 from relay.config import Direction, HistoryConfig
 from relay.errors import BusUnavailable, NotRecovered
 from relay.metrics import Metrics
+from relay.protocol import topics
 from tests.support.process import Valkey
 from tests.support.serving import eventually
 from tests.support.sink import Sink
@@ -155,6 +156,15 @@ async def test_empty_topic_gives_a_position_that_counts(store: Store) -> None:
     assert (await store.open(opened.newest))[::2] == (position, None)
 
 
+async def test_event_that_memory_has_kept_is_published_too() -> None:
+    """As text it is larger than its payload; a publisher that is refused may publish it once more."""
+    async with started(broadcast_url="memory://", redis={"publish_queue_max_bytes": 1000}) as store:
+        (position,) = await store.publish(b"\xff" * 900)
+        with pytest.raises(BusUnavailable, match="too many messages"):
+            await store.broker.publish(Direction.TO, store.topic, "e", b"\xff" * 1001)
+        assert (await store.open("1-1")).newest == position
+
+
 # What only Redis can lose.
 
 
@@ -255,6 +265,32 @@ async def test_key_of_another_type_is_an_error_of_that_topic_alone(valkey: Valke
             await store.open("1-1")
         await store.broker.publish(Direction.TO, f"{store.topic}:other", "e", b"1")
         await eventually(lambda: len(store.sink.events) == 1, "the other topic's event")
+
+
+async def test_row_of_another_program_is_an_event_that_cannot_be_delivered(valkey: Valkey, client: Any) -> None:
+    """It has a place between the others, and a name that no event may have."""
+    async with started(redis_url=valkey.url) as store:
+        (position,) = await store.publish(b"1")
+        foreign = (await client.xadd(f"topic:{store.topic}", {"hello": "world"})).decode()
+        (after,) = await store.publish(b"2")
+        rows = await store.history.read(store.topic, position, 10)
+        assert rows is not None
+        assert [row.position for row in rows] == [position, foreign, after]
+        assert [topics.is_event(row.event) for row in rows] == [True, False, True]
+        assert all(row.event for row in rows), "neither the birth of the history nor a mark"
+        assert (await store.open(position))[::2] == (after, None)
+
+
+async def test_empty_stream_of_a_consumer_group_is_a_history(valkey: Valkey, client: Any) -> None:
+    async with started(redis_url=valkey.url) as store:
+        await client.xgroup_create(f"topic:{store.topic}", "workers", mkstream=True)
+        assert (await store.open("1-1"))[::2] == ("0-0", NotRecovered.UNKNOWN)
+        await store.history.check(store.topic, "", SETTINGS)
+        await eventually(lambda: store.sink.events, "the notice")
+        assert store.sink.events == [Event(store.topic, "", b"", "0-0")]
+        (position,) = await store.publish(b"1")
+        assert Place.of(position).n == 1
+        assert (await store.open(position))[::2] == (position, None)
 
 
 async def test_script_that_redis_has_forgotten_is_sent_again(valkey: Valkey, client: Any) -> None:

@@ -170,6 +170,27 @@ async def test_large_events_are_written_one_by_one() -> None:
         assert (slow.client.transport.closes, node.metrics.dropped) == ([], {})
 
 
+async def test_recent_events_are_written_as_fast_as_the_client_reads() -> None:
+    """They are in memory; more came by the time that it has read them."""
+    async with node_of(limits=SMALL) as node:
+        since = (await join(node.connect(), since=None))["_position"]
+        await settled(node)
+        rows = node.publish(*[{"t": "x" * 600}] * 50)
+        await settled(node)
+        slow = Reading(node)
+        await slow.join(since=since)
+        rows += node.publish(*[{"t": "x" * 600}] * 20)
+        await settled(node)
+        await slow.read()
+        rows += node.publish(*[{"t": "x" * 600}] * 2)
+        await settled(node)
+        await slow.read()
+        assert [payload["_position"] for payload in events(slow.frames)] == rows
+        assert slow.most <= 4096
+        assert "read" not in [kind for kind, about in node.store.calls if about != since]
+        assert not node.metrics.dropped
+
+
 async def test_history_that_cannot_be_read_for_long_is_lost() -> None:
     async with node_of() as node:
         since = (await join(node.connect(), since=None))["_position"]

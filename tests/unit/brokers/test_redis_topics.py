@@ -1,0 +1,64 @@
+"""`relay.brokers.redis_topics`: the messages on a topic's channel."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from relay.brokers.base import Event, is_position
+from relay.brokers.redis_topics import unpack
+
+TOPIC = "room:{1}:a"
+
+
+@pytest.mark.parametrize(
+    ("message", "event"),
+    [
+        (b'new_msg:{"text":"hi"}', Event(TOPIC, "new_msg", b'{"text":"hi"}')),
+        (b"new_msg:", Event(TOPIC, "new_msg", b"")),
+        (b"bytes:\xff:\x00\n", Event(TOPIC, "bytes", b"\xff:\x00\n")),
+        ("größe:1".encode(), Event(TOPIC, "größe", b"1")),
+        (b"e\xff:1", Event(TOPIC, "e\ufffd", b"1")),
+        (b":17-3:new_msg:{}", Event(TOPIC, "new_msg", b"{}", "17-3")),
+        (b":17-3:new_msg:", Event(TOPIC, "new_msg", b"", "17-3")),
+        (b":17-3*6f1c2a9e.7:new_msg:{}", Event(TOPIC, "new_msg", b"{}", "17-3", "6f1c2a9e.7")),
+        (b":*6f1c2a9e.7:new_msg:{}", Event(TOPIC, "new_msg", b"{}", None, "6f1c2a9e.7")),
+        (b":17-3:", Event(TOPIC, "", b"", "17-3")),
+        (b"::new_msg:{}", Event(TOPIC, "new_msg", b"{}")),
+    ],
+)
+def test_message_is_an_event_or_a_notice(message: bytes, event: Event) -> None:
+    assert unpack(TOPIC, message) == event
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"",
+        b":",
+        b"::",
+        b"new_msg",
+        b'{"text":"hi"}',
+        b"[1:2]",
+        b'"a":1',
+        b":17-3",
+        b":17-3:new_msg",
+        b":17-3:{}:1",
+        b":17-3::{}",
+        b":17:new_msg:{}",
+        b":a-b:new_msg:{}",
+        b":-1-3:new_msg:{}",
+        b":1234567890123456-1:new_msg:{}",
+        b":*6f1c2a9e.7:",
+        b":\xff-1:new_msg:{}",
+    ],
+)
+def test_message_that_names_no_event_is_none(message: bytes) -> None:
+    assert unpack(TOPIC, message) is None
+
+
+@given(st.binary(max_size=40))
+def test_no_message_raises(message: bytes) -> None:
+    found = unpack(TOPIC, message)
+    if found is not None:
+        assert found.event or found.position is not None
+        assert found.position is None or is_position(found.position)
