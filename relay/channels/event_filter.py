@@ -1,15 +1,26 @@
 """Plugins' handlers of on_event, which change or drop events on their way to subscribers.
 
-Owns their order and what they may return; must not know subscribers.
+Owns their order and what they may return; must not know who is given what they leave of an event.
 """
 
 from collections.abc import Awaitable
 from inspect import isawaitable
-from typing import Any
+from typing import Any, NamedTuple
 
+from relay.channels.hub import Subscriber
 from relay.plugins.dispatcher import HandlerError, HandlerRunner
 from relay.plugins.hooks import Event, Hook, matching
 from relay.protocol import topics
+
+
+class Origin(NamedTuple):
+    """Where an event comes from that waits for handlers."""
+
+    topic: str
+    position: str | None
+    epoch: object
+    """What `History.epoch` said when it came."""
+    skip: Subscriber | None
 
 
 class EventFilter:

@@ -29,10 +29,8 @@ SLICE_S = 0.002
 _CHECK_EVERY = 32
 """Subscribers written between two looks at the clock (about 0.3 ms)."""
 
-
 JOINED_MAX_BYTES = 32_768
 """Most bytes of events that are to go to a socket in one write; half of what a transport buffers."""
-
 
 Outgoing: TypeAlias = tuple[str, Payload, str | None]
 """An event's name, its payload, and its position in the topic's history, where it has one."""
@@ -248,8 +246,7 @@ class Hub:
         _ = entry.subscribers.setdefault(subscriber, entry.events)
         self._release(entry, subscriber)
         if positioned:
-            if entry.positioned is None:
-                entry.positioned = set()
+            entry.positioned = entry.positioned or set()
             entry.positioned.add(subscriber)
         elif entry.positioned is not None:  # a rejoin that does not ask for them any more
             entry.positioned.discard(subscriber)
@@ -264,8 +261,7 @@ class Hub:
         """
         entry = self._topics.get(topic)
         if entry is not None and subscriber in entry.subscribers:
-            if entry.held is None:
-                entry.held = {}
+            entry.held = entry.held or {}
             if is_lost and entry.held.get(subscriber, 0) < 0:
                 del entry.held[subscriber]
             _ = entry.held.setdefault(subscriber, entry.events if is_lost else -1)
@@ -273,15 +269,14 @@ class Hub:
 
     def is_held(self, topic: str, subscriber: Subscriber) -> bool:
         """Whether a subscriber misses what comes."""
-        entry = self._topics.get(topic)
-        return entry is not None and entry.held is not None and entry.held.get(subscriber, -1) >= 0
+        held = self._topics[topic].held if topic in self._topics else None
+        return held is not None and held.get(subscriber, -1) >= 0
 
     def _release(self, entry: _Topic, subscriber: Subscriber) -> None:
         if entry.held is not None and (since := entry.held.pop(subscriber, None)) is not None:
             if since < 0:
                 if self._deliveries:
-                    if entry.entered is None:
-                        entry.entered = {}
+                    entry.entered = entry.entered or {}
                     entry.entered[subscriber] = entry.events
             elif entry.events > since:
                 self._metrics.dropped[Reason.EVENTS_MISSED] += entry.events - since

@@ -9,14 +9,13 @@ from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, 
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from functools import partial
 from itertools import count
-from typing import NamedTuple
 
 from relay.auth.decisions import Decisions
 from relay.brokers.base import PRESENCE_CHANNEL, Broker, Event
 from relay.channels import control
 from relay.channels.batch_pause import BatchPause
 from relay.channels.control import ControlMessage
-from relay.channels.event_filter import EventFilter
+from relay.channels.event_filter import EventFilter, Origin
 from relay.channels.history import History
 from relay.channels.hub import JOINED_MAX_BYTES, Hub, Outgoing, Subscriber
 from relay.channels.subscriptions import TopicSubscriptions
@@ -45,16 +44,6 @@ instead would make everybody wait for one handler.
 
 _ROWS_WAITING = 1_000
 """The same for events that are read from a history: so many may wait, and further ones are read later."""
-
-
-class _Origin(NamedTuple):
-    """Where an event comes from that waits for handlers."""
-
-    topic: str
-    position: str | None
-    epoch: object
-    """What `History.epoch` said when it came."""
-    skip: Subscriber | None
 
 
 class PubSub:
@@ -219,7 +208,7 @@ class PubSub:
                     self._note_binary(topic, event, data)
                 if filtered:
                     epoch = None if history is None or position is None else history.epoch(topic)
-                    origin = _Origin(topic, position, epoch, skip)
+                    origin = Origin(topic, position, epoch, skip)
                     self._queue.run(topic, partial(self._filter, origin, event, payload), len(data))
                     continue
                 run_bytes += len(data)
@@ -293,7 +282,7 @@ class PubSub:
             text = "event %r on topic %r delivered as binary: its payload looks like JSON but is not valid: %s"
             self._log.warning("no JSON", text, event, topic, fault)
 
-    def _filter(self, origin: _Origin, name: str, data: Payload) -> Continuation:
+    def _filter(self, origin: Origin, name: str, data: Payload) -> Continuation:
         """Pass an event through the handlers for it and deliver what is left of it."""
         try:
             left = self._event_filter.filter(HookedEvent(origin.topic, name, data))
@@ -305,7 +294,7 @@ class PubSub:
         self._deliver(origin, left)
         return None
 
-    async def _deliver_later(self, origin: _Origin, filtering: Awaitable[HookedEvent | None]) -> None:
+    async def _deliver_later(self, origin: Origin, filtering: Awaitable[HookedEvent | None]) -> None:
         try:
             left = await filtering
         except InvalidPayload as error:
@@ -313,14 +302,14 @@ class PubSub:
         else:
             self._deliver(origin, left)
 
-    def _drop_unreadable(self, origin: _Origin, error: InvalidPayload) -> None:
+    def _drop_unreadable(self, origin: Origin, error: InvalidPayload) -> None:
         topic = origin.topic
         self._metrics.dropped[Reason.INVALID_PAYLOAD] += 1
         self._log.warning(Reason.INVALID_PAYLOAD, "event on topic %r dropped for its publisher: %s", topic, error)
         if not self._is_over(origin):
             self._note(topic, origin.position)
 
-    def _deliver(self, origin: _Origin, event: HookedEvent | None) -> None:
+    def _deliver(self, origin: Origin, event: HookedEvent | None) -> None:
         topic, position = origin.topic, origin.position
         if self._is_over(origin):
             self._metrics.dropped[Reason.EVENTS_MISSED] += topic in self._hub
@@ -336,7 +325,7 @@ class PubSub:
             if position is not None and self.history is not None:
                 self.history.note(topic, position, event.event, event.data, len(bytes(event.data)))
 
-    def _is_over(self, origin: _Origin) -> bool:
+    def _is_over(self, origin: Origin) -> bool:
         """Whether an event waited for handlers while its topic was left, or lost what lay before it.
 
         Who has joined since got what he is to get from the history; the event would come after younger ones.

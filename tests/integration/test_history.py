@@ -441,7 +441,7 @@ async def test_recent_events_of_all_topics_are_bounded_in_bytes(
     for number, client in enumerate(clients):
         await publish(served, f"{topic}:{number}", *range(20))
         events = await receive_events(client, f"{topic}:{number}", 20)
-        assert history._ring_bytes + history.reader.bytes <= 5000
+        assert history._rings.bytes + history.reader.bytes <= 5000
         late = await connect(served)
         answer = await join(late, f"{topic}:{number}", since=events[0]["_position"])
         assert answer["recovered"] is True
