@@ -15,6 +15,9 @@ from relay.brokers.redis_connection import Connections, LinkLost, RedisConnectio
 from relay.brokers.redis_scripts import Script
 from relay.errors import BusUnavailable
 
+_AGAIN_S = 0.05
+"""Seconds before a command is sent a second time; before the third twice as many, and so on."""
+
 
 class RedisCommands:
     """Sends commands and waits for their replies.
@@ -22,12 +25,15 @@ class RedisCommands:
     Args: connections: where to connect; the caller closes it.
           timeout_s: seconds for a reply, connecting included.
           name: of the task that reads.
+          attempts: how often a command is sent whose connection ends before the reply; more than once only where it does
+              no harm to carry it out again.
     """
 
-    def __init__(self, connections: Connections, timeout_s: float, name: str) -> None:
+    def __init__(self, connections: Connections, timeout_s: float, name: str, attempts: int = 1) -> None:
         self._connections = connections
         self._timeout_s = timeout_s
         self._name = name
+        self._attempts = attempts
         self._connecting = asyncio.Lock()
         self._connection: RedisConnection | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -48,11 +54,7 @@ class RedisCommands:
         """Send commands together and wait for all replies. Raises BusUnavailable, also for an error among them."""
         try:
             async with asyncio.timeout(self._timeout_s):
-                connection = self._connection or await self._connect()
-                replies = [asyncio.get_running_loop().create_future() for _ in commands]
-                self._unanswered.extend(replies)
-                connection.write(packed([tuple(map(_argument, command)) for command in commands]))
-                answers = await asyncio.gather(*replies)
+                answers = await self._send(commands)
         except LinkLost as lost:
             raise BusUnavailable(str(lost)) from lost
         except TimeoutError:
@@ -66,6 +68,24 @@ class RedisCommands:
                 about = command[3 if str(command[0]).startswith("EVAL") else 1] if len(command) > 1 else ""
                 raise BusUnavailable(f"{command[0]} {about}: {text}")
         return answers
+
+    async def _send(self, commands: Sequence[Sequence[object]]) -> list[Any]:
+        """Send commands, again where their connection ends, and return the replies. Raises LinkLost."""
+        for attempt in range(1, self._attempts + 1):
+            replies: list[asyncio.Future[Any]] = []
+            try:
+                connection = self._connection or await self._connect()
+                replies += (asyncio.get_running_loop().create_future() for _ in commands)
+                self._unanswered.extend(replies)
+                connection.write(packed([tuple(map(_argument, command)) for command in commands]))
+                return await asyncio.gather(*replies)
+            except LinkLost:
+                for reply in replies:
+                    _ = reply.cancel()
+                if attempt == self._attempts:
+                    raise
+                await asyncio.sleep(_AGAIN_S * attempt)
+        raise AssertionError("there is one attempt at least")
 
     def reconnect(self) -> None:
         """Give the connection up: its server is no longer what it was."""

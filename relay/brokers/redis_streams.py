@@ -16,6 +16,9 @@ from relay.brokers.redis_scripts import CHECK, OPEN
 from relay.config import Config, HistoryConfig
 from relay.errors import NotRecovered
 
+_ATTEMPTS = 5
+"""How often a history is read whose connection ends: a join must not lose what it missed to a connection that is cut."""
+
 
 class RedisHistory:
     """Reads the streams; see `HistoryStore`.
@@ -25,7 +28,7 @@ class RedisHistory:
 
     def __init__(self, connections: Connections, config: Config) -> None:
         self._prefix = config.redis.topic_prefix
-        self._commands = RedisCommands(connections, config.redis.timeout_s, "relay-redis-history")
+        self._commands = RedisCommands(connections, config.redis.timeout_s, "relay-redis-history", _ATTEMPTS)
 
     async def open(self, topic: str, since: str, settings: HistoryConfig, max_events: int, max_bytes: int) -> Opened:
         """Say whether all events behind ``since`` are there."""

@@ -305,6 +305,15 @@ async def test_script_that_redis_has_forgotten_is_sent_again(valkey: Valkey, cli
         assert (await store.open("1-1")).fault is NotRecovered.EXPIRED
 
 
+async def test_read_whose_connection_is_cut_is_read_again(valkey: Valkey, client: Any) -> None:
+    async with started(redis_url=valkey.url) as store:
+        positions = await store.publish(b"1", b"2")
+        for _ in range(20):
+            opening = asyncio.gather(*(store.open(positions[0]) for _ in range(50)))
+            await client.client_kill_filter(_type="normal", skipme=True)
+            assert {opened[::2] for opened in await opening} == {(positions[1], None)}
+
+
 # The door for other programs.
 
 
