@@ -25,8 +25,8 @@ class RedisCommands:
     Args: connections: where to connect; the caller closes it.
           timeout_s: seconds for a reply, connecting included.
           name: of the task that reads.
-          attempts: how often a command is sent whose connection ends before the reply; more than once only where it does
-              no harm to carry it out again.
+          attempts: how often a command is sent whose connection ends before the reply; more than once only where it
+              may be carried out again.
     """
 
     def __init__(self, connections: Connections, timeout_s: float, name: str, attempts: int = 1) -> None:

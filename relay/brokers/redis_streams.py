@@ -17,7 +17,7 @@ from relay.config import Config, HistoryConfig
 from relay.errors import NotRecovered
 
 _ATTEMPTS = 5
-"""How often a history is read whose connection ends: a join must not lose what it missed to a connection that is cut."""
+"""How often a history is read whose connection ends: a join must not lose its position to a cut connection."""
 
 
 class RedisHistory:
