@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 
+from relay.brokers.base import Place
 from relay.config import LimitsConfig, Overflow, Policy
 from relay.errors import CloseCode
 from relay.log import RateLimitedLogger
@@ -118,9 +119,10 @@ class QueuedTransport(ABC):
         outbox = self._queue()
         dropped = outbox.add_event(frame, topic, event, policy)
         if dropped is None and frame.position is not None and policy.overflow is Overflow.RECOVER:
-            first = outbox.drop_recoverable(topic) or frame.position
+            # What waits may be of an earlier join of the topic, and younger.
+            positions = filter(None, (outbox.drop_recoverable(topic), frame.position))
             if self.owner is not None:
-                self.owner.fell_behind(topic, first)
+                self.owner.fell_behind(topic, min(positions, key=Place.of))
             return
         if dropped is None:
             self._lose(outbox, "slow reader disconnected", Counter((policy.match,)))

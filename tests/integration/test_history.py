@@ -446,3 +446,63 @@ async def test_recent_events_of_all_topics_are_bounded_in_bytes(
         answer = await join(late, f"{topic}:{number}", since=events[0]["_position"])
         assert answer["recovered"] is True
         assert [event["n"] for event in await receive_events(late, f"{topic}:{number}", 19)] == list(range(1, 20))
+
+
+async def publish_many(served: Served, topic: str, start: int, stop: int) -> None:
+    """Publish numbers in arrays of 1 kB."""
+    text = "x" * 1000
+    for first in range(start, stop, 100):
+        numbers = range(first, min(first + 100, stop))
+        await asyncio.gather(*(served.relay.publish(topic, "new", [n, text]) for n in numbers))
+
+
+async def receive_pairs(client: Client, topic: str, start: int, stop: int) -> None:
+    """Receive these numbers, each followed by its position."""
+    for number in range(start, stop):
+        event, position = await client.receive(), await client.receive()
+        assert (event[:4], event[4][0]) == ([None, None, topic, "new"], number), number
+        assert position[3] == "relay:position", number
+        assert Place.of(position[4]["_position"]).n == number + 1
+
+
+async def join_and_catch_up(served: Served, client: Client, topic: str) -> str:
+    """Join, be given the topic's one event, and return the position before it, once live events follow."""
+    since = (await join(client, topic, since=None))["_position"]
+    await publish_many(served, topic, 0, 1)
+    await receive_pairs(client, topic, 0, 1)
+    await eventually(lambda: not served.relay.node.hub._topics[topic].held, "the end of what the history has")
+    return str(since)
+
+
+async def test_slow_reader_gets_each_event_once_and_its_position_behind_it(
+    serve_relay: ServeRelay, connect: Connect, topic: str, valkey: Valkey
+) -> None:
+    topics = [{"match": "room:*", "history": {"size": 10_000, "ttl_s": 60}, "overflow": "recover"}]
+    served = await serve_relay(topics=topics, redis_url=valkey.url)
+    client = await connect(served)
+    await join_and_catch_up(served, client, topic)
+    await publish_many(served, topic, 1, 5000)
+    await receive_pairs(client, topic, 1, 5000)
+    await client.expect_alive()
+    assert served.relay.metrics.history_catch_ups["slow reader"] >= 1
+
+
+async def test_slow_reader_that_joins_again_gets_every_event_after_its_position(
+    serve_relay: ServeRelay, connect: Connect, topic: str, valkey: Valkey
+) -> None:
+    """Younger events of its first join still wait for it then."""
+    topics = [{"match": "room:*", "history": {"size": 10_000, "ttl_s": 60}, "overflow": "recover"}]
+    served = await serve_relay(topics=topics, redis_url=valkey.url, limits={"recover_max_events": 10_000})
+    client = await connect(served)
+    since = await join_and_catch_up(served, client, topic)
+    await publish_many(served, topic, 1, 5000)
+    await eventually(lambda: served.relay.metrics.history_catch_ups["slow reader"], "the history to be needed")
+    ref = client.next_ref()
+    await client.send(ref, ref, topic, "phx_join", {"since": since})
+    await eventually(lambda: served.relay.metrics.history_recovered, "the second join")
+    while (frame := await client.receive())[3] != "phx_reply":
+        assert frame[3] in ("new", "relay:position")
+    assert frame[4]["response"] == {"_position": since, "recovered": True}
+    assert (await client.receive())[3] == "phx_close"
+    await receive_pairs(client, topic, 0, 5000)
+    await client.expect_alive()

@@ -12,7 +12,7 @@ from relay.log import RateLimitedLoggers
 from relay.metrics import Metrics
 from relay.protocol.frame import Frame
 from relay.transports.base import TransportServices
-from relay.transports.outbox import OutboxBudget
+from relay.transports.outbox import RECOVER_BYTES, OutboxBudget
 from relay.transports.websocket import WebSocketTransport
 from tests.support.asgi import Connection, until
 
@@ -21,6 +21,7 @@ LIMITS = LimitsConfig(payload_max_bytes=1024, frame_max_bytes=ROOM, outbox_max_b
 HURRY = LIMITS.model_copy(update={"close_timeout_s": 0.01})
 DISCONNECT = Policy(Overflow.DISCONNECT, match="a*")
 DROP_OLDEST = Policy(Overflow.DROP_OLDEST, match="b*", notify_dropped=True)
+RECOVER = Policy(Overflow.RECOVER, match="a*")
 
 
 def frame(text: str, size: int = 0) -> Frame:
@@ -347,6 +348,25 @@ async def test_full_outbox_drops_the_oldest_and_counts_by_pattern(mode: str) -> 
     session.unblock()
     await until(lambda: len(session.sent) == 3)
     assert [text.rstrip(".") for text in session.sent] == ["b lost 2", "2", "3"]
+    await session.finish()
+
+
+async def test_slow_client_is_given_the_history_from_the_first_event_that_it_did_not_get(mode: str) -> None:
+    """Also where what waits is of an earlier join of the topic, and younger."""
+    session = await (await Session(connect(mode)).open()).blocked()
+
+    def event(n: int) -> None:
+        recorded = frame(str(n), RECOVER_BYTES // 2)
+        recorded.position = f"1-{n}"
+        session.transport.send_event(recorded, "a", "e", RECOVER)
+
+    for n in (1, 2, 3):
+        event(n)
+    for n in (8, 9, 4):
+        event(n)
+    assert session.owner.calls[-2:] == ["a behind 1-1", "a behind 1-4"]
+    assert (session.transport.queued_bytes, session.transport.dropped) == (0, 0)
+    session.unblock()
     await session.finish()
 
 
