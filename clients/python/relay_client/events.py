@@ -127,6 +127,13 @@ class EventQueue:
         self._wake.set()
         return True
 
+    def recover_dropped(self) -> None:
+        """Learn that the event that was dropped last has a position: it is not lost."""
+        if self._overflow == "recover":
+            self.is_behind = True
+            self.dropped -= 1
+            self._refused -= 1
+
     def _mark(self, event: Event) -> None:
         # Never two in a row, so that there are never more of them than events.
         if self._waiting and self._waiting[-1].event == REJOINED:

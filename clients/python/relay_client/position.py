@@ -76,7 +76,7 @@ class Tracker:
         elif self._was_taken:
             self._keep(position)
         else:
-            self._queue.is_behind = True
+            self._queue.recover_dropped()
 
     def _give(self, event: Event, position: Any) -> None:
         if isinstance(position, str):

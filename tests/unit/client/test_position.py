@@ -1,6 +1,5 @@
 """`relay_client.position`: which position is kept, and when."""
 
-import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -141,5 +140,8 @@ async def test_position_never_passes_what_the_queue_did_not_take(late: Callable[
     tracker, queue = track({"_position": "1-1"}, [2], limit=1)
     await eventually(lambda: queue.dropped, "the event to be refused")
     tracker.receive(Event("t", "relay:position", {"_position": "1-2"}))
-    assert (tracker.position, queue.is_behind) == ("1-1", True)
-    await asyncio.sleep(0)
+    assert (tracker.position, queue.is_behind, queue.dropped) == ("1-1", True, 0)
+    assert await taken(queue) == [({}, "1-1")]
+    queue.is_behind = False
+    queue.put(Event("t", "n", [2], position="1-2"))
+    assert (await queue.get()).dropped == 0
