@@ -25,7 +25,7 @@ from relay.brokers.base import Event, HistoryStore, Place
 from relay.channels.followed import RING_BYTES, Followed, Rings
 from relay.channels.history_reader import ENTRY_BYTES, Entry, HistoryReader, Page, Recovery, rows_behind
 from relay.config import Config, HistoryConfig
-from relay.errors import BusUnavailable, NotRecovered
+from relay.errors import BusUnavailable, NotRecovered, Reason
 from relay.log import RateLimitedLogger
 from relay.metrics import Metrics
 from relay.protocol.payload import Payload
@@ -59,6 +59,9 @@ class HistoryOwner(Protocol):
 
     async def filter_row(self, row: Event) -> tuple[str, Payload] | None:
         """What handlers and limits leave of an event; None for nothing."""
+
+    def refuse_join(self) -> Reason | None:
+        """Say why no client can join now; None when they can."""
 
     def request_rejoins_of(self, topic: str) -> None:
         """Tell the subscribers of a topic that they may have missed events."""
@@ -371,9 +374,10 @@ class History:
     # For joins.
 
     async def open(self, topic: str, since: object, last: object, is_wanted: Callable[[], bool]) -> Recovery:
-        """Decide what a join is given, at the pace of recoveries; see `HistoryReader.open`. Never refuses it.
+        """Decide what a join is given, at the pace of recoveries; see `HistoryReader.open`.
 
-        Args: is_wanted: whether the client still waits for that, when it is its turn.
+        Args:   is_wanted: whether the client still waits for that, when it is its turn.
+        Raises: BusUnavailable, where every join is refused: the client comes back with its position.
         """
         try:
             if not await self._wait_for_turn(is_wanted):
@@ -382,6 +386,8 @@ class History:
             return await self.reader.open(topic, since, last)
         except BusUnavailable as error:
             self._log.warning("history", "history read of topic %r failed: %s", topic, error)
+            if self._owner.refuse_join() is not None:
+                raise
             if since is None:
                 return Recovery(None, None)
             self._metrics.history_not_recovered[NotRecovered.UNAVAILABLE] += 1

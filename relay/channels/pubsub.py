@@ -312,7 +312,8 @@ class PubSub:
     def _deliver(self, origin: Origin, event: HookedEvent | None) -> None:
         topic, position = origin.topic, origin.position
         if self._is_over(origin):
-            self._metrics.dropped[Reason.EVENTS_MISSED] += topic in self._hub
+            if topic in self._hub:
+                self._metrics.dropped[Reason.EVENTS_MISSED] += 1
             return
         if event is None:
             self._metrics.dropped["by a plugin"] += 1

@@ -66,10 +66,10 @@ async def started(**settings: Any) -> AsyncIterator[Store]:
         await broker.stop()
 
 
-@pytest.fixture(params=["redis", "memory"])
+@pytest.fixture(params=["redis", "redis, RESP3", "memory"])
 def store(request: pytest.FixtureRequest, runner: asyncio.Runner, valkey: Valkey) -> Any:
-    settings = {"redis_url": valkey.url} if request.param == "redis" else {"broadcast_url": "memory://"}
-    manager = started(**settings)
+    urls = {"redis": valkey.url, "redis, RESP3": f"{valkey.url}?protocol=3"}
+    manager = started(redis_url=urls.get(request.param, ""), broadcast_url="" if request.param in urls else "memory://")
     yield runner.run(manager.__aenter__())
     runner.run(manager.__aexit__(None, None, None))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from relay.brokers.base import Event, Place
+from relay.brokers.base import Event, Link, Place
 from relay.channels import history as module
 from relay.channels.history_reader import Entry
 from relay.config import OnGap
@@ -760,3 +760,22 @@ def test_entry_is_encoded_once_for_each_form() -> None:
         assert entry.frames(Version.V2, positioned) is frames
         assert [frame.position for _, frame in frames] == ["1-1"]
     assert Entry(TOPIC, Place(1, 1), "", EMPTY, 2).frames(Version.V2, True) == ()
+
+
+async def test_join_is_refused_where_the_bus_is_lost_while_it_is_decided() -> None:
+    """The client comes back with its position; told that it is not recovered, it would give that up."""
+    async with node_of() as node:
+        since = (await join(node.connect(), since=None))["_position"]
+        await settled(node)
+        gate = node.store.hold_answers("open")
+        client = node.connect()
+        client.send("1", "1", TOPIC, "phx_join", {"since": since})
+        await settled(node)
+        node.store.fault = "away"
+        node.broker.link = Link(False, "away")
+        gate.set()
+        assert await client.reply("1") == ["error", {"reason": Reason.BUS_UNAVAILABLE}]
+        assert node.metrics.history_not_recovered == {}
+        node.store.fault = ""
+        node.broker.link = Link(True, "")
+        assert (await join(client, "2", since=since))["recovered"] is True
