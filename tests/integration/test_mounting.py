@@ -542,10 +542,12 @@ async def test_server_does_not_wait_for_streams_without_a_limit(name: str, valke
     with AppServer(name, APP, *arguments, environ={"BUS": valkey.url}, ready="/relay/ready") as server:
         async with Stream.open(socket_url(server), "room:1") as stream:
             ending = asyncio.create_task(asyncio.to_thread(server.stop, signal.SIGTERM))
-            events = [event.event for event in await stream.rest()]
-            assert (events, stream.is_complete) == (
-                ([], False) if name in ("hypercorn", "granian") else (["relay:error"], True)
-            )
+            # Since Python 3.12 asyncio's server waits until its connections are gone, and Hypercorn with it.
+            if not (name == "hypercorn" and sys.version_info >= (3, 12)):
+                events = [event.event for event in await stream.rest()]
+                assert (events, stream.is_complete) == (
+                    ([], False) if name in ("hypercorn", "granian") else (["relay:error"], True)
+                )
         exit_code = await ending
         assert exit_code in (0, -signal.SIGTERM), server.output
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import shutil
 import socket
 import subprocess
 import time
@@ -120,6 +121,7 @@ async def test_stream_counts_as_a_socket_for_operators(serve_streams: Serve, ope
     assert served.relay.topics == {}
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 async def test_curl_reads_a_stream(valkey: Valkey) -> None:
     """``curl -N``, as the documentation has it."""
     with RelayProcess("--redis-url", valkey.url) as relay:
