@@ -5,7 +5,7 @@ Owns the counting; must not know transports or the clock: the time is passed in,
 
 import math
 
-from relay.config import LimitsConfig
+from relay.config_sections import LimitsConfig
 
 
 class TokenBucket:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from opentelemetry.context import Context
     from opentelemetry.trace import Span
 
-    from relay.config import Direction
+    from relay.config_sections import Direction
 
 Publish: TypeAlias = "Callable[[Direction, str, str, bytes, str | None], asyncio.Future[None]]"
 

@@ -14,7 +14,7 @@ import msgspec
 from jwt.exceptions import PyJWTError
 
 from relay.auth.keys import Key, key_of_jwk
-from relay.config import AuthConfig
+from relay.config_sections import AuthConfig
 from relay.log import RateLimitedLogger
 from relay.proxy_headers import is_this_machine, origin_of
 from relay.version import __version__

@@ -18,7 +18,7 @@ from jwt.exceptions import PyJWTError
 
 from relay.auth.jwks import Fetch, PublishedKeys
 from relay.auth.keys import Key, read_key
-from relay.config import AuthConfig
+from relay.config_sections import AuthConfig
 from relay.errors import AuthenticationError, ConfigError, Reason
 from relay.log import RateLimitedLoggers
 

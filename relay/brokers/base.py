@@ -26,7 +26,7 @@ from typing import NamedTuple, Protocol, TypeGuard
 
 import msgspec
 
-from relay.config import Direction, HistoryConfig
+from relay.config_sections import Direction, HistoryConfig
 from relay.errors import NotRecovered
 from relay.protocol.presence import Difference, Members
 

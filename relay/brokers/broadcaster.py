@@ -25,7 +25,8 @@ from broadcaster import Broadcast, BroadcastBackend
 from relay.brokers.base import Event, Link, Place, Sink
 from relay.brokers.envelope import pack, unpack
 from relay.brokers.memory_history import MemoryHistory
-from relay.config import Config, Direction, HistoryConfig
+from relay.config import Config
+from relay.config_sections import Direction, HistoryConfig
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
 

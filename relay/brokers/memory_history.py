@@ -12,7 +12,7 @@ from itertools import islice
 import msgspec
 
 from relay.brokers.base import GRACE_S, Event, Opened, Place, Summary
-from relay.config import HistoryConfig
+from relay.config_sections import HistoryConfig
 from relay.errors import NotRecovered
 
 

@@ -24,7 +24,8 @@ from relay.brokers.redis_publisher import Publisher
 from relay.brokers.redis_session import Session
 from relay.brokers.redis_settings import RENEW_EVERY_S, Preparation, history_args, renewal
 from relay.brokers.redis_streams import RedisHistory
-from relay.config import Config, Direction, RedisConfig
+from relay.config import Config
+from relay.config_sections import Direction, RedisConfig
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
 from relay.protocol.topics import to_redis_channel

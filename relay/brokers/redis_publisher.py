@@ -31,7 +31,7 @@ from relay.brokers.redis_connection import (
 )
 from relay.brokers.redis_marker import Markers
 from relay.brokers.redis_scripts import PUBLISH
-from relay.config import RedisConfig
+from relay.config_sections import RedisConfig
 from relay.errors import BusUnavailable
 
 _logger = logging.getLogger("relay.redis")

@@ -33,7 +33,7 @@ from relay.brokers.redis_connection import (
 )
 from relay.brokers.redis_marker import PROBE, Markers
 from relay.brokers.redis_publisher import Publisher
-from relay.config import RedisConfig
+from relay.config_sections import RedisConfig
 from relay.errors import BusUnavailable, Reason
 from relay.metrics import Metrics
 from relay.protocol.topics import from_redis_channel, glob_escape

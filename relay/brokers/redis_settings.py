@@ -15,7 +15,8 @@ import msgspec
 
 from relay.brokers.redis_connection import RedisConnection, is_denied, words
 from relay.brokers.redis_scripts import FUNCTION, FUNCTION_NAME, FUNCTION_VERSION, PUBLISH, version_of
-from relay.config import SETTINGS_KEY, Config, HistoryConfig
+from relay.config import SETTINGS_KEY, Config
+from relay.config_sections import HistoryConfig
 from relay.version import __version__
 
 _logger = logging.getLogger("relay.redis")

@@ -13,7 +13,8 @@ from relay.brokers.base import Event, Opened, Summary
 from relay.brokers.redis_commands import RedisCommands
 from relay.brokers.redis_connection import Connections
 from relay.brokers.redis_scripts import CHECK, OPEN
-from relay.config import Config, HistoryConfig
+from relay.config import Config
+from relay.config_sections import HistoryConfig
 from relay.errors import NotRecovered
 
 _ATTEMPTS = 5

@@ -27,7 +27,8 @@ from relay.channels.presence import Presence, presence_meta
 from relay.channels.pubsub import PubSub
 from relay.channels.replay import Asked, Replay
 from relay.concurrency import Continuation, KeyedQueue
-from relay.config import Config, Policy
+from relay.config import Config
+from relay.config_sections import Policy
 from relay.errors import SUBSCRIPTION_ENDED, BusUnavailable, Reason
 from relay.log import ConnectionLog
 from relay.metrics import Metrics

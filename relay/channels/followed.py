@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from relay.brokers.base import Event, Place
 from relay.channels.history_reader import ENTRY_BYTES, Entry
-from relay.config import HistoryConfig
+from relay.config_sections import HistoryConfig
 
 RING_BYTES = 65_536
 """Recent events of one topic that are kept, in bytes of their payloads and `ENTRY_BYTES` for each."""

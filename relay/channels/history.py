@@ -24,7 +24,8 @@ from typing import Protocol
 from relay.brokers.base import Event, HistoryStore, Place
 from relay.channels.followed import RING_BYTES, Followed, Rings
 from relay.channels.history_reader import ENTRY_BYTES, Entry, HistoryReader, Page, Recovery, rows_behind
-from relay.config import Config, HistoryConfig
+from relay.config import Config
+from relay.config_sections import HistoryConfig
 from relay.errors import BusUnavailable, NotRecovered, Reason
 from relay.log import RateLimitedLogger
 from relay.metrics import Metrics

@@ -9,7 +9,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from relay.brokers.base import Event, HistoryStore, Opened, Place, is_position
-from relay.config import Config, HistoryConfig
+from relay.config import Config
+from relay.config_sections import HistoryConfig
 from relay.errors import BusUnavailable, NotRecovered
 from relay.metrics import Metrics
 from relay.protocol.frame import Frame

@@ -15,7 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
-from relay.config import Policy
+from relay.config_sections import Policy
 from relay.errors import Reason
 from relay.metrics import Metrics
 from relay.protocol.frame import Frame

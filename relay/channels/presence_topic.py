@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import msgspec
 
-from relay.config import Config, TopicConfig
+from relay.config import Config
+from relay.config_sections import TopicConfig
 from relay.metrics import Metrics
 from relay.protocol import presence
 from relay.protocol.frame import Frame

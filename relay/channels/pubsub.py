@@ -20,7 +20,8 @@ from relay.channels.history import History
 from relay.channels.hub import JOINED_MAX_BYTES, Hub, Outgoing, Subscriber
 from relay.channels.subscriptions import TopicSubscriptions
 from relay.concurrency import JOB_BYTES, Continuation, InFlight, KeyedQueue
-from relay.config import Config, Direction, OnGap
+from relay.config import Config
+from relay.config_sections import Direction, OnGap
 from relay.errors import BusUnavailable, Reason, RelayError
 from relay.plugins.dispatcher import HandlerError, HandlerRunner
 from relay.plugins.hooks import Event as HookedEvent

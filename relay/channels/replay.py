@@ -16,7 +16,7 @@ from relay.brokers.base import Place
 from relay.channels.history import History
 from relay.channels.history_reader import Entry, Recovery
 from relay.channels.hub import Hub, Subscriber, join_frames
-from relay.config import Overflow
+from relay.config_sections import Overflow
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
 from relay.protocol.payload import Payload

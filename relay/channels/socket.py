@@ -16,7 +16,7 @@ from relay.auth.session import SocketAuth
 from relay.channels.channel import Channel, ChannelOwner, Services
 from relay.channels.pubsub import PubSub
 from relay.concurrency import Continuation, Job, KeyedQueue
-from relay.config import Policy
+from relay.config_sections import Policy
 from relay.errors import IN_FLIGHT_FULL, SUBSCRIPTION_ENDED, CloseCode, Reason, WireError
 from relay.log import Totals
 from relay.permissions import Identity

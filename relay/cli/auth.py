@@ -19,19 +19,8 @@ from relay.brokers.embedded import BESIDE_AUTH
 from relay.cli.masking import mask_secrets
 from relay.cli.options import ConfigFile
 from relay.cli.output import console, is_terminal, print_lines
-from relay.config import (
-    ANY_HOST,
-    CONFIG_VARIABLE,
-    EMBEDDED,
-    ENVELOPE_BYTES,
-    SETTINGS_KEY,
-    TOKEN_KEY_VARIABLE,
-    AuthConfig,
-    Config,
-    Exposure,
-    GrantConfig,
-    Overflow,
-)
+from relay.config import ANY_HOST, CONFIG_VARIABLE, EMBEDDED, SETTINGS_KEY, TOKEN_KEY_VARIABLE, Config, Exposure
+from relay.config_sections import ENVELOPE_BYTES, AuthConfig, GrantConfig, Overflow
 from relay.config_sources import load
 from relay.errors import ConfigError
 from relay.extras import require

@@ -11,7 +11,8 @@ import typer
 
 from relay.cli.options import ConfigFile, topic_of
 from relay.cli.output import console, is_terminal, print_lines
-from relay.config import Config, LimitsConfig, TopicConfig
+from relay.config import Config
+from relay.config_sections import LimitsConfig, TopicConfig
 from relay.config_sources import load
 
 _EVENT, _PAYLOAD = "new_msg", '{"text":"hi"}'

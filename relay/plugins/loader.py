@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from relay.config import PluginsConfig
+from relay.config_sections import PluginsConfig
 from relay.errors import ConfigError
 from relay.plugins import Plugin
 from relay.plugins.handlers import check_handler, is_async

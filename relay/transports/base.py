@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from relay.config import LimitsConfig, Policy
+from relay.config_sections import LimitsConfig, Policy
 from relay.errors import CloseCode
 from relay.log import RateLimitedLogger
 from relay.metrics import Metrics

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from relay.config import Overflow, Policy
+from relay.config_sections import Overflow, Policy
 from relay.metrics import Metrics
 from relay.protocol.frame import Frame
 from relay.protocol.serializer import POSITION_EVENT

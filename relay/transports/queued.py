@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from relay.brokers.base import Place
-from relay.config import LimitsConfig, Overflow, Policy
+from relay.config_sections import LimitsConfig, Overflow, Policy
 from relay.errors import CloseCode
 from relay.log import RateLimitedLogger
 from relay.metrics import Metrics

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from starlette.requests import HTTPConnection
 from starlette.responses import PlainTextResponse, Response
 
-from relay.config import LimitsConfig
+from relay.config_sections import LimitsConfig
 from relay.protocol import sse
 from relay.protocol.topics import is_topic
 from relay.transports.base import Scope

@@ -20,7 +20,7 @@ from typing import Any
 
 from relay.brokers.base import Event, Place
 from relay.channels.socket import Socket
-from relay.config import Policy
+from relay.config_sections import Policy
 from relay.errors import BusUnavailable, CloseCode, Reason, WireError
 from relay.metrics import BOUNDS_S
 from relay.node import Components, Node

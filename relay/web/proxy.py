@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 
-from relay.config import ProxyConfig
+from relay.config_sections import ProxyConfig
 from relay.log import RateLimitedLoggers
 from relay.metrics import Metrics
 from relay.paths import split_raw

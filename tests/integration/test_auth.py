@@ -25,7 +25,7 @@ from relay.auth.authenticator import Authenticator
 from relay.auth.session import SocketAuth
 from relay.auth.tokens import TokenVerifier
 from relay.channels.socket import Socket
-from relay.config import AuthConfig
+from relay.config_sections import AuthConfig
 from relay.log import SUBJECT
 from tests.support.client import Client
 from tests.support.keys import EC_PRIVATE, EC_PUBLIC, OTHER_SECRET, RSA_PRIVATE, RSA_PUBLIC, SECRET, jwk, token

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 from redis.asyncio import Redis
 
-from relay.config import LimitsConfig
+from relay.config_sections import LimitsConfig
 from tests.support.client import BINARY, TEXT, Client, RawSocket
 from tests.support.serving import Served, eventually, http_get, metric
 

@@ -18,7 +18,8 @@ from relay.brokers.base import Broker, Event
 from relay.brokers.broadcaster import BroadcasterBroker
 from relay.brokers.envelope import pack
 from relay.brokers.redis import RedisBroker
-from relay.config import Config, Direction
+from relay.config import Config
+from relay.config_sections import Direction
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
 from tests.support.process import Postgres, Valkey, redis_servers

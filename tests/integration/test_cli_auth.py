@@ -13,7 +13,7 @@ import pytest
 
 from relay.auth.tokens import TokenVerifier, load_keys
 from relay.cli.main import main
-from relay.config import AuthConfig
+from relay.config_sections import AuthConfig
 from tests.support.keys import EC_PRIVATE, EC_PUBLIC, RSA_PRIVATE, RSA_PUBLIC, SECRET
 from tests.support.process import DEADLINE_S, RelayProcess, wait_for
 from tests.support.servers import AppServer

@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 import pytest
 from ruamel.yaml import YAML
 
-from relay.config import LimitsConfig, PluginsConfig
+from relay.config_sections import LimitsConfig, PluginsConfig
 from relay.config_sources import load
 from relay.web.prometheus import METRIC_SPECS
 from tests.support.node import SCRIPTS, compile_typescript, need_node

@@ -50,7 +50,7 @@ import redis
 
 from relay import Config, Relay
 from relay.channels.pubsub import _EVENTS_WAITING
-from relay.config import LimitsConfig
+from relay.config_sections import LimitsConfig
 from relay.config_sources import load
 from relay.plugins import Plugin
 from tests.support.client import Client

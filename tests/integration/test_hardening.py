@@ -20,7 +20,7 @@ from fastapi import APIRouter
 from starlette.responses import Response, StreamingResponse
 
 from relay import Plugin, Relay
-from relay.config import LimitsConfig
+from relay.config_sections import LimitsConfig
 from relay.transports import uvicorn_http
 from relay.transports.uvicorn_http import HEAD_MAX_BYTES, RelayHTTPProtocol
 from relay.transports.uvicorn_websocket import _Inbox

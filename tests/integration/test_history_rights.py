@@ -19,7 +19,7 @@ from relay.brokers.embedded import EmbeddedValkey
 from relay.brokers.redis import RedisBroker
 from relay.brokers.redis_publish_once import publishing
 from relay.brokers.redis_scripts import FUNCTION, PUBLISH
-from relay.config import Direction, HistoryConfig
+from relay.config_sections import Direction, HistoryConfig
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
 from tests.integration.test_history import join

@@ -15,7 +15,7 @@ from relay.brokers.base import Broker, Event, HistoryStore, Opened, Place, is_po
 from relay.brokers.broadcaster import BroadcasterBroker
 from relay.brokers.redis import RedisBroker
 from relay.brokers.redis_publish_once import publishing
-from relay.config import Direction, HistoryConfig
+from relay.config_sections import Direction, HistoryConfig
 from relay.errors import BusUnavailable, NotRecovered
 from relay.metrics import Metrics
 from relay.protocol import topics

@@ -14,7 +14,7 @@ import redis as redis_py
 from relay import Config
 from relay.brokers.base import OwnChange
 from relay.brokers.redis import RedisBroker
-from relay.config import Direction
+from relay.config_sections import Direction
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
 from relay.protocol.presence import Difference, Member

@@ -16,7 +16,7 @@ from relay import Config, redis_url
 from relay.brokers.base import Event
 from relay.brokers.redis import RedisBroker
 from relay.brokers.redis_connection import Connections
-from relay.config import Direction
+from relay.config_sections import Direction
 from relay.metrics import Metrics
 from tests.support.faults import Authority, Proxy, Sentinels
 from tests.support.process import Valkey, free_port

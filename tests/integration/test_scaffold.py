@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from relay.config import PluginsConfig
+from relay.config_sections import PluginsConfig
 from relay.errors import ConfigError
 from relay.plugins.loader import load_plugins
 from relay.plugins.scaffold import write_plugin

@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from websockets.exceptions import InvalidStatus
 
 from relay import Join, Plugin, Push, Refused
-from relay.config import Direction
+from relay.config_sections import Direction
 from relay.errors import BusUnavailable, ConfigError
 from relay.tracing import Tracer
 from tests.support.client import Client

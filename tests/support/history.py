@@ -12,7 +12,7 @@ import pytest
 from relay.brokers.base import Event, HistoryStore, Opened, Place, Summary
 from relay.channels.history import History
 from relay.channels.hub import Hub
-from relay.config import HistoryConfig
+from relay.config_sections import HistoryConfig
 from relay.errors import BusUnavailable, NotRecovered
 from relay.metrics import Metrics
 from relay.plugins.hooks import Hooks

@@ -13,7 +13,8 @@ from relay.channels.channel import Services
 from relay.channels.hub import Hub
 from relay.channels.pubsub import PubSub
 from relay.channels.socket import Socket
-from relay.config import Config, Direction, Policy
+from relay.config import Config
+from relay.config_sections import Direction, Policy
 from relay.errors import BusUnavailable, CloseCode
 from relay.log import ConnectionLog, RateLimitedLoggers
 from relay.metrics import Metrics

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from relay.config import (
+from relay.config import Config
+from relay.config_sections import (
     AuthConfig,
-    Config,
     GrantConfig,
     KeyConfig,
     LimitsConfig,

@@ -10,7 +10,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from relay.config import Config, TopicConfig
+from relay.config import Config
+from relay.config_sections import TopicConfig
 from relay.config_sources import load
 
 EXAMPLE = Path(__file__).parents[2] / "config" / "relay.toml"

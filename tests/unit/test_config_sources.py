@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from relay.config import Config, LimitsConfig, Overflow, RedisConfig, TopicConfig
+from relay.config import Config
+from relay.config_sections import LimitsConfig, Overflow, RedisConfig, TopicConfig
 from relay.config_sources import load
 from relay.errors import ConfigError
 from tests.support.settings import Write, problems

@@ -25,7 +25,6 @@ LONGER: dict[str, tuple[int, str]] = {
     ),
     "channels.channel": (550, "one join, from its decision to its end, with all that it has in between"),
     "channels.pubsub": (550, "the bridge between bus and subscribers, in both directions"),
-    "config": (700, "one tree of settings, which is read from top to bottom"),
 }
 
 

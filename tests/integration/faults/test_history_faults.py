@@ -11,7 +11,7 @@ from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 
 from relay.channels import history as history_module
-from relay.config import Direction
+from relay.config_sections import Direction
 from tests.support.faults import Proxy
 from tests.support.follower import Follower, Source, progress
 from tests.support.process import Valkey, wait_for

@@ -11,7 +11,7 @@ import pytest
 from redis.asyncio import Redis
 
 from relay import Event, Plugin
-from relay.config import Direction, Overflow
+from relay.config_sections import Direction, Overflow
 from relay.errors import BusUnavailable
 from tests.support.positions import Reader, SocketReader, StreamReader, running
 from tests.support.process import Valkey

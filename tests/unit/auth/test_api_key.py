@@ -6,7 +6,7 @@ import pytest
 
 from relay import Config
 from relay.auth.api_key import ApiKeyAuth, api_key_from
-from relay.config import AuthConfig, KeyConfig, MetricsConfig, RestConfig
+from relay.config_sections import AuthConfig, KeyConfig, MetricsConfig, RestConfig
 
 KEYLESS = ApiKeyAuth(Config(), authenticates=False)
 KEYED = ApiKeyAuth(Config(rest=RestConfig(api_key="sésame"), allow_anonymous=True), authenticates=True)

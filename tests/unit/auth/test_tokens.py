@@ -16,7 +16,7 @@ import pytest
 from relay.auth.jwks import parse_jwks
 from relay.auth.keys import Key, read_key
 from relay.auth.tokens import TokenVerifier, load_keys, sign
-from relay.config import AuthConfig
+from relay.config_sections import AuthConfig
 from relay.errors import AuthenticationError, ConfigError, Reason
 from tests.support.keys import (
     EC_PRIVATE,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from relay.brokers.base import GRACE_S, Event, Place, is_position
 from relay.brokers.memory_history import MemoryHistory
-from relay.config import HistoryConfig
+from relay.config_sections import HistoryConfig
 from relay.errors import NotRecovered
 
 TOPIC = "room:1"

@@ -8,7 +8,8 @@ import pytest
 
 from relay.brokers.redis_connection import RedisConnection
 from relay.brokers.redis_settings import Settings, own_settings, read_settings, renewal
-from relay.config import Config, HistoryConfig
+from relay.config import Config
+from relay.config_sections import HistoryConfig
 
 CONFIG = Config(
     redis_url="redis://none",

@@ -16,7 +16,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from relay.config import Config, Direction
+from relay.config import Config
+from relay.config_sections import Direction
 from relay.errors import CloseCode, Reason
 from relay.plugins.hooks import Hook, Hooks, Join, Leave, Push, Refused
 from tests.support.transport import Client, FakeBroker, FakeNode

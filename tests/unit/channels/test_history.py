@@ -10,7 +10,7 @@ import pytest
 from relay.brokers.base import Event, Link, Place
 from relay.channels import history as module
 from relay.channels.history_reader import Entry
-from relay.config import OnGap
+from relay.config_sections import OnGap
 from relay.errors import NotRecovered, Reason
 from relay.plugins.hooks import Event as HookedEvent
 from relay.plugins.hooks import Hook, Hooks

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from relay.channels import hub as hub_module
 from relay.channels.hub import SLICE_S, Hub
-from relay.config import Overflow, Policy
+from relay.config_sections import Overflow, Policy
 from relay.errors import Reason
 from relay.metrics import Metrics
 from relay.protocol.frame import Frame

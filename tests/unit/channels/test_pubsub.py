@@ -17,7 +17,8 @@ from relay.channels.control import ControlMessage
 from relay.channels.hub import JOINED_MAX_BYTES, Hub
 from relay.channels.pubsub import PubSub
 from relay.concurrency import KeyedQueue
-from relay.config import Config, Direction, Policy
+from relay.config import Config
+from relay.config_sections import Direction, Policy
 from relay.errors import BusUnavailable, Reason, RelayError
 from relay.metrics import Metrics
 from relay.plugins import Plugin

@@ -10,7 +10,7 @@ import pytest
 
 from relay.brokers.base import Place
 from relay.channels.replay import Asked, asked
-from relay.config import Overflow
+from relay.config_sections import Overflow
 from relay.errors import NotRecovered, Reason
 from relay.protocol.serializer import Version
 from tests.support.clock import runner, until

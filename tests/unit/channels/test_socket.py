@@ -9,7 +9,7 @@ import pytest
 
 from relay.auth.authenticator import Authenticator
 from relay.concurrency import Continuation
-from relay.config import Overflow
+from relay.config_sections import Overflow
 from relay.errors import IN_FLIGHT_FULL, SUBSCRIPTION_ENDED, CloseCode, Reason, RelayError
 from relay.permissions import ALL, Grant, Identity, Rights
 from relay.plugins.hooks import Hook, Hooks, Join, Leave, Push

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fastapi import APIRouter, FastAPI
 
-from relay.config import PluginsConfig
+from relay.config_sections import PluginsConfig
 from relay.errors import ConfigError
 from relay.plugins import Plugin
 from relay.plugins.loader import PluginInfo, PluginSet, load_plugins

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.config import LimitsConfig
+from relay.config_sections import LimitsConfig
 from relay.proxy_headers import rate_limit_key
 from relay.rate_limit import PORTION_BYTES, MessageRateLimiter, TokenBucket
 from relay.transports.admission import ConnectionLimiter

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.config import Overflow, Policy
+from relay.config_sections import Overflow, Policy
 from relay.metrics import Metrics
 from relay.protocol.frame import Frame
 from relay.protocol.payload import classify_payload

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from relay.config import LimitsConfig
+from relay.config_sections import LimitsConfig
 from relay.protocol.sse import POSITIONS_MAX_BYTES
 from relay.transports.handshake import HandshakeRejected
 from relay.transports.sse_request import (

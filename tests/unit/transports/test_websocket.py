@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from relay.config import LimitsConfig, Overflow, Policy
+from relay.config_sections import LimitsConfig, Overflow, Policy
 from relay.errors import CloseCode
 from relay.log import RateLimitedLoggers
 from relay.metrics import Metrics

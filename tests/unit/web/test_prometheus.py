@@ -14,7 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from relay import Plugin, Relay
-from relay.config import Overflow
+from relay.config_sections import Overflow
 from relay.errors import DROPPED, Reason
 from relay.metrics import Metrics, ProcessState
 from relay.web.multiprocess import SnapshotStore

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from relay.config import ProxyConfig
+from relay.config_sections import ProxyConfig
 from relay.web.proxy import Proxy, _split
 
 

@@ -10,7 +10,7 @@ from redis import Redis
 from redis.asyncio import Redis as AsyncRedis
 
 from relay.brokers.base import Event
-from relay.config import Direction
+from relay.config_sections import Direction
 from tests.support.faults import Authority, Proxy
 from tests.support.process import Valkey, free_port, redis_servers
 from tests.support.redis_faults import (

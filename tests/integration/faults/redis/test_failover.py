@@ -13,7 +13,7 @@ from redis.asyncio import Redis as AsyncRedis
 
 from relay.brokers.base import Event
 from relay.brokers.redis_publish_once import publishing
-from relay.config import Direction
+from relay.config_sections import Direction
 from tests.support.faults import Sentinels
 from tests.support.process import Valkey, free_port, wait_for
 from tests.support.redis_faults import (

@@ -7,7 +7,7 @@ import pytest
 from redis import Redis
 
 from relay.brokers.base import Event
-from relay.config import Direction
+from relay.config_sections import Direction
 from tests.support.faults import Proxy
 from tests.support.process import Valkey
 from tests.support.redis_faults import (

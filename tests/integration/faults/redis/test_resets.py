@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from relay.config import Direction
+from relay.config_sections import Direction
 from tests.support.client import Client
 from tests.support.process import Valkey
 from tests.support.redis_faults import (

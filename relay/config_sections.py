@@ -1,0 +1,425 @@
+"""Sections of the settings: the tables of `relay.config.Config`, each with its keys, units and defaults.
+
+Must not know who uses them. ``config/relay.toml`` shows them all.
+"""
+
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from relay.permissions import Grant, parse_rights
+
+Positive = Annotated[int, Field(gt=0)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Of these, zero means none: the limit is off.
+OrOff = Annotated[int, Field(ge=0)]
+SecondsOrOff = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+ENVELOPE_BYTES = 1_024
+"""Bytes for what a frame has beside its payload: topic, event and refs, of at most 255 bytes each."""
+
+
+class Table(BaseModel, extra="forbid", frozen=True):
+    """Unknown keys are refused, and nothing changes after the start."""
+
+
+def check_url(url: str) -> str:
+    """Give back an http:// or https:// address that names a host. Raises ValueError, which does not repeat it."""
+    try:
+        parts = urlsplit(url)
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number or too large; not repeated, it may be a part of a password
+        named = False
+    if not named:
+        raise ValueError("expected http[s]://host[:port], with a host, and a port of 1 to 65535")
+    return url
+
+
+class Direction(StrEnum):
+    """Which way a message goes: to the browsers, or from one of them. `RedisConfig.prefix` has the prefix of each."""
+
+    TO = "to"
+    FROM = "from"
+    FROM_USER = "from-user"
+    """From one of them, with who that is."""
+
+
+class Overflow(StrEnum):
+    """What happens to a slow reader's events once its outbox is full; a setting of each topic."""
+
+    DISCONNECT = "disconnect"
+    """Close the socket: it comes back and starts afresh. For events of which none may be missing."""
+    DROP_OLDEST = "drop-oldest"
+    """Drop this topic's oldest waiting events to make room."""
+    LATEST = "latest"
+    """Keep one waiting event per topic and event name, the newest. For values that replace each other.
+
+    A newer value takes the place in which the older one waits. So the events of one name arrive in order, and those of
+    several may not: a1 b2 a3 arrives as a3 b2. At the end of the queue instead, a name whose value changes faster than
+    the queue is read would wait without end.
+    """
+    RECOVER = "recover"
+    """Drop what waits and deliver it from the topic's history, as fast as the client reads."""
+
+
+class Policy(NamedTuple):
+    """What a topic's settings say of slow readers."""
+
+    overflow: Overflow = Overflow.DISCONNECT
+    latest_key: str = ""
+    """With ``latest``: keep one waiting event for each value of this key in the payload; of those without, and where
+    this is empty, for each event name."""
+    notify_dropped: bool = False
+    """Tell the client how many of the topic's events it missed, before the next of them."""
+    match: str = "*"
+    """The pattern in ``[[topics]]`` that these settings stand under; what is dropped is counted by it."""
+
+
+class OnGap(StrEnum):
+    """What the subscribers of a topic receive when events may have been missed."""
+
+    REJOIN = "rejoin"
+    IGNORE = "ignore"
+
+
+class RedisConfig(Table):
+    """Connection to Redis."""
+
+    to_prefix: str = Field("to:", min_length=1, description="Redis channels towards browsers start with this")
+    from_prefix: str = Field("from:", min_length=1, description="Redis channels of browsers' pushes start with this")
+    topic_prefix: str = Field(
+        "topic:",
+        min_length=1,
+        description="names of topics' histories start with this: of the stream, and of the channel that announces it",
+    )
+    push_identity: bool = Field(False, description="publish each push a second time, with user and socket")
+    from_user_prefix: str = Field(
+        "from-user:", min_length=1, description="Redis channels of pushes with user and socket start with this"
+    )
+    timeout_s: Seconds = Field(5.0, description="seconds to connect, and for Redis to accept a message")
+    ping_interval_s: Seconds = Field(10.0, description="seconds of silence before the subscription is pinged")
+    ping_timeout_s: Seconds = Field(5.0, description="seconds for the answer; then the connection counts as lost")
+    backoff_min_s: Seconds = Field(0.1, description="maximum seconds before the first attempt to reconnect")
+    backoff_max_s: Seconds = Field(5.0, description="maximum seconds between two attempts")
+    publish_queue_max: Positive = Field(10_000, description="messages waiting for Redis before pushes are refused")
+    publish_queue_max_bytes: Positive = Field(67_108_864, description="the same, in bytes of all waiting messages")
+    control_channel: str = Field(
+        "relay:control", description='Redis channel by which nodes disconnect users on all nodes; "" for none'
+    )
+
+    def prefix(self, direction: Direction) -> str:
+        """What Redis channels of a direction start with."""
+        if direction is Direction.TO:
+            return self.to_prefix
+        return self.from_prefix if direction is Direction.FROM else self.from_user_prefix
+
+    @model_validator(mode="after")
+    def _prefixes_differ(self) -> "RedisConfig":
+        if self.to_prefix.startswith(self.from_prefix) or self.from_prefix.startswith(self.to_prefix):
+            raise ValueError("to_prefix and from_prefix must not begin alike, or the relay would hear its own pushes")
+        if self.control_channel.startswith((self.to_prefix, self.from_prefix)):
+            # What starts with from_prefix is named by browsers.
+            raise ValueError("control_channel must not begin with to_prefix or from_prefix")
+        if self.push_identity:
+            for name, other in (("to_prefix", self.to_prefix), ("from_prefix", self.from_prefix)):
+                if self.from_user_prefix.startswith(other) or other.startswith(self.from_user_prefix):
+                    raise ValueError(
+                        f"from_user_prefix and {name} must not begin alike: a client could forge who pushed"
+                    )
+            if self.control_channel.startswith(self.from_user_prefix):
+                raise ValueError("control_channel must not begin with from_user_prefix")
+        if self.backoff_min_s > self.backoff_max_s:
+            raise ValueError(
+                f"backoff_min_s = {self.backoff_min_s:g} must not be more than backoff_max_s = {self.backoff_max_s:g}"
+            )
+        return self
+
+
+class LimitsConfig(Table):
+    """Limits on clients. docs/limits.md describes them."""
+
+    frame_max_bytes: Positive = Field(
+        1_052_672, description="largest frame from a client, in bytes; at least payload_max_bytes + 1024"
+    )
+    payload_max_bytes: Positive = Field(1_048_576, description="largest payload of an event or a push, in bytes")
+    topics_per_socket: Positive = Field(100, description="topics that one socket may have joined at a time")
+    outbox_max_bytes: Positive = Field(
+        2_097_152, description="bytes queued for one slow socket; at least payload_max_bytes + 1024"
+    )
+    outbox_total_max_bytes: OrOff = Field(
+        268_435_456,
+        description="bytes queued for all slow sockets; over it, the largest is closed; 0: no limit",
+    )
+    in_flight_max_bytes: Positive = Field(
+        4_194_304, description="bytes of one socket waiting for handlers, before relay stops reading it"
+    )
+    in_flight_total_max_bytes: OrOff = Field(
+        268_435_456,
+        description="the same in bytes of all sockets and events; over it, the one with most is closed; 0: no limit",
+    )
+    pushes_in_flight: Positive = Field(
+        256, description="messages of one socket in progress, before relay stops reading it"
+    )
+    joins_per_s: OrOff = Field(20, description="joins of one socket per second; 0: no limit")
+    joins_burst: Positive = Field(200, description="joins that one socket may send at once, after a pause")
+    pushes_per_s: OrOff = Field(100, description="pushes of one socket per second; 0: no limit")
+    pushes_burst: Positive = Field(500, description="pushes that one socket may send at once, after a pause")
+    rate_limit_violations_max: OrOff = Field(
+        1000, description="messages over the rate limit, before the socket is closed; 0: it is not closed"
+    )
+    sockets_per_address: OrOff = Field(1000, description="sockets of one client address; 0: no limit")
+    sockets_max: OrOff = Field(50_000, description="sockets in one process; 0: no limit")
+    handshakes_per_s: OrOff = Field(1000, description="handshakes per second in one process; 0: no limit")
+    handshake_timeout_s: SecondsOrOff = Field(
+        10.0, description="seconds for the head of a request, under relay serve; 0: no limit"
+    )
+    first_join_timeout_s: SecondsOrOff = Field(
+        300.0, description="seconds for a socket to join its first topic; 0: no limit"
+    )
+    idle_timeout_s: Seconds = Field(60.0, description="seconds without a message or ping before a socket is closed")
+    close_timeout_s: Seconds = Field(5.0, description="seconds for a client to answer a close, then it is cut off")
+    body_max_bytes: Positive = Field(8_388_608, description="largest body of a REST request, in bytes")
+    proxied_max: OrOff = Field(
+        1000, description="requests in progress to all [[proxy]] prefixes; further ones get 503; 0: no limit"
+    )
+    recover_per_s: Positive = Field(1000, description="joins per second in one process that ask for missed events")
+    recover_max_events: Positive = Field(1000, description="most missed events that a join is given")
+    recover_max_bytes: Positive = Field(8_388_608, description="the same in bytes")
+    history_ring_max_bytes: Positive = Field(
+        67_108_864, description="bytes of recent events of all histories that one process keeps in memory"
+    )
+    presence_meta_max_bytes: Positive = Field(1024, description="bytes of what a client says of itself, for presence")
+    presence_state_max_bytes: Positive = Field(
+        1_048_576, description="bytes of all that is said of a topic's members; with more, only their number is sent"
+    )
+    drain_per_s: Positive = Field(1000, description="at shutdown: sockets closed per second")
+    drain_timeout_s: Seconds = Field(
+        20.0, description="at shutdown: seconds for closing all sockets; the pace is raised if necessary"
+    )
+
+    @model_validator(mode="after")
+    def _payload_fits(self) -> "LimitsConfig":
+        least = self.payload_max_bytes + ENVELOPE_BYTES
+        bounds = {"frame_max_bytes": self.frame_max_bytes, "outbox_max_bytes": self.outbox_max_bytes}
+        if small := [f"{name} = {value}" for name, value in bounds.items() if value < least]:
+            raise ValueError(
+                f"expected {least} bytes at least (payload_max_bytes = {self.payload_max_bytes}, and "
+                f"{ENVELOPE_BYTES} for what surrounds a payload), got {' and '.join(small)}"
+            )
+        return self
+
+
+class KeyConfig(Table):
+    """A key that signs tokens."""
+
+    key: str = Field(
+        min_length=1,
+        repr=False,
+        description="a secret; or a public key as PEM, base64 of DER, JWK or OpenSSH; or file:/path",
+    )
+    kid: str = Field("", description='name of the key, if tokens name their key; "" for every token')
+
+
+class GrantConfig(Table):
+    """Permissions on topics."""
+
+    match: str = Field(min_length=1, description="topic pattern as in [[topics]]; {sub} is replaced by the user")
+    rights: tuple[Literal["join", "push", "presence"], ...] = Field(description="permissions on these topics")
+
+    @property
+    def grant(self) -> Grant:
+        """The same, to be asked."""
+        return Grant(self.match, parse_rights(self.rights))
+
+
+class AuthConfig(Table):
+    """Authentication and authorization. Without settings here, every client that can connect may do everything."""
+
+    algorithms: tuple[Literal["HS256", "RS256", "ES256"], ...] = Field(
+        ("HS256", "RS256", "ES256"), min_length=1, description="accepted signature algorithms of tokens"
+    )
+    keys: tuple[KeyConfig, ...] = Field((), repr=False, description="keys of tokens; several for rotation")
+    jwks_url: str = Field("", repr=False, pattern="^(https?://.*)?$", description="URL of the public keys (JWKS)")
+    jwks_cache_s: Seconds = Field(300.0, description="seconds until the key set is fetched again")
+    jwks_retry_s: Seconds = Field(10.0, description="minimum seconds between two fetches for unknown keys")
+    issuer: str = Field("", description='required "iss" of tokens; "" accepts any')
+    audience: tuple[str, ...] = Field((), description='accepted values of "aud" in tokens')
+    leeway_s: float = Field(10.0, ge=0, allow_inf_nan=False, description="tolerated clock difference in seconds")
+    require_expiry: bool = Field(True, description="refuse tokens without an expiry time")
+    expiry_grace_s: Seconds = Field(5.0, description="seconds to renew an expired token, then its socket is closed")
+    rights_claim: str = Field("topics", min_length=1, description="claim that contains the permissions of a token")
+    anonymous: tuple[GrantConfig, ...] = Field((), description="permissions of clients without a token")
+    authenticated: tuple[GrantConfig, ...] = Field(
+        (), description="permissions of all others, in addition to those in their token"
+    )
+    tangram: bool = Field(False, description="accept and create tangram tokens, each for one topic: POST /token")
+    tangram_ttl_s: Seconds = Field(3600.0, description="lifetime in seconds of tangram tokens created here")
+
+    @field_validator("keys", mode="before")
+    @classmethod
+    def _keys_as_tables(cls, keys: Any) -> Any:
+        return (
+            [{"key": key} if isinstance(key, str) else key for key in keys] if isinstance(keys, list | tuple) else keys
+        )
+
+    @field_validator("jwks_url")
+    @classmethod
+    def _names_a_host(cls, url: str) -> str:
+        return check_url(url) if url else url
+
+    @field_validator("audience", mode="before")
+    @classmethod
+    def _one_or_several(cls, audience: Any) -> Any:
+        return (audience,) if audience and isinstance(audience, str) else audience
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether tokens can be checked."""
+        return bool(self.keys or self.jwks_url)
+
+
+class RestConfig(Table):
+    """The REST API."""
+
+    path: str = Field("/api", description='path of the REST API; "" disables it')
+    api_key: str = Field(
+        "",
+        repr=False,
+        description="API key of the REST API and the console; without one, only clients on the same machine have "
+        "access, and no client at all if relay accepts others",
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _clean_path(cls, path: str) -> str:
+        if path and (not path.startswith("/") or not path.rstrip("/")):
+            raise ValueError('expected a path like "/api", or "" for none')
+        return path.rstrip("/")
+
+
+class ProxyConfig(Table):
+    """A path prefix that is forwarded to another process."""
+
+    prefix: str = Field(min_length=2, pattern="^/", description="path prefix to forward")
+    target: str = Field(
+        pattern="^https?://", repr=False, description="URL of the service, for example http://127.0.0.1:8001"
+    )
+    strip_prefix: bool = Field(True, description="remove the prefix from the forwarded path")
+    requests_max: int = Field(
+        500, ge=0, description="requests in progress, including streams; further ones get 503; 0: no limit"
+    )
+    head_timeout_s: float = Field(
+        60.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="seconds for the head of a response, then 504; bodies are not timed; 0: no limit",
+    )
+
+    @field_validator("target")
+    @classmethod
+    def _names_a_host(cls, target: str) -> str:
+        return check_url(target)
+
+
+class MetricsConfig(Table):
+    """Metrics at ``/metrics``."""
+
+    topics: tuple[str, ...] = Field(
+        (),
+        description="patterns of topics whose events are counted by pattern; a topic counts for the first it matches",
+    )
+    dir: str = Field("", description="directory in which workers share their metrics; `relay serve` creates one")
+    old_names: bool = Field(False, description="export renamed metrics under their former names too")
+
+    key: str = Field(
+        "",
+        repr=False,
+        description="bearer token for /metrics; by default rest.api_key; not required on the same machine",
+    )
+    public: bool = Field(False, description="serve /metrics to every client without a key")
+
+    def label(self, topic: str) -> str:
+        """The pattern that a topic's events are counted under; empty for none."""
+        return next((pattern for pattern in self.topics if fnmatchcase(topic, pattern)), "")
+
+
+class PluginsConfig(Table):
+    """Discovery of plugins, and the timeout of their handlers."""
+
+    paths: tuple[Path, ...] = Field((), description="directories whose packages are plugins")
+    disabled: tuple[str, ...] = Field((), description="names of plugins not to load")
+    on_error: Literal["stop", "skip"] = Field(
+        "stop", description='if a plugin cannot be imported: "stop" the start, or "skip" the plugin'
+    )
+    timeout_s: Seconds = Field(10.0, description="timeout of a handler in seconds")
+
+
+class PresenceConfig(Table):
+    """How nodes find out that others have gone."""
+
+    lease_s: Seconds = Field(15.0, description="seconds after which a node that is not heard of counts as dead")
+    renew_s: Seconds = Field(5.0, description="seconds between two signs of life of a node")
+    leave_delay_s: SecondsOrOff = Field(
+        2.0, description="seconds for which a leave is held back: a page that is loaded again does not flicker; 0: none"
+    )
+
+    @model_validator(mode="after")
+    def _lease_outlives_a_renewal(self) -> "PresenceConfig":
+        if self.lease_s < 2 * self.renew_s:
+            raise ValueError(f"expected lease_s of at least 2 × renew_s, got {self.lease_s:g} and {self.renew_s:g}")
+        return self
+
+
+class HistoryConfig(Table):
+    """What a topic keeps of its events."""
+
+    size: int = Field(1000, ge=1, le=100_000, description="events kept of each topic")
+    ttl_s: int = Field(3600, ge=1, le=2_592_000, description="seconds for which an event is kept")
+
+
+class TopicConfig(Table):
+    """Settings of the topics that ``match``; the first entry that matches is used."""
+
+    match: str = Field(
+        "*", min_length=1, description="topic pattern: * is any text, ? one character, [abc] one of these"
+    )
+    overflow: Overflow = Field(
+        Overflow.DISCONNECT,
+        description='overflow policy for slow readers: "disconnect", "drop-oldest", "latest", or "recover"',
+    )
+    latest_key: str = Field(
+        "",
+        description='with "latest": keep one event for each value of this key in the payload; "": for each event name',
+    )
+    notify_dropped: bool = Field(
+        False, description='report missed events to slow readers, by the event "relay:dropped"'
+    )
+    on_gap: OnGap = Field(OnGap.REJOIN, description='after a gap: ask subscribers to "rejoin", or "ignore" it')
+    push: bool = Field(True, description="whether clients may push to these topics")
+    presence: bool | Literal["count", "plugin"] = Field(
+        False,
+        description='send subscribers the members: true; those that plugins list: "plugin"; their number: "count"',
+    )
+    presence_max: Positive = Field(
+        1000, description="most members of a topic that are sent; with more, only their number is"
+    )
+    history: HistoryConfig | None = Field(
+        None, description="events kept for clients that rejoin: { size = 1000, ttl_s = 3600 }; null: none"
+    )
+
+    @model_validator(mode="after")
+    def _key_of_the_latest(self) -> "TopicConfig":
+        if self.latest_key and self.overflow is not Overflow.LATEST:
+            raise ValueError('latest_key is for overflow = "latest" alone')
+        if self.overflow is Overflow.RECOVER and self.history is None:
+            raise ValueError('overflow = "recover" needs a history; set history = { size = 1000, ttl_s = 3600 }')
+        return self
+
+    @property
+    def policy(self) -> Policy:
+        """What to do with events that a slow reader's outbox has no room for."""
+        return Policy(self.overflow, self.latest_key, self.notify_dropped, self.match)
