@@ -42,6 +42,11 @@ class Event(msgspec.Struct, frozen=True, gc=False):
     sender: str | None = None
     """What `Broker.publish` was given, on whichever node; None where that was None, or the bus has no place for it."""
 
+    @property
+    def is_mark(self) -> bool:
+        """Whether it is the entry of a history that says that acknowledged events before it are lost."""
+        return not self.event and bool(self.payload)
+
 
 class Link(NamedTuple):
     """State of the subscription. ``reason`` says in words what is wrong while it is not live."""

@@ -264,7 +264,7 @@ class History:
         assert followed.heard is not None, "there is no hole without something heard"
         most = 1 + rows_behind(followed.heard.n, followed.row_bytes)
         rows = await self.reader.store.read(topic, str(followed.heard), most)
-        if rows is None or any(not row.event and row.payload for row in rows[1:]):
+        if rows is None or any(row.is_mark for row in rows[1:]):
             await self._lose(followed)
             return True
         followed.settle(gaps)

@@ -313,7 +313,7 @@ class HistoryReader:
                 left = await self._filter.filter_row(row)
                 event, payload = ("", row.payload) if left is None else left
                 entries.append(Entry(topic, Place.of(str(row.position)), event, payload, len(row.payload)))
-            elif row.payload:  # a mark: what was acknowledged before it is lost
+            elif row.is_mark:
                 return None
         return Page(entries, Place.of(str(rows[-1].position)), len(rows) < count)
 

@@ -155,7 +155,7 @@ class Presence:
     def _change_own(self, topic: PresenceTopic, change: Difference) -> None:
         presence.apply(topic.members, change)
         self._metrics.presence_members += len(change.joins) - len(change.leaves)
-        if self._config.topic(topic.name).presence == "count":
+        if topic.settings.presence == "count":
             count = Member(secrets.token_hex(8), _COUNT_KEY, b'{"count":%d}' % len(topic.members))
             change = Difference({count.ref: count} if topic.members else {}, dict(topic.own))
         presence.apply(topic.own, change)

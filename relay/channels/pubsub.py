@@ -15,6 +15,7 @@ from relay.brokers.base import PRESENCE_CHANNEL, Broker, Event
 from relay.channels import control
 from relay.channels.batch_pause import BatchPause
 from relay.channels.control import ControlMessage
+from relay.channels.event_faults import EventFaults
 from relay.channels.event_filter import EventFilter, Origin
 from relay.channels.history import History
 from relay.channels.hub import JOINED_MAX_BYTES, Hub, Outgoing, Subscriber
@@ -28,7 +29,7 @@ from relay.plugins.hooks import Event as HookedEvent
 from relay.plugins.hooks import Hook, Hooks, InvalidPayload, RedisMessage, matching
 from relay.plugins.hooks import Leave as HookedLeave
 from relay.protocol import topics
-from relay.protocol.payload import EMPTY, Payload, classify_payload, fault_of_json, identified
+from relay.protocol.payload import EMPTY, Payload, classify_payload, identified
 from relay.protocol.state import Subscription
 from relay.telemetry import Telemetry
 from relay.threadsafe import LOOP_HAS_ENDED, Call, Home
@@ -73,6 +74,7 @@ class PubSub:
         self._event_filter = EventFilter(runner)
         self._pause = BatchPause() if pause is None else pause
         self._log = telemetry.loggers.get("relay.node")
+        self._faults = EventFaults(metrics, self._log)
         self._publish = broker.publish if tracer is None else tracer.around(broker.publish)
         self.on_control: Callable[[ControlMessage], None] = lambda message: None
         """Called for each control message of another node."""
@@ -196,17 +198,15 @@ class PubSub:
                     continue
             skip = self._skips.pop(each.sender, None) if each.sender is not None else None
             if (fault := self._fault(event, data)) is not None:
-                metrics.dropped[fault] += 1
-                self._log.warning(fault, "event on topic %r dropped: %s", topic, fault)
+                self._faults.count_invalid(topic, fault)
                 self._note(topic, position)
             elif filtered and not self._may_wait(topic, data):
-                metrics.dropped["on_event handler too slow"] += 1
-                self._log.warning("on_event", "event on topic %r dropped: plugins are too slow", topic)
+                self._faults.count_waiting(topic)
                 self._note(topic, position)
             else:
                 payload = classify_payload(data)
                 if payload is data:
-                    self._note_binary(topic, event, data)
+                    self._faults.note_binary(topic, event, data)
                 if filtered:
                     epoch = None if history is None or position is None else history.epoch(topic)
                     origin = Origin(topic, position, epoch, skip)
@@ -257,7 +257,7 @@ class PubSub:
     async def filter_row(self, row: Event) -> tuple[str, Payload] | None:
         """What handlers and limits leave of an event; None for nothing."""
         if (fault := self._fault(row.event, row.payload)) is not None:
-            self._metrics.dropped[fault] += 1
+            self._faults.count_invalid(row.topic, fault)
             return None
         payload = classify_payload(row.payload)
         if not self.hooks.event:
@@ -266,8 +266,11 @@ class PubSub:
             left = self._event_filter.filter(HookedEvent(row.topic, row.event, payload))
             if left is not None and not isinstance(left, HookedEvent):
                 left = await left
-        except InvalidPayload:
+        except InvalidPayload as error:
+            self._faults.count_unreadable(row.topic, error)
             return None
+        if left is None:
+            self._faults.count_dropped_by_plugin()
         return None if left is None or left.topic != row.topic else (left.event, left.data)
 
     def request_rejoins_of(self, topic: str) -> None:
@@ -275,13 +278,6 @@ class PubSub:
         pending = self._to_rejoin(self._hub.pairs([topic]))
         if pending:
             _ = self.spawn(self._request_all_rejoins(pending))
-
-    def _note_binary(self, topic: str, event: str, data: bytes) -> None:
-        """Count an event that is delivered as bytes although its publisher meant JSON, and say why now and then."""
-        if (fault := fault_of_json(data)) is not None:
-            self._metrics.events_not_json += 1
-            text = "event %r on topic %r delivered as binary: its payload looks like JSON but is not valid: %s"
-            self._log.warning("no JSON", text, event, topic, fault)
 
     def _filter(self, origin: Origin, name: str, data: Payload) -> Continuation:
         """Pass an event through the handlers for it and deliver what is left of it."""
@@ -304,11 +300,9 @@ class PubSub:
             self._deliver(origin, left)
 
     def _drop_unreadable(self, origin: Origin, error: InvalidPayload) -> None:
-        topic = origin.topic
-        self._metrics.dropped[Reason.INVALID_PAYLOAD] += 1
-        self._log.warning(Reason.INVALID_PAYLOAD, "event on topic %r dropped for its publisher: %s", topic, error)
+        self._faults.count_unreadable(origin.topic, error)
         if not self._is_over(origin):
-            self._note(topic, origin.position)
+            self._note(origin.topic, origin.position)
 
     def _deliver(self, origin: Origin, event: HookedEvent | None) -> None:
         topic, position = origin.topic, origin.position
@@ -317,7 +311,7 @@ class PubSub:
                 self._metrics.dropped[Reason.EVENTS_MISSED] += 1
             return
         if event is None:
-            self._metrics.dropped["by a plugin"] += 1
+            self._faults.count_dropped_by_plugin()
             self._note(topic, position)
         elif event.topic != topic:
             self._hub.fan_out(event.topic, event.event, event.data, origin.skip)

@@ -12,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 from relay.brokers.base import Place
 from relay.config_sections import LimitsConfig, Overflow, Policy
@@ -21,7 +22,7 @@ from relay.metrics import Metrics
 from relay.protocol.frame import Frame
 from relay.transports.base import ReceiveCallable, Scope, TransportOwner, TransportServices
 from relay.transports.outbox import Outbox
-from relay.transports.writer import DirectWriter
+from relay.transports.writer import DirectWriter, cut
 
 
 class QueuedTransport(ABC):
@@ -233,6 +234,24 @@ class QueuedTransport(ABC):
     def _warn(self, kind: str, text: str, *args: object) -> None:
         self._log.warning(kind, f"socket %s: {text}", self.id, *args, socket=self.id)
 
+    async def _send_rest(self) -> None:
+        """Return once what is queued is with the connection."""
+        while self._outbox or self._is_sending():
+            self._drained = asyncio.get_running_loop().create_future()
+            self._wake_writer()
+            await self._drained
+
+    def _abort(self, receive: ReceiveCallable) -> None:
+        """Cut the connection, where the server lets us: what the client has not read would keep it open without end.
+
+        ASGI has no word for it. Uvicorn hands over a method of its own protocol class, which has the transport.
+        """
+        if self._writer is not None:
+            self._metrics.cut_off_bytes += self._writer.buffered_bytes()
+            self._writer.abort()
+        elif (abort := abort_of(receive)) is not None:
+            abort()
+
     def _is_sending(self) -> bool:
         """Whether the ASGI path has a frame under way."""
         return self._writing is not None and not self._writing.done() and (self._wake is None or self._wake.done())
@@ -260,7 +279,8 @@ class QueuedTransport(ABC):
 def abort_of(receive: ReceiveCallable) -> Callable[[], object] | None:
     """What cuts a connection of Uvicorn's; None on other servers, and behind middleware that wraps ``receive``."""
     transport = getattr(getattr(receive, "__self__", None), "transport", None)
-    return getattr(transport, "abort", None)
+    abort = getattr(transport, "abort", None)
+    return None if abort is None else partial(cut, abort)
 
 
 def resolve(future: asyncio.Future[None] | None) -> None:

@@ -27,7 +27,7 @@ from relay.protocol.sse import ChannelEnd, JoinReply, StreamFrame
 from relay.transports.base import ReceiveCallable, Scope, SendCallable, TransportServices
 from relay.transports.handshake import HandshakeRejected
 from relay.transports.outbox import Outbox
-from relay.transports.queued import QueuedTransport, abort_of, resolve
+from relay.transports.queued import QueuedTransport, resolve
 from relay.transports.sse_request import StreamRequest, answer, first_lines, last_lines, stream_headers
 from relay.transports.writer import STREAM_EXTENSION, DirectWriter
 
@@ -354,24 +354,13 @@ class SSETransport(QueuedTransport):
         except Exception as error:
             # Timed out, or the client is gone: whatever `send` raises for that differs from server to server.
             _logger.debug("socket %s: not closed in good order: %r", self.id, error, extra={"socket": self.id})
-            self._abort()
+            self._abort(self._receive)
         resolve(self._over)
 
     async def _end_stream(self, event: bytes) -> None:
-        while self._outbox or self._is_sending():
-            self._drained = asyncio.get_running_loop().create_future()
-            self._wake_writer()
-            await self._drained
+        await self._send_rest()
         self._is_over = True
         await self._send({"type": "http.response.body", "body": last_lines(event), "more_body": False})
-
-    def _abort(self) -> None:
-        """Cut the connection, where the server lets us."""
-        if self._writer is not None:
-            self._metrics.cut_off_bytes += self._writer.buffered_bytes()
-            self._writer.abort()
-        elif (abort := abort_of(self._receive)) is not None:
-            abort()
 
     def end(self) -> None:
         """Release the stream; called once by its reader, when nothing more can be received."""

@@ -171,6 +171,7 @@ class WebSocketTransport(QueuedTransport):
         is_open = self._close is None and not self._ended
         if is_open:
             self._close = (code, reason)
+            resolve(self._drained)  # for what waits in `drained`, which ends with the close
             if self._writer is not None:
                 self._writer.set_ready(False)
             self._closer = asyncio.create_task(self._finish(code, reason))
@@ -183,11 +184,7 @@ class WebSocketTransport(QueuedTransport):
         end = loop.time() + self._limits.close_timeout_s
         try:
             async with asyncio.timeout_at(end):
-                resolve(self._drained)  # for what waits in `drained`, which ends with the close
-                while self._outbox or self._is_sending():
-                    self._drained = loop.create_future()
-                    self._wake_writer()
-                    await self._drained
+                await self._send_rest()
                 await self._send_close(code, reason)
         except Exception as error:
             # Timed out, or the client is gone: whatever `send` raises for that differs from server to server.
@@ -195,7 +192,7 @@ class WebSocketTransport(QueuedTransport):
         else:
             # The server tells of the client's answer by a disconnect, which ends the reader, and this task with it.
             await asyncio.sleep(end - loop.time())
-        self._abort()
+        self._abort(self._receive)
         if self._main is not None:
             self._main.cancel()
 
@@ -210,17 +207,6 @@ class WebSocketTransport(QueuedTransport):
         finally:
             if self._closing is not None:
                 self._closing.set()
-
-    def _abort(self) -> None:
-        """Cut the connection, where the server lets us: what the client has not read would keep it open without end.
-
-        ASGI has no word for it. Uvicorn hands over a method of its own protocol class, which has the transport.
-        """
-        if self._writer is not None:
-            self._metrics.cut_off_bytes += self._writer.buffered_bytes()
-            self._writer.abort()
-        elif (abort := abort_of(self._receive)) is not None:
-            abort()
 
     def end(self) -> None:
         """Let go of the connection; called once by its reader, when nothing more can be received."""

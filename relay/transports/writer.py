@@ -7,6 +7,7 @@ where what is written has to be chunks of a response that has begun; where it is
 
 from asyncio import Transport
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Protocol
 
 EXTENSION = "relay.frames"
@@ -21,6 +22,14 @@ class WriterOwner(Protocol):
 
     def readiness_changed(self) -> None:
         """Learn that ``ready`` is another than before."""
+
+
+def cut(abort: Callable[[], object]) -> None:
+    """Call the ``abort`` of a transport, whose connection may be lost already."""
+    # Until 3.14 at least, asyncio's selector transport raises where it lost its connection after the last write of a
+    # close: it has let go of its loop by then. Source: CPython, asyncio/selector_events.py, _write_ready.
+    with suppress(AttributeError):
+        abort()
 
 
 class DirectWriter:
@@ -67,7 +76,7 @@ class DirectWriter:
 
     def abort(self) -> None:
         """Cut the connection at once; what is buffered is lost."""
-        self._transport.abort()
+        cut(self._transport.abort)
 
     def buffered_bytes(self) -> int:
         """How many bytes were written and are not with the kernel yet."""

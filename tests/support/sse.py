@@ -96,11 +96,15 @@ class Stream:
         parts = urlsplit(base.replace("ws://", "http://", 1))
         assert parts.hostname is not None
         connection = socket.socket()
-        if receive_buffer is not None:
-            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        connection.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(connection, (parts.hostname, parts.port))
-        reader, writer = await asyncio.open_connection(sock=connection, limit=receive_buffer or 65_536)
+        try:
+            if receive_buffer is not None:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            connection.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(connection, (parts.hostname, parts.port))
+            reader, writer = await asyncio.open_connection(sock=connection, limit=receive_buffer or 65_536)
+        except BaseException:  # refused, or cancelled
+            connection.close()
+            raise
         target = f"{parts.path}/sse?{urlencode([*(('topic', topic) for topic in topics), *query.items()])}"
         lines = [
             f"{method} {target} HTTP/1.1",

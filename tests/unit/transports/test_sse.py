@@ -4,8 +4,8 @@ import asyncio
 import json
 import logging
 import signal
-import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from relay.protocol import serializer
 from relay.protocol.frame import Frame
 from relay.protocol.payload import EMPTY, Payload, classify_payload, encode_payload
 from relay.protocol.serializer import Version
+from relay.transports import sse as module
 from relay.transports.base import TransportServices
 from relay.transports.outbox import OutboxBudget
 from relay.transports.sse import SSETransport, is_server_ending
@@ -426,7 +427,7 @@ async def test_largest_outbox_of_too_many_is_emptied(mode: str) -> None:
 
 async def test_time_in_which_a_client_does_not_read_is_known(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
     session = await Session(connect(mode)).begun()
     assert session.transport.idle_s(now + 100) == 0, "nothing waits for it"
     await session.blocked()

@@ -1,5 +1,7 @@
 """`relay.transports.writer`: when a frame may go straight to the transport."""
 
+import asyncio
+import socket
 from asyncio import Transport
 from typing import Any
 
@@ -110,3 +112,29 @@ def test_nothing_follows_a_close_frame(writer: DirectWriter) -> None:
     writer.end()
     writer.resume()
     assert (writer.open, writer.ready, owner.told) == (False, False, [])
+
+
+async def test_connection_that_is_lost_already_can_be_cut() -> None:
+    """asyncio's selector transport has let go of its loop where the last write of a close found the client gone."""
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    lost = asyncio.Event()
+
+    class Client(asyncio.Protocol):
+        def connection_lost(self, exc: Exception | None) -> None:
+            lost.set()
+
+    transport, _ = await asyncio.get_running_loop().create_connection(Client, sock=near)
+    writer = DirectWriter(transport)
+    writer.write(bytes(1 << 24))
+    transport.close()
+
+    def read_all() -> None:
+        while far.recv(1 << 20):
+            pass
+
+    reading = asyncio.create_task(asyncio.to_thread(read_all))
+    await lost.wait()
+    writer.abort()
+    await reading
+    far.close()
