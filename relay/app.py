@@ -421,7 +421,7 @@ class Relay:
             await self._refuse(scope, receive, send, off)
         elif scope["type"] == "http":
             if path in self._stream_paths:
-                await self.node.serve_socket(scope, receive, send)
+                await self.node.connections.serve(scope, receive, send)
             elif path in self._long_poll_paths:
                 await self._refuse(scope, receive, send, self._no_long_poll(scope, path))
             elif path in self._socket_paths:
@@ -430,7 +430,7 @@ class Relay:
             else:
                 await self._http(self._canonical(scope, path), receive, send)
         elif path in self._socket_paths:
-            await self.node.serve_socket(scope, receive, send)
+            await self.node.connections.serve(scope, receive, send)
         elif self._console is not None and path == _CONSOLE_SOCKET:
             await self._console.serve(scope, receive, send)
         else:

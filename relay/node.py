@@ -9,12 +9,10 @@ import math
 import random
 import time
 import uuid
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from relay import runtime_dir
@@ -24,37 +22,26 @@ from relay.brokers.base import PRESENCE_CHANNEL, Broker, Link
 from relay.brokers.embedded import BESIDE_AUTH, EmbeddedValkey
 from relay.channels import control
 from relay.channels.channel import Services
+from relay.channels.connections import Connections
 from relay.channels.history_reader import HistoryReader
 from relay.channels.hub import Hub
 from relay.channels.presence import Presence
 from relay.channels.pubsub import PubSub
 from relay.channels.socket import Socket
 from relay.config import EMBEDDED, Config
-from relay.errors import AuthenticationError, CloseCode, ConfigError
+from relay.errors import ConfigError
 from relay.log import ConnectionLog
 from relay.metrics import Metrics, ProcessState
-from relay.permissions import Identity
 from relay.plugins.dispatcher import HandlerError, HandlerRunner, is_being_cancelled
 from relay.plugins.hooks import Hook, Hooks, to_payload
 from relay.plugins.loader import PluginSet
 from relay.protocol.presence import Members
-from relay.protocol.serializer import Version
 from relay.protocol.topics import is_event, is_topic
-from relay.proxy_headers import rate_limit_key
 from relay.siblings import Siblings
 from relay.telemetry import Telemetry
 from relay.threadsafe import LOOP_HAS_ENDED, Call
-from relay.tracing import Trace
-from relay.transports import handshake, sse_request
-from relay.transports.admission import ConnectionLimiter
-from relay.transports.base import ReceiveCallable, Scope, SendCallable, Transport, TransportServices
-from relay.transports.handshake import HandshakeAccepted, HandshakeRejected
 from relay.transports.network_access import NetworkAccess
-from relay.transports.outbox import OutboxBudget
-from relay.transports.sse import SSETransport, is_server_ending
-from relay.transports.sse_request import StreamRequest
-from relay.transports.websocket import WebSocketTransport
-from relay.transports.writer import EXTENSION, STREAM_EXTENSION, DirectWriter
+from relay.transports.sse import is_server_ending
 
 if TYPE_CHECKING:
     from relay.auth.keys import Key
@@ -124,15 +111,6 @@ class Node:
         self._exporter = exporter
         self._hooks = hooks
         self._owner = owner
-        limits = config.limits
-        outboxes = OutboxBudget(limits.outbox_total_max_bytes, metrics)
-        self._transport_services = TransportServices(limits, metrics, self._log, outboxes, config.compression)
-        self._admission = ConnectionLimiter(
-            sockets_max=limits.sockets_max,
-            sockets_per_address=limits.sockets_per_address,
-            handshakes_per_s=limits.handshakes_per_s,
-            now=time.monotonic(),
-        )
         self._embedded: EmbeddedValkey | None = None
         self._announced = ExitStack()
         if config.redis_url == EMBEDDED:
@@ -148,9 +126,6 @@ class Node:
         self._runner = runner = HandlerRunner(config.plugins.timeout_s, telemetry, hooks, owner)
         self.pubsub: PubSub = PubSub(config, self.broker, self.hub, runner, telemetry)
         self.name: str = uuid.uuid4().hex[:8]
-        # Ids of sockets are unique among all nodes: a random part, then a number. Made at the start: forked processes
-        # have the import's state in common.
-        self._numbers = map(f"{uuid.uuid4().hex[:8]}-{{}}".format, count(1))
         self.pubsub.on_control = self._receive_control
         self._verifier = _make_verifier(components)
         authenticator: Authenticator | None = None
@@ -162,22 +137,14 @@ class Node:
             log = loggers.get("relay.presence")
             self.presence = Presence(config, self.broker.presence, self.pubsub.spawn, metrics, log)
             self.pubsub.on_presence = self.presence.receive
-        self._services = Services(
-            config, self.pubsub, self.hub, metrics, ConnectionLog(loggers), authenticator, self.presence
-        )
-        self._network_access = components.network_access
         if self._embedded is not None and components.authenticates:
             _logger.warning("redis_url: %s", BESIDE_AUTH)
         self._siblings = Siblings(self._own_bus())
-        self.sockets: dict[str, Socket] = {}
-        # Sockets that have ended, with handlers under way for what they sent: control messages are about these too.
-        self._left_behind: dict[asyncio.Task[None], Socket] = {}
-        self._write_modes: Counter[str] = Counter({"direct": 0, "asgi": 0, "sse": 0})
-        self._no_sockets = asyncio.Event()
-        self._no_sockets.set()
+        services = Services(
+            config, self.pubsub, self.hub, metrics, ConnectionLog(loggers), authenticator, self.presence
+        )
+        self.connections: Connections = Connections(services, telemetry, components.network_access, self._siblings)
         self._tasks: list[asyncio.Task[None]] = []
-        self._draining: asyncio.Task[None] | None = None
-        self._on_shutdown = self.drain  # one for all sockets
 
     async def start(self) -> None:
         """Hear the bus, then start the plugins. Raises ConfigError where one of them fails to start."""
@@ -217,12 +184,7 @@ class Node:
 
     async def stop(self) -> None:
         """Drain, then stop the plugins, then the bus."""
-        self.drain()
-        assert self._draining is not None, "drain() has made it"
-        await self._draining
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self.config.limits.close_timeout_s):
-                await self._no_sockets.wait()
+        await self.connections.close()
         await self.pubsub.join_background(self.config.limits.close_timeout_s)
         for task in self._tasks:
             task.cancel()
@@ -256,160 +218,16 @@ class Node:
     @property
     def is_draining(self) -> bool:
         """Whether the end has begun: no socket is taken any more."""
-        return self._draining is not None
+        return self.connections.is_draining
+
+    @property
+    def sockets(self) -> dict[str, Socket]:
+        """The sockets of this process, by id."""
+        return self.connections.sockets
 
     def drain(self) -> None:
-        """Begin the end: refuse new sockets with 503, close those that are here with 1012 (come back), at a pace.
-
-        All at once would be back all at once, wherever they go. What is queued for a socket is sent before its close.
-        """
-        if self._draining is None:
-            self._draining = asyncio.create_task(self._drain())
-
-    async def _drain(self) -> None:
-        limits, waiting = self.config.limits, list(self.sockets.values())
-        if waiting:
-            _logger.info("shutting down: closing %d sockets", len(waiting))
-        # The last ones need time for their close, too.
-        time_s = max(limits.drain_timeout_s - limits.close_timeout_s, limits.drain_timeout_s / 2)
-        per_s = max(limits.drain_per_s, len(waiting) / time_s)
-        portion = max(1, round(per_s * _DRAIN_STEP_S))
-        for start in range(0, len(waiting), portion):
-            if start:
-                await asyncio.sleep(max(_DRAIN_STEP_S, 1 / per_s))
-            for socket in waiting[start : start + portion]:
-                self._close_for_restart(socket)
-
-    def _close_for_restart(self, socket: Socket) -> None:
-        if socket.id in self.sockets:
-            self._metrics.drained += 1
-            socket.close(CloseCode.RESTART, "the relay is restarting")
-
-    async def serve_socket(self, scope: Scope, receive: ReceiveCallable, send: SendCallable) -> None:
-        """Serve one ``websocket`` scope, or an ``http`` scope that asks for a stream, from handshake to end."""
-        if scope["type"] == "http" and scope["method"] != "GET":
-            await self._answer_other_method(scope, receive, send)
-            return
-        trace = None if self._tracer is None else self._tracer.begin(scope)
-        try:
-            await self._serve_socket(scope, receive, send, trace)
-        finally:
-            if trace is not None:
-                trace.end_handshake()
-
-    async def _serve_socket(
-        self, scope: Scope, receive: ReceiveCallable, send: SendCallable, trace: Trace | None
-    ) -> None:
-        if self.is_draining:
-            await self._refuse(scope, receive, send, HandshakeRejected(503, "the relay is restarting", "restarting"))
-            return
-        client = scope.get("client")
-        address = rate_limit_key(client[0]) if client else None
-        refused = self._admission.acquire(address, time.monotonic())
-        if refused is not None:
-            await self._refuse(scope, receive, send, refused)
-            return
-        try:
-            began = self.pubsub.decisions.begin()
-            try:
-                socket = await self._accept(scope, receive, send, trace)
-                if socket is not None:
-                    if trace is not None:
-                        trace.accepted(socket.id)
-                    self._enter(socket, began)
-            finally:
-                self.pubsub.decisions.end(began)
-            if socket is not None:
-                await self._run(socket)
-        finally:
-            self._admission.release(address)
-
-    def _enter(self, socket: Socket, began: int) -> None:
-        self.sockets[socket.id] = socket
-        self._write_modes[socket.write_mode] += 1
-        self._no_sockets.clear()
-        if self.is_draining:  # the end began during its handshake
-            self._close_for_restart(socket)
-        elif socket.user is not None and self.pubsub.decisions.overtaken(began, socket.user):
-            socket.disconnect()
-            self._metrics.disconnects_by_control += 1
-
-    async def _run(self, socket: Socket) -> None:
-        try:
-            self._siblings.check_once()
-            await socket.run()
-        finally:
-            del self.sockets[socket.id]
-            self._write_modes[socket.write_mode] -= 1
-            if (task := socket.finish_in_background()) is not None:
-                self._left_behind[task] = socket
-                task.add_done_callback(self._left_behind.pop)
-            if not self.sockets:
-                self._no_sockets.set()
-
-    async def _refuse(
-        self, scope: Scope, receive: ReceiveCallable, send: SendCallable, refused: HandshakeRejected
-    ) -> None:
-        self._metrics.refused[f"handshake: {refused.kind}"] += 1
-        if self._tracer is not None:
-            self._tracer.note(refused.kind)
-        hint = refused.hint and f"; to let it, set {refused.hint}"
-        if refused.status == 429 and any(name == b"x-forwarded-for" for name, _ in scope["headers"]):
-            hint = "; it came with X-Forwarded-For: is this a proxy that `trusted_proxies` should name?"
-        address = (scope.get("client") or (None,))[0]
-        self._log.warning(
-            refused.kind, "handshake refused: %s%s; address %s", refused.text, hint, address, address=address
-        )
-        if scope["type"] == "websocket":
-            await handshake.refuse(scope, receive, send, refused)
-        else:
-            await sse_request.answer(scope, refused, may_read=self._may_read(scope))(scope, receive, send)
-
-    def _may_read(self, scope: Scope) -> bool:
-        """Whether the page that sends a request, if one does, may read its answer."""
-        is_local = self._network_access.has_local_pages(scope)
-        return handshake.check_origin(scope, self.config.allowed_origins, has_local_pages=is_local) is None
-
-    async def _answer_other_method(self, scope: Scope, receive: ReceiveCallable, send: SendCallable) -> None:
-        if scope["method"] == "OPTIONS":
-            await sse_request.answer_options(scope, may_read=self._may_read(scope))(scope, receive, send)
-        else:
-            await self._refuse(scope, receive, send, sse_request.wrong_method(scope))
-
-    def _check(self, scope: Scope) -> HandshakeAccepted | StreamRequest | HandshakeRejected:
-        origins, is_local = self.config.allowed_origins, self._network_access.has_local_pages(scope)
-        if scope["type"] == "websocket":
-            return handshake.check(scope, origins, has_local_pages=is_local)
-        return sse_request.check(scope, origins, self.config.limits, has_local_pages=is_local)
-
-    async def _accept(
-        self, scope: Scope, receive: ReceiveCallable, send: SendCallable, trace: Trace | None
-    ) -> Socket | None:
-        """Do the handshake; None where it was refused."""
-        authenticator = self._services.authenticator
-        shake = self._check(scope)
-        identity: Identity | None = None
-        if authenticator is not None and not isinstance(shake, HandshakeRejected):
-            try:
-                identity = await authenticator.authenticate_request(scope, shake.auth_token)
-            except AuthenticationError as error:
-                shake = HandshakeRejected(error.status, str(error), error.kind)
-        if isinstance(shake, HandshakeRejected):
-            await self._refuse(scope, receive, send, shake)
-            return None
-        transport: Transport
-        if isinstance(shake, StreamRequest):
-            version, extension = Version.SSE, STREAM_EXTENSION
-            transport = SSETransport(next(self._numbers), shake, scope, receive, send, self._transport_services)
-        else:
-            version, extension = shake.version, EXTENSION
-            await handshake.accept(receive, send, shake.subprotocol)
-            transport = WebSocketTransport(next(self._numbers), scope, receive, send, self._transport_services)
-        writer: DirectWriter | None = (scope.get("extensions") or {}).get(extension)
-        if writer is not None:
-            writer.on_shutdown = self._on_shutdown
-            writer.close_timeout_s = self.config.limits.close_timeout_s
-        return Socket(transport, version, self._services, identity, trace)
+        """Begin the end; see `Connections.drain`."""
+        self.connections.drain()
 
     # What applications, plugins, REST and the console ask for.
 
@@ -488,7 +306,7 @@ class Node:
 
     def _apply_control(self, message: control.ControlMessage) -> None:
         self.pubsub.decisions.overtake(message.user, message.topic)
-        for socket in (*self.sockets.values(), *self._left_behind.values()):
+        for socket in (*self.sockets.values(), *self.connections.left_behind.values()):
             if socket.auth is not None:
                 self._metrics.disconnects_by_control += socket.auth.disconnect_user(
                     message.user, message.topic, message.reason
@@ -501,8 +319,7 @@ class Node:
         heartbeats that came meanwhile have not been read yet.
         """
         limits = self.config.limits
-        timeout_s, join_s = limits.idle_timeout_s, limits.first_join_timeout_s or math.inf
-        look_s = min(timeout_s, join_s) / 8
+        look_s = min(limits.idle_timeout_s, limits.first_join_timeout_s or math.inf) / 8
         pause_s = min(look_s, _STALL_S)
         last = due = time.monotonic()
         while True:
@@ -516,18 +333,12 @@ class Node:
                 )
                 due = now + look_s
             self._loggers.flush()
-            if self._write_modes["sse"] and is_server_ending():
+            if self.connections.write_modes["sse"] and is_server_ending():
                 self.drain()
             if now < due:
                 continue
             due = now + look_s
-            for socket in self.sockets.values():
-                if socket.idle_s(now) > timeout_s:
-                    if socket.close(CloseCode.GOING_AWAY, f"idle for {timeout_s:g} s; send heartbeats"):
-                        self._metrics.refused["idle"] += 1
-                elif now - socket.joinless_since > join_s:
-                    if socket.close(CloseCode.POLICY_VIOLATION, f"no topic joined within {join_s:g} s"):
-                        self._metrics.refused["no join in time"] += 1
+            self.connections.close_idle(now)
 
     async def _write_metrics_regularly(self) -> None:
         while True:
@@ -543,7 +354,9 @@ class Node:
     @property
     def state(self) -> ProcessState:
         """What this process holds at this moment; asked for in another thread too."""
-        return ProcessState(dict(self._write_modes), len(self.hub), self.broker.link.live, self.pubsub.can_publish)
+        return ProcessState(
+            dict(self.connections.write_modes), len(self.hub), self.broker.link.live, self.pubsub.can_publish
+        )
 
     async def _run_service(self, hook: Hook) -> None:
         """Run a plugin's service as long as the relay runs; when it ends or raises, start it again after a while."""

@@ -92,7 +92,7 @@ async def nothing_published(valkey: Valkey, pushing: Pushing) -> AsyncIterator[N
     """Nothing of the client's comes out on Redis during the block, nor after it."""
     async with heard_on(valkey.url, "from:*") as hear, Redis.from_url(valkey.url) as redis:
         yield
-        await eventually(lambda: not pushing.served.relay.node._left_behind, "the handlers' end")
+        await eventually(lambda: not pushing.served.relay.node.connections.left_behind, "the handlers' end")
         await redis.publish("from:room:1:last", b"{}")
         channel, _ = await hear()
         while channel != "from:room:1:last":
@@ -262,7 +262,7 @@ async def test_control_message_reaches_what_a_socket_has_left_behind(
         relay = pushing.served.relay
         await (relay.disconnect(user="alice") if action == "disconnect" else relay.kick("room:1", user="alice"))
         pushing.gate.opened.set()
-        await eventually(lambda: not relay.node._left_behind, "the handlers' end")
+        await eventually(lambda: not relay.node.connections.left_behind, "the handlers' end")
     assert pushing.handled == [0]
     counted = {"disconnect": {ENDED: 5}, "kick": {ENDED: 1, "unmatched topic": 4}}[action]
     assert {reason: pushing.refused[reason] for reason in counted} == counted

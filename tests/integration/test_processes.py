@@ -94,7 +94,7 @@ async def ids():
         relay.node.sockets
         started = relay.exporter.snapshot()["process_start_time_seconds"][""]
         assert started == psutil.Process().create_time(), "the metrics are those of this process"
-        return [next(relay.node._numbers) for _ in range(3)]
+        return [next(relay.node.connections.numbers) for _ in range(3)]
 
 
 reading, writing = os.pipe()

@@ -18,7 +18,6 @@ LINES_MAX = 500
 # A module that is longer, with its own limit and the reason; never above 700.
 LONGER: dict[str, tuple[int, str]] = {
     "app": (550, "the whole API of a relay, with its docstrings"),
-    "node": (600, "one running process, from its start to its end, and what is asked of it"),
     "transports.uvicorn_websocket": (
         620,
         "one connection from its upgrade request to its end, and what stands in for asyncio there",

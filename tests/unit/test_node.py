@@ -250,7 +250,7 @@ async def test_server_is_given_what_to_do_at_its_shutdown() -> None:
         client = await connect(relay, direct=True)
         writer = client.connection.writer
         assert writer is not None
-        assert (writer.close_timeout_s, writer.on_shutdown) == (0.2, relay.node.drain)
+        assert (writer.close_timeout_s, writer.on_shutdown) == (0.2, relay.node.connections.drain)
         assert writer.on_shutdown is not None
         writer.on_shutdown()
         await client.task
