@@ -1,4 +1,4 @@
-"""``python -m benchmarks [--full] [--only NAME …]``: measure, print the table, write JSON and charts.
+"""``python -m benchmarks [--full] [--only NAME … | --against REV]``: measure, print the table, write JSON and charts.
 
 The quick form writes to ``benchmarks/out/``, the full one to ``benchmarks/results/`` and into ``docs/performance.md``.
 """
@@ -12,12 +12,13 @@ import time
 from pathlib import Path
 
 from benchmarks import report
+from benchmarks.against import compare
 from benchmarks.compression import compression
 from benchmarks.history import HISTORY
 from benchmarks.load import LoadError, Publisher
 from benchmarks.points import judge
 from benchmarks.scenarios import SCENARIOS, Bench, Plan, Row
-from benchmarks.servers import HERE, Cores, valkey
+from benchmarks.servers import HERE, Cores, Missing, valkey
 
 _ALL = (*SCENARIOS, compression, *HISTORY)
 
@@ -31,6 +32,7 @@ def main() -> int:
     parser.add_argument("--full", action="store_true", help="the long form, which writes docs/performance.md")
     names = [scenario.__name__ for scenario in _ALL]
     parser.add_argument("--only", nargs="+", choices=names, metavar="NAME", help=f"of {', '.join(names)}")
+    parser.add_argument("--against", metavar="REV", help="a git revision of the relay, measured in turns with this one")
     parser.add_argument("--docs", action="store_true", help="write docs/performance.md also from the quick form")
     arguments = parser.parse_args()
     if not sys.platform.startswith("linux"):
@@ -49,6 +51,8 @@ def main() -> int:
     began, neighbours = time.monotonic(), report.Neighbours()
     gc.disable()  # a collection would be taken for latency
     with valkey(cores) as (port, redis_pid):
+        if arguments.against:
+            return _against(Bench(cores, port, redis_pid, plan, Publisher(port), report.show), arguments.against)
         for scenario in _ALL:
             if arguments.only and scenario.__name__ not in arguments.only:
                 continue
@@ -71,6 +75,20 @@ def main() -> int:
         f"written: {_shown(directory / 'results.json')} and charts beside it"
         + (", docs/performance.md" if docs else "")
     )
+    return 0
+
+
+def _against(bench: Bench, revision: str) -> int:
+    try:
+        points, lines = compare(bench, revision)
+    except (Missing, LoadError, OSError) as error:
+        report.show(f"not measured: {error}")
+        return 1
+    finally:
+        bench.publisher.close()
+    report.show("\n".join(["", *lines, ""]))
+    for point in points:
+        report.show(f"{point.what}: {point.got}; asked {point.target}: {point.verdict}")
     return 0
 
 

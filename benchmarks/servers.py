@@ -220,10 +220,14 @@ def relay(
     workers: int = 1,
     environ: dict[str, str] | None = None,
     on: set[int] | None = None,
+    program: tuple[Path, Path] | None = None,
 ) -> Iterator[Server]:
-    """``relay serve``: the direct path."""
+    """``relay serve``: the direct path.
+
+    Args: program: another relay than this: the interpreter, and the directory that holds the package.
+    """
     arguments = ["--redis-url", f"redis://127.0.0.1:{redis_port}", "--workers", str(workers)]
-    process = RelayProcess(*arguments, environ={**_RELAY_ENVIRON, **(environ or {})})
+    process = RelayProcess(*arguments, environ={**_RELAY_ENVIRON, **(environ or {})}, program=program)
     with cores.of_server(on):
         process.start()
     try:

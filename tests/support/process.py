@@ -121,15 +121,23 @@ class RelayProcess:
     Args: arguments: further arguments of ``relay serve``.
           environ: further environment variables.
           under: a program that runs it.
+          program: another relay than this: the interpreter, and the directory that holds the package.
     """
 
-    def __init__(self, *arguments: str, environ: dict[str, str] | None = None, under: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        environ: dict[str, str] | None = None,
+        under: tuple[str, ...] = (),
+        program: tuple[Path, Path] | None = None,
+    ) -> None:
         self._run_folder = tempfile.TemporaryDirectory(prefix="relay-test-")
         # An own runtime directory, so that `relay publish` finds this relay and no other.
         own = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
         self.environ = {**own, "XDG_RUNTIME_DIR": self._run_folder.name, **(environ or {})}
         # Of an option given twice, Typer takes the second.
-        self._command = [*under, sys.executable, "-m", "relay", "serve", "--port", "0", *arguments]
+        python, self._directory = program or (sys.executable, Path(__file__).parents[2])
+        self._command = [*under, str(python), "-m", "relay", "serve", "--port", "0", *arguments]
         self._lines: list[str] = []
         self._ready = threading.Event()
         self.process: subprocess.Popen[str] | None = None
@@ -143,7 +151,7 @@ class RelayProcess:
             text=True,
             env=self.environ,
             start_new_session=True,
-            cwd=Path(__file__).parents[2],
+            cwd=self._directory,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
