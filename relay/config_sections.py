@@ -23,6 +23,11 @@ ENVELOPE_BYTES = 1_024
 """Bytes for what a frame has beside its payload: topic, event and refs, of at most 255 bytes each."""
 
 
+RESERVED_CLIENT_EVENT_PREFIXES = ("phx_", "chan_reply_", "presence_", "relay", "access_token")
+"""Client events may not begin so, whatever the pattern: the events of the protocol and of relay itself do, and that by
+which a client renews its token."""
+
+
 class Table(BaseModel, extra="forbid", frozen=True):
     """Unknown keys are refused, and nothing changes after the start."""
 
@@ -43,6 +48,8 @@ class Direction(StrEnum):
     """Which way a message goes: to the browsers, or from one of them. `RedisConfig.prefix` has the prefix of each."""
 
     TO = "to"
+    LIVE = "live"
+    """To the browsers, and into no history."""
     FROM = "from"
     FROM_USER = "from-user"
     """From one of them, with who that is."""
@@ -113,7 +120,7 @@ class RedisConfig(Table):
 
     def prefix(self, direction: Direction) -> str:
         """What Redis channels of a direction start with."""
-        if direction is Direction.TO:
+        if direction in (Direction.TO, Direction.LIVE):
             return self.to_prefix
         return self.from_prefix if direction is Direction.FROM else self.from_user_prefix
 
@@ -168,6 +175,10 @@ class LimitsConfig(Table):
     joins_burst: Positive = Field(200, description="joins that one socket may send at once, after a pause")
     pushes_per_s: OrOff = Field(100, description="pushes of one socket per second; 0: no limit")
     pushes_burst: Positive = Field(500, description="pushes that one socket may send at once, after a pause")
+    client_events_per_s: OrOff = Field(
+        20, description="client events of one socket per second, and at once after a pause; 0: no limit"
+    )
+    client_events_max_bytes: Positive = Field(4096, description="largest payload of a client event, in bytes")
     rate_limit_violations_max: OrOff = Field(
         1000, description="messages over the rate limit, before the socket is closed; 0: it is not closed"
     )
@@ -399,7 +410,16 @@ class TopicConfig(Table):
         False, description='report missed events to slow readers, by the event "relay:dropped"'
     )
     on_gap: OnGap = Field(OnGap.REJOIN, description='after a gap: ask subscribers to "rejoin", or "ignore" it')
-    push: bool = Field(True, description="whether clients may push to these topics")
+    push: bool = Field(
+        True, description="whether clients may push to these topics; client_events may be pushed in any case"
+    )
+    client_events: tuple[str, ...] = Field(
+        (),
+        description='patterns of pushes that relay sends to the topic\'s other subscribers: ["typing", "cursor-*"]',
+    )
+    client_events_sender: bool = Field(
+        False, description='add the sender to the payload of client events, as its last member "_user"'
+    )
     presence: bool | Literal["count", "plugin"] = Field(
         False,
         description='send subscribers the members: true; those that plugins list: "plugin"; their number: "count"',
@@ -410,6 +430,23 @@ class TopicConfig(Table):
     history: HistoryConfig | None = Field(
         None, description="events kept for clients that rejoin: { size = 1000, ttl_s = 3600 }; null: none"
     )
+
+    @field_validator("client_events")
+    @classmethod
+    def _can_match(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            if not pattern or (":" in pattern and "[" not in pattern):
+                raise ValueError(f'expected patterns of event names, such as "typing" or "cursor-*", got {pattern!r}')
+            if pattern.startswith(RESERVED_CLIENT_EVENT_PREFIXES):
+                names = ", ".join(RESERVED_CLIENT_EVENT_PREFIXES)
+                raise ValueError(f"{pattern!r} never matches: names that begin with {names} are reserved")
+        return patterns
+
+    @model_validator(mode="after")
+    def _sender_of_client_events(self) -> "TopicConfig":
+        if self.client_events_sender and not self.client_events:
+            raise ValueError('client_events_sender is for topics with client_events, such as ["typing"]')
+        return self
 
     @model_validator(mode="after")
     def _key_of_the_latest(self) -> "TopicConfig":

@@ -71,6 +71,8 @@ class Metrics:
     """Pushes received from clients."""
     pushes_out: int = 0
     """Of those, pushes the broker has taken."""
+    client_events: int = 0
+    """Of those received, pushes that were sent to the other subscribers of their topic."""
     joins: int = 0
     """Joins accepted."""
     sockets: int = 0

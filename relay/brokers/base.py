@@ -110,7 +110,7 @@ class Broker(Protocol):
         """Publish one message, in the order of the calls.
 
         Args:    sender: ASCII letters, digits, ``.`` and ``-``; this node finds it in `Event.sender` when it receives
-                     this very event, and in no other. Events only: ``direction`` is `Direction.TO`.
+                     this very event, and in no other. Events only: ``direction`` is `Direction.TO` or `Direction.LIVE`.
         Returns: a future that is done when the bus has taken it, or fails with `BusUnavailable`.
         """
 

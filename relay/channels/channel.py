@@ -18,7 +18,7 @@ from typing import Any
 from relay.auth.authenticator import Authenticator
 from relay.auth.session import RENEWAL, Decision, tokens_in
 from relay.brokers.base import Place
-from relay.channels import replay
+from relay.channels import client_events, replay
 from relay.channels.actions import ChannelActions, ChannelPushActions
 from relay.channels.handle import SocketHandle
 from relay.channels.history_reader import Recovery
@@ -28,7 +28,7 @@ from relay.channels.pubsub import PubSub
 from relay.channels.replay import Asked, Replay
 from relay.concurrency import Continuation, KeyedQueue
 from relay.config import Config
-from relay.config_sections import Policy
+from relay.config_sections import Direction, Policy, TopicConfig
 from relay.errors import SUBSCRIPTION_ENDED, BusUnavailable, Reason
 from relay.log import ConnectionLog
 from relay.metrics import Metrics
@@ -100,6 +100,10 @@ class ChannelOwner(SocketHandle):
     @abstractmethod
     def count_push(self) -> None:
         """Count a push that has come."""
+
+    @abstractmethod
+    def allows_client_event(self) -> bool:
+        """Take one client event into account, and say whether it is within its rate."""
 
     @abstractmethod
     def count_events(self, events: int) -> None:
@@ -410,6 +414,9 @@ class Channel(Subscription):
         if settings.presence and push.event.startswith(EVENT_PREFIX):
             self._refuse_push(push, Reason.INVALID_EVENT)
             return None
+        if settings.client_events and client_events.is_client_event(settings, push.event):
+            self._send_client_event(push, settings)
+            return None
         if not settings.push:
             self._refuse_push(push, Reason.PUSH_NOT_ALLOWED)
             return None
@@ -418,13 +425,33 @@ class Channel(Subscription):
         if not pubsub.can_publish:
             self._refuse_push(push, Reason.BUS_UNAVAILABLE)
             return None
+        self._await_published(push, pubsub.publish_push(topic, push.event, push.payload, self._user, socket.id))
+        return None
+
+    def _send_client_event(self, push: "Push[Channel]", settings: TopicConfig) -> None:
+        """Send a push to the topic's other subscribers, on every node."""
+        socket, services = self._socket, self._socket.services
+        payload = client_events.outgoing_payload(push.payload, settings, services.config.limits, self._user)
+        if isinstance(payload, Reason):
+            self._refuse_push(push, payload)
+        elif not socket.allows_client_event():
+            self._refuse_push(push, Reason.RATE_LIMITED)
+            services.connection_log.rate_limited(socket, self.topic, push.event)
+        elif not services.pubsub.can_publish:
+            self._refuse_push(push, Reason.BUS_UNAVAILABLE)
+        else:
+            services.metrics.client_events += 1
+            sent = services.pubsub.broadcast(self.topic, push.event, payload, socket, Direction.LIVE)
+            self._await_published(push, sent)
+
+    def _await_published(self, push: "Push[Channel]", published: asyncio.Future[None]) -> None:
+        """Answer a push once the broker has taken it."""
+        socket = self._socket
         socket.queue.pending += 1
-        published = pubsub.publish_push(topic, push.event, push.payload, self._user, socket.id)
         self._last_push = published
         published.add_done_callback(partial(self._pushed, push))
         if socket.trace is not None:
             socket.trace.until(published)
-        return None
 
     def _pushed(self, push: "Push[Channel]", published: asyncio.Future[None]) -> None:
         """Answer a push: ok only now that the broker has taken it."""

@@ -453,7 +453,12 @@ class PubSub:
         return self._broker.link.live and not self._broker.refusal
 
     def broadcast(
-        self, topic: str, event: str, payload: Payload, skip: Subscriber | None = None
+        self,
+        topic: str,
+        event: str,
+        payload: Payload,
+        skip: Subscriber | None = None,
+        direction: Direction = Direction.TO,
     ) -> asyncio.Future[None]:
         """Send an event to all subscribers of a topic on every node, except ``skip``; see `Broker.publish`.
 
@@ -461,11 +466,13 @@ class PubSub:
         this sender shall pass over. It forgets that when the event has come back, when publishing has failed, or
         ``redis.timeout_s`` after the bus has taken the event, which then was lost. A gap changes nothing: an event of
         another publisher never has this sender.
+
+        Args: direction: `Direction.LIVE` for an event that no history keeps.
         """
         sender = None if skip is None else next(self._senders)
         if skip is not None and sender is not None:
             self._skips[sender] = skip
-        future = self.publish(Direction.TO, topic, event, payload, sender)
+        future = self.publish(direction, topic, event, payload, sender)
         future.add_done_callback(partial(self._broadcast_done, sender))
         return future
 

@@ -24,7 +24,7 @@ from relay.protocol import serializer
 from relay.protocol.frame import Frame
 from relay.protocol.serializer import Message, Version
 from relay.protocol.state import ChannelsProtocol, Join, Leave, Push, Send, Subscription
-from relay.rate_limit import MessageRateLimiter
+from relay.rate_limit import MessageRateLimiter, TokenBucket
 from relay.tracing import Trace
 from relay.transports.base import Transport
 
@@ -40,6 +40,7 @@ class Socket(ChannelOwner):
     """
 
     __slots__ = (
+        "_client_events",
         "_ended",
         "_events",
         "_is_revoked",
@@ -84,6 +85,8 @@ class Socket(ChannelOwner):
         self.queue: KeyedQueue = KeyedQueue(services.pubsub.in_flight, self._evict)
         self.announced: dict[str, Channel] = {}
         self._joins = self._pushes = self._events = 0
+        # Their rate; None before the first.
+        self._client_events: TokenBucket | None = None
         self._ended = False
         self._is_revoked = False
         self.auth: SocketAuth | None = None
@@ -248,6 +251,15 @@ class Socket(ChannelOwner):
         """Count a push that has come."""
         self.services.metrics.pushes_in += 1
         self._pushes += 1
+
+    def allows_client_event(self) -> bool:
+        """Take one client event into account, and say whether it is within its rate."""
+        per_s, now = self.services.config.limits.client_events_per_s, self.transport.last_received
+        if not per_s:
+            return True
+        if self._client_events is None:
+            self._client_events = TokenBucket(per_s, per_s, now)
+        return self._client_events.take(now)
 
     def count_events(self, events: int) -> None:
         """Count the events of a subscription that has ended."""

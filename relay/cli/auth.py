@@ -224,7 +224,12 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
             yield "history", f"{entry.match}: {entry.history.size} events of each topic, for {entry.history.ttl_s} s"
     for entry in config.topics:
         if not entry.push:
-            yield "rights", f"no client may push to {entry.match}, whatever a token says"
+            but = f", but {', '.join(entry.client_events)}" if entry.client_events else ""
+            yield "rights", f"no client may push to {entry.match}, whatever a token says{but}"
+    for entry in config.topics:
+        if entry.client_events:
+            sender = "with their sender" if entry.client_events_sender else "without their sender"
+            yield "clients", f"{', '.join(entry.client_events)} on {entry.match} go to the other subscribers, {sender}"
     yield "rest", _rest(config, exposure)
     if config.metrics.public or config.metrics.key or (exposure.openings and not config.rest.api_key):
         yield "metrics", _metrics(config)

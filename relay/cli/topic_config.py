@@ -64,6 +64,8 @@ def _settings(settings: Config, entry: TopicConfig) -> dict[str, Any]:
 def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} = {each}" for name, each in value.items())
+    if isinstance(value, list):
+        return ", ".join(value) or "none"
     return {True: "true", False: "false", None: "none", "": '""'}.get(value, str(value))
 
 

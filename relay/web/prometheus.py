@@ -149,6 +149,7 @@ METRIC_SPECS: tuple[MetricSpec, ...] = (
     _counter("joins", "Joins accepted."),
     _counter("pushes_in", "Pushes received from clients."),
     _counter("pushes_out", "Of those, pushes that the bus has accepted."),
+    _counter("client_events", "Of those received, pushes that were sent to the other subscribers of their topic."),
     _counter("events_in", "Events received from the bus; an event counts once for each worker."),
     _counter("events_without_subscribers", "Of those, events on topics without subscribers in that worker."),
     _counter("events_not_json", "Events whose payload looks like JSON but is not valid JSON: delivered as binary."),

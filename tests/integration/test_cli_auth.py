@@ -155,6 +155,16 @@ def test_check_of_no_settings_says_that_all_is_open_on_this_machine(relay: Comma
     ]
 
 
+def test_check_says_which_events_clients_send_to_each_other(relay: Command) -> None:
+    topics = '[[topics]]\nmatch = "room:*"\npush = false\nclient_events = ["typing", "cursor-*"]\n'
+    code, out, _ = relay("check", settings=topics + "client_events_sender = true")
+    assert code == 0
+    assert "rights no client may push to room:*, whatever a token says, but typing, cursor-*" in lines(out)
+    assert "clients typing, cursor-* on room:* go to the other subscribers, with their sender" in lines(out)
+    code, _, err = relay("check", settings='[[topics]]\nclient_events = ["presence_*"]')
+    assert code == 2 and "'presence_*' never matches" in err
+
+
 OLD_NAMES = "page = false # for development\n\n[limits]\nrate_limited_max = 5\n"
 NEW_NAMES = "demo_page = false # for development\n\n[limits]\nrate_limit_violations_max = 5\n"
 

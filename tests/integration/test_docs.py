@@ -70,6 +70,7 @@ PAGES = [
         "docs/redis",
         "docs/history",
         "docs/presence",
+        "docs/client-events",
         "docs/mounting",
         "docs/rest",
         "docs/sse",

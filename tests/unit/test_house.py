@@ -23,7 +23,7 @@ LONGER: dict[str, tuple[int, str]] = {
         "one connection from its upgrade request to its end, and what stands in for asyncio there",
     ),
     "channels.channel": (550, "one join, from its decision to its end, with all that it has in between"),
-    "channels.pubsub": (550, "the bridge between bus and subscribers, in both directions"),
+    "channels.pubsub": (560, "the bridge between bus and subscribers, in both directions"),
 }
 
 
