@@ -110,6 +110,7 @@ DROPPED = (
     "on_event handler too slow",
     "on_redis handler too slow",
     "outboxes full",
+    "presence message not understood",
     "slow reader disconnected",
     "slow reader, drop-oldest",
     "slow reader, latest",

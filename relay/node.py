@@ -133,7 +133,7 @@ class Node:
             verify = self._verifier.verify if self._verifier else None
             authenticator = Authenticator(config, runner, verify, authenticate, self.pubsub.decisions)
         self.presence: Presence | None = None
-        if config.has_presence:
+        if self.broker.presence is not None:
             log = loggers.get("relay.presence")
             self.presence = Presence(config, self.broker.presence, self.pubsub.spawn, metrics, log)
             self.pubsub.on_presence = self.presence.receive

@@ -121,7 +121,7 @@ class Broker(Protocol):
 
     @property
     def presence(self) -> "PresenceStore | None":
-        """Keeps the members of topics for other nodes; None without presence, or without other nodes."""
+        """Keeps the members of topics for other nodes; None where no topic has presence."""
         return None
 
     @property

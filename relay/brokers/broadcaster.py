@@ -22,9 +22,10 @@ from urllib.parse import urlsplit
 
 from broadcaster import Broadcast, BroadcastBackend
 
-from relay.brokers.base import Event, Link, Place, Sink
+from relay.brokers.base import Event, Link, Place, PresenceStore, Sink
 from relay.brokers.envelope import pack, unpack
 from relay.brokers.memory_history import MemoryHistory
+from relay.brokers.memory_presence import MemoryPresence
 from relay.config import Config
 from relay.config_sections import Direction, HistoryConfig
 from relay.errors import BusUnavailable
@@ -87,6 +88,7 @@ class BroadcasterBroker:
         self._outgoing_bytes = 0
         self._config = config
         self.history: MemoryHistory | None = MemoryHistory(self._notify) if config.has_history else None
+        self._presence = MemoryPresence(config.presence.lease_s) if config.has_presence else None
 
     @property
     def link(self) -> Link:
@@ -94,8 +96,9 @@ class BroadcasterBroker:
         return self._link
 
     @property
-    def presence(self) -> None:
-        """None: presence on this bus is that of one process."""
+    def presence(self) -> PresenceStore | None:
+        """Keeps the members of topics, of this one process; None where no topic has presence."""
+        return self._presence
 
     @property
     def degraded(self) -> str:

@@ -23,7 +23,7 @@ from relay.brokers.redis_connection import Connections
 from relay.brokers.redis_scripts import RENEW_LEASE
 from relay.config import Config
 from relay.errors import BusUnavailable
-from relay.protocol.presence import Member, Members
+from relay.protocol.presence import Member, Members, is_member
 
 _PREFIX = "presence:"
 _NODES = f"{_PREFIX}nodes"
@@ -91,6 +91,8 @@ class RedisPresence:
             for ref, data in zip(flat[::2], flat[1::2], strict=True):
                 with suppress(msgspec.MsgspecError, UnicodeDecodeError):  # what another program has put there
                     value = _decode(data)
+                    if not is_member(value.key, value.meta):
+                        continue
                     members[ref.decode()] = Member(ref.decode(), value.key, bytes(value.meta), value.previous)
             if cursor == b"0":
                 return members

@@ -10,7 +10,6 @@ read again, and the subscribers are sent the difference. So a lost message heals
 
 import asyncio
 import secrets
-import time
 from collections.abc import Callable, Coroutine
 
 import msgspec
@@ -28,8 +27,8 @@ from relay.protocol.presence import NOTHING, Difference, Member, Members
 _AGAIN_S = 1.0
 """Seconds after which what could not be written is written again."""
 
-_DEAD_S = 60.0
-"""Seconds after the end of its lease for which the members of a node are left where they are."""
+_DEAD_LEASES = 4
+"""Leases after the end of its own for which the members of a node are left where they are."""
 
 _COUNT_KEY = "#"
 """Key of what stands for all members of a node where their number alone is sent."""
@@ -60,20 +59,20 @@ _decode = msgspec.json.Decoder(_Message).decode
 class Presence:
     """The members of all topics with presence, as this node knows them.
 
-    Args: store: keeps members for the other nodes; None where there are none.
+    Args: store: keeps members for the other nodes.
           spawn: runs something until it ends or the relay stops.
     """
 
     def __init__(
         self,
         config: Config,
-        store: PresenceStore | None,
+        store: PresenceStore,
         spawn: Callable[[Coroutine[None, None, None]], "asyncio.Task[None]"],
         metrics: Metrics,
         log: RateLimitedLogger,
     ) -> None:
         self._config = config
-        self._node = "" if store is None else store.node
+        self._node = store.node
         self._store = store
         self._spawn = spawn
         self._metrics = metrics
@@ -94,11 +93,7 @@ class Presence:
 
     def start(self) -> None:
         """Begin to exchange members with other nodes."""
-        if self._store is not None:
-            self._tasks = [
-                self._spawn(self._renew_regularly(self._store)),
-                self._spawn(self._publish_regularly(self._store)),
-            ]
+        self._tasks = [self._spawn(self._renew_regularly()), self._spawn(self._publish_regularly())]
 
     async def stop(self) -> None:
         """Let the other nodes know that no member is left here."""
@@ -107,12 +102,11 @@ class Presence:
                 topic.timer.cancel()
         for task in self._tasks:
             task.cancel()
-        if self._store is not None:
-            message = _encode(_Message(self._node, self._number, is_last=True))
-            try:
-                await self._store.remove(self._node, message)
-            except BusUnavailable as error:
-                self._log.warning("presence", "members of this node are left behind: %s", error)
+        message = _encode(_Message(self._node, self._number, is_last=True))
+        try:
+            await self._store.remove(self._node, message)
+        except BusUnavailable as error:
+            self._log.warning("presence", "members of this node are left behind: %s", error)
 
     # Members of this node.
 
@@ -160,10 +154,9 @@ class Presence:
             change = Difference({count.ref: count} if topic.members else {}, dict(topic.own))
         presence.apply(topic.own, change)
         topic.changed()
-        if self._store is not None:
-            self._outgoing[topic.name] = presence.compose(self._outgoing.get(topic.name, NOTHING), change)
-            self._changed_topics.add(topic.name)
-            self._wake.set()
+        self._outgoing[topic.name] = presence.compose(self._outgoing.get(topic.name, NOTHING), change)
+        self._changed_topics.add(topic.name)
+        self._wake.set()
 
     # Subscribers.
 
@@ -190,9 +183,8 @@ class Presence:
         topic = self._topics.get(name)
         if topic is None:
             topic = self._topics[name] = PresenceTopic(name, self._config, self._metrics)
-            if self._store is not None:
-                for node in self._nodes:
-                    self._load(self._store, topic, node)
+            for node in self._nodes:
+                self._load(topic, node)
         return topic
 
     # Other nodes.
@@ -202,10 +194,11 @@ class Presence:
         try:
             message = _decode(data)
         except msgspec.MsgspecError:
-            self._log.warning("presence", "a message about presence was not understood: dropped")
+            self._metrics.dropped["presence message not understood"] += 1
+            self._log.warning("presence", "message about presence dropped: not understood")
             return
-        node, store = message.node, self._store
-        if node == self._node or store is None:
+        node = message.node
+        if node == self._node:
             return
         if message.is_last:
             self._forget(node)
@@ -222,7 +215,7 @@ class Presence:
             if is_known:
                 self._metrics.presence_heals["message missing"] += 1
             for topic in self._topics.values():
-                self._load(store, topic, node)
+                self._load(topic, node)
             return
         for name, (count, digest) in message.digests.items():
             topic = self._topics.get(name)
@@ -231,10 +224,14 @@ class Presence:
             part = topic.parts.get(node, {})
             if (len(part), presence.digest(part)) != (count, digest):
                 self._metrics.presence_heals["digest"] += 1
-                self._load(store, topic, node)
+                self._load(topic, node)
 
     def _apply(self, topic: PresenceTopic, node: str, change: _Change) -> None:
-        joins = {ref: Member(ref, key, bytes(meta), previous) for ref, key, meta, previous in change.joins}
+        joins = {
+            ref: Member(ref, key, bytes(meta), previous)
+            for ref, key, meta, previous in change.joins
+            if presence.is_member(key, meta)
+        }
         gone = Difference(joins, {ref: _GONE for ref in change.leaves})
         if node in topic.loading:
             topic.loading[node].append(gone)
@@ -242,15 +239,15 @@ class Presence:
         presence.apply(topic.parts.setdefault(node, {}), gone)
         topic.changed()
 
-    def _load(self, store: PresenceStore, topic: PresenceTopic, node: str) -> None:
+    def _load(self, topic: PresenceTopic, node: str) -> None:
         """Read the members of a node again."""
         if node != self._node and node not in topic.loading:
             topic.loading[node] = []
-            _ = self._spawn(self._load_part(store, topic, node))
+            _ = self._spawn(self._load_part(topic, node))
 
-    async def _load_part(self, store: PresenceStore, topic: PresenceTopic, node: str) -> None:
+    async def _load_part(self, topic: PresenceTopic, node: str) -> None:
         try:
-            members = await store.read(topic.name, node)
+            members = await self._store.read(topic.name, node)
         except BusUnavailable as error:
             self._log.warning("presence", "members of topic %r cannot be read: %s", topic.name, error)
             self._could_renew = False  # so that they are read again, when Redis answers
@@ -271,20 +268,20 @@ class Presence:
             if topic.parts.pop(node, None):
                 topic.changed()
 
-    async def _renew_regularly(self, store: PresenceStore) -> None:
+    async def _renew_regularly(self) -> None:
         """Give a sign of life, and look which nodes give one."""
         while True:
             topics, self._changed_topics = self._changed_topics, set()
             message = _encode(_Message(self._node, self._number, digests=self._digests(topics)))
             try:
-                lease = await store.renew(message)
+                lease = await self._store.renew(message)
             except BusUnavailable as error:
                 # What is known of others is left as it is: it cannot be checked now.
                 self._changed_topics |= topics
                 self._could_renew = False
                 self._log.warning("presence", "the lease of this node cannot be renewed: %s", error)
             else:
-                self._take_lease(store, lease)
+                self._take_lease(lease)
             await asyncio.sleep(self._config.presence.renew_s)
 
     def _digests(self, topics: set[str]) -> dict[str, tuple[int, int]]:
@@ -296,7 +293,7 @@ class Presence:
                 found[name] = (len(own), presence.digest(own))
         return found
 
-    def _take_lease(self, store: PresenceStore, lease: Lease) -> None:
+    def _take_lease(self, lease: Lease) -> None:
         if not lease.held and self._number:
             self._metrics.presence_leases_lost += 1
             self._announce_all()
@@ -312,20 +309,21 @@ class Presence:
             if missed or node not in self._nodes:
                 _ = self._nodes.setdefault(node, None)
                 for topic in self._topics.values():
-                    self._load(store, topic, node)
+                    self._load(topic, node)
         for node, left_s in lease.nodes.items():
-            if left_s < -_DEAD_S:
-                _ = self._spawn(self._sweep(store, node))
+            if left_s < -_DEAD_LEASES * self._config.presence.lease_s:
+                _ = self._spawn(self._sweep(node))
 
     def _is_dead(self, node: str, lease: Lease) -> bool:
         """Whether a node without a lease counts as dead: one that has none since a flush may still renew it."""
         if node in lease.nodes:
             return True
-        return time.monotonic() > self._missing.setdefault(node, time.monotonic() + self._config.presence.lease_s)
+        now = asyncio.get_running_loop().time()
+        return now > self._missing.setdefault(node, now + self._config.presence.lease_s)
 
-    async def _sweep(self, store: PresenceStore, node: str) -> None:
+    async def _sweep(self, node: str) -> None:
         try:
-            await store.remove(node)
+            await self._store.remove(node)
         except BusUnavailable as error:
             self._log.warning("presence", "members of a dead node cannot be removed: %s", error)
 
@@ -338,7 +336,7 @@ class Presence:
                 self._changed_topics.add(topic.name)
         self._wake.set()
 
-    async def _publish_regularly(self, store: PresenceStore) -> None:
+    async def _publish_regularly(self) -> None:
         """Send the other nodes what has changed here."""
         while True:
             _ = await self._wake.wait()
@@ -350,7 +348,7 @@ class Presence:
             changes = [OwnChange(name, change, self._has_none(name)) for name, change in outgoing.items()]
             message = _Message(self._node, self._number, [_packed(name, change) for name, change in outgoing.items()])
             try:
-                await store.write(changes, _encode(message))
+                await self._store.write(changes, _encode(message))
             except BusUnavailable as error:
                 self._log.warning("presence", "members cannot be written: %s", error)
                 for name, change in outgoing.items():
@@ -371,8 +369,6 @@ class Presence:
         Raises: BusUnavailable: those of other nodes cannot be read.
         """
         topic = self._topics.get(name)
-        if self._store is None:
-            return {} if topic is None else topic.merged()
         if topic is not None and self._could_renew and not topic.loading:
             return topic.merged()
         found: Members = {}

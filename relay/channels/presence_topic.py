@@ -8,8 +8,7 @@ flicker.
 """
 
 import asyncio
-import time
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgspec
 
@@ -116,11 +115,11 @@ class PresenceTopic:
         if self.timer is not None:
             self.timer.cancel()
         self.flush_at = at
-        delay_s = max(0.0, at - time.monotonic())
+        delay_s = max(0.0, at - asyncio.get_running_loop().time())
         self.timer = asyncio.get_running_loop().call_later(delay_s, self._flush)
 
     def _flush(self) -> None:
-        now = time.monotonic()
+        now = asyncio.get_running_loop().time()
         self.timer, self.flush_at, self.flushed_at = None, float("inf"), now
         members = self.merged()
         if self._is_counted(members):
@@ -133,10 +132,11 @@ class PresenceTopic:
         if settings.presence == "count":
             return True
         # A topic that has been counted is so until clearly fewer are there: it must not change back and forth.
-        most = settings.presence_max * (0.9 if self.is_counted else 1)
+        share = 0.9 if self.is_counted else 1
         return (
-            len(members) > most
-            or sum(len(member.meta) for member in members.values()) > self._config.limits.presence_state_max_bytes
+            len(members) > share * settings.presence_max
+            or sum(len(member.meta) for member in members.values())
+            > share * self._config.limits.presence_state_max_bytes
         )
 
     def _show_count(self, members: Members, now: float) -> None:
@@ -198,6 +198,13 @@ class PresenceTopic:
             watcher.transport.send_control(frame)
 
 
+class _Count(msgspec.Struct):
+    count: int
+
+
+_decode_count = msgspec.json.Decoder(_Count).decode
+
+
 def count_members(members: Members, settings: TopicConfig) -> int:
     """How many members there are; where only their number is known, as what stands for those of each node says."""
     if settings.presence != "count":
@@ -206,5 +213,9 @@ def count_members(members: Members, settings: TopicConfig) -> int:
 
 
 def _count_of(meta: bytes) -> int:
-    found: Any = msgspec.json.decode(meta)
-    return int(found["count"])
+    try:
+        return max(0, _decode_count(meta).count)
+    except (
+        msgspec.MsgspecError
+    ):  # one member: of a node where the topic has another setting, until that one is restarted
+        return 1

@@ -69,6 +69,11 @@ def is_key(key: str) -> bool:
     return is_name(key) and key not in _PROTOTYPE
 
 
+def is_member(key: str, meta: msgspec.Raw) -> bool:
+    """Whether another program may list this; the meta is known to be JSON."""
+    return is_key(key) and bytes(meta).startswith(b"{")
+
+
 def clean_meta(data: bytes) -> bytes | None:
     """A meta without members whose names begin with ``phx_ref``, which are the protocol's; None for no object."""
     try:
@@ -95,13 +100,12 @@ def apply(members: Members, change: Difference) -> None:
 
 
 def compose(first: Difference, second: Difference) -> Difference:
-    """The change that two changes one after the other make: a member that came and went is in neither."""
-    joins = {ref: member for ref, member in first.joins.items() if ref not in second.leaves}
-    leaves = dict(first.leaves)
-    leaves |= {ref: member for ref, member in second.leaves.items() if ref not in first.joins}
-    joins |= {ref: member for ref, member in second.joins.items() if ref not in first.leaves}
-    for ref in second.joins:
-        _ = leaves.pop(ref, None)
+    """The change that two changes one after the other make, whatever the state before.
+
+    A member that came and went is among the leaves: the first change may have reached others although it failed.
+    """
+    joins = {ref: member for ref, member in first.joins.items() if ref not in second.leaves} | second.joins
+    leaves = {ref: member for ref, member in (first.leaves | second.leaves).items() if ref not in second.joins}
     return Difference(joins, leaves)
 
 

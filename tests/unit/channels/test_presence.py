@@ -1,0 +1,385 @@
+"""`relay.channels.presence`: several nodes in one process, and a store that fails as it is told.
+
+A model keeps the truth. Whatever was lost, sent twice, delayed or forgotten: after quiet of one lease, every node and
+every client has the truth.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import pytest
+
+from relay.brokers.base import Lease, OwnChange
+from relay.brokers.memory_presence import MemoryPresence, SharedPresence
+from relay.channels.presence import Presence
+from relay.config import Config
+from relay.errors import BusUnavailable
+from relay.log import RateLimitedLoggers
+from relay.metrics import Metrics
+from relay.protocol.frame import Frame
+from relay.protocol.presence import Member
+from relay.protocol.serializer import Version
+from tests.support.clock import runner
+from tests.support.transport import FakeTransport, read_frame
+
+__all__ = ["runner"]
+
+LEASE_S, RENEW_S, DELAY_S = 1.5, 0.5, 0.5
+QUIET_S = LEASE_S + 2 * RENEW_S + DELAY_S + 1.5
+"""With what is written again after a second."""
+TOPIC = "room:1"
+
+
+def config(**topic: Any) -> Config:
+    topics = [{"match": "room:*", **({"presence": True} | topic)}]
+    return Config(topics=topics, presence={"lease_s": LEASE_S, "renew_s": RENEW_S, "leave_delay_s": DELAY_S})
+
+
+class Store(MemoryPresence):
+    """Fails where a test wants it."""
+
+    is_away = False
+    fails_late = 0
+    """So many writes are made and yet fail: the answer is lost."""
+
+    async def write(self, changes: Sequence[OwnChange], message: bytes) -> None:
+        self._check()
+        await super().write(changes, message)
+        if self.fails_late:
+            self.fails_late -= 1
+            raise BusUnavailable("no answer")
+
+    async def renew(self, message: bytes) -> Lease:
+        self._check()
+        return await super().renew(message)
+
+    async def read(self, topic: str, node: str) -> Any:
+        self._check()
+        await asyncio.sleep(0.05)
+        return await super().read(topic, node)
+
+    async def nodes(self) -> list[str]:
+        self._check()
+        return await super().nodes()
+
+    async def remove(self, node: str, message: bytes = b"") -> None:
+        self._check()
+        await super().remove(node, message)
+
+    def _check(self) -> None:
+        if self.is_away:
+            raise BusUnavailable("away")
+
+
+class Client:
+    """A channel whose client keeps the members as phoenix.js does."""
+
+    version = Version.V2
+
+    def __init__(self, name: str, topic: str = TOPIC) -> None:
+        self.topic = topic
+        self.name = name
+        self.state: dict[str, set[str]] | None = None
+        self.gone: list[str] = []
+        """Keys that it saw leave."""
+        self.diffs = 0
+        self.count: int | None = None
+        self.transport = _Transport(self)
+
+    def take(self, frame: Frame) -> None:
+        _, _, topic, event, payload = read_frame(frame)
+        assert topic == self.topic
+        if event == "presence_state":
+            self.state = {key: _refs(entry) for key, entry in payload.items()}
+        elif event == "presence_count":
+            self.count = payload["count"]
+        else:
+            assert self.state is not None, "a difference before the state"
+            self.diffs += 1
+            for key, entry in payload["joins"].items():
+                self.state[key] = self.state.get(key, set()) | _refs(entry)
+            for key, entry in payload["leaves"].items():
+                assert self.state[key] >= _refs(entry)
+                self.state[key] -= _refs(entry)
+                if not self.state[key]:
+                    del self.state[key]
+                    self.gone.append(key)
+
+    @property
+    def keys(self) -> set[str] | None:
+        return None if self.state is None else set(self.state)
+
+
+class _Transport(FakeTransport):
+    def __init__(self, client: Client) -> None:
+        super().__init__(client.name)
+        self._client = client
+
+    def send_control(self, frame: Frame) -> None:
+        self._client.take(frame)
+
+
+def _refs(entry: dict[str, Any]) -> set[str]:
+    return {meta["phx_ref"] for meta in entry["metas"]}
+
+
+class Node:
+    """One node of a world, with its clients."""
+
+    def __init__(self, shared: SharedPresence, settings: Config, loss: Callable[[], bool]) -> None:
+        self._shared = shared
+        self._loss = loss
+        self.store = Store(LEASE_S, shared)
+        self.metrics = Metrics()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.presence = Presence(
+            settings, self.store, self._spawn, self.metrics, RateLimitedLoggers().get("relay.presence")
+        )
+        self.clients: list[Client] = []
+        self.is_stalled = False
+        shared.listeners.append(self._receive)
+        self.presence.start()
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _receive(self, message: bytes) -> None:
+        if not self._loss():
+            # Later, as on a network: not in the midst of what the sender does.
+            asyncio.get_running_loop().call_soon(self.presence.receive, message)
+
+    def enter(self, name: str, topic: str = TOPIC) -> Client:
+        client = Client(name, topic)
+        self.presence.track(client, name, b'{"n":1}')
+        self.presence.watch(client)
+        self.clients.append(client)
+        return client
+
+    def leave(self, client: Client) -> None:
+        self.presence.unwatch(client)
+        self.clients.remove(client)
+
+    async def kill(self) -> None:
+        """End without a word."""
+        self._shared.listeners.remove(self._receive)
+        for topic in self.presence._topics.values():
+            if topic.timer is not None:
+                topic.timer.cancel()
+        await self._end_tasks()
+        self.clients.clear()
+
+    async def stop(self) -> None:
+        await self.presence.stop()
+        self._shared.listeners.remove(self._receive)
+        await self._end_tasks()
+        self.clients.clear()
+
+    async def _end_tasks(self) -> None:
+        tasks = tuple(self._tasks)
+        for task in tasks:
+            task.cancel()
+        _ = await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class World:
+    """Nodes, and how often a message between them is lost."""
+
+    def __init__(self, settings: Config | None = None, nodes: int = 2) -> None:
+        self.shared = SharedPresence(asyncio.get_running_loop().time)
+        self.settings = settings or config()
+        self.loses = False
+        self.chance = random.Random(1)
+        self.nodes = [self.start() for _ in range(nodes)]
+
+    def start(self) -> Node:
+        return Node(self.shared, self.settings, lambda: self.loses and self.chance.random() < 0.3)
+
+    @property
+    def clients(self) -> list[Client]:
+        return [client for node in self.nodes for client in node.clients]
+
+    async def check(self) -> None:
+        """After quiet, everybody knows the truth."""
+        await asyncio.sleep(QUIET_S)
+        truth = {client.name for client in self.clients}
+        for node in self.nodes:
+            found = {member.key for member in (await node.presence.list(TOPIC)).values()}
+            assert found == truth
+            for client in node.clients:
+                assert client.keys == truth, client.name
+
+    async def end(self) -> None:
+        for node in self.nodes:
+            await node.kill()
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_every_node_has_the_truth_in_the_end(seed: int) -> None:
+    """Members come, go and move, messages are lost, writes fail late, nodes are cut off, killed and restarted."""
+    world = World(nodes=3)
+    chance = world.chance = random.Random(seed)
+    for number in range(30):
+        world.loses = chance.random() < 0.3
+        node = chance.choice(world.nodes)
+        match chance.randrange(9):
+            case 0 | 1 | 2:
+                node.enter(f"m{number}")
+            case 3 | 4 if node.clients:
+                node.leave(chance.choice(node.clients))
+            case 5:
+                node.store.is_away = not node.store.is_away
+            case 6:
+                node.store.fails_late = 2
+            case 7:
+                await (node.kill() if chance.random() < 0.5 or node.store.is_away else node.stop())
+                world.nodes[world.nodes.index(node)] = world.start()
+            case 8:
+                world.shared.members.clear()
+                world.shared.leases.clear()
+        await asyncio.sleep(chance.choice([0, 0.01, 0.1, 0.3, 2]))
+    world.loses = False
+    for node in world.nodes:
+        node.store.is_away = False
+    await world.check()
+    await world.end()
+
+
+async def test_write_that_fails_late_leaves_no_ghost() -> None:
+    """The member was written and announced, the answer lost; it left before the write was made again."""
+    world = World()
+    bystander = world.nodes[1].enter("bystander")
+    await asyncio.sleep(1)
+    world.nodes[0].store.fails_late = 1
+    client = world.nodes[0].enter("ghost")
+    await asyncio.sleep(0.05)
+    assert client.name in (bystander.keys or ())
+    world.nodes[0].leave(client)
+    await world.check()
+    assert bystander.keys == {"bystander"}
+    assert (TOPIC, world.nodes[0].store.node) not in world.shared.members
+    await world.end()
+
+
+async def test_rejoin_on_another_node_within_the_delay_is_not_seen() -> None:
+    world = World(nodes=3)
+    bystander = world.nodes[2].enter("bystander")
+    member = world.nodes[0].enter("ada")
+    await asyncio.sleep(1)
+    assert bystander.keys == {"bystander", "ada"}
+    (before,) = (bystander.state or {})["ada"]
+    diffs = bystander.diffs
+    world.nodes[0].leave(member)
+    await asyncio.sleep(DELAY_S / 2)
+    world.nodes[1].enter("ada")
+    await world.check()
+    assert (bystander.gone, bystander.diffs) == ([], diffs + 1)
+    assert (bystander.state or {})["ada"] != {before}
+    await world.end()
+
+
+async def test_flush_is_not_seen_by_clients() -> None:
+    world = World()
+    clients = [node.enter(name) for node, name in zip(world.nodes, ("ada", "bob"), strict=True)]
+    await asyncio.sleep(RENEW_S)
+    world.shared.members.clear()
+    world.shared.leases.clear()
+    await world.check()
+    assert [client.gone for client in clients] == [[], []]
+    assert [node.metrics.presence_leases_lost for node in world.nodes] == [1, 1]
+    assert await world.nodes[0].store.read(TOPIC, world.nodes[1].store.node)
+    await world.end()
+
+
+async def test_node_that_is_killed_is_gone_within_lease_renewal_and_delay() -> None:
+    world = World()
+    bystander = world.nodes[0].enter("bystander")
+    for number in range(100):
+        world.nodes[1].enter(f"m{number}")
+    await asyncio.sleep(RENEW_S)
+    assert len(bystander.keys or ()) == 101
+    dead = world.nodes.pop()
+    await dead.kill()
+    await asyncio.sleep(LEASE_S - RENEW_S - 0.1)
+    assert len(bystander.keys or ()) == 101
+    await asyncio.sleep(2 * RENEW_S + DELAY_S + 0.1)
+    assert bystander.keys == {"bystander"}
+    assert len(bystander.gone) == 100
+    assert world.nodes[0].metrics.presence_ghosts_removed == 100
+    assert world.shared.members.keys() == {(TOPIC, world.nodes[0].store.node), (TOPIC, dead.store.node)}
+    await asyncio.sleep(4 * LEASE_S)
+    assert world.shared.members.keys() == {(TOPIC, world.nodes[0].store.node)}, "swept"
+    await world.end()
+
+
+async def test_lost_message_heals_within_one_renewal() -> None:
+    world = World()
+    bystander = world.nodes[0].enter("bystander")
+    world.nodes[1].enter("ada")
+    await asyncio.sleep(RENEW_S)
+    receive, world.nodes[0].presence.receive = world.nodes[0].presence.receive, lambda data: None  # type: ignore[method-assign]
+    world.nodes[1].enter("bob")
+    await asyncio.sleep(0.2)
+    world.nodes[0].presence.receive = receive  # type: ignore[method-assign]
+    assert bystander.keys == {"bystander", "ada"}
+    await asyncio.sleep(RENEW_S + 0.2)
+    assert bystander.keys == {"bystander", "ada", "bob"}
+    assert world.nodes[0].metrics.presence_heals == {"message missing": 1}
+    await world.end()
+
+
+async def test_message_that_is_not_understood_is_counted() -> None:
+    world = World(nodes=1)
+    for message in (b"", b"{}", b"\xff", b"[]", b'{"node":1,"number":1}'):
+        world.nodes[0].presence.receive(message)
+    assert world.nodes[0].metrics.dropped == {"presence message not understood": 5}
+    await world.end()
+
+
+async def test_members_that_cannot_be_are_left_out_of_a_message() -> None:
+    world = World(nodes=1)
+    client = world.nodes[0].enter("ada")
+    joins = '[["1","__proto__",{},""],["2","bob",5,""],["3","a\\nb",{},""],["4","eve",{},""]]'
+    message = f'{{"node":"x","number":1,"changes":[["{TOPIC}",{joins},[]]]}}'
+    world.nodes[0].presence.receive(message.encode())
+    world.shared.members[TOPIC, "x"] = {"4": Member("4", "eve", b"{}")}
+    await asyncio.sleep(0.3)
+    assert client.keys == {"ada", "eve"}
+    await world.end()
+
+
+async def test_number_is_right_while_nodes_have_other_settings() -> None:
+    """In the midst of an upgrade that turns a list into a number."""
+    world = World(config(presence="count"))
+    client = world.nodes[0].enter("ada")
+    world.nodes[1].presence._config = config()
+    world.nodes[1].enter("bob")
+    world.nodes[1].enter("eve")
+    await asyncio.sleep(2)
+    assert client.count == 3
+    await world.end()
+
+
+@pytest.mark.parametrize("size", [10, 100])
+async def test_topic_does_not_change_back_and_forth_between_list_and_number(size: int) -> None:
+    world = World(config(presence_max=size), nodes=1)
+    node = world.nodes[0]
+    clients = [node.enter(f"m{number}") for number in range(size)]
+    await asyncio.sleep(3)
+    assert len(clients[0].keys or ()) == size
+    more = node.enter("one more")
+    await asyncio.sleep(3)
+    assert clients[0].count == more.count == size + 1
+    assert more.state is None
+    node.leave(more)
+    await asyncio.sleep(3)
+    assert clients[0].count == size
+    while len(node.clients) > 0.9 * size:
+        node.leave(node.clients[-1])
+    await asyncio.sleep(3)
+    assert len(clients[0].keys or ()) == 0.9 * size
+    await world.end()
