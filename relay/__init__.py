@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from relay.version import __version__
 
 __all__ = [
+    "AsyncPublisher",
     "BusUnavailable",
     "Config",
     "ConfigError",
@@ -21,6 +22,8 @@ __all__ = [
     "Joined",
     "Leave",
     "Plugin",
+    "Published",
+    "Publisher",
     "Push",
     "RedisMessage",
     "Refused",
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from relay.errors import BusUnavailable, ConfigError
     from relay.plugins import Plugin
     from relay.plugins.hooks import Event, Join, Joined, Leave, Push, RedisMessage, Refused
+    from relay.publisher import AsyncPublisher, Published, Publisher
 
 _HOMES = {
     "Relay": "relay.app",
@@ -45,6 +49,7 @@ _HOMES = {
     **dict.fromkeys(("Event", "Join", "Joined", "Leave", "Push", "RedisMessage", "Refused"), "relay.plugins.hooks"),
     "Plugin": "relay.plugins",
     "UpgradeRequest": "relay.auth.authenticator",
+    **dict.fromkeys(("AsyncPublisher", "Published", "Publisher"), "relay.publisher"),
 }
 
 

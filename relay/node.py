@@ -36,7 +36,7 @@ from relay.plugins.dispatcher import HandlerError, HandlerRunner, is_being_cance
 from relay.plugins.hooks import Hook, Hooks, to_payload
 from relay.plugins.loader import PluginSet
 from relay.protocol.presence import Members
-from relay.protocol.topics import is_event, is_topic
+from relay.protocol.topics import check_names
 from relay.siblings import Siblings
 from relay.telemetry import Telemetry
 from relay.threadsafe import LOOP_HAS_ENDED, Call
@@ -233,11 +233,13 @@ class Node:
 
     def publish(self, topic: str, event: str, payload: object) -> Call:
         """Send an event to all subscribers of a topic, on every node; see `relay.Relay.publish`."""
-        return self.pubsub.start_call(partial(self.pubsub.broadcast, *_checked(topic, event), to_payload(payload)))
+        check_names(topic, event)
+        return self.pubsub.start_call(partial(self.pubsub.broadcast, topic, event, to_payload(payload)))
 
     def local_broadcast(self, topic: str, event: str, payload: object) -> bool:
         """Send an event to this process's own subscribers, past the bus; False where there are none."""
-        send = partial(self.pubsub.local_broadcast, *_checked(topic, event), to_payload(payload))
+        check_names(topic, event)
+        send = partial(self.pubsub.local_broadcast, topic, event, to_payload(payload))
         return self.pubsub.home.ask(send, self.config.redis.timeout_s)
 
     def socket(self, socket_id: str) -> Socket | None:
@@ -380,15 +382,6 @@ class Node:
                 wait_s = _SERVICE_BACKOFF_S
             await asyncio.sleep(random.uniform(wait_s / 2, wait_s))
             wait_s = min(2 * wait_s, _SERVICE_BACKOFF_MAX_S)
-
-
-def _checked(topic: str, event: str) -> tuple[str, str]:
-    if not is_topic(topic) or not is_event(event):
-        raise ValueError(
-            "expected a topic of 1 to 255 bytes and an event without colon, not phx_… or chan_reply_…, "
-            f"got {topic!r}, {event!r}"
-        )
-    return topic, event
 
 
 def _make_verifier(components: Components) -> "TokenVerifier | None":

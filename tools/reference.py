@@ -18,7 +18,17 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 import relay_client
-from relay import BusUnavailable, ConfigError, Plugin, Refused, Relay, UpgradeRequest
+from relay import (
+    AsyncPublisher,
+    BusUnavailable,
+    ConfigError,
+    Plugin,
+    Published,
+    Publisher,
+    Refused,
+    Relay,
+    UpgradeRequest,
+)
 from relay.config import Config
 from relay.errors import RelayError
 from relay.plugins import hooks
@@ -32,6 +42,7 @@ _NOT_CONSTRUCTED = frozenset(
     (
         *_HANDED,
         UpgradeRequest,
+        Published,
         relay_client.Channel,
         relay_client.Event,
         relay_client.Recovered,
@@ -42,7 +53,17 @@ _NOT_CONSTRUCTED = frozenset(
 )
 """Classes whose objects relay creates: their constructors are not part of the API."""
 
-_APPLICATION: tuple[type, ...] = (Relay, UpgradeRequest, Refused, RelayError, ConfigError, BusUnavailable)
+_APPLICATION: tuple[type, ...] = (
+    Relay,
+    Publisher,
+    AsyncPublisher,
+    Published,
+    UpgradeRequest,
+    Refused,
+    RelayError,
+    ConfigError,
+    BusUnavailable,
+)
 
 _CLIENT: tuple[type, ...] = (
     relay_client.Socket,

@@ -6,7 +6,8 @@ behind it, and no push.
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import hiredis
@@ -52,14 +53,7 @@ class RedisCommands:
 
     async def ask_all(self, commands: Sequence[Sequence[object]]) -> list[Any]:
         """Send commands together and wait for all replies. Raises BusUnavailable, also for an error among them."""
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                answers = await self._send(commands)
-        except LinkLost as lost:
-            raise BusUnavailable(str(lost)) from lost
-        except TimeoutError:
-            self.reconnect()
-            raise BusUnavailable(f"no reply to {commands[0][0]} within {self._timeout_s:g} s") from None
+        answers = await self.replies(commands)
         for command, answer in zip(commands, answers, strict=True):
             if isinstance(answer, hiredis.ReplyError):
                 text = words(answer)
@@ -68,6 +62,29 @@ class RedisCommands:
                 about = command[3 if str(command[0]).startswith("EVAL") else 1] if len(command) > 1 else ""
                 raise BusUnavailable(f"{command[0]} {about}: {text}")
         return answers
+
+    async def replies(self, commands: Sequence[Sequence[object]]) -> list[Any]:
+        """Send commands together and wait for all replies, errors among them. Raises BusUnavailable."""
+        async with self._limited(f"no reply to {commands[0][0]}"):
+            return await self._send(commands)
+
+    async def connect(self) -> None:
+        """Connect now where there is no connection. Raises BusUnavailable."""
+        if self._connection is None:
+            async with self._limited("no answer"):
+                _ = await self._connect()
+
+    @asynccontextmanager
+    async def _limited(self, fault: str) -> AsyncIterator[None]:
+        """Limit the time that the block takes; what goes wrong in it is BusUnavailable."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                yield
+        except LinkLost as lost:
+            raise BusUnavailable(str(lost)) from lost
+        except TimeoutError:
+            self.reconnect()
+            raise BusUnavailable(f"{fault} within {self._timeout_s:g} s") from None
 
     async def _send(self, commands: Sequence[Sequence[object]]) -> list[Any]:
         """Send commands, again where their connection ends, and return the replies. Raises LinkLost."""
@@ -89,8 +106,9 @@ class RedisCommands:
 
     def reconnect(self) -> None:
         """Give the connection up: its server is no longer what it was."""
-        if self._connection is not None:
-            self._connection.abort()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.abort()
 
     async def close(self) -> None:
         """End the connection."""

@@ -291,21 +291,21 @@ class _Sentinels(Sentinel):
         return found
 
 
+def connection_settings(address: RedisAddress, timeout_s: float) -> dict[str, Any]:
+    """What redis-py's connections are made with, in event loops and without."""
+    settings: dict[str, Any] = {"socket_connect_timeout": timeout_s, "socket_timeout": timeout_s}
+    if address.transport != "unix":
+        settings["socket_keepalive"] = True
+    return settings | dict(address.options)
+
+
 def _make_pool(address: RedisAddress, timeout_s: float) -> tuple[ConnectionPool, _Sentinels | None]:
     """Make what connections come from, and the Sentinels behind it, whose clients are to be closed.
 
     A connection to a master that Sentinels know asks them for its address each time it is made.
     """
-    settings: dict[str, Any] = {
-        "protocol": 2,
-        "socket_connect_timeout": timeout_s,
-        "socket_timeout": timeout_s,
-        # A retried PUBLISH could be delivered twice; a retried connect is our supervisor's business.
-        "retry": Retry(NoBackoff(), 0),
-    }
-    if address.transport != "unix":
-        settings["socket_keepalive"] = True
-    settings |= address.options
+    # A retried PUBLISH could be delivered twice; a retried connect is our supervisor's business.
+    settings = connection_settings(address, timeout_s) | {"protocol": 2, "retry": Retry(NoBackoff(), 0)}
     if address.sentinel is None:
         kind = {"tcp": _Tcp, "tls": _Tls, "unix": _Unix}[address.transport]
         return ConnectionPool(connection_class=kind, **settings), None

@@ -57,6 +57,11 @@ def own_settings(config: Config) -> Settings:
     return Settings(config.redis.to_prefix, config.redis.topic_prefix, topics, config.limits.payload_max_bytes)
 
 
+def known_limit(config: Config) -> int | None:
+    """The largest payload that relays deliver, in bytes, where the configuration says it."""
+    return config.limits.payload_max_bytes if "payload_max_bytes" in config.limits.model_fields_set else None
+
+
 def history_args(
     event: str, payload: bytes, history: HistoryConfig, sender: str | None, max_bytes: int
 ) -> tuple[bytes, ...]:
@@ -89,19 +94,15 @@ def _says_itself(config: Config) -> bool:
     )
 
 
-async def read_settings(connection: RedisConnection, config: Config) -> Settings:
-    """What a program that publishes has to know: of the configuration, or else of the relays on this Redis.
+def settings_from(reply: object, config: Config) -> Settings | None:
+    """What the relays on this Redis say, by the reply to ``HGETALL relay:settings``; None if the configuration counts.
 
     The configuration goes first where it has topics or prefixes of its own: relays of several applications may share
-    a Redis, and write the same hash. Raises LinkLost.
+    a Redis, and write the same hash.
     """
-    own = own_settings(config)
-    if _says_itself(config):
-        return own
-    reply = await connection.ask("HGETALL", SETTINGS_KEY)
     flat: Any = list(reply.items()) if isinstance(reply, dict) else reply
-    if isinstance(reply, hiredis.ReplyError) or not flat:
-        return own
+    if _says_itself(config) or isinstance(reply, hiredis.ReplyError) or not flat:
+        return None
     pairs = flat if isinstance(reply, dict) else zip(flat[::2], flat[1::2], strict=True)
     fields = {name.decode(): value.decode(errors="replace") for name, value in pairs}
     try:
@@ -114,7 +115,7 @@ async def read_settings(connection: RedisConnection, config: Config) -> Settings
         return Settings(fields["to_prefix"], fields["topic_prefix"], found, limit)
     except (KeyError, ValueError, msgspec.MsgspecError) as error:
         _logger.warning("%s in Redis was not understood, so the configuration is used: %s", SETTINGS_KEY, error)
-        return own
+        return None
 
 
 class Preparation:

@@ -291,16 +291,15 @@ def _bus(settings: Config, url: str) -> "AbstractAsyncContextManager[Publish]":
 
 @asynccontextmanager
 async def _redis(settings: Config) -> AsyncIterator[Publish]:
-    from relay.brokers.redis_publish_once import publishing
+    from relay.publisher import AsyncPublisher
 
     heard = False
-    async with publishing(settings) as publish_to_redis:
+    async with AsyncPublisher(settings) as publisher:
 
         async def publish(events: Sequence[tuple[str, Any]]) -> None:
-            sent = [(topic, EVENT, json.dumps(payload).encode()) for topic, payload in events]
-            published = await publish_to_redis(sent)
+            published = await publisher.publish_many([(topic, EVENT, payload) for topic, payload in events])
             nonlocal heard
-            heard = heard or published.listening != 0
+            heard = heard or any(each.listening != 0 for each in published)
             if not heard:
                 raise Failed("no relay listens to this Redis; give the --redis-url of the one to load")
 

@@ -1,20 +1,12 @@
 """``relay publish``: one event into Redis, as a backend does.
 
-Owns which Redis is meant; the publishing is that of `relay.brokers.redis_publish_once`.
+Owns what is printed; which Redis is meant, and the publishing, is that of `relay.publisher`.
 """
 
-import asyncio
-from typing import TYPE_CHECKING
-
-from relay import runtime_dir
 from relay.cli.options import ConfigFile, EventName, Payload, RedisUrl, Topic, event_of, json_of, topic_of
 from relay.cli.output import console, fail, is_terminal, print_lines
-from relay.config import EMBEDDED, Config
 from relay.config_sources import load
-from relay.errors import BusUnavailable, ConfigError
-
-if TYPE_CHECKING:
-    from relay.brokers.redis_publish_once import Published
+from relay.errors import BusUnavailable
 
 
 def publish(
@@ -25,19 +17,15 @@ def publish(
     If the topic has a history, the event is appended to that, and its position is printed. Which topics have one is
     read from the settings; if these have neither [[topics]] nor prefixes, from what the relays there wrote into Redis.
     """
+    from relay.publisher import Publisher
+
     topic, event = topic_of(topic), event_of(event)
     _ = json_of("JSON", payload)  # it is sent as it was written
     settings = load(config, {"redis_url": redis_url})
-    if not settings.redis_url or settings.redis_url == EMBEDDED:
-        running = runtime_dir.newest()
-        if running is None:
-            raise ConfigError("no Redis is configured and no relay with an embedded one runs here; give --redis-url")
-        settings = settings.model_copy(update={"redis_url": running})
-    else:
-        settings = settings.model_copy(update={"redis_url": runtime_dir.with_password(settings.redis_url)})
     try:
-        published = asyncio.run(_publish(settings, topic, event, payload.encode()))
-    except BusUnavailable as error:
+        with Publisher(settings) as publisher:
+            published = publisher.publish(topic, event, payload.encode())
+    except (BusUnavailable, ValueError) as error:
         fail(f"not published: {error}")
     if published.position is not None:
         if is_terminal():
@@ -50,10 +38,3 @@ def publish(
         console().print(f"published to {topic}; {relays} relay{'' if relays == 1 else 's'} listening")
     else:
         print_lines([{"topic": topic, "event": event, "relays": relays}])
-
-
-async def _publish(settings: Config, topic: str, event: str, payload: bytes) -> "Published":
-    from relay.brokers.redis_publish_once import publishing
-
-    async with publishing(settings) as publish:
-        return await publish([(topic, event, payload)])

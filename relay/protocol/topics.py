@@ -50,6 +50,15 @@ def is_event(event: str) -> bool:
     return is_name(event) and ":" not in event and not event.startswith(RESERVED_EVENT_PREFIXES)
 
 
+def check_names(topic: str, event: str) -> None:
+    """Check the names of an event that code publishes. Raises ValueError."""
+    if not is_topic(topic) or not is_event(event):
+        raise ValueError(
+            "expected a topic of 1 to 255 bytes and an event without colon, not phx_… or chan_reply_…, "
+            f"got {topic!r}, {event!r}"
+        )
+
+
 def to_redis_channel(prefix: str, topic: str, event: str) -> bytes:
     """Name the Redis channel of one event: ``<prefix><topic>:<event>``, in UTF-8.
 

@@ -471,7 +471,9 @@ def test_publish_appends_under_the_names_of_the_settings(run: Run, settings: Pat
     assert printed == {"topic": topic, "event": "e"}
     assert entries(valkey, f"history:{topic}") == [{b"e": b"e", b"d": b'{"n": 9007199254740993}'}]
     (line,) = run("publish", topic, "e", json.dumps("x" * 999), "--config", str(settings)).err.splitlines()
-    assert line.startswith(f"relay: not published: PUBLISH history:{topic}: expected a payload of at most 1000 bytes")
+    assert line.startswith(
+        f"relay: not published: event 'e' on topic '{topic}': expected a payload of at most 1000 bytes"
+    )
     with Redis(port=valkey.port) as redis:
         redis.delete("relay:settings")
     ran = run("publish", topic, "e", "{}", "--redis-url", valkey.url)

@@ -13,11 +13,10 @@ import pytest
 import redis as redis_py
 from redis.asyncio import Redis
 
-from relay import Config
+from relay import AsyncPublisher, Config
 from relay.brokers.base import HistoryStore, is_position
 from relay.brokers.embedded import EmbeddedValkey
 from relay.brokers.redis import RedisBroker
-from relay.brokers.redis_publish_once import publishing
 from relay.brokers.redis_scripts import FUNCTION, PUBLISH
 from relay.config_sections import Direction, HistoryConfig
 from relay.errors import BusUnavailable
@@ -188,8 +187,8 @@ def test_rights_of_relay_publish(server: Valkey, admin: redis_py.Redis) -> None:
     asyncio.run(use_all(url_of(server, "relay")))
 
     async def publish() -> str | None:
-        async with publishing(Config(redis_url=url_of(server, "cli"))) as publish:
-            return (await publish([("room:1", "new_msg", b"{}")])).position
+        async with AsyncPublisher(url_of(server, "cli")) as publisher:
+            return (await publisher.publish("room:1", "new_msg", {})).position
 
     allow(admin, "cli", RULES["cli"])
     assert is_position(asyncio.run(publish()))
@@ -217,8 +216,8 @@ async def test_embedded_server_keeps_histories() -> None:
     server = EmbeddedValkey()
     try:
         await use_all(server.url)
-        async with publishing(Config(redis_url=server.url)) as publish:
-            assert (await publish([("room:1", "new_msg", b"{}")])).position is not None
+        async with AsyncPublisher(server.url) as publisher:
+            assert (await publisher.publish("room:1", "new_msg", {})).position is not None
         async with Redis.from_url(server.url) as client:
             position = await client.fcall("relay_publish", 1, "topic:room:1", "new_msg", "{}", 5, 60)
             assert is_position(position.decode())

@@ -10,11 +10,10 @@ import pytest
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 
-from relay import Config
+from relay import AsyncPublisher, Config
 from relay.brokers.base import Broker, Event, HistoryStore, Opened, Place, is_position
 from relay.brokers.broadcaster import BroadcasterBroker
 from relay.brokers.redis import RedisBroker
-from relay.brokers.redis_publish_once import publishing
 from relay.config_sections import Direction, HistoryConfig
 from relay.errors import BusUnavailable, NotRecovered
 from relay.metrics import Metrics
@@ -365,9 +364,9 @@ async def test_foreign_library_of_the_same_name_is_left_alone(caplog: pytest.Log
 
 
 async def test_program_that_publishes_learns_of_histories_from_redis(valkey: Valkey) -> None:
-    async with started(redis_url=valkey.url) as store, publishing(Config(redis_url=valkey.url)) as publish:
-        first = await publish([(store.topic, "e", b"1")])
-        second = await publish([(store.topic, "e", b"2")])
+    async with started(redis_url=valkey.url) as store, AsyncPublisher(valkey.url) as publisher:
+        first = await publisher.publish(store.topic, "e", 1)
+        second = await publisher.publish(store.topic, "e", 2)
         await eventually(lambda: len(store.sink.events) == 2, "the events")
         assert [first.position, second.position] == [event.position for event in store.sink.events]
 

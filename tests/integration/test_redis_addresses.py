@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from redis import Redis
 
-from relay import Config, redis_url
+from relay import AsyncPublisher, Config, Publisher, redis_url
 from relay.brokers.base import Event
 from relay.brokers.redis import RedisBroker
 from relay.brokers.redis_connection import Connections
@@ -76,6 +76,11 @@ async def expect_working(url: str) -> RedisBroker:
         await broker.publish(Direction.TO, "room", "e", b"1")
         await broker.publish(Direction.FROM, "room", "e", b"2")
         await sink.expect(Event("room", "e", b"1"))
+        async with AsyncPublisher(url) as publisher:
+            await publisher.publish("room", "e", 3)
+        with Publisher(url) as blocking:
+            await asyncio.to_thread(blocking.publish, "room", "e", 4)
+        await sink.expect(*(Event("room", "e", payload) for payload in (b"1", b"3", b"4")))
         await eventually(lambda: metrics.link_lag_s, "the lag")
         assert metrics.link_lag_s < 2
         assert metrics.gaps == 0

@@ -1,13 +1,11 @@
 """`relay.brokers.redis_settings`: what relays leave in Redis for programs that publish."""
 
 import json
-from typing import Any, cast
 
 import hiredis
 import pytest
 
-from relay.brokers.redis_connection import RedisConnection
-from relay.brokers.redis_settings import Settings, own_settings, read_settings, renewal
+from relay.brokers.redis_settings import Settings, own_settings, renewal, settings_from
 from relay.config import Config
 from relay.config_sections import HistoryConfig
 
@@ -19,19 +17,8 @@ CONFIG = Config(
 FIELDS = dict(zip(renewal(CONFIG)[0][2::2], renewal(CONFIG)[0][3::2], strict=True))
 
 
-class Connection:
-    """A connection that has one answer."""
-
-    def __init__(self, reply: object) -> None:
-        self._reply = reply
-
-    async def ask(self, *command: Any) -> object:
-        assert command == ("HGETALL", "relay:settings")
-        return self._reply
-
-
-async def read(reply: object) -> Settings:
-    return await read_settings(cast(RedisConnection, Connection(reply)), Config())
+def read(reply: object) -> Settings:
+    return settings_from(reply, Config()) or own_settings(Config())
 
 
 def encoded(fields: dict[str, str]) -> dict[bytes, bytes]:
@@ -39,16 +26,16 @@ def encoded(fields: dict[str, str]) -> dict[bytes, bytes]:
 
 
 @pytest.mark.parametrize("protocol", [2, 3])
-async def test_settings_are_read_as_they_were_written(protocol: int) -> None:
+def test_settings_are_read_as_they_were_written(protocol: int) -> None:
     pairs = encoded(FIELDS)
-    found = await read(pairs if protocol == 3 else [part for pair in pairs.items() for part in pair])
+    found = read(pairs if protocol == 3 else [part for pair in pairs.items() for part in pair])
     assert found == own_settings(CONFIG)
     assert (found.history("room:1"), found.history("other")) == (HistoryConfig(size=10, ttl_s=60), None)
 
 
-async def test_settings_of_a_newer_relay_are_understood() -> None:
+def test_settings_of_a_newer_relay_are_understood() -> None:
     topics = [{"match": "room:*", "history": {"size": 10, "ttl_s": 60, "keep": "all"}, "presence": True}]
-    found = await read(encoded(FIELDS | {"topics": json.dumps(topics), "newer": "1"}))
+    found = read(encoded(FIELDS | {"topics": json.dumps(topics), "newer": "1"}))
     assert found.history("room:1") == HistoryConfig(size=10, ttl_s=60)
 
 
@@ -65,5 +52,5 @@ async def test_settings_of_a_newer_relay_are_understood() -> None:
         {b"topics": b"\xff"},
     ],
 )
-async def test_settings_that_cannot_be_used_leave_the_configuration(reply: object) -> None:
-    assert await read(reply) == own_settings(Config())
+def test_settings_that_cannot_be_used_leave_the_configuration(reply: object) -> None:
+    assert read(reply) == own_settings(Config())

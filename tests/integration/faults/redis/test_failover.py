@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis as AsyncRedis
 
+from relay import AsyncPublisher, Publisher
 from relay.brokers.base import Event
-from relay.brokers.redis_publish_once import publishing
 from relay.config_sections import Direction
 from tests.support.faults import Sentinels
 from tests.support.process import Valkey, free_port, wait_for
@@ -57,8 +57,10 @@ async def test_failover_by_sentinel(serve_relay: ServeRelay, connect: Connect) -
             await witness.until(lambda: witness.joins > 1)
             await witness.progress()
             assert await client_push(served, connect) == OK
-            async with publishing(served.relay.config) as publish:
-                assert (await publish([("room:nobody", "tick", b"1")])).listening == 1, "`relay publish` does too"
+            async with AsyncPublisher(served.relay.config) as publisher:
+                assert (await publisher.publish("room:nobody", "tick", 1)).listening == 1, "`relay publish` does too"
+            with Publisher(served.relay.config) as publisher:
+                assert publisher.publish("room:nobody", "tick", 1).listening == 1
             _ = witness.check(ticker)
         assert served.relay.metrics.gaps == len(witness.told) == 1
         metrics = (await http_get(f"{served.http}/metrics"))[1]

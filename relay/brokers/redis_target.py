@@ -1,0 +1,143 @@
+"""What a program has to know of a Redis to publish there, and how events become commands; without I/O.
+
+Owns what the server said of itself, and what the relays there said of their topics; must not know connections.
+
+`relay.publisher` uses it on connections of its own: `relay.brokers.redis_commands` in event loops,
+`relay.brokers.redis_blocking` without.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
+
+import hiredis
+
+from relay import redis_url
+from relay.brokers.redis_connection import LinkLost, is_denied, name_of, read_role, words
+from relay.brokers.redis_publisher import not_published
+from relay.brokers.redis_scripts import PUBLISH
+from relay.brokers.redis_settings import RENEW_EVERY_S, history_args, known_limit, own_settings, settings_from
+from relay.config import SETTINGS_KEY, Config
+from relay.errors import BusUnavailable
+from relay.protocol.topics import to_redis_channel
+
+Outgoing: TypeAlias = tuple[str, str, bytes]
+"""Topic, event and payload."""
+
+Command: TypeAlias = tuple[bytes | str, ...]
+
+QUESTIONS: tuple[Command, ...] = (("ROLE",), ("HGETALL", SETTINGS_KEY))
+"""What is asked on each new connection, and every `RENEW_EVERY_S` seconds."""
+
+
+class Published(NamedTuple):
+    """What Redis answered to one event."""
+
+    position: str | None
+    """Its position in the topic's history; None if the topic has no history."""
+    listening: int | None
+    """Subscriptions that received it, which is the number of relays that listen; None if the topic has a history."""
+
+
+class Target:
+    """One Redis, as far as it has to be known.
+
+    Args: config: ``redis_url``, ``topics``, the prefixes and ``limits.payload_max_bytes`` are used.
+          clock: monotonic seconds.
+    """
+
+    def __init__(self, config: Config, clock: Callable[[], float] = time.monotonic) -> None:
+        self.address: str = redis_url.shown(config.redis_url)
+        self._config = config
+        self._clock = clock
+        self._settings = own_settings(config)
+        self._payload_max_bytes = known_limit(config)
+        self._asked_at = clock()
+
+    def take_due(self) -> bool:
+        """Whether `QUESTIONS` have to be asked again before the next event; True once each time."""
+        now = self._clock()
+        if now - self._asked_at <= RENEW_EVERY_S:
+            return False
+        self._asked_at = now
+        return True
+
+    def learn(self, role: object, fields: object) -> None:
+        """Learn the replies to `QUESTIONS`. Raises LinkLost: what is published there reaches no client."""
+        if isinstance(role, hiredis.ReplyError):
+            if not is_denied(role):
+                raise LinkLost(words(role))
+        elif not (found := read_role(role)).is_master:
+            raise LinkLost(not_published(self.address, found))
+        settings = settings_from(fields, self._config)
+        self._settings = own_settings(self._config) if settings is None else settings
+        self._payload_max_bytes = known_limit(self._config) if settings is None else settings.payload_max_bytes
+        self._asked_at = self._clock()
+
+    # Events.
+
+    def check(self, events: Sequence[Outgoing]) -> None:
+        """Refuse payloads that relays would drop. Raises ValueError."""
+        most = self._payload_max_bytes
+        for topic, event, payload in events:
+            if most is not None and len(payload) > most:
+                raise ValueError(
+                    f"event {event!r} on topic {topic!r}: expected a payload of at most {most} bytes "
+                    f"(limits.payload_max_bytes), got {len(payload)}"
+                )
+
+    def commands(self, events: Sequence[Outgoing], *, with_script: bool) -> list[Command]:
+        """The commands that publish events, in order, with one reply each.
+
+        Args: with_script: send the text of the script with the first event of a history; else Redis has to know it.
+        """
+        found: list[Command] = []
+        for topic, event, payload in events:
+            channel, history = self._channel(topic, event), self._settings.history(topic)
+            if history is None:
+                found.append(("PUBLISH", channel, payload))
+                continue
+            args = history_args(event, payload, history, None, self._settings.payload_max_bytes)
+            how = ("EVAL", PUBLISH.text) if with_script else ("EVALSHA", PUBLISH.sha)
+            found.append((*how, "1", channel, *args))
+            with_script = False
+        return found
+
+    def needs_script(self, commands: Sequence[Command], replies: Sequence[object]) -> bool:
+        """Whether the only event has to be sent again with the script: Redis does not know it, or forbids EVALSHA.
+
+        Of several events some may have been published: to send the others again would change their order.
+        """
+        if len(replies) != 1 or commands[0][0] != "EVALSHA":
+            return False
+        return is_denied(replies[0]) or str(replies[0]).startswith("NOSCRIPT")
+
+    def results(self, events: Sequence[Outgoing], replies: Sequence[object]) -> list[Published]:
+        """Make sense of the replies. Raises BusUnavailable if Redis refused an event; it has published the others."""
+        found: list[Published] = []
+        faults: list[str] = []
+        for (topic, event, _), reply in zip(events, replies, strict=True):
+            if isinstance(reply, hiredis.ReplyError):
+                faults.append(self._fault(topic, event, reply))
+            elif isinstance(reply, bytes):
+                found.append(Published(reply.decode(), None))
+            elif isinstance(reply, int):
+                found.append(Published(None, reply))
+        if faults:
+            count = "" if len(events) == 1 else f"{len(faults)} of {len(events)} events were refused: "
+            raise BusUnavailable(f"{count}{faults[0]}")
+        return found
+
+    def _fault(self, topic: str, event: str, reply: hiredis.ReplyError) -> str:
+        has_history = self._settings.history(topic) is not None
+        prefix = self._settings.topic_prefix if has_history else self._settings.to_prefix
+        text = f"PUBLISH {name_of(self._channel(topic, event))}: {words(reply)}"
+        if not is_denied(reply):
+            return text
+        rights = f"~{prefix}* &{prefix}* +eval +evalsha +xadd +xrevrange +xinfo +exists +time +expire +publish"
+        return f"{text}; allow it with ACL SETUSER: {rights if has_history else f'&{prefix}* +publish'}"
+
+    def _channel(self, topic: str, event: str) -> bytes:
+        if self._settings.history(topic) is None:
+            return to_redis_channel(self._settings.to_prefix, topic, event)
+        return f"{self._settings.topic_prefix}{topic}".encode()

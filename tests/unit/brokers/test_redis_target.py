@@ -1,0 +1,122 @@
+"""`relay.brokers.redis_target`: what a publisher sends, and what it makes of the replies."""
+
+from typing import Any
+
+import hiredis
+import pytest
+
+from relay.brokers.redis_connection import LinkLost
+from relay.brokers.redis_scripts import PUBLISH
+from relay.brokers.redis_settings import renewal
+from relay.brokers.redis_target import Published, Target
+from relay.config import Config
+from relay.errors import BusUnavailable
+
+HISTORY = [{"match": "room:*", "history": {"size": 10, "ttl_s": 60}}]
+RELAY = Config(redis_url="redis://one", topics=HISTORY, redis={"to_prefix": "t/"}, limits={"payload_max_bytes": 100})
+FIELDS = [word.encode() for word in renewal(RELAY)[0][2:]]
+MASTER = [b"master", 0, []]
+EVENTS = [("other", "e", b"1"), ("room:1", "e", b"2"), ("room:2", "e", b"3")]
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def target(**settings: Any) -> Target:
+    return Target(Config(redis_url="redis://user:secret@one", **settings))
+
+
+def test_events_go_where_the_relays_there_say() -> None:
+    one = target()
+    one.learn(MASTER, FIELDS)
+    plain, first, second = one.commands(EVENTS, with_script=True)
+    assert plain == ("PUBLISH", b"t/other:e", b"1")
+    assert first[:6] == ("EVAL", PUBLISH.text, "1", b"topic:room:1", b"e", b"2")
+    assert second[:6] == ("EVALSHA", PUBLISH.sha, "1", b"topic:room:2", b"e", b"3")
+    assert first[6:] == (b"10", b"60", b"", b"100")
+    assert one.commands(EVENTS[1:2], with_script=False)[0][0] == "EVALSHA"
+
+
+def test_without_settings_in_redis_events_are_published_live() -> None:
+    one = target()
+    replies: list[object] = [[], hiredis.ReplyError("NOPERM no")]
+    for fields in replies:
+        one.learn(MASTER, fields)
+        assert one.commands(EVENTS, with_script=True)[1] == ("PUBLISH", b"to:room:1:e", b"2")
+
+
+def test_topics_of_the_own_settings_count_instead_of_those_in_redis() -> None:
+    one = target(topics=[{"match": "x"}])
+    one.learn(MASTER, FIELDS)
+    assert one.commands(EVENTS[1:2], with_script=True) == [("PUBLISH", b"to:room:1:e", b"2")]
+
+
+def test_questions_are_due_each_minute() -> None:
+    clock = Clock()
+    one = Target(RELAY, clock)
+    assert not one.take_due()
+    clock.now += 61
+    assert [one.take_due(), one.take_due()] == [True, False]
+    clock.now += 61
+    one.learn(MASTER, [])
+    assert not one.take_due()
+
+
+def test_replica_and_other_faults_refuse_the_connection() -> None:
+    one = target()
+    with pytest.raises(LinkLost, match=r"one:6379 is a replica: what is published there does not reach"):
+        one.learn([b"slave", b"host", 6379, b"connected", 0], [])
+    with pytest.raises(LinkLost, match="LOADING"):
+        one.learn(hiredis.ReplyError("LOADING Redis is loading"), [])
+    one.learn(hiredis.ReplyError("NOPERM no permissions to run the 'role' command"), [])
+
+
+def test_payload_that_relays_would_drop_is_refused_where_the_limit_is_known() -> None:
+    large = [("other", "e", b"1" * 101)]
+    one = target()
+    one.check(large)  # a relay without histories leaves no settings
+    one.learn(MASTER, FIELDS)
+    with pytest.raises(ValueError, match=r"expected a payload of at most 100 bytes .* got 101"):
+        one.check(large)
+    with pytest.raises(ValueError, match="at most 100 bytes"):
+        Target(RELAY).check(large)
+
+
+def test_replies_become_results() -> None:
+    one = target()
+    assert one.results(EVENTS, [2, b"1-1", b"1-2"]) == [
+        Published(None, 2),
+        Published("1-1", None),
+        Published("1-2", None),
+    ]
+
+
+def test_refused_events_are_counted_in_the_error_which_says_what_to_allow() -> None:
+    one = target()
+    one.learn(MASTER, FIELDS)
+    denied = hiredis.ReplyError("NOPERM No permissions to access a channel")
+    with pytest.raises(BusUnavailable) as caught:
+        one.results(EVENTS, [denied, b"1-1", hiredis.ReplyError("OOM full")])
+    assert str(caught.value) == (
+        "2 of 3 events were refused: PUBLISH t/other:e: NOPERM No permissions to access a channel; "
+        "allow it with ACL SETUSER: &t/* +publish"
+    )
+    with pytest.raises(BusUnavailable, match=r"^PUBLISH topic:room:1: .*; allow it with ACL SETUSER: ~topic:\* &topic"):
+        one.results(EVENTS[1:2], [denied])
+
+
+@pytest.mark.parametrize(("text", "needed"), [("NOSCRIPT no", True), ("NOPERM evalsha", True), ("OOM full", False)])
+def test_one_event_is_sent_again_with_the_script(text: str, needed: bool) -> None:
+    one = target()
+    one.learn(MASTER, FIELDS)
+    reply = hiredis.ReplyError(text)
+    assert one.needs_script(one.commands(EVENTS[1:2], with_script=False), [reply]) is needed
+    assert not one.needs_script(one.commands(EVENTS[1:2], with_script=True), [reply])
+    assert not one.needs_script(one.commands(EVENTS[1:], with_script=False), [reply, reply])
