@@ -1,6 +1,6 @@
 """The Lua scripts of histories, and the function by which other programs publish with history.
 
-Owns their texts and versions; must not know connections.
+Owns their texts and versions; must not know connections. Each begins with ``history.lua``, which they share.
 
 `PUBLISH` runs inside the relay by ``EVALSHA``. The same text is a Redis function, `FUNCTION_NAME`, for programs in
 other languages: ``FCALL relay_publish 1 topic:room:1 new_msg '{}' 1000 3600``.
@@ -13,8 +13,11 @@ from typing import NamedTuple
 FUNCTION_NAME = "relay_publish"
 """Of the function, and of its library."""
 
-FUNCTION_VERSION = 1
-"""Raised whenever ``publish.lua`` changes: a relay replaces an older function, and leaves a newer one alone."""
+FUNCTION_VERSION = 2
+"""Raised whenever ``publish.lua`` or ``history.lua`` changes.
+
+A relay replaces an older function, and leaves a newer one alone.
+"""
 
 
 class Script(NamedTuple):
@@ -34,14 +37,17 @@ def _text(name: str) -> str:
     return files("relay.brokers").joinpath("lua", name).read_text("utf-8")
 
 
-PUBLISH = _script("publish.lua", "local keys, args = KEYS, ARGV\n")
-CHECK = _script("check.lua")
-OPEN = _script("open.lua")
+_SHARED = _text("history.lua")
+
+PUBLISH = _script("publish.lua", f"{_SHARED}local keys, args = KEYS, ARGV\n")
+CHECK = _script("check.lua", _SHARED)
+OPEN = _script("open.lua", _SHARED)
 RENEW_LEASE = _script("presence.lua")
 
 FUNCTION = (
     f"#!lua name={FUNCTION_NAME}\n"
     f"-- version {FUNCTION_VERSION}\n"
+    f"{_SHARED}"
     "local function publish(keys, args)\n"
     f"{_text('publish.lua')}"
     "end\n"

@@ -148,14 +148,7 @@ class Preparation:
     async def _load_function(self, connection: RedisConnection) -> None:
         reply = await connection.ask("FUNCTION", "LIST", "LIBRARYNAME", FUNCTION_NAME, "WITHCODE")
         if isinstance(reply, hiredis.ReplyError):
-            why = (
-                "not permitted"
-                if is_denied(reply)
-                else "Redis 7.0 has it first"
-                if _is_unknown(reply)
-                else words(reply)
-            )
-            self._say(f"no function {FUNCTION_NAME} ({why}): programs in other languages publish history with EVAL")
+            self._say_missing(_reason(reply))
             return
         if reply:
             version = version_of(_code_of(reply[0]))
@@ -165,9 +158,10 @@ class Preparation:
                 return
         loaded = await connection.ask("FUNCTION", "LOAD", "REPLACE", FUNCTION)
         if isinstance(loaded, hiredis.ReplyError):
-            self._say(
-                f"no function {FUNCTION_NAME} ({words(loaded)}): programs in other languages publish history with EVAL"
-            )
+            self._say_missing(words(loaded))
+
+    def _say_missing(self, reason: str) -> None:
+        self._say(f"no function {FUNCTION_NAME} ({reason}): programs in other languages publish history with EVAL")
 
     def _say(self, text: str) -> None:
         if text not in self._said:
@@ -175,8 +169,11 @@ class Preparation:
             _logger.warning("history: %s", text)
 
 
-def _is_unknown(reply: hiredis.ReplyError) -> bool:
-    return "unknown" in str(reply).lower()
+def _reason(reply: hiredis.ReplyError) -> str:
+    """Why there are no functions."""
+    if is_denied(reply):
+        return "not permitted"
+    return "it needs Redis 7.0 or later" if "unknown" in str(reply).lower() else words(reply)
 
 
 def _code_of(library: Any) -> str:

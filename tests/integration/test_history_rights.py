@@ -63,7 +63,7 @@ def empty(admin: redis_py.Redis) -> None:
 
 
 def has_functions(admin: redis_py.Redis) -> bool:
-    """Redis 7.0 has them first."""
+    """Redis 6.2 has none."""
     info: Any = admin.info("server")
     return not str(info["redis_version"]).startswith("6.")
 
@@ -77,7 +77,7 @@ def allow(admin: redis_py.Redis, user: str, rules: list[str]) -> None:
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the log warns of, but that Redis has no functions."""
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    return [text for text in said if "Redis 7.0 has it first" not in text]
+    return [text for text in said if "it needs Redis 7.0 or later" not in text]
 
 
 def url_of(server: Valkey, user: str) -> str:

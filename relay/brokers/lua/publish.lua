@@ -4,9 +4,6 @@
 -- args: event, payload, size, ttl_s, sender ("" for none), payload_max_bytes.
 -- Returns the position, "<ms>-<n>". ms does not fall and n is consecutive for the life of the stream, so that a hole
 -- shows. The payload is never decoded: cjson would change numbers and empty arrays.
---
--- An entry: e the event, d the payload, z the bytes of all events so far, f the last mark before it (see check.lua),
--- s the sender.
 
 local key = keys[1]
 local event, payload, sender = args[1], args[2], args[5] or ''
@@ -25,29 +22,11 @@ if #payload > max_bytes then
   return redis.error_reply('ERR expected a payload of at most ' .. max_bytes .. ' bytes, got ' .. #payload)
 end
 
-local id, total, mark = '0-0', 0, nil
-local last = redis.call('XREVRANGE', key, '+', '-', 'COUNT', 1)[1]
-if last then
-  id = last[1]
-  local fields = last[2]
-  for at = 1, #fields, 2 do
-    if fields[at] == 'z' then total = tonumber(fields[at + 1]) end
-    if fields[at] == 'f' then mark = fields[at + 1] end
-    if fields[at] == 'm' then mark = id end
-  end
-elseif redis.call('EXISTS', key) == 1 then
-  local info = redis.call('XINFO', 'STREAM', key)
-  for at = 1, #info, 2 do
-    if info[at] == 'last-generated-id' then id = info[at + 1] end
-  end
-end
+local newest, total, mark = state_of(key)
+local ms, n = parts(newest or '0-0')
+local id = whole(math.max(ms, now_ms())) .. '-' .. whole(n + 1)
 
-local time = redis.call('TIME')
-local ms, n = id:match('^(%d+)-(%d+)$')
-local now = tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
-id = string.format('%.0f-%.0f', math.max(tonumber(ms), now), tonumber(n) + 1)
-
-local entry = {'e', event, 'd', payload, 'z', string.format('%.0f', total + #event + #payload)}
+local entry = {'e', event, 'd', payload, 'z', whole(total + #event + #payload)}
 if mark then
   entry[#entry + 1] = 'f'
   entry[#entry + 1] = mark
