@@ -12,7 +12,6 @@ from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
-from urllib.parse import quote
 
 import msgspec
 from pydantic import ValidationError
@@ -30,7 +29,7 @@ from relay.extras import apply_extras, missing
 from relay.log import RateLimitedLoggers
 from relay.metrics import IDLE, REFUSED_STATE, Metrics, ProcessState
 from relay.node import Components, Node
-from relay.paths import below, replace_route_path, route_path, segments, split_raw
+from relay.paths import route_path, segments
 from relay.plugins import Plugin, system
 from relay.plugins.handlers import check_handler
 from relay.plugins.loader import PluginSet, load_plugins
@@ -44,8 +43,9 @@ from relay.transports import handshake
 from relay.transports.base import ReceiveCallable, Scope, SendCallable
 from relay.transports.handshake import HandshakeRejected
 from relay.transports.network_access import SEVERAL_HOSTS, NetworkAccess
-from relay.web import console, pages
+from relay.web import pages
 from relay.web.console import Console
+from relay.web.own_paths import CONSOLE_SOCKET, OwnPaths
 from relay.web.prometheus import MetricsExporter
 
 if TYPE_CHECKING:
@@ -53,15 +53,6 @@ if TYPE_CHECKING:
     from relay.web.proxy import Proxy
 
 _logger = logging.getLogger("relay")
-
-_CONSOLE_SOCKET = segments(console.SOCKET_PATH)
-_OWN_PATHS = frozenset({(), ("health",), ("ready",), ("metrics",), ("console",), ("console", "access"), ("token",)})
-_REST_NAMES = frozenset({("publish",), ("topics",), ("users",), ("sockets",), ("history",), ("presence",)})
-"""What stands first in the REST interface's own paths."""
-
-_OWN_REST_PATHS = frozenset({(), *_REST_NAMES, ("docs",), ("redoc",), ("openapi.json",)})
-_OPEN_PATHS = frozenset({("health",), ("ready",), ("metrics",), ("console", "access")})
-"""Paths of routes that say nothing to strangers, or check themselves who asks."""
 
 
 class Relay:
@@ -107,12 +98,7 @@ class Relay:
         self._console = Console(self.components, self._running_node, self.exporter) if self.config.console else None
         self._proxies = self._make_proxies()
         self._http = self._make_http()
-        self._socket_paths, self._stream_paths, self._long_poll_paths = (
-            frozenset((*segments(path), name) for path in self.config.socket_paths)
-            for name in ("websocket", "sse", "longpoll")
-        )
-        self._rest_path = segments(self.config.rest.path)
-        self._proxied_paths = tuple(segments(entry.prefix) for entry in self.config.proxy)
+        self._paths = OwnPaths(self.config)
 
     def _make_components(self, extra_plugins: tuple[Plugin, ...], authenticate: Authenticate | None) -> Components:
         config, loggers = self.config, RateLimitedLoggers()
@@ -177,9 +163,9 @@ class Relay:
             routes += pages.docs_routes(self.config.rest.path)
             routes.append(Mount(self.config.rest.path, make_rest(self.components, self._running_node, plugin_routes)))
         if self.config.auth.tangram:
-            from relay.web.tangram import token_route
+            from relay.web.tangram import token_routes
 
-            routes.append(token_route(self.components))
+            routes += token_routes(self.components)
         for mount in routes:
             if isinstance(mount, Mount):
                 # Or a newline (%0A) would be no part of a path, and what is mounted would not be asked.
@@ -414,27 +400,27 @@ class Relay:
             # Starlette runs no lifespan of a mounted app: the first request finds the relay asleep.
             _logger.warning("relay started by its first request; `relay.install(app)` starts it with your app")
             await self.start()
-        is_socket = scope["type"] == "websocket" or path in self._stream_paths
+        is_socket = scope["type"] == "websocket" or path in self._paths.streams
         if is_socket and not self.node.pubsub.home.is_here:
             raise RelayError(f"a socket in another event loop than the relay's would hear no event. {ONE_LOOP}")
         if (off := self._transport_off(path)) is not None:
             await self._refuse(scope, receive, send, off)
         elif scope["type"] == "http":
-            if path in self._stream_paths:
+            if path in self._paths.streams:
                 await self.node.connections.serve(scope, receive, send)
-            elif path in self._long_poll_paths:
+            elif path in self._paths.long_polls:
                 await self._refuse(scope, receive, send, self._no_long_poll(scope, path))
-            elif path in self._socket_paths:
+            elif path in self._paths.sockets:
                 self.metrics.refused["handshake: no upgrade"] += 1
                 await handshake.ask_for_upgrade(scope, receive, send)
             else:
-                await self._http(self._canonical(scope, path), receive, send)
-        elif path in self._socket_paths:
+                await self._http(self._paths.canonical(scope, path), receive, send)
+        elif path in self._paths.sockets:
             await self.node.connections.serve(scope, receive, send)
-        elif self._console is not None and path == _CONSOLE_SOCKET:
+        elif self._console is not None and path == CONSOLE_SOCKET:
             await self._console.serve(scope, receive, send)
         else:
-            known = ", ".join(sorted("/" + "/".join(path) for path in self._socket_paths))
+            known = ", ".join(sorted("/" + "/".join(path) for path in self._paths.sockets))
             self.metrics.refused["handshake: path"] += 1
             await handshake.refuse(
                 scope, receive, send, HandshakeRejected(404, f"no socket here; expected {known}", "path")
@@ -448,29 +434,18 @@ class Relay:
         """
         if len(hosts_of(scope)) > 1:
             return SEVERAL_HOSTS
-        is_socket = scope["type"] == "websocket" or path in self._stream_paths
+        is_socket = scope["type"] == "websocket" or path in self._paths.streams
         if is_socket:
-            is_exempt = path == _CONSOLE_SOCKET  # it asks for the key, or for this machine
+            is_exempt = path == CONSOLE_SOCKET  # it asks for the key, or for this machine
         else:
-            is_exempt = (path in _OPEN_PATHS and not self._is_proxied(path)) or self.components.api_key_auth.has_key(
-                scope
-            )
+            is_exempt = self._paths.is_open(path) or self.components.api_key_auth.has_key(scope)
         refused = None if is_exempt else self.components.network_access.check(came, scope, is_socket=is_socket)
-        if refused is None or is_socket or not self._is_for_operators(path):
+        if refused is None or is_socket or not self._paths.is_for_operators(path):
             return refused
         fault = self.components.api_key_auth.authorize(scope, api_key_from(scope), "rest")
         return fault and HandshakeRejected(
             fault.status, fault.text, "wrong key" if fault.is_wrong_key else "not allowed"
         )
-
-    def _is_proxied(self, path: tuple[str, ...]) -> bool:
-        return any(path[: len(prefix)] == prefix for prefix in self._proxied_paths)
-
-    def _is_for_operators(self, path: tuple[str, ...]) -> bool:
-        """Say whether a path is of the REST interface, which says itself what it expects."""
-        depth = len(self._rest_path)
-        is_rest = depth > 0 and path[:depth] == self._rest_path and path[depth : depth + 1] in _REST_NAMES
-        return (is_rest or (path == ("token",) and self.config.auth.tangram)) and not self._is_proxied(path)
 
     async def _refuse(
         self, scope: Scope, receive: ReceiveCallable, send: SendCallable, refused: HandshakeRejected
@@ -492,7 +467,7 @@ class Relay:
 
     def _transport_off(self, path: tuple[str, ...]) -> HandshakeRejected | None:
         """Say that a path is of a transport that the settings do not list; None where it is not."""
-        name = "websocket" if path in self._socket_paths else "sse" if path in self._stream_paths else ""
+        name = "websocket" if path in self._paths.sockets else "sse" if path in self._paths.streams else ""
         if not name or name in self.config.transports:
             return None
         text = f"expected one of the relay's transports, {', '.join(self.config.transports)}, got {name}"
@@ -505,28 +480,6 @@ class Relay:
             f"{socket}; take the option longPollFallbackMs out of `new Socket(…)`"
         )
         return HandshakeRejected(404, text, "long polling")
-
-    def _canonical(self, scope: Scope, path: tuple[str, ...]) -> Scope:
-        """The scope of a request for one of the relay's own routes with single slashes in its path.
-
-        What follows in names of topics and users, and what is a plugin's or another process's, stays as it is.
-        """
-        if self._is_proxied(path):
-            return scope
-        given, depth = route_path(scope), len(self._rest_path)
-        _, raw, is_raw = split_raw(scope)
-        encoded = raw.decode("latin-1")
-        wanted, wanted_raw = given, encoded
-        if path in _OWN_PATHS or path[:1] == ("static",):
-            wanted = "/" + "/".join(path)
-            wanted_raw = quote(wanted)
-        elif depth and path[:depth] == self._rest_path:
-            rest, raw_rest = below(given, depth) or "", below(encoded, depth) or ""
-            # A name may be a slash, which only the path as it came tells from one too many.
-            if path[depth:] in _OWN_REST_PATHS and is_raw and segments(raw_rest) == path[depth:]:
-                rest = raw_rest = "/" + "/".join(path[depth:])
-            wanted, wanted_raw = self.config.rest.path + rest, quote(self.config.rest.path) + raw_rest
-        return scope if wanted == given else replace_route_path(scope, wanted, wanted_raw.encode("latin-1"))
 
     async def _serve_lifespan(self, receive: ReceiveCallable, send: SendCallable) -> None:
         _ = await receive()

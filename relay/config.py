@@ -153,9 +153,9 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     @field_validator("socket_paths")
     @classmethod
     def _clean_paths(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
-        if not all(path.startswith("/") and path.rstrip("/") for path in paths):
+        if not all(path.startswith("/") for path in paths):
             raise ValueError('expected paths like "/socket"')
-        return tuple(path.rstrip("/") for path in paths)
+        return tuple(path.rstrip("/") or "/" for path in paths)
 
     @field_validator("allowed_origins")
     @classmethod

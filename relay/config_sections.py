@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from relay.permissions import Grant, parse_rights
+from relay.permissions import SUBJECT, Grant, parse_rights
 
 Positive = Annotated[int, Field(gt=0)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -188,6 +188,11 @@ class LimitsConfig(Table):
     handshake_timeout_s: SecondsOrOff = Field(
         10.0, description="seconds for the head of a request, under relay serve; 0: no limit"
     )
+    tokens_per_s: OrOff = Field(
+        10,
+        description="tokens of POST /token per second and client address, without the API key; ten times as many at "
+        "once; 0: no limit",
+    )
     first_join_timeout_s: SecondsOrOff = Field(
         300.0, description="seconds for a socket to join its first topic; 0: no limit"
     )
@@ -267,8 +272,17 @@ class AuthConfig(Table):
     authenticated: tuple[GrantConfig, ...] = Field(
         (), description="permissions of all others, in addition to those in their token"
     )
-    tangram: bool = Field(False, description="accept and create tangram tokens, each for one topic: POST /token")
+    tangram: bool | Literal["open"] = Field(
+        False,
+        description='accept and create tangram tokens, each for one topic: POST /token; "open": also without the API '
+        "key, for tangram_topics",
+    )
     tangram_ttl_s: Seconds = Field(3600.0, description="lifetime in seconds of tangram tokens created here")
+    tangram_topics: tuple[GrantConfig, ...] = Field(
+        (),
+        description="topics of tangram tokens that are given without the API key; entries with {sub}, the id of a "
+        "token, are permissions of every tangram token",
+    )
 
     @field_validator("keys", mode="before")
     @classmethod
@@ -286,6 +300,15 @@ class AuthConfig(Table):
     @classmethod
     def _one_or_several(cls, audience: Any) -> Any:
         return (audience,) if audience and isinstance(audience, str) else audience
+
+    @model_validator(mode="after")
+    def _topics_of_tangram(self) -> "AuthConfig":
+        if self.tangram == "open" and all(SUBJECT in entry.match for entry in self.tangram_topics):
+            raise ValueError(
+                'tangram = "open" gives tokens without the API key; expected [[auth.tangram_topics]] with the '
+                "topics that they may be for"
+            )
+        return self
 
     @property
     def has_keys(self) -> bool:

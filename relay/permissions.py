@@ -18,7 +18,9 @@ from enum import IntFlag
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-_SUBJECT = "{sub}"
+SUBJECT = "{sub}"
+"""In a pattern, what stands for the user."""
+
 _GLOB = re.compile(r"[*?[]")
 _SPECIAL = re.compile(r"([*?[{])")
 """What means more than itself in a pattern, ``{sub}`` included."""
@@ -121,12 +123,12 @@ def _pattern(pattern: object) -> str:
 
 def bind(grants: tuple[Grant, ...], user: str | None) -> tuple[Grant, ...]:
     """Put ``user`` where the patterns say ``{sub}``; without a user such a grant is left out."""
-    if not any(_SUBJECT in grant.pattern for grant in grants):
+    if not any(SUBJECT in grant.pattern for grant in grants):
         return grants
     return tuple(
-        grant._replace(pattern=grant.pattern.replace(_SUBJECT, escape(user or "")))
+        grant._replace(pattern=grant.pattern.replace(SUBJECT, escape(user or "")))
         for grant in grants
-        if user or _SUBJECT not in grant.pattern
+        if user or SUBJECT not in grant.pattern
     )
 
 

@@ -41,6 +41,46 @@ class TokenBucket:
         return True
 
 
+_ADDRESSES_MAX = 10_000
+"""Addresses that are counted one by one; of more at once, the newest are not counted."""
+
+
+class AddressBuckets:
+    """A bucket for each address, forgotten once it is full again.
+
+    In two generations: who asks is in the younger one, the older one is dropped with all who did not.
+
+    Args: per_s: tokens of one address that come in each second.
+          burst: tokens that it starts with.
+          now: the time.
+    """
+
+    __slots__ = ("_burst", "_old", "_per_s", "_since", "_young")
+
+    def __init__(self, per_s: float, burst: float, now: float) -> None:
+        self._per_s = per_s
+        self._burst = burst
+        self._since = now
+        self._young: dict[str, TokenBucket] = {}
+        self._old: dict[str, TokenBucket] = {}
+
+    def take(self, address: str, now: float) -> bool:
+        """Take a token of an address; False where it has none."""
+        if now - self._since >= self._burst / self._per_s:
+            self._old, self._young, self._since = self._young, {}, now
+        bucket = self._young.get(address) or self._old.pop(address, None)
+        if bucket is None:
+            if len(self) >= _ADDRESSES_MAX:
+                return True
+            bucket = TokenBucket(self._per_s, self._burst, now)
+        self._young[address] = bucket
+        return bucket.take(now)
+
+    def __len__(self) -> int:
+        """Addresses that are remembered."""
+        return len(self._young) + len(self._old)
+
+
 PORTION_BYTES = 65_536
 """A message counts once for each such portion of it that has begun: what it costs to read grows with its size."""
 

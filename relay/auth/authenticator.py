@@ -11,9 +11,10 @@ from starlette.authentication import AuthCredentials, UnauthenticatedUser
 from starlette.requests import HTTPConnection
 
 from relay.auth.decisions import Decisions
+from relay.auth.tangram import TangramTopics
 from relay.config import Config
 from relay.errors import AuthenticationError, Reason
-from relay.permissions import ALL, Grant, Identity, Rights, bind, escape, parse_claim
+from relay.permissions import Grant, Identity, Rights, bind, parse_claim
 from relay.plugins.dispatcher import HandlerError, HandlerRunner
 from relay.plugins.hooks import Hook, Refused
 from relay.transports.handshake import find_token
@@ -79,6 +80,7 @@ class Authenticator:
         self._hook = None if function is None else Hook("authenticate", function)
         self._clock = clock
         self._lets_anonymous_in = config.allow_anonymous or not (verify or function)
+        self._tangram_topics = TangramTopics(config.auth)
         self._granted = tuple(entry.grant for entry in config.auth.authenticated)
         self._anonymous = Identity(None, Rights(bind(tuple(entry.grant for entry in config.auth.anonymous), None)))
 
@@ -161,7 +163,7 @@ class Authenticator:
             channel = claims["channel"]
             if not isinstance(channel, str) or not channel:
                 raise ValueError('"channel": expected a topic as text')
-            return _user(claims.get("id"), "id"), (), (Grant(escape(channel), ALL),)
+            return _user(claims.get("id"), "id"), (), self._tangram_topics.grants(claims, channel)
         claim = self._settings.rights_claim
         user = _user(subject, "sub")
         try:

@@ -24,7 +24,7 @@ from relay.config_sections import ENVELOPE_BYTES, AuthConfig, GrantConfig, Overf
 from relay.config_sources import load
 from relay.errors import ConfigError
 from relay.extras import require
-from relay.permissions import Right, names_of, parse_claim
+from relay.permissions import SUBJECT, Right, names_of, parse_claim
 from relay.plugins.loader import candidates
 from relay.proxy_headers import parse_networks
 from relay.redis_url import parse_sentinel
@@ -40,6 +40,7 @@ _SECRET_MIN_BYTES = 32
 """RFC 7518, section 3.2: a secret for HS256 has 256 bits at least."""
 _RSA_MIN_BITS = 2048
 """RFC 7518, section 3.3."""
+_DAY_S = 86_400
 _API_KEY_MIN = 16
 """Characters: 80 bits where they are drawn from 32 letters."""
 _NETWORK_MIN_BITS = {4: 8, 6: 7}
@@ -193,7 +194,10 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
         from_where = "only this machine can reach it"
     yield "address", f"{config.host}:{config.port}; {from_where}"
     yield "sockets", ", ".join(config.socket_paths)
-    yield "transports", ", ".join(f"{name} at {config.socket_paths[0]}/{name}" for name in config.transports)
+    yield (
+        "transports",
+        ", ".join(f"{name} at {config.socket_paths[0].rstrip('/')}/{name}" for name in config.transports),
+    )
     yield "bus", _bus(config)
     pages = {"same": "those of the relay's own host and port", "any": "those of any host"}
     yield (
@@ -218,7 +222,7 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
         yield from _rights("with a token", auth.authenticated)
         yield "rights", f'with a token besides: what its claim "{auth.rights_claim}" says'
         if auth.tangram:
-            yield "rights", "with a token of tangram's: everything on the one topic that it names"
+            yield from _tangram_rights(auth)
     for entry in config.topics:
         if entry.history is not None:
             yield "history", f"{entry.match}: {entry.history.size} events of each topic, for {entry.history.ttl_s} s"
@@ -291,6 +295,21 @@ def _rights(who: str, grants: tuple[GrantConfig, ...]) -> Iterator[tuple[str, st
         yield "rights", f"{who}: {', '.join(names_of(grant.grant.rights)) or 'nothing'} on {grant.match}"
 
 
+def _tangram_rights(auth: AuthConfig) -> Iterator[tuple[str, str]]:
+    yield "rights", "with a token of tangram's: everything on the one topic that it names"
+    for entry in auth.tangram_topics:
+        which = (
+            "with any token of tangram's" if SUBJECT in entry.match else "with one that POST /token gives to anybody"
+        )
+        yield from _rights(which, (entry,))
+    if auth.tangram_ttl_s < _DAY_S:
+        yield (
+            "note",
+            f"auth.tangram_ttl_s = {auth.tangram_ttl_s:g}: tangram's page renews no token; after that time it gets no "
+            "events until it is loaded again (config/tangram.toml has tangram's ten years)",
+        )
+
+
 def _metrics(config: Config) -> str:
     if config.metrics.public:
         who = "everybody"
@@ -333,6 +352,8 @@ def _warnings(config: Config, keys: "tuple[Key, ...]") -> Iterator[str]:
     if config.rest.path and 0 < len(config.rest.api_key) < _API_KEY_MIN:
         yield f"rest.api_key: {len(config.rest.api_key)} characters can be guessed; expected {_API_KEY_MIN}"
     yield from _auth_warnings(auth, keys)
+    if auth.tangram == "open":
+        yield _open_tokens(config)
     opened = [entry for entry in auth.anonymous if entry.match == "*" and entry.grant.rights & Right.PUSH]
     if opened and config.allow_anonymous:
         yield "clients without a token may push to every topic (auth.anonymous)"
@@ -340,6 +361,16 @@ def _warnings(config: Config, keys: "tuple[Key, ...]") -> Iterator[str]:
         yield f"redis_url: {BESIDE_AUTH}"
     if config.redis_url.startswith("redis://") and not _is_here(config.redis_url):
         yield "redis_url is not rediss://: events and its password travel in the clear"
+
+
+def _open_tokens(config: Config) -> str:
+    topics = [entry for entry in config.auth.tangram_topics if SUBJECT not in entry.match]
+    rights = [f"{' and '.join(names_of(entry.grant.rights)) or 'do nothing'} on {entry.match}" for entry in topics]
+    who = "any program that reaches this address, and pages"
+    pages = {"any": "any pages", "same": f"{who} of the relay's own host"}
+    origins = config.allowed_origins
+    named = f"{who} of {', '.join(origins)}" if not isinstance(origins, str) else pages[origins]
+    return f'auth.tangram = "open": {named} get tokens without a key, to {"; ".join(rights)}'
 
 
 def _auth_warnings(auth: AuthConfig, keys: "tuple[Key, ...]") -> Iterator[str]:
@@ -374,6 +405,9 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"{name} = {value} is too small for limits.payload_max_bytes = {least - ENVELOPE_BYTES}: {follows}"
     if auth.anonymous and auth.has_keys and not config.allow_anonymous:
         yield "auth.anonymous has no effect: clients without a token are refused unless allow_anonymous = true"
+    for entry in auth.tangram_topics:
+        if auth.tangram != "open" and (SUBJECT not in entry.match or not auth.tangram):
+            yield f'auth.tangram_topics: {entry.match} has no effect unless auth.tangram = "open"'
     for at, topic in enumerate(config.topics):
         if topic.notify_dropped and topic.overflow is Overflow.DISCONNECT:
             yield f'topics.{at}: notify_dropped has no effect with overflow = "disconnect": no event is dropped'

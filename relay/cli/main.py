@@ -391,9 +391,11 @@ def _greet(settings: Config, embedded: bool, open_page: bool) -> None:
     if settings.console:
         lines.append(f"  console  {page}console")
     if "websocket" in settings.transports:
-        lines += [f"  socket   ws{root.removeprefix('http')}{path}/websocket" for path in settings.socket_paths]
+        lines += [
+            f"  socket   ws{root.removeprefix('http')}{path.rstrip('/')}/websocket" for path in settings.socket_paths
+        ]
     if "sse" in settings.transports:
-        lines += [f"  stream   {root}{path}/sse?topic=…" for path in settings.socket_paths]
+        lines += [f"  stream   {root}{path.rstrip('/')}/sse?topic=…" for path in settings.socket_paths]
     if embedded:
         lines += _greet_embedded(settings)
     elif _is_shareable(settings.redis_url):

@@ -4,43 +4,11 @@ Owns the counting; must not know transports or the clock: the time is passed in,
 """
 
 from relay.proxy_headers import is_loopback_address
-from relay.rate_limit import TokenBucket
+from relay.rate_limit import AddressBuckets, TokenBucket
 from relay.transports.handshake import HandshakeRejected
 
 _OWN_NETWORK = "::/64"
 """The network of ``::1``, as it is counted."""
-
-_SHARES_MAX = 10_000
-"""Addresses whose handshakes are counted one by one; of more at once, the newest have only the rate of all."""
-
-
-class _Shares:
-    """A bucket for each address, forgotten once it is full again: a second after its last handshake at the soonest.
-
-    In two generations of a second: who knocks is in the younger one, the older one is dropped with all who did not.
-    """
-
-    __slots__ = ("_old", "_per_s", "_since", "_young")
-
-    def __init__(self, per_s: float, now: float) -> None:
-        self._per_s = per_s
-        self._since = now
-        self._young: dict[str, TokenBucket] = {}
-        self._old: dict[str, TokenBucket] = {}
-
-    def take(self, address: str, now: float) -> bool:
-        if now - self._since >= 1:
-            self._old, self._young, self._since = self._young, {}, now
-        bucket = self._young.get(address) or self._old.pop(address, None)
-        if bucket is None:
-            if len(self) >= _SHARES_MAX:
-                return True
-            bucket = TokenBucket(self._per_s, self._per_s, now)
-        self._young[address] = bucket
-        return bucket.take(now)
-
-    def __len__(self) -> int:
-        return len(self._young) + len(self._old)
 
 
 class ConnectionLimiter:
@@ -60,8 +28,8 @@ class ConnectionLimiter:
         self._sockets_max = sockets_max
         self._sockets_per_address = sockets_per_address
         self._handshakes = TokenBucket(handshakes_per_s, handshakes_per_s, now) if handshakes_per_s else None
-        shared = handshakes_per_s and sockets_per_address
-        self._shares = _Shares(max(10, handshakes_per_s / 4), now) if shared else None
+        shared, share = handshakes_per_s and sockets_per_address, max(10, handshakes_per_s / 4)
+        self._shares = AddressBuckets(share, share, now) if shared else None
         self._addresses: dict[str, int] = {}
 
     def acquire(self, address: str | None, now: float) -> HandshakeRejected | None:

@@ -98,7 +98,7 @@ def routes(
     def show(file: str) -> Response:
         return _filled(
             file,
-            socket_path=config.socket_paths[0].lstrip("/"),
+            socket_path=config.socket_paths[0].lstrip("/") or ".",
             console="console" if config.console else "",
             publish_command=publish_command(),
         )

@@ -311,6 +311,8 @@ push = false
         "rights with a token: join, push on user:{sub}",
         'rights with a token besides: what its claim "topics" says',
         "rights with a token of tangram's: everything on the one topic that it names",
+        "note auth.tangram_ttl_s = 3600: tangram's page renews no token; after that time it gets no events until it is "
+        "loaded again (config/tangram.toml has tangram's ten years)",
         "rights no client may push to news:*, whatever a token says",
         "rest /api, for clients with the key",
         "note the relay speaks no TLS; without a proxy that does, tokens can be read on their way",
@@ -337,6 +339,15 @@ push = false
         (f'[auth]\nkeys = ["{SECRET}"]\nauthenticated = [{{match = "{{sub}}:*", rights = ["join"]}}]', "with {sub}"),
         ('[rest]\napi_key = "hunter2-and-eig"', "rest.api_key: 15 characters"),
         ('[metrics]\nkey = "hunter2-and-eig"', "metrics.key: 15 characters"),
+        (
+            f'[auth]\nkeys = ["{SECRET}"]\ntangram = "open"\ntangram_topics = [{{match = "a*", rights = ["join"]}}]',
+            "any program that reaches this address, and pages of the relay's own host get tokens without a key, to "
+            "join on a*",
+        ),
+        (
+            f'[auth]\nkeys = ["{SECRET}"]\ntangram = true\ntangram_topics = [{{match = "a*", rights = ["join"]}}]',
+            'auth.tangram_topics: a* has no effect unless auth.tangram = "open"',
+        ),
     ],
 )
 def test_check_warns(relay: Command, settings: str, word: str) -> None:

@@ -152,6 +152,7 @@ def test_listening_to_other_machines_is_fine_where_somebody_asks_who_it_is(host:
 
 def test_socket_paths_lose_their_last_slash() -> None:
     assert Config(socket_paths=("/socket/", "/a/b")).socket_paths == ("/socket", "/a/b")
+    assert Config(socket_paths=("/", "//")).socket_paths == ("/", "/")
 
 
 @pytest.mark.parametrize(("path", "clean"), [("", ""), ("/api", "/api"), ("/a/b/", "/a/b")])

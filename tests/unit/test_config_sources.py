@@ -157,7 +157,12 @@ def test_unknown_key_is_named_with_its_file(write: Write, text: str, key: str) -
         ('[[topics]]\non_gap = "x"', "topics.0.on_gap: expected 'rejoin' or 'ignore', got 'x'"),
         ('[[topics]]\nmatch = ""', "topics.0.match: string should have at least 1 character, got ''"),
         ('socket_paths = ["socket"]', "socket_paths: expected paths like \"/socket\", got ['socket']"),
-        ('socket_paths = ["/"]', "socket_paths: expected paths like \"/socket\", got ['/']"),
+        ('socket_paths = [""]', "socket_paths: expected paths like \"/socket\", got ['']"),
+        (
+            '[auth]\ntangram = "open"',
+            'auth: tangram = "open" gives tokens without the API key; expected [[auth.tangram_topics]] with the topics '
+            "that they may be for",
+        ),
         (
             'allowed_origins = ["example.org"]',
             'allowed_origins: expected "https://host[:port]", "//host" or "//*.host" in each place, '

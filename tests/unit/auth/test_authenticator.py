@@ -194,6 +194,33 @@ async def test_tangrams_claims_open_nothing_that_the_settings_grant() -> None:
     assert (await auth.authenticate_token("t")).rights.on("user:alice") is Right.JOIN
 
 
+async def test_tangrams_token_that_anybody_gets_permits_what_the_settings_say_now() -> None:
+    topics = [
+        {"match": "*", "rights": ["join"]},
+        {"match": "system", "rights": ["push"]},
+        {"match": "streaming-{sub}", "rights": ["presence"]},
+    ]
+    settings: dict[str, Any] = {"tangram": "open", "tangram_topics": topics}
+
+    async def rights(claims: dict[str, Any], topic: str, **others: Any) -> Right:
+        auth, _ = make({"id": "me", "open": True, **claims}, auth={**settings, **others})
+        return (await auth.authenticate_token("t")).rights.on(topic)
+
+    assert await rights({"channel": "system"}, "system") == Right.JOIN | Right.PUSH
+    assert await rights({"channel": "room:*"}, "room:*") == Right.JOIN
+    assert await rights({"channel": "room:*"}, "room:1") is Right.NONE
+    # "admin" tells who has joined what: no pattern opens it.
+    assert await rights({"channel": "admin"}, "admin") is Right.NONE
+    named = {"match": "admin", "rights": ["join"]}
+    assert await rights({"channel": "admin"}, "admin", tangram_topics=[*topics, named]) is Right.JOIN
+    # {sub} is the id of a token, whoever gave it; a token for one topic opens that one beside its own.
+    assert await rights({"channel": "system"}, "streaming-me") is Right.PRESENCE
+    assert await rights({"channel": "system"}, "streaming-you") is Right.NONE
+    assert await rights({"channel": "system", "open": False}, "streaming-me") is Right.PRESENCE
+    # Settings that no longer give such tokens take back those that were given.
+    assert await rights({"channel": "system"}, "system", tangram=True, tangram_topics=[]) is Right.NONE
+
+
 @pytest.mark.parametrize("channel", ["", None, 7, ["lobby"], {"lobby": 1}])
 async def test_tangrams_claims_without_a_topic_are_refused(channel: Any) -> None:
     auth, _ = make(
