@@ -39,7 +39,7 @@ from relay.service_links import log_service_links
 from relay.telemetry import Telemetry
 from relay.threadsafe import LOOP_HAS_ENDED, ONE_LOOP, Call
 from relay.tracing import Tracer
-from relay.transports import handshake
+from relay.transports import handshake, long_poll_request
 from relay.transports.base import ReceiveCallable, Scope, SendCallable
 from relay.transports.handshake import HandshakeRejected
 from relay.transports.network_access import SEVERAL_HOSTS, NetworkAccess
@@ -400,8 +400,7 @@ class Relay:
             # Starlette runs no lifespan of a mounted app: the first request finds the relay asleep.
             _logger.warning("relay started by its first request; `relay.install(app)` starts it with your app")
             await self.start()
-        is_socket = scope["type"] == "websocket" or path in self._paths.streams
-        if is_socket and not self.node.pubsub.home.is_here:
+        if self._is_socket(scope, path) and not self.node.pubsub.home.is_here:
             raise RelayError(f"a socket in another event loop than the relay's would hear no event. {ONE_LOOP}")
         if (off := self._transport_off(path)) is not None:
             await self._refuse(scope, receive, send, off)
@@ -409,7 +408,7 @@ class Relay:
             if path in self._paths.streams:
                 await self.node.connections.serve(scope, receive, send)
             elif path in self._paths.long_polls:
-                await self._refuse(scope, receive, send, self._no_long_poll(scope, path))
+                await self.node.long_poll.serve(scope, receive, send)
             elif path in self._paths.sockets:
                 self.metrics.refused["handshake: no upgrade"] += 1
                 await handshake.ask_for_upgrade(scope, receive, send)
@@ -426,6 +425,10 @@ class Relay:
                 scope, receive, send, HandshakeRejected(404, f"no socket here; expected {known}", "path")
             )
 
+    def _is_socket(self, scope: Scope, path: tuple[str, ...]) -> bool:
+        """Whether a request is for one of the transports, or for the console's socket."""
+        return scope["type"] == "websocket" or path in self._paths.streams or path in self._paths.long_polls
+
     def _check_reach(self, came: Scope, scope: Scope, path: tuple[str, ...]) -> HandshakeRejected | None:
         """Check where a request comes from, and under which name, before any route.
 
@@ -434,7 +437,7 @@ class Relay:
         """
         if len(hosts_of(scope)) > 1:
             return SEVERAL_HOSTS
-        is_socket = scope["type"] == "websocket" or path in self._paths.streams
+        is_socket = self._is_socket(scope, path)
         if is_socket:
             is_exempt = path == CONSOLE_SOCKET  # it asks for the key, or for this machine
         else:
@@ -462,24 +465,24 @@ class Relay:
         if scope["type"] == "websocket":
             await handshake.refuse(scope, receive, send, refused)
             return
+        if segments(route_path(scope)) in self._paths.long_polls:
+            await long_poll_request.refuse(scope, refused, may_read=False)(scope, receive, send)
+            return
         headers = {"www-authenticate": "Bearer"} if refused.status == HTTPStatus.UNAUTHORIZED else None
         await pages.problem(refused.status, refused.text, headers)(scope, receive, send)
 
     def _transport_off(self, path: tuple[str, ...]) -> HandshakeRejected | None:
         """Say that a path is of a transport that the settings do not list; None where it is not."""
-        name = "websocket" if path in self._paths.sockets else "sse" if path in self._paths.streams else ""
-        if not name or name in self.config.transports:
+        paths = {
+            "websocket": self._paths.sockets,
+            "sse": self._paths.streams,
+            "longpoll": self._paths.long_polls,
+        }
+        name = next((name for name, known in paths.items() if path in known), None)
+        if name is None or name in self.config.transports:
             return None
         text = f"expected one of the relay's transports, {', '.join(self.config.transports)}, got {name}"
         return HandshakeRejected(404, f"{text}; the setting `transports` names them", "transport")
-
-    def _no_long_poll(self, scope: Scope, path: tuple[str, ...]) -> HandshakeRejected:
-        socket = scope.get("root_path", "") + "/" + "/".join((*path[:-1], "websocket"))
-        text = (
-            "the relay has no long polling: a WebSocket is needed, at "
-            f"{socket}; take the option longPollFallbackMs out of `new Socket(…)`"
-        )
-        return HandshakeRejected(404, text, "long polling")
 
     async def _serve_lifespan(self, receive: ReceiveCallable, send: SendCallable) -> None:
         _ = await receive()

@@ -65,11 +65,11 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
         "", repr=False, description="another message bus instead of Redis: memory://, postgres:// or kafka://"
     )
     socket_paths: tuple[str, ...] = Field(("/socket",), min_length=1, description="paths of sockets: new Socket(path)")
-    transports: tuple[Literal["websocket", "sse"], ...] = Field(
-        ("websocket", "sse"),
+    transports: tuple[Literal["websocket", "longpoll", "sse"], ...] = Field(
+        ("websocket", "longpoll", "sse"),
         min_length=1,
-        description='how clients may connect: "websocket" at <socket path>/websocket, "sse" (server-sent events) at '
-        "<socket path>/sse",
+        description='how clients may connect, each below the path of a socket: "websocket", "longpoll" (the fallback '
+        'of phoenix.js), "sse" (server-sent events)',
     )
     allowed_origins: Literal["same", "any"] | tuple[str, ...] = Field(
         "same",

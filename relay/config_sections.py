@@ -197,6 +197,10 @@ class LimitsConfig(Table):
         300.0, description="seconds for a socket to join its first topic; 0: no limit"
     )
     idle_timeout_s: Seconds = Field(60.0, description="seconds without a message or ping before a socket is closed")
+    longpoll_window_s: Seconds = Field(
+        10.0,
+        description="most seconds that a long poll waits for events; a session ends 1.5 times as long after its last",
+    )
     close_timeout_s: Seconds = Field(5.0, description="seconds for a client to answer a close, then it is cut off")
     body_max_bytes: Positive = Field(8_388_608, description="largest body of a REST request, in bytes")
     proxied_max: OrOff = Field(

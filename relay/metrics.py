@@ -139,6 +139,8 @@ class Metrics:
     """Handlers that raised or did not end in time, by plugin."""
     plugin_time: defaultdict[str, Histogram] = field(default_factory=lambda: defaultdict(Histogram))
     """How long handlers took, their waiting included, by plugin; services, which do not end, are not among them."""
+    longpoll_base64: int = 0
+    """Binary frames that long-polling clients were sent as text, in base64."""
     malformed: Counter[str] = field(default_factory=Counter)
     """Frames from clients that could not be understood, by close code."""
 

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import math
 import random
+import secrets
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +26,7 @@ from relay.channels.channel import Services
 from relay.channels.connections import Connections
 from relay.channels.history_reader import HistoryReader
 from relay.channels.hub import Hub
+from relay.channels.long_poll import LongPoll, Tokens
 from relay.channels.presence import Presence
 from relay.channels.pubsub import PubSub
 from relay.channels.socket import Socket
@@ -144,6 +146,7 @@ class Node:
             config, self.pubsub, self.hub, metrics, ConnectionLog(loggers), authenticator, self.presence
         )
         self.connections: Connections = Connections(services, telemetry, components.network_access, self._siblings)
+        self.long_poll: LongPoll = LongPoll(self.name, self.connections, telemetry, Tokens(secrets.token_bytes(32)))
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -335,7 +338,8 @@ class Node:
                 )
                 due = now + look_s
             self._loggers.flush()
-            if self.connections.write_modes["sse"] and is_server_ending():
+            # Uvicorn waits for the requests under way to end, and does not let an application know.
+            if self.connections.has_requests and is_server_ending():
                 self.drain()
             if now < due:
                 continue

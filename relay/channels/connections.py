@@ -17,16 +17,18 @@ from relay.channels.channel import Services
 from relay.channels.socket import Socket
 from relay.config import Config
 from relay.errors import AuthenticationError, CloseCode
+from relay.metrics import Metrics
 from relay.permissions import Identity
 from relay.protocol.serializer import Version
 from relay.proxy_headers import rate_limit_key
 from relay.siblings import Siblings
 from relay.telemetry import Telemetry
 from relay.tracing import Trace
-from relay.transports import handshake, sse_request
+from relay.transports import handshake, long_poll_request, sse_request
 from relay.transports.admission import ConnectionLimiter
 from relay.transports.base import ReceiveCallable, Scope, SendCallable, Transport, TransportServices
 from relay.transports.handshake import HandshakeAccepted, HandshakeRejected
+from relay.transports.long_poll import LongPollTransport
 from relay.transports.network_access import NetworkAccess
 from relay.transports.outbox import OutboxBudget
 from relay.transports.sse import SSETransport
@@ -38,6 +40,8 @@ _logger = logging.getLogger("relay")
 
 _DRAIN_STEP_S = 0.05
 """Seconds between two portions of a drain."""
+
+_RESTARTING = HandshakeRejected(503, "the relay is restarting", "restarting")
 
 
 class Connections:
@@ -56,14 +60,14 @@ class Connections:
         self.sockets: dict[str, Socket] = {}
         self.left_behind: dict[asyncio.Task[None], Socket] = {}
         """Sockets that have ended, with handlers under way for what they sent: control messages are about these too."""
-        self.write_modes: Counter[str] = Counter({"direct": 0, "asgi": 0, "sse": 0})
+        self.write_modes: Counter[str] = Counter({"direct": 0, "asgi": 0, "sse": 0, "longpoll": 0})
         """Sockets open, by how frames are written."""
         # Ids of sockets are unique among all nodes: a random part, then a number. Made at the start: forked processes
         # have the import's state in common.
         self.numbers: Iterator[str] = map(f"{uuid.uuid4().hex[:8]}-{{}}".format, count(1))
         self._services = services
         self._pubsub = services.pubsub
-        self._metrics = metrics
+        self.metrics: Metrics = metrics
         self._tracer = telemetry.tracer
         self._log = telemetry.loggers.get("relay.socket")
         outboxes = OutboxBudget(limits.outbox_total_max_bytes, metrics)
@@ -80,6 +84,11 @@ class Connections:
         self._no_sockets.set()
         self._draining: asyncio.Task[None] | None = None
         self._on_shutdown = self.drain  # one for all sockets
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether some sockets are plain requests, or are asked for by them."""
+        return bool(self.write_modes["sse"] or self.write_modes["longpoll"])
 
     # Their end.
 
@@ -121,7 +130,7 @@ class Connections:
 
     def _close_for_restart(self, socket: Socket) -> None:
         if socket.id in self.sockets:
-            self._metrics.drained += 1
+            self.metrics.drained += 1
             socket.close(CloseCode.RESTART, "the relay is restarting")
 
     def close_idle(self, now: float) -> None:
@@ -131,10 +140,10 @@ class Connections:
         for socket in self.sockets.values():
             if socket.idle_s(now) > timeout_s:
                 if socket.close(CloseCode.GOING_AWAY, f"idle for {timeout_s:g} s; send heartbeats"):
-                    self._metrics.refused["idle"] += 1
+                    self.metrics.refused["idle"] += 1
             elif now - socket.joinless_since > join_s:
                 if socket.close(CloseCode.POLICY_VIOLATION, f"no topic joined within {join_s:g} s"):
-                    self._metrics.refused["no join in time"] += 1
+                    self.metrics.refused["no join in time"] += 1
 
     # Their life.
 
@@ -152,7 +161,7 @@ class Connections:
 
     async def _serve(self, scope: Scope, receive: ReceiveCallable, send: SendCallable, trace: Trace | None) -> None:
         if self.is_draining:
-            await self._refuse(scope, receive, send, HandshakeRejected(503, "the relay is restarting", "restarting"))
+            await self._refuse(scope, receive, send, _RESTARTING)
             return
         client = scope.get("client")
         address = rate_limit_key(client[0]) if client else None
@@ -175,6 +184,54 @@ class Connections:
         finally:
             self._admission.release(address)
 
+    async def open_session(self, scope: Scope) -> Socket | HandshakeRejected:
+        """Open the session of a long-polling client, which goes on after its request; say why not, if not."""
+        trace = None if self._tracer is None else self._tracer.begin(scope)
+        try:
+            opened = await self._open_session(scope, trace)
+            if isinstance(opened, HandshakeRejected):
+                self.note_refusal(scope, opened)
+            elif trace is not None:
+                trace.accepted(opened.id)
+            return opened
+        finally:
+            if trace is not None:
+                trace.end_handshake()
+
+    async def _open_session(self, scope: Scope, trace: Trace | None) -> Socket | HandshakeRejected:
+        if self.is_draining:
+            return _RESTARTING
+        client = scope.get("client")
+        address = rate_limit_key(client[0]) if client else None
+        refused = self._admission.acquire(address, time.monotonic())
+        if refused is not None:
+            return refused
+        began = self._pubsub.decisions.begin()
+        session: Socket | None = None
+        try:
+            shake = self.check_page(scope) or long_poll_request.check(scope)
+            if isinstance(shake, HandshakeRejected):
+                return shake
+            try:
+                identity = await self._authenticate(scope, shake.auth_token)
+            except AuthenticationError as error:
+                return HandshakeRejected(error.status, str(error), error.kind)
+            transport = LongPollTransport(next(self.numbers), scope, self._transport_services)
+            session = Socket(transport, shake.version, self._services, identity, trace)
+            self._enter(session, began)
+            _ = self._pubsub.spawn(self._run_session(session, address))
+            return session
+        finally:
+            self._pubsub.decisions.end(began)
+            if session is None:
+                self._admission.release(address)
+
+    async def _run_session(self, session: Socket, address: str | None) -> None:
+        try:
+            await self._run(session)
+        finally:
+            self._admission.release(address)
+
     def _enter(self, socket: Socket, began: int) -> None:
         self.sockets[socket.id] = socket
         self.write_modes[socket.write_mode] += 1
@@ -183,7 +240,7 @@ class Connections:
             self._close_for_restart(socket)
         elif socket.user is not None and self._pubsub.decisions.overtaken(began, socket.user):
             socket.disconnect()
-            self._metrics.disconnects_by_control += 1
+            self.metrics.disconnects_by_control += 1
 
     async def _run(self, socket: Socket) -> None:
         try:
@@ -203,14 +260,15 @@ class Connections:
     async def _refuse(
         self, scope: Scope, receive: ReceiveCallable, send: SendCallable, refused: HandshakeRejected
     ) -> None:
-        self._note_refusal(scope, refused)
+        self.note_refusal(scope, refused)
         if scope["type"] == "websocket":
             await handshake.refuse(scope, receive, send, refused)
         else:
             await sse_request.answer(scope, refused, may_read=self._may_read(scope))(scope, receive, send)
 
-    def _note_refusal(self, scope: Scope, refused: HandshakeRejected) -> None:
-        self._metrics.refused[f"handshake: {refused.kind}"] += 1
+    def note_refusal(self, scope: Scope, refused: HandshakeRejected) -> None:
+        """Count and log a handshake that is refused."""
+        self.metrics.refused[f"handshake: {refused.kind}"] += 1
         if self._tracer is not None:
             self._tracer.note(refused.kind)
         hint = refused.hint and f"; to let it, set {refused.hint}"
@@ -220,6 +278,11 @@ class Connections:
         self._log.warning(
             refused.kind, "handshake refused: %s%s; address %s", refused.text, hint, address, address=address
         )
+
+    def check_page(self, scope: Scope) -> HandshakeRejected | None:
+        """Say why the page that sends a plain request may not connect; None where it may, or no page sends it."""
+        is_local = self._network_access.has_local_pages(scope)
+        return handshake.check_page(scope, self.config.allowed_origins, has_local_pages=is_local)
 
     def _may_read(self, scope: Scope) -> bool:
         """Whether the page that sends a request, if one does, may read its answer."""

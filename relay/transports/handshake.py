@@ -20,6 +20,7 @@ from relay.transports.base import ReceiveCallable, Scope, SendCallable
 
 SUBPROTOCOL = "phoenix"
 _TOKEN_PREFIX = "base64url.bearer.phx."
+_OWN_SITE = ("same-origin", "none")
 _DEFAULT_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 
@@ -68,11 +69,21 @@ def check(
             return HandshakeRejected(
                 400, "the token in Sec-WebSocket-Protocol is not base64 of UTF-8 text", "token encoding"
             )
+    version = find_version(scope)
+    if isinstance(version, HandshakeRejected):
+        return version
+    return HandshakeAccepted(version, SUBPROTOCOL if offered else None, token)
+
+
+def find_version(scope: Mapping[str, Any]) -> Version | HandshakeRejected:
+    """The version of the protocol that a request asks for with ``vsn``."""
     vsn = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
     version = None if "vsn[]" in vsn else serializer.negotiate(vsn.get("vsn", ["1.0.0"])[-1])
-    if version is None:
-        return HandshakeRejected(403, "expected vsn=2.0.0 or vsn=1.0.0 in the query", "version")
-    return HandshakeAccepted(version, SUBPROTOCOL if offered else None, token)
+    return (
+        HandshakeRejected(403, "expected vsn=2.0.0 or vsn=1.0.0 in the query", "version")
+        if version is None
+        else version
+    )
 
 
 def check_origin(
@@ -87,6 +98,21 @@ def check_origin(
         return None
     text = f"origin {origin!r} may not connect; the relay's setting `allowed_origins` names those that may"
     return HandshakeRejected(403, text, "origin", hint=_line_to_paste(origin, origins))
+
+
+def check_page(
+    scope: Mapping[str, Any], origins: str | tuple[str, ...], *, has_local_pages: bool
+) -> HandshakeRejected | None:
+    """As `check_origin`, for a plain request: a page's GET may come without ``Origin``; browsers say so otherwise."""
+    foreign = check_origin(scope, origins, has_local_pages=has_local_pages)
+    if foreign is not None:
+        return foreign
+    headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+    site = headers.get(b"sec-fetch-site")
+    if b"origin" not in headers and site is not None and site not in _OWN_SITE:
+        text = f"expected Sec-Fetch-Site same-origin or none in a request without Origin, got {site!r}"
+        return HandshakeRejected(403, text, "origin")
+    return None
 
 
 def _host_of_page(origin: str) -> str:

@@ -21,7 +21,9 @@ _Key = tuple[str, str, bytes | None]
 
 
 @dataclass(eq=False, slots=True)
-class _Entry:
+class Entry:
+    """A frame that waits."""
+
     frame: Frame
     key: _Key | None
     """Of an event; None for a control frame."""
@@ -112,9 +114,9 @@ class Outbox:
         # Its bytes and its frames, as they were counted last.
         self._counted = (0, 0)
         self._notice = notice
-        self._entries: deque[_Entry] = deque()
+        self._entries: deque[Entry] = deque()
         # The waiting event of each key under the policy `latest`.
-        self._latest: dict[_Key, _Entry] = {}
+        self._latest: dict[_Key, Entry] = {}
         # How many events of which topics were dropped and not reported yet to a client that wants to know.
         self._pending_notices: dict[str, int] = {}
 
@@ -133,7 +135,7 @@ class Outbox:
 
     def add_control(self, frame: Frame) -> bool:
         """Queue a reply, a close or an error; False where that exceeds the bound: the socket must be closed."""
-        self._entries.append(_Entry(frame, None, ""))
+        self._entries.append(Entry(frame, None, ""))
         self.control_bytes += frame.size
         fits = self.control_bytes <= self.max_bytes
         self._count()
@@ -163,7 +165,7 @@ class Outbox:
     def drop_recoverable(self, topic: str) -> str | None:
         """Drop what waits of a topic and is in its history; returns the position of the first, or None."""
         first: str | None = None
-        kept: deque[_Entry] = deque()
+        kept: deque[Entry] = deque()
         for entry in self._entries:
             if entry.key is None or entry.key[0] != topic or entry.frame.position is None:
                 kept.append(entry)
@@ -209,7 +211,7 @@ class Outbox:
             dropped += self._make_room(topic, frame.size)
             if self.event_bytes + frame.size > self.max_bytes:
                 return dropped + 1  # the outbox is full of other topics' events
-        entry = _Entry(frame, key, policy.match)
+        entry = Entry(frame, key, policy.match)
         self._entries.append(entry)
         self.event_bytes += frame.size
         if overflow is Overflow.LATEST:
@@ -224,6 +226,33 @@ class Outbox:
         self._forget(entry)
         self._count()
         return entry.frame
+
+    def take(self, max_bytes: int) -> tuple[Entry, ...]:
+        """Take the oldest frames: one at least, if there is any, and no more than ``max_bytes``."""
+        taken: list[Entry] = []
+        size = 0
+        while self:
+            if self._pending_notices and (notice := self._pop_notice()) is not None:
+                entry = Entry(notice, None, "")
+            elif taken and size + self._entries[0].frame.size > max_bytes:
+                break
+            else:
+                entry = self._entries.popleft()
+                self._forget(entry)
+            taken.append(entry)
+            size += entry.frame.size
+        self._count()
+        return tuple(taken)
+
+    def put_back(self, entries: tuple[Entry, ...]) -> None:
+        """Queue what was taken again, before all else."""
+        for entry in entries:
+            if entry.key is None:
+                self.control_bytes += entry.frame.size
+            else:
+                self.event_bytes += entry.frame.size
+        self._entries.extendleft(reversed(entries))
+        self._count()
 
     def _pop_notice(self) -> Frame | None:
         """What the client has to know before the next frame: of that frame's topic, or, after the last one, of any."""
@@ -244,7 +273,7 @@ class Outbox:
         """
         if not (count := self._pending_notices.pop(topic, 0)):
             return
-        entry = _Entry(notice(topic, count), None, "")
+        entry = Entry(notice(topic, count), None, "")
         place = (at for at, other in enumerate(self._entries) if other.key is not None and other.key[0] == topic)
         self._entries.insert(next(place, len(self._entries)), entry)
         self.control_bytes += entry.frame.size
@@ -261,11 +290,11 @@ class Outbox:
         self._count()
         return events
 
-    def _remove(self, entry: _Entry) -> None:
+    def _remove(self, entry: Entry) -> None:
         self._entries.remove(entry)
         self._forget(entry)
 
-    def _forget(self, entry: _Entry) -> None:
+    def _forget(self, entry: Entry) -> None:
         if entry.key is None:
             self.control_bytes -= entry.frame.size
         else:
@@ -276,7 +305,7 @@ class Outbox:
     def _make_room(self, topic: str, size: int) -> int:
         """Drop events of ``topic``, oldest first, until ``size`` bytes fit or none is left; say how many."""
         dropped = 0
-        kept: deque[_Entry] = deque()
+        kept: deque[Entry] = deque()
         # Nearly always the oldest entry is the one to drop, so the walk ends at once.
         while self._entries and self.event_bytes + size > self.max_bytes:
             entry = self._entries.popleft()

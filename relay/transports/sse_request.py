@@ -18,7 +18,8 @@ from relay.config_sections import LimitsConfig
 from relay.protocol import sse
 from relay.protocol.topics import is_topic
 from relay.transports.base import Scope
-from relay.transports.handshake import HandshakeRejected, check_origin
+from relay.transports.cors import headers
+from relay.transports.handshake import HandshakeRejected, check_page
 
 TOPICS_MAX = 10
 """Topics of one stream."""
@@ -28,20 +29,11 @@ _COUNT_MAX_DIGITS = 9
 
 _METHODS = "GET, OPTIONS"
 
-_NO_CROSS_SITE = ("same-origin", "none")
-
 _TEMPORARY = (429, 503)
 
 # In milliseconds: all come back after a restart of the relay, and not at the same moment.
 _RETRY_MIN_MS, _RETRY_MAX_MS = 1000, 3000
 _LATER_MIN_MS, _LATER_MAX_MS = 1000, 5000
-
-_HEADERS = {
-    "cache-control": "no-store",
-    "referrer-policy": "no-referrer",
-    "x-accel-buffering": "no",
-    "x-content-type-options": "nosniff",
-}
 
 
 class StreamRequest(NamedTuple):
@@ -64,14 +56,10 @@ def check(
     Args: scope: an ASGI ``http`` scope of a GET.
           origins, has_local_pages: as of `relay.transports.handshake.check`.
     """
-    foreign = check_origin(scope, origins, has_local_pages=has_local_pages)
+    foreign = check_page(scope, origins, has_local_pages=has_local_pages)
     if foreign is not None:
         return foreign
     request = HTTPConnection(scope)
-    site = request.headers.get("sec-fetch-site")
-    if "origin" not in request.headers and site is not None and site not in _NO_CROSS_SITE:
-        text = f"expected Sec-Fetch-Site same-origin or none in a request without Origin, got {site!r}"
-        return HandshakeRejected(403, text, "origin")
     topics = tuple(dict.fromkeys(request.query_params.getlist("topic")))
     if not topics:
         return HandshakeRejected(400, "expected topic=… in the query, once for each topic", "topics")
@@ -105,18 +93,6 @@ def first_lines(ids: bytes) -> bytes:
 def last_lines(event: bytes) -> bytes:
     """What a stream ends with: when to come back, and ``event``, which says why it ends."""
     return sse.retry(random.randint(_LATER_MIN_MS, _LATER_MAX_MS)) + event
-
-
-def headers(scope: Scope, *, may_read: bool = True) -> dict[str, str]:
-    """The headers of an answer.
-
-    Args: may_read: whether the page that asks may connect, and so may read the answer.
-    """
-    origin = HTTPConnection(scope).headers.get("origin")
-    if origin is None or not may_read:
-        return {**_HEADERS, "vary": "Origin"}
-    cors = {"access-control-allow-origin": origin, "access-control-allow-credentials": "true"}
-    return {**_HEADERS, **cors, "vary": "Origin"}
 
 
 def stream_headers(scope: Scope) -> list[tuple[bytes, bytes]]:

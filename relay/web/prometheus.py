@@ -134,7 +134,8 @@ METRIC_SPECS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "relay_sockets",
         "gauge",
-        "Sockets open now, by how frames are written; streams of server-sent events are `sse`.",
+        "Sockets open now, by how frames are written; streams of server-sent events are `sse`, long-polling clients "
+        "`longpoll`.",
         ("path",),
         lambda m, s, p: s.sockets,
     ),
@@ -187,6 +188,7 @@ METRIC_SPECS: tuple[MetricSpec, ...] = (
         "reason",
         split=refused_labels,
     ),
+    _counter("longpoll_base64", "Binary frames that long-polling clients were sent as text, in base64."),
     _counter("malformed", "Malformed frames from clients, by close code.", "code"),
     MetricSpec(
         "relay_in_flight_bytes",

@@ -103,7 +103,8 @@ class SocketDetails(BaseModel):
     version: int = Field(description="of the protocol: 1 or 2; 3 for server-sent events")
     user: str | None = Field(description="the subject of its token; null for an anonymous one")
     path: str = Field(
-        description='how frames are written: "direct" to the transport, "asgi" through ASGI, or "sse" to a stream'
+        description='how frames are written: "direct" to the transport, "asgi" through ASGI, "sse" to a stream, or '
+        '"longpoll" to the next poll'
     )
     topics: list[str]
     outbox_bytes: int = Field(description="waiting, because it reads too slowly")

@@ -145,7 +145,7 @@ def test_check_of_no_settings_says_that_all_is_open_on_this_machine(relay: Comma
     assert lines(out) == [
         "address 127.0.0.1:8000; only this machine can reach it",
         "sockets /socket",
-        "transports websocket at /socket/websocket, sse at /socket/sse",
+        "transports websocket at /socket/websocket, longpoll at /socket/longpoll, sse at /socket/sse",
         "bus a Valkey of the relay's own",
         "pages those of the relay's own host and port",
         "proxies none is believed",
@@ -300,7 +300,7 @@ push = false
     assert lines(out) == [
         "address 0.0.0.0:8000; other machines can reach it",
         "sockets /socket",
-        "transports websocket at /socket/websocket, sse at /socket/sse",
+        "transports websocket at /socket/websocket, longpoll at /socket/longpoll, sse at /socket/sse",
         "bus rediss://redis.example.org",
         "pages https://example.org",
         "proxies 10.0.0.0/8, fc00::/7; X-Forwarded-For is believed from there",

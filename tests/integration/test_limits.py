@@ -17,6 +17,7 @@ from websockets.exceptions import InvalidStatus
 from relay import Plugin, Push
 from relay.transports.uvicorn_http import HEAD_MAX_BYTES, RelayHTTPProtocol
 from tests.support.client import TEXT, Client, RawSocket
+from tests.support.long_poll import Poller
 from tests.support.process import RelayProcess
 from tests.support.serving import Served, eventually, http_get, metric
 from tests.support.sse import Stream
@@ -140,10 +141,17 @@ class Door:
 
     def __init__(self, transport: str) -> None:
         self.is_stream = transport == "sse"
+        self.is_polled = transport == "longpoll"
 
     @asynccontextmanager
     async def connect(self, served: Served, **headers: str) -> AsyncIterator[Callable[[], Awaitable[object]]]:
         """Come in, and go at the end; what is yielded checks that the connection lives."""
+        if self.is_polled:
+            async with Poller.connect(served.ws, headers=headers) as poller:
+                yield poller.expect_alive
+                # Else the relay would wait for its next poll, for 1.5 windows.
+                served.relay.disconnect(poller.socket_id)
+            return
         if not self.is_stream:
             async with Client.connect(served.ws, additional_headers=headers) as client:
                 yield client.expect_alive
@@ -159,6 +167,10 @@ class Door:
 
     async def knock(self, served: Served, **headers: str) -> tuple[int, str, str]:
         """Be refused: status, Retry-After and reason. A stream that is to come back is answered 200, and ends."""
+        if self.is_polled:
+            async with Poller.connect(served.ws, headers=headers, opens=False) as poller:
+                answer = await poller.open()
+                return answer["status"], "", answer["reason"]
         if not self.is_stream:
             return await refusal(served, **headers)
         async with Stream.open(served.ws, "room:door", headers=headers) as stream:
@@ -172,20 +184,24 @@ class Door:
     async def refusal(self, served: Served, status: int, retry_after: str, **headers: str) -> str:
         """Be refused, with this answer to a WebSocket, and return the reason."""
         found = await self.knock(served, **headers)
-        is_temporary = self.is_stream and status in (429, 503)
-        assert found[:2] == ((200, "") if is_temporary else (status, retry_after))
+        is_temporary = status in (429, 503)
+        if self.is_polled:
+            status, retry_after = 500 if is_temporary else 403, ""
+        elif self.is_stream and is_temporary:
+            status, retry_after = 200, ""
+        assert found[:2] == (status, retry_after)
         return found[2]
 
 
-@pytest.fixture(params=["websocket", "sse"])
+@pytest.fixture(params=["websocket", "sse", "longpoll"])
 def door(request: pytest.FixtureRequest) -> Door:
-    """Both transports: the same limits hold for each, and for both together."""
+    """All transports: the same limits hold for each, and for all together."""
     return Door(request.param)
 
 
 @pytest.fixture
 def other_door(door: Door) -> Door:
-    return Door("websocket" if door.is_stream else "sse")
+    return Door("longpoll" if door.is_stream else "sse" if door.is_polled else "websocket")
 
 
 async def test_one_address_may_have_so_many_sockets(serve_relay: ServeRelay, door: Door, other_door: Door) -> None:
@@ -297,6 +313,14 @@ async def test_topics_of_one_socket_are_bounded(serve_relay: ServeRelay, connect
         async with Stream.open(served.ws, "a", "b", "c") as stream:
             assert (stream.status, await stream.body()) == (400, "expected at most 2 topics, got 3\n")
         return
+    if door.is_polled:
+        async with Poller.connect(served.ws) as poller:
+            for topic in ("a", "b"):
+                await poller.join(topic)
+            await poller.send("9", "9", "c", "phx_join", {})
+            refusal = {"status": "error", "response": {"reason": "too many channels joined"}}
+            assert await poller.receive() == ["9", "9", "c", "phx_reply", refusal]
+        return
     client = await connect(served)
     for topic in ("a", "b"):
         await client.join(topic)
@@ -317,6 +341,9 @@ async def test_outboxes_together_are_bounded(serve_relay: ServeRelay, door: Door
     async with AsyncExitStack() as stack:
         if door.is_stream:
             await stack.enter_async_context(Stream.open(served.ws, "room:1", receive_buffer=4096))
+        elif door.is_polled:
+            poller = await stack.enter_async_context(Poller.connect(served.ws))
+            await poller.send("1", "1", "room:1", "phx_join", {})
         else:
             slow = await stack.enter_async_context(RawSocket.connect(served.ws, receive_buffer=4096))
             await slow.send_frame(TEXT, b'["1","1","room:1","phx_join",{}]')
@@ -340,6 +367,25 @@ async def test_socket_that_joins_nothing_is_closed(serve_relay: ServeRelay, conn
     assert await counted(served, "no_join_in_time") == 1
     assert [await joined.receive(), await joined.receive()][0] == joined.reply(join_ref, "9", "room:1")
     await joined.expect_alive()
+
+
+async def test_long_polling_client_that_joins_nothing_is_closed(serve_relay: ServeRelay) -> None:
+    served = await serve_relay(limits={"first_join_timeout_s": 0.4})
+    async with Poller.connect(served.ws) as joined, Poller.connect(served.ws) as idle:
+        await joined.join("room:1")
+        await idle.expect_gone("no topic joined within 0.4 s")
+        await joined.expect_alive()
+    assert await counted(served, "no_join_in_time") == 1
+
+
+async def test_long_polling_client_is_idle_between_polls_alone(serve_relay: ServeRelay) -> None:
+    served = await serve_relay(limits={"idle_timeout_s": 0.5, "longpoll_window_s": 1.5})
+    async with Poller.connect(served.ws) as polling, Poller.connect(served.ws) as idle:
+        await polling.join("room:1")
+        assert (await polling.poll())["status"] == 204
+        await eventually(lambda: idle.socket_id not in served.relay.node.sockets, "the idle one to be closed")
+        assert polling.socket_id in served.relay.node.sockets
+    assert await counted(served, "idle") == 1
 
 
 @asynccontextmanager

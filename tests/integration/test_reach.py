@@ -1,6 +1,7 @@
 """Who reaches which route: hosts, forwarded headers and paths, over a real server, alone and mounted."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -254,18 +255,12 @@ async def test_socket_path_with_a_slash_joins() -> None:
         await client.join("room:1")
 
 
-async def test_long_poll_fallback_is_told_what_is_missing(caplog: pytest.LogCaptureFixture) -> None:
-    """phoenix.js with `longPollFallbackMs` asks there when the WebSocket does not open in time."""
+async def test_long_poll_path_with_slashes_opens_a_session() -> None:
     async with served_relay("/relay") as served:
-        for method in ("GET", "POST"):
-            status, body = await ask(
-                served.port, "/relay/socket//longpoll?vsn=2.0.0", "localhost", "Content-Length: 0", method=method
-            )
-            assert status == 404
-            assert "longPollFallbackMs" in body and "WebSocket" in body
-            assert "at /relay/socket/websocket;" in body
-        assert served.relay.metrics.refused["http: long polling"] == 2
-    assert len([record for record in caplog.records if "longPollFallbackMs" in record.message]) == 1
+        status, body = await ask(served.port, "/relay/socket//longpoll?vsn=2.0.0", "localhost")
+        assert (status, json.loads(body)["status"]) == (200, 410)
+        status, body = await ask(served.port, "/relay/socket/longpoll?vsn=2.0.0", "rebound.example")
+        assert (status, json.loads(body)["status"]) == (200, 403)
 
 
 # Pages of other servers on this machine.

@@ -13,21 +13,21 @@ from typing import Any, cast
 
 import httpx2 as httpx
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import Request
 from redis.asyncio import Redis
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware, RequestResponseEndpoint
 from starlette.middleware.gzip import GZipMiddleware
-from starlette.middleware.sessions import SessionMiddleware
 from starlette.responses import Response
 
-from relay import Join, Plugin, Refused, Relay, UpgradeRequest
+from relay import Join, Plugin, Refused, Relay
 from relay.transports.sse import SSETransport
 from tests.support.client import Client
 from tests.support.keys import SECRET, token
 from tests.support.process import RelayProcess, Valkey
 from tests.support.serving import Served, eventually, http_get, metric, serve
+from tests.support.session_app import log_in, session_app
 from tests.support.sse import Stream, StreamEvent
 
 Connect = Callable[..., Awaitable[Client]]
@@ -286,28 +286,9 @@ async def test_stream_ends_with_its_token(serve_streams: Serve, open_stream: Ope
 
 
 async def test_function_authenticates_streams_by_the_apps_session(direct: bool) -> None:
-    app = FastAPI()
-    app.add_middleware(SessionMiddleware, secret_key=SECRET)
-
-    @app.post("/login/{name}")
-    async def login(request: Request, name: str) -> None:
-        request.session["user"] = name
-
-    async def authenticate(request: UpgradeRequest) -> dict[str, str] | None:
-        name = request.session.get("user")
-        return {"sub": name} if name else None
-
-    relay = Relay(
-        broadcast_url="memory://",
-        system_topic=False,
-        authenticate=authenticate,
-        auth={"authenticated": [{"match": "user:{sub}", "rights": ["join"]}]},
-    )
-    relay.install(app, path="/relay")
+    app, relay = session_app()
     async with serve(relay, app=app, prefix="/relay", direct=direct, **server_of(direct)) as served:
-        async with httpx.AsyncClient(trust_env=False) as browser:
-            await browser.post(f"{served.http.removesuffix('/relay')}/login/ada")
-            cookie = {"Cookie": "; ".join(f"{name}={value}" for name, value in browser.cookies.items())}
+        cookie = await log_in(served, "ada")
         async with Stream.open(served.ws, "user:ada", headers=cookie) as stream:
             await relay.publish("user:ada", "hello", {})
             await stream.expect_event("hello", "{}")

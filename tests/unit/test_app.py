@@ -100,7 +100,7 @@ def test_relay_that_does_not_run_says_so() -> None:
         ("/socket/websocket", 426),
         ("/socket/sse", 400),
         ("/socket//sse/", 400),
-        ("/socket/longpoll", 404),
+        ("/socket/longpoll", 200),
         ("/socket", 404),
         ("/nothing", 404),
     ],
@@ -129,12 +129,15 @@ async def test_transport_that_is_not_listed_is_not_served() -> None:
         assert (await ask(relay, "/socket/sse")).status == 400
 
 
-async def test_long_polling_client_is_informed_where_the_websocket_is() -> None:
-    async with running(socket_paths=("/live",)) as relay:
+async def test_refused_long_poll_has_a_status_that_phoenix_js_knows() -> None:
+    """At any other in the JSON it stops working, and does not try again."""
+    async with running(transports=["websocket"], socket_paths=("/live",)) as relay:
         answer = await ask(relay, "/live/longpoll")
-        assert "at /live/websocket; take the option longPollFallbackMs out" in json.loads(answer.body)["detail"]
+        content = json.loads(answer.body)
+        assert (answer.status, content["status"]) == (404, 403)
+        assert "expected one of the relay's transports, websocket, got longpoll" in content["reason"]
         await ask(relay, "/live/websocket")
-        assert relay.metrics.refused == {"http: long polling": 1, "handshake: no upgrade": 1}
+        assert relay.metrics.refused == {"http: transport": 1, "handshake: no upgrade": 1}
 
 
 async def test_websocket_elsewhere_is_refused_with_the_paths_that_exist() -> None:

@@ -103,7 +103,7 @@ async def test_stream_is_a_socket_from_its_request_to_its_end(direct: bool) -> N
     async with running() as relay:
         client = stream(relay, direct=direct)
         await until(lambda: client.connection.events)
-        assert relay.node.state.sockets == {"direct": 0, "asgi": 0, "sse": 1}
+        assert relay.node.state.sockets == {"direct": 0, "asgi": 0, "sse": 1, "longpoll": 0}
         assert relay.topics == {"room:1": 1}
         await relay.publish("room:1", "e", {"a": 1})
         await until(lambda: len(client.connection.events) == 2)
@@ -175,11 +175,11 @@ async def test_socket_is_known_by_its_id_as_long_as_it_is_open() -> None:
         socket = relay.node.socket(one.id)
         assert socket is not None
         assert socket.write_mode == "asgi"
-        assert relay.node.state.sockets == {"direct": 1, "asgi": 1, "sse": 0}
+        assert relay.node.state.sockets == {"direct": 1, "asgi": 1, "sse": 0, "longpoll": 0}
         assert socket.id.rpartition("-")[0] == two.id.rpartition("-")[0], "ids of one node have its part in common"
         await one.leave()
         assert relay.node.socket(socket.id) is None
-        assert relay.node.state.sockets == {"direct": 1, "asgi": 0, "sse": 0}
+        assert relay.node.state.sockets == {"direct": 1, "asgi": 0, "sse": 0, "longpoll": 0}
         await two.leave()
 
 

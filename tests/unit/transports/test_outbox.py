@@ -13,7 +13,7 @@ from relay.metrics import Metrics
 from relay.protocol.frame import Frame
 from relay.protocol.payload import classify_payload
 from relay.protocol.serializer import POSITION_EVENT, Version, encode_broadcast
-from relay.transports.outbox import ENTRY_BYTES, RECOVER_BYTES, Outbox, OutboxBudget
+from relay.transports.outbox import ENTRY_BYTES, RECOVER_BYTES, Entry, Outbox, OutboxBudget
 
 DISCONNECT = Policy(Overflow.DISCONNECT)
 DROP_OLDEST = Policy(Overflow.DROP_OLDEST)
@@ -438,3 +438,40 @@ def test_every_event_is_sent_waiting_or_counted_and_the_bound_holds(steps: list[
     for kind in "ctv":
         order = [int(text[1:]) for text in sent if text[0] == kind]
         assert order == sorted(order)
+
+
+# Taking several at once.
+
+
+def texts(entries: tuple[Entry, ...]) -> list[str]:
+    return [entry.frame.text.rstrip(".") for entry in entries]
+
+
+def test_as_many_are_taken_as_fit_and_one_at_least() -> None:
+    outbox = Outbox(1000)
+    for text in "123":
+        outbox.add_event(frame(text, 100), "t", "e", DISCONNECT)
+    assert texts(outbox.take(250)) == ["1", "2"]
+    assert texts(outbox.take(50)) == ["3"]
+    assert outbox.take(50) == ()
+    assert outbox.waiting_bytes == 0
+
+
+def test_notices_are_taken_in_their_places() -> None:
+    outbox = telling(20)
+    for text in "123":
+        outbox.add_event(frame(text, 10), "t", "e", TELLING)
+    assert texts(outbox.take(1000)) == ["t dropped 1", "2", "3"]
+
+
+def test_what_is_put_back_comes_first_and_counts() -> None:
+    metrics = Metrics()
+    outbox = Outbox(1000, OutboxBudget(0, metrics))
+    outbox.add_control(frame("reply", 10))
+    outbox.add_event(frame("1", 100), "t", "e", LATEST)
+    taken = outbox.take(1000)
+    outbox.add_event(frame("2", 100), "t", "e", LATEST)
+    outbox.put_back(taken)
+    assert (outbox.control_bytes, outbox.event_bytes, metrics.outbox_bytes) == (10, 200, 210)
+    assert drain(outbox) == ["reply", "1", "2"]
+    assert metrics.outbox_bytes == 0
