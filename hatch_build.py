@@ -6,9 +6,10 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 
 class BrowserClient(BuildHookInterface):
-    """Add ``relay.js``, but not to an editable install, where a second ``relay/`` would hide the real one."""
+    """Add its modules, but not to an editable install, where a second ``relay/`` would hide the real one."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatchling before each build; ``version`` is ``standard`` or ``editable``."""
         if version == "standard":
-            build_data["force_include"]["clients/browser/relay.js"] = "relay/web/static/relay.js"
+            for name in ("relay.js", "presence.js"):
+                build_data["force_include"][f"clients/browser/{name}"] = f"relay/web/static/{name}"

@@ -349,6 +349,7 @@ export class Channel {
     else if (event === "phx_close") this.#close(payload);
     else if (event === "phx_error") this.#fail(payload);
     else if (!this.#history) this.#give(message);
+    else if (event.startsWith("presence_")) this.#trigger(event, payload); // not held
     else if (this.isJoined()) this.#locate(message);
   }
 

@@ -33,23 +33,30 @@ def test_it_is_under_7_kb_gzipped() -> None:
     assert len(gzip.compress((DIRECTORY / "relay.js").read_bytes(), 9, mtime=0)) < 7000
 
 
-def test_it_is_one_module_without_dependencies() -> None:
+def test_presence_is_under_1_5_kb_gzipped() -> None:
+    assert len(gzip.compress((DIRECTORY / "presence.js").read_bytes(), 9, mtime=0)) < 1500
+
+
+def test_its_modules_have_no_dependencies() -> None:
     package = json.loads((DIRECTORY / "package.json").read_text("utf-8"))
     assert {"dependencies", "peerDependencies"} & package.keys() == set()
-    assert not re.search(r"^import\b|\bimport\(|\brequire\(", (DIRECTORY / "relay.js").read_text("utf-8"), re.MULTILINE)
+    for name in ("relay.js", "presence.js"):
+        text = (DIRECTORY / name).read_text("utf-8")
+        assert not re.search(r"^import\b|\bimport\(|\brequire\(", text, re.MULTILINE), name
     assert all((DIRECTORY / name).exists() for name in package["files"])
 
 
-@pytest.mark.parametrize("name", ["Socket", "Channel", "Push", "PushError", "encode", "decode"])
+@pytest.mark.parametrize("name", ["Socket", "Channel", "Push", "PushError", "encode", "decode", "Presence"])
 def test_declaration_names_what_the_module_exports(name: str) -> None:
     pattern = rf"^export (class|function) {name}\b"
-    for file in ("relay.js", "relay.d.ts"):
+    for file in ("presence.js", "presence.d.ts") if name == "Presence" else ("relay.js", "relay.d.ts"):
         assert re.search(pattern, (DIRECTORY / file).read_text("utf-8"), re.MULTILINE), file
 
 
 def test_declaration_is_what_typescript_understands_and_refuses_mistakes(tmp_path: Path) -> None:
     need_node()
-    compile_typescript(tmp_path, SCRIPTS / "types" / "client.ts", client=DIRECTORY / "relay.d.ts")
+    modules = {"client": DIRECTORY / "relay.d.ts", "presence": DIRECTORY / "presence.d.ts"}
+    compile_typescript(tmp_path, SCRIPTS / "types" / "client.ts", **modules)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The official `Presence` class of phoenix.js, in Node."""
+"""The official `Presence` class of phoenix.js, and that of the browser client, in Node."""
 
 import asyncio
 
@@ -12,8 +12,18 @@ from tests.support.process import Valkey
 from tests.support.serving import serve
 
 
-@pytest.mark.parametrize("client", ["phoenix-1.8", "phoenix-1.7", "phoenix-1.6", "relay"])
-async def test_official_presence_class_works(client: str, valkey: Valkey) -> None:
+@pytest.mark.parametrize(
+    ("client", "presence"),
+    [
+        ("phoenix-1.8", "phoenix-1.8"),
+        ("phoenix-1.7", "phoenix-1.7"),
+        ("phoenix-1.6", "phoenix-1.6"),
+        ("relay", "phoenix-1.8"),
+        ("phoenix-1.8", "relay"),
+        ("relay", "relay"),
+    ],
+)
+async def test_official_presence_class_works(client: str, presence: str, valkey: Valkey) -> None:
     """Lists, callbacks, tabs, updates and rejoins, as ``presence-node.mjs`` lists them."""
     need_node()
     plugin = Plugin("status")
@@ -40,4 +50,4 @@ async def test_official_presence_class_works(client: str, valkey: Valkey) -> Non
         system_topic=False,
     )
     async with serve(relay) as served:
-        await asyncio.to_thread(run_checks, "presence-node.mjs", client, served.ws)
+        await asyncio.to_thread(run_checks, "presence-node.mjs", client, presence, served.ws)

@@ -201,6 +201,8 @@ async def test_page_and_browser_client_are_served(relay: RelayProcess) -> None:
     status, client = await http_get(f"{relay.http}/static/relay.js")
     assert status == 200
     assert "export" in client
+    status, presence = await http_get(f"{relay.http}/static/presence.js")
+    assert (status, "export class Presence" in presence) == (200, True)
     assert (await http_get(f"{relay.http}/static/nothing.js"))[0] == 404
     assert (await http_get(f"{relay.http}/nothing"))[0] == 404
 

@@ -1,16 +1,17 @@
-// The official Presence class of the published phoenix client against a relay, in Node over `ws`.
-//   node presence-node.mjs <alias of the phoenix package, or relay> <socket url>
-// With `relay`, Presence is that of phoenix 1.8, on the relay's own client. The relay authenticates by the param `user`,
+// The Presence classes of the published phoenix client and of the relay's own against a relay, in Node over `ws`.
+//   node presence-node.mjs <whose client> <whose Presence> <socket url>
+// Each is the alias of a phoenix package, or `relay`. The relay authenticates by the param `user`,
 // and its plugin lists a user under a new status when it pushes `status`.
 
 import WebSocket from "ws"
 import { check, equal, failures, within } from "./report.mjs"
 
-const [alias, url] = process.argv.slice(2)
-const phoenix = await import(alias === "relay" ? "phoenix-1.8" : alias)
-const Presence = phoenix.Presence ?? phoenix.default.Presence
-const client = alias === "relay" ? await import("../../clients/browser/relay.js") : phoenix
+const [clientAlias, presenceAlias, url] = process.argv.slice(2)
+const load = (alias, own) => import(alias === "relay" ? `../../clients/browser/${own}.js` : alias)
+const client = await load(clientAlias, "relay")
 const Socket = client.Socket ?? client.default.Socket
+const members = await load(presenceAlias, "presence")
+const Presence = members.Presence ?? members.default.Presence
 
 const TOPIC = "room:presence"
 

@@ -234,3 +234,17 @@ test("a channel that does not recover asks for nothing and is given payloads as 
   send({ _position: "mine" });
   assert.deepEqual(seen, [[{ _position: "mine" }, undefined]]);
 });
+
+test("events about members are not held back by a full queue", async () => {
+  const made = channel();
+  accept({ _position: "1-1", recovered: false });
+  const got = [];
+  for (const event of ["presence_state", "presence_diff", "presence_count"]) made.on(event, () => got.push(event));
+  const stream = made.events({ limit: 1 });
+  for (const position of ["1-2", "1-3", "1-4"]) send({ _position: position });
+  send({ joins: {}, leaves: {} }, "presence_diff");
+  send({}, "presence_state");
+  assert.deepEqual(got, ["presence_diff", "presence_state"]);
+  assert.equal((await stream.next()).value.position, "1-2");
+  assert.equal(stream.lost, 0);
+});

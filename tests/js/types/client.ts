@@ -1,5 +1,6 @@
 // The relay's client as its README has it, and what its types must refuse: compiled with tsc --strict.
 import { Channel, decode, encode, type ChannelEvent, type Message, Push, PushError, Socket } from "client"
+import { Presence } from "presence"
 
 const socket = new Socket("socket", { authToken: () => undefined, params: { a: { b: 1 } } })
 socket.connect()
@@ -25,6 +26,12 @@ console.log(first.done, stream.lost, room.isJoined() && room.canPush())
 const message: Message = decode(encode({ join_ref: null, ref: "1", topic: "t", event: "e", payload: {} }))
 console.log(message.join_ref)
 socket.off([socket.onOpen(() => {}), socket.onMessage(({ topic }) => console.log(topic))])
+
+const presence = new Presence(room)
+presence.onJoin((key, current, joined) => console.log(key, current?.metas.length, joined.metas[0].user))
+presence.onLeave((key, current, left) => console.log(key, current.metas.length, left.metas[0].meta.name))
+const names: string[] = presence.list((key, { metas: [first] }) => first.user ?? key)
+console.log(names, presence.count + 1, presence.state.ada?.metas, presence.inPendingSyncState())
 
 // @ts-expect-error: no such option
 new Socket("socket", { heartbeatMs: 1 })
