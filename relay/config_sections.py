@@ -212,6 +212,9 @@ class LimitsConfig(Table):
     history_ring_max_bytes: Positive = Field(
         67_108_864, description="bytes of recent events of all histories that one process keeps in memory"
     )
+    presence_per_s: OrOff = Field(
+        10, description="changes per second of what plugins list of one socket; more are held back; 0: no limit"
+    )
     presence_meta_max_bytes: Positive = Field(1024, description="bytes of what a client says of itself, for presence")
     presence_state_max_bytes: Positive = Field(
         1_048_576, description="bytes of all that is said of a topic's members; with more, only their number is sent"

@@ -117,6 +117,10 @@ class Metrics:
     """Members that this process lists now."""
     presence_diffs: int = 0
     """Differences of members that were sent to subscribers."""
+    presence_held_back: int = 0
+    """Changes of a socket's presence over its rate, which were made later, or given up for a newer one."""
+    presence_counted: int = 0
+    """Times a topic had too many members to list, so that its subscribers were sent their number from then on."""
     presence_heals: Counter[str] = field(default_factory=Counter)
     """Times the members of another node were read again, because what was known of them was wrong, by cause."""
     presence_ghosts_removed: int = 0

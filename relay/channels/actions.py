@@ -67,22 +67,27 @@ class ChannelActions:
         send = partial(pubsub.broadcast, self._channel.topic, event, hooks.to_payload(payload), skip)
         return pubsub.start_call(send)
 
-    def track(self, key: str, meta: object) -> None:
+    def track(self, key: str, meta: object, is_update: bool = False) -> None:
         services, topic = self._socket.services, self._channel.topic
         if services.presence is None or not services.config.topic(topic).presence:
             raise ValueError(f"topic {topic!r} has no presence; expected presence in its [[topics]]")
         cleaned = services.presence.check(key, bytes(hooks.to_payload(meta)))
-        services.pubsub.call_in_loop(partial(self._track, key, cleaned))
+        services.pubsub.call_in_loop(partial(self._track, key, cleaned, is_update))
 
-    def _track(self, key: str, meta: bytes) -> None:
+    def _track(self, key: str, meta: bytes, is_update: bool) -> None:
         services, channel = self._socket.services, self._channel
         if services.presence is not None and channel.is_current:
-            services.presence.track(channel, key, meta)
+            services.presence.track_later(channel, key, meta, is_update=is_update)
 
     def untrack(self, key: str | None) -> None:
         services = self._socket.services
         if services.presence is not None:
-            services.pubsub.call_in_loop(partial(services.presence.untrack, self._channel, key))
+            services.pubsub.call_in_loop(partial(self._untrack, key))
+
+    def _untrack(self, key: str | None) -> None:
+        services, channel = self._socket.services, self._channel
+        if services.presence is not None and channel.is_current:
+            services.presence.untrack_later(channel, key)
 
 
 class ChannelPushActions(ChannelActions):

@@ -44,6 +44,9 @@ from relay.protocol.state import ChannelsProtocol, Join, Leave, Push, Subscripti
 from relay.tracing import Trace
 from relay.transports.base import Transport
 
+_COUNTED = {"presence": "count"}
+"""What a join's reply says where the client is sent the number of members, not the members."""
+
 
 @dataclass(frozen=True, slots=True)
 class Services:
@@ -256,6 +259,8 @@ class Channel(Subscription):
             join.replaces.replay.stop()
         if recovery is not None:
             response = add_members(response, recovery.response)
+        if meta is not None and services.presence is not None and services.presence.is_counted(topic):
+            response = add_members(response, _COUNTED)
         for frame in socket.protocol.accept(join, response):
             socket.transport.send_control(frame)
         services.hub.add(topic, socket, recovery is not None)

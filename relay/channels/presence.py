@@ -11,10 +11,12 @@ read again, and the subscribers are sent the difference. So a lost message heals
 import asyncio
 import secrets
 from collections.abc import Callable, Coroutine
+from functools import partial
 
 import msgspec
 
 from relay.brokers.base import Lease, OwnChange, PresenceStore
+from relay.channels.presence_limit import ChangeLimiter
 from relay.channels.presence_topic import WINDOW_S, PresenceTopic, Watcher, count_members
 from relay.config import Config
 from relay.errors import BusUnavailable
@@ -90,6 +92,7 @@ class Presence:
         # Whether what is known of other nodes is as new as their last messages.
         self._could_renew = False
         self._tasks: list[asyncio.Task[None]] = []
+        self._limiter = ChangeLimiter(config.limits.presence_per_s, metrics)
 
     def start(self) -> None:
         """Begin to exchange members with other nodes."""
@@ -97,6 +100,7 @@ class Presence:
 
     async def stop(self) -> None:
         """Let the other nodes know that no member is left here."""
+        self._limiter.stop()
         for topic in self._topics.values():
             if topic.timer is not None:
                 topic.timer.cancel()
@@ -119,6 +123,28 @@ class Presence:
         refs[key] = member.ref
         gone = {previous: topic.members[previous]} if previous else {}
         self._change_own(topic, Difference({member.ref: member}, gone))
+
+    def track_later(self, channel: Watcher, key: str, meta: bytes, *, is_update: bool = False) -> None:
+        """The same on behalf of a plugin, within the rate of the socket.
+
+        Args: is_update: nothing is done where the channel is not listed under the key.
+        """
+        is_first = not is_update and not self._refs(channel)
+
+        def change() -> None:
+            if not is_update or key in self._refs(channel):
+                self.track(channel, key, meta)
+
+        self._limiter.run(channel, key, change, is_first=is_first)
+
+    def untrack_later(self, channel: Watcher, key: str | None) -> None:
+        """List a channel no more under a key, or under any, within the rate of the socket."""
+        self._limiter.run(channel, key, partial(self.untrack, channel, key))
+
+    def _refs(self, channel: Watcher) -> dict[str, str]:
+        """What a channel is listed under: refs by key."""
+        topic = self._topics.get(channel.topic)
+        return {} if topic is None else topic.tracked.get(channel, {})
 
     def check(self, key: str, meta: bytes) -> bytes:
         """Check what a member is to be listed under and what is said of it; returns the latter without reserved names.
@@ -166,8 +192,14 @@ class Presence:
         topic.watchers[channel] = topic.newcomers[channel] = None
         topic.changed()
 
+    def is_counted(self, name: str) -> bool:
+        """Whether the subscribers of a topic are sent the number of its members, not the members."""
+        topic = self._topics.get(name)
+        return self._config.topic(name).presence == "count" or (topic is not None and topic.is_counted)
+
     def unwatch(self, channel: Watcher) -> None:
         """Send it nothing more, and list it no more: its subscription has ended."""
+        self._limiter.forget(channel)
         self.untrack(channel)
         topic = self._topics.get(channel.topic)
         if topic is None:

@@ -142,6 +142,8 @@ class PresenceTopic:
     def _show_count(self, members: Members, now: float) -> None:
         if not self.is_counted:
             self.is_counted, self.shown_count = True, -1
+            if self.settings.presence != "count":
+                self._metrics.presence_counted += 1
             self.shown.clear()
             self.leaves_due.clear()
         if self.loading:

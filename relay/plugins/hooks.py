@@ -162,8 +162,8 @@ class TopicActions(Protocol):
     def broadcast(self, event: str, payload: object, to_all: bool) -> Awaitable[None]:
         """Send an event to the topic's subscribers, with or without the client itself."""
 
-    def track(self, key: str, meta: object) -> None:
-        """List the subscription as a member of the topic."""
+    def track(self, key: str, meta: object, is_update: bool = False) -> None:
+        """List the subscription as a member of the topic, or, with ``is_update``, change what is said of it."""
 
     def untrack(self, key: str | None) -> None:
         """List it no more."""
@@ -213,6 +213,30 @@ class _WithActions:
         return self._actions.broadcast(event, payload, False)
 
 
+class _WithPresence(_WithActions):
+    """A subscription that is in force, as others may see it."""
+
+    __slots__ = ()
+
+    def track(self, key: str, meta: object) -> None:
+        """List the subscription as a member of the topic, under a key; or change what is said of it there.
+
+        It has no effect once the subscription has ended, as its listing does then. ``meta`` is an object for JSON.
+        Changes over ``limits.presence_per_s`` are held back; of those under one key the newest is made.
+
+        Raises: ValueError: the topic has no presence, an invalid key or meta; TypeError: not JSON-serializable.
+        """
+        self._actions.track(key, meta)
+
+    def update(self, key: str, meta: object) -> None:
+        """Change what is said of it under a key; no effect if it is not listed there. Raises as `track`."""
+        self._actions.track(key, meta, True)
+
+    def untrack(self, key: str | None = None) -> None:
+        """List it no more under a key, or under any."""
+        self._actions.untrack(key)
+
+
 class Join(_WithUser, _WithActions, _WithPayload):
     """A join; ``payload`` is its params: in phoenix.js the second argument of ``socket.channel``."""
 
@@ -235,23 +259,10 @@ class Join(_WithUser, _WithActions, _WithPayload):
         """What for."""
 
 
-class Joined(Join):
+class Joined(_WithPresence, Join):
     """A join that was accepted, and from then on the subscription; may be kept, and used in a thread."""
 
     __slots__ = ()
-
-    def track(self, key: str, meta: object) -> None:
-        """List the subscription as a member of the topic, under a key; or change what is said of it there.
-
-        It has no effect once the subscription has ended, as its listing does then. ``meta`` is an object for JSON.
-
-        Raises: ValueError: the topic has no presence, an invalid key or meta; TypeError: not JSON-serializable.
-        """
-        self._actions.track(key, meta)
-
-    def untrack(self, key: str | None = None) -> None:
-        """List it no more under a key, or under any."""
-        self._actions.untrack(key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +277,7 @@ class Leave(_WithUser, _WithActions):
     _actions: TopicActions = field(default=_NO_ACTIONS, repr=False, compare=False)
 
 
-class Push(_WithUser, _WithActions, _WithPayload):
+class Push(_WithUser, _WithPresence, _WithPayload):
     """A push of a client on a topic that it has joined. Attributes and methods may be used in a thread."""
 
     __slots__ = ("_actions", "_identity", "event", "forwarded", "replied", "socket", "topic")

@@ -209,6 +209,8 @@ METRIC_SPECS: tuple[MetricSpec, ...] = (
     _counter("history_lost", "Times missing events were not in the history either, so that subscribers had to rejoin."),
     MetricSpec("relay_presence_members", "gauge", "Members that are listed now.", (), _of("presence_members")),
     _counter("presence_diffs", "Differences of presence that were sent to subscribers."),
+    _counter("presence_held_back", "Changes of a socket's presence over `limits.presence_per_s`, made later."),
+    _counter("presence_counted", "Times a topic had too many members to list, so that only their number is sent."),
     _counter("presence_heals", "Times the members of another node were read again, by cause.", "cause"),
     _counter("presence_ghosts_removed", "Members removed because their node was dead."),
     _counter("presence_leases_lost", "Times this worker announced its members again, because its lease had ended."),

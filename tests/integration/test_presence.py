@@ -11,7 +11,7 @@ import jwt
 import pytest
 from redis.asyncio import Redis
 
-from relay import Joined, Leave, Relay
+from relay import Joined, Leave, Push, Relay
 from relay.plugins import Plugin
 from tests.support.client import Client
 from tests.support.process import Valkey
@@ -220,13 +220,20 @@ async def test_only_the_number_is_told(serve_relay: ServeRelay, enter: Any, topi
     assert all(person.state is None for person in people)
 
 
-async def test_too_many_members_are_counted(serve_relay: ServeRelay, enter: Any, topic: str, valkey: Valkey) -> None:
+async def test_too_many_members_are_counted(
+    serve_relay: ServeRelay, enter: Any, connect: Connect, topic: str, valkey: Valkey
+) -> None:
     shared = settings("redis", valkey) | {"topics": [{"match": "room:*", "presence": True, "presence_max": 10}]}
     served = await serve_relay(**shared)
     people = [await enter(served, topic) for _ in range(10)]
     await eventually(lambda: all(len(person.keys) == 10 for person in people), "all")
     people.append(await enter(served, topic))
     await eventually(lambda: all(person.count == 11 for person in people), "the number")
+    assert served.relay.metrics.presence_counted == 1
+    other = await connect(served)
+    await other.send("1", "1", topic, "phx_join", {})
+    assert await other.receive() == other.reply("1", "1", topic, response={"presence": "count"})
+    await other.send("1", "2", topic, "phx_leave", {})
     for person in people[:3]:
         await person.leave()
     await eventually(lambda: all(len(person.keys) == 8 for person in people[3:]), "the members again")
@@ -367,6 +374,40 @@ async def test_plugin_lists_members_and_changes_them(
         await one.expect()
 
 
+async def test_push_changes_how_its_client_is_listed(
+    serve_relay: ServeRelay, enter: Any, topic: str, valkey: Valkey
+) -> None:
+    """More often than the limit allows: the last status is the one that stays."""
+    plugin = Plugin("status")
+
+    @plugin.on_push("room:*", "status")
+    def change(push: Push) -> None:  # in a thread
+        push.update("nobody", {})
+        push.track(push.socket.id, {"status": push.payload})
+
+    @plugin.on_push("room:*", "hide")
+    async def hide(push: Push) -> None:
+        push.untrack()
+
+    relay = Relay(extra_plugins=(plugin,), system_topic=False, **settings("redis", valkey))
+    async with serve(relay) as own:
+        one, two = await enter(own, topic), await enter(own, topic)
+        await eventually(lambda: len(one.keys) == len(two.keys) == 2, "both")
+        (key,) = one.joined
+        for number in range(40):
+            await two.client.send(None, None, topic, "status", number)
+
+        def status(person: Person) -> list[Any]:
+            return [] if person.state is None else [meta.get("status") for meta in person.state[key].values()]
+
+        await eventually(lambda: status(one) == status(two) == [39], "the last status")
+        assert one.left == []
+        assert own.relay.metrics.presence_held_back > 0
+        assert set(await relay.presence(topic)) == one.keys
+        await two.client.send(None, None, topic, "hide", {})
+        await eventually(lambda: key not in one.keys, "the end of the listing")
+
+
 async def test_rights_decide_on_presence(serve_relay: ServeRelay, connect: Connect, topic: str, valkey: Valkey) -> None:
     """Without the right a client is not listed, and is not sent the members."""
     grants = [{"match": "room:*", "rights": ["join", "push"]}]
@@ -407,9 +448,10 @@ async def test_what_others_write_into_redis_harms_nobody(
         now = (await redis.time())[0] * 1000
         for wrong in (b"", b"{}", b"\xff", b'{"node":"x","number":1,"changes":[["t",[],[1]]]}', b"[]", b"1" * 9999):
             await redis.publish("relay:presence", wrong)
-        members: Any = {"a": "no JSON", b"\xff": "[1]", "b": '["there",{},""]'}
+        wrong_members = {"c": '["constructor",{},""]', "d": '["number",1,""]'}
+        members: Any = {"a": "no JSON", b"\xff": "[1]", "b": '["there",{},""]', **wrong_members}
         await redis.hset(f"presence:{topic}|{node}", mapping=members)
-        joins = [["not hex", "ghost", {}, ""]]
+        joins = [["not hex", "ghost", {}, ""], ["f1", "__proto__", {}, ""], ["f2", "list", [], ""]]
         changes = [[topic, joins, []]]
         await redis.publish("relay:presence", json.dumps({"node": node, "number": 1, "changes": changes}))
         digests = {topic: [1, 5]}
@@ -418,6 +460,8 @@ async def test_what_others_write_into_redis_harms_nobody(
         await redis.zadd("presence:nodes", leases)
         try:
             await eventually(lambda: "there" in one.keys, "what can be read")
+            assert not {"__proto__", "constructor", "list", "number"} & one.keys
+            assert served.relay.metrics.dropped["presence message not understood"] == 6
             assert served.relay.node.link.live
             assert served.relay.metrics.gaps == 0
         finally:

@@ -23,6 +23,7 @@ from relay.plugins.hooks import (
     Hooks,
     HookTable,
     Join,
+    Joined,
     Leave,
     Push,
     PushActions,
@@ -159,17 +160,18 @@ class Pushed:
     def __init__(self) -> None:
         self.replies: list[tuple[str, object]] = []
         self.broadcasts: list[tuple[str, object, bool]] = []
+        self.listings: list[object] = []
         self.push = Push(SOCKET, "room:1", "say", raw("{}"), self)
 
     @property
     def relay(self) -> str:
         return "the relay"
 
-    def track(self, key: str, meta: object) -> None:
-        raise AssertionError("a push lists nothing")
+    def track(self, key: str, meta: object, is_update: bool = False) -> None:
+        self.listings.append((key, meta, is_update))
 
     def untrack(self, key: str | None) -> None:
-        raise AssertionError("a push lists nothing")
+        self.listings.append(key)
 
     def reply(self, status: str, response: object) -> None:
         self.replies.append((status, response))
@@ -177,6 +179,17 @@ class Pushed:
     def broadcast(self, event: str, payload: object, to_all: bool) -> Awaitable[None]:
         self.broadcasts.append((event, payload, to_all))
         return asyncio.sleep(0)
+
+
+def test_push_and_accepted_join_change_how_the_subscription_is_listed() -> None:
+    actions = Pushed()
+    for it in (actions.push, Joined(SOCKET, "room:1", raw("{}"), None, actions)):
+        it.track("ada", {"a": 1})
+        it.update("ada", {"a": 2})
+        it.untrack("ada")
+        it.untrack()
+        assert actions.listings == [("ada", {"a": 1}, False), ("ada", {"a": 2}, True), "ada", None]
+        actions.listings.clear()
 
 
 def test_push_is_forwarded_and_not_answered_until_a_handler_says_otherwise() -> None:
