@@ -47,7 +47,7 @@ async def ask(client: Client, join_ref: str, topic: str, event: str, payload: An
 
 @pytest.mark.parametrize(
     ("path", "lines_max"),
-    [("chat/__init__.py", 79), ("aircraft/__init__.py", 79), ("node-plugin/plugin.js", 40)],
+    [("chat/__init__.py", 109), ("aircraft/__init__.py", 79), ("node-plugin/plugin.js", 40)],
 )
 def test_an_example_is_short(path: str, lines_max: int) -> None:
     """Blank lines, comments and docstrings counted."""
@@ -143,8 +143,26 @@ async def test_chat_tells_everybody_what_one_says_and_answers(examples: RelayPro
         status, response = await ask(ada, "1", "chat:e", "new_msg", {"text": " Hello "})
         assert status == "ok"
         told = {"nick": "Ada", "text": "Hello", "at": response["at"]}
-        await grace.expect_event("chat:e", "new_msg", told)
+        while (message := await grace.receive())[3].startswith("presence_"):
+            pass
+        assert message == [None, None, "chat:e", "new_msg", told]
         assert await hear() == ("from:chat:e:new_msg", b'{"text": " Hello "}'), "backends hear it as it was pushed"
+
+
+async def test_chat_lists_members_and_who_is_typing(examples: RelayProcess) -> None:
+    async with Client.connect(examples.ws) as ada, Client.connect(examples.ws) as grace:
+        for client, nick in ((ada, "__proto__"), (grace, "Grace")):  # a nick may have any name
+            assert (await ask(client, "1", "chat:f", "phx_join", {"nick": nick}))[0] == "ok"
+        payloads: tuple[Any, ...] = ({"typing": 1}, [], {"typing": True})
+        for payload in payloads:
+            assert await ask(ada, "1", "chat:f", "typing", payload) == ("ok", {})
+        seen: dict[str, bool] = {}
+        async with asyncio.timeout(20):
+            while seen != {"__proto__": True, "Grace": False}:
+                _, _, _, event, payload = await grace.receive()
+                if event.startswith("presence_"):
+                    for entry in payload.get("joins", payload).values():
+                        seen |= {meta["nick"]: meta["typing"] for meta in entry["metas"]}
 
 
 # The aircraft.
@@ -236,7 +254,8 @@ def test_a_page_works_in_a_browser(valkey: Valkey, tmp_path: Path, name: str, fl
 @pytest.mark.parametrize("name", ["chat", "aircraft"])
 async def test_a_page_works_in_a_relay_that_is_mounted(valkey: Valkey, tmp_path: Path, name: str) -> None:
     need_browser()
-    relay = Relay(redis_url=valkey.url, plugins={"paths": [EXAMPLES]})
+    topics = [{"match": "chat:*", "presence": "plugin"}]
+    relay = Relay(redis_url=valkey.url, plugins={"paths": [EXAMPLES]}, topics=topics)
     app = FastAPI()
     relay.install(app, "/live/relay")
     async with serve(relay, app=app, prefix="/live/relay") as served:
@@ -245,8 +264,8 @@ async def test_a_page_works_in_a_relay_that_is_mounted(valkey: Valkey, tmp_path:
 
 
 def kept_picture(tmp_path: Path, name: str) -> Path:
-    """Where a picture goes; RELAY_TESTS_SCREENSHOTS names a directory that keeps them."""
-    directory = Path(os.environ.get("RELAY_TESTS_SCREENSHOTS") or tmp_path).resolve()
+    """Where a picture goes; TESTS_SCREENSHOTS names a directory that keeps them."""
+    directory = Path(os.environ.get("TESTS_SCREENSHOTS") or tmp_path).resolve()
     directory.mkdir(parents=True, exist_ok=True)
     return directory / f"example-{name}.png"
 

@@ -9,7 +9,7 @@ const number = (flag, otherwise) => Number(flags.find(f => f.startsWith(`--${fla
 const looks = { dark: flags.includes("--dark"), width: number("width", 1280), height: number("height", 800) }
 const publish = (redis_channel, payload) => say({ waiting: redis_channel, publish: [{ redis_channel, payload }] })
 
-const until = (page, what, condition, ...args) => within(page.waitForFunction(condition, {}, ...args), what)
+const until = (page, what, condition, ...args) => within(page.waitForFunction(condition, { polling: 100 }, ...args), what) // also behind other pages
 const isShown = text => document.querySelector("#messages").textContent.includes(text)
 
 async function chat(page) {
@@ -34,6 +34,33 @@ async function chat(page) {
   await check("what another says is shown", async () => {
     publish("to:chat:lobby:new_msg", JSON.stringify({ nick: "Grace", text: "Good morning", at: "2026-05-04T09:30:00Z" }))
     await until(page, "the other's message", isShown, "GraceGood morning")
+  })
+
+  await check("who is here, and who is typing", async () => {
+    const other = await page.browser().newPage()
+    await other.goto(`${origin}/api/chat/`)
+    await other.type("#nick", "Grace")
+    await other.click("#enter button")
+    await within(other.waitForSelector("#say:not([hidden])"), "the room")
+    const both = nick => [...document.querySelectorAll("#members li")].map(li => li.textContent).join() === `${nick},Grace`
+    for (const visitor of [page, other]) await until(visitor, "both", both, nick)
+    await other.type("#text", "Good")
+    const says = text => document.querySelector("#typing").textContent === text
+    await page.bringToFront()
+    await until(page, "that Grace is typing", says, "Grace is typing…")
+    await until(other, "nothing of oneself", says, "")
+    await page.screenshot({ path: screenshot.replace(".png", "-typing.png") })
+    await until(page, "that she is not any more", says, "")
+    await other.bringToFront()
+    await other.type("#text", "!")
+    await until(page, "that she is again", says, "Grace is typing…")
+    await other.click("#say button")
+    await page.bringToFront()
+    await until(page, "what she has written", isShown, "Good!")
+    await until(page, "that she is not any more", says, "")
+    await other.close()
+    const alone = nick => [...document.querySelectorAll("#members li")].map(li => li.textContent).join() === nick
+    await until(page, "her leave", alone, nick)
   })
 
   await check("nothing said is nothing sent", async () => {

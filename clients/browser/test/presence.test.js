@@ -93,7 +93,7 @@ test("a difference of an earlier join is forgotten", () => {
   assert.deepEqual(keys(), ["ada 1"]);
 });
 
-test("a number in place of a list: nobody is said to leave", () => {
+test("a number in place of a list: onLeave is not called", () => {
   state({ ada: entry("1") });
   seen.length = 0;
   channel.receive("presence_count", { count: 1001 });

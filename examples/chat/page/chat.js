@@ -1,14 +1,19 @@
 /** The page of the chat: one socket, and one channel for the room one is in. The room is the address's `#hash`. */
 
+import { Presence } from "../../static/presence.js";
 import { Socket } from "../../static/relay.js";
 
 const KEPT_MAX = 500; // messages shown
+const TYPING_MS = 3000; // from the last key until one is said to type no more
 const HUES = 8; // hue-0 to hue-7 in chat.css
 
 const byId = (id) => document.getElementById(id);
 const socket = new Socket("../../socket");
 let channel = null;
+let presence = null;
 let me = "";
+let amTyping = false; // as the relay knows it
+let typingTimer;
 
 function showState(state) {
   byId("state").dataset.state = state;
@@ -25,6 +30,8 @@ function enter(nick, room) {
   channel?.leave();
   channel = socket.channel(`chat:${room}`, { nick });
   channel.on("new_msg", show);
+  presence = new Presence(channel);
+  presence.onSync(showMembers);
   channel
     .join()
     .receive("ok", (response) => showRoom(response.nick, room))
@@ -37,6 +44,7 @@ function enter(nick, room) {
 
 function showRoom(nick, room) {
   me = nick;
+  amTyping = false;
   location.hash = room;
   document.title = byId("title").textContent = `#${room}`;
   if (!byId("enter").hidden) byId("messages").replaceChildren();
@@ -47,7 +55,7 @@ function showRoom(nick, room) {
 
 function toggle(isIn) {
   byId("enter").hidden = isIn;
-  for (const id of ["messages", "say", "leave"]) byId(id).hidden = !isIn;
+  for (const id of ["members", "messages", "say", "leave"]) byId(id).hidden = !isIn;
 }
 
 byId("enter").addEventListener("submit", (submit) => {
@@ -64,12 +72,31 @@ byId("leave").addEventListener("click", () => {
 
 byId("room").value = decodeURIComponent(location.hash.slice(1)) || "lobby";
 
+// Who is here, and who is typing.
+
+function showMembers() {
+  const members = presence.list((id, { metas: [member] }) => member);
+  byId("members").replaceChildren(...members.map(({ nick }) => create("li", `hue-${hueOf(nick)}`, nick)));
+  const typing = members.filter((member) => member.typing && member.nick !== me).map(({ nick }) => nick);
+  const who = typing.length > 2 ? "Several people" : typing.join(" and ");
+  byId("typing").textContent = who && `${who} ${typing.length > 1 ? "are" : "is"} typing…`;
+}
+
+function setTyping(isTyping) {
+  clearTimeout(typingTimer);
+  if (isTyping) typingTimer = setTimeout(() => setTyping(false), TYPING_MS);
+  if (isTyping !== amTyping && channel.canPush()) channel.push("typing", { typing: (amTyping = isTyping) });
+}
+
+byId("text").addEventListener("input", () => setTyping(byId("text").value !== ""));
+
 // What is said.
 
 byId("say").addEventListener("submit", async (submit) => {
   submit.preventDefault();
   const text = byId("text").value;
   byId("text").value = "";
+  setTyping(false);
   byId("failure").textContent = "";
   try {
     await channel.push("new_msg", { text });
