@@ -168,7 +168,9 @@ async def test_large_history_is_read_at_once() -> None:
             await world.history.open(TOPIC, positions[at], settings, 100_000, 10_000_000)
         return time.perf_counter() - began
 
-    assert await read(0) < 100 * await read(99_900)
+    # The quickest of several: whatever else the machine does makes it slower, and never quicker.
+    first, last = [min([await read(at) for _ in range(10)]) for at in (0, 99_900)]
+    assert first < 100 * last
 
 
 @given(st.lists(st.one_of(st.just("append"), st.just("wait"), st.integers(1, 12)), max_size=40))
