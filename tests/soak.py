@@ -8,6 +8,10 @@ seen an event twice, has missed one while it was said to have recovered, or hear
 has grown: the median of the last sixth of the time, minutes 50 to 60, against that of the second sixth, minutes 10 to
 20, by over 1 %. A shorter run may grow by as much more as it is shorter, by 5 % at most. What the relay has logged is
 kept in ``build/soak.log``.
+
+Beside it four more relays with presence are killed, stalled and cut off, their Redis flushed and restarted, and their
+members come, go and move: after quiet of one lease each client's list and each relay's state must equal the truth, and
+no client may have seen somebody leave who stayed.
 """
 
 import argparse
@@ -17,6 +21,7 @@ import random
 import re
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
@@ -35,6 +40,7 @@ from websockets.typing import Origin
 from relay.errors import BusUnavailable
 from tests.support.client import TEXT, Client, RawSocket
 from tests.support.follower import Follower, Source, progress
+from tests.support.presence_model import keep_checking
 from tests.support.process import RelayProcess, Valkey
 
 SOCKETS = 100
@@ -203,6 +209,16 @@ async def follow(ws_url: str, redis_url: str, end: float) -> list[str]:
     return wrong
 
 
+async def keep_present(end: float) -> list[str]:
+    """Disturb relays with presence, and compare what is listed with the truth; returns what was wrong."""
+    with tempfile.TemporaryDirectory(prefix="relay-soak-") as directory:
+        try:
+            done["presence checked"] = await keep_checking(end - 30, Path(directory))
+        except AssertionError as error:
+            return [f"presence: {error}"]
+    return []
+
+
 async def break_redis(server: Valkey, end: float) -> None:
     """A fault each 15 s."""
     while time.monotonic() + 20 < end:
@@ -254,10 +270,11 @@ async def run(minutes: float) -> int:
                 group.create_task(lead_a_life(relay.ws, end))
             group.create_task(publish(server.url, end))
             group.create_task(break_redis(server, end))
+            present = group.create_task(keep_present(end))
             following = group.create_task(follow(relay.ws, server.url, end))
             watching = group.create_task(watch(relay, minutes, started))
         before, after = watching.result()
-        wrong = following.result()
+        wrong = following.result() + present.result()
     # After its end, whose tracebacks count too.
     LOG.parent.mkdir(exist_ok=True)
     LOG.write_text(relay.output)  # noqa: ASYNC240 - all others have ended
@@ -267,9 +284,9 @@ async def run(minutes: float) -> int:
         f"{minutes:g} minutes: {before:.1f} MiB in minutes {minutes / 6:.3g} to {minutes / 3:.3g}, "
         f"{after:.1f} MiB in minutes {minutes * 5 / 6:.3g} to {minutes:g}, {growth:+.1%}, "
         f"{growth_max(minutes):.1%} allowed; {tracebacks} tracebacks in {LOG}; "
-        f"{len(wrong)} faults of followers; {dict(done)}\n"
+        f"{len(wrong)} faults of followers and of presence; {dict(done)}\n"
     )
-    sys.stdout.writelines(f"follower: {text}\n" for text in wrong)
+    sys.stdout.writelines(f"wrong: {text}\n" for text in wrong)
     return 1 if growth > growth_max(minutes) or tracebacks or wrong else 0
 
 
