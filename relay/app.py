@@ -25,7 +25,7 @@ from relay.channels.socket import Socket
 from relay.config import EMBEDDED, Config
 from relay.config_sources import explain, load
 from relay.errors import ConfigError, RelayError
-from relay.extras import apply_extras, missing
+from relay.extras import apply_extras, describe, missing
 from relay.log import RateLimitedLoggers
 from relay.metrics import IDLE, REFUSED_STATE, Metrics, ProcessState
 from relay.node import Components, Node
@@ -50,6 +50,7 @@ from relay.web.prometheus import MetricsExporter
 
 if TYPE_CHECKING:
     from relay.auth.keys import Key
+    from relay.web.plugin_routes import PluginRoutes
     from relay.web.proxy import Proxy
 
 _logger = logging.getLogger("relay")
@@ -97,8 +98,9 @@ class Relay:
         self._starting = asyncio.Lock()
         self._console = Console(self.components, self._running_node, self.exporter) if self.config.console else None
         self._proxies = self._make_proxies()
-        self._http = self._make_http()
         self._paths = OwnPaths(self.config)
+        self._plugin_routes: PluginRoutes | None = None
+        self._http = self._make_http()
 
     def _make_components(self, extra_plugins: tuple[Plugin, ...], authenticate: Authenticate | None) -> Components:
         config, loggers = self.config, RateLimitedLoggers()
@@ -148,20 +150,29 @@ class Relay:
         of_all = Share(self.config.limits.proxied_max)
         return [Proxy(entry, of_all, self.metrics, self.components.telemetry.loggers) for entry in self.config.proxy]
 
-    def _make_http(self, plugin_routes: bool = True) -> Starlette:
-        app = Starlette(routes=self._routes(plugin_routes))
-        app.router.redirect_slashes = False  # a redirect would repeat the request's own Host
-        return app
-
-    def _routes(self, plugin_routes: bool) -> list[BaseRoute]:
-        routes: list[BaseRoute] = []
-        for proxy in self._proxies:
-            routes += proxy.routes
+    def _make_http(self, plugins_in: Any = None) -> Starlette:
+        rest: Any = None  # FastAPI is an extra
         if self.config.rest.path:
             from relay.web.rest import make_rest
 
+            rest = make_rest(self.components, self._running_node)
+        app = Starlette(routes=self._routes(rest))
+        app.router.redirect_slashes = False  # a redirect would repeat the request's own Host
+        if self.plugins.have_routes and missing("rest"):
+            _logger.warning("routes of plugins are off: %s", describe("rest", "register_plugin(app)"))
+        elif self.plugins.have_routes:
+            from relay.web.plugin_routes import place_plugin_routes
+
+            self._plugin_routes = place_plugin_routes(self.components, self._paths, app, rest, plugins_in)
+        return app
+
+    def _routes(self, rest: Any) -> list[BaseRoute]:
+        routes: list[BaseRoute] = []
+        for proxy in self._proxies:
+            routes += proxy.routes
+        if rest is not None:
             routes += pages.docs_routes(self.config.rest.path)
-            routes.append(Mount(self.config.rest.path, make_rest(self.components, self._running_node, plugin_routes)))
+            routes.append(Mount(self.config.rest.path, rest))
         if self.config.auth.tangram:
             from relay.web.tangram import token_routes
 
@@ -186,7 +197,8 @@ class Relay:
     async def start(self) -> None:
         """Start. An unavailable bus does not fail the start: relay is not ready then, and continues to connect.
 
-        Raises: ConfigError: the embedded server or a plugin cannot be started.
+        Raises: ConfigError: the embedded server or a plugin cannot be started, or a plugin's route is one of the
+                relay's own.
         """
         self._let_go_of_ended()
         if self._node is not None and not self._node.pubsub.home.is_here:
@@ -197,9 +209,24 @@ class Relay:
                 self._node = node  # plugins may use the relay while they start
                 try:
                     await node.start()
+                    await self._register_plugins(node)
                 except BaseException:
                     self._node = None
                     raise
+
+    async def _register_plugins(self, node: Node) -> None:
+        if self._plugin_routes is not None:
+            try:
+                self._plugin_routes.register()
+            except BaseException:
+                await self._plugin_routes.stop(self.config.limits.close_timeout_s)
+                await node.stop()
+                raise
+
+    def check_routes(self) -> None:
+        """Check that the routes of plugins can be reached, as the start does. Raises ConfigError."""
+        if self._plugin_routes is not None:
+            self._plugin_routes.check()
 
     async def stop(self) -> None:
         """Drain: close all sockets with 1012, which tells clients to reconnect. Then stop."""
@@ -212,6 +239,8 @@ class Relay:
             if self._console is not None:
                 self._console.close()
             try:
+                if self._plugin_routes is not None:
+                    await self._plugin_routes.stop(self.config.limits.close_timeout_s)
                 await node.stop()
             finally:
                 self._node = None
@@ -228,6 +257,8 @@ class Relay:
             self._node = None
             self._starting = asyncio.Lock()
             node.abandon()
+            if self._plugin_routes is not None:
+                self._plugin_routes.forget()
             _logger.warning("starting again: %s", LOOP_HAS_ENDED)
 
     @asynccontextmanager
@@ -247,10 +278,7 @@ class Relay:
                   API, so that its dependencies, middleware and ``/docs`` apply to them.
         """
         if plugin_routes_in_app:
-            from relay.web.rest import add_plugin_routes
-
-            add_plugin_routes(self.plugins, app)
-            self._http = self._make_http(plugin_routes=False)
+            self._http = self._make_http(plugins_in=app)
         app.mount(path, self)
         inner = app.router.lifespan_context
 

@@ -392,11 +392,19 @@ class PluginsConfig(Table):
     """Discovery of plugins, and the timeout of their handlers."""
 
     paths: tuple[Path, ...] = Field((), description="directories whose packages are plugins")
+    path: str = Field("", description='path below which routes of plugins are served; "": below rest.path')
     disabled: tuple[str, ...] = Field((), description="names of plugins not to load")
     on_error: Literal["stop", "skip"] = Field(
         "stop", description='if a plugin cannot be imported: "stop" the start, or "skip" the plugin'
     )
     timeout_s: Seconds = Field(10.0, description="timeout of a handler in seconds")
+
+    @field_validator("path")
+    @classmethod
+    def _clean_path(cls, path: str) -> str:
+        if path and not path.startswith("/"):
+            raise ValueError('expected a path like "/" or "/plugins", or "" for rest.path')
+        return (path.rstrip("/") or "/") if path else ""
 
 
 class PresenceConfig(Table):

@@ -92,7 +92,8 @@ def _asked_for(config: Config) -> Iterator[tuple[str, str]]:
     wanted = {
         "auth.keys": (bool(auth.keys), "auth"),
         "auth.jwks_url": (bool(auth.jwks_url), "auth"),
-        "auth.tangram": (auth.tangram, "auth"),
+        "auth.tangram": (bool(auth.tangram), "auth"),
+        "plugins.path": (bool(config.plugins.path), "rest"),
         "[[proxy]]": (bool(config.proxy), "proxy"),
         f'redis_url = "{EMBEDDED}"': (config.redis_url == EMBEDDED, "embedded"),
         "broadcast_url = postgres://…": (bus.startswith("postgres"), "postgres"),

@@ -149,6 +149,7 @@ def check(config: ConfigFile = None) -> None:
     settings.old_names.is_logged = True  # it is one of the warnings below
     has_bus = settings.redis_url or settings.broadcast_url
     relay = Relay(settings if has_bus else settings.model_copy(update={"redis_url": EMBEDDED}))
+    relay.check_routes()
     keys, found = relay.components.keys, relay.plugins.found
     warned = [("warning", str(settings.old_names))] if settings.old_names.renamed else []
     warned += [("warning", text) for text in (*_warnings(settings, keys), *_contradictions(settings))]

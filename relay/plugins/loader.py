@@ -21,6 +21,7 @@ from relay.errors import ConfigError
 from relay.plugins import Plugin
 from relay.plugins.handlers import check_handler, is_async
 from relay.plugins.hooks import Hooks, HookTable
+from relay.plugins.routes import describe_route, flat_routes
 
 _logger = logging.getLogger("relay.plugins")
 
@@ -51,15 +52,10 @@ class PluginInfo:
                     shown = patterns.get(kind, hook.topic if kind in ("join", "leave", "redis") else "")
                     lines.append(f"{what} {shown} → {hook.name}".replace("  ", " "))
             for router in self.plugin.routers:
-                lines += [f"route {router_path(route)}" for route in router.routes]
+                lines += [f"route {describe_route(path, methods)}" for path, methods in flat_routes(router.routes)]
         if self.register is not None:
             lines.append("register_plugin(app)")
         return lines
-
-
-def router_path(route: Any) -> str:
-    """A route's path with its methods, for people."""
-    return " ".join([",".join(sorted(getattr(route, "methods", None) or ())), route.path]).strip()
 
 
 @dataclass
@@ -68,6 +64,11 @@ class PluginSet:
 
     found: list[PluginInfo] = field(default_factory=list)
     hooks: Hooks = Hooks()
+
+    @property
+    def have_routes(self) -> bool:
+        """Whether one of them has routes, or a ``register_plugin``."""
+        return any(each.register is not None or (each.plugin and each.plugin.routers) for each in self.found)
 
 
 def load_plugins(config: PluginsConfig, builtins: tuple[Plugin, ...] = ()) -> PluginSet:
@@ -153,7 +154,7 @@ def _examine(entry: PluginInfo, thing: object) -> None:
     if callable(register):
         check_handler("register_plugin", register, "app")
         if is_async(register):
-            raise TypeError("register_plugin: expected a plain function (def): it is called before there is a loop")
+            raise TypeError("register_plugin: expected a plain function (def): its result is not awaited")
         entry.register = _Registration(entry, register)
     if entry.plugin is None and entry.register is None:
         raise ImportError('expected `plugin = Plugin("name")` or `def register_plugin(app)` in it, found neither')

@@ -44,6 +44,10 @@ class OwnPaths:
         self._rest = segments(config.rest.path)
         self._proxied = tuple(segments(entry.prefix) for entry in config.proxy)
 
+    def is_for_sockets(self, path: tuple[str, ...]) -> bool:
+        """Say whether a socket, a stream, or the advice to use one is there."""
+        return path in self.sockets | self.streams | self.long_polls or path == CONSOLE_SOCKET
+
     def is_proxied(self, path: tuple[str, ...]) -> bool:
         """Say whether another process answers."""
         return any(path[: len(prefix)] == prefix for prefix in self._proxied)

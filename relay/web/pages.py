@@ -19,6 +19,7 @@ from relay.brokers.base import Link
 from relay.config import Config
 from relay.extras import describe
 from relay.metrics import Metrics
+from relay.paths import segments
 from relay.version import __version__
 
 _STATIC = Path(__file__).parent / "static"
@@ -133,7 +134,7 @@ def routes(
 
 def docs_routes(rest_path: str) -> list[BaseRoute]:
     """Make the page that shows the REST interface, which loads nothing from elsewhere: a key is typed there."""
-    to_root = "/".join(".." for _ in rest_path.strip("/").split("/"))
+    to_root = "/".join(".." for _ in segments(rest_path)) or "."
 
     async def docs(request: Request) -> Response:
         """The routes of the schema, each with a form to try it."""

@@ -29,7 +29,6 @@ from relay.metrics import Metrics
 from relay.node import Components, Node
 from relay.paths import split_raw
 from relay.plugins.hooks import to_payload
-from relay.plugins.loader import PluginSet
 from relay.protocol.payload import Payload
 from relay.protocol.topics import is_event, is_topic
 from relay.version import __version__
@@ -235,11 +234,10 @@ class _Bounded(Request):
             raise HTTPException(413, f"body: expected at most {self._max_bytes} bytes")
 
 
-def make_rest(components: Components, node: Callable[[], Node], plugin_routes: bool = True) -> FastAPI:
+def make_rest(components: Components, node: Callable[[], Node]) -> FastAPI:
     """Make the REST app of a relay.
 
     Args: node: the running one. Raises RelayError while there is none.
-          plugin_routes: whether it has the routes of the plugins.
     """
     app = FastAPI(
         title="relay",
@@ -251,23 +249,17 @@ def make_rest(components: Components, node: Callable[[], Node], plugin_routes: b
         docs_url=None,  # a page of the relay's own, with no scripts from elsewhere: `relay.web.pages`
         redoc_url=None,
     )
-    app.add_exception_handler(RequestValidationError, _invalid_request)
-    app.add_exception_handler(StarletteHTTPException, _http_problem)
-    app.add_exception_handler(Exception, _internal_error)
+    answer_problems(app)
     app.add_middleware(_TwoNames)
     app.include_router(_routes(components, node))
-    if plugin_routes:
-        add_plugin_routes(components.plugins, app)
     return app
 
 
-def add_plugin_routes(plugins: PluginSet, app: FastAPI) -> None:
-    """Give the REST routes of all plugins to an app: their routers, and what their ``register_plugin`` does."""
-    for found in plugins.found:
-        for router in found.plugin.routers if found.plugin else ():
-            app.include_router(router)
-        if found.register is not None:
-            found.register(app)
+def answer_problems(app: FastAPI) -> None:
+    """Have an app answer errors with problem details, as the REST interface does."""
+    app.add_exception_handler(RequestValidationError, _invalid_request)
+    app.add_exception_handler(StarletteHTTPException, _http_problem)
+    app.add_exception_handler(Exception, _internal_error)
 
 
 def _routes(components: Components, node: Callable[[], Node]) -> APIRouter:
