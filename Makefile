@@ -61,6 +61,8 @@ docs: .venv/.dev ## build the documentation as a site, in build/docs
 
 fuzz: .venv/.dev ## feed the decoder, the protocol and the HTTP side with nonsense, a minute each; TESTS_FUZZ_S=600 for longer
 	TESTS_EXAMPLES=$${TESTS_EXAMPLES:-1000} $(BIN)/python -m pytest -q tests/unit -m hypothesis $(ARGS)
+	TESTS_EXAMPLES=$${TESTS_EXAMPLES:-1000} $(BIN)/python -m pytest -n auto --maxprocesses 4 tests/integration/faults/test_frame_streams.py \
+		-o faulthandler_timeout=0 $(ARGS)
 	TESTS_FUZZ_S=$${TESTS_FUZZ_S:-60} $(BIN)/python -m pytest tests/integration/faults/test_fuzz.py -rP -o faulthandler_timeout=0 $(ARGS)
 
 soak: .venv/.dev ## an hour of churn and faults; fails if memory grows by over 1 %; ARGS="--minutes 3" for less

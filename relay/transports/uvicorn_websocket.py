@@ -21,7 +21,7 @@ from typing import Any, cast
 import uvicorn
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.datastructures import Headers
-from websockets.exceptions import SecurityError
+from websockets.exceptions import InvalidState, SecurityError
 from websockets.extensions.permessage_deflate import PerMessageDeflate, ServerPerMessageDeflateFactory
 from websockets.frames import Close, Frame
 from websockets.server import ServerProtocol
@@ -31,6 +31,8 @@ from relay.log import RateLimitedLoggers
 from relay.metrics import count_refusal
 from relay.protocol.frame import DEFLATE_WINDOW_BITS
 from relay.rate_limit import TokenBucket
+from relay.transports.inbound_frames import read_messages
+from relay.transports.inbox import Gate, Inbox
 from relay.transports.read_budget import LARGE_BYTES, ReadBudget
 from relay.transports.writer import EXTENSION, DirectWriter
 
@@ -94,6 +96,9 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     _is_measured: bool = False
     _reads_large: bool = False
     _awaits_turn: bool = False
+    # Whether simple frames are read here, which takes no compression, and the bytes of a frame that websockets reads.
+    _reads_simple: bool = False
+    _owed: int = 0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Offer compression, where it is on, without a context: with one, no frame could serve two sockets.
@@ -102,8 +107,8 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         deques: 3 kB of 20.
         """
         super().__init__(*args, **kwargs)
-        self.queue: _Inbox = _Inbox()  # type: ignore[assignment]
-        self.writable: asyncio.Event = cast(asyncio.Event, _Gate())
+        self.queue: Inbox = Inbox()  # type: ignore[assignment]
+        self.writable: asyncio.Event = cast(asyncio.Event, Gate())
         # What was read from the transport and is not parsed yet, while the application has messages to take.
         self._unparsed = b""
         self._budget = _read_budget(self.config, self.loop)
@@ -132,6 +137,8 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         One read brings up to 256 kB: tens of thousands of frames, or, compressed, hundreds of MB.
         """
         self._unparsed = self._unparsed + data if self._unparsed else data
+        if self.read_paused and not self.transport.is_closing():  # the application has not taken what came before
+            self.transport.pause_reading()
         self._parse()
         if self.conn.handshake_exc is not None and not self.handshake_initiated:
             self._refuse_head()
@@ -139,24 +146,48 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     def _parse(self) -> None:
         size = len(self._unparsed) + len(self.conn.reader.buffer)
         is_large = size >= LARGE_BYTES or self._is_measured
+        before = len(self._unparsed)
         if is_large:
             if self._budget.is_spent and self._may_wait(size):
                 self._await_turn()
                 return
-            size = len(self._unparsed)
             self._unparsed = memoryview(self._unparsed)  # type: ignore[assignment]  # of it no piece copies the rest
         is_lost = self._farewell is not None
         while self._unparsed and not self.read_paused and (is_lost or not self.transport.is_closing()):
-            piece, self._unparsed = self._unparsed[:_PIECE_BYTES], self._unparsed[_PIECE_BYTES:]
+            if self._reads_simple and not self._owed:
+                if not self._read_simple():
+                    break
+                continue
+            size = min(_PIECE_BYTES, self._owed) if self._reads_simple else _PIECE_BYTES
+            piece, self._unparsed = self._unparsed[:size], self._unparsed[size:]
+            if self._reads_simple:
+                self._owed -= len(piece)
             super().data_received(piece)
+        if is_lost and not self.read_paused:
+            self._unparsed = b""  # the head of a frame at most, whose rest does not come any more
         if is_large:
             self._unparsed = bytes(self._unparsed)
-            self._count_large(size - len(self._unparsed))
+            self._count_large(before - len(self._unparsed))
         if self._farewell is not None and not self._unparsed:
             self.queue.put_nowait(self._farewell)
             self._farewell = None
             self._let_go()
         self._watch_end()
+
+    def _read_simple(self) -> bool:
+        """Read the frames that need no websockets, and see how much of what follows does.
+
+        Returns: whether there was something; False where more has to come first.
+        """
+        # A message in fragments goes on, or nothing is handed over any more: websockets reads all.
+        limit = -1 if self.frames or self.close_sent else self.config.ws_max_size
+        messages, taken, self._owed = read_messages(self._unparsed, _PIECE_BYTES, limit)
+        self._unparsed = self._unparsed[taken:]
+        for message in messages:
+            kind = "text" if isinstance(message, str) else "bytes"
+            self.queue.put_nowait({"type": "websocket.receive", kind: message})
+            self.read_paused = True
+        return bool(taken or self._owed)
 
     def _may_wait(self, size: int) -> bool:
         """Whether there is something to parse that is large or belongs to a message that is; all else comes between."""
@@ -315,6 +346,13 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         if len(event.data) >= _FRAGMENT_MIN_BYTES or self._may_idle():
             super().handle_cont(event)
 
+    def send_receive_event_to_app(self) -> None:
+        """Hand over a message, unless it is text that is no UTF-8."""
+        try:
+            super().send_receive_event_to_app()
+        except InvalidState:  # it is not, and the close frame behind it has been answered already
+            self.handle_parser_exception()
+
     def _may_idle(self) -> bool:
         """Let a frame pass that carries nothing or next to it; close where they come without an end.
 
@@ -429,6 +467,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             # The handshake is over; its headers would stay for the life of the socket, 2 kB of them.
             self._forget_handshake()
             self._decided()
+            self._reads_simple = not self.conn.extensions
             if self.queue.empty():
                 self._read_on()
         if kind == "websocket.http.response.body" and not message.get("more_body", False):
@@ -505,88 +544,6 @@ def break_cycle(transport: BaseTransport) -> None:
 
 def _nothing() -> None:
     return None
-
-
-class _Waiting:
-    """The tasks that wait for something to happen; nearly always none, or one."""
-
-    __slots__ = ("_futures",)
-
-    def __init__(self) -> None:
-        self._futures: list[asyncio.Future[None]] = []
-
-    async def _wait(self) -> None:
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._futures.append(future)
-        try:
-            await future
-        finally:
-            self._futures.remove(future)
-
-    def _wake(self) -> None:
-        for future in self._futures:
-            if not future.done():
-                future.set_result(None)
-
-
-class _Inbox(_Waiting):
-    """Messages for the application, in the manner of `asyncio.Queue`."""
-
-    __slots__ = ("_messages",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        # A list: it holds no more than one read from the transport brings, since reading is paused until it is empty.
-        self._messages: list[Any] = []
-
-    def put_nowait(self, message: Any) -> None:
-        """Add a message, and wake the reader."""
-        self._messages.append(message)
-        self._wake()
-
-    async def get(self) -> Any:
-        """Take the oldest message, once there is one."""
-        while not self._messages:
-            await self._wait()
-        return self._messages.pop(0)
-
-    def take_back(self) -> Any:
-        """Take what was put last."""
-        return self._messages.pop()
-
-    def discard_disconnect(self) -> None:
-        """Take back a disconnect that came last."""
-        if self._messages and self._messages[-1]["type"] == "websocket.disconnect":
-            self._messages.pop()
-
-    def size(self) -> int:
-        """Characters and bytes of the messages that wait."""
-        return sum(len(message.get("text") or message.get("bytes") or b"") for message in self._messages)
-
-    def empty(self) -> bool:
-        """Whether no message waits."""
-        return not self._messages
-
-
-class _Gate(_Waiting):
-    """Open or closed, in the manner of `asyncio.Event`; open at first."""
-
-    __slots__ = ("_open",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._open = True
-
-    def set(self) -> None:
-        self._open = True
-        self._wake()
-
-    def clear(self) -> None:
-        self._open = False
-
-    async def wait(self) -> None:
-        while not self._open:
-            await self._wait()
 
 
 def _deflates(conn: ServerProtocol) -> bool:

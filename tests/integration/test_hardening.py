@@ -22,8 +22,8 @@ from starlette.responses import Response, StreamingResponse
 from relay import Plugin, Relay
 from relay.config_sections import LimitsConfig
 from relay.transports import uvicorn_http
+from relay.transports.inbox import Inbox
 from relay.transports.uvicorn_http import HEAD_MAX_BYTES, RelayHTTPProtocol
-from relay.transports.uvicorn_websocket import _Inbox
 from tests.support.client import CLOSE, PING, PONG, TEXT, Client, RawSocket, client_frame
 from tests.support.process import RelayProcess, Valkey
 from tests.support.serving import Served, eventually, http_get, metric, serve
@@ -283,14 +283,14 @@ async def test_one_read_is_not_inflated_further_than_the_application_keeps_up(
 ) -> None:
     """200 kB of compressed frames are 200 MB."""
     waiting = 0
-    put = _Inbox.put_nowait
+    put = Inbox.put_nowait
 
     def put_nowait(self: Any, message: Any) -> None:
         nonlocal waiting
         put(self, message)
         waiting = max(waiting, len(self._messages))
 
-    monkeypatch.setattr(_Inbox, "put_nowait", put_nowait)
+    monkeypatch.setattr(Inbox, "put_nowait", put_nowait)
     # Else they would be too many, by their size.
     limits = LimitsConfig(pushes_per_s=0)
     relay = Relay(redis_url=valkey.url, system_topic=False, compression=True, limits=limits)

@@ -1,54 +1,55 @@
-"""`relay.transports.uvicorn_websocket`: the replacements for asyncio's queue and event, without a server."""
+"""`relay.transports.uvicorn_websocket`: what is read when, without a server."""
 
-import asyncio
+import random
 
 import pytest
+import uvicorn
 
-from relay.transports.uvicorn_websocket import _Gate, _Inbox
+from tests.support.frame_streams import FRAME_MAX_BYTES, Reading, difference, frame
 
-
-async def test_messages_are_handed_over_in_order_as_a_queue_does() -> None:
-    inbox = _Inbox()
-    assert inbox.empty()
-    inbox.put_nowait(1)
-    inbox.put_nowait(2)
-    assert not inbox.empty()
-    assert (await inbox.get(), await inbox.get()) == (1, 2)
-    assert inbox.empty()
+GENERATOR = random.Random(1)
 
 
-async def test_whoever_waits_gets_the_message_that_comes() -> None:
-    inbox = _Inbox()
-    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
-        first, second = group.create_task(inbox.get()), group.create_task(inbox.get())
-        await asyncio.sleep(0)
-        inbox.put_nowait(1)
-        await asyncio.sleep(0)
-        inbox.put_nowait(2)
-    assert (first.result(), second.result()) == (1, 2)
+@pytest.fixture(scope="module")
+def config() -> uvicorn.Config:
+    async def app(scope: object, receive: object, send: object) -> None:
+        raise AssertionError("no handshake is made")
+
+    found = uvicorn.Config(app, ws_max_size=FRAME_MAX_BYTES, ws_ping_interval=None, ws_per_message_deflate=False)
+    found.load()
+    return found
 
 
-async def test_message_that_came_for_one_who_gave_up_is_kept() -> None:
-    inbox = _Inbox()
-    task = asyncio.create_task(inbox.get())
-    await asyncio.sleep(0)
-    inbox.put_nowait(1)
-    _ = task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert await inbox.get() == 1
+def text(payload: bytes) -> bytes:
+    return frame(GENERATOR, 0x81, payload)
 
 
-async def test_gate_lets_all_pass_while_it_is_open() -> None:
-    gate = _Gate()
-    await gate.wait()
-    gate.clear()
-    waiting = [asyncio.create_task(gate.wait()) for _ in range(3)]
-    await asyncio.sleep(0)
-    gate.set()
-    gate.clear()
-    await asyncio.sleep(0)
-    assert not any(task.done() for task in waiting), "closed again before they came to look"
-    gate.set()
-    async with asyncio.timeout(10):
-        _ = await asyncio.gather(*waiting)
+def test_simple_frames_are_read_as_websockets_reads_them(config: uvicorn.Config) -> None:
+    """A short form of `tests.integration.faults.test_frame_streams`."""
+    for seed in range(500):
+        assert difference(config, seed) == ""
+
+
+def test_connection_is_read_on_while_a_message_waits_and_no_further_than_one_read(config: uvicorn.Config) -> None:
+    """To pause and to resume the transport for each message would cost two calls of the kernel."""
+    reading = Reading(config, True)
+    reading.feed(text(b"1"))
+    assert not reading.transport.is_paused
+    reading.feed(text(b"2"))
+    assert reading.transport.is_paused, "the application has not taken the first"
+    reading.take(2)
+    assert not reading.transport.is_paused
+    assert [message["text"] for message in reading.messages] == ["1", "2"]
+
+
+@pytest.mark.parametrize("reads_simple", [True, False])
+def test_invalid_text_before_a_close_frame_ends_the_connection(config: uvicorn.Config, reads_simple: bool) -> None:
+    """Both may come in one read, and websockets has answered the close by the time that the text is looked at."""
+    reading = Reading(config, reads_simple)
+    reading.protocol._reads_simple = reads_simple
+    reading.feed(text(b"\xff") + frame(GENERATOR, 0x88, b"\x03\xe8"))
+    assert reading.transport.is_closed
+    reading.take(10)
+    assert [(each["type"], each["code"]) for each in reading.messages] == [
+        ("websocket.disconnect", 1007 if reads_simple else 1000)
+    ]
