@@ -19,6 +19,7 @@ from relay.brokers.embedded import BESIDE_AUTH
 from relay.cli.masking import mask_secrets
 from relay.cli.options import ConfigFile
 from relay.cli.output import console, is_terminal, print_lines
+from relay.cli.topic_warnings import topic_facts, topic_warnings
 from relay.config import ANY_HOST, CONFIG_VARIABLE, EMBEDDED, SETTINGS_KEY, TOKEN_KEY_VARIABLE, Config, Exposure
 from relay.config_sections import ENVELOPE_BYTES, AuthConfig, GrantConfig, Overflow
 from relay.config_sources import load
@@ -152,9 +153,12 @@ def check(config: ConfigFile = None) -> None:
     relay.check_routes()
     keys, found = relay.components.keys, relay.plugins.found
     warned = [("warning", str(settings.old_names))] if settings.old_names.renamed else []
-    warned += [("warning", text) for text in (*_warnings(settings, keys), *_contradictions(settings))]
+    warned += [
+        ("warning", text)
+        for text in (*_warnings(settings, keys), *_contradictions(settings), *topic_warnings(settings))
+    ]
     warned += [("warning", f"plugin {each.name}: cannot be loaded: {each.fault}") for each in found if each.fault]
-    said = [*_facts(settings, keys), *warned]
+    said = [*_facts(settings, keys), *topic_facts(settings), *warned]
     if not is_terminal():
         print_lines({"about": about, "text": text} for about, text in said)
     else:

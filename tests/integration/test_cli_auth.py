@@ -498,6 +498,32 @@ def test_check_refuses_a_plugin_that_cannot_be_imported(relay: Command, tmp_path
             '[redis]\ntopic_prefix = "relay:"\ncontrol_channel = "c"\n[[topics]]\nmatch = "*"\nhistory = {}',
             "redis.topic_prefix = 'relay:': topic 'settings' can have no history",
         ),
+        (
+            '[[topics]]\nmatch = "a"\noverflow = "latest"\nhistory = {}',
+            'topics.0: overflow = "latest" drops events that the history has',
+        ),
+        (
+            '[[topics]]\nmatch = "a"\noverflow = "drop-oldest"\nhistory = {}',
+            'topics.0: overflow = "drop-oldest" drops events that the history has',
+        ),
+        (
+            '[presence]\nlease_s = 12\n[[topics]]\nmatch = "a"\npresence = true',
+            "presence.lease_s = 12 is less than 3 × presence.renew_s = 5",
+        ),
+        (
+            '[presence]\nlease_s = 3\nrenew_s = 1\n[[topics]]\nmatch = "a"\npresence = true',
+            "presence.lease_s = 3 is less than presence.renew_s + redis.timeout_s = 6",
+        ),
+        (
+            '[limits]\npresence_meta_max_bytes = 2000000\n[[topics]]\nmatch = "a"\npresence = true',
+            "limits.presence_meta_max_bytes = 2000000 is more than limits.presence_state_max_bytes = 1048576",
+        ),
+        (
+            '[[topics]]\nmatch = "a"\npresence = true\npresence_max = 50000',
+            "topics.0: presence_max = 50000: the list may have 5648576 bytes",
+        ),
+        ('[[topics]]\nmatch = "a"\npresence = "count"\npresence_max = 5', "topics.0: presence_max has no effect with"),
+        ('[[topics]]\nmatch = "a"\npresence_max = 5', "topics.0: presence_max has no effect without presence"),
     ],
 )
 def test_settings_without_effect_are_warned_of(relay: Command, settings: str, told: str) -> None:
@@ -505,6 +531,23 @@ def test_settings_without_effect_are_warned_of(relay: Command, settings: str, to
     assert code == 1
     (warning,) = (line for line in map(json.loads, out.splitlines()) if line["about"] == "warning")
     assert told in warning["text"]
+
+
+def test_check_lists_presence_and_notes_a_short_delay(relay: Command) -> None:
+    settings = (
+        '[presence]\nleave_delay_s = 0\n[[topics]]\nmatch = "room:*"\npresence = true\n'
+        '[[topics]]\nmatch = "p"\npresence = "plugin"\npresence_max = 5\n[[topics]]\nmatch = "c"\npresence = "count"'
+    )
+    code, out, _ = relay("check", settings=with_redis(settings))
+    said = [json.loads(line) for line in out.splitlines()]
+    assert code == 0
+    assert [each["text"] for each in said if each["about"] == "presence"] == [
+        "room:*: subscribers receive its members, or their number if they are over 1000",
+        "p: subscribers receive the members that plugins list, or their number if they are over 5",
+        "c: subscribers receive the number of its members",
+    ]
+    (note,) = (each["text"] for each in said if each["about"] == "note")
+    assert note.startswith("presence.leave_delay_s = 0: members whose page is reloaded, or who rejoin after a gap")
 
 
 def test_check_lists_histories_and_notes_what_a_join_is_not_given(relay: Command) -> None:
