@@ -102,8 +102,7 @@ class Presence:
         """Let the other nodes know that no member is left here."""
         self._limiter.stop()
         for topic in self._topics.values():
-            if topic.timer is not None:
-                topic.timer.cancel()
+            topic.stop()
         for task in self._tasks:
             task.cancel()
         message = _encode(_Message(self._node, self._number, is_last=True))
@@ -206,10 +205,13 @@ class Presence:
             return
         _ = topic.watchers.pop(channel, None)
         _ = topic.newcomers.pop(channel, None)
-        if not topic.watchers and not topic.members:
-            if topic.timer is not None:
-                topic.timer.cancel()
-            del self._topics[channel.topic]
+        if topic.is_unused:
+            topic.linger(self._config.presence.leave_delay_s, partial(self._drop, topic))
+
+    def _drop(self, topic: PresenceTopic) -> None:
+        if topic.is_unused and self._topics.get(topic.name) is topic:
+            topic.stop()
+            del self._topics[topic.name]
 
     def _topic(self, name: str) -> PresenceTopic:
         topic = self._topics.get(name)

@@ -8,6 +8,7 @@ flicker.
 """
 
 import asyncio
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -51,6 +52,7 @@ class PresenceTopic:
 
     __slots__ = (
         "_config",
+        "_lingering",
         "_metrics",
         "counted_at",
         "flush_at",
@@ -95,6 +97,28 @@ class PresenceTopic:
         self.flushed_at: float = float("-inf")
         self.timer: asyncio.TimerHandle | None = None
         self.flush_at: float = float("inf")
+        self._lingering: asyncio.TimerHandle | None = None
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether no channel here is listed, or sent the members."""
+        return not self.watchers and not self.members
+
+    def linger(self, delay_s: float, drop: Callable[[], None]) -> None:
+        """Call ``drop`` after the delay of leaves.
+
+        Subscribers that all rejoin at once, after a gap, then find the members as they were shown last: those of other
+        nodes rejoin at the same time, and are not listed for a moment.
+        """
+        if self._lingering is not None:
+            self._lingering.cancel()
+        self._lingering = asyncio.get_running_loop().call_later(delay_s, drop)
+
+    def stop(self) -> None:
+        """Send nothing more."""
+        for timer in (self.timer, self._lingering):
+            if timer is not None:
+                timer.cancel()
 
     def merged(self) -> Members:
         """All members on all nodes."""

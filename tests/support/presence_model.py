@@ -271,12 +271,11 @@ class World:
 
         deadline_s = self._times.gone_s + self._times.renew_s + patience_s
         end = time.monotonic() + deadline_s
-        await until(lambda: not wrong(), lambda: f"{self.done}: expected {expected}, got {wrong()}", deadline_s)
-        for node in self.nodes:
-            while (found := await asyncio.to_thread(members_of, node)) != expected:
-                assert time.monotonic() < end, f"{self.done}: expected {expected}, a node has {found}"
-                await asyncio.sleep(0.05)
-        assert not wrong(), "the lists are no longer what they were"
+        states: list[list[str]] = []
+        while not states or wrong() or any(state != expected for state in states):
+            assert not states or time.monotonic() < end, f"{self.done}: expected {expected}, nodes have {states}"
+            await until(lambda: not wrong(), lambda: f"{self.done}: expected {expected}, got {wrong()}", deadline_s)
+            states = [await asyncio.to_thread(members_of, node) for node in self.nodes]
         for member in there:
             seen = set(member.left) - self._disturbed
             assert not seen, f"{self.done}: {member.name} saw {seen} leave, who stayed"

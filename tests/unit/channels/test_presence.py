@@ -168,8 +168,7 @@ class Node:
         """End without a word."""
         self._shared.listeners.remove(self._receive)
         for topic in self.presence._topics.values():
-            if topic.timer is not None:
-                topic.timer.cancel()
+            topic.stop()
         await self._end_tasks()
         self.clients.clear()
 
@@ -279,6 +278,39 @@ async def test_rejoin_on_another_node_within_the_delay_is_not_seen() -> None:
     await world.check()
     assert (bystander.gone, bystander.diffs) == ([], diffs + 1)
     assert (bystander.state or {})["ada"] != {before}
+    await world.end()
+
+
+async def test_clients_that_all_rejoin_at_once_do_not_see_each_other_leave() -> None:
+    """After a gap: the first that is back finds none of the others listed, on no node, and is sent all the same."""
+    world = World()
+    names = [("ada", "bob"), ("eve", "zoe")]
+    for node, pair in zip(world.nodes, names, strict=True):
+        for name in pair:
+            node.enter(name)
+    await asyncio.sleep(RENEW_S)
+    for node in world.nodes:
+        for client in tuple(node.clients):
+            node.leave(client)
+    await asyncio.sleep(DELAY_S / 2)
+    first = world.nodes[0].enter("ada")
+    await asyncio.sleep(0.2)
+    assert first.keys == {"ada", "bob", "eve", "zoe"}
+    world.nodes[0].enter("bob")
+    world.nodes[1].enter("eve")
+    await world.check()
+    assert first.gone == ["zoe"], "the one that did not come back"
+    await world.end()
+
+
+async def test_topic_without_subscribers_is_forgotten() -> None:
+    world = World()
+    for _ in range(3):
+        client = world.nodes[0].enter("ada")
+        await asyncio.sleep(0.2)
+        world.nodes[0].leave(client)
+    await asyncio.sleep(DELAY_S + 0.1)
+    assert not world.nodes[0].presence._topics
     await world.end()
 
 
