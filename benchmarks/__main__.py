@@ -17,10 +17,11 @@ from benchmarks.compression import compression
 from benchmarks.history import HISTORY
 from benchmarks.load import LoadError, Publisher
 from benchmarks.points import judge
+from benchmarks.presence import PRESENCE
 from benchmarks.scenarios import SCENARIOS, Bench, Plan, Row
 from benchmarks.servers import HERE, Cores, Missing, valkey
 
-_ALL = (*SCENARIOS, compression, *HISTORY)
+_ALL = (*SCENARIOS, compression, *HISTORY, *PRESENCE)
 
 _ROOM = 500
 """File descriptors beside the sockets."""
