@@ -8,7 +8,10 @@ flicker.
 """
 
 import asyncio
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Protocol
 
 import msgspec
@@ -25,6 +28,9 @@ from relay.transports.base import Transport
 
 WINDOW_S = 0.1
 """Seconds for which changes of a topic are held together, after the first of a quiet topic was sent at once."""
+
+_SLICE_S = 0.002
+"""Seconds after which what is left to be sent waits for the event loop's next turn, as in the fan-out of events."""
 
 _COUNT_WINDOW_S = 1.0
 """The same where subscribers are sent the number of members."""
@@ -54,6 +60,7 @@ class PresenceTopic:
         "_config",
         "_lingering",
         "_metrics",
+        "_unsent",
         "counted_at",
         "flush_at",
         "flushed_at",
@@ -98,6 +105,7 @@ class PresenceTopic:
         self.timer: asyncio.TimerHandle | None = None
         self.flush_at: float = float("inf")
         self._lingering: asyncio.TimerHandle | None = None
+        self._unsent: deque[_Sending] = deque()
 
     @property
     def is_unused(self) -> bool:
@@ -119,6 +127,7 @@ class PresenceTopic:
         for timer in (self.timer, self._lingering):
             if timer is not None:
                 timer.cancel()
+        self._unsent.clear()
 
     def merged(self) -> Members:
         """All members on all nodes."""
@@ -145,6 +154,9 @@ class PresenceTopic:
     def _flush(self) -> None:
         now = asyncio.get_running_loop().time()
         self.timer, self.flush_at, self.flushed_at = None, float("inf"), now
+        if self._unsent:  # a large topic is shown as often as its subscribers can be written to
+            self.changed()
+            return
         members = self.merged()
         if self._is_counted(members):
             self._show_count(members, now)
@@ -215,13 +227,44 @@ class PresenceTopic:
             self._flush_by(min(due.values()))
         return Difference(change.joins, leaves)
 
-    def _send(self, watchers: dict[Watcher, None], event: str, payload: msgspec.Raw) -> None:
-        frames: dict[Version, Frame] = {}
-        for watcher in tuple(watchers):
-            frame = frames.get(watcher.version)
-            if frame is None:
-                frame = frames[watcher.version] = encode_broadcast(watcher.version, self.name, event, payload)
-            watcher.transport.send_control(frame)
+    def _send(self, watchers: Iterable[Watcher], event: str, payload: msgspec.Raw) -> None:
+        self._unsent.append(_Sending(tuple(watchers), event, payload))
+        if len(self._unsent) == 1:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Send what is to be sent, and leave the event loop to others after a while: a list may be half a megabyte."""
+        until = time.perf_counter() + _SLICE_S
+        while self._unsent:
+            sending = self._unsent[0]
+            for watcher in islice(sending.watchers, sending.sent, None):
+                sending.sent += 1
+                if watcher in self.watchers:  # still
+                    watcher.transport.send_control(sending.frame(watcher.version, self.name))
+                if time.perf_counter() > until:
+                    _ = asyncio.get_running_loop().call_soon(self._go_on)
+                    return
+            _ = self._unsent.popleft()
+
+
+class _Sending:
+    """One event on its way to the watchers."""
+
+    __slots__ = ("_event", "_frames", "_payload", "sent", "watchers")
+
+    def __init__(self, watchers: tuple[Watcher, ...], event: str, payload: msgspec.Raw) -> None:
+        self.watchers = watchers
+        self._event = event
+        self._payload = payload
+        self._frames: dict[Version, Frame] = {}
+        self.sent = 0
+
+    def frame(self, version: Version, topic: str) -> Frame:
+        """Encoded once for all that speak the same version."""
+        frame = self._frames.get(version)
+        if frame is None:
+            frame = self._frames[version] = encode_broadcast(version, topic, self._event, self._payload)
+        return frame
 
 
 class _Count(msgspec.Struct):

@@ -7,6 +7,7 @@ every client has the truth.
 import asyncio
 import random
 from collections.abc import Callable, Coroutine, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -414,4 +415,27 @@ async def test_topic_does_not_change_back_and_forth_between_list_and_number(size
         node.leave(node.clients[-1])
     await asyncio.sleep(3)
     assert len(clients[0].keys or ()) == 0.9 * size
+    await world.end()
+
+
+async def test_large_topic_leaves_the_event_loop_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With slices so short that each has one client: all are sent everything, in order, and others come between."""
+    monkeypatch.setattr("relay.channels.presence_topic._SLICE_S", 0)
+    world = World(nodes=1)
+    node = world.nodes[0]
+    turns: list[int] = []
+    node.enter("first")
+    await asyncio.sleep(0.3)
+    clients = [node.enter(f"m{number}") for number in range(50)]
+    for number in range(200):  # without time: each of these is a turn of the event loop
+        turns.append(sum(client.state is not None for client in clients))
+        if number == 20:
+            node.leave(clients.pop())
+            clients.append(node.enter("late"))
+        await asyncio.sleep(0)
+    while turns[-1] < 50:
+        await asyncio.sleep(0.001)
+        turns.append(sum(client.state is not None for client in clients))
+    assert all(after - before <= 1 for before, after in pairwise(turns)), turns
+    await world.check()
     await world.end()
