@@ -18,6 +18,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Event",
+    "EventStream",
     "Join",
     "Joined",
     "Leave",
@@ -25,9 +26,11 @@ __all__ = [
     "Published",
     "Publisher",
     "Push",
+    "ReceivedEvent",
     "RedisMessage",
     "Refused",
     "Relay",
+    "SlowReader",
     "UpgradeRequest",
     "__version__",
 ]
@@ -35,8 +38,9 @@ __all__ = [
 if TYPE_CHECKING:
     from relay.app import Relay
     from relay.auth.authenticator import UpgradeRequest
+    from relay.channels.event_stream import EventStream, ReceivedEvent
     from relay.config import Config
-    from relay.errors import BusUnavailable, ConfigError
+    from relay.errors import BusUnavailable, ConfigError, SlowReader
     from relay.plugins import Plugin
     from relay.plugins.hooks import Event, Join, Joined, Leave, Push, RedisMessage, Refused
     from relay.publisher import AsyncPublisher, Published, Publisher
@@ -46,6 +50,9 @@ _HOMES = {
     "Config": "relay.config",
     "BusUnavailable": "relay.errors",
     "ConfigError": "relay.errors",
+    "SlowReader": "relay.errors",
+    "EventStream": "relay.channels.event_stream",
+    "ReceivedEvent": "relay.channels.event_stream",
     **dict.fromkeys(("Event", "Join", "Joined", "Leave", "Push", "RedisMessage", "Refused"), "relay.plugins.hooks"),
     "Plugin": "relay.plugins",
     "UpgradeRequest": "relay.auth.authenticator",

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import msgspec
 from pydantic import ValidationError
@@ -21,6 +21,7 @@ from starlette.routing import BaseRoute, Mount
 from relay.auth.api_key import ApiKeyAuth, api_key_from
 from relay.auth.authenticator import Authenticate
 from relay.brokers.base import Link
+from relay.channels.event_stream import EventStream
 from relay.channels.socket import Socket
 from relay.config import EMBEDDED, Config
 from relay.config_sources import explain, load
@@ -337,6 +338,36 @@ class Relay:
     def socket(self, socket_id: str) -> Socket | None:
         """Return a socket of this process by its id, or None."""
         return self.node.socket(socket_id)
+
+    def subscribe(
+        self,
+        topic: str,
+        *,
+        max_events: int = 1000,
+        overflow: Literal["disconnect", "drop-oldest", "latest", "recover"] | None = None,
+        since: str | None = None,
+        last: int | None = None,
+    ) -> EventStream:
+        """Receive a topic's events in code of this process; no permission is checked and no handler is called.
+
+            async with relay.subscribe("room:1", overflow="drop-oldest") as events:
+                async for event in events:
+                    print(event.event, event.payload)
+
+        The loop ends when relay stops. Leaving the block unsubscribes. What a browser's client is informed of stands
+        between the events: ``relay:dropped`` (the loop was too slow for some), ``relay:lost`` (some are missing after
+        an interrupted link) and ``relay:recovered``; `ReceivedEvent.is_notice` is true for them.
+
+        Args:   max_events: so many may wait for the loop, and ``limits.outbox_max_bytes`` of them.
+                overflow: what happens to more; None for the topic's own setting. After ``"disconnect"`` the loop
+                    receives what waits and then raises SlowReader.
+                since: a position; events after it come first, if the topic's history has them all.
+                last: the newest events of the topic's history come first, so many at most.
+        Raises: ValueError: an invalid argument, or a topic without history; RelayError: relay is not running.
+                The block raises BusUnavailable at its beginning if the bus cannot be heard, and RelayError in another
+                event loop than relay's.
+        """
+        return self.node.subscribe(topic, max_events, overflow, since, last)
 
     @overload
     def disconnect(self, socket_id: str, reason: str = "") -> bool: ...

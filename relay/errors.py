@@ -8,6 +8,7 @@ Exceptions::
     ├── ConfigError        the settings do not make sense; the start is stopped
     ├── WireError          a client's frame cannot be decoded; carries the close code
     ├── AuthenticationError        a client has not proved who it is
+    ├── SlowReader         a loop over a topic's events has lost some of them
     └── BusUnavailable     the broker did not take a message
 """
 
@@ -159,6 +160,10 @@ class AuthenticationError(RelayError):
         self.kind = kind
         self.reason = reason
         super().__init__(text)
+
+
+class SlowReader(RelayError):
+    """A loop over a topic's events was too slow, and the policy is to end it rather than to drop events."""
 
 
 class BusUnavailable(RelayError):

@@ -24,6 +24,7 @@ from relay.brokers.embedded import BESIDE_AUTH, EmbeddedValkey
 from relay.channels import control
 from relay.channels.channel import Services
 from relay.channels.connections import Connections
+from relay.channels.event_stream import EventStream
 from relay.channels.history_reader import HistoryReader
 from relay.channels.hub import Hub
 from relay.channels.long_poll import LongPoll, Tokens
@@ -244,6 +245,12 @@ class Node:
         check_names(topic, event)
         send = partial(self.pubsub.local_broadcast, topic, event, to_payload(payload))
         return self.pubsub.home.ask(send, self.config.redis.timeout_s)
+
+    def subscribe(
+        self, topic: str, max_events: int, overflow: str | None, since: str | None, last: int | None
+    ) -> EventStream:
+        """Receive a topic's events; see `relay.Relay.subscribe`. Raises ValueError."""
+        return self.connections.event_streams.open(topic, max_events, overflow, since, last)
 
     def socket(self, socket_id: str) -> Socket | None:
         """A socket of this process by its id."""

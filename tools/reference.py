@@ -22,11 +22,14 @@ from relay import (
     AsyncPublisher,
     BusUnavailable,
     ConfigError,
+    EventStream,
     Plugin,
     Published,
     Publisher,
+    ReceivedEvent,
     Refused,
     Relay,
+    SlowReader,
     UpgradeRequest,
 )
 from relay.config import Config
@@ -42,7 +45,9 @@ _NOT_CONSTRUCTED = frozenset(
     (
         *_HANDED,
         UpgradeRequest,
+        EventStream,
         Published,
+        ReceivedEvent,
         relay_client.Channel,
         relay_client.Event,
         relay_client.Recovered,
@@ -58,11 +63,14 @@ _APPLICATION: tuple[type, ...] = (
     Publisher,
     AsyncPublisher,
     Published,
+    EventStream,
+    ReceivedEvent,
     UpgradeRequest,
     Refused,
     RelayError,
     ConfigError,
     BusUnavailable,
+    SlowReader,
 )
 
 _CLIENT: tuple[type, ...] = (
@@ -83,7 +91,20 @@ _CLIENT: tuple[type, ...] = (
 _SIGNATURE_MAX = 90
 """Characters of a signature on one line."""
 
-_INTERNAL = frozenset({("Channel", "receive"), ("Channel", "lose"), ("Channel", "end"), ("Relay", "publish_command")})
+_OF_A_SUBSCRIBER = (
+    "close closed_with direct_write drained end_subscription lose_events queued_bytes send_event"
+    " subscriber subscription transport"
+).split()
+
+_INTERNAL = frozenset(
+    {
+        *(("EventStream", name) for name in _OF_A_SUBSCRIBER),
+        ("Channel", "receive"),
+        ("Channel", "lose"),
+        ("Channel", "end"),
+        ("Relay", "publish_command"),
+    }
+)
 """Public methods that only other modules of the same package call."""
 
 _DEPRECATED = frozenset({("Relay", "broadcast_here"), ("Relay", "engine")})

@@ -14,6 +14,7 @@ from contextlib import suppress
 from itertools import count
 
 from relay.channels.channel import Services
+from relay.channels.event_stream import EventStreams
 from relay.channels.socket import Socket
 from relay.config import Config
 from relay.errors import AuthenticationError, CloseCode
@@ -71,6 +72,8 @@ class Connections:
         self._tracer = telemetry.tracer
         self._log = telemetry.loggers.get("relay.socket")
         outboxes = OutboxBudget(limits.outbox_total_max_bytes, metrics)
+        self.event_streams: EventStreams = EventStreams(services, outboxes)
+        """The loops of code in this process over events of topics."""
         self._transport_services = TransportServices(limits, metrics, self._log, outboxes, self.config.compression)
         self._admission = ConnectionLimiter(
             sockets_max=limits.sockets_max,
@@ -87,8 +90,8 @@ class Connections:
 
     @property
     def has_requests(self) -> bool:
-        """Whether some sockets are plain requests, or are asked for by them."""
-        return bool(self.write_modes["sse"] or self.write_modes["longpoll"])
+        """Whether some sockets are plain requests, or are asked for by them; loops may stand in responses."""
+        return bool(self.write_modes["sse"] or self.write_modes["longpoll"] or self.event_streams.members)
 
     # Their end.
 
@@ -104,6 +107,7 @@ class Connections:
         """
         if self._draining is None:
             self._draining = asyncio.create_task(self._drain())
+            self.event_streams.close()
 
     async def close(self) -> None:
         """Drain, and wait for the sockets' end, for ``limits.close_timeout_s`` after the last was closed at most."""

@@ -20,7 +20,6 @@ from relay.config_sections import Overflow
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
 from relay.protocol.payload import Payload
-from relay.transports.base import Transport
 
 _ATTEMPTS, _AGAIN_S = 10, 0.5
 """How often a page is read before it counts as lost, and the seconds in between."""
@@ -56,6 +55,21 @@ def asked(params: Payload) -> Asked | None:
     return Asked(*(None if value is msgspec.UNSET else value for value in (found.since, found.last)))
 
 
+class ReplayReader(Protocol):
+    """The transport, as what replays to it knows it."""
+
+    async def drained(self) -> None:
+        """Return once nothing waits and it takes more; or it has ended."""
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes that wait for it."""
+
+    @property
+    def closed_with(self) -> int | None:
+        """The code with which its close has begun; None while it has not."""
+
+
 class ReplayOwner(Protocol):
     """The channel, as what replays to it knows it."""
 
@@ -66,7 +80,7 @@ class ReplayOwner(Protocol):
         """Its socket, as the hub knows it."""
 
     @property
-    def transport(self) -> Transport:
+    def transport(self) -> ReplayReader:
         """Its socket's transport."""
 
     def lose_events(self) -> None:

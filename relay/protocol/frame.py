@@ -7,6 +7,8 @@ import zlib
 
 import msgspec
 
+from relay.protocol.payload import Payload
+
 DEFLATE_WINDOW_BITS = 12
 """Window of shared compression, as a power of two. 4 kB: a larger one costs 60 µs a frame, for next to no gain."""
 
@@ -29,6 +31,7 @@ class _PayloadV1(msgspec.Struct, gc=False):
 
 _decode_payload_v2 = msgspec.json.Decoder(_PayloadV2).decode
 _decode_payload_v1 = msgspec.json.Decoder(_PayloadV1).decode
+_decode_object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 def _find_value(frame: "Frame", key: str) -> bytes | None:
@@ -109,6 +112,28 @@ class Frame:
 
     def __repr__(self) -> str:
         return f"Frame({self.data!r}, is_text={self.is_text})"
+
+
+class LocalFrame(Frame):
+    """An event for subscribers in this process, which never becomes bytes of a connection.
+
+    Args: payload: of the event.
+    """
+
+    __slots__ = ("event", "payload")
+
+    def __init__(self, event: str, payload: Payload) -> None:
+        super().__init__(bytes(payload), isinstance(payload, msgspec.Raw))
+        self.event: str = event
+        self.payload: Payload = payload
+
+    def payload_value(self, key: str) -> bytes | None:
+        """The value under ``key`` in the payload, as JSON; None where there is none."""
+        try:
+            value = _decode_object(self.data).get(key) if self.is_text else None
+        except msgspec.DecodeError:  # the payload is no object
+            return None
+        return None if value is None else bytes(value)
 
 
 def _header(first: bytes, size: int) -> bytes:

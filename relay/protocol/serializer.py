@@ -20,7 +20,7 @@ import msgspec
 
 from relay.errors import CloseCode, WireError
 from relay.protocol import sse
-from relay.protocol.frame import Frame
+from relay.protocol.frame import Frame, LocalFrame
 from relay.protocol.payload import EMPTY, Payload, as_json, encode_payload, replace_lone_surrogates
 from relay.protocol.topics import NAME_MAX_BYTES
 
@@ -35,12 +35,14 @@ _VSN = re.compile(r"([12])\.0\.(?:0|[1-9][0-9]*)")
 
 
 class Version(IntEnum):
-    """The serializer a socket speaks, negotiated by ``vsn``; or that of a stream of server-sent events."""
+    """The serializer a socket speaks, negotiated by ``vsn``; or what takes the place of one."""
 
     V1 = 1
     V2 = 2
     SSE = 3
     """What it is sent is `relay.protocol.sse`; what its transport says in its client's name is V2."""
+    LOCAL = 4
+    """Code in this process is the subscriber: `relay.protocol.frame.LocalFrame`."""
 
 
 # Enum members are looked up slowly, and this one is asked for with each event.
@@ -200,6 +202,8 @@ def encode_broadcast(version: Version, topic: str, event: str, payload: Payload,
             frame = Frame(b"".join((lengths, topic_bytes, event_bytes, payload)), False)
     elif version is Version.V1:
         frame = _text_v1(None, topic, event, payload)
+    elif version is Version.LOCAL:
+        frame = LocalFrame(event, payload)
     else:
         frame = sse.StreamFrame(topic, sse.encode_lines(event, payload), position)
     if position is not None:
@@ -225,7 +229,7 @@ def encode_positioned(
     Wire: ``[null,null,topic,event,{…,"_position":"<ms>-<n>"}]``, or the event verbatim and then
           ``[null,null,topic,"relay:position",{"_position":"<ms>-<n>"}]``.
     """
-    if version is Version.SSE:
+    if version is Version.SSE or version is Version.LOCAL:
         return [(event, encode_broadcast(version, topic, event, payload, position))]
     spliced = splice(payload, position)
     if spliced is not None:

@@ -7,6 +7,7 @@ Replies, ``phx_close`` and ``phx_error`` are control frames: never dropped. They
 the socket must be closed: a client that asks and never reads.
 """
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ class Outbox:
         "event_bytes",
         "evict",
         "max_bytes",
+        "max_events",
     )
 
     def __init__(
@@ -105,6 +107,8 @@ class Outbox:
         notice: Callable[[str, int], Frame] | None = None,
     ) -> None:
         self.max_bytes: int = max_bytes
+        self.max_events: float = math.inf
+        """Most events that may wait, besides the bound in bytes."""
         self.event_bytes: int = 0
         self.control_bytes: int = 0
         self.dropped: int = 0
@@ -196,9 +200,10 @@ class Outbox:
             waiting, dropped = None, 1
         if overflow is Overflow.RECOVER and frame.position is not None:
             # The position of an event that waits, or has been written, goes with it.
-            if self.event_bytes + frame.size > RECOVER_BYTES and event != POSITION_EVENT:
+            is_over = self.event_bytes + frame.size > RECOVER_BYTES or len(self._entries) >= self.max_events
+            if is_over and event != POSITION_EVENT:
                 return None
-        elif self.event_bytes + frame.size > self.max_bytes:
+        elif not self._has_room(frame.size):
             if overflow is Overflow.DISCONNECT:
                 return None
             if overflow is Overflow.RECOVER:  # an event that is in no history
@@ -209,7 +214,7 @@ class Outbox:
                 self._remove(waiting)
                 dropped = 1
             dropped += self._make_room(topic, frame.size)
-            if self.event_bytes + frame.size > self.max_bytes:
+            if not self._has_room(frame.size):
                 return dropped + 1  # the outbox is full of other topics' events
         entry = Entry(frame, key, policy.match)
         self._entries.append(entry)
@@ -217,6 +222,9 @@ class Outbox:
         if overflow is Overflow.LATEST:
             self._latest[key] = entry
         return dropped
+
+    def _has_room(self, size: int) -> bool:
+        return self.event_bytes + size <= self.max_bytes and len(self._entries) < self.max_events
 
     def pop(self) -> Frame:
         """Take the oldest frame, or a notice that is due before it. Raises IndexError when there is none."""
@@ -307,7 +315,7 @@ class Outbox:
         dropped = 0
         kept: deque[Entry] = deque()
         # Nearly always the oldest entry is the one to drop, so the walk ends at once.
-        while self._entries and self.event_bytes + size > self.max_bytes:
+        while self._entries and not self._has_room(size):
             entry = self._entries.popleft()
             if entry.key is not None and entry.key[0] == topic:
                 self._forget(entry)

@@ -17,7 +17,7 @@ PACKAGE = Path(relay.__file__).parent
 LINES_MAX = 500
 # A module that is longer, with its own limit and the reason; never above 700.
 LONGER: dict[str, tuple[int, str]] = {
-    "app": (550, "the whole API of a relay, with its docstrings"),
+    "app": (600, "the whole API of a relay, with its docstrings"),
     "transports.uvicorn_websocket": (
         620,
         "one connection from its upgrade request to its end, and what stands in for asyncio there",
@@ -123,6 +123,7 @@ def test_public_names_are_pinned() -> None:
         "Config",
         "ConfigError",
         "Event",
+        "EventStream",
         "Join",
         "Joined",
         "Leave",
@@ -130,9 +131,11 @@ def test_public_names_are_pinned() -> None:
         "Published",
         "Publisher",
         "Push",
+        "ReceivedEvent",
         "RedisMessage",
         "Refused",
         "Relay",
+        "SlowReader",
         "UpgradeRequest",
         "__version__",
     ]
