@@ -31,7 +31,8 @@ from relay.log import RateLimitedLoggers
 from relay.metrics import IDLE, REFUSED_STATE, Metrics, ProcessState
 from relay.node import Components, Node
 from relay.paths import route_path, segments
-from relay.plugins import Plugin, system
+from relay.plugins import Plugin
+from relay.plugins.builtins import builtin_plugins
 from relay.plugins.handlers import check_handler
 from relay.plugins.loader import PluginSet, load_plugins
 from relay.protocol.presence import metas_by_key
@@ -110,15 +111,16 @@ class Relay:
             from relay.auth.tokens import load_keys
 
             keys = load_keys(config.auth)
-        builtins = (system.plugin,) if config.system_topic else ()
-        plugins = load_plugins(config.plugins, (*extra_plugins, *builtins))
+        telemetry = Telemetry(self.metrics, loggers, Tracer() if config.tracing else None)
+        first, last = builtin_plugins(config, telemetry)
+        plugins = load_plugins(config.plugins, (*extra_plugins, *first), last)
         for name in (found.name for found in plugins.found if found.plugin):
             # Or the first fault would be no rise of anything.
             self.metrics.plugin_calls[name] = self.metrics.plugin_errors[name] = 0
         authenticates = config.auth.has_keys or authenticate is not None
         return Components(
             config,
-            Telemetry(self.metrics, loggers, Tracer() if config.tracing else None),
+            telemetry,
             plugins,
             ApiKeyAuth(config, authenticates, loggers),
             NetworkAccess(config, authenticates),

@@ -24,6 +24,7 @@ from relay.config_sections import (
     RestConfig,
     TopicConfig,
 )
+from relay.config_webhooks import WebhookConfig
 from relay.errors import ConfigError
 from relay.proxy_headers import host_in, is_loopback_host, parse_ip, parse_networks
 from relay.redis_url import SENTINEL_SCHEMES
@@ -102,6 +103,7 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     metrics: MetricsConfig = MetricsConfig()
     presence: PresenceConfig = PresenceConfig()
     proxy: tuple[ProxyConfig, ...] = ()
+    webhooks: tuple[WebhookConfig, ...] = ()
     topics: tuple[TopicConfig, ...] = ()
     _old_names: OldNames = PrivateAttr(default_factory=OldNames)
 
@@ -218,6 +220,20 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
             raise ValueError("presence needs Redis or memory://; set redis_url, or remove presence from [[topics]]")
         if self.broadcast_url.startswith("memory") and self.workers > 1:
             raise ValueError("broadcast_url memory:// reaches one process only; use Redis, or workers = 1")
+        return self
+
+    @model_validator(mode="after")
+    def _webhooks_fit(self) -> "Config":
+        labels: set[str] = set()
+        for at, webhook in enumerate(self.webhooks):
+            if webhook.label in labels:
+                raise ValueError(f"webhooks.{at}: there is another one called {webhook.label!r}; set name")
+            labels.add(webhook.label)
+            if webhook.timeout_s >= self.plugins.timeout_s:
+                raise ValueError(
+                    f"webhooks.{at}: expected timeout_s below plugins.timeout_s = {self.plugins.timeout_s:g}, "
+                    f"got {webhook.timeout_s:g}"
+                )
         return self
 
     def topic(self, topic: str) -> TopicConfig:

@@ -24,7 +24,7 @@ from relay.errors import ConfigError
 from relay.renamed_settings import RENAMED, rename
 from relay.service_links import ENV_PREFIX, service_links
 
-_SECRET = re.compile(r"(^|[._])(url|keys?)(\.|$)")
+_SECRET = re.compile(r"(^|[._])(url|keys?|secrets)(\.|$)")
 """Settings whose values are not repeated."""
 
 

@@ -35,6 +35,7 @@ class Reason(StrEnum):
     TOKEN_EXPIRED = "token expired"
     ANOTHER_USER = "token of another user"
     AUTH_UNAVAILABLE = "authentication unavailable"
+    WEBHOOK_UNAVAILABLE = "webhook unavailable"
     REMOVED = "removed by the server"
     RATE_LIMITED = "rate limited"
     BUS_UNAVAILABLE = "bus unavailable"

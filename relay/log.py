@@ -365,6 +365,7 @@ LOGGERS = (
     "relay.plugins",
     "relay.presence",
     "relay.proxy",
+    "relay.webhooks",
     "relay.redis",
     "relay.server",
     "relay.socket",

@@ -145,6 +145,16 @@ class Metrics:
     """How long handlers took, their waiting included, by plugin; services, which do not end, are not among them."""
     longpoll_base64: int = 0
     """Binary frames that long-polling clients were sent as text, in base64."""
+    webhook_requests: Counter[str] = field(default_factory=Counter)
+    """Requests to webhooks, as ``<webhook>: <outcome>``."""
+    webhook_time: defaultdict[str, Histogram] = field(default_factory=lambda: defaultdict(Histogram))
+    """How long they took, their waiting included, by webhook."""
+    webhook_pending: Counter[str] = field(default_factory=Counter)
+    """Requests under way or waiting now, by webhook."""
+    webhook_open: Counter[str] = field(default_factory=Counter)
+    """1 while a webhook is not asked because it has failed often in a row."""
+    webhook_openings: Counter[str] = field(default_factory=Counter)
+    """Times that has begun, by webhook."""
     malformed: Counter[str] = field(default_factory=Counter)
     """Frames from clients that could not be understood, by close code."""
 

@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Protocol
 
+import msgspec
+
 from relay.channels.hub import Subscriber
 from relay.channels.presence import Presence
 from relay.channels.presence_topic import Watcher
@@ -34,6 +36,10 @@ class ActingServices(Protocol):
 
 class ActingSocket(Subscriber, Protocol):
     """The socket of a channel."""
+
+    @property
+    def id(self) -> str:
+        """Unique among all sockets of all nodes."""
 
     @property
     def services(self) -> ActingServices:
@@ -67,12 +73,18 @@ class ChannelActions:
         send = partial(pubsub.broadcast, self._channel.topic, event, hooks.to_payload(payload), skip)
         return pubsub.start_call(send)
 
-    def track(self, key: str, meta: object, is_update: bool = False) -> None:
+    def check_meta(self, meta: object) -> Payload:
+        return msgspec.Raw(self._checked(self._socket.id, meta))
+
+    def _checked(self, key: str, meta: object) -> bytes:
         services, topic = self._socket.services, self._channel.topic
         if services.presence is None or not services.config.topic(topic).presence:
             raise ValueError(f"topic {topic!r} has no presence; expected presence in its [[topics]]")
-        cleaned = services.presence.check(key, bytes(hooks.to_payload(meta)))
-        services.pubsub.call_in_loop(partial(self._track, key, cleaned, is_update))
+        return services.presence.check(key, bytes(hooks.to_payload(meta)))
+
+    def track(self, key: str, meta: object, is_update: bool = False) -> None:
+        cleaned = self._checked(key, meta)
+        self._socket.services.pubsub.call_in_loop(partial(self._track, key, cleaned, is_update))
 
     def _track(self, key: str, meta: bytes, is_update: bool) -> None:
         services, channel = self._socket.services, self._channel

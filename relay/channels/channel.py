@@ -23,7 +23,7 @@ from relay.channels.actions import ChannelActions, ChannelPushActions
 from relay.channels.handle import SocketHandle
 from relay.channels.history_reader import Recovery
 from relay.channels.hub import Hub, Subscriber
-from relay.channels.presence import Presence, presence_meta
+from relay.channels.presence import Presence, as_params, presence_meta
 from relay.channels.pubsub import PubSub
 from relay.channels.replay import Asked, Replay
 from relay.concurrency import Continuation, KeyedQueue
@@ -178,13 +178,13 @@ class Channel(Subscription):
                 self._refuse_join(join, reason)
                 return
             is_asked = handlers or self.topic in self._socket.announced
-            response = await self._call_join_handlers(join, handlers) if is_asked else EMPTY
+            response, meta = await self._call_join_handlers(join, handlers) if is_asked else (EMPTY, None)
             self._announce()
             async with pubsub.subscribe(self.topic):
                 recovery: Recovery | None = None
                 if pubsub.history is not None and (asked := self._asks_history(join)) is not None:
                     recovery = await pubsub.history.open(self.topic, asked.since, asked.last, self._is_wanted)
-                self._accept_join(join, response, recovery)
+                self._accept_join(join, response, recovery, meta)
         except hooks.Refused as refusal:
             self._refuse_join(join, refusal.reason, refusal.response)
         except hooks.InvalidPayload:
@@ -205,8 +205,13 @@ class Channel(Subscription):
         asks = replay.asked(join.params)
         return asks if asks is not None and self._socket.services.config.topic(self.topic).history else None
 
-    async def _call_join_handlers(self, join: "Join[Channel]", handlers: tuple[Hook, ...]) -> Payload:
-        """What the join's reply says once all handlers allow it. Raises Refused, InvalidPayload, HandlerError."""
+    async def _call_join_handlers(
+        self, join: "Join[Channel]", handlers: tuple[Hook, ...]
+    ) -> tuple[Payload, Payload | None]:
+        """What the join's reply says once all handlers allow it, and what they say of the member.
+
+        Raises Refused, InvalidPayload, HandlerError.
+        """
         socket, runner = self._socket, self._socket.services.pubsub.runner
         # A handler hears of a channel's end before it is asked about the next one.
         previous = socket.announced.get(self.topic)
@@ -216,7 +221,7 @@ class Channel(Subscription):
         answers: dict[str, Any] = {}
         for hook in handlers:
             await runner.call_with_result(hook, request, partial(hooks.add_response, answers))
-        return hooks.to_payload(answers)
+        return hooks.to_payload(answers), request.meta
 
     def _call_joined_handlers(self, params: Payload) -> Continuation:
         runner = self._socket.services.pubsub.runner
@@ -235,7 +240,13 @@ class Channel(Subscription):
         if self._socket.services.pubsub.hooks.leave:
             self._socket.announced[self.topic] = self
 
-    def _accept_join(self, join: "Join[Channel]", response: Payload, recovery: Recovery | None = None) -> None:
+    def _accept_join(
+        self,
+        join: "Join[Channel]",
+        response: Payload,
+        recovery: Recovery | None = None,
+        said_meta: Payload | None = None,
+    ) -> None:
         """Reply and subscribe, with nothing in between: no event comes before the reply, none is lost after it."""
         socket, topic = self._socket, self.topic
         if socket.is_closed:
@@ -250,7 +261,8 @@ class Channel(Subscription):
         services = socket.services
         meta: bytes | None = None
         if services.presence is not None and services.config.topic(topic).presence and self.has_presence:
-            meta = presence_meta(join.params, self._user, services.config.limits.presence_meta_max_bytes)
+            own = join.params if said_meta is None else as_params(said_meta)
+            meta = presence_meta(own, self._user, services.config.limits.presence_meta_max_bytes)
             if meta is None or not is_key(self._presence_key):
                 self.release()
                 self._refuse_join(join, Reason.INVALID_PRESENCE)
@@ -268,7 +280,7 @@ class Channel(Subscription):
             services.pubsub.history.follow(topic)
         socket.count_join()
         if meta is not None and services.presence is not None:
-            if services.config.topic(topic).presence != "plugin":
+            if said_meta is not None or services.config.topic(topic).presence != "plugin":
                 services.presence.track(self, self._presence_key, meta)
             services.presence.watch(self)
             if join.replaces is not None:

@@ -449,6 +449,11 @@ def presence_meta(params: Payload, user: str | None, most: int) -> bytes | None:
     return b"{%b}" % b",".join(members)
 
 
+def as_params(meta: Payload) -> msgspec.Raw:
+    """The params of a join that says this of itself."""
+    return msgspec.Raw(b'{"presence":%b}' % bytes(meta))
+
+
 def _packed(name: str, change: Difference) -> _Change:
     joins = [(each.ref, each.key, msgspec.Raw(each.meta), each.previous) for each in change.joins.values()]
     return _Change(name, joins, list(change.leaves))

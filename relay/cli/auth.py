@@ -27,7 +27,7 @@ from relay.errors import ConfigError
 from relay.extras import require
 from relay.permissions import SUBJECT, Right, names_of, parse_claim
 from relay.plugins.loader import candidates
-from relay.proxy_headers import parse_networks
+from relay.proxy_headers import is_this_machine, origin_of, parse_networks
 from relay.redis_url import parse_sentinel
 from relay.renamed_settings import rename_in_toml
 from relay.service_links import service_links
@@ -239,6 +239,10 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
         if entry.client_events:
             sender = "with their sender" if entry.client_events_sender else "without their sender"
             yield "clients", f"{', '.join(entry.client_events)} on {entry.match} go to the other subscribers, {sender}"
+    for hook in config.webhooks:
+        otherwise = "refused" if hook.on_failure == "refuse" else "allowed"
+        what = f"{', '.join(hook.on)} on {hook.match} are sent to {origin_of(hook.url)}"
+        yield "webhooks", f"{what}, and without an answer {otherwise}; {len(hook.secrets)} secret(s)"
     yield "rest", _rest(config, exposure)
     if config.metrics.public or config.metrics.key or (exposure.openings and not config.rest.api_key):
         yield "metrics", _metrics(config)
@@ -251,6 +255,9 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
                 f"topics.{at}: history.size = {entry.history.size}, and a join is given {most} events at most "
                 "(limits.recover_max_events)",
             )
+    for at, hook in enumerate(config.webhooks):
+        if hook.on_failure == "allow":
+            yield "note", f'webhooks.{at}: on_failure = "allow": a client that makes the program fail is let in'
     if config.is_exposed:
         yield "note", "the relay speaks no TLS; without a proxy that does, tokens can be read on their way"
 
@@ -364,6 +371,9 @@ def _warnings(config: Config, keys: "tuple[Key, ...]") -> Iterator[str]:
         yield "clients without a token may push to every topic (auth.anonymous)"
     if auth.has_keys and (not (config.redis_url or config.broadcast_url) or config.redis_url == EMBEDDED):
         yield f"redis_url: {BESIDE_AUTH}"
+    for at, hook in enumerate(config.webhooks):
+        if hook.url.startswith("http://") and not is_this_machine(urlsplit(hook.url).hostname or ""):
+            yield f"webhooks.{at}: url is not https: others on the network can read payloads, and decide in its place"
     if config.redis_url.startswith("redis://") and not _is_here(config.redis_url):
         yield "redis_url is not rediss://: events and its password travel in the clear"
 

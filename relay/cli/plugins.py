@@ -16,13 +16,14 @@ from relay.config_sources import load
 
 def plugins(config: ConfigFile = None) -> None:
     """List the plugins that were found: where, what each registers, and what failed. Piped: a line of JSON each."""
-    from relay.plugins import system
+    from relay.plugins.builtins import builtin_plugins
     from relay.plugins.loader import load_plugins
+    from relay.telemetry import Telemetry
 
     settings = load(config)
     lenient = settings.plugins.model_copy(update={"on_error": "skip"})
     logging.getLogger("relay.plugins").setLevel(logging.CRITICAL)  # what failed is part of the list
-    found = load_plugins(lenient, (system.plugin,) if settings.system_topic else ()).found
+    found = load_plugins(lenient, *builtin_plugins(settings, Telemetry())).found
     if is_terminal():
         screen = console()
         for one in found:

@@ -162,6 +162,9 @@ class TopicActions(Protocol):
     def broadcast(self, event: str, payload: object, to_all: bool) -> Awaitable[None]:
         """Send an event to the topic's subscribers, with or without the client itself."""
 
+    def check_meta(self, meta: object) -> Payload:
+        """Check what is to be said of a member of the topic. Raises ValueError, TypeError."""
+
     def track(self, key: str, meta: object, is_update: bool = False) -> None:
         """List the subscription as a member of the topic, or, with ``is_update``, change what is said of it."""
 
@@ -240,7 +243,7 @@ class _WithPresence(_WithActions):
 class Join(_WithUser, _WithActions, _WithPayload):
     """A join; ``payload`` is its params: in phoenix.js the second argument of ``socket.channel``."""
 
-    __slots__ = ("_actions", "_identity", "socket", "topic")
+    __slots__ = ("_actions", "_identity", "meta", "socket", "topic")
 
     def __init__(
         self,
@@ -251,12 +254,24 @@ class Join(_WithUser, _WithActions, _WithPayload):
         actions: TopicActions = _NO_ACTIONS,
     ) -> None:
         super().__init__(data)
+        self.meta: Payload | None = None
+        """What `set_presence` was given."""
         self._identity = identity
         self._actions = actions
         self.socket: Socket = socket
         """Who asks."""
         self.topic: str = topic
         """What for."""
+
+    def set_presence(self, meta: object) -> None:
+        """List the subscription as a member of the topic with this ``meta``, not with what the client says of itself.
+
+        It is listed under its user, or its socket, once the join is accepted; also where ``presence = "plugin"``.
+        ``meta`` is an object for JSON. For handlers of on_join.
+
+        Raises: ValueError: the topic has no presence, an invalid meta; TypeError: not JSON-serializable.
+        """
+        self.meta = self._actions.check_meta(meta)
 
 
 class Joined(_WithPresence, Join):

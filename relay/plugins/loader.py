@@ -71,9 +71,11 @@ class PluginSet:
         return any(each.register is not None or (each.plugin and each.plugin.routers) for each in self.found)
 
 
-def load_plugins(config: PluginsConfig, builtins: tuple[Plugin, ...] = ()) -> PluginSet:
+def load_plugins(config: PluginsConfig, builtins: tuple[Plugin, ...] = (), last: tuple[Plugin, ...] = ()) -> PluginSet:
     """Find and import all plugins.
 
+    Args:   builtins: those before all others.
+            last: those behind all others.
     Raises: ConfigError: one cannot be imported, with its name and reason, unless ``on_error`` is ``skip``.
     """
     found = [PluginInfo(plugin.name, "built-in", plugin) for plugin in builtins]
@@ -88,6 +90,7 @@ def load_plugins(config: PluginsConfig, builtins: tuple[Plugin, ...] = ()) -> Pl
                 raise ConfigError(f"plugin {name} ({source}) cannot be loaded: {entry.fault}\n{shown}") from error
             _logger.error("plugin %s (%s) cannot be loaded, going on without: %s", name, source, entry.fault)
         found.append(entry)
+    found += [PluginInfo(plugin.name, "built-in", plugin) for plugin in last]
     table = HookTable()
     for entry in found:
         for kind, hooks in entry.plugin.hooks.entries.items() if entry.plugin else ():

@@ -181,6 +181,7 @@ _STATUS = {
     Reason.UNMATCHED_TOPIC: 404,
     # These pass: the client is to come back.
     Reason.AUTH_UNAVAILABLE: 503,
+    Reason.WEBHOOK_UNAVAILABLE: 503,
     Reason.BUS_UNAVAILABLE: 503,
     Reason.INTERNAL: 503,
     Reason.JOIN_CRASHED: 503,

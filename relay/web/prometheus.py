@@ -70,6 +70,12 @@ def dropped_labels(reason: str) -> tuple[str, str]:
     return _snake_case(reason), _snake_case(overflow)
 
 
+def webhook_labels(word: str) -> tuple[str, str]:
+    """Return webhook and outcome of a request: "room:*: timeout" is ``room:*``, ``timeout``."""
+    name, _, outcome = word.rpartition(": ")
+    return name, outcome
+
+
 class MetricSpec(NamedTuple):
     """One metric: its name (a counter's without ``_total``), what it means, and how it is read."""
 
@@ -254,6 +260,35 @@ METRIC_SPECS: tuple[MetricSpec, ...] = (
         ("plugin",),
         _of("plugin_time"),
     ),
+    _counter(
+        "webhook_requests",
+        "Requests to webhooks, by outcome: allowed, refused, delivered (a leave), or why there was no answer.",
+        "webhook",
+        "outcome",
+        split=webhook_labels,
+    ),
+    MetricSpec(
+        "relay_webhook_seconds",
+        "histogram",
+        "Duration of those requests, including waiting, by webhook.",
+        ("webhook",),
+        _of("webhook_time"),
+    ),
+    MetricSpec(
+        "relay_webhook_pending",
+        "gauge",
+        "Requests to webhooks in progress or waiting, by webhook.",
+        ("webhook",),
+        _of("webhook_pending"),
+    ),
+    MetricSpec(
+        "relay_webhook_open",
+        "gauge",
+        "Workers that send no requests to a webhook because it has failed ten times in a row.",
+        ("webhook",),
+        _of("webhook_open"),
+    ),
+    _counter("webhook_openings", "Times a worker stopped sending requests to a webhook for that reason.", "webhook"),
     MetricSpec("relay_workers", "gauge", "Processes included in these metrics.", (), lambda m, s, p: {"": 1}),
     MetricSpec(
         "relay_info",

@@ -165,6 +165,25 @@ def test_check_says_which_events_clients_send_to_each_other(relay: Command) -> N
     assert code == 2 and "'presence_*' never matches" in err
 
 
+def test_check_says_what_is_sent_to_webhooks_and_no_secret(relay: Command) -> None:
+    hook = (
+        f'[[webhooks]]\nmatch = "room:*"\non = ["join"]\nsecrets = ["{SECRET * 4}"]\n'
+        f'url = "https://ada:{SECRET}@app.example/{SECRET}?key={SECRET}"\n'
+    )
+    code, out, _ = relay("check", settings=hook)
+    assert code == 0 and SECRET not in out
+    text = "join on room:* are sent to https://app.example, and without an answer refused; 1 secret(s)"
+    assert f"webhooks {text}" in lines(out)
+    code, out, err = relay("check", settings=hook.replace("https:", "http:"))
+    assert code == 2 and "webhooks.0" in err and "expected https://" in err and SECRET not in err
+    code, out, _ = relay("check", settings=hook.replace("https:", "http:") + 'insecure = true\non_failure = "allow"')
+    assert code == 1 and SECRET not in out
+    assert any(line.startswith("warning webhooks.0: url is not https") for line in lines(out))
+    assert any(line.startswith("note webhooks.0: on_failure") for line in lines(out))
+    code, _, err = relay("check", settings=hook.replace(SECRET * 4, "short"))
+    assert code == 2 and "webhooks.0.secrets: expected a secret of 32 bytes at least, got 5" in err
+
+
 OLD_NAMES = "page = false # for development\n\n[limits]\nrate_limited_max = 5\n"
 NEW_NAMES = "demo_page = false # for development\n\n[limits]\nrate_limit_violations_max = 5\n"
 

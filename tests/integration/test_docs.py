@@ -71,6 +71,7 @@ PAGES = [
         "docs/history",
         "docs/presence",
         "docs/client-events",
+        "docs/webhooks",
         "docs/mounting",
         "docs/rest",
         "docs/sse",

@@ -34,7 +34,7 @@ def test_table_is_that_of_the_package() -> None:
     names = {
         extra: {name.partition("[")[0].partition(">")[0] for name in packages} for extra, packages in extras.items()
     }
-    assert extras["standard"] == ["starlette-relay[server,cli,rest,auth,proxy,metrics,embedded]"]
+    assert extras["standard"] == ["starlette-relay[server,cli,rest,auth,proxy,webhooks,metrics,embedded]"]
     del names["standard"]
     assert names.keys() == EXTRAS.keys()
     brought = {"OpenTelemetry": "opentelemetry-api", "cryptography": "pyjwt"}  # the second by pyjwt[crypto]

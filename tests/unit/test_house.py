@@ -22,7 +22,8 @@ LONGER: dict[str, tuple[int, str]] = {
         620,
         "one connection from its upgrade request to its end, and what stands in for asyncio there",
     ),
-    "channels.channel": (550, "one join, from its decision to its end, with all that it has in between"),
+    "channels.channel": (560, "one join, from its decision to its end, with all that it has in between"),
+    "plugins.hooks": (540, "what handlers of every kind are given: the reference of plugins' authors"),
     "channels.pubsub": (560, "the bridge between bus and subscribers, in both directions"),
 }
 

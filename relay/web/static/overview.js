@@ -99,23 +99,41 @@ function fill(table, rows, empty) {
   body.append(create("tr", "", cell));
 }
 
+/** A line about something that is called: its metrics by name, now and a minute ago. */
+function callRow(name, title, errors, times, timesBefore, seconds, bounds) {
+  const [time, before] = [times[name] ?? [], timesBefore[name] ?? []];
+  const changes = time.map((value, place) => value - (before[place] ?? 0));
+  const [count, spent] = [counted(changes), changes.at(-1)];
+  return (called = count) => tableRow(
+    title,
+    seconds > 0 ? formatRate(called / seconds) : "–",
+    count > 0 ? formatMs((1000 * spent) / count) : "–",
+    slowest(changes.slice(0, -1), bounds),
+    formatCount(errors),
+  );
+}
+
 function showPlugins(now, past, bounds) {
   const { relay_plugin_calls: calls, relay_plugin_errors: errors, relay_plugin_seconds: times } = now.metrics;
   const seconds = (now.at_ms - past.at_ms) / 1000;
   const rows = Object.keys(calls).sort().map((name) => {
-    const [time, before] = [times[name] ?? [], past.metrics.relay_plugin_seconds[name] ?? []];
-    const changes = time.map((value, place) => value - (before[place] ?? 0));
-    const [count, spent] = [counted(changes), changes.at(-1)];
-    const called = calls[name] - (past.metrics.relay_plugin_calls[name] ?? 0);
-    return tableRow(
-      name,
-      seconds > 0 ? formatRate(called / seconds) : "–",
-      count > 0 ? formatMs((1000 * spent) / count) : "–",
-      slowest(changes.slice(0, -1), bounds),
-      formatCount(errors[name] ?? 0),
-    );
+    const row = callRow(name, name, errors[name] ?? 0, times, past.metrics.relay_plugin_seconds, seconds, bounds);
+    return row(calls[name] - (past.metrics.relay_plugin_calls[name] ?? 0));
   });
+  const { relay_webhook_requests: requests, relay_webhook_seconds: durations, relay_webhook_open: open } = now.metrics;
+  rows.push(...Object.keys(open).sort().map((name) => {
+    const title = `webhook ${name}${open[name] ? " (paused: it fails)" : ""}`;
+    return callRow(name, title, failuresOf(name, requests), durations, past.metrics.relay_webhook_seconds, seconds, bounds)();
+  }));
   fill("plugins", rows, "No plugin has been called yet.");
+}
+
+const ANSWERED = new Set(["allowed", "refused", "delivered"]);
+
+/** Requests to a webhook without an answer, of a count by "<webhook>: <outcome>". */
+function failuresOf(webhook, requests) {
+  const outcomes = Object.keys(requests).filter((word) => word.slice(0, word.lastIndexOf(": ")) === webhook);
+  return outcomes.reduce((sum, word) => sum + (ANSWERED.has(word.slice(webhook.length + 2)) ? 0 : requests[word]), 0);
 }
 
 /** What is wrong with frames that are answered by a close, by its code. */

@@ -31,6 +31,7 @@ from relay.plugins.hooks import (
     Refused,
     Socket,
 )
+from relay.protocol.payload import Payload
 
 SOCKET = cast(Socket, object())
 NO_ACTIONS = cast(PushActions, object())
@@ -167,6 +168,9 @@ class Pushed:
     def relay(self) -> str:
         return "the relay"
 
+    def check_meta(self, meta: object) -> Payload:
+        return hooks.to_payload(meta)
+
     def track(self, key: str, meta: object, is_update: bool = False) -> None:
         self.listings.append((key, meta, is_update))
 
@@ -190,6 +194,13 @@ def test_push_and_accepted_join_change_how_the_subscription_is_listed() -> None:
         it.untrack()
         assert actions.listings == [("ada", {"a": 1}, False), ("ada", {"a": 2}, True), "ada", None]
         actions.listings.clear()
+
+
+def test_join_keeps_what_is_to_be_listed_of_it() -> None:
+    join = Join(SOCKET, "room:1", raw("{}"), None, Pushed())
+    assert join.meta is None
+    join.set_presence({"a": 1})
+    assert join.meta == hooks.to_payload({"a": 1})
 
 
 def test_push_is_forwarded_and_not_answered_until_a_handler_says_otherwise() -> None:

@@ -138,6 +138,7 @@ def test_refused_joins_have_a_status() -> None:
     assert {reason: sse.status_of(reason) for reason in Reason if sse.status_of(reason) == 503} == dict.fromkeys(
         (
             Reason.AUTH_UNAVAILABLE,
+            Reason.WEBHOOK_UNAVAILABLE,
             Reason.BUS_UNAVAILABLE,
             Reason.INTERNAL,
             Reason.JOIN_CRASHED,
