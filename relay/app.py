@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import msgspec
-from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Mount
 
@@ -24,7 +23,7 @@ from relay.brokers.base import Link
 from relay.channels.event_stream import EventStream
 from relay.channels.socket import Socket
 from relay.config import EMBEDDED, Config
-from relay.config_sources import explain, load
+from relay.config_sources import from_arguments, load
 from relay.errors import ConfigError, RelayError
 from relay.extras import apply_extras, describe, missing
 from relay.log import RateLimitedLoggers
@@ -61,7 +60,7 @@ _logger = logging.getLogger("relay")
 class Relay:
     """An ASGI application: serve it alone, or mount it in another application.
 
-    Args: config: all settings; or pass single settings by name, ``Relay(redis_url="redis://…")``.
+    Args: config: all settings, or the address of the bus, ``Relay("redis://…")``; single settings are passed by name.
           extra_plugins: plugins in addition to those that are discovered; their handlers are called first.
           authenticate: authenticates clients: it is called with an `UpgradeRequest` and returns a mapping with ``sub``,
               or None for an anonymous client, or raises `Refused`. A plain function runs in a thread.
@@ -71,16 +70,13 @@ class Relay:
 
     def __init__(
         self,
-        config: Config | None = None,
+        config: Config | str | None = None,
         *,
         extra_plugins: tuple[Plugin, ...] = (),
         authenticate: Authenticate | None = None,
         **settings: Any,
     ) -> None:
-        try:
-            self.config: Config = apply_extras(config if config is not None else Config(**settings))
-        except ValidationError as error:
-            raise ConfigError(*explain(error, [("Relay", settings)])) from None
+        self.config: Config = apply_extras(from_arguments(config, settings))
         if not self.config.redis_url and not self.config.broadcast_url:
             raise ConfigError(
                 'redis_url: expected where to hear events: redis_url="redis://localhost:6379", '
@@ -134,6 +130,15 @@ class Relay:
         config = load(path)
         log_service_links()
         return cls(config, authenticate=authenticate)
+
+    @classmethod
+    def from_env(cls, *, authenticate: Authenticate | None = None) -> "Relay":
+        """Create a relay from ``RELAY_…`` variables, and from the file that ``RELAY_CONFIG`` names, if it is set.
+
+        Raises: ConfigError: as `Relay`, or a variable is unknown.
+        """
+        log_service_links()
+        return cls(load(), authenticate=authenticate)
 
     @property
     def authenticates(self) -> bool:

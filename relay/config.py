@@ -49,7 +49,8 @@ SETTINGS_KEY = "relay:settings"
 _HOST_PATTERN = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*", re.ASCII)
 
 _REDIS_SCHEMES = ("redis", "rediss", "unix", *SENTINEL_SCHEMES)
-_BROADCAST_SCHEMES = ("memory", "postgres", "postgresql", "kafka")
+BROADCAST_SCHEMES = ("memory", "postgres", "postgresql", "kafka")
+"""How ``broadcast_url`` may begin."""
 
 
 class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True):
@@ -139,7 +140,7 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     def _known_scheme(cls, url: str, info: Any) -> str:
         if not url or (info.field_name == "redis_url" and url == EMBEDDED):
             return url
-        allowed = _REDIS_SCHEMES if info.field_name == "redis_url" else _BROADCAST_SCHEMES
+        allowed = _REDIS_SCHEMES if info.field_name == "redis_url" else BROADCAST_SCHEMES
         if url.partition("://")[0] in _REDIS_SCHEMES and info.field_name == "redis_url":
             _ = redis_url.parse(url)  # raises ValueError, naming what is wrong
             return url

@@ -19,7 +19,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from relay.config import CONFIG_VARIABLE, TOKEN_KEY_VARIABLE, Config
+from relay.config import BROADCAST_SCHEMES, CONFIG_VARIABLE, TOKEN_KEY_VARIABLE, Config
 from relay.errors import ConfigError
 from relay.renamed_settings import RENAMED, rename
 from relay.service_links import ENV_PREFIX, service_links
@@ -48,6 +48,29 @@ def load(path: str | Path | None = None, flags: Mapping[str, Any] | None = None)
         return Config(**merged)
     except ValidationError as error:
         raise ConfigError(*explain(error, sources)) from None
+
+
+def from_arguments(config: Config | str | None, settings: dict[str, Any]) -> Config:
+    """Make the settings of the arguments of `Relay`.
+
+    Args:   config: all settings, or the address of the bus: ``redis://…``, ``embedded``, ``memory://`` and so on.
+            settings: single settings by name.
+    Raises: ConfigError: a setting is invalid, or is given twice.
+    """
+    if isinstance(config, Config):
+        if settings:
+            names = ", ".join(settings)
+            raise ConfigError(f"Relay: expected a Config or single settings, got a Config and {names}")
+        return config
+    if isinstance(config, str):
+        name = "broadcast_url" if config.partition("://")[0] in BROADCAST_SCHEMES else "redis_url"
+        if name in settings:
+            raise ConfigError(f"Relay: {name}: expected once, got it as the first argument and by name")
+        settings = {name: config, **settings}
+    try:
+        return Config(**settings)
+    except ValidationError as error:
+        raise ConfigError(*explain(error, [("Relay", settings)])) from None
 
 
 def explain(error: ValidationError, sources: list[tuple[str, dict[str, Any]]]) -> list[str]:

@@ -12,6 +12,7 @@ from fastapi import APIRouter, FastAPI
 from starlette.applications import Starlette
 
 from relay import ConfigError, Plugin, Relay
+from relay.config import Config
 from relay.errors import RelayError
 from relay.web.console import SOCKET_PATH
 from tests.support.asgi import Connection, until
@@ -71,6 +72,48 @@ def test_relay_is_made_from_a_file(tmp_path: Path) -> None:
     (tmp_path / "relay.toml").write_text('broadcast_url = "memory://"\nsocket_paths = ["/live"]\n')
     relay = Relay.from_file(tmp_path / "relay.toml")
     assert (relay.config.socket_paths, relay.authenticates) == (("/live",), False)
+
+
+@pytest.mark.parametrize(
+    ("address", "setting"),
+    [
+        ("redis://localhost:6379", "redis_url"),
+        ("redis+sentinel://a,b/main", "redis_url"),
+        ("embedded", "redis_url"),
+        ("memory://", "broadcast_url"),
+        ("postgres://localhost/app", "broadcast_url"),
+    ],
+)
+def test_relay_is_made_from_the_address_of_its_bus(address: str, setting: str) -> None:
+    relay = Relay(address, system_topic=False)
+    assert (getattr(relay.config, setting), relay.config.system_topic) == (address, False)
+
+
+def test_arguments_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ConfigError, match="expected a Config or single settings, got a Config and port"):
+        Relay(Config(broadcast_url="memory://"), port=9000)
+    with pytest.raises(ConfigError, match="redis_url: expected once"):
+        Relay("redis://localhost", redis_url="redis://other")
+    with pytest.raises(ConfigError, match="Relay: redis_url: expected a URL that starts with redis://"):
+        Relay("http://localhost:6379")
+    with pytest.raises(ConfigError, match="exclude each other"):
+        Relay("redis://localhost", broadcast_url="memory://")
+
+
+def test_relay_is_made_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "relay.toml").write_text('socket_paths = ["/live"]\n')
+    monkeypatch.setenv("RELAY_BROADCAST_URL", "memory://")
+    assert Relay.from_env().config.socket_paths == ("/socket",)
+    monkeypatch.setenv("RELAY_CONFIG", str(tmp_path / "relay.toml"))
+    relay = Relay.from_env(authenticate=lambda request: None)
+    assert (relay.config.broadcast_url, relay.config.socket_paths, relay.authenticates) == (
+        "memory://",
+        ("/live",),
+        True,
+    )
+    monkeypatch.setenv("RELAY_NONSENSE", "1")
+    with pytest.raises(ConfigError, match="environment: RELAY_NONSENSE: no such setting"):
+        Relay.from_env()
 
 
 def test_relay_that_does_not_run_says_so() -> None:
