@@ -22,7 +22,7 @@ from websockets.asyncio.client import ClientConnection
 
 from relay import runtime_dir
 from relay.cli.connection import TIMEOUT_S, ask_rest, connected, socket_url
-from relay.cli.options import Params, RedisUrl, RelayFile, Token, json_of
+from relay.cli.options import Params, RedisUrl, RelayFile, Token, Url, json_of
 from relay.cli.output import Failed, console, fail, is_terminal, print_lines, printable
 from relay.cli.stats import Listener, latencies_ms
 from relay.config import EMBEDDED, Config
@@ -65,9 +65,10 @@ Publish = Callable[[Sequence[tuple[str, Any]]], Awaitable[None]]
 
 
 def bench(
-    url: Annotated[
-        str | None, typer.Argument(metavar="URL", help="The relay's socket.", show_default="ws://127.0.0.1:8000/socket")
+    address: Annotated[
+        str | None, typer.Argument(metavar="URL", help="The same as --url.", show_default="http://127.0.0.1:8000")
     ] = None,
+    url: Url = None,
     sockets: Annotated[int, typer.Option(min=1, metavar="N", help="Sockets, each joined to one topic.")] = 100,
     topics: Annotated[
         int | None,
@@ -95,13 +96,16 @@ def bench(
 
     settings = load(config, {"redis_url": redis_url})
     run = f"bench:{uuid4().hex[:8]}"
-    address, payload = socket_url(settings, url, "URL"), json_of("--params", params)
+    if address and url:
+        raise ConfigError("URL: expected once, got it as the first argument and as --url")
+    target = socket_url(settings, address or url, "URL" if address else "--url")
+    payload = json_of("--params", params)
     listeners = [Listener(f"{run}:{number % topics}") for number in range(sockets)]
-    load_of = _Load(address, listeners, rate, seconds)
+    load_of = _Load(target, listeners, rate, seconds)
     is_shown = is_terminal() and not as_json
     raise_descriptor_limit()
     try:
-        results = asyncio.run(_bench(load_of, token, payload, _bus(settings, address), is_shown))
+        results = asyncio.run(_bench(load_of, token, payload, _bus(settings, target), is_shown))
     except (Failed, BusUnavailable) as error:
         fail(str(error))
     if is_shown:

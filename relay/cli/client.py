@@ -22,7 +22,19 @@ from websockets.asyncio.client import ClientConnection
 
 from relay.brokers.base import is_position
 from relay.cli.connection import TIMEOUT_S, Lost, ask_rest, connected, rest_url, socket_url
-from relay.cli.options import EventName, Params, Payload, RelayFile, Token, Topic, event_of, json_of, token_of, topic_of
+from relay.cli.options import (
+    EventName,
+    Params,
+    Payload,
+    RelayFile,
+    Token,
+    Topic,
+    Url,
+    event_of,
+    json_of,
+    token_of,
+    topic_of,
+)
 from relay.cli.output import Failed, console, fail, is_terminal, json_line, print_lines, printable
 from relay.config_sources import load
 from relay.errors import ConfigError
@@ -42,10 +54,6 @@ _POSITION_S = 1.0
 
 Shown = tuple[str, Any, str | None]
 """Event, payload and position."""
-
-Url = Annotated[
-    str | None, typer.Option(metavar="URL", help="The relay's socket.", show_default="ws://127.0.0.1:8000/socket")
-]
 
 
 def listen(
@@ -94,12 +102,7 @@ def push(
     _run(_push(address, token_of(token), Joining(topic_of(topic), json_of("--params", params)), name, value))
 
 
-RestUrl = Annotated[
-    str | None, typer.Option(metavar="URL", help="REST interface.", show_default="http://127.0.0.1:8000/api")
-]
-
-
-def topics(config: RelayFile = None, url: RestUrl = None) -> None:
+def topics(config: RelayFile = None, url: Url = None) -> None:
     """List the topics joined in a relay, and by how many sockets; the API key is that of the settings."""
     settings = load(config)
     address = rest_url(settings, url)
@@ -123,7 +126,7 @@ def topics(config: RelayFile = None, url: RestUrl = None) -> None:
     console().print(table if found else "no topic is joined")
 
 
-def presence(topic: Topic, config: RelayFile = None, url: RestUrl = None) -> None:
+def presence(topic: Topic, config: RelayFile = None, url: Url = None) -> None:
     """List the members of a topic with presence, on all nodes; the API key is that of the settings.
 
     Where only the number of members is known or sent to subscribers, the number is shown.

@@ -41,12 +41,47 @@ def host_of(settings: Config) -> str:
     return f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"
 
 
+_FORM = "expected http(s)://host[:port], and where the relay is mounted, such as http://localhost:8000/relay"
+
+
+def base_url(settings: Config, url: str | None, name: str = "--url") -> str:
+    """The address of a relay, ``http(s)://host[:port][/mount]`` without a slash at its end; of the settings by default.
+
+    The addresses of its socket and of its REST interface are taken too, and shortened.
+
+    Raises: ConfigError: ``name`` is that of the argument.
+    """
+    if not url:
+        return f"http://{host_of(settings)}"
+    scheme, _, rest = url.partition("://")
+    try:
+        parts = urlsplit(url)
+        is_wrong = scheme not in ("http", "https", "ws", "wss") or not parts.hostname or bool(parts.query)
+        _ = parts.port
+    except ValueError:  # a port that is no number
+        is_wrong = True
+    if is_wrong:
+        raise ConfigError(f"{name}: {_FORM}, got {url!r}")
+    rest = rest.rstrip("/")
+    for end in (settings.rest.path, *settings.socket_paths):
+        if end.strip("/") and rest.endswith(end):
+            rest = rest.removesuffix(end)
+            break
+    return f"http{scheme.removeprefix('http').removeprefix('ws')}://{rest}"
+
+
 def socket_url(settings: Config, url: str | None, name: str = "--url") -> str:
-    """The address of a relay's socket, the one of the settings where none is given. Raises ConfigError."""
-    url = url or f"ws://{host_of(settings)}{settings.socket_paths[0]}"
-    if not url.startswith(("ws://", "wss://")):
-        raise ConfigError(f"{name}: expected ws://… or wss://…, got {url!r}")
-    return f"{url.rstrip('/')}/websocket?vsn=2.0.0"
+    """The address of a relay's socket, with that of the relay as in `base_url`. Raises ConfigError.
+
+    An address with ``ws://`` or ``wss://`` is that of the socket, whichever its path.
+    """
+    if url and url.startswith(("ws://", "wss://")) and urlsplit(url).path.strip("/"):
+        _ = base_url(settings, url, name)
+        return f"{url.rstrip('/')}/websocket?vsn=2.0.0"
+    base = base_url(settings, url, name)
+    paths = [path.rstrip("/") for path in settings.socket_paths]
+    path = next((path for path in paths if path and (url or "").rstrip("/").endswith(path)), paths[0])
+    return f"ws{base.removeprefix('http')}{path}/websocket?vsn=2.0.0"
 
 
 @asynccontextmanager
@@ -143,11 +178,8 @@ def _reason(error: object) -> str:
 
 
 def rest_url(settings: Config, url: str | None) -> str:
-    """The address of a relay's REST interface, the one of the settings where none is given. Raises ConfigError."""
-    url = url or f"http://{host_of(settings)}{settings.rest.path}"
-    if not url.startswith(("http://", "https://")):
-        raise ConfigError(f"--url: expected http://… or https://…, got {url!r}")
-    return url.rstrip("/")
+    """The address of a relay's REST interface, with that of the relay as in `base_url`. Raises ConfigError."""
+    return base_url(settings, url) + settings.rest.path
 
 
 def ask_rest(settings: Config, address: str, path: str, body: Any = None) -> tuple[Any, Message]:

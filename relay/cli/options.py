@@ -16,6 +16,12 @@ from relay.protocol.topics import PROTOCOL_TOPIC, RELAY_TOPIC, is_event, is_topi
 ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML file with settings.")]
 RelayFile = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="The relay's TOML file.")]
 RedisUrl = Annotated[str | None, typer.Option(metavar="URL", help="Redis to use, e.g. redis://localhost:6379.")]
+Url = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL", help="The relay, with the path that it is mounted at.", show_default="http://127.0.0.1:8000"
+    ),
+]
 Topic = Annotated[str, typer.Argument(metavar="TOPIC", help="Topic, e.g. room:1.")]
 EventName = Annotated[str, typer.Argument(metavar="EVENT", help="Event, e.g. new_msg.")]
 Payload = Annotated[str, typer.Argument(metavar="JSON", help='Payload, e.g. \'{"text":"hi"}\'.')]
@@ -26,7 +32,8 @@ EXAMPLES = {
     "serve": (
         "relay serve --open",
         "relay serve --redis-url redis://localhost:6379 --workers 4",
-        "relay serve main:app",
+        "relay serve main:app --reload",
+        "relay serve --factory main:create_app",
     ),
     "publish": ("""relay publish room:1 new_msg '{"text":"hi"}'""",),
     "listen": (
@@ -35,10 +42,10 @@ EXAMPLES = {
         "relay listen room:1 --count 1 | jq .payload",
     ),
     "push": ("""relay push room:1 shout '{"text":"hi"}'""",),
-    "topics": ("relay topics", "relay topics --url https://example.org/api --config relay.toml"),
+    "topics": ("relay topics", "relay topics --url https://example.org/relay --config relay.toml"),
     "presence": ("relay presence room:1", "relay presence room:1 | jq -r .key | sort -u"),
     "bench": (
-        "relay bench ws://127.0.0.1:8000/socket",
+        "relay bench --url http://127.0.0.1:8000",
         "relay bench --sockets 500 --topics 50 --rate 1000 --seconds 30",
     ),
     "token": ("""relay token --sub alice --topic "room:*:join,push" --ttl 1h""",),

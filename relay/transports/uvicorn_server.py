@@ -12,12 +12,16 @@ import socket as sockets
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess, multiprocess
+from uvicorn.supervisors.statreload import StatReload
 
 from relay.errors import ConfigError
 from relay.fd_limit import raise_descriptor_limit
@@ -109,24 +113,75 @@ class _Worker(multiprocess.Process):
 
     def target(self, sockets: list[sockets.socket] | None = None) -> None:
         """Serve; with settings that no longer make sense, end so that the supervisor does not retry without a limit."""
-        threading.Thread(target=self._end_with_parent, daemon=True).start()
-        try:
+        assert isinstance(self.server, Server)
+        _watch_parent(self.server)
+        with _reported():
             super().target(sockets)
-        except ConfigError as error:
-            logging.getLogger("relay.server").error("%s", error)
-            sys.exit(STARTUP_FAILURE)
 
-    def _end_with_parent(self) -> None:
-        """End when the supervisor has, whatever has ended it: a pipe from it, which multiprocessing makes, says so."""
-        parent = multiprocessing.parent_process()
-        assert parent is not None, "workers are spawned"
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Log what is wrong with the settings in one line, and end the process."""
+    try:
+        yield
+    except ConfigError as error:
+        logging.getLogger("relay.server").error("%s", error)
+        sys.exit(STARTUP_FAILURE)
+
+
+def _watch_parent(server: Server) -> None:
+    """End when the supervisor has, whatever has ended it: a pipe from it, which multiprocessing makes, says so."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "workers are spawned"
+
+    def wait() -> None:
         parent.join()
         _logger.warning("shutting down: the supervisor has ended")
-        assert isinstance(self.server, Server)
-        self.server.stop_listening()
+        server.stop_listening()
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(_ORPHAN_MAX_S)
         os._exit(1)  # a handler that blocks the event loop must not keep the process
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+class _Reloader(StatReload):
+    """Starts the one process again when a file changes; with one that ended, at the next change.
+
+    Args: files: watched besides the ``.py`` files below the current directory.
+    """
+
+    _PASSED_OVER = frozenset({"node_modules", "__pycache__", "site-packages"})
+
+    def __init__(self, config: uvicorn.Config, listener: sockets.socket, files: Sequence[Path]) -> None:
+        super().__init__(config, partial(_serve_once, config), [listener])
+        self.reloader_name = "relay"
+        self._files = files
+
+    def iter_py_files(self) -> Iterator[Path]:
+        """The files that are watched: environments, packages and hidden directories are passed over."""
+        yield from self._files
+        for root in self.config.reload_dirs:
+            for directory, names, files in os.walk(root):
+                names[:] = [
+                    name
+                    for name in names
+                    if name not in self._PASSED_OVER
+                    and not name.startswith(".")
+                    and not Path(directory, name, "pyvenv.cfg").exists()
+                ]
+                yield from (Path(directory, name) for name in files if name.endswith(".py"))
+
+
+def _serve_once(config: uvicorn.Config, sockets: list[sockets.socket] | None) -> None:
+    """Serve, in a process of its own, until it is ended for a reload."""
+    server = Server(config)
+    server.ends_process = True
+    _watch_parent(server)
+    with _reported():
+        server.run(sockets=sockets)
+    if not server.started:
+        sys.exit(STARTUP_FAILURE)
 
 
 class _Fewer(logging.Filter):
@@ -178,3 +233,13 @@ def run(config: uvicorn.Config, listener: sockets.socket, clean_up: Callable[[],
     # It ends when a worker cannot start, and reports that neither by an exception nor by a result.
     failed = any(worker.exitcode == STARTUP_FAILURE for worker in supervisor.processes)
     return STARTUP_FAILURE if failed else 0
+
+
+def run_reloading(config: uvicorn.Config, listener: sockets.socket, files: Sequence[Path]) -> int:
+    """Serve in one process, which starts again when a ``.py`` file below the current directory or one of ``files``
+    changes; returns the exit code.
+    """
+    raise_descriptor_limit()
+    config.reload_dirs = [Path.cwd()]
+    _Reloader(config, listener, files).run()
+    return 0

@@ -193,7 +193,12 @@ def test_nobody_there_is_exit_code_1_in_one_line() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "word"), [(("--sockets", "2", "--topics", "3"), "--topics"), (("http://x",), "URL")]
+    ("arguments", "word"),
+    [
+        (("--sockets", "2", "--topics", "3"), "--topics"),
+        (("ftp://x",), "URL"),
+        (("ftp://x", "--url", "http://x"), "URL"),
+    ],
 )
 def test_wrong_usage_is_exit_code_2_in_one_line(arguments: tuple[str, ...], word: str) -> None:
     ran = bench(*arguments)

@@ -22,6 +22,7 @@ from websockets.sync.server import ServerConnection
 from websockets.sync.server import serve as serve_websocket
 
 from tests.support.process import DEADLINE_S, RelayProcess, Valkey, free_port, wait_for
+from tests.support.servers import AppServer
 from tests.support.terminal import run_on_terminal
 
 ROOT = Path(__file__).parents[2]
@@ -245,8 +246,8 @@ def test_listen_begins_with_the_last_events_or_behind_a_position(valkey: Valkey)
             post(relay, "room:1", {"n": 7})
             assert "relay: room:1: not recovered: history expired; events may be missing\n" in it.end(code=0)
             assert '{"n": 7} 1' in re.sub("\x1b\\[[0-9;]*m", "", it.output)
-        with listening(relay, "other:1", "--last", "1") as it:
-            it.process.send_signal(signal.SIGINT)
+        with listening(relay, "other:1", "--last", "1", "--count", "1") as it:
+            publish_to(valkey.url, "to:other:1:live", b"{}")
             assert "the topic has no history; nothing is recovered" in it.end(code=0)
 
 
@@ -289,11 +290,13 @@ def test_wrong_address_is_exit_code_1_with_what_the_server_said(relay: RelayProc
     ids=["listen", "push", "topics", "presence"],
 )
 def test_nobody_there_is_exit_code_1_in_one_line(command: tuple[str, ...]) -> None:
-    url = f"{'http' if command[0] in ('topics', 'presence') else 'ws'}://127.0.0.1:{free_port()}/x"
+    place = f"127.0.0.1:{free_port()}/x"
+    url = f"http://{place}"
     ran = run(*command, "--url", url)
     assert (ran.returncode, ran.stdout) == (1, "")
     (line,) = ran.stderr.splitlines()
-    assert line.startswith(f"relay: {url}")
+    scheme, path = ("http", "/api") if command[0] in ("topics", "presence") else ("ws", "/socket/websocket")
+    assert line.startswith(f"relay: {scheme}://{place}{path}")
     assert line.endswith(": no server listens there; does `relay serve` run?")
 
 
@@ -302,7 +305,7 @@ def test_nobody_there_is_exit_code_1_in_one_line(command: tuple[str, ...]) -> No
     [
         (("listen", ""), "TOPIC"),
         (("listen", "t", "--params", "{"), "--params"),
-        (("listen", "t", "--url", "http://x"), "--url"),
+        (("listen", "t", "--url", "ftp://x"), "--url"),
         (("listen", "t", "--since", "x"), "--since"),
         (("listen", "t", "--last", "-1"), "invalid value for '--last'"),
         (("listen", "t", "--last", "1", "--params", "[]"), "--params"),
@@ -358,7 +361,33 @@ def test_answer_of_somebody_else_is_told_by_its_status(body: bytes) -> None:
         threading.Thread(target=server.handle_request, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/x"
         ran = run("topics", "--url", url)
-    assert (ran.returncode, ran.stderr) == (1, f"relay: {url}: HTTP 404: Not Found\n")
+    assert (ran.returncode, ran.stderr) == (1, f"relay: {url}/api: HTTP 404: Not Found\n")
+
+
+MOUNTED = """
+from relay import Relay
+from starlette.applications import Starlette
+app = Starlette()
+Relay("embedded", topics=[{"match": "cli:*", "presence": True}]).install(app, "/relay")
+"""
+
+
+@pytest.mark.parametrize("end", ["", "/", "/socket", "/api"])
+def test_one_url_serves_all_client_commands(end: str) -> None:
+    with AppServer("relay", MOUNTED, ready="/relay/ready") as server:
+        url = f"{server.http}/relay{end}"
+        joining = relay_command("listen", "cli:one", "--url", url)
+        process = subprocess.Popen(joining, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        try:
+            wait_for(lambda: run("topics", "--url", url).stdout, "the join")
+            assert json.loads(run("topics", "--url", url).stdout) == {"topic": "cli:one", "sockets": 1}
+            assert len(run("presence", "cli:one", "--url", url).stdout.splitlines()) == 1
+            assert run("push", "cli:one", "e", "{}", "--url", url).returncode == 0
+            bench = run("bench", "--url", url, "--sockets", "1", "--seconds", "0.2", "--rate", "10")
+            assert json.loads(bench.stdout)["lost"] == 0
+        finally:
+            process.terminate()
+            process.communicate()
 
 
 def test_topics_of_one_of_several_workers_are_told_to_be_that() -> None:

@@ -9,10 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, suppress
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
@@ -26,7 +28,7 @@ from websockets.exceptions import InvalidStatus
 from relay import ConfigError, __version__
 from relay.brokers import embedded
 from tests.support.client import Client
-from tests.support.process import DEADLINE_S, RelayProcess, Valkey, launched, wait_for
+from tests.support.process import DEADLINE_S, RelayProcess, Valkey, free_port, launched, wait_for
 from tests.support.serving import eventually, heard_on, http_get, metric
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +71,7 @@ def test_greeting_names_every_address(relay: RelayProcess) -> None:
     assert lines[0] == f"relay {__version__} is ready"
     assert lines[1] == f"  page     http://127.0.0.1:{port}/"
     assert lines[2] == f"  console  http://127.0.0.1:{port}/console"
-    assert lines[3] == f"  socket   ws://127.0.0.1:{port}/socket/websocket"
+    assert lines[3] == f'  socket   new Socket("ws://127.0.0.1:{port}/socket")'
     assert lines[4] == f"  stream   http://127.0.0.1:{port}/socket/sse?topic=…"
     url = r"redis://relay:[\w-]{32}@127\.0\.0\.1:\d+"
     assert re.fullmatch(rf"  redis    {url}  \(a Valkey of the relay's own; .*\)", lines[5])
@@ -80,6 +82,127 @@ def test_greeting_names_every_address(relay: RelayProcess) -> None:
 def test_greeting_of_a_relay_on_all_addresses_names_one_to_go_to() -> None:
     with RelayProcess("--host", "0.0.0.0", environ={"RELAY_ALLOW_ANONYMOUS": "true"}) as relay:
         assert relay.http.startswith("http://127.0.0.1:")
+
+
+def test_greeting_says_which_bus_is_awaited_without_its_password() -> None:
+    with Valkey() as valkey:
+        valkey.kill()
+        url = f"redis://:secret@127.0.0.1:{valkey.port}"
+        with RelayProcess("--redis-url", url) as relay:
+            expected = f"relay {__version__} is waiting for Redis at 127.0.0.1:{valkey.port}; it tries again"
+            assert expected in relay.output.splitlines()
+            assert "secret" not in relay.output
+
+
+NESTED = """
+from relay import Relay
+from starlette.applications import Starlette
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.routing import Mount
+
+def create_app():
+    relay = Relay("memory://", allow_anonymous=True, demo_page=False, socket_paths=["/live"])
+    inner = Starlette(routes=[Mount("/relay", relay)], lifespan=relay.lifespan)
+    return GZipMiddleware(Starlette(routes=[Mount("/v1", inner)]))
+"""
+
+
+def _serve_app(directory: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "relay", "serve", *arguments]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_RUNTIME_DIR": str(directory)}
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen(command, cwd=directory, env=environ, text=True, start_new_session=True, **pipe)  # type: ignore[call-overload, no-any-return]
+
+
+def _lines_of(process: subprocess.Popen[str]) -> list[str]:
+    """What a process prints, as it comes."""
+    lines: list[str] = []
+    assert process.stdout is not None
+    threading.Thread(target=lines.extend, args=(process.stdout,), daemon=True).start()
+    return lines
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_factory_makes_the_app_and_the_greeting_names_what_is_mounted(tmp_path: Path, workers: str) -> None:
+    (tmp_path / "shop.py").write_text(NESTED)
+    port = free_port()
+    arguments = ("--factory", "shop:create_app", "--host", "0.0.0.0", "--port", str(port), "--workers", workers)
+    with _serve_app(tmp_path, *arguments) as process:
+        lines = _lines_of(process)
+        try:
+            wait_for(lambda: any("stream" in line for line in lines), "the greeting")
+            at = next(at for at, line in enumerate(lines) if "is ready" in line)
+            assert [line.rstrip() for line in lines[at:]] == [
+                f"shop:create_app is ready at http://127.0.0.1:{port}/",
+                f"  console  http://127.0.0.1:{port}/v1/relay/console",
+                f'  socket   new Socket("ws://127.0.0.1:{port}/v1/relay/live")',
+                f"  stream   http://127.0.0.1:{port}/v1/relay/live/sse?topic=…",
+            ]
+        finally:
+            process.terminate()
+        assert process.wait(DEADLINE_S) == 0
+
+
+def test_reload_starts_again_when_the_app_or_the_settings_change(tmp_path: Path) -> None:
+    source = "from relay import Relay\napp = Relay('memory://', socket_paths=['/{}'])\n"
+    settings = tmp_path / "relay.toml"
+    settings.write_text("log_level = 'warning'\n")
+    shop, port = tmp_path / "shop.py", free_port()
+    shop.write_text(source.format("one"))
+
+    def serves(path: str) -> bool:
+        try:
+            urlopen(f"http://127.0.0.1:{port}{path}/websocket", timeout=5).close()
+        except HTTPError as error:
+            with error:
+                return error.code == 426  # there is a socket
+        except OSError:
+            pass
+        return False
+
+    def change(path: Path, text: str) -> None:
+        path.write_text(text)
+        later = path.stat().st_mtime + 10  # a file system may keep whole seconds
+        os.utime(path, (later, later))
+
+    with _serve_app(tmp_path, "shop:app", "--reload", "--port", str(port), "-c", str(settings)) as process:
+        lines = _lines_of(process)
+        try:
+            wait_for(lambda: serves("/one"), "the first start")
+            children = psutil.Process(process.pid).children(recursive=True)
+            change(shop, source.format("two"))
+            wait_for(lambda: serves("/two"), "the second start")
+            assert any("relay detected changes in 'shop.py'. Reloading" in line for line in lines)
+            change(shop, "from relay import Relay\napp = Relay('http://wrong')\n")
+            wait_for(lambda: any("redis_url: expected a URL that starts with" in line for line in lines), "the error")
+            assert not any("Traceback" in line for line in lines)
+            change(settings, "log_level = 'error'\n")
+            wait_for(lambda: any("'relay.toml'" in line for line in lines), "a reload by the settings")
+            change(shop, source.format("three"))
+            wait_for(lambda: serves("/three"), "the start after a repair")
+            children += psutil.Process(process.pid).children(recursive=True)
+        finally:
+            process.terminate()
+        assert process.wait(DEADLINE_S) == 0
+        wait_for(lambda: all(has_ended(child.pid) for child in children), "all processes to end")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--factory",), "relay: command line: --factory: expected MODULE:FUNCTION, the function that makes your app"),
+        (("--reload", "--workers", "2"), "relay: command line: --reload: expected one process, got workers = 2"),
+        (("--factory", "shop:app"), "relay: MODULE:APP: expected a function that makes an app, got 7 for shop:app"),
+        (("--factory", "shop:broken"), "relay: MODULE:APP: shop:broken cannot be called without arguments, or fails: "),
+    ],
+)
+def test_factory_and_reload_that_make_no_sense_are_refused(
+    tmp_path: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    (tmp_path / "shop.py").write_text("app = 7\ndef broken(name):\n    return name\n")
+    with _serve_app(tmp_path, *arguments) as process:
+        out, _ = process.communicate(timeout=DEADLINE_S)
+    assert (process.returncode, out.startswith(said), out.count("\n")) == (2, True, 1), out
 
 
 async def test_printed_line_publishes(relay: RelayProcess) -> None:
@@ -287,7 +410,7 @@ def test_variables_and_flags_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "relay.toml"
     path.write_text('socket_paths = ["/file"]\ndemo_page = false\nlog_level = "error"\nport = 1\n')
     with RelayProcess("--config", str(path), environ={"RELAY_SOCKET_PATHS": '["/variable"]'}) as relay:
-        assert "/variable/websocket" in relay.output
+        assert relay.ws.endswith("/variable")
         assert "  page " not in relay.output
         http = "http" + relay.ws.removeprefix("ws").removesuffix("/variable")
         assert asyncio.run(http_get(f"{http}/"))[0] == 404

@@ -115,6 +115,9 @@ class Valkey:
         self._directory.cleanup()
 
 
+_GREETING = re.compile(r"relay \S+ is (ready|waiting for .*)$", re.MULTILINE)
+
+
 class RelayProcess:
     """``python -m relay serve`` on a free port, as a context manager.
 
@@ -164,15 +167,14 @@ class RelayProcess:
     def wait_until_ready(self) -> None:
         """Wait for the whole greeting."""
         assert self._ready.wait(DEADLINE_S), f"relay serve did not get ready:\n{self.output}"
-        assert "is ready" in self.output, f"relay serve ended:\n{self.output}"
+        assert _GREETING.search(self.output), f"relay serve ended:\n{self.output}"
         wait_for(lambda: self._find("socket") is not None, "the address of the socket")
-        wait_for(lambda: not self.output.endswith("is ready\n"), "the greeting")
 
     def _read(self) -> None:
         assert self.process is not None and self.process.stdout is not None
         for line in self.process.stdout:
             self._lines.append(line)
-            if "is ready" in line:
+            if _GREETING.search(line):
                 self._ready.set()
         self._ready.set()
 
@@ -188,9 +190,9 @@ class RelayProcess:
     @property
     def ws(self) -> str:
         """For ``new Socket(…)``: ``ws://127.0.0.1:<port>/socket``."""
-        found = self._find("socket")
+        found = re.search(r'^  socket +new Socket\("(\S+)"\)$', self.output, re.MULTILINE)
         assert found is not None
-        return found.removesuffix("/websocket")
+        return found[1]
 
     @property
     def http(self) -> str:

@@ -6,7 +6,7 @@ import socket
 import pytest
 
 from relay import Config, ConfigError
-from relay.cli.main import _listen
+from relay.cli.serve import _listen
 
 
 async def test_connections_send_without_delay_on_asyncio_too() -> None:
