@@ -6,7 +6,7 @@ Owns these sources, and the sentences about what is wrong in them; the settings 
 import os
 import re
 import tomllib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,16 @@ def load(path: str | Path | None = None, flags: Mapping[str, Any] | None = None)
             flags: values by setting, as the command line gives them; None means not given.
     Raises: ConfigError: a missing file, an unknown key or a bad value, naming source, key and what was expected.
     """
+    return load_with_sources(path, flags)[0]
+
+
+def load_with_sources(
+    path: str | Path | None = None, flags: Mapping[str, Any] | None = None
+) -> tuple[Config, list[tuple[str, dict[str, Any]]]]:
+    """Read the settings as `load` does; returns name and values of each source too, the strongest last.
+
+    The sources are the file, the environment and the command line, each perhaps without any value.
+    """
     path = path or os.environ.get(CONFIG_VARIABLE) or None
     sources = [
         (str(path), _read_file(Path(path)) if path else {}),
@@ -45,7 +55,7 @@ def load(path: str | Path | None = None, flags: Mapping[str, Any] | None = None)
     for _, values in sources:
         _merge(merged, values)
     try:
-        return Config(**merged)
+        return Config(**merged), sources
     except ValidationError as error:
         raise ConfigError(*explain(error, sources)) from None
 
@@ -160,7 +170,7 @@ def _explain(problem: ErrorDetails, sources: list[tuple[str, dict[str, Any]]]) -
     unknown = problem["type"] == "extra_forbidden"
     location = [part for part in problem["loc"] if isinstance(part, int) or unknown or "[" not in part]
     key = ".".join(str(part) for part in location)
-    where = next((name for name, values in reversed(sources) if _holds(values, location)), "settings")
+    where = next((name for name, values in reversed(sources) if holds(values, location)), "settings")
     if unknown:
         return f"{where}: {key}: no such setting; see config/relay.toml for all of them"
     text = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected").replace("tuple", "list")
@@ -173,7 +183,7 @@ def _explain(problem: ErrorDetails, sources: list[tuple[str, dict[str, Any]]]) -
     return ": ".join(filter(None, (where, key, text[:1].lower() + text[1:] + shown)))
 
 
-def _holds(values: Any, location: list[int | str]) -> bool:
+def holds(values: Any, location: Sequence[int | str]) -> bool:
     """Say whether a source sets the key at ``location``."""
     for part in location:
         try:

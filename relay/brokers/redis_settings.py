@@ -169,11 +169,16 @@ class Preparation:
             _logger.warning("history: %s", text)
 
 
+def is_unknown(reply: hiredis.ReplyError) -> bool:
+    """Whether the server knows no such command."""
+    return "unknown" in str(reply).lower()
+
+
 def _reason(reply: hiredis.ReplyError) -> str:
     """Why there are no functions."""
     if is_denied(reply):
         return "not permitted"
-    return "it needs Redis 7.0 or later" if "unknown" in str(reply).lower() else words(reply)
+    return "it needs Redis 7.0 or later" if is_unknown(reply) else words(reply)
 
 
 def _code_of(library: Any) -> str:

@@ -3,6 +3,7 @@
 Owns these two commands' words and exit codes.
 """
 
+import asyncio
 import json
 import os
 import re
@@ -15,9 +16,10 @@ from urllib.parse import urlsplit
 
 import typer
 
+from relay import runtime_dir
 from relay.brokers.embedded import BESIDE_AUTH
 from relay.cli.masking import mask_secrets
-from relay.cli.options import ConfigFile
+from relay.cli.options import ConfigFile, RedisUrl
 from relay.cli.output import console, is_terminal, print_lines
 from relay.cli.topic_warnings import topic_facts, topic_warnings
 from relay.config import ANY_HOST, CONFIG_VARIABLE, EMBEDDED, SETTINGS_KEY, TOKEN_KEY_VARIABLE, Config, Exposure
@@ -137,8 +139,17 @@ def _json_or_text(value: str) -> Any:
 # relay check.
 
 
-def check(config: ConfigFile = None) -> None:
+def check(
+    config: ConfigFile = None,
+    redis_url: RedisUrl = None,
+    connect: Annotated[
+        bool, typer.Option("--connect", help="Ask Redis too: its version and role, and what its user may do.")
+    ] = False,
+) -> None:
     """Say in plain words who may connect and do what, and warn. Piped: a line of JSON each.
+
+    With --connect, Redis is asked what it is, which of the commands that the settings need its user may use, how many
+    connections it takes, and whether a message that is published comes back. Nothing is changed there.
 
     Where the file uses former names of settings, it is printed with the new names, and without its secrets.
 
@@ -146,7 +157,7 @@ def check(config: ConfigFile = None) -> None:
     """
     from relay.app import Relay
 
-    settings = load(config)
+    settings = load(config, {"redis_url": redis_url})
     settings.old_names.is_logged = True  # it is one of the warnings below
     has_bus = settings.redis_url or settings.broadcast_url
     relay = Relay(settings if has_bus else settings.model_copy(update={"redis_url": EMBEDDED}))
@@ -158,7 +169,9 @@ def check(config: ConfigFile = None) -> None:
         for text in (*_warnings(settings, keys), *_contradictions(settings), *topic_warnings(settings))
     ]
     warned += [("warning", f"plugin {each.name}: cannot be loaded: {each.fault}") for each in found if each.fault]
-    said = [*_facts(settings, keys), *topic_facts(settings), *warned]
+    found_out = _connect(settings) if connect else []
+    warned += [(about, text) for about, text in found_out if about == "warning"]
+    said = [*_facts(settings, keys), *topic_facts(settings), *(each for each in found_out if each[0] != "warning"), *warned]
     if not is_terminal():
         print_lines({"about": about, "text": text} for about, text in said)
     else:
@@ -169,6 +182,19 @@ def check(config: ConfigFile = None) -> None:
     _print_renamed(config)
     if warned:
         raise typer.Exit(1)
+
+
+def _connect(settings: Config) -> list[tuple[str, str]]:
+    """Ask the bus. Raises ConfigError where it is no Redis that is there already."""
+    if settings.broadcast_url or settings.redis_url in ("", EMBEDDED):
+        came = "the relay's own Valkey" if not settings.broadcast_url else settings.broadcast_url.partition("://")[0]
+        raise ConfigError(f"--connect: expected redis_url, the address of a Redis; got {came}")
+    from relay.brokers.redis_check import examine
+
+    address = runtime_dir.with_password(settings.redis_url)
+    return [
+        (each.about, each.text) for each in asyncio.run(examine(settings.model_copy(update={"redis_url": address})))
+    ]
 
 
 def _print_renamed(config: Path | None) -> None:
@@ -424,6 +450,11 @@ def _contradictions(config: Config) -> Iterator[str]:
         if auth.tangram != "open" and (SUBJECT not in entry.match or not auth.tangram):
             yield f'auth.tangram_topics: {entry.match} has no effect unless auth.tangram = "open"'
     for at, topic in enumerate(config.topics):
+        if topic.history is not None and topic.overflow in (Overflow.DROP_OLDEST, Overflow.LATEST):
+            yield (
+                f'topics.{at}: overflow = "{topic.overflow}" drops events of a slow reader although the topic has a '
+                'history; overflow = "recover" delivers them from there'
+            )
         if topic.notify_dropped and topic.overflow is Overflow.DISCONNECT:
             yield f'topics.{at}: notify_dropped has no effect with overflow = "disconnect": no event is dropped'
     if config.has_history and SETTINGS_KEY.startswith(redis.topic_prefix):

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
 
 from relay.config import Config
 
@@ -60,6 +61,22 @@ def _masks(model: type[BaseModel], values: dict[str, Any], prefix: str = "") -> 
                 yield from _masks(table, each, f"{prefix}{name}.")
             elif isinstance(each, str) and not field.repr:
                 yield each, _mask(f"{prefix}{name}", each)
+
+
+def masked_settings(model: BaseModel, at: tuple[int | str, ...] = ()) -> Iterator[tuple[tuple[int | str, ...], Any]]:
+    """Each setting, by its place such as ``("topics", 0, "match")``, and its value without secrets, as JSON has it."""
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        place = (*at, name)
+        if isinstance(value, BaseModel):
+            yield from masked_settings(value, place)
+        elif isinstance(value, tuple) and value and all(isinstance(each, BaseModel) for each in value):
+            for number, each in enumerate(value):
+                yield from masked_settings(each, (*place, number))
+        else:
+            shown = to_jsonable_python(value)
+            key = ".".join(part for part in place if isinstance(part, str))
+            yield place, shown if field.repr or not isinstance(shown, str) else _mask(key, shown)
 
 
 def _is_table(annotation: Any) -> bool:

@@ -49,8 +49,12 @@ EXAMPLES = {
         "relay bench --sockets 500 --topics 50 --rate 1000 --seconds 30",
     ),
     "token": ("""relay token --sub alice --topic "room:*:join,push" --ttl 1h""",),
-    "check": ("relay check --config relay.toml",),
-    "config": ("relay config --topic room:1 --config relay.toml",),
+    "check": ("relay check --config relay.toml", "relay check --connect --redis-url redis://localhost:6379"),
+    "config": (
+        "relay config --config relay.toml",
+        """relay config | jq -r 'select(.source != "default") | "\\(.setting) = \\(.value)"'""",
+        "relay config --topic room:1 --config relay.toml",
+    ),
     "plugins": ("relay plugins --config relay.toml",),
     "new-plugin": ("relay new-plugin hello", "relay new-plugin hello --in plugins"),
 }

@@ -1,32 +1,94 @@
-"""``relay config``: the settings that hold for one topic, and how other programs publish to it.
+"""``relay config``: all settings and where each comes from; or those of one topic, and how others publish to it.
 
-Owns these two; must not know what the settings do.
+Owns what is shown of them; must not know what the settings do.
 """
 
+import os
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from relay.cli.options import ConfigFile, topic_of
-from relay.cli.output import console, is_terminal, print_lines
+from relay.cli.masking import masked_settings
+from relay.cli.options import ConfigFile, RedisUrl, topic_of
+from relay.cli.output import console, is_terminal, json_line, print_lines, printable
 from relay.config import Config
 from relay.config_sections import LimitsConfig, TopicConfig
-from relay.config_sources import load
+from relay.config_sources import holds, load_with_sources, variable
+from relay.renamed_settings import RENAMED, rename
 
 _EVENT, _PAYLOAD = "new_msg", '{"text":"hi"}'
 
 
 def config(
-    topic: Annotated[str, typer.Option(metavar="TOPIC", help="The topic, e.g. room:1.")], config: ConfigFile = None
+    topic: Annotated[
+        str | None, typer.Option(metavar="TOPIC", help="Show what holds for one topic, e.g. room:1.")
+    ] = None,
+    config: ConfigFile = None,
+    host: Annotated[str | None, typer.Option(metavar="HOST", help="As of relay serve.")] = None,
+    port: Annotated[int | None, typer.Option(metavar="PORT", help="As of relay serve.")] = None,
+    redis_url: RedisUrl = None,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="As of relay serve.")] = None,
 ) -> None:
-    """Show the settings of one topic, and the commands by which other programs publish to it. Piped: a line of JSON.
+    """Show all settings, without secrets, and where each comes from; or those of one topic. Piped: lines of JSON.
 
-    With a history these commands contain its size and its ttl_s. EVAL, for Redis 6.2 and for users without FCALL, takes
-    the script from a file, here publish.lua; piped, this command prints it as "script".
+    A setting comes from an option of the command line, a variable, the file, or is the default.
+
+    With --topic, it shows the settings of that topic, and the commands by which other programs publish to it. With a
+    history these commands contain its size and its ttl_s. EVAL, for Redis 6.2 and for users without FCALL, takes the
+    script from a file, here publish.lua; piped, this command prints it as "script".
     """
-    settings, name = load(config), topic_of(topic)
+    flags = {"host": host, "port": port, "redis_url": redis_url, "workers": workers}
+    settings, sources = load_with_sources(config, flags)
+    if topic is not None:
+        _show_topic(settings, topic_of(topic), config)
+        return
+    lines = list(_all_settings(settings, sources))
+    if not is_terminal():
+        print_lines(lines)
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("setting", "value", "source", box=None)
+    for line in lines:
+        source = line["source"] if line["from"] is None else f"{line['source']} {line['from']}"
+        style = "dim" if line["source"] == "default" else ""
+        table.add_row(*(Text(text, style) for text in (line["setting"], printable(json_line(line["value"])), source)))
+    console().print(table)
+
+
+def _all_settings(settings: Config, sources: list[tuple[str, dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """A line for each setting: name, value, the kind of its source, and the file, variable or option itself."""
+    (file, in_file), (_, in_variables), (_, in_flags) = [(name, rename(values)[0]) for name, values in sources]
+    for place, value in masked_settings(settings):
+        name = ".".join(map(str, place))
+        if place[:2] == ("auth", "keys") and place[-1] == "key":
+            place = place[:-1]  # an entry may be the key alone
+        source: tuple[str, str | None] = ("default", None)
+        if holds(in_flags, place):
+            source = ("flag", f"--{name.replace('_', '-')}")
+        elif holds(in_variables, place):
+            source = ("variable", _variable_of(place))
+        elif holds(in_file, place):
+            source = ("file", file)
+        yield {"setting": name, "value": value, "source": source[0], "from": source[1]}
+
+
+def _variable_of(place: tuple[int | str, ...]) -> str:
+    """The variable that holds a setting: its own, or that of a table that it is in."""
+    names = {name.upper(): name for name in os.environ}
+    for end in range(len(place), 0, -1):
+        name = ".".join(map(str, place[:end]))
+        own = [variable(name), *(variable(old) for old, new in RENAMED.items() if new == name)]
+        if found := next((names[each] for each in own if each in names), None):
+            return found
+    raise AssertionError("the environment holds it")
+
+
+def _show_topic(settings: Config, name: str, config: Path | None) -> None:
     entry = settings.topic(name)
     commands = dict(_commands(settings, name, entry))
     if not is_terminal():

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -23,6 +24,8 @@ from relay.cli.options import EXAMPLES
 from tests.support.cli_page import PAGE, page
 from tests.support.process import DEADLINE_S, Valkey, free_port
 from tests.support.terminal import run_on_terminal
+
+ROOT = Path(__file__).parents[2]
 
 
 class Ran:
@@ -485,3 +488,49 @@ def test_publish_with_history_on_a_terminal(settings: Path) -> None:
     code, printed = run_on_terminal(command, cwd=Path.cwd(), env=dict(os.environ, TERM="dumb"))
     assert code == 0
     assert printed.startswith("published to room:cli at ")
+
+
+def test_config_lists_all_settings_with_their_sources_and_without_secrets(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "relay.toml"
+    file.write_text(
+        'port = 9000\norigins = ["https://a.example"]\n[rest]\napi_key = "hunter2-hunter2"\npath = "/rest"\n'
+        '[auth]\nkeys = ["hunter2-of-32-bytes-and-some-more"]\n[[topics]]\nmatch = "room:*"\npush = false\n'
+    )
+    monkeypatch.setenv("RELAY_LIMITS__SOCKETS_MAX", "77")
+    monkeypatch.setenv("relay_redis", '{"to_prefix": "in:"}')
+    monkeypatch.setenv("RELAY_ANONYMOUS", "true")
+    ran = run("config", "-c", str(file), "--port", "9001", "--redis-url", "redis://ada:hunter2@redis.example/0")
+    assert (ran.code, ran.err) == (0, "")
+    assert "hunter2" not in ran.out
+    lines = {line["setting"]: line for line in map(json.loads, ran.out.splitlines())}
+    found = {
+        name: (line["value"], line["source"], line["from"])
+        for name, line in lines.items()
+        if line["source"] != "default"
+    }
+    assert found == {
+        "port": (9001, "flag", "--port"),
+        "redis_url": ("redis://<redis_url>@redis.example/0", "flag", "--redis-url"),
+        "limits.sockets_max": (77, "variable", "RELAY_LIMITS__SOCKETS_MAX"),
+        "redis.to_prefix": ("in:", "variable", "relay_redis"),
+        "allow_anonymous": (True, "variable", "RELAY_ANONYMOUS"),
+        "allowed_origins": (["https://a.example"], "file", str(file)),
+        "rest.api_key": ("<rest.api_key>", "file", str(file)),
+        "rest.path": ("/rest", "file", str(file)),
+        "auth.keys.0.key": ("<auth.keys.key>", "file", str(file)),
+        "topics.0.match": ("room:*", "file", str(file)),
+        "topics.0.push": (False, "file", str(file)),
+    }
+    assert lines["host"] == {"setting": "host", "value": "127.0.0.1", "source": "default", "from": None}
+    assert lines["topics.0.history"]["source"] == "default"
+
+
+def test_config_lists_the_settings_on_a_terminal() -> None:
+    env = {**os.environ, "RELAY_PORT": "9009", "COLUMNS": "160"}
+    code, shown = run_on_terminal([sys.executable, "-m", "relay", "config"], cwd=ROOT, env=env)
+    shown = re.sub("\x1b\\[[0-9;]*m", "", shown)
+    assert code == 0
+    assert re.search(r"port +9009 +variable RELAY_PORT", shown)
+    assert re.search(r'redis\.to_prefix +"to:" +default', shown)

@@ -1,0 +1,377 @@
+"""What ``relay check --connect`` finds out: what a Redis is, what its user may do, whether a message comes back.
+
+Owns these questions and the sentences about their answers; must not know who reads them. Nothing is changed in Redis:
+commands are tried inside of ``MULTI``, where Redis checks the permission at once, and the connection is closed before
+any of them is carried out. What is published is a probe, which relays ignore.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+import hiredis
+
+from relay import redis_url
+from relay.brokers.redis_connection import Connections, LinkLost, RedisConnection, words
+from relay.brokers.redis_marker import Markers
+from relay.brokers.redis_scripts import FUNCTION_NAME
+from relay.brokers.redis_settings import is_unknown
+from relay.config import SETTINGS_KEY, Config
+from relay.protocol.topics import glob_escape
+
+_PUBSUB_MIN_BYTES = 8 * 1024 * 1024
+"""Least hard limit of ``client-output-buffer-limit pubsub``: with less, a burst of events cuts a relay off."""
+
+_TRIED = "relay:check"
+"""A topic that no client can have joined."""
+
+
+class Finding(NamedTuple):
+    """One thing that was found out."""
+
+    about: str
+    """``redis``, ``limits``, ``user``, ``probe``; or ``warning`` where something does not work."""
+    text: str
+
+
+async def examine(config: Config) -> list[Finding]:
+    """Ask the Redis of a configuration; what cannot be found out is said too, and nothing is raised."""
+    connections = Connections(redis_url.parse(config.redis_url), config.redis.timeout_s)
+    address = redis_url.shown(config.redis_url)
+    found: list[Finding] = []
+    try:
+        async for each in _sentinels(connections, config):
+            found.append(each)  # noqa: PERF401 - what came before an error is kept
+        connection = await connections.open()
+        try:
+            async for each in _Examination(config, connections, connection, address).findings():
+                found.append(each)  # noqa: PERF401 - as above
+        finally:
+            await connection.close()
+    except LinkLost as lost:
+        found.append(Finding("warning", f"redis: {address}: {lost}"))
+    finally:
+        await connections.close()
+    return found
+
+
+async def _sentinels(connections: Connections, config: Config) -> AsyncIterator[Finding]:
+    """What each Sentinel says of the master."""
+    sentinel = redis_url.parse(config.redis_url).sentinel
+    if sentinel is None:
+        return
+    places: dict[str, str] = {}
+    for (host, port), client in zip(sentinel.hosts, connections.sentinels, strict=True):
+        try:
+            async with asyncio.timeout(config.redis.timeout_s):
+                place: Any = await client.execute_command(  # type: ignore[no-untyped-call]  # redis-py leaves it untyped
+                    "SENTINEL GET-MASTER-ADDR-BY-NAME", sentinel.service
+                )
+        except Exception as error:  # redis-py's, the event loop's, or the time limit's
+            yield Finding("warning", f"redis: Sentinel {host}:{port} does not answer: {words(error)}")
+            continue
+        if not place:
+            yield Finding("warning", f"redis: Sentinel {host}:{port} knows no master {sentinel.service}")
+            continue
+        places[f"{host}:{port}"] = f"{_text(place[0])}:{_text(place[1])}"
+    for place in dict.fromkeys(places.values()):
+        names = ", ".join(name for name, named in places.items() if named == place)
+        yield Finding("redis", f"Sentinel {names}: {sentinel.service} is at {place}")
+    if len(set(places.values())) > 1:
+        yield Finding("warning", f"redis: the Sentinels name different masters of {sentinel.service}")
+
+
+class _Examination:
+    """The questions to one server, on one connection; the subscription has another."""
+
+    def __init__(self, config: Config, connections: Connections, connection: RedisConnection, address: str) -> None:
+        self._config = config
+        self._connections = connections
+        self._connection = connection
+        self._address = address
+        self._major = 0
+
+    async def findings(self) -> AsyncIterator[Finding]:
+        """Ask one question after the other. Raises LinkLost."""
+        for part in (self._server, self._role, self._limits, self._probe, self._permissions):
+            async for each in part():
+                yield each
+
+    async def _info(self, section: str) -> dict[str, str] | None:
+        """A section of ``INFO``; None where the user may not ask."""
+        reply = await self._connection.ask("INFO", section)
+        if isinstance(reply, hiredis.ReplyError):
+            return None
+        pairs = (line.partition(":") for line in _text(reply).splitlines() if ":" in line)
+        return {name: value for name, _, value in pairs}
+
+    async def _server(self) -> AsyncIterator[Finding]:
+        info = await self._info("server")
+        if info is None:
+            yield Finding("redis", f"{self._address}; its version is not known: allow +info")
+            return
+        compatible = info.get("redis_version", "")
+        self._major = int(compatible.partition(".")[0]) if compatible.partition(".")[0].isdecimal() else 0
+        yield Finding("redis", f"{_kind(info)} at {self._address}")
+        if info.get("redis_mode") == "cluster":
+            means = (
+                "histories and presence need a server of their own" if self._stores else "events reach all its nodes"
+            )
+            yield Finding("warning" if self._stores else "redis", f"redis: this is a node of a cluster: {means}")
+        if self._config.has_history:
+            async for each in self._function():
+                yield each
+
+    @property
+    def _stores(self) -> bool:
+        return self._config.has_history or self._config.has_presence
+
+    async def _function(self) -> AsyncIterator[Finding]:
+        reply = await self._connection.ask("FUNCTION", "LIST", "LIBRARYNAME", FUNCTION_NAME)
+        if isinstance(reply, hiredis.ReplyError):
+            if is_unknown(reply):
+                yield Finding(
+                    "redis", "no functions, which Redis 7.0 has first: other programs publish history with EVAL"
+                )
+            else:
+                yield Finding("redis", f"function {FUNCTION_NAME}: {words(reply)}; allow +function|list +function|load")
+        else:
+            said = "is loaded" if reply else "is not loaded; a relay loads it when it connects"
+            yield Finding("redis", f"function {FUNCTION_NAME} {said}")
+
+    async def _role(self) -> AsyncIterator[Finding]:
+        try:
+            role = await self._connection.role()
+        except LinkLost as lost:  # a Sentinel, or an error that is none of permissions
+            yield Finding("warning", f"redis: {lost}")
+            return
+        if role is None:
+            yield Finding("redis", "its role is not known: allow +role, or only probes find a failover")
+        elif role.is_master:
+            yield Finding("redis", "it is a master")
+        else:
+            yield Finding("warning", f"redis: it is {role}: pushes are refused; expected a master")
+
+    async def _limits(self) -> AsyncIterator[Finding]:
+        limit = await self._setting("client-output-buffer-limit")
+        if limit is None:
+            yield Finding("limits", "client-output-buffer-limit and maxclients are not known: allow +config|get")
+            return
+        hard, soft, seconds = _pubsub_limit(limit)
+        text = f"client-output-buffer-limit pubsub {hard} {soft} {seconds}"
+        if 0 < hard < _PUBSUB_MIN_BYTES:
+            yield Finding("warning", f"redis: {text}: a burst of events cuts relays off; expected {_PUBSUB_MIN_BYTES}")
+        else:
+            yield Finding("limits", f"{text} (bytes, bytes, s)")
+        async for each in self._connections_left():
+            yield each
+        policy = await self._setting("maxmemory-policy")
+        most = await self._setting("maxmemory")
+        if self._stores and most not in (None, "0") and policy is not None and policy.startswith("allkeys"):
+            yield Finding(
+                "warning",
+                f"redis: maxmemory-policy {policy} evicts histories and members; expected volatile-ttl or noeviction",
+            )
+
+    async def _connections_left(self) -> AsyncIterator[Finding]:
+        most = await self._setting("maxclients")
+        if most is None or not most.isdecimal():
+            return
+        config, used = self._config, (await self._info("clients") or {}).get("connected_clients", "")
+        each = 2 + config.has_history + config.has_presence
+        need = each * config.workers
+        text = f"maxclients {most}; a relay with {config.workers} process{'es' * (config.workers > 1)} takes {need}"
+        if used:
+            text += f", and {used} {'is' if used == '1' else 'are'} in use"
+        if need > int(most) - (int(used) - 1 if used.isdecimal() else 0):  # one of them is this program
+            yield Finding("warning", f"redis: {text}: not enough")
+        else:
+            yield Finding("limits", text)
+
+    async def _setting(self, name: str) -> str | None:
+        """A setting of the server; None where the user may not ask."""
+        reply = await self._connection.ask("CONFIG", "GET", name)
+        if isinstance(reply, hiredis.ReplyError) or not reply:
+            return None
+        return _text(next(iter(reply.values())) if isinstance(reply, dict) else reply[1])
+
+    # What the user may do.
+
+    async def _permissions(self) -> AsyncIterator[Finding]:
+        reply = await self._connection.ask("MULTI")
+        if isinstance(reply, hiredis.ReplyError):
+            yield Finding("user", f"which commands it may use is not known ({words(reply)}): allow +multi")
+            return
+        missing: dict[str, list[str]] = {}
+        tried = list(self._commands())
+        for command, rule, means in tried:
+            reply = await self._connection.ask(*command)
+            if isinstance(reply, hiredis.ReplyError) and not str(reply).startswith(("MOVED", "ASK")):
+                missing.setdefault(means, []).append(rule)
+        for means, rules in missing.items():
+            words_of_rules = dict.fromkeys(" ".join(rules).split(" "))  # each key and channel once
+            yield Finding("warning", f"redis: {means}: allow {' '.join(words_of_rules)}")
+        if not missing:
+            yield Finding(
+                "user", f"may use the {len({command[0] for command, _, _ in tried})} commands that are needed"
+            )
+
+    def _commands(self) -> Iterator[tuple[Sequence[str], str, str]]:
+        """What a relay does with these settings, the ACL rule that allows it, and what its absence means."""
+        redis = self._config.redis
+        channels = [
+            (f"{redis.to_prefix}{_TRIED}", f"{redis.to_prefix}*", "events of REST and plugins are refused"),
+            (f"{redis.from_prefix}{_TRIED}", f"{redis.from_prefix}*", "pushes of clients are refused"),
+        ]
+        if redis.push_identity:
+            channels.append((f"{redis.from_user_prefix}{_TRIED}", f"{redis.from_user_prefix}*", channels[-1][2]))
+        if redis.control_channel:
+            channels.append((redis.control_channel,) * 2 + ("disconnect and kick do not reach other nodes",))
+        if self._config.has_history:
+            key = f"{redis.topic_prefix}{_TRIED}"
+            channels.append((key, f"{redis.topic_prefix}*", _NO_HISTORY))
+        if self._config.has_presence:
+            channels.append(("relay:presence", "relay:presence", _NO_PRESENCE))
+        for channel, pattern, means in channels:
+            yield ("PUBLISH", channel, ""), f"+publish &{pattern}", means
+        yield ("PING",), "+ping", "the connections are guarded by probes alone"
+        if self._config.has_history:
+            yield from self._history_commands(f"{redis.topic_prefix}{_TRIED}", f"~{redis.topic_prefix}*")
+        if self._config.has_presence:
+            for name, *rest in _PRESENCE_COMMANDS:
+                command = (name, "presence:nodes", *rest) if name not in ("EVAL", "EVALSHA", "TIME") else (name, *rest)
+                yield command, f"+{name.lower()} ~presence:*", _NO_PRESENCE
+
+    def _history_commands(self, key: str, pattern: str) -> Iterator[tuple[Sequence[str], str, str]]:
+        for name, *rest in _HISTORY_COMMANDS:
+            command = tuple(key if word == "KEY" else word for word in (name, *rest))
+            rule = f"+{name.lower()}|{rest[0].lower()}" if name in ("XINFO", "MEMORY", "SCRIPT") else f"+{name.lower()}"
+            yield command, f"{rule} {pattern}" if key in command else rule, _NO_HISTORY
+        yield (
+            ("HSET", SETTINGS_KEY, "a", "b"),
+            f"+hset ~{SETTINGS_KEY}",
+            "`relay publish` needs the configuration file",
+        )
+
+    # Whether a message comes back.
+
+    async def _probe(self) -> AsyncIterator[Finding]:
+        async with self._subscription() as (subscription, missing):
+            redis = self._config.redis
+            for pattern, rule in missing.items():
+                means = "no event is heard" if pattern == f"{redis.to_prefix}*" else "something is not heard"
+                yield Finding("warning", f"redis: PSUBSCRIBE {pattern} is refused, so {means}: allow {rule}")
+            markers = Markers(redis)
+            probe = markers.next_probe()
+            for channel in markers.channels:
+                if channel.decode() in missing or (channel == markers.fallback and f"{redis.to_prefix}*" in missing):
+                    continue
+                sent_at = time.monotonic()
+                reply = await self._connection.ask("PUBLISH", channel, probe)
+                if isinstance(reply, hiredis.ReplyError):
+                    continue  # the permissions say so
+                try:
+                    async with asyncio.timeout(redis.ping_timeout_s):
+                        while not _is_message(await subscription.reply(), probe):
+                            pass
+                except TimeoutError:
+                    why = f"a probe on {channel.decode()} did not come back within {redis.ping_timeout_s:g} s"
+                    yield Finding("warning", f"redis: {why}: what is published does not reach what is subscribed")
+                    return
+                took_ms = 1000 * (time.monotonic() - sent_at)
+                others = max(int(reply) - 1, 0)
+                heard = f"; {others} relay{'' if others == 1 else 's'} listening" if channel != markers.fallback else ""
+                yield Finding("probe", f"published and heard again after {took_ms:.1f} ms{heard}")
+                return
+            yield Finding("warning", "redis: no probe can be published and heard, so nothing is known of the link")
+
+    @asynccontextmanager
+    async def _subscription(self) -> AsyncIterator[tuple[RedisConnection, dict[str, str]]]:
+        """Subscribe as a relay does; gives the patterns that are refused, and the rules that allow them."""
+        redis = self._config.redis
+        patterns = {f"{redis.to_prefix}*": glob_escape(redis.to_prefix) + "*"}
+        if redis.control_channel:
+            patterns[redis.control_channel] = glob_escape(redis.control_channel)
+        if self._config.has_history:
+            patterns[f"{redis.topic_prefix}*"] = glob_escape(redis.topic_prefix) + "*"
+        if self._config.has_presence:
+            patterns["relay:presence"] = "relay:presence"
+        connection = await self._connections.open()
+        try:
+            missing = {}
+            for name, pattern in patterns.items():
+                if isinstance(await connection.ask("PSUBSCRIBE", pattern), hiredis.ReplyError):
+                    missing[name] = f"+psubscribe &{name}"
+            yield connection, missing
+        finally:
+            await connection.close()
+
+
+_NO_HISTORY = "histories do not work"
+_NO_PRESENCE = "presence does not work"
+
+# With "KEY" for a topic's key. Redis checks the commands inside of a script like those that a user sends.
+_HISTORY_COMMANDS = (
+    ("EVAL", "return 1", "1", "KEY"),
+    ("EVALSHA", "0" * 40, "1", "KEY"),
+    ("SCRIPT", "LOAD", "return 1"),
+    ("XADD", "KEY", "*", "a", "b"),
+    ("XRANGE", "KEY", "-", "+"),
+    ("XREVRANGE", "KEY", "+", "-"),
+    ("XLEN", "KEY"),
+    ("XINFO", "STREAM", "KEY"),
+    ("MEMORY", "USAGE", "KEY"),
+    ("EXISTS", "KEY"),
+    ("EXPIRE", "KEY", "1"),
+    ("TIME",),
+)
+# The key comes behind the name.
+_PRESENCE_COMMANDS = (
+    ("EVAL", "return 1", "1", "presence:nodes"),
+    ("TIME",),
+    ("SET", "1"),
+    ("UNLINK",),
+    ("HSET", "a", "b"),
+    ("HDEL", "a"),
+    ("HSCAN", "0"),
+    ("SADD", "a"),
+    ("SREM", "a"),
+    ("SPOP",),
+    ("ZADD", "1", "a"),
+    ("ZREM", "a"),
+    ("ZSCORE", "a"),
+    ("ZRANGE", "0", "1"),
+    ("ZRANGEBYSCORE", "0", "1"),
+    ("EVALSHA", "0" * 40, "1", "presence:nodes"),
+)
+
+
+def _kind(info: dict[str, str]) -> str:
+    """Name and version of a server, by its section ``server``."""
+    for field, name in (
+        ("valkey_version", "Valkey"),
+        ("dragonfly_version", "Dragonfly"),
+        ("keydb_version", "KeyDB"),
+        ("redis_version", "Redis"),
+    ):
+        if version := info.get(field):
+            return f"{name} {version.removeprefix('df-v')}"
+    return "a server that does not say which"
+
+
+def _pubsub_limit(text: str) -> tuple[int, int, int]:
+    """Hard limit, soft limit and seconds: ``normal 0 0 0 slave … pubsub 33554432 8388608 60``."""
+    parts = text.split()
+    at = parts.index("pubsub") if "pubsub" in parts else -4
+    numbers = [int(part) for part in parts[at + 1 : at + 4]] if at >= 0 else [0, 0, 0]
+    return numbers[0], numbers[1], numbers[2]
+
+
+def _is_message(reply: Any, payload: bytes) -> bool:
+    return isinstance(reply, list) and len(reply) == 4 and reply[0] == b"pmessage" and reply[3] == payload
+
+
+def _text(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,166 @@
+"""``relay check --connect``: what it finds out of real servers, and of users who may do too little."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from relay.brokers.redis_check import Finding, examine
+from relay.config import Config
+from tests.integration.test_cli_client import run
+from tests.support.faults import Sentinels
+from tests.support.process import RelayProcess, Valkey, free_port, wait_for
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+KINDS: dict[str, dict[str, Any]] = {
+    "history": {"topics": [{"match": "*", "history": {"size": 10, "ttl_s": 60}}]},
+    "presence": {"topics": [{"match": "*", "presence": True}]},
+    "plain": {},
+}
+
+
+@pytest.fixture(scope="module")
+def valkey() -> Iterator[Valkey]:
+    with Valkey() as server:
+        yield server
+
+
+def acl_of(page: str) -> list[str]:
+    """The rules for a relay's user, as a page of the documentation has them."""
+    found = re.search(r"ACL SETUSER relay on >secret (.*)", (DOCS / page).read_text())
+    assert found is not None
+    return found[1].split()
+
+
+PLAIN = "resetkeys resetchannels &to:* &from:* &relay:control -@all +psubscribe +publish +ping +role +multi".split()
+
+
+def set_user(valkey: Valkey, *rules: str) -> None:
+    with Redis(port=valkey.port) as redis:
+        assert redis.execute_command("ACL", "SETUSER", "relay", "reset", "on", ">secret", *rules)
+
+
+async def examined(valkey: Valkey, kind: str = "plain", **settings: Any) -> list[Finding]:
+    url = f"redis://relay:secret@127.0.0.1:{valkey.port}"
+    return await examine(Config(redis_url=url, **{**KINDS[kind], **settings}))
+
+
+def warnings_in(found: list[Finding]) -> str:
+    return "\n".join(each.text for each in found if each.about == "warning")
+
+
+def text_of(found: list[Finding]) -> str:
+    return "\n".join(f"{each.about}: {each.text}" for each in found)
+
+
+async def test_server_role_limits_and_round_trip_are_reported(valkey: Valkey) -> None:
+    set_user(valkey, "allkeys", "allchannels", "+@all")
+    found = await examined(valkey, "history", workers=2)
+    text = text_of(found)
+    assert warnings_in(found) == ""
+    assert re.search(rf"redis: Valkey \d+\.\d+\.\d+ at 127.0.0.1:{valkey.port}\n", text)
+    assert "redis: it is a master\n" in text
+    assert "redis: function relay_publish is not loaded; a relay loads it when it connects\n" in text
+    assert "limits: client-output-buffer-limit pubsub 33554432 8388608 60 (bytes, bytes, s)\n" in text
+    assert "limits: maxclients 10000; a relay with 2 processes takes 6, and 1 is in use\n" in text
+    assert re.search(r"probe: published and heard again after \d+\.\d ms; 0 relays listening\n", text)
+    assert re.search(r"user: may use the \d+ commands that are needed", text)
+
+
+async def test_relays_that_listen_are_counted_and_nothing_is_left_in_redis(valkey: Valkey) -> None:
+    set_user(valkey, "allkeys", "allchannels", "+@all")
+    with RelayProcess("--redis-url", valkey.url) as relay, Redis(port=valkey.port) as redis:
+        assert "1 relay listening" in text_of(await examined(valkey))
+        _ = await examined(valkey, "history"), await examined(valkey, "presence")
+        assert redis.keys() == []
+        assert "control message" not in relay.output
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+async def test_documented_permissions_are_enough(valkey: Valkey, kind: str) -> None:
+    set_user(valkey, *(PLAIN if kind == "plain" else acl_of(f"{kind}.md")))
+    found = await examined(valkey, kind)
+    assert warnings_in(found) == ""
+    assert "its version is not known: allow +info" in text_of(found)
+    assert "maxclients are not known: allow +config|get" in text_of(found)
+
+
+def missing_cases() -> Iterator[tuple[str, str]]:
+    passed_over = ("reset", "-@", "+exec", "+function", "+role", "+multi")
+    for kind in KINDS:
+        for rule in PLAIN if kind == "plain" else acl_of(f"{kind}.md"):
+            if not rule.startswith(passed_over):
+                yield kind, rule
+
+
+@pytest.mark.parametrize(("kind", "rule"), list(missing_cases()))
+async def test_missing_permission_is_named_with_the_rule_that_grants_it(valkey: Valkey, kind: str, rule: str) -> None:
+    rules = PLAIN if kind == "plain" else acl_of(f"{kind}.md")
+    set_user(valkey, *(each for each in rules if each != rule))
+    assert re.search(rf"{re.escape(rule)}(\s|$)", warnings_in(await examined(valkey, kind)), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [("+multi", "which commands it may use is not known"), ("+role", "its role is not known: allow +role")],
+)
+async def test_what_cannot_be_found_out_is_said(valkey: Valkey, rule: str, said: str) -> None:
+    set_user(valkey, *(each for each in PLAIN if each != rule))
+    assert said in text_of(await examined(valkey))
+
+
+async def test_server_without_functions_is_said_to_need_eval() -> None:
+    """Redis before 7.0 answers `unknown command`, as a server does in which the command is switched off."""
+    with Valkey("--rename-command", "FUNCTION", "") as server:
+        set_user(server, "allkeys", "allchannels", "+@all")
+        text = text_of(await examined(server, "history"))
+    assert "no functions, which Redis 7.0 has first: other programs publish history with EVAL" in text
+
+
+async def test_limits_that_are_too_low_are_warnings() -> None:
+    limits = ("--client-output-buffer-limit", "pubsub 1mb 1mb 60", "--maxclients", "5")
+    memory = ("--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru")
+    with Valkey(*limits, *memory) as server:
+        set_user(server, "allkeys", "allchannels", "+@all")
+        said = warnings_in(await examined(server, "presence", workers=2))
+    assert "client-output-buffer-limit pubsub 1048576 1048576 60: a burst of events cuts relays off" in said
+    assert "maxclients 5; a relay with 2 processes takes 6, and 1 is in use: not enough" in said
+    assert "maxmemory-policy allkeys-lru evicts histories and members" in said
+
+
+async def test_replica_is_a_warning(valkey: Valkey) -> None:
+    with Valkey("--replicaof", f"127.0.0.1 {valkey.port}") as replica:
+        with Redis(port=replica.port) as redis:
+            wait_for(lambda: redis.info("replication")["master_link_status"] == "up", "the replication")
+        set_user(replica, "allkeys", "allchannels", "+@all")
+        assert "it is a replica: pushes are refused; expected a master" in warnings_in(await examined(replica))
+
+
+async def test_sentinels_are_asked_each() -> None:
+    with Sentinels() as sentinels:
+        found = await examine(Config(redis_url=sentinels.url))
+        assert f"{sentinels.service} is at 127.0.0.1:{sentinels.master.port}" in text_of(found)
+        assert (warnings_in(found), "redis: it is a master" in text_of(found)) == ("", True)
+        away = sentinels.url.replace("redis+sentinel://", f"redis+sentinel://127.0.0.1:{free_port()},")
+        assert re.search(r"Sentinel 127.0.0.1:\d+ does not answer", warnings_in(await examine(Config(redis_url=away))))
+        wrong = sentinels.url.replace(f"/{sentinels.service}/", "/nonsense/")
+        assert "knows no master nonsense" in warnings_in(await examine(Config(redis_url=wrong)))
+
+
+def test_command_line_shows_it_and_no_password(valkey: Valkey) -> None:
+    set_user(valkey, *PLAIN)
+    ran = run("check", "--connect", "--redis-url", f"redis://relay:secret@127.0.0.1:{valkey.port}")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert '{"about": "redis", "text": "it is a master"}' in ran.stdout
+    wrong = run("check", "--connect", "--redis-url", f"redis://relay:hunter2@127.0.0.1:{valkey.port}")
+    assert wrong.returncode == 1
+    assert "WRONGPASS" in wrong.stdout and "hunter2" not in wrong.stdout
+    away = run("check", "--connect", "--redis-url", f"redis://127.0.0.1:{free_port()}")
+    assert (away.returncode, "Connection refused" in away.stdout) == (1, True)
+    none = run("check", "--connect")
+    said = "relay: --connect: expected redis_url, the address of a Redis; got the relay's own Valkey\n"
+    assert (none.returncode, none.stderr) == (2, said)
