@@ -68,6 +68,9 @@ fuzz: .venv/.dev ## feed the decoder, the protocol and the HTTP side with nonsen
 soak: .venv/.dev ## an hour of churn and faults; fails if memory grows by over 1 %; ARGS="--minutes 3" for less
 	$(BIN)/python -m tests.soak $(ARGS)
 
+dist: .venv/.dev ## build and check the packages that are released, in dist/; ARGS=--offline installs nothing
+	$(BIN)/python tools/dist.py $(ARGS)
+
 lock: .venv/.dev ## write the lock files anew; LOCK_ARGS=--upgrade takes the newest versions
 	tools/lock.sh
 
