@@ -20,6 +20,7 @@ SETTINGS = Config(port=9000, socket_paths=("/socket", "/live"))
         ("wss://example.org/relay/socket", "wss://example.org/relay/socket", "https://example.org/relay/api"),
         ("wss://example.org", "wss://example.org/socket", "https://example.org/api"),
         ("ws://example.org/elsewhere", "ws://example.org/elsewhere", "http://example.org/elsewhere/api"),
+        ("http://localhost:8000/x/", "ws://localhost:8000/x/socket", "http://localhost:8000/x/api"),
         ("http://[::1]:8000", "ws://[::1]:8000/socket", "http://[::1]:8000/api"),
     ],
 )
@@ -35,3 +36,8 @@ def test_address_that_is_none_is_refused(url: str) -> None:
     for use in (base_url, socket_url):
         with pytest.raises(ConfigError, match=r"--url: expected http\(s\)://host\[:port\]"):
             use(SETTINGS, url)
+
+
+def test_socket_at_the_root_has_no_second_slash() -> None:
+    settings = Config(socket_paths=("/",))
+    assert socket_url(settings, "https://example.org/") == "wss://example.org/websocket?vsn=2.0.0"
