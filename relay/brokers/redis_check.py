@@ -144,7 +144,7 @@ class _Examination:
     async def _role(self) -> AsyncIterator[Finding]:
         try:
             role = await self._connection.role()
-        except LinkLost as lost:  # a Sentinel, or an error that is none of permissions
+        except LinkLost as lost:  # a Sentinel, or an error other than NOPERM
             yield Finding("warning", f"redis: {lost}")
             return
         if role is None:

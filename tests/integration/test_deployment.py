@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
+import kubernetes_validate
 import pytest
 from ruamel.yaml import YAML
 
+from relay.cli.masking import masked_settings
 from relay.config_sections import LimitsConfig, PluginsConfig
 from relay.config_sources import load
 from relay.web.prometheus import METRIC_SPECS
@@ -103,7 +105,7 @@ def test_compose_file_follows_its_schema() -> None:
     check(TOOLS / "check-jsonschema", "--builtin-schema", "vendor.compose-spec", CONFIG / "compose.yaml")
 
 
-@pytest.mark.parametrize("name", ["Dockerfile", "compose.yaml", "relay.service", "kubernetes.yaml"])
+@pytest.mark.parametrize("name", ["Dockerfile", "compose.yaml", "relay.service", "kubernetes/deployment.yaml"])
 def test_deployment_sets_no_variable_that_the_relay_refuses(name: str) -> None:
     text = (CONFIG / name).read_text()
     environ = {
@@ -112,6 +114,7 @@ def test_deployment_sets_no_variable_that_the_relay_refuses(name: str) -> None:
     # Some are named in comments as examples; their names must be right too.
     environ |= {
         "RELAY_ALLOWED_HOSTS": "[]",
+        "RELAY_TRUSTED_PROXIES": "[]",
         "RELAY_HOST": "0.0.0.0",
         "RELAY_PORT": "8000",
         "RELAY_ALLOW_ANONYMOUS": "true",
@@ -133,11 +136,41 @@ def test_deployment_sets_no_variable_that_the_relay_refuses(name: str) -> None:
 
 
 def manifests() -> dict[str, dict[str, Any]]:
-    """The objects of the manifest by their kind, each of which it has once."""
-    found: list[dict[str, Any]] = list(YAML(typ="safe").load_all((CONFIG / "kubernetes.yaml").read_text()))
+    """The objects of the manifests by their kind, each of which they have once."""
+    files = sorted((CONFIG / "kubernetes").iterdir())
+    found: list[dict[str, Any]] = [each for file in files for each in YAML(typ="safe").load_all(file.read_text())]
     by_kind = {each["kind"]: each for each in found}
-    assert len(by_kind) == len(found) > 3
+    assert len(by_kind) == len(found) > len(files) > 3
     return by_kind
+
+
+@pytest.mark.parametrize("version", ["1.30", "1.33", "1.37"])
+def test_manifests_are_what_kubernetes_understands(version: str) -> None:
+    """Strictly: unknown fields are errors. 1.30 is the first with the sleep of preStop."""
+    for manifest in manifests().values():
+        kubernetes_validate.validate(manifest, version, strict=True)
+    wrong = {**manifests()["Service"], "spec": {"selectors": {"app": "relay"}}}
+    with pytest.raises(kubernetes_validate.ValidationError, match="selectors"):
+        kubernetes_validate.validate(wrong, version, strict=True)
+
+
+def test_autoscaler_counts_the_sockets_of_the_deployment() -> None:
+    found = manifests()
+    scaler = found["HorizontalPodAutoscaler"]["spec"]
+    target = scaler["scaleTargetRef"]
+    assert (target["kind"], target["name"]) == ("Deployment", found["Deployment"]["metadata"]["name"])
+    assert "replicas" not in found["Deployment"]["spec"], "they would be set back at each apply"
+    names = {metric["pods"]["metric"]["name"] for metric in scaler["metrics"] if metric["type"] == "Pods"}
+    assert names == {"relay_sockets"} <= known_metrics()
+    assert "cpu" in container_of_the_pod()["resources"]["requests"], "a utilization is a part of what is requested"
+
+
+def test_network_policy_lets_in_what_reaches_the_port_and_lets_out_to_redis() -> None:
+    found = manifests()
+    policy = found["NetworkPolicy"]["spec"]
+    assert policy["podSelector"]["matchLabels"] == found["Service"]["spec"]["selector"]
+    assert {port["port"] for rule in policy["ingress"] for port in rule["ports"]} == {"http"}
+    assert {port["port"] for rule in policy["egress"] for port in rule["ports"]} == {6379, 53}
 
 
 def container_of_the_pod() -> dict[str, Any]:
@@ -251,6 +284,32 @@ def test_scrape_configuration_is_what_prometheus_understands(tmp_path: Path) -> 
     (tmp_path / "prometheus.yml").write_text(text.replace("/etc/prometheus/relay-metrics-key", str(key)))
     shutil.copy(CONFIG / "alerts.yml", tmp_path)
     check(need("promtool"), "check", "config", tmp_path / "prometheus.yml")
+
+
+RUNBOOK = ROOT / "docs" / "runbook.md"
+
+
+def test_each_alert_has_a_section_in_the_runbook_and_each_section_an_alert() -> None:
+    rules = [
+        rule
+        for group in YAML(typ="safe").load((CONFIG / "alerts.yml").read_text())["groups"]
+        for rule in group["rules"]
+    ]
+    names = [rule["alert"] for rule in rules]
+    assert re.findall(r"^## (Relay\w+)$", RUNBOOK.read_text(), re.MULTILINE) == names
+    for rule in rules:
+        assert rule["annotations"]["runbook_url"].endswith(f"/runbook.html#{rule['alert'].lower()}")
+
+
+def test_runbook_names_metrics_and_settings_that_exist() -> None:
+    text = RUNBOOK.read_text()
+    known = {name.removesuffix("_bucket") for name in known_metrics()}
+    assert set(re.findall(r"\brelay_\w+", text)) <= known
+    fields = {name for name, _ in masked_settings(load(None, {"redis_url": "redis://x"}))}
+    settings = {".".join(map(str, name)) for name in fields}
+    for section in ("limits", "redis", "rest", "metrics", "auth", "plugins"):
+        for name in re.findall(rf"`({section}\.[a-z_]+)`", text):
+            assert name in settings, name
 
 
 def test_rules_ask_for_metrics_that_exist() -> None:

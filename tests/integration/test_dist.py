@@ -150,7 +150,7 @@ createRoot(document.getElementById("root")!).render(<StrictMode><App /></StrictM
 
 def test_react_hook_is_what_typescript_understands(react_app: Path) -> None:
     files = [react_app / name for name in ("useChannel.ts", "Room.tsx", "main.tsx")]
-    compile_typescript(react_app, *files, jsx="react-jsx")
+    compile_typescript(react_app, *files)
 
 
 def test_react_hook_works_in_a_browser(react_app: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import shutil
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,17 +12,28 @@ from pathlib import Path
 import pytest
 import websockets
 from fastapi import APIRouter
+from redis import Redis
+from ruamel.yaml import YAML
 from websockets.exceptions import InvalidStatus
 
 from relay import Plugin, Relay
 from relay.web.rest import make_rest
 from tests.support.client import Client
 from tests.support.keys import SECRET, token
-from tests.support.process import Valkey, free_port
+from tests.support.process import RelayProcess, Valkey, free_port, wait_for
 from tests.support.serving import eventually, http_get, serve
 from tests.support.sse import Stream
 
 CONFIG = Path(__file__).parents[2] / "config"
+
+
+def nginx_main(directory: Path) -> str:
+    """What stands around a site when nginx is run in the foreground, in a directory of its own."""
+    paths = "".join(
+        f"{name}_temp_path {directory}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    main = f"daemon off; pid {directory}/nginx.pid; error_log stderr; events {{}}"
+    return f"{main}\nhttp {{ access_log off; {paths}\n%s\n}}\n"
 
 
 def command(proxy: str, directory: Path, port: int, relay_port: int) -> list[str]:
@@ -37,11 +49,7 @@ def command(proxy: str, directory: Path, port: int, relay_port: int) -> list[str
     text = (CONFIG / "nginx.conf").read_text()
     text = text.replace("/var/log/nginx/access.log", f"{directory}/access.log")
     text = text.replace("listen 80;", f"listen 127.0.0.1:{port};").replace("127.0.0.1:8000", f"127.0.0.1:{relay_port}")
-    paths = "".join(
-        f"{name}_temp_path {directory}/{name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    main = f"daemon off; pid {directory}/nginx.pid; error_log stderr; events {{}}"
-    (directory / "nginx.conf").write_text(f"{main}\nhttp {{ access_log off; {paths}\n{text}\n}}\n")
+    (directory / "nginx.conf").write_text(nginx_main(directory) % text)
     return [program, "-e", "stderr", "-p", str(directory), "-c", str(directory / "nginx.conf")]
 
 
@@ -162,3 +170,45 @@ async def raw_get(port: int, path: str) -> tuple[int, bytes]:
     answer = await reader.read()
     writer.close()
     return int(answer.split(b" ", 2)[1]), answer
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+async def test_site_of_the_compose_file_spreads_sockets_over_both_relays(tmp_path: Path, valkey: Valkey) -> None:
+    """As Compose starts it: two relays, of which one is stopped."""
+    program = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/sbin")
+    if program is None:
+        pytest.skip("nginx is not installed")
+    compose = YAML(typ="safe").load((CONFIG / "compose.yaml").read_text())
+    port = free_port()
+    own_settings = compose["services"]["relay-1"]["environment"]
+    environ = {name: own_settings[name] for name in ("RELAY_ALLOW_ANONYMOUS", "RELAY_ALLOWED_HOSTS")}
+    environ |= {"RELAY_REDIS_URL": valkey.url, "RELAY_TRUSTED_PROXIES": '["127.0.0.1"]'}
+    with RelayProcess(environ=environ) as first, RelayProcess(environ=environ) as second:
+        site = compose["configs"]["nginx"]["content"].replace("$$", "$").replace("listen 8000", f"listen {port}")
+        for name, relay in (("relay-1", first), ("relay-2", second)):
+            site = site.replace(f"{name}:8000", relay.http.removeprefix("http://"))
+        (tmp_path / "nginx.conf").write_text(nginx_main(tmp_path) % site)
+        nginx = [program, "-e", "stderr", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]
+        process = await asyncio.create_subprocess_exec(*nginx, stderr=asyncio.subprocess.DEVNULL)
+        try:
+            wait_for(lambda: listens(port), "nginx to listen")
+            url = f"ws://127.0.0.1:{port}/socket"
+            async with Client.connect(url) as one, Client.connect(url) as two:
+                await one.join("room:1")
+                await two.join("room:1")
+                health = [json.loads((await http_get(f"{relay.http}/health"))[1]) for relay in (first, second)]
+                assert [each["sockets"] for each in health] == [1, 1]
+                with Redis(port=valkey.port) as redis:
+                    redis.publish("to:room:1:new_msg", "{}")
+                for client in (one, two):
+                    await client.expect_event("room:1", "new_msg", {})
+                second.stop()
+                async with Client.connect(url) as three:
+                    await three.join("room:1")
+        finally:
+            process.terminate()
+            await process.wait()

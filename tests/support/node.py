@@ -56,11 +56,10 @@ def need_browser() -> None:
         pytest.skip("no Chromium or Chrome is installed; CHROMIUM=/path/to/it names one")
 
 
-def compile_typescript(directory: Path, *files: Path, jsx: str = "", **modules: Path) -> None:
+def compile_typescript(directory: Path, *files: Path, **modules: Path) -> None:
     """Have TypeScript look at files, as strictly as it can; fails with all that it finds.
 
     Args: directory: an empty one, for the settings.
-          jsx: how elements are written, if the files have any.
           modules: where the declarations of a module are that the files import.
     """
     options = {
@@ -73,8 +72,8 @@ def compile_typescript(directory: Path, *files: Path, jsx: str = "", **modules: 
         "types": [],
         "paths": {name: [str(path)] for name, path in modules.items()},
     }
-    if jsx:
-        options["jsx"] = jsx
+    if any(file.suffix == ".tsx" for file in files):
+        options["jsx"] = "react-jsx"
     settings = directory / "tsconfig.json"
     settings.write_text(json.dumps({"compilerOptions": options, "files": [str(file) for file in files]}))
     compiler = SCRIPTS / "node_modules" / "typescript" / "bin" / "tsc"
