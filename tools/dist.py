@@ -117,12 +117,14 @@ def check_content(files: Sequence[Path]) -> None:
     wheel, sdist = (one(files, "starlette_relay-", end) for end in (".whl", ".tar.gz"))
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "relay").rglob("*") if path.is_file()}
     sources = {name for name in sources if "__pycache__" not in name}
+    package = json.loads((ROOT / "clients" / "browser" / "package.json").read_text())
+    modules = [name for name in package["files"] if name.endswith(".js")]
     own = {name for name in names_in(wheel) if ".dist-info/" not in name}
-    if own != sources | {"relay/web/static/relay.js"}:
-        raise Fault(
-            f"{wheel.name}: differs from the sources: {sorted(own ^ (sources | {'relay/web/static/relay.js'}))}"
-        )
-    needed = {"pyproject.toml", "hatch_build.py", "README.md", "LICENSE", "clients/browser/relay.js", *sources}
+    expected = sources | {f"relay/web/static/{name}" for name in modules}
+    if own != expected:
+        raise Fault(f"{wheel.name}: differs from the sources: {sorted(own ^ expected)}")
+    needed = {"pyproject.toml", "hatch_build.py", "README.md", "LICENSE", *sources}
+    needed |= {f"clients/browser/{name}" for name in modules}
     if missing := needed - names_in(sdist):
         raise Fault(f"{sdist.name}: lacks {sorted(missing)}")
     client = one(files, "starlette_relay_client-", ".whl")
@@ -130,10 +132,10 @@ def check_content(files: Sequence[Path]) -> None:
         raise Fault(f"{client.name}: lacks relay_client/py.typed")
     packed = [path for path in files if path.suffix == ".tgz"]
     for path in packed:
-        expected = {"package.json", "README.md", "LICENSE", "relay.js", "relay.d.ts"}
+        expected = {"package.json", "README.md", "LICENSE", *package["files"]}
         if (found := names_in(path)) != expected:
             raise Fault(f"{path.name}: expected {sorted(expected)}, got {sorted(found)}")
-        version = json.loads((ROOT / "clients" / "browser" / "package.json").read_text())["version"]
+        version = package["version"]
         if f"-{version}.tgz" not in path.name or f"-{version}-" not in wheel.name:
             raise Fault(f"{path.name} and {wheel.name}: expected one version")
 
