@@ -171,7 +171,12 @@ def check(
     warned += [("warning", f"plugin {each.name}: cannot be loaded: {each.fault}") for each in found if each.fault]
     found_out = _connect(settings) if connect else []
     warned += [(about, text) for about, text in found_out if about == "warning"]
-    said = [*_facts(settings, keys), *topic_facts(settings), *(each for each in found_out if each[0] != "warning"), *warned]
+    said = [
+        *_facts(settings, keys),
+        *topic_facts(settings),
+        *(each for each in found_out if each[0] != "warning"),
+        *warned,
+    ]
     if not is_terminal():
         print_lines({"about": about, "text": text} for about, text in said)
     else:
@@ -450,11 +455,6 @@ def _contradictions(config: Config) -> Iterator[str]:
         if auth.tangram != "open" and (SUBJECT not in entry.match or not auth.tangram):
             yield f'auth.tangram_topics: {entry.match} has no effect unless auth.tangram = "open"'
     for at, topic in enumerate(config.topics):
-        if topic.history is not None and topic.overflow in (Overflow.DROP_OLDEST, Overflow.LATEST):
-            yield (
-                f'topics.{at}: overflow = "{topic.overflow}" drops events of a slow reader although the topic has a '
-                'history; overflow = "recover" delivers them from there'
-            )
         if topic.notify_dropped and topic.overflow is Overflow.DISCONNECT:
             yield f'topics.{at}: notify_dropped has no effect with overflow = "disconnect": no event is dropped'
     if config.has_history and SETTINGS_KEY.startswith(redis.topic_prefix):
