@@ -221,6 +221,8 @@ class Relay:
                 except BaseException:
                     self._node = None
                     raise
+                if self._console is not None:
+                    self._console.start()
 
     async def _register_plugins(self, node: Node) -> None:
         if self._plugin_routes is not None:
@@ -245,7 +247,7 @@ class Relay:
             await asyncio.wrap_future(stopping)
         elif node is not None:
             if self._console is not None:
-                self._console.close()
+                await self._console.close()
             try:
                 if self._plugin_routes is not None:
                     await self._plugin_routes.stop(self.config.limits.close_timeout_s)

@@ -36,6 +36,7 @@ from relay.transports.base import ReceiveCallable, Scope, SendCallable, Transpor
 from relay.transports.handshake import HandshakeRejected
 from relay.transports.websocket import WebSocketTransport
 from relay.version import __version__
+from relay.web.console_series import ConsoleSeries
 from relay.web.prometheus import MetricsExporter
 
 _logger = logging.getLogger("relay.console")
@@ -70,6 +71,7 @@ class Console:
         self._components = components
         self._node = node
         self._exporter = exporter
+        self._series = ConsoleSeries(exporter.read)
         self._viewers: set[ConsoleSession] = set()
         self._numbers = 0
 
@@ -91,17 +93,22 @@ class Console:
         log = self._components.telemetry.loggers.get("relay.socket")
         services = TransportServices(self._node().config.limits, metrics, log)
         transport = WebSocketTransport(f"console-{self._numbers}", scope, receive, send, services)
-        viewer = ConsoleSession(transport, shake.version, self._node, self._exporter)
+        viewer = ConsoleSession(transport, shake.version, self._node, self._exporter, self._series)
         self._viewers.add(viewer)
         try:
             await viewer.run()
         finally:
             self._viewers.discard(viewer)
 
-    def close(self) -> None:
+    def start(self) -> None:
+        """Begin to keep the metrics of the last minutes."""
+        self._series.start()
+
+    async def close(self) -> None:
         """Close all connections with 1012 (come back)."""
         for viewer in self._viewers:
             viewer.close()
+        await self._series.stop()
 
 
 class TopicObserver:
@@ -146,12 +153,18 @@ class ConsoleSession:
     """One connection of an operator."""
 
     def __init__(
-        self, transport: Transport, version: Version, node: Callable[[], Node], exporter: MetricsExporter
+        self,
+        transport: Transport,
+        version: Version,
+        node: Callable[[], Node],
+        exporter: MetricsExporter,
+        series: ConsoleSeries,
     ) -> None:
         self._transport = transport
         self._version = version
         self._node = node
         self._exporter = exporter
+        self._series = series
         limits = node().config.limits
         self._protocol = ChannelsProtocol(
             Subscription, version, topics_max=1, payload_max_bytes=limits.payload_max_bytes
@@ -174,6 +187,7 @@ class ConsoleSession:
                         transport.send_control(answer)
                     case Join() as join if join.subscription.topic == TOPIC:
                         self._send(*self._protocol.accept(join))
+                        self._tell_all("series", {"source": self._source, **self._series.as_json()})
                         await self._send_metrics()
                     case Join() as join:
                         self._send(*self._protocol.refuse(join, encode_payload({"reason": "unmatched topic"})))
@@ -218,6 +232,12 @@ class ConsoleSession:
                 due += _INTERVAL_S
                 await self._send_metrics()
 
+    @property
+    def _source(self) -> str:
+        """Totals can be compared with those of the same source alone: a directory, or a node in its lifetime."""
+        node = self._node()
+        return node.config.metrics.dir or node.name
+
     async def _send_metrics(self) -> None:
         node = self._node()
         metrics = await self._exporter.current()
@@ -227,8 +247,7 @@ class ConsoleSession:
                 "node": f"{sockets.gethostname()}:{os.getpid()}",
                 "version": __version__,
                 "at_ms": round(time.time() * 1000),
-                # Totals can be compared with those of the same source alone: a directory, or a node in its lifetime.
-                "source": node.config.metrics.dir or node.name,
+                "source": self._source,
                 # Live in every worker; why not is known of this one.
                 "link": {"live": bool(metrics["relay_link_live"][""]), "reason": node.link.reason},
                 "bounds_s": BOUNDS_S,

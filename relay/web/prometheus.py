@@ -395,6 +395,10 @@ class MetricsExporter:
         """The metrics of all workers, at most `READ_INTERVAL_S` old."""
         return await self._in_thread(lambda: self._snapshot.get(self.of_all))
 
+    async def read(self) -> Snapshot:
+        """The metrics of all workers as they are now; a look at the console gets none that are older by it."""
+        return await self._in_thread(self.of_all)
+
     async def current_text(self) -> bytes:
         """The same in Prometheus's text format; read for itself: a look at the console makes no scrape older."""
         return await self._in_thread(lambda: self._text.get(self.text))

@@ -67,6 +67,28 @@ async def test_operators_see_and_do_what_they_need(flags: list[str]) -> None:
         assert "published to topic 'room:console' at the console, by 127.0.0.1" in relay.output
 
 
+async def test_axe_finds_nothing_on_the_pages() -> None:
+    """Light and dark, wide and narrow; ``TESTS_SCREENSHOTS_PAGES`` names a directory for pictures of each."""
+    need_browser()
+    topics = [{"match": TOPIC, "history": {"size": 100, "ttl_s": 60}, "presence": True}]
+    with RelayProcess(environ={"RELAY_TOPICS": json.dumps(topics)}) as relay:
+        async with Client.connect(relay.ws) as client, Redis.from_url(relay.redis_url) as redis:
+            await client.join(TOPIC)
+
+            async def publish() -> None:
+                while True:
+                    await redis.publish(f"to:{TOPIC}:tick", json.dumps({"text": "x" * 500}))
+                    await asyncio.sleep(0.1)
+
+            publishing = asyncio.create_task(publish())
+            pictures = os.environ.get("TESTS_SCREENSHOTS_PAGES", "")
+            try:
+                arguments = ("axe-chromium.mjs", relay.http, TOPIC, pictures)
+                await asyncio.to_thread(run_checks, *arguments, deadline_s=240)
+            finally:
+                publishing.cancel()
+
+
 async def test_console_shows_several_workers_as_one() -> None:
     """And names the one whose lists it shows."""
     need_browser()

@@ -169,6 +169,18 @@ async def test_metrics_come_at_once_and_then_each_second(served: Served, connect
     assert len(first["metrics"]["relay_fan_out_seconds"][""]) == len(first["bounds_s"]) + 2
 
 
+async def test_last_minutes_come_before_the_metrics_of_now(served: Served, connect: Connect, redis: Redis) -> None:
+    """They were kept while nobody looked."""
+    client = await connect(served)
+    await client.join("room:1")
+    async with operator(served) as watching:
+        name, series = (await watching.client.receive())[3:]
+        assert name == "series"
+        assert series["source"] == (await watching.hear("metrics"))["source"]
+    first = dict(zip(series["names"], series["rows"][0], strict=True))
+    assert (first["relay_workers"], first["relay_sockets"]) == (1, 0), "before anybody had connected"
+
+
 async def test_several_workers_are_told_as_one(serve_relay: ServeRelay, connect: Connect, tmp_path: Path) -> None:
     """Two relays on one directory are what two processes are; each lists its own sockets."""
     both = [await serve_relay(metrics={"dir": str(tmp_path)}) for _ in range(2)]

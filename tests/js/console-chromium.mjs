@@ -69,6 +69,50 @@ await inBrowser(origin, async (page, faults) => {
     await fits()
   })
 
+  await check("what is well is calm, and what is not takes colour", async () => {
+    const names = await page.$$eval("#metrics article", all => all.map(cell => cell.dataset.metric))
+    equal(names.slice(0, 3), ["link", "drops", "gaps"], "what leads")
+    equal(names.includes("cpu"), false, "the processor among them")
+    equal(await page.$eval("[data-metric=link]", cell => cell.dataset.tone), "ok", "the link's tone")
+    equal(await page.$eval("[data-metric=drops]", cell => cell.dataset.tone), "", "the drops' tone")
+    if (!key) equal(await text("#losses tbody"), "Nothing has been dropped or refused since the start.", "losses")
+    say({ waiting: "a drop", publish: [{ redis_channel: `to:${topic}:phx_join`, payload: "{}" }] })
+    await until("a colour", () => document.querySelector("[data-metric=drops]").dataset.tone === "bad")
+    await shows("#losses", "dropped: ")
+  })
+
+  await check("the values of a chart are read by keys", async () => {
+    await until("some samples", () => document.querySelector(".plot").getAttribute("aria-valuemax") > 2)
+    await page.evaluate(() => document.querySelector(".plot").focus())
+    await page.keyboard.press("ArrowLeft")
+    const valueText = () => page.$eval(".plot", plot => plot.getAttribute("aria-valuetext"))
+    equal(/^bus .+, pushes .+ at \d\d:\d\d:\d\d$/.test(await valueText()), true, `its value: ${await valueText()}`)
+    equal(await page.$$eval(".chart:first-child .cross", all => all.length), 1, "marks in the chart")
+    await page.keyboard.press("Home")
+    equal(Number(await page.$eval(".plot", plot => plot.getAttribute("aria-valuenow"))) < 2, true, "the first value")
+    await page.keyboard.press("Escape")
+    equal(await focused(), "", "focus after Esc")
+    equal(await page.$$eval(".chart:first-child .cross", all => all.length), 0, "marks once it is left")
+  })
+
+  await check("shortcuts can be switched off", async () => {
+    if (looks.width < 800) return // there is no keyboard, and no button
+    await page.click("#shortcuts")
+    await page.keyboard.press("2")
+    equal(await page.evaluate(() => location.hash), "", "the view")
+    await page.reload()
+    await within(page.waitForSelector("#state[data-state='live']"), "an open connection")
+    await page.keyboard.press("2")
+    equal(await page.evaluate(() => location.hash), "", "the view after a reload")
+    await page.click("#shortcuts")
+    await page.evaluate(() => localStorage.removeItem("relay-shortcuts"))
+  })
+
+  await check("what was before is there at once", async () => {
+    await page.reload()
+    await within(page.waitForSelector(".plot .line"), "a line, of what the relay has kept")
+  })
+
   await check("what was malformed is told in words", async () => {
     await page.evaluate(() => {
       const socket = new WebSocket("/socket/websocket?vsn=2.0.0")
@@ -98,6 +142,10 @@ await inBrowser(origin, async (page, faults) => {
     await page.keyboard.type("-no-such")
     await shows("#topic-list", "No topic matches.")
     await page.keyboard.press("Escape")
+    equal(await focused(), "", "focus after Esc")
+    equal(await page.$eval("#topic-search", field => field.value.endsWith("-no-such")), true, "what was typed stays")
+    await page.keyboard.press("/")
+    await page.keyboard.press("Backspace")
     const row = await within(page.waitForSelector(`#topic-list [data-key="${topic}"]`), "the topic again")
     equal(await row.$$eval("span", spans => spans[1].textContent), "1", "sockets, the console not among them")
     await page.evaluate(name => { location.hash = `#topics/${encodeURIComponent(name)}` }, topic)
@@ -136,9 +184,11 @@ await inBrowser(origin, async (page, faults) => {
     await shows("#tail-empty", "No event matches")
     equal(await page.$eval("#tail-empty", element => element.hidden), false, "whether that is hidden")
     await page.keyboard.press("Escape")
+    equal(await focused(), "", "focus after Esc")
+    await page.keyboard.press("f")
+    await page.keyboard.press("Backspace")
     equal((await visible()).length, 4, "rows shown once the filter is gone")
     await page.keyboard.press("Escape")
-    equal(await focused(), "", "focus after the second Esc")
   })
 
   await check("events that come too fast leave a mark where they are not shown", async () => {
@@ -299,6 +349,8 @@ await inBrowser(origin, async (page, faults) => {
       await shows("#alarm", "No connection to the relay since ")
       await page.waitForSelector("#state[data-state='reconnecting']")
       equal(await page.$eval("#charts", charts => getComputedStyle(charts).opacity < 0.5), true, "charts are dimmed")
+      await page.evaluate(() => { location.hash = "#topics/unheard" })
+      await shows("#tail-empty", "Not connected: nothing is heard of this topic.")
       await fits()
     })
   }

@@ -1,6 +1,7 @@
 // The examples' pages in a real browser, driven by tests/integration/test_examples.py.
 //   node examples-chromium.mjs <relay http url> chat|aircraft <png path> [--dark] [--width=N] [--height=N]
 
+import { findings } from "./axe.mjs"
 import { inBrowser } from "./chromium.mjs"
 import { check, equal, failures, say, within } from "./report.mjs"
 
@@ -140,6 +141,7 @@ await inBrowser(origin, async (page, faults) => {
     if (content > window) throw new Error(`the page is ${content} px wide, the window ${window} px`)
   })
   await page.screenshot({ path: screenshot })
+  await check("axe finds nothing", async () => equal(await findings(page), [], "findings"))
   await check("nothing went wrong in the browser", () => equal(faults, [], "faults"))
 }, looks)
 

@@ -1,6 +1,7 @@
 // The page of examples/vite in a real browser, served by Vite's dev server.
 //   node vite-chromium.mjs <Vite's http url>
 
+import { findings } from "./axe.mjs"
 import { inBrowser } from "./chromium.mjs"
 import { check, equal, failures, within } from "./report.mjs"
 
@@ -16,6 +17,7 @@ await inBrowser(origin, async (page, faults) => {
   await check("a push reaches the plugin, and its event the page", () => shows("sum", "6"))
   await check("the plugin answers plain HTTP, without its prefix", () => shows("plugin", '{"plugin":"node","answered":'))
   await check("the relay answers plain HTTP", () => shows("topics", '"calc"'))
+  await check("axe finds nothing", async () => equal(await findings(page), [], "findings"))
   await check("nothing went wrong in the browser", () => equal(faults, [], "faults"))
 })
 

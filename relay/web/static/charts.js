@@ -6,7 +6,7 @@ const SVG = "http://www.w3.org/2000/svg";
 const HEIGHT = 148;
 const EDGE = { left: 46, right: 10, top: 10, bottom: 20 };
 const WINDOW_MIN_MS = 60_000;
-const WINDOW_MAX_MS = 300_000;
+const WINDOW_MAX_MS = 900_000;
 
 function draw(tag, attributes, text) {
   const element = document.createElementNS(SVG, tag);
@@ -25,9 +25,12 @@ export function niceTop(value) {
 export const binaryTop = (value) => 2 ** Math.ceil(Math.log2(value));
 
 export class Chart {
-  #svg = draw("svg", { class: "plot", role: "img" });
+  // A slider along the time, so that the keyboard reads its values too.
+  #svg = draw("svg", { class: "plot", role: "slider", tabindex: 0, "aria-valuemin": 0, "aria-orientation": "horizontal" });
   #metrics = [];
   #pointerX = null;
+  #chosen = null; // a place from the end, by the keyboard
+  #shown = []; // the samples that are drawn
   #samples = [];
 
   /**
@@ -42,12 +45,34 @@ export class Chart {
     this.element = create("article", "chart card", create("h2", "", title), create("p", "now", ...legend), this.#svg);
     this.#svg.addEventListener("pointermove", ({ offsetX }) => this.#point(offsetX));
     this.#svg.addEventListener("pointerleave", () => this.#point(null));
+    this.#svg.addEventListener("focus", () => this.#svg.matches(":focus-visible") && this.#choose(-1));
+    this.#svg.addEventListener("blur", () => this.#choose(null));
+    this.#svg.addEventListener("keydown", (event) => this.#press(event));
     new ResizeObserver(() => this.show(this.#samples)).observe(this.#svg);
   }
 
   #point(x) {
     this.#pointerX = x;
+    this.#chosen = null;
     this.show(this.#samples);
+  }
+
+  /** Mark a sample by its place from the end, -1 for the newest; null for none. */
+  #choose(place) {
+    this.#pointerX = null;
+    this.#chosen = place;
+    this.show(this.#samples);
+  }
+
+  #press(event) {
+    const { key, shiftKey } = event;
+    const last = -Math.max(1, this.#shown.length);
+    const step = shiftKey ? 10 : 1;
+    const now = this.#chosen ?? -1;
+    const places = { ArrowLeft: now - step, ArrowRight: now + step, Home: last, End: -1 };
+    if (!(key in places)) return;
+    event.preventDefault();
+    this.#choose(Math.max(last, Math.min(-1, places[key])));
   }
 
   /** @param samples `[{at_ms, …}]`, oldest first. */
@@ -58,6 +83,7 @@ export class Chart {
     const end = samples.at(-1).at_ms;
     const windowMs = Math.min(WINDOW_MAX_MS, Math.max(WINDOW_MIN_MS, end - samples[0].at_ms));
     const shown = samples.filter(({ at_ms }) => at_ms >= end - windowMs);
+    this.#shown = shown;
     const values = this.lines.map(({ of }) => shown.map(of));
     const top = this.roundUp(Math.max(this.floor, ...values.flat().filter((value) => value !== null)));
     const [plotWidth, plotHeight] = [width - EDGE.left - EDGE.right, HEIGHT - EDGE.top - EDGE.bottom];
@@ -65,13 +91,20 @@ export class Chart {
     const y = (value) => EDGE.top + plotHeight * (1 - value / top);
     const parts = [...this.#axes(width, top, windowMs, y)];
     values.forEach((row, line) => parts.push(...this.#line(line, row, shown, x, y)));
-    const at = this.#nearest(shown, x);
-    if (this.#pointerX !== null) parts.push(...this.#cross(shown[at], values, at, x, y, width));
+    const isMarked = this.#pointerX !== null || this.#chosen !== null;
+    const at = this.#chosen !== null ? Math.max(0, shown.length + this.#chosen) : this.#nearest(shown, x);
+    if (isMarked) parts.push(...this.#cross(shown[at], values, at, x, y, width));
     this.#svg.setAttribute("viewBox", `0 0 ${width} ${HEIGHT}`);
     this.#svg.replaceChildren(...parts);
     const now = values.map((row) => (row.at(-1) === null ? "–" : this.format(row.at(-1))));
     this.#metrics.forEach((metric, line) => (metric.textContent = now[line]));
-    this.#svg.setAttribute("aria-label", `${this.title}: ${now.join(", ")} now`);
+    this.#svg.setAttribute("aria-label", `${this.title}, over time`);
+    this.#svg.setAttribute("aria-valuemax", shown.length - 1);
+    this.#svg.setAttribute("aria-valuenow", isMarked ? at : shown.length - 1);
+    const time = new Date(shown[at].at_ms).toLocaleTimeString("en-GB");
+    const said = isMarked ? values.map((row) => (row[at] === null ? "–" : this.format(row[at]))) : now;
+    const named = said.map((value, line) => `${this.lines[line].label ?? ""} ${value}`.trim());
+    this.#svg.setAttribute("aria-valuetext", `${named.join(", ")} ${isMarked ? `at ${time}` : "now"}`);
   }
 
   *#axes(width, top, windowMs, y) {

@@ -70,12 +70,8 @@ showTheme();
 
 function goBack() {
   const field = document.activeElement;
-  if (field?.matches("input, textarea")) {
-    if (field.value && field.matches("#topic-search, #socket-search, #filter")) {
-      field.value = "";
-      field.dispatchEvent(new Event("input"));
-    } else field.blur();
-  } else if (topic !== null || socketId !== null) location.hash = topic !== null ? "#topics" : "#sockets";
+  if (field?.matches("input, textarea, .plot")) field.blur();
+  else if (topic !== null || socketId !== null) location.hash = topic !== null ? "#topics" : "#sockets";
 }
 
 /** Move along the rows of the list that is shown, from its search field down. */
@@ -89,7 +85,7 @@ function move(step) {
 function search() {
   if (!byId("overview").hidden) location.hash = "#topics";
   route();
-  document.querySelector(".view:not([hidden]) .list input").focus();
+  document.querySelector(".view:not([hidden]) .list input").select();
 }
 
 const KEYS = {
@@ -97,10 +93,27 @@ const KEYS = {
   2: () => (location.hash = "#topics"),
   3: () => (location.hash = "#sockets"),
   "/": search,
-  f: () => topic !== null && byId("filter").focus(),
+  f: () => topic !== null && byId("filter").select(),
   p: () => topic !== null && pause(),
   t: () => byId("theme").click(),
 };
+
+// Single keys can be switched off: speech and some assistive tools type them by accident.
+
+const SHORTCUTS = "relay-shortcuts";
+let hasShortcuts = localStorage.getItem(SHORTCUTS) !== "off";
+
+function showShortcuts() {
+  byId("shortcuts").setAttribute("aria-pressed", hasShortcuts);
+  document.body.classList.toggle("no-shortcuts", !hasShortcuts);
+}
+
+byId("shortcuts").addEventListener("click", () => {
+  hasShortcuts = !hasShortcuts;
+  localStorage.setItem(SHORTCUTS, hasShortcuts ? "on" : "off");
+  showShortcuts();
+});
+showShortcuts();
 
 addEventListener("keydown", (event) => {
   if (!isStarted || event.ctrlKey || event.metaKey || event.altKey) return;
@@ -109,7 +122,7 @@ addEventListener("keydown", (event) => {
   else if (inList && (event.key === "ArrowDown" || event.key === "ArrowUp")) {
     event.preventDefault();
     move(event.key === "ArrowDown" ? 1 : -1);
-  } else if (!document.activeElement?.matches("input, textarea, select") && KEYS[event.key]) {
+  } else if (hasShortcuts && !document.activeElement?.matches("input, textarea, select") && KEYS[event.key]) {
     event.preventDefault();
     KEYS[event.key]();
   }

@@ -4,8 +4,8 @@ import { binaryTop, Chart } from "./charts.js";
 import { channel, isStarted, showState, socket } from "./door.js";
 import { byId, create, formatBytes, formatCount, formatDuration, formatRate } from "./show.js";
 
-const KEPT = 301; // samples: five minutes
-const MINUTE = 60; // samples
+const KEPT_MS = 900_000; // fifteen minutes
+const MINUTE_MS = 60_000;
 const SILENCE_MS = 5000; // after which metrics are old
 
 // What has changed from one second to the next.
@@ -21,6 +21,8 @@ function sampleOf({ at_ms, metrics }) {
   // Others' metrics are up to a second old, and not always equally: over one second alone their rates would leap.
   const last = workers > 1 ? (samples.at(-3) ?? samples[0]) : samples.at(-1);
   const sample = { at_ms, metrics, workers, topics: total(metrics.relay_topics), sockets: total(metrics.relay_sockets) };
+  sample.gaps = total(metrics.relay_gaps);
+  sample.dropped = total(metrics.relay_dropped);
   sample.outbox = total(metrics.relay_outbox_bytes);
   sample.lag = total(metrics.relay_link_lag_seconds) * 1000 || null;
   const seconds = last ? (at_ms - last.at_ms) / 1000 : 0;
@@ -28,7 +30,7 @@ function sampleOf({ at_ms, metrics }) {
     seconds > 0 ? Math.max(0, (total(metrics[name]) - total(last.metrics[name])) / seconds) : null;
   for (const [short, name] of [
     ["in", "relay_events_in"], ["out", "relay_deliveries"], ["pushes", "relay_pushes_in"], ["drops", "relay_dropped"],
-    ["bytes", "relay_delivered_bytes"], ["cpu", "process_cpu_seconds"],
+    ["bytes", "relay_delivered_bytes"],
   ]) sample[short] = rate(name);
   const [now, before] = [metrics.relay_fan_out_seconds[""], last?.metrics.relay_fan_out_seconds[""]];
   const events = before ? counted(now) - counted(before) : 0;
@@ -56,26 +58,32 @@ byId("charts").append(...charts.map(({ element }) => element));
 /** Metrics of the process are measured with the extra `metrics` alone. */
 const hasProcess = ({ metrics }) => "" in (metrics.process_start_time_seconds ?? {});
 
+/** How a count that should not rise is doing: bad while it rises, a warning while its last rise is in the charts. */
+const toneOf = (name) => (s) => {
+  const before = (ms) => samples.find(({ at_ms }) => at_ms >= s.at_ms - ms) ?? s;
+  return s[name] > before(MINUTE_MS)[name] ? "bad" : s[name] > samples[0][name] ? "warn" : "";
+};
+
 const metrics = {
+  link: ["Link", (s, { link }) => [link.live ? "live" : "down"], (s, { link }) => (link.live ? "ok" : "bad")],
+  drops: ["Dropped", (s) => [formatCount(s.dropped)], toneOf("dropped")],
+  gaps: ["Gaps", (s) => [formatCount(s.gaps)], toneOf("gaps")],
   sockets: ["Sockets", (s) => [formatCount(s.sockets)]],
   topics: ["Topics", (s) => [formatCount(s.topics)]],
   in: ["Events in", (s) => [s.in === null ? "–" : formatRate(s.in), "/s"]],
   out: ["Deliveries", (s) => [s.out === null ? "–" : formatRate(s.out), "/s"]],
   bytes: ["Sent", (s) => (s.bytes === null ? ["–"] : `${formatBytes(s.bytes)}/s`.split(" "))],
-  drops: ["Dropped", (s) => [formatCount(total(s.metrics.relay_dropped))]],
-  gaps: ["Gaps", (s) => [formatCount(total(s.metrics.relay_gaps))]],
+  pushes: ["Pushes", (s) => [s.pushes === null ? "–" : formatRate(s.pushes), "/s"]],
   outbox: ["Outboxes", (s) => formatBytes(s.outbox).split(" ")],
-  cpu: ["CPU", (s) => [s.cpu === null || !hasProcess(s) ? "–" : (100 * s.cpu).toFixed(s.cpu < 0.1 ? 1 : 0), "%"]],
   memory: ["Memory", (s) => (hasProcess(s) ? formatBytes(total(s.metrics.process_resident_memory_bytes)).split(" ") : ["–"])],
-  link: ["Link", (s, { link }) => [link.live ? "live" : "down"]],
   up: ["Up", (s) => [hasProcess(s) ? formatDuration(s.at_ms / 1000 - total(s.metrics.process_start_time_seconds)).split(" ")[0] : "–"]],
 };
-const cells = Object.entries(metrics).map(([name, [title, read]]) => {
+const cells = Object.entries(metrics).map(([name, [title, read, tone]]) => {
   const [value, unit] = [create("b", "", "–"), create("i")];
   const cell = create("article", "", create("h2", "", title), create("p", "", value, unit));
   cell.dataset.metric = name;
   byId("metrics").append(cell);
-  return { cell, value, unit, read };
+  return { cell, value, unit, read, tone };
 });
 
 const slowest = (buckets, bounds) => {
@@ -93,6 +101,7 @@ function tableRow(...texts) {
 function fill(table, rows, empty) {
   const body = byId(table).tBodies[0];
   body.replaceChildren(...rows);
+  byId(table).classList.toggle("calm", !rows.length);
   if (rows.length) return;
   const cell = create("td", "quiet", empty);
   cell.colSpan = 5;
@@ -147,12 +156,13 @@ function showLosses(now, past) {
   const rows = [];
   for (const [kind, metric] of [["dropped", "relay_dropped"], ["refused", "relay_refused"], ["malformed", "relay_malformed"]]) {
     for (const [reason, count] of Object.entries(now.metrics[metric])) {
+      if (!count) continue;
       const recent = count - (past.metrics[metric][reason] ?? 0);
       rows.push([count, tableRow(`${kind}: ${wordsOf(kind, reason)}`, recent ? formatCount(recent) : "–", formatCount(count))]);
     }
   }
   rows.sort(([one], [other]) => other - one);
-  fill("losses", rows.map(([, row]) => row), "Nothing has been dropped or refused.");
+  fill("losses", rows.map(([, row]) => row), "Nothing has been dropped or refused since the start.");
 }
 
 /** Where several workers serve, the metrics are of all, the lists of the one that answers. */
@@ -195,16 +205,16 @@ socket.onClose(() => ageAll("reconnecting"));
 
 function showMetrics(message) {
   const sample = sampleOf(message);
-  samples.push(sample);
-  if (samples.length > KEPT) samples.shift();
+  samples.push(Object.assign(sample, { isWhole: true }));
+  while (samples[0].at_ms < sample.at_ms - KEPT_MS) samples.shift();
   showWhose(message.node, sample.workers);
   const { live, reason } = message.link;
   showAlarm(live ? "" : reason ? `The relay hears nothing: ${reason}` : "Another worker of this relay hears nothing.");
-  for (const { cell, value, unit, read } of cells) {
+  for (const { cell, value, unit, read, tone } of cells) {
     [value.textContent, unit.textContent = ""] = read(sample, message);
-    if (cell.dataset.metric === "link") cell.dataset.tone = message.link.live ? "ok" : "bad";
+    cell.dataset.tone = tone?.(sample, message) ?? "";
   }
-  const past = samples[Math.max(0, samples.length - 1 - MINUTE)];
+  const past = samples.find(({ isWhole, at_ms }) => isWhole && at_ms >= sample.at_ms - MINUTE_MS);
   if (!byId("overview").hidden) {
     for (const chart of charts) chart.show(samples);
     showPlugins(sample, past, message.bounds_s);
@@ -213,6 +223,18 @@ function showMetrics(message) {
 }
 
 let source;
+
+/** What the relay has kept of the last minutes: sums, in the form of the metrics that they are sums of. */
+channel.on("series", ({ source: from, names, rows }) => {
+  source = from;
+  samples.length = 0;
+  for (const row of rows) {
+    const [at_ms, ...values] = row;
+    const sums = Object.fromEntries(values.map((value, place) => [names[place + 1], { "": value }]));
+    sums.relay_fan_out_seconds = { "": values.slice(-2) };
+    samples.push(sampleOf({ at_ms, metrics: sums }));
+  }
+});
 
 channel.on("metrics", (message) => {
   // Of another process, or of the same one after a restart: its totals cannot be compared with these.

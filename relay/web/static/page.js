@@ -2,7 +2,7 @@
 
 import { Socket } from "./relay.js";
 import {
-  byId, copy, create, formatBytes, formatCount, formatDuration, formatRate, keepToken, prettyBytes, prettyJson, readPayload,
+  byId, copy, create, formatBytes, formatCount, formatDuration, formatRate, keepToken, payloadBox, prettyBytes, prettyJson, readPayload,
   readToken, reasonOf, showResult, timeOf,
 } from "./show.js";
 
@@ -93,7 +93,7 @@ function flushEvents() {
 
 function eventRow({ topic, hue, event, payload, at }) {
   const pretty = payload instanceof ArrayBuffer ? prettyBytes(payload) : prettyJson(payload);
-  const body = create("pre", "", ...pretty);
+  const body = payloadBox(pretty);
   return create("li", "", timeOf(at), create("span", `topic-name topic-${hue}`, topic), create("span", "event-name", event), body);
 }
 

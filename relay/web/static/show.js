@@ -71,6 +71,14 @@ export function prettyBytes(buffer) {
   return [`${hex}${rest}`, create("span", "bytes", isText ? `${size}, as text: ${text}${rest}` : size)];
 }
 
+/** What `prettyJson` or `prettyBytes` give, in its box; a long one scrolls, so the keyboard has to reach it. */
+export function payloadBox(parts) {
+  const box = create("pre", "", ...parts);
+  const text = box.textContent;
+  if (text.length > 300 || text.split("\n").length > 8) box.tabIndex = 0;
+  return box;
+}
+
 const clock = new Intl.DateTimeFormat("en-GB", { timeStyle: "medium" });
 
 /** The moment an event came, to the millisecond. */

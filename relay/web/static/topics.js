@@ -4,7 +4,7 @@ import { ask, channel, socket } from "./door.js";
 import { showChips, showRows, socketHref, topicHref } from "./lists.js";
 import { Socket } from "./relay.js";
 import {
-  byId, copy, create, formatBytes, formatCount, formatDuration, formatRate, prettyBytes, prettyJson, readPayload, readToken, reasonOf,
+  byId, copy, create, formatBytes, formatCount, formatDuration, formatRate, payloadBox, prettyBytes, prettyJson, readPayload, readToken, reasonOf,
   showFacts, showResult, timeOf,
 } from "./show.js";
 
@@ -80,7 +80,7 @@ const gapRow = ({ left_out }) => create("li", "left-out", `… ${formatCount(lef
 
 function eventRow({ at_ms, event, size, frame, base64 }) {
   const [pretty, plain] = base64 === undefined ? textOf(frame) : bytesIn(base64);
-  const body = create("pre", "", ...pretty);
+  const body = payloadBox(pretty);
   const button = create("button", "small", "Copy");
   button.type = "button";
   const whole = create("span", "", plain);
@@ -129,7 +129,9 @@ function showCount() {
   byId("tail-empty").hidden = rows.some((row) => !row.hidden);
   byId("tail-empty").textContent = rows.length
     ? "No event matches the filter."
-    : isPaused ? "Paused. What comes waits." : "Listening. What is published on this topic shows here.";
+    : isPaused ? "Paused. What comes waits."
+    : socket.isConnected() ? "Listening. What is published on this topic shows here."
+    : "Not connected: nothing is heard of this topic.";
 }
 
 function clearTail() {
@@ -147,6 +149,8 @@ export function pause() {
   showCount();
 }
 
+socket.onOpen(showCount);
+socket.onClose(showCount);
 byId("pause").addEventListener("click", pause);
 byId("clear").addEventListener("click", clearTail);
 byId("filter").addEventListener("input", applyFilter);
