@@ -1,23 +1,67 @@
 """The documentation as a site: built as `make docs` does, where a link that leads nowhere is an error."""
 
+import os
 import re
 import subprocess
 import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+import pytest
 
 import relay
 import relay_client
 from relay.config import Config
+from tests.support.node import need_browser, run_checks
 from tools import reference
 
 ROOT = Path(__file__).parents[2]
 
+SEARCHED = (
+    "celery=publish",
+    "django=coming-from",
+    "docker=deployment",
+    "kubernetes=deployment",
+    "deploy=deployment",
+    "scale=scaling",
+    "test=mounting",
+    "reconnect=reliability",
+    "authentication=authentication",
+)
+"""Words, and a page that must be among what is found first."""
 
-def test_site_is_built_without_a_warning(tmp_path: Path) -> None:
-    made, site = str(tmp_path / "made"), tmp_path / "site"
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built without a warning."""
+    directory = tmp_path_factory.mktemp("docs")
+    made, site = str(directory / "made"), directory / "site"
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", made, "docs", str(site)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
+    return site
+
+
+def test_search_of_the_site_finds_what_people_look_for(site: Path) -> None:
+    """In a browser, as Sphinx's own search does it; and the front page has its picture, in light and dark."""
+    need_browser()
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            pictures = os.environ.get("TESTS_SCREENSHOTS_PAGES", "")
+            run_checks("site-chromium.mjs", f"http://127.0.0.1:{server.server_port}", pictures, *SEARCHED)
+        finally:
+            server.shutdown()
+
+
+def test_site_has_all_pages(site: Path) -> None:
     pages = {page.relative_to(site).with_suffix("") for page in site.rglob("*.html")}
     written = {page.relative_to(ROOT / "docs").with_suffix("") for page in (ROOT / "docs").rglob("*.md")}
     assert written <= pages
