@@ -364,8 +364,7 @@ class _Kept(Generic[T]):
 class MetricsExporter:
     """The metrics of one relay, and of its fellow workers.
 
-    Reading them lists files and waits for locks, so that a relay that runs reads them in a thread, by the coroutines
-    here, and at most once a second.
+    Reading them lists files and waits for locks, so a running relay reads them in a thread, by the coroutines here.
 
     Args: state: what the process holds, asked for each time they are read, in any thread.
           directory: where workers leave their metrics for each other; empty for one process alone.
