@@ -29,7 +29,7 @@ from relay.protocol.presence import NOTHING, Difference, Member, Members
 _AGAIN_S = 1.0
 """Seconds after which what could not be written is written again."""
 
-_DEAD_LEASES = 4
+_DEAD_LEASES = 3
 """Leases after the end of its own for which the members of a node are left where they are."""
 
 _COUNT_KEY = "#"

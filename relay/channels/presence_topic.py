@@ -204,8 +204,9 @@ class PresenceTopic:
         if change:
             presence.apply(self.shown, change)
             others = {watcher: None for watcher in self.watchers if watcher not in self.newcomers}
-            self._metrics.presence_diffs += 1
-            self._send(others, presence.DIFF_EVENT, presence.encode_difference(change))
+            if others:
+                self._metrics.presence_diffs += 1
+                self._send(others, presence.DIFF_EVENT, presence.encode_difference(change))
         if self.newcomers and not self.loading:
             self._send(self.newcomers, presence.STATE_EVENT, presence.encode_state(self.shown.values()))
             self.newcomers.clear()

@@ -36,7 +36,7 @@ class Times:
     @property
     def dead_s(self) -> float:
         """After which all have forgotten a node that was killed, its keys in Redis too."""
-        return 5 * self.lease_s + 2 * self.renew_s
+        return 4 * self.lease_s + 2 * self.renew_s
 
     @property
     def gone_s(self) -> float:
@@ -295,3 +295,61 @@ async def keep_checking(end: float, directory: Path, on_gap: str = "ignore") -> 
             rounds += 1
             world.done = world.done[-20:]
     return rounds
+
+
+class Nodes:
+    """Starts nodes of one configuration, and ends them with the test."""
+
+    def __init__(self, stack: AsyncExitStack, directory: Path, server: Valkey, text: str) -> None:
+        self._stack = stack
+        config = directory / "relay.toml"
+        config.write_text(text)
+        self._arguments = ("--config", str(config), "--redis-url", server.url)
+
+    async def start(self, count: int = 1) -> list[RelayProcess]:
+        def start() -> RelayProcess:
+            return self._stack.enter_context(RelayProcess(*self._arguments))
+
+        return await asyncio.gather(*(asyncio.to_thread(start) for _ in range(count)))
+
+
+async def kill_all(times: Times, directory: Path, server: Valkey, patience_s: float) -> float:
+    """Kill three nodes with members, and start one: it lists none of them, and none of their keys is left in the end.
+
+    Returns: seconds from the kill to the last key.
+    """
+    async with AsyncExitStack() as stack:
+        maker = Nodes(stack, directory, server, settings(times))
+        nodes = await maker.start(3)
+        members = [Member(f"m{number}") for number in range(9)]
+        stack.push_async_callback(lambda: asyncio.gather(*(member.go() for member in members)))
+        for place, member in enumerate(members):
+            member.go_to(nodes[place % 3])
+        names = [member.name for member in members]
+        await until(lambda: all(member.keys == names for member in members), lambda: "not all have come", 20)
+        redis = await stack.enter_async_context(Redis(port=server.port, decode_responses=True))
+        assert len(await keys(redis)) == 7, "a hash and a set for each node, and the leases"
+        for node in nodes:
+            assert node.process is not None
+            node.process.kill()
+        began = time.monotonic()
+        for member in members:
+            await member.go()
+        (survivor,) = await maker.start()
+        members[0].go_to(survivor)
+        await until(lambda: members[0].keys == ["m0"], lambda: f"listed: {members[0].keys}", times.gone_s + patience_s)
+        assert await asyncio.to_thread(members_of, survivor) == ["m0"]
+        name = str((await redis.zrange("presence:nodes", -1, -1))[0])
+        expected = {"presence:nodes", f"presence:{TOPIC}|{name}", f"presence:|{name}"}
+        async with asyncio.timeout(times.dead_s + patience_s):
+            while await keys(redis) != expected:  # noqa: ASYNC110 - Redis's
+                await asyncio.sleep(0.1)
+        assert await redis.zrange("presence:nodes", 0, -1) == [name]
+        (value,) = (await redis.hgetall(f"presence:{TOPIC}|{name}")).values()
+        assert json.loads(value)[0] == "m0"
+    return time.monotonic() - began
+
+
+async def keys(redis: Any) -> set[str]:
+    """All keys of presence, without the locks of those who remove them: these expire after 30 s."""
+    return {key for key in await redis.keys("presence:*") if not key.startswith("presence:nodes:sweep:")}

@@ -5,18 +5,15 @@ it, and no client saw somebody leave who stayed. ``make soak`` does the same for
 """
 
 import asyncio
-import json
 import time
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
-from redis.asyncio import Redis
 
-from tests.support.presence_model import TOPIC, Member, Times, World, members_of, settings, until
-from tests.support.process import RelayProcess, Valkey
+from tests.support.presence_model import Member, Nodes, Times, World, kill_all, members_of, settings, until
+from tests.support.process import Valkey
 
 PATIENCE_S = 8.0
 """What a test machine under load takes besides."""
@@ -26,22 +23,6 @@ PATIENCE_S = 8.0
 def server() -> Iterator[Valkey]:
     with Valkey() as server:
         yield server
-
-
-class Nodes:
-    """Starts nodes of one configuration, and ends them with the test."""
-
-    def __init__(self, stack: AsyncExitStack, directory: Path, server: Valkey, text: str) -> None:
-        self._stack = stack
-        config = directory / "relay.toml"
-        config.write_text(text)
-        self._arguments = ("--config", str(config), "--redis-url", server.url)
-
-    async def start(self, count: int = 1) -> list[RelayProcess]:
-        def start() -> RelayProcess:
-            return self._stack.enter_context(RelayProcess(*self._arguments))
-
-        return await asyncio.gather(*(asyncio.to_thread(start) for _ in range(count)))
 
 
 @pytest.mark.parametrize("seed", [1])
@@ -130,37 +111,4 @@ async def test_rolling_restart_does_not_flicker(tmp_path: Path, server: Valkey) 
 
 
 async def test_nothing_is_left_of_nodes_that_were_all_killed(tmp_path: Path, server: Valkey) -> None:
-    times = Times(lease_s=0.8, renew_s=0.3, leave_delay_s=0.2)
-    async with AsyncExitStack() as stack:
-        maker = Nodes(stack, tmp_path, server, settings(times))
-        nodes = await maker.start(3)
-        members = [Member(f"m{number}") for number in range(9)]
-        stack.push_async_callback(lambda: asyncio.gather(*(member.go() for member in members)))
-        for place, member in enumerate(members):
-            member.go_to(nodes[place % 3])
-        names = [member.name for member in members]
-        await until(lambda: all(member.keys == names for member in members), lambda: "not all have come", 20)
-        redis = await stack.enter_async_context(Redis(port=server.port, decode_responses=True))
-        assert len(await keys(redis)) == 7, "a hash and a set for each node, and the leases"
-        for node in nodes:
-            assert node.process is not None
-            node.process.kill()
-        for member in members:
-            await member.go()
-        (survivor,) = await maker.start()
-        members[0].go_to(survivor)
-        await until(lambda: members[0].keys == ["m0"], lambda: f"listed: {members[0].keys}", times.gone_s + PATIENCE_S)
-        assert await asyncio.to_thread(members_of, survivor) == ["m0"]
-        name = str((await redis.zrange("presence:nodes", -1, -1))[0])
-        expected = {"presence:nodes", f"presence:{TOPIC}|{name}", f"presence:|{name}"}
-        async with asyncio.timeout(times.dead_s + PATIENCE_S):
-            while await keys(redis) != expected:  # noqa: ASYNC110 - Redis's
-                await asyncio.sleep(0.1)
-        assert await redis.zrange("presence:nodes", 0, -1) == [name]
-        (value,) = (await redis.hgetall(f"presence:{TOPIC}|{name}")).values()
-        assert json.loads(value)[0] == "m0"
-
-
-async def keys(redis: Any) -> set[str]:
-    """All keys of presence, without the locks of those who remove them: these expire after 30 s."""
-    return {key for key in await redis.keys("presence:*") if not key.startswith("presence:nodes:sweep:")}
+    await kill_all(Times(lease_s=0.8, renew_s=0.3, leave_delay_s=0.2), tmp_path, server, PATIENCE_S)
