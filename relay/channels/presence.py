@@ -29,6 +29,9 @@ from relay.protocol.presence import NOTHING, Difference, Member, Members
 _AGAIN_S = 1.0
 """Seconds after which what could not be written is written again."""
 
+_PORTION = 5000
+"""Members in one message at most. All of a node are announced again when Redis has lost them."""
+
 _DEAD_LEASES = 3
 """Leases after the end of its own for which the members of a node are left where they are."""
 
@@ -179,7 +182,7 @@ class Presence:
             change = Difference({count.ref: count} if topic.members else {}, dict(topic.own))
         presence.apply(topic.own, change)
         topic.changed()
-        self._outgoing[topic.name] = presence.compose(self._outgoing.get(topic.name, NOTHING), change)
+        presence.extend(self._outgoing.setdefault(topic.name, Difference({}, {})), change)
         self._changed_topics.add(topic.name)
         self._wake.set()
 
@@ -375,7 +378,7 @@ class Presence:
         while True:
             _ = await self._wake.wait()
             self._wake.clear()
-            outgoing, self._outgoing = self._outgoing, {}
+            outgoing = self._take_portion()
             if not outgoing:
                 continue
             self._number += 1
@@ -389,7 +392,22 @@ class Presence:
                     self._outgoing[name] = presence.compose(change, self._outgoing.get(name, NOTHING))
                 self._wake.set()
                 await asyncio.sleep(_AGAIN_S)
+            if self._outgoing:
+                self._wake.set()
             await asyncio.sleep(WINDOW_S)
+
+    def _take_portion(self) -> dict[str, Difference]:
+        """What is sent next: no more than Redis takes at once, and than a subscriber's buffer there has room for."""
+        portion: dict[str, Difference] = {}
+        left = _PORTION
+        while self._outgoing and left > 0:
+            name, change = next(iter(self._outgoing.items()))
+            del self._outgoing[name]
+            portion[name], rest = presence.split(change, left)
+            left -= len(portion[name].joins) + len(portion[name].leaves)
+            if rest:
+                self._outgoing[name] = rest
+        return portion
 
     def _has_none(self, name: str) -> bool:
         topic = self._topics.get(name)

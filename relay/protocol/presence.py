@@ -99,14 +99,34 @@ def apply(members: Members, change: Difference) -> None:
         members[ref] = member
 
 
-def compose(first: Difference, second: Difference) -> Difference:
-    """The change that two changes one after the other make, whatever the state before.
+def extend(first: Difference, second: Difference) -> None:
+    """Make of a change the one that it and another make one after the other, whatever the state before.
 
     A member that came and went is among the leaves: the first change may have reached others although it failed.
     """
-    joins = {ref: member for ref, member in first.joins.items() if ref not in second.leaves} | second.joins
-    leaves = {ref: member for ref, member in (first.leaves | second.leaves).items() if ref not in second.joins}
-    return Difference(joins, leaves)
+    for ref, member in second.leaves.items():
+        _ = first.joins.pop(ref, None)
+        first.leaves[ref] = member
+    for ref, member in second.joins.items():
+        _ = first.leaves.pop(ref, None)
+        first.joins[ref] = member
+
+
+def compose(first: Difference, second: Difference) -> Difference:
+    """The same as a change of its own."""
+    both = Difference(dict(first.joins), dict(first.leaves))
+    extend(both, second)
+    return both
+
+
+def split(change: Difference, most: int) -> tuple[Difference, Difference]:
+    """A change as two, of which the first has ``most`` members at most; joins come first."""
+    if len(change.joins) + len(change.leaves) <= most:
+        return change, NOTHING
+    joins, leaves = list(change.joins.items()), list(change.leaves.items())
+    kept = max(0, most - len(joins))
+    first = Difference(dict(joins[:most]), dict(leaves[:kept]))
+    return first, Difference(dict(joins[most:]), dict(leaves[kept:]))
 
 
 def digest(members: Iterable[str]) -> int:

@@ -5,6 +5,7 @@ every client has the truth.
 """
 
 import asyncio
+import json
 import random
 from collections.abc import Callable, Coroutine, Sequence
 from itertools import pairwise
@@ -438,4 +439,28 @@ async def test_large_topic_leaves_the_event_loop_to_others(monkeypatch: pytest.M
         turns.append(sum(client.state is not None for client in clients))
     assert all(after - before <= 1 for before, after in pairwise(turns)), turns
     await world.check()
+    await world.end()
+
+
+async def test_many_members_are_announced_in_portions() -> None:
+    """After a flush a node announces all that it has: in messages that a subscriber of Redis has room for."""
+    world = World()
+    sizes: list[int] = []
+    world.shared.listeners.append(
+        lambda message: sizes.extend(
+            len(joins) + len(leaves) for _, joins, leaves in json.loads(message).get("changes", [])
+        )
+    )
+    client = world.nodes[0].enter("ada")
+    for number in range(12_000):
+        world.nodes[0].presence.track(client, f"key {number}", b"{}")
+    await asyncio.sleep(1)
+    assert (max(sizes), sum(sizes)) == (5000, 12_001)
+    sizes.clear()
+    world.shared.members.clear()
+    world.shared.leases.clear()
+    await asyncio.sleep(2)
+    assert (max(sizes), sum(sizes)) == (5000, 12_001)
+    assert len(await world.nodes[1].store.read(TOPIC, world.nodes[0].store.node)) == 12_001
+    assert await world.nodes[1].presence.count(TOPIC) == 12_001
     await world.end()

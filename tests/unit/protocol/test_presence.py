@@ -23,6 +23,7 @@ from relay.protocol.presence import (
     is_key,
     is_member,
     metas_by_key,
+    split,
 )
 
 refs = st.sampled_from("abcdefgh")
@@ -102,6 +103,13 @@ def test_changes_may_be_composed_in_any_grouping(
     left, right = compose(compose(first, second), third), compose(first, compose(second, third))
     assert after(state, left) == after(state, right)
     assert compose(NOTHING, first) == first == compose(first, NOTHING)
+
+
+@given(states, changes(), st.integers(0, 20))
+def test_change_in_two_parts_does_what_it_does_whole(state: Members, change: Difference, most: int) -> None:
+    first, rest = split(change, most)
+    assert len(first.joins) + len(first.leaves) == min(most, len(change.joins) + len(change.leaves))
+    assert after(state, first, rest) == after(state, rest, first) == after(state, change)
 
 
 @given(states, changes())
