@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,13 @@ async def test_any_worker_tells_the_sums_of_all_and_a_killed_one_is_not_forgotte
             port = int(relay.http.rpartition(":")[2])
 
             def serving() -> set[int]:
-                return {
-                    child.pid
-                    for child in relay.children()
-                    for connection in child.net_connections("tcp")
-                    if connection.status == psutil.CONN_ESTABLISHED and connection.laddr.port == port
-                }
+                found: set[int] = set()
+                for child in relay.children():
+                    with suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+                        for connection in child.net_connections("tcp"):
+                            if connection.status == psutil.CONN_ESTABLISHED and connection.laddr.port == port:
+                                found.add(child.pid)
+                return found
 
             clients: list[Client] = []
             while len(serving()) < 2:
