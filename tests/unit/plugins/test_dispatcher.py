@@ -57,17 +57,17 @@ async def test_coroutine_function_runs_in_the_loop_and_plain_function_in_a_threa
 
 
 async def test_time_of_handlers_is_counted_however_they_end() -> None:
-    async with calls(timeout_s=0.02) as (runner, metrics):
+    async with calls(timeout_s=0.3) as (runner, metrics):
         assert await runner.call(hook(coroutine), "hi")
         runner.call_inline(hook(plain), "hi")
         with pytest.raises(HandlerError):
             await runner.call(hook(raises(ValueError("no"))), "hi")
-        assert metrics.plugin_time["p"].sum_s < 0.02
+        assert metrics.plugin_time["p"].sum_s < 0.3
         with pytest.raises(HandlerError):
             await runner.call(hook(asyncio.Event().wait, "slow"))
         assert metrics.plugin_time["p"].count == 3
         assert metrics.plugin_time["slow"].count == 1
-        assert metrics.plugin_time["slow"].sum_s >= 0.02
+        assert metrics.plugin_time["slow"].sum_s >= 0.3
 
 
 def raises(error: BaseException) -> Callable[[object], None]:
