@@ -19,6 +19,7 @@ from starlette.routing import BaseRoute, Mount
 
 from relay.auth.api_key import ApiKeyAuth, api_key_from
 from relay.auth.authenticator import Authenticate
+from relay.auth.sealing import load_secret
 from relay.brokers.base import Link
 from relay.channels.event_stream import EventStream
 from relay.channels.socket import Socket
@@ -121,6 +122,7 @@ class Relay:
             ApiKeyAuth(config, authenticates, loggers),
             NetworkAccess(config, authenticates),
             keys,
+            load_secret(config.auth.secret) if config.auth.secret else b"",
             authenticate,
         )
 

@@ -19,6 +19,9 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 OrOff = Annotated[int, Field(ge=0)]
 SecondsOrOff = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
+SECRET_MIN_BYTES = 32
+"""Of ``auth.secret``."""
+
 ENVELOPE_BYTES = 1_024
 """Bytes for what a frame has beside its payload: topic, event and refs, of at most 255 bytes each."""
 
@@ -266,6 +269,12 @@ class AuthConfig(Table):
         ("HS256", "RS256", "ES256"), min_length=1, description="accepted signature algorithms of tokens"
     )
     keys: tuple[KeyConfig, ...] = Field((), repr=False, description="keys of tokens; several for rotation")
+    secret: str = Field(
+        "",
+        repr=False,
+        description="a secret of 32 bytes or more, or file:/path, that all processes share, to answer long polls for "
+        "each other",
+    )
     jwks_url: str = Field("", repr=False, pattern="^(https?://.*)?$", description="URL of the public keys (JWKS)")
     jwks_cache_s: Seconds = Field(300.0, description="seconds until the key set is fetched again")
     jwks_retry_s: Seconds = Field(10.0, description="minimum seconds between two fetches for unknown keys")
@@ -297,6 +306,13 @@ class AuthConfig(Table):
         return (
             [{"key": key} if isinstance(key, str) else key for key in keys] if isinstance(keys, list | tuple) else keys
         )
+
+    @field_validator("secret")
+    @classmethod
+    def _is_long_enough(cls, secret: str) -> str:
+        if secret and not secret.startswith("file:") and len(secret.strip().encode()) < SECRET_MIN_BYTES:
+            raise ValueError(f"expected {SECRET_MIN_BYTES} bytes at least; `openssl rand -hex 32` makes some")
+        return secret
 
     @field_validator("jwks_url")
     @classmethod

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from relay import runtime_dir
 from relay.auth.api_key import ApiKeyAuth
 from relay.auth.authenticator import Authenticate, Authenticator
-from relay.brokers.base import PRESENCE_CHANNEL, Broker, Link
+from relay.auth.sealing import Sealer, derive
+from relay.brokers.base import NODE_CHANNEL, PRESENCE_CHANNEL, Broker, Link
 from relay.brokers.embedded import BESIDE_AUTH, EmbeddedValkey
 from relay.channels import control
 from relay.channels.channel import Services
@@ -28,11 +29,13 @@ from relay.channels.event_stream import EventStream
 from relay.channels.history_reader import HistoryReader
 from relay.channels.hub import Hub
 from relay.channels.long_poll import LongPoll, Tokens
+from relay.channels.long_poll_nodes import NodeSessions
 from relay.channels.presence import Presence
 from relay.channels.pubsub import PubSub
 from relay.channels.socket import Socket
 from relay.config import EMBEDDED, Config
 from relay.errors import ConfigError
+from relay.extras import describe, missing
 from relay.log import ConnectionLog
 from relay.metrics import Metrics, ProcessState
 from relay.plugins.dispatcher import HandlerError, HandlerRunner, is_being_cancelled
@@ -88,6 +91,8 @@ class Components:
     network_access: NetworkAccess
     keys: "tuple[Key, ...]" = ()
     """The static keys of tokens."""
+    secret: bytes = b""
+    """What all processes have in common; empty where they have nothing."""
     authenticate: Authenticate | None = None
     """The application's own authentication of clients."""
 
@@ -121,14 +126,16 @@ class Node:
             config = config.model_copy(update={"redis_url": self._embedded.url})
             self._announced.enter_context(runtime_dir.announce("", config.redis_url))
         self.config = config
-        self.broker: Broker = _make_broker(config, metrics, hooks)
+        self.name: str = uuid.uuid4().hex[:8]
+        # Where other nodes reach this one; "" where they cannot be answered.
+        own_channel = f"{NODE_CHANNEL}{self.name}" if _answers_for_others(components) else ""
+        self.broker: Broker = _make_broker(config, metrics, hooks, own_channel)
         loop = asyncio.get_running_loop()
         self.hub: Hub = Hub(
             metrics, lambda topic: config.topic(topic).policy, loop.call_soon, label_of=config.metrics.label
         )
         self._runner = runner = HandlerRunner(config.plugins.timeout_s, telemetry, hooks, owner)
         self.pubsub: PubSub = PubSub(config, self.broker, self.hub, runner, telemetry)
-        self.name: str = uuid.uuid4().hex[:8]
         self.pubsub.on_control = self._receive_control
         self._verifier = _make_verifier(components)
         authenticator: Authenticator | None = None
@@ -139,7 +146,7 @@ class Node:
         if self.broker.presence is not None:
             log = loggers.get("relay.presence")
             self.presence = Presence(config, self.broker.presence, self.pubsub.spawn, metrics, log)
-            self.pubsub.on_presence = self.presence.receive
+            self.pubsub.receivers[PRESENCE_CHANNEL] = self.presence.receive
         if self._embedded is not None and components.authenticates:
             _logger.warning("redis_url: %s", BESIDE_AUTH)
         self._siblings = Siblings(self._own_bus())
@@ -147,7 +154,16 @@ class Node:
             config, self.pubsub, self.hub, metrics, ConnectionLog(loggers), authenticator, self.presence
         )
         self.connections: Connections = Connections(services, telemetry, components.network_access, self._siblings)
-        self.long_poll: LongPoll = LongPoll(self.name, self.connections, telemetry, Tokens(secrets.token_bytes(32)))
+        secret = components.secret or secrets.token_bytes(32)
+        self.long_poll: LongPoll = LongPoll(
+            self.name, self.connections, telemetry, Tokens(derive(secret, "long poll tokens"))
+        )
+        if own_channel and self.broker.nodes is not None:
+            sealer, local, spawn = Sealer(derive(secret, "messages")), self.long_poll.local, self.pubsub.spawn
+            sessions = NodeSessions(self.name, self.broker.nodes, sealer, local, telemetry, spawn)
+            self.long_poll.others = sessions
+            self.pubsub.receivers[own_channel] = sessions.receive
+            self.pubsub.after_gap = sessions.fail_all
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -403,7 +419,18 @@ def _make_verifier(components: Components) -> "TokenVerifier | None":
     return TokenVerifier(components.config.auth, components.keys, loggers=components.telemetry.loggers)
 
 
-def _make_broker(config: Config, metrics: Metrics, hooks: Hooks) -> Broker:
+def _answers_for_others(components: Components) -> bool:
+    """Whether long polls that reach another process than their session's are answered."""
+    config = components.config
+    if not components.secret or config.broadcast_url or "longpoll" not in config.transports:
+        return False
+    if missing("auth"):
+        _logger.warning("%s", describe("auth", "answering long polls for other processes"))
+        return False
+    return True
+
+
+def _make_broker(config: Config, metrics: Metrics, hooks: Hooks, own_channel: str) -> Broker:
     # Imported here: a relay on Redis needs no broadcaster, and the other way round.
     if config.broadcast_url:
         if hooks.redis:
@@ -414,4 +441,8 @@ def _make_broker(config: Config, metrics: Metrics, hooks: Hooks) -> Broker:
     from relay.brokers.redis import RedisBroker
 
     patterns = [hook.topic for hook in hooks.redis]
-    return RedisBroker(config, metrics, [*patterns, PRESENCE_CHANNEL] if config.has_presence else patterns)
+    if config.has_presence:
+        patterns.append(PRESENCE_CHANNEL)
+    if own_channel:
+        patterns.append(own_channel)
+    return RedisBroker(config, metrics, patterns)

@@ -125,12 +125,31 @@ class Broker(Protocol):
         return None
 
     @property
+    def nodes(self) -> "NodeBus | None":
+        """Carries messages to one node alone; None where no node can be reached so."""
+        return None
+
+    @property
     def degraded(self) -> str:
         """What does not work while the rest does; empty if all does."""
         return ""
 
     def publish_control(self, data: bytes) -> "asyncio.Future[None]":
         """Publish a message for all nodes, this one too; see `publish`. Text, since not every bus carries bytes."""
+
+
+NODE_CHANNEL = "relay:node:"
+"""What the Redis channel of one node begins with; its name follows."""
+
+
+class NodeBus(Protocol):
+    """Messages for one node alone, which `Sink.receive_message` is given there."""
+
+    def publish_to_node(self, node: str, data: bytes) -> "asyncio.Future[int]":
+        """Publish a message for a node; see `Broker.publish`.
+
+        Returns: a future of the number of receivers: 0 where there is no such node.
+        """
 
 
 # Presence.

@@ -96,6 +96,10 @@ class BroadcasterBroker:
         return self._link
 
     @property
+    def nodes(self) -> None:
+        """No channels of single nodes: not every backend can say whether a node listens."""
+
+    @property
     def presence(self) -> PresenceStore | None:
         """Keeps the members of topics, of this one process; None where no topic has presence."""
         return self._presence

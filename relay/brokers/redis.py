@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from relay import redis_url
-from relay.brokers.base import HistoryStore, Link, PresenceStore, Sink
+from relay.brokers.base import NODE_CHANNEL, HistoryStore, Link, NodeBus, PresenceStore, Sink
 from relay.brokers.redis_connection import (
     Connections,
     LinkLost,
@@ -88,6 +88,11 @@ class RedisBroker:
     def presence(self) -> PresenceStore | None:
         """Keeps the members of topics for other nodes; None where no topic has presence."""
         return self._presence
+
+    @property
+    def nodes(self) -> NodeBus:
+        """Publishes on the channels of single nodes."""
+        return self
 
     @property
     def degraded(self) -> str:
@@ -233,6 +238,10 @@ class RedisBroker:
                 return self.publisher.append(f"{self.settings.topic_prefix}{topic}".encode(), args)
         prefix = self.settings.prefix(direction)
         return self.publisher.publish(to_redis_channel(prefix, topic, event), payload, sender)
+
+    def publish_to_node(self, node: str, data: bytes) -> asyncio.Future[int]:
+        """``PUBLISH relay:node:<node> <data>``."""
+        return self.publisher.publish_counted(f"{NODE_CHANNEL}{node}".encode(), data)
 
     def publish_control(self, data: bytes) -> asyncio.Future[None]:
         """``PUBLISH <control channel> <data>``; without such a channel it is done at once, for no other node."""

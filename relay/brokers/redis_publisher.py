@@ -57,6 +57,8 @@ class _Sent(msgspec.Struct):
     replies: tuple[Any, ...] = ()
     """The first of several that have come."""
     marker_channel: bytes = b""
+    is_counted: bool = False
+    """Whether the number of receivers is wanted."""
     history: tuple[bytes, ...] = ()
     """Arguments of ``publish.lua``, which appends it to its topic's history; empty for a plain message."""
 
@@ -163,6 +165,10 @@ class Publisher:
         """Publish one message; see `Broker.publish`."""
         return self._send(channel, payload, sender, ())
 
+    def publish_counted(self, channel: bytes, payload: bytes) -> asyncio.Future[int]:
+        """Publish one message; the future has the number of those who have received it."""
+        return self._send(channel, payload, None, (), is_counted=True)
+
     def append(self, channel: bytes, args: tuple[bytes, ...]) -> asyncio.Future[None]:
         """Publish an event and append it to the history of its topic.
 
@@ -172,9 +178,15 @@ class Publisher:
         return self._send(channel, args[1], None, args)
 
     def _send(
-        self, channel: bytes, payload: bytes, sender: str | None, history: tuple[bytes, ...]
-    ) -> asyncio.Future[None]:
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self,
+        channel: bytes,
+        payload: bytes,
+        sender: str | None,
+        history: tuple[bytes, ...],
+        *,
+        is_counted: bool = False,
+    ) -> asyncio.Future[Any]:
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         most, size = self._settings, len(channel) + len(payload)
         if self._refusal and not self._may_wait():
             future.set_exception(BusUnavailable(self._refusal))
@@ -182,7 +194,7 @@ class Publisher:
         if len(self._unanswered) >= most.publish_queue_max or self._bytes + size > most.publish_queue_max_bytes:
             future.set_exception(BusUnavailable("too many messages are waiting for Redis"))
             return future
-        sent = _Sent(future, self._clock(), size, channel, history=history)
+        sent = _Sent(future, self._clock(), size, channel, is_counted=is_counted, history=history)
         self._unanswered.append(sent)
         self._bytes += size
         connection = self._connection
@@ -352,7 +364,7 @@ class Publisher:
                 elif isinstance(reply, hiredis.ReplyError):  # of this message alone: NOPERM, OOM
                     sent.future.set_exception(BusUnavailable(f"PUBLISH {name_of(sent.channel)}: {words(reply)}"))
                 else:
-                    sent.future.set_result(None)
+                    sent.future.set_result(reply if sent.is_counted else None)
                     if sent.history:
                         self._owner.appended(reply, int(sent.history[2]))
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import hiredis
 
 from relay.brokers import redis_topics
-from relay.brokers.base import Event, HistoryStore, Sink
+from relay.brokers.base import NODE_CHANNEL, Event, HistoryStore, Sink
 from relay.brokers.redis_connection import (
     Connections,
     LinkLost,
@@ -262,6 +262,10 @@ class Session:
             means = "events of topics with a history are not heard here, and nothing is recovered"
             self._broker.report_denied(f"PSUBSCRIBE {name}*", means, f"~{name}* &{name}*")
             self._broker.hears_histories = False
+            self._confirm_one()
+        elif command == "PSUBSCRIBE" and pattern.startswith(NODE_CHANNEL.encode()) and is_denied(error):
+            means = "long polls that reach another process than their session's are not answered here"
+            self._broker.report_denied(f"PSUBSCRIBE {NODE_CHANNEL}*", means, f"&{NODE_CHANNEL}*")
             self._confirm_one()
         elif command == "PSUBSCRIBE":
             raise LinkLost(f"PSUBSCRIBE {name_of(pattern)}: {words(error)}")

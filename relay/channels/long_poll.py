@@ -9,20 +9,23 @@ is the client's.
 import asyncio
 import base64
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import NamedTuple, Protocol
 
 from relay.channels.connections import Connections
+from relay.config import Config
 from relay.errors import CloseCode
 from relay.protocol import long_poll
 from relay.telemetry import Telemetry
 from relay.transports import long_poll_request as requests
 from relay.transports.base import ReceiveCallable, Scope, SendCallable
 from relay.transports.handshake import HandshakeRejected
-from relay.transports.long_poll import LongPollTransport
+from relay.transports.long_poll import BATCH_MAX_BYTES, LongPollTransport
 from relay.transports.long_poll_request import Bodies, BodyRefused
 from relay.transports.outbox import Entry
+from relay.transports.queued import resolve
 
 _SIGNATURE_BYTES = 18
 
@@ -76,8 +79,8 @@ class Polled(NamedTuple):
     """What a poll is answered."""
 
     answer: Answer
-    put_back: Callable[[], object]
-    """Has to be called where the answer cannot be sent."""
+    end: Callable[[bool], object]
+    """Has to be called with whether the answer was sent to the client; else it comes first in the next."""
 
 
 class Sessions(Protocol):
@@ -94,25 +97,57 @@ class LocalSessions:
     """The sessions of this process."""
 
     def __init__(self, connections: Connections) -> None:
+        self.config: Config = connections.config
         self._connections = connections
         self._limits = connections.config.limits
+        # Sessions of which an answer is on its way to another node, with what is done once its fate is known.
+        self._unconfirmed: dict[SessionId, asyncio.Future[None]] = {}
 
     def find(self, session: SessionId) -> LongPollTransport | None:
         """The session of an id; None where it has ended."""
         socket = self._connections.sockets.get(session.id)
         return socket.transport if socket is not None and isinstance(socket.transport, LongPollTransport) else None
 
-    async def poll(self, session: SessionId, gone: asyncio.Future[None]) -> Polled | None:
-        """See `Sessions.poll`."""
+    @contextmanager
+    def unconfirmed(self, session: SessionId) -> Iterator[None]:
+        """Let further polls of a session wait: what it has answered last may have to come first in the next answer."""
+        self._unconfirmed[session] = known = asyncio.get_running_loop().create_future()
+        try:
+            yield
+        finally:
+            if self._unconfirmed.get(session) is known:
+                del self._unconfirmed[session]
+            resolve(known)
+
+    def lose(self, session: SessionId) -> None:
+        """End a session: it is not known whether its client has had an answer."""
         transport = self.find(session)
-        taken = None if transport is None else await transport.poll(gone)
+        if transport is not None and transport.close(CloseCode.GOING_AWAY, "an answer may have been lost on its way"):
+            self._connections.metrics.refused["longpoll: answer lost"] += 1
+
+    async def poll(
+        self, session: SessionId, gone: asyncio.Future[None], max_bytes: int = BATCH_MAX_BYTES
+    ) -> Polled | None:
+        """See `Sessions.poll`.
+
+        Args: max_bytes: of the frames of the answer; one larger one is given out alone.
+        """
+        while (unknown := self._unconfirmed.get(session)) is not None:
+            _ = await asyncio.wait((unknown,))
+        transport = self.find(session)
+        taken = None if transport is None else await transport.poll(gone, max_bytes)
         if transport is None:
             return Polled(Answer(500, reason=NOT_HERE), _nothing)
         if taken is None:
             return None
+
+        def end(is_sent: bool) -> None:
+            if not is_sent and not transport.put_back(taken):
+                self.lose(session)
+
         messages = long_poll.encode_frames([entry.frame for entry in taken.entries]) if taken.entries else b""
         self._count_binary(taken.entries)
-        return Polled(Answer(taken.status, messages, taken.reason), lambda: transport.put_back(taken.entries))
+        return Polled(Answer(taken.status, messages, taken.reason), end)
 
     def _count_binary(self, entries: tuple[Entry, ...]) -> None:
         binary = sum(1 for entry in entries if not entry.frame.is_text)
@@ -149,18 +184,16 @@ class LongPoll:
     Args: node: the name of this one.
           connections: opens sessions, and knows those of this process.
           tokens: of all sessions that may be asked for here.
-          others: the sessions of other processes; None where those cannot be reached.
     """
 
-    def __init__(
-        self, node: str, connections: Connections, telemetry: Telemetry, tokens: Tokens, others: Sessions | None = None
-    ) -> None:
+    def __init__(self, node: str, connections: Connections, telemetry: Telemetry, tokens: Tokens) -> None:
         self._node = node
         self._connections = connections
         self._metrics = telemetry.metrics
         self._log = telemetry.loggers.get("relay.socket")
         self._tokens = tokens
-        self._others = others
+        self.others: Sessions | None = None
+        """The sessions of other processes; None where those cannot be reached."""
         self.local: LocalSessions = LocalSessions(connections)
         limits = connections.config.limits
         self._bodies = Bodies(limits)
@@ -203,15 +236,15 @@ class LongPoll:
             return None
         if session.node == self._node:
             return session, self.local
-        if self._others is None:
+        if self.others is None:
             self._metrics.refused["longpoll: other process"] += 1
             self._log.warning("longpoll node", "long poll refused: the session is of another process; %s", _SET_SECRET)
             return None
-        return session, self._others
+        return session, self.others
 
     @property
     def _unreadable(self) -> str:
-        if self._others is not None:
+        if self.others is not None:
             return "the token is forged, or of a relay with another auth.secret"
         return f"the token is forged, or of another process, or of before a restart; {_SET_SECRET}"
 
@@ -233,11 +266,13 @@ class LongPoll:
             response = requests.answer(
                 scope, answer.status, token=token, messages=answer.messages, reason=answer.reason
             )
+            is_sent = False
             try:
-                await response(scope, receive, send)
-            except BaseException:
-                polled.put_back()
-                raise
+                if not gone.done():
+                    await response(scope, receive, send)
+                    is_sent = True
+            finally:
+                polled.end(is_sent)
         finally:
             gone.cancel()
 
@@ -265,8 +300,8 @@ class LongPoll:
         await requests.answer(scope, answer.status, reason=answer.reason)(scope, receive, send)
 
 
-_SET_SECRET = "with several processes or nodes, set auth.secret to the same value in all of them"
+_SET_SECRET = "with several processes or nodes, set auth.secret to the same value in all of them, on one Redis"
 
 
-def _nothing() -> None:
-    """What is put back of an answer that holds nothing."""
+def _nothing(is_sent: bool) -> None:
+    """The end of a poll whose answer holds nothing."""

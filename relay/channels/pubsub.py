@@ -11,7 +11,7 @@ from functools import partial
 from itertools import count
 
 from relay.auth.decisions import Decisions
-from relay.brokers.base import PRESENCE_CHANNEL, Broker, Event
+from relay.brokers.base import Broker, Event
 from relay.channels import control
 from relay.channels.batch_pause import BatchPause
 from relay.channels.control import ControlMessage
@@ -78,8 +78,10 @@ class PubSub:
         self._publish = broker.publish if tracer is None else tracer.around(broker.publish)
         self.on_control: Callable[[ControlMessage], None] = lambda message: None
         """Called for each control message of another node."""
-        self.on_presence: Callable[[bytes], None] = lambda message: None
-        """Called for each message about presence."""
+        self.receivers: dict[str, Callable[[bytes], None]] = {}
+        """Called for each message between nodes, by its Redis channel."""
+        self.after_gap: Callable[[], None] = lambda: None
+        """Called when messages between nodes may have been lost."""
         self.home: Home = Home()
         """The event loop that all of this lives in."""
         # Events that have to wait for a handler, by topic, and raw Redis messages, by handler.
@@ -331,8 +333,7 @@ class PubSub:
 
     def receive_message(self, pattern: str, channel: str, data: bytes) -> None:
         """Hand a message on a raw Redis channel to the handlers that listen to ``pattern``, in order for each."""
-        if pattern == PRESENCE_CHANNEL:
-            self.on_presence(data)
+        self.receivers.get(pattern, bytes)(data)
         message = RedisMessage(channel, data)
         for hook in self.hooks.redis:
             if hook.topic == pattern:
@@ -384,6 +385,7 @@ class PubSub:
         Those that wait for theirs get no events meanwhile: one from behind the hole would be applied to a state with a
         hole.
         """
+        self.after_gap()
         if self._gap_task is not None:
             self._gap_task.cancel()  # what remains of it is part of the new round
         history = self.history

@@ -234,6 +234,8 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
         "transports",
         ", ".join(f"{name} at {config.socket_paths[0].rstrip('/')}/{name}" for name in config.transports),
     )
+    if "longpoll" in config.transports:
+        yield "long polls", _long_polls(config)
     yield "bus", _bus(config)
     pages = {"same": "those of the relay's own host and port", "any": "those of any host"}
     yield (
@@ -301,6 +303,16 @@ def _bus(config: Config) -> str:
         return f"{sentinel.service}, of the Sentinels {', '.join(f'{host}:{port}' for host, port in sentinel.hosts)}"
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.hostname or ''}{parts.path if parts.scheme == 'unix' else ''}"
+
+
+def _long_polls(config: Config) -> str:
+    if config.broadcast_url:
+        return "answered by the process of their session alone"
+    if config.auth.secret:
+        return "answered by all processes with this auth.secret"
+    if config.workers > 1:
+        return "answered by all workers; several nodes need auth.secret"
+    return "answered by this process; several processes or nodes need auth.secret"
 
 
 def _hosts(config: Config) -> str:

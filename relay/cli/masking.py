@@ -26,7 +26,7 @@ _PIECES = re.compile(
 )
 # What may be a secret in a comment: what a secret setting is set to, credentials, a quoted word, a line of a key.
 _IN_COMMENT = re.compile(
-    r"(?P<setting>\b(?:\w*key|keys|\w*url|target|secrets)\b[\"']?\s*=).*"
+    r"(?P<setting>\b(?:\w*key|keys|\w*url|target|secrets?)\b[\"']?\s*=).*"
     r"|(?<=://)[^\s\"']*@"
     r"|(?<=[\"'])[^\s\"']{8,}(?=[\"'])"
     r"|[A-Za-z0-9+/=_-]{32,}"
@@ -86,7 +86,7 @@ def _is_table(annotation: Any) -> bool:
 def _mask(name: str, value: str) -> str:
     """Mask a key as a whole, an address where it holds credentials; the name of a file stays."""
     placeholder = f"<{name}>"
-    if not value or (name.startswith(("auth.keys", "webhooks.secrets")) and value.startswith(_FILE)):
+    if not value or (name.startswith(("auth.keys", "auth.secret", "webhooks.secrets")) and value.startswith(_FILE)):
         return value
     if not name.endswith(("url", "target")):
         return placeholder

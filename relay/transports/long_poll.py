@@ -26,7 +26,7 @@ SESSION_WINDOWS = 1.5
 _POLLS_MAX = 4
 """Polls of one session that wait at once. A client has one; a second one comes where a proxy repeats a request."""
 
-_BATCH_MAX_BYTES = 1_048_576
+BATCH_MAX_BYTES = 1_048_576
 """Bytes of frames from which on the rest waits for the next poll."""
 
 
@@ -51,6 +51,8 @@ class Taken(NamedTuple):
     entries: tuple[Entry, ...] = ()
     reason: str = ""
     """Why the session has ended."""
+    batch: int = 0
+    """Its number, of those with frames."""
 
 
 @dataclass(eq=False, slots=True)
@@ -70,6 +72,7 @@ class LongPollTransport(QueuedTransport):
 
     __slots__ = (
         "_arrived",
+        "_batch",
         "_expiry",
         "_gone",
         "_is_over",
@@ -92,6 +95,8 @@ class LongPollTransport(QueuedTransport):
         self._arrived: asyncio.Future[None] | None = None
         # What was read since the reader last left the turn to others.
         self._read = 0
+        # The number of the last frames that were given out.
+        self._batch = 0
         # Polls that wait, the oldest first; each result says whether the poll may go on.
         self._polls: list[asyncio.Future[bool]] = []
         # All polls under way, and when the last one ended, in monotonic seconds.
@@ -171,13 +176,14 @@ class LongPollTransport(QueuedTransport):
 
     # What the client is sent, poll by poll.
 
-    async def poll(self, gone: asyncio.Future[None]) -> Taken | None:
+    async def poll(self, gone: asyncio.Future[None], max_bytes: int = BATCH_MAX_BYTES) -> Taken | None:
         """Wait until there is something to send, or the window is over.
 
         Of several polls that wait at once the newest is given the frames: the client may have gone from the others
         without a sign.
 
         Args:    gone: is done when the client has gone from this poll.
+                 max_bytes: of the frames that are taken; one larger one is taken alone.
         Returns: what to send; None where the client has gone, which has taken nothing then.
         """
         self._polling += 1
@@ -193,7 +199,7 @@ class LongPollTransport(QueuedTransport):
         if gone.done():
             self._wake_writer()  # it may have been woken in place of another
             return None
-        return self._take()
+        return self._take(max_bytes)
 
     async def _wait(self, gone: asyncio.Future[None]) -> None:
         loop = asyncio.get_running_loop()
@@ -224,28 +230,34 @@ class LongPollTransport(QueuedTransport):
             woken.set_result(True)
         self._polls.clear()
 
-    def _take(self) -> Taken:
+    def _take(self, max_bytes: int) -> Taken:
         """What waits for the client, as much as one response has."""
         outbox = self._outbox
-        entries = outbox.take(_BATCH_MAX_BYTES) if outbox else ()
+        entries = outbox.take(max_bytes) if outbox else ()
         if not outbox:
             resolve(self._drained)
             if self._close is not None:
                 self._finish()
         if entries:
-            return Taken(200, entries)
+            self._batch += 1
+            return Taken(200, entries, batch=self._batch)
         if self._close is None and not self._is_over:
             return Taken(204)
         return Taken(500, reason=self.ending[1] or "the session has ended")
 
-    def put_back(self, entries: tuple[Entry, ...]) -> None:
-        """Take back what a poll was given and could not send: the next one is given it, before all else."""
-        if self._ended or self._is_over:
-            lost = [entry for entry in entries if entry.key is not None]
+    def put_back(self, taken: Taken) -> bool:
+        """Take back what a poll was given and could not send: the next one is given it, before all else.
+
+        Returns: False where that is too late, because another poll has been given what follows; or the session has
+                 ended. Its events are counted as dropped then.
+        """
+        if self._ended or self._is_over or taken.batch != self._batch:
+            lost = [entry for entry in taken.entries if entry.key is not None]
             self._metrics.dropped["socket closed"] += len(lost)
-            return
-        self._queue().put_back(entries)
+            return False
+        self._queue().put_back(taken.entries)
         self._wake_writer()
+        return True
 
     # Its end.
 

@@ -12,6 +12,7 @@ import pytest
 from redis.asyncio import Redis
 
 from relay import Joined, Leave, Push, Relay
+from relay.brokers.base import PRESENCE_CHANNEL
 from relay.plugins import Plugin
 from tests.support.client import Client
 from tests.support.process import Valkey
@@ -281,13 +282,13 @@ async def test_lost_message_is_healed(serve_relay: ServeRelay, enter: Any, topic
     one = await enter(first, topic)
     await eventually(lambda: len(one.keys) == 1, "the state")
     pubsub = first.relay.node.pubsub
-    receive = pubsub.on_presence
-    pubsub.on_presence = lambda data: None
+    receive = pubsub.receivers[PRESENCE_CHANNEL]
+    pubsub.receivers[PRESENCE_CHANNEL] = lambda data: None
     await enter(second, topic)
     async with Redis(port=valkey.port) as redis, asyncio.timeout(20):
         while not await redis.exists(f"presence:{topic}|{node_of(second)}"):  # noqa: ASYNC110 - Redis's
             await asyncio.sleep(0.01)
-    pubsub.on_presence = receive
+    pubsub.receivers[PRESENCE_CHANNEL] = receive
     await eventually(lambda: len(one.keys) == 2, "what was missed")
 
 

@@ -18,9 +18,10 @@ Answer = dict[str, Any]
 class Poller:
     """One session. Its join_refs and refs start apart, as those of `tests.support.client.Client`."""
 
-    def __init__(self, http: httpx.AsyncClient, path: str, query: dict[str, str]) -> None:
+    def __init__(self, http: httpx.AsyncClient, paths: list[str], query: dict[str, str]) -> None:
         self.http = http
-        self.path = path
+        self.paths = paths
+        """Where it may ask; each request goes to the next of them."""
         self.query = query
         self.token = ""
         self.last: Answer = {}
@@ -32,25 +33,33 @@ class Poller:
     @classmethod
     @asynccontextmanager
     async def connect(
-        cls, base: str, *, headers: dict[str, str] | None = None, opens: bool = True, **query: str
+        cls, *bases: str, headers: dict[str, str] | None = None, opens: bool = True, **query: str
     ) -> AsyncIterator["Poller"]:
-        """A client of the socket at ``base``, as `Served.ws` has it.
+        """A client of the sockets at ``bases``, as `Served.ws` has it. Each request has a connection of its own.
 
         Args: opens: whether a session is opened, which has to succeed.
         """
-        path = base.replace("ws://", "http://", 1) + "/longpoll"
-        async with httpx.AsyncClient(trust_env=False, headers=headers, timeout=DEADLINE_S) as http:
-            self = cls(http, path, {"vsn": "2.0.0", **query})
+        paths = [base.replace("ws://", "http://", 1) + "/longpoll" for base in bases]
+        apart = httpx.Limits(max_keepalive_connections=0)
+        async with httpx.AsyncClient(trust_env=False, headers=headers, timeout=DEADLINE_S, limits=apart) as http:
+            self = cls(http, paths, {"vsn": "2.0.0", **query})
             if opens:
                 answer = await self.open()
                 assert answer["status"] == 410, answer
             yield self
 
+    @property
+    def path(self) -> str:
+        """Where the next request goes."""
+        return self.paths[0]
+
     async def ask(self, method: str, body: str | bytes = b"", headers: dict[str, str] | None = None) -> httpx.Response:
         """Make one request, with the token of the session where there is one."""
         # As phoenix.js does it: the session's token follows the other parameters, one of which may have its name.
         query = httpx.QueryParams([*self.query.items(), *([("token", self.token)] if self.token else [])])
-        return await self.http.request(method, self.path, params=query, content=body, headers=headers)
+        path = self.path
+        self.paths.append(self.paths.pop(0))
+        return await self.http.request(method, path, params=query, content=body, headers=headers)
 
     async def open(self) -> Answer:
         """Ask for a session."""
@@ -71,7 +80,8 @@ class Poller:
 
     async def send(self, *message: Any) -> None:
         """Post one message, which has to be taken."""
-        assert await self.post(json.dumps(message)) == {"status": 200}
+        answer = await self.post(json.dumps(message))
+        assert answer == {"status": 200}, answer
 
     async def receive(self) -> Any:
         """The next message, of this poll or a later one."""

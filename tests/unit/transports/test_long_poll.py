@@ -191,7 +191,7 @@ async def test_answer_that_cannot_be_sent_comes_first_in_the_next() -> None:
         taken = await s.poll()
         s.send("3")
         assert taken is not None
-        s.transport.put_back(taken.entries)
+        assert s.transport.put_back(taken)
         assert events(await s.poll()) == ["1", "2", "3"]
         assert s.metrics.outbox_bytes == 0
 
@@ -204,8 +204,18 @@ async def test_answer_that_comes_back_after_the_end_is_counted_as_lost() -> None
         assert taken is not None
         s.transport.close(CloseCode.GOING_AWAY, "bye")
         await s.task
-        s.transport.put_back(taken.entries)
+        assert not s.transport.put_back(taken)
         assert s.metrics.dropped == {"socket closed": 2}
+
+
+async def test_answer_does_not_come_back_behind_the_next() -> None:
+    async with session() as s:
+        s.send("1")
+        taken = await s.poll()
+        s.send("2")
+        assert events(await s.poll()) == ["2"]
+        assert taken is not None and not s.transport.put_back(taken)
+        assert s.metrics.dropped == {"socket closed": 1}
 
 
 async def test_outbox_has_its_bounds_between_polls(caplog: pytest.LogCaptureFixture) -> None:
