@@ -1,0 +1,143 @@
+"""The published phoenix client on long polling, in Node and Chromium: alone, and as its fallback from WebSockets."""
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2 as httpx
+import pytest
+
+from tests.support.faults import Proxy
+from tests.support.keys import SECRET, token
+from tests.support.node import need_browser, need_node, run_checks
+from tests.support.process import RelayProcess, Valkey, free_port
+
+SETTINGS = f"""
+allow_anonymous = true
+system_topic = false
+auth.keys = ["{SECRET}"]
+auth.leeway_s = 0
+auth.expiry_grace_s = 30
+rest.api_key = "operators-key"
+redis.backoff_max_s = 0.2
+limits.longpoll_window_s = 3
+[[auth.anonymous]]
+match = "*"
+rights = ["join", "push", "presence"]
+[[topics]]
+match = "kept:*"
+history = {{ size = 100, ttl_s = 600 }}
+[[topics]]
+match = "lobby:*"
+presence = true
+"""
+
+KEY = {"Authorization": "Bearer operators-key"}
+
+CLIENTS = ["phoenix-1.8", "phoenix-1.7", "phoenix-1.6"]
+
+
+def without_upgrade(data: bytes) -> bytes:
+    """What a proxy does to a WebSocket that does not know any: it takes the header away."""
+    return data.replace(b"Upgrade: websocket\r\n", b"").replace(b"upgrade: websocket\r\n", b"")
+
+
+@contextmanager
+def cutting_proxy(port: int) -> Iterator[int]:
+    """A proxy that lets no WebSocket pass, in a thread of its own; gives its port."""
+    loop, ready = asyncio.new_event_loop(), threading.Event()
+    found: list[int] = []
+    ending = asyncio.Event()
+
+    async def run() -> None:
+        async with Proxy.open(port) as proxy:
+            proxy.rewrite = without_upgrade
+            found.append(proxy.port)
+            ready.set()
+            await ending.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(run()))
+    thread.start()
+    assert ready.wait(20)
+    try:
+        yield found[0]
+    finally:
+        loop.call_soon_threadsafe(ending.set)
+        thread.join()
+        loop.close()
+
+
+def run(tmp_path: Path, script: str, client: str, *, falls_back: bool = False, outage: bool = False) -> None:
+    settings = tmp_path / "relay.toml"
+    settings.write_text(SETTINGS)
+    with Valkey() as redis, ExitStack() as stack:
+        port = free_port()
+        arguments = ("--config", str(settings), "--redis-url", redis.url, "--port", str(port))
+        relays = [stack.enter_context(RelayProcess(*arguments))]
+        api = f"http://127.0.0.1:{port}/api"
+
+        def act(asked: dict[str, Any]) -> None:
+            match asked["do"]:
+                case "cut":
+                    with httpx.Client(base_url=api, trust_env=False, headers=KEY) as http:
+                        for socket_id in http.get("/topics/kept:1").raise_for_status().json()["socket_ids"]:
+                            http.delete(f"/sockets/{socket_id}").raise_for_status()
+                case "stop":
+                    assert relays[-1].stop() == 0
+                case "start":
+                    relays.append(stack.enter_context(RelayProcess(*arguments)))
+                case "restart redis":
+                    redis.kill()
+                    redis.start()
+
+        near = stack.enter_context(cutting_proxy(port)) if falls_back else port
+        options = {"longPollFallbackMs": 1500} if falls_back or outage else {}
+        if outage:
+            options["outage"] = 1
+        rights = {"own:*": ["join", "push"]}
+        tokens = json.dumps([token("ada", rights, ttl_s=20), token("ada", rights, ttl_s=600)])
+        origin = f"http://127.0.0.1:{near}"
+        given = [f"{origin}/socket".replace("http", "ws"), f"{origin}/api"] if "node" in script else [origin]
+        run_checks(script, client, *given, json.dumps(options), tokens, act=act, deadline_s=240)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_phoenix_works_by_long_polling_in_node(tmp_path: Path, client: str) -> None:
+    need_node()
+    run(tmp_path, "long-poll-node.mjs", client)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_phoenix_works_by_long_polling_in_a_browser(tmp_path: Path, client: str) -> None:
+    need_browser()
+    run(tmp_path, "long-poll-chromium.mjs", client)
+
+
+@pytest.mark.parametrize("client", CLIENTS[:2])
+def test_phoenix_falls_back_in_node(tmp_path: Path, client: str) -> None:
+    """Behind a proxy that lets no WebSocket pass; 1.6 knows no fallback."""
+    need_node()
+    run(tmp_path, "long-poll-node.mjs", client, falls_back=True)
+
+
+@pytest.mark.parametrize("client", CLIENTS[:2])
+def test_phoenix_falls_back_in_a_browser(tmp_path: Path, client: str) -> None:
+    need_browser()
+    run(tmp_path, "long-poll-chromium.mjs", client, falls_back=True)
+
+
+@pytest.mark.parametrize("client", CLIENTS[:2])
+def test_page_that_fell_back_in_an_outage_returns_in_node(tmp_path: Path, client: str) -> None:
+    """Within 10 s of the relay's return; both versions remember the fallback."""
+    need_node()
+    run(tmp_path, "long-poll-node.mjs", client, outage=True)
+
+
+@pytest.mark.parametrize("client", CLIENTS[:2])
+def test_page_that_fell_back_in_an_outage_returns_in_a_browser(tmp_path: Path, client: str) -> None:
+    need_browser()
+    run(tmp_path, "long-poll-chromium.mjs", client, outage=True)
