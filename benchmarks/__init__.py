@@ -7,7 +7,7 @@
 | `load` | sockets that count bytes, the publisher, and the check that every frame came once and in order |
 | `dialects` | what a client and a publisher say to each kind of server |
 | `servers` | the processes: pinned, waited for, ended by their own id; their CPU time and memory |
-| `scenarios`, `compression`, `history` | one small function for each thing that is measured |
+| `scenarios`, `compression`, `history`, `long_poll` | one small function for each thing that is measured |
 | `points` | what the relay is to reach, and whether it does |
 | `report`, `charts` | the table, the JSON, the pictures |
 """

@@ -16,12 +16,13 @@ from benchmarks.against import compare
 from benchmarks.compression import compression
 from benchmarks.history import HISTORY
 from benchmarks.load import LoadError, Publisher
+from benchmarks.long_poll import long_poll
 from benchmarks.points import judge
 from benchmarks.presence import PRESENCE
 from benchmarks.scenarios import SCENARIOS, Bench, Plan, Row
 from benchmarks.servers import HERE, Cores, Missing, valkey
 
-_ALL = (*SCENARIOS, compression, *HISTORY, *PRESENCE)
+_ALL = (*SCENARIOS, compression, *HISTORY, *PRESENCE, long_poll)
 
 _ROOM = 500
 """File descriptors beside the sockets."""

@@ -78,8 +78,7 @@ class PubSub:
         self._publish = broker.publish if tracer is None else tracer.around(broker.publish)
         self.on_control: Callable[[ControlMessage], None] = lambda message: None
         """Called for each control message of another node."""
-        self.receivers: dict[str, Callable[[bytes], None]] = {}
-        """Called for each message between nodes, by its Redis channel."""
+        self.receivers: dict[str, Callable[[bytes], None]] = {}  # by Redis channel, for messages between nodes
         self.after_gap: Callable[[], None] = lambda: None
         """Called when messages between nodes may have been lost."""
         self.home: Home = Home()
@@ -333,7 +332,8 @@ class PubSub:
 
     def receive_message(self, pattern: str, channel: str, data: bytes) -> None:
         """Hand a message on a raw Redis channel to the handlers that listen to ``pattern``, in order for each."""
-        self.receivers.get(pattern, bytes)(data)
+        if pattern in self.receivers:
+            self.receivers[pattern](data)
         message = RedisMessage(channel, data)
         for hook in self.hooks.redis:
             if hook.topic == pattern:

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 import logging
 import os
 import re
@@ -30,6 +31,7 @@ from websockets.exceptions import InvalidStatus
 
 from relay import Plugin, Relay
 from tests.support.client import TEXT, Client, RawSocket
+from tests.support.long_poll import Poller
 from tests.support.node import need_browser, need_node, run_checks
 from tests.support.process import DEADLINE_S, Valkey
 from tests.support.servers import AppServer
@@ -469,6 +471,44 @@ async def test_server_carries_streams(server: AppServer, redis: Redis) -> None:
     async with Stream.open(socket_url(server), "phoenix") as stream:
         assert stream.status == 400
         assert (await stream.body()).startswith("expected topics")
+
+
+async def expect_nothing_taken(poller: Poller, redis: Redis) -> None:
+    """A client that goes in mid-poll takes nothing with it, once the server has seen that: sooner or later it does."""
+    for pause_s in (0.2, 1, 5):
+        poll = asyncio.create_task(poller.ask("GET"))
+        await asyncio.sleep(pause_s / 2)
+        poll.cancel()
+        await asyncio.wait((poll,))
+        await asyncio.sleep(pause_s)
+        text = f"after {pause_s} s"
+        await redis.publish("to:room:polled:new_msg", json.dumps({"text": text}))
+        await asyncio.sleep(0.1)  # what the server answers to nobody holds the first alone
+        await redis.publish("to:room:polled:mark", "{}")
+        first = await poller.receive()
+        if first[3:] == ["new_msg", {"text": text}]:
+            return
+        assert first[3] == "mark", first
+    pytest.fail("the server does not report that a client has gone")
+
+
+async def test_server_carries_long_polls(server: AppServer, redis: Redis) -> None:
+    async with Poller.connect(socket_url(server)) as poller:
+        join_ref = await poller.join("room:polled")
+        assert await poller.push(join_ref, "room:polled", "shout", "ü") == {"status": "ok", "response": {}}
+        poll = asyncio.create_task(poller.receive())
+        await redis.publish("to:room:polled:new_msg", '{"text":"hi"}')
+        assert await poll == [None, None, "room:polled", "new_msg", {"text": "hi"}]
+        await redis.publish("to:room:polled:bytes", b"\xff\x00")
+        await poller.expect_event("room:polled", "bytes", {"base64": "/wA="})
+        large = "x" * 500_000
+        assert (await poller.push(join_ref, "room:polled", "shout", large))["status"] == "ok"
+        assert await path_of_socket(server, "room:polled") == "longpoll"
+        await expect_nothing_taken(poller, redis)
+        assert (await poller.post("no message"))["status"] == 410
+        await poller.expect_gone()
+    async with Poller.connect(socket_url(server), opens=False, vsn="9.9.9") as poller:
+        assert (await poller.open())["status"] == 403
 
 
 async def test_server_refuses_pages_of_other_origins(server: AppServer) -> None:
