@@ -149,7 +149,40 @@ def stream_that_nobody_reads(connection: socket.socket) -> None:
     reset(connection)
 
 
-LIVES = {
+def polled(connection: socket.socket) -> str:
+    """A long-polling client that joins and polls; gives where it goes on."""
+    connection.sendall(get("/socket/longpoll?vsn=2.0.0"))
+    token = b""
+    while not token.endswith(b'"messages":[]}'):
+        token += connection.recv(65536)
+    name = token.partition(b'"token":"')[2].partition(b'"')[0].decode()
+    target = f"/socket/longpoll?vsn=2.0.0&token={name}"
+    post(connection, target, b'["1","1","room:1","phx_join",{}]')
+    read_past(connection, b'"status":200')
+    connection.sendall(get(target))
+    read_past(connection, b"phx_reply")
+    return target
+
+
+def post(connection: socket.socket, target: str, body: bytes) -> None:
+    head = f"POST {target} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+
+
+def polled_until_reset(connection: socket.socket) -> None:
+    connection.sendall(get(polled(connection)))
+    reset(connection)
+
+
+def polled_and_malformed(connection: socket.socket) -> None:
+    target = polled(connection)
+    post(connection, target, b"nonsense")
+    read_past(connection, b'"status":410')
+    connection.sendall(get(target, "Connection: close"))
+    read_to_end(connection)
+
+
+LIVES: dict[str, Callable[[socket.socket], object]] = {
     "closed by the client": ends(END),
     "closed by the relay": ends(client_frame(TEXT, b"[") + END),
     "reset in mid-frame": vanishes,
@@ -171,6 +204,9 @@ LIVES = {
     "keep-alive, then reset": keeps_alive_until_reset,
     "pipelined, then reset": pipelines_and_is_gone,
     "half a head": leaves_half_a_head,
+    "long poll, gone": polled,
+    "long poll, reset in mid-poll": polled_until_reset,
+    "long poll, malformed": polled_and_malformed,
     "stream, gone": streamed,
     "stream, reset": streamed_until_reset,
     "stream, not read": stream_that_nobody_reads,
@@ -209,7 +245,7 @@ def served(app: Any, loop_factory: Callable[[], asyncio.AbstractEventLoop], **op
         thread.join(60)
 
 
-def live(server: Any, life: Callable[[socket.socket], None], times: int) -> None:
+def live(server: Any, life: Callable[[socket.socket], object], times: int) -> None:
     """Have ``times`` clients live one after another, and wait until the server has let go of them all."""
     for _ in range(times):
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
@@ -222,7 +258,7 @@ def objects() -> Counter[str]:
     return Counter({f"{kind.__module__}.{kind.__qualname__}": count for kind, count in kinds.items()})
 
 
-def left_by(server: Any, life: Callable[[socket.socket], None], times: int, kept: set[str]) -> dict[str, int]:
+def left_by(server: Any, life: Callable[[socket.socket], object], times: int, kept: set[str]) -> dict[str, int]:
     """Objects that are left for each of ``times`` clients, and for as many again: what happens once is no leak."""
     found: dict[str, int] = {}
     for _ in range(2):
@@ -256,7 +292,8 @@ def test_closed_connections_leave_nothing_for_the_collector(
     """Each way to end, so often that a single object left by one of them shows."""
     each = connections // len(LIVES)
     options = {"ws": "relay.server:RelayWebSocketProtocol", "http": partial(RelayHTTPProtocol, handshake_timeout_s=30)}
-    with served(Relay(redis_url=valkey.url, system_topic=False), loop_factory, **options) as server:
+    relay = Relay(redis_url=valkey.url, system_topic=False, limits={"longpoll_window_s": 0.3})
+    with served(relay, loop_factory, **options) as server:
         for life in LIVES.values():  # what is made once and stays
             live(server, life, 2)
         gc.collect()
@@ -272,7 +309,8 @@ def test_closed_connections_leave_nothing_for_the_collector(
 @pytest.mark.parametrize("ws", ["websockets-sansio", "wsproto", "relay.server:RelayWebSocketProtocol"])
 def test_on_stock_uvicorn_the_relays_own_part_leaves_nothing(valkey: Valkey, ws: str) -> None:
     """What Uvicorn's own classes leave is not ours, so only the relay's objects are counted."""
-    with served(Relay(redis_url=valkey.url, system_topic=False), uvloop.new_event_loop, ws=ws) as server:
+    relay = Relay(redis_url=valkey.url, system_topic=False, limits={"longpoll_window_s": 0.3})
+    with served(relay, uvloop.new_event_loop, ws=ws) as server:
         live(server, joined, 2)
         gc.collect()
         gc.disable()
@@ -285,6 +323,9 @@ def test_on_stock_uvicorn_the_relays_own_part_leaves_nothing(valkey: Valkey, ws:
                 "gone",
                 "stream, gone",
                 "stream, reset",
+                "long poll, gone",
+                "long poll, reset in mid-poll",
+                "long poll, malformed",
             ):
                 live(server, LIVES[name], 20)
 
