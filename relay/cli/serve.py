@@ -8,6 +8,7 @@ import json
 import logging
 import logging.config
 import os
+import secrets
 import signal
 import socket as sockets
 import sys
@@ -177,6 +178,8 @@ def _run(
     os.environ.update(RELAY_HOST=settings.host, RELAY_PORT=str(settings.port), RELAY_WORKERS=str(settings.workers))
     if file is not None:
         os.environ[CONFIG_VARIABLE] = str(file)
+    if not settings.auth.secret and settings.workers > 1:  # by it the workers answer long polls for each other
+        os.environ[variable("auth.secret")] = secrets.token_hex(32)
     with ExitStack() as stack:
         if served is None:  # a user's own app configures its relay
             read = load(file) if reload else None  # what stands there may change

@@ -182,7 +182,8 @@ def container_of_the_pod() -> dict[str, Any]:
 def test_settings_in_kubernetes_are_accepted_for_a_public_address(tmp_path: Path) -> None:
     secrets = tmp_path / "secrets"
     secrets.mkdir()
-    (secrets / "jwt-secret").write_text("0123456789abcdef" * 4)
+    for name in ("jwt-secret", "shared-secret"):
+        (secrets / name).write_text("0123456789abcdef" * 4)
     file = tmp_path / "relay.toml"
     file.write_text(manifests()["ConfigMap"]["data"]["relay.toml"].replace("/run/secrets/relay", str(secrets)))
     settings = load(file, {"redis_url": "redis://redis:6379"})
@@ -191,15 +192,15 @@ def test_settings_in_kubernetes_are_accepted_for_a_public_address(tmp_path: Path
 
 
 def test_pods_mount_the_files_that_relay_reads() -> None:
-    """The settings of its command line, and the secret that they name; each volume exists."""
+    """The settings of its command line, and the secrets that they name; each volume exists."""
     container = container_of_the_pod()
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in manifests()["Deployment"]["spec"]["template"]["spec"]["volumes"]}
     assert mounts.keys() == volumes.keys()
     settings = manifests()["ConfigMap"]["data"]["relay.toml"]
     assert container["args"] == ["relay", "serve", "--config", f"{mounts['settings']}/relay.toml"]
-    (item,) = volumes["secrets"]["secret"]["items"]
-    assert f"file:{mounts['secrets']}/{item['path']}" in settings
+    for item in volumes["secrets"]["secret"]["items"]:
+        assert f"file:{mounts['secrets']}/{item['path']}" in settings
 
 
 @pytest.mark.parametrize("probe", ["livenessProbe", "readinessProbe"])
