@@ -27,7 +27,7 @@ Open = Callable[..., Awaitable[Poller]]
 
 AUTH = {"keys": [SECRET], "leeway_s": 0}
 ROOMS = {"room:*": ["join", "push"]}
-BRIEF = {"longpoll_window_s": 0.2}
+BRIEF = {"longpoll_window_s": 1}
 
 
 @pytest.fixture
@@ -219,7 +219,7 @@ async def test_two_polls_at_once_share_the_events(serve_relay: Serve, poller: Op
 
 async def test_dead_and_forged_tokens(serve_relay: Serve, poller: Open, caplog: pytest.LogCaptureFixture) -> None:
     """500 for a poll and 410 for a post: phoenix.js 1.6 and 1.7 never come back from a 410 in mid-session."""
-    served, other = await serve_relay(limits=BRIEF), await serve_relay(limits=BRIEF)
+    served, other = await serve_relay(), await serve_relay()
     client, foreign = await poller(served), await poller(other)
     client.token, of_this = client.token[:-1] + ("A" if client.token[-1] != "A" else "B"), client.token
     await client.expect_gone()
@@ -229,7 +229,8 @@ async def test_dead_and_forged_tokens(serve_relay: Serve, poller: Open, caplog: 
     assert await counted(served, "token") == 12
     assert "set auth.secret" in caplog.text
     client.token = of_this
-    assert (await client.poll())["status"] == 204
+    await client.join("room:1")
+    assert served.relay.disconnect(client.socket_id)
     await eventually(lambda: served.relay.metrics.sockets == 0, "the session to end")
     await client.expect_gone()
 
@@ -322,7 +323,7 @@ async def test_post_that_takes_too_long_is_answered(serve_relay: Serve, poller: 
     join_ref = await client.join("room:1")
     poll = asyncio.create_task(client.ask("GET"))
     answer = await client.post(*[json.dumps([join_ref, str(ref), "room:1", "slow", {}]) for ref in range(3)])
-    assert answer == {"status": 408, "reason": "the frames could not all be handled within 0.4 s"}
+    assert answer == {"status": 408, "reason": "the frames could not all be handled within 2 s"}
     may_go.set()
     await poll
 
