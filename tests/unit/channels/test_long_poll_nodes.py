@@ -5,8 +5,6 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, cast
 
-import pytest
-
 from relay.auth.sealing import Sealer
 from relay.channels.long_poll import Answer, LocalSessions, Polled, SessionId
 from relay.channels.long_poll_nodes import NodeSessions
@@ -214,8 +212,8 @@ async def test_posts_of_too_many_bytes_wait_for_each_other() -> None:
         assert await asyncio.gather(*posts) == [Answer(200)] * 3
 
 
-@pytest.mark.parametrize("data", [b"", b"nonsense", Sealer(b"k" * 32).seal(b"no message", "owner")])
-async def test_message_that_cannot_be_read_is_counted(data: bytes) -> None:
+async def test_message_that_cannot_be_read_is_counted() -> None:
     async with nodes() as n:
-        n.sessions["owner"].receive(data)
-        assert n.metrics.refused == {"longpoll: message not understood": 1}
+        for data in (b"", b"nonsense", Sealer(b"k" * 32).seal(b"no message", "owner")):
+            n.sessions["owner"].receive(data)
+        assert n.metrics.refused == {"longpoll: message not understood": 3}
