@@ -9,6 +9,7 @@ it stops working, so no other is given.
 
 import asyncio
 from collections import Counter
+from contextlib import suppress
 from urllib.parse import parse_qs
 
 import msgspec
@@ -109,8 +110,9 @@ def answer_options(scope: Scope, *, may_read: bool) -> Response:
 
 async def wait_until_gone(receive: ReceiveCallable) -> None:
     """Return when the client of a request has gone."""
-    while (await receive())["type"] != "http.disconnect":
-        pass  # the body of a GET means nothing
+    with suppress(Exception):  # what `receive` raises for a client that has gone differs from server to server
+        while (await receive())["type"] != "http.disconnect":
+            pass  # the body of a GET means nothing
 
 
 class Bodies:

@@ -140,6 +140,13 @@ async def test_client_has_gone_when_the_server_says_so() -> None:
     await waiting
 
 
+async def test_client_has_gone_when_receiving_fails() -> None:
+    async def receive() -> dict[str, Any]:
+        raise OSError("gone")
+
+    await wait_until_gone(receive)
+
+
 # Bodies.
 
 LIMITS = LimitsConfig(body_max_bytes=100, in_flight_total_max_bytes=250)
