@@ -87,10 +87,10 @@ def _answers(settings: Config) -> bool:
     return False
 
 
-def _status(settings: Config, path: str) -> int:
+def _status(settings: Config, path: str, timeout_s: float = 1.0) -> int:
     """The status of an answer; 0 without one."""
     try:
-        with closing(HTTPConnection(host_of(settings), timeout=1)) as connection:  # past any HTTP_PROXY
+        with closing(HTTPConnection(host_of(settings), timeout=timeout_s)) as connection:  # past any HTTP_PROXY
             connection.request("GET", path)
             response = connection.getresponse()
             response.read()
@@ -101,7 +101,8 @@ def _status(settings: Config, path: str) -> int:
 
 def _awaited(settings: Config, relay: Config, path: str) -> str:
     """The bus that a relay is still waiting for, without credentials; empty where it answers."""
-    if _status(settings, f"{path}/ready") != HTTPStatus.SERVICE_UNAVAILABLE:
+    # A relay that is mounted without its lifespan starts at this request, and answers once it has tried to connect.
+    if _status(settings, f"{path}/ready", relay.redis.timeout_s + 5) != HTTPStatus.SERVICE_UNAVAILABLE:
         return ""
     return bus_of(relay)
 
