@@ -49,6 +49,9 @@ class ActingSocket(Subscriber, Protocol):
 class ActingChannel(Watcher, Protocol):
     """The channel that handlers act on."""
 
+    has_presence: bool
+    """Whether its client may be listed, and be sent the members."""
+
     @property
     def is_current(self) -> bool:
         """Whether its subscription is still in force."""
@@ -88,7 +91,7 @@ class ChannelActions:
 
     def _track(self, key: str, meta: bytes, is_update: bool) -> None:
         services, channel = self._socket.services, self._channel
-        if services.presence is not None and channel.is_current:
+        if services.presence is not None and channel.is_current and channel.has_presence:
             services.presence.track_later(channel, key, meta, is_update=is_update)
 
     def untrack(self, key: str | None) -> None:

@@ -224,9 +224,10 @@ class _WithPresence(_WithActions):
     def track(self, key: str, meta: object) -> None:
         """List the subscription as a member of the topic, under a key; or change what is said of it there.
 
-        It has no effect once the subscription has ended, as its listing does then. ``meta`` is an object for JSON.
-        Changes over ``limits.presence_per_s`` are held back; of those under one key the newest is made.
+        It has no effect without the permission, or once the subscription has ended, as its listing does then. Changes
+        over ``limits.presence_per_s`` are held back; of those under one key the newest is made.
 
+        Args:   meta: an object for JSON.
         Raises: ValueError: the topic has no presence, an invalid key or meta; TypeError: not JSON-serializable.
         """
         self._actions.track(key, meta)

@@ -419,6 +419,30 @@ async def test_rights_decide_on_presence(serve_relay: ServeRelay, connect: Conne
     assert served.relay.metrics.presence_members == 0
 
 
+async def test_plugin_lists_no_client_without_the_right(
+    serve_relay: ServeRelay, connect: Connect, topic: str, valkey: Valkey
+) -> None:
+    plugin = Plugin("lists")
+
+    @plugin.on_joined("room:*")
+    async def list_it(joined: Joined) -> None:
+        joined.track("ada", {})
+
+    @plugin.on_push("room:*", "list")
+    async def list_again(push: Push) -> None:
+        push.track("ada", {})
+
+    grants = [{"match": "room:*", "rights": ["join", "push"]}]
+    relay = Relay(extra_plugins=(plugin,), **settings("redis", valkey) | {"auth": {"anonymous": grants}})
+    async with serve(relay) as own:
+        client = await connect(own)
+        join_ref = await client.join(topic)
+        assert (await client.push(join_ref, topic, "list"))["status"] == "ok"
+        assert own.relay.metrics.presence_members == 0
+        assert own.relay.metrics.plugin_errors["lists"] == 0
+        assert await relay.presence(topic) == {}
+
+
 async def test_token_renewed_without_the_right_ends_the_listing(
     serve_relay: ServeRelay, connect: Connect, topic: str, valkey: Valkey
 ) -> None:
