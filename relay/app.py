@@ -302,6 +302,11 @@ class Relay:
         app.router.lifespan_context = lifespan
 
     @property
+    def is_running(self) -> bool:
+        """Whether it has been started and not stopped, in an event loop that has not ended."""
+        return self._node is not None and not self._node.pubsub.home.loop.is_closed()
+
+    @property
     def node(self) -> Node:
         """The running parts. Raises RelayError while the relay does not run."""
         return self._running_node()

@@ -37,9 +37,9 @@ from relay.config import EMBEDDED, Config
 from relay.errors import ConfigError
 from relay.extras import describe, missing
 from relay.log import ConnectionLog
-from relay.metrics import Metrics, ProcessState
+from relay.metrics import ProcessState
 from relay.plugins.dispatcher import HandlerError, HandlerRunner, is_being_cancelled
-from relay.plugins.hooks import Hook, Hooks, to_payload
+from relay.plugins.hooks import Hook, to_payload
 from relay.plugins.loader import PluginSet
 from relay.protocol.presence import Members
 from relay.protocol.topics import check_names
@@ -95,6 +95,8 @@ class Components:
     """What all processes have in common; empty where they have nothing."""
     authenticate: Authenticate | None = None
     """The application's own authentication of clients."""
+    without_redis: bool = False
+    """Whether on_redis handlers may be there without a Redis, as in tests."""
 
     @property
     def authenticates(self) -> bool:
@@ -129,7 +131,7 @@ class Node:
         self.name: str = uuid.uuid4().hex[:8]
         # Where other nodes reach this one; "" where they cannot be answered.
         own_channel = f"{NODE_CHANNEL}{self.name}" if _answers_for_others(components) else ""
-        self.broker: Broker = _make_broker(config, metrics, hooks, own_channel)
+        self.broker: Broker = _make_broker(config, components, own_channel)
         loop = asyncio.get_running_loop()
         self.hub: Hub = Hub(
             metrics, lambda topic: config.topic(topic).policy, loop.call_soon, label_of=config.metrics.label
@@ -430,10 +432,11 @@ def _answers_for_others(components: Components) -> bool:
     return True
 
 
-def _make_broker(config: Config, metrics: Metrics, hooks: Hooks, own_channel: str) -> Broker:
+def _make_broker(config: Config, components: Components, own_channel: str) -> Broker:
+    metrics, hooks = components.telemetry.metrics, components.plugins.hooks
     # Imported here: a relay on Redis needs no broadcaster, and the other way round.
     if config.broadcast_url:
-        if hooks.redis:
+        if hooks.redis and not components.without_redis:
             raise ConfigError(f"plugin {hooks.redis[0].plugin} listens with on_redis, which needs redis_url")
         from relay.brokers.broadcaster import BroadcasterBroker
 

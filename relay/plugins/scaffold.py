@@ -42,30 +42,30 @@ async def about() -> dict[str, str]:
 
 _TEST = '''"""Runs the plugin in a relay of its own: no server and no Redis needed."""
 
-import json
 from pathlib import Path
 
+import pytest
 from starlette.testclient import TestClient
 
-from relay import Relay
+from relay import Refused, Relay
+from relay.testing import connect
 
 HERE = Path(__file__).parent
 
 
 def test_what_one_says_reaches_the_topic() -> None:
     relay = Relay(broadcast_url="memory://", plugins={{"paths": [HERE.parent]}})
-    with TestClient(relay) as client:
-        with client.websocket_connect("/socket/websocket?vsn=2.0.0") as socket:
-            socket.send_text(json.dumps(["1", "1", "{name}:1", "phx_join", {{}}]))
-            assert socket.receive_json()[4] == {{"status": "ok", "response": {{"welcome": "{name}:1"}}}}
+    with TestClient(relay) as client, connect(client) as one, connect(client) as other:
+        channel = one.join("{name}:1")
+        assert channel.response == {{"welcome": "{name}:1"}}
+        listener = other.join("{name}:1")
 
-            socket.send_text(json.dumps(["1", "2", "{name}:1", "say", {{"text": "hi"}}]))
-            heard = [socket.receive_json(), socket.receive_json()]
-            assert [None, None, "{name}:1", "said", {{"text": "hi"}}] in heard
-            assert ["1", "2", "{name}:1", "phx_reply", {{"status": "ok", "response": {{"length": 2}}}}] in heard
+        assert channel.push("say", {{"text": "hi"}}) == {{"length": 2}}
+        listener.expect("said", text="hi")
 
-            socket.send_text(json.dumps(["1", "3", "{name}:1", "say", {{}}]))
-            assert socket.receive_json()[4] == {{"status": "error", "response": {{"reason": "nothing to say"}}}}
+        with pytest.raises(Refused, match="nothing to say"):
+            channel.push("say", {{}})
+        listener.expect_nothing()
         assert client.get("/api/{name}/").json() == {{"plugin": "{name}"}}
 '''
 

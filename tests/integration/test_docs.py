@@ -73,6 +73,8 @@ PAGES = [
         "docs/client-events",
         "docs/webhooks",
         "docs/mounting",
+        "docs/publishing",
+        "docs/testing",
         "docs/rest",
         "docs/sse",
         "docs/authentication",
