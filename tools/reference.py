@@ -17,6 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+import relay.testing
 import relay_client
 from relay import (
     AsyncPublisher,
@@ -48,6 +49,8 @@ _NOT_CONSTRUCTED = frozenset(
         EventStream,
         Published,
         ReceivedEvent,
+        relay.testing.Channel,
+        relay.testing.Socket,
         relay_client.Channel,
         relay_client.Event,
         relay_client.Recovered,
@@ -227,6 +230,23 @@ def api() -> str:
     return "\n".join(lines)
 
 
+def testing() -> str:
+    """`relay.testing`: what tests of an application call."""
+    lines = [
+        "# Testing API",
+        "",
+        "This page is the reference of `relay.testing`; [Testing](../testing.md) is the guide. `BlockingSocket` and",
+        "`BlockingChannel` have the methods of `Socket` and `Channel` without `await`.",
+        "",
+    ]
+    for function in (relay.testing.connect, relay.testing.in_memory, relay.testing.send_redis_message):
+        lines += [f"## `{function.__name__}`", "", "```python", f"{function.__name__}{_signature(function)}", "```", ""]
+        lines += _docstring(function)
+    for owner in (relay.testing.Socket, relay.testing.Channel, relay.testing.ConnectionRefused):
+        lines += _class(owner)
+    return "\n".join(lines)
+
+
 def _class(owner: type, level: int = 2) -> list[str]:
     """A class with its constructor, unless it takes no arguments, and its methods."""
     lines = [f"{'#' * level} `{owner.__name__}`", ""]
@@ -354,5 +374,5 @@ def metrics() -> str:
     return "\n".join(lines) + "\n"
 
 
-_PAGES = {"settings": settings, "api": api, "hooks": plugin, "http": http, "metrics": metrics}
+_PAGES = {"settings": settings, "api": api, "testing": testing, "hooks": plugin, "http": http, "metrics": metrics}
 """The pages, by file name, and what makes each."""

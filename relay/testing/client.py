@@ -55,7 +55,7 @@ class Socket:
         self._closed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    async def open(self) -> None:
+    async def _open(self) -> None:
         """Connect. Raises ConnectionRefused."""
         self._incoming.put_nowait({"type": "websocket.connect"})
         self._task = asyncio.create_task(self._run())

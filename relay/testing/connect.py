@@ -75,7 +75,7 @@ class Connecting:
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(started(self._app, [relay for relay, _ in self._relays]))
             socket = self._make_socket()
-            await socket.open()
+            await socket._open()
             stack.push_async_callback(socket.close)
             self._stack = stack.pop_all()
         return socket
