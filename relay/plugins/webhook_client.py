@@ -58,7 +58,7 @@ class WebhookError(Exception):
 class Breaker:
     """Stops requests to a server that has failed often in a row.
 
-    After `_OPEN_S` one request is let through; the others wait for what becomes of it.
+    After `_OPEN_S` one request is let through, and the others only once that has been answered.
 
     Args: clock: monotonic seconds.
           on_change: called with True when it opens, and with False when it closes.

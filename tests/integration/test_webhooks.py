@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from relay import Join, Plugin, Push, Refused
 from relay.auth.authenticator import UpgradeRequest
 from tests.support.client import Client
+from tests.support.faults import Authority
 from tests.support.keys import token
 from tests.support.process import free_port
 from tests.support.serving import Served, eventually, http_get, metric
@@ -520,3 +522,36 @@ async def test_push_webhook_and_a_plugin_answer_together(serve_relay: ServeRelay
         assert (await client.push(ref, "room:1", "mine"))["response"] == "from the plugin"
         assert (await client.push(ref, "room:1", "other"))["response"] == "from the webhook"
         assert len(server.asked) == 2
+
+
+async def test_certificates_are_verified(
+    serve_relay: ServeRelay, connect: Connect, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the authorities of the system, or of SSL_CERT_FILE, as a team with its own has it; and for the right name."""
+    authority = Authority(tmp_path)
+    async with WebhookServer().running(ssl=authority.context()) as server:
+        url = server.url.replace("http:", "https:")
+        served = await serve_relay(**settings(server, "join", url=url))
+        reply, _ = await join(await connect(served), "room:1")
+        assert reply == UNAVAILABLE and await outcome(served, "room:*", "not_connected") == 1
+        assert server.asked == []
+        monkeypatch.setenv("SSL_CERT_FILE", str(authority.path))
+        served = await serve_relay(**settings(server, "join", url=url))
+        reply, _ = await join(await connect(served), "room:1")
+        assert reply == OK and len(server.asked) == 1
+        served = await serve_relay(**settings(server, "join", url=url.replace("127.0.0.1", "localhost")))
+        reply, _ = await join(await connect(served), "room:1")
+        assert reply == UNAVAILABLE and len(server.asked) == 1
+
+
+async def test_stream_whose_topic_a_program_refuses_ends_with_a_status(serve_relay: ServeRelay) -> None:
+    """Of server-sent events: a refusal is final, and no answer is not."""
+    async with WebhookServer().running() as server:
+        served = await serve_relay(**settings(server, "join"))
+        server.behaviour = answer({"allow": False, "reason": "closed"})
+        status_code, text = await http_get(f"{served.http}/socket/sse?topic=room:1")
+        assert status_code == 403 and "closed" in text
+        server.behaviour = status(500)
+        status_code, text = await http_get(f"{served.http}/socket/sse?topic=room:1")
+        assert "webhook unavailable" in text
+        assert server.asked[0].json["type"] == "join"
