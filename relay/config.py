@@ -22,6 +22,7 @@ from relay.config_sections import (
     ProxyConfig,
     RedisConfig,
     RestConfig,
+    TangramConfig,
     TopicConfig,
 )
 from relay.config_webhooks import WebhookConfig
@@ -103,6 +104,7 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     rest: RestConfig = RestConfig()
     metrics: MetricsConfig = MetricsConfig()
     presence: PresenceConfig = PresenceConfig()
+    tangram: TangramConfig = TangramConfig()
     proxy: tuple[ProxyConfig, ...] = ()
     webhooks: tuple[WebhookConfig, ...] = ()
     topics: tuple[TopicConfig, ...] = ()

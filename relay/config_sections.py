@@ -439,6 +439,17 @@ class PresenceConfig(Table):
         return self
 
 
+class TangramConfig(Table):
+    """What tangram's channel service does on the wire, and relay does not by default."""
+
+    wire: bool = Field(
+        False, description='add "id" to the replies to joins, and tell topic "admin" who has joined and left what'
+    )
+    binary_scalars: bool = Field(
+        False, description="deliver published JSON that is neither an object nor an array as bytes"
+    )
+
+
 class HistoryConfig(Table):
     """What a topic keeps of its events."""
 

@@ -33,6 +33,7 @@ from relay.channels.long_poll_nodes import NodeSessions
 from relay.channels.presence import Presence
 from relay.channels.pubsub import PubSub
 from relay.channels.socket import Socket
+from relay.channels.tangram import TangramWire
 from relay.config import EMBEDDED, Config
 from relay.errors import ConfigError
 from relay.extras import describe, missing
@@ -152,8 +153,9 @@ class Node:
         if self._embedded is not None and components.authenticates:
             _logger.warning("redis_url: %s", BESIDE_AUTH)
         self._siblings = Siblings(self._own_bus())
+        tangram = TangramWire(self.pubsub.broadcast) if config.tangram.wire else None
         services = Services(
-            config, self.pubsub, self.hub, metrics, ConnectionLog(loggers), authenticator, self.presence
+            config, self.pubsub, self.hub, metrics, ConnectionLog(loggers), authenticator, self.presence, tangram
         )
         self.connections: Connections = Connections(services, telemetry, components.network_access, self._siblings)
         secret = components.secret or secrets.token_bytes(32)

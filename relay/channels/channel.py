@@ -26,6 +26,7 @@ from relay.channels.hub import Hub, Subscriber
 from relay.channels.presence import Presence, as_params, presence_meta
 from relay.channels.pubsub import PubSub
 from relay.channels.replay import Asked, Replay
+from relay.channels.tangram import TangramWire
 from relay.concurrency import Continuation, KeyedQueue
 from relay.config import Config
 from relay.config_sections import Direction, Policy, TopicConfig
@@ -61,6 +62,7 @@ class Services:
     """None where clients are not authenticated."""
     presence: Presence | None = None
     """None where no topic has presence."""
+    tangram: TangramWire | None = None
 
 
 class ChannelOwner(SocketHandle):
@@ -273,9 +275,13 @@ class Channel(Subscription):
             response = add_members(response, recovery.response)
         if meta is not None and services.presence is not None and services.presence.is_counted(topic):
             response = add_members(response, _COUNTED)
+        if services.tangram is not None:
+            response = services.tangram.accept(socket.id, self, response, join.replaces)
         for frame in socket.protocol.accept(join, response):
             socket.transport.send_control(frame)
         services.hub.add(topic, socket, recovery is not None)
+        if services.tangram is not None:
+            services.tangram.joined(topic)
         if services.pubsub.history is not None:
             services.pubsub.history.follow(topic)
         socket.count_join()
@@ -403,6 +409,8 @@ class Channel(Subscription):
         socket.transport.settle_dropped(topic, partial(socket.protocol.dropped_notice, subscription=self))
         socket.count_events(services.hub.events_for(topic, socket))
         services.hub.remove(topic, socket)
+        if services.tangram is not None:
+            services.tangram.left(self)
         if topic not in services.hub:
             services.pubsub.unsubscribe(topic)
         socket.queue.run(topic, self._call_leave_handlers)

@@ -20,6 +20,7 @@ from relay.channels.event_filter import EventFilter, Origin
 from relay.channels.history import History
 from relay.channels.hub import JOINED_MAX_BYTES, Hub, Outgoing, Subscriber
 from relay.channels.subscriptions import TopicSubscriptions
+from relay.channels.tangram import classifier
 from relay.concurrency import JOB_BYTES, Continuation, InFlight, KeyedQueue
 from relay.config import Config
 from relay.config_sections import Direction, OnGap
@@ -29,7 +30,7 @@ from relay.plugins.hooks import Event as HookedEvent
 from relay.plugins.hooks import Hook, Hooks, InvalidPayload, RedisMessage, matching
 from relay.plugins.hooks import Leave as HookedLeave
 from relay.protocol import topics
-from relay.protocol.payload import EMPTY, Payload, classify_payload, identified
+from relay.protocol.payload import EMPTY, Payload, identified
 from relay.protocol.state import Subscription
 from relay.telemetry import Telemetry
 from relay.threadsafe import LOOP_HAS_ENDED, Call, Home
@@ -94,6 +95,7 @@ class PubSub:
         self._broker = broker
         self._hub = hub
         self._metrics = metrics
+        self._classify = classifier(config.tangram)
         self.history: History | None = None
         """What is known here of topics' histories; None where no topic has one."""
         if config.has_history:
@@ -205,7 +207,7 @@ class PubSub:
                 self._faults.count_waiting(topic)
                 self._note(topic, position)
             else:
-                payload = classify_payload(data)
+                payload = self._classify(data)
                 if payload is data:
                     self._faults.note_binary(topic, event, data)
                 if filtered:
@@ -260,7 +262,7 @@ class PubSub:
         if (fault := self._fault(row.event, row.payload)) is not None:
             self._faults.count_invalid(row.topic, fault)
             return None
-        payload = classify_payload(row.payload)
+        payload = self._classify(row.payload)
         if not self.hooks.event:
             return row.event, payload
         try:
