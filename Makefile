@@ -22,6 +22,7 @@ run: .venv/.run ## start the relay with its own Valkey; ARGS go to `relay serve`
 
 test: .venv/.dev ## run every test (about 12 minutes on 2 cores); ARGS go to pytest
 	@tools/browser.sh
+	@tools/tangram.sh
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 check: .venv/.dev ## check format, lint, types and spelling (a minute or two)
@@ -46,6 +47,7 @@ floors: build/floors/.made ## run unit tests and the broker contract with the ol
 
 cover: .venv/.dev ## run every test and say which branches none of them took
 	@tools/browser.sh
+	@tools/tangram.sh
 	rm -f .coverage .coverage.*
 	$(BIN)/coverage run -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS) || failed=$$?; \
 		$(BIN)/coverage combine --quiet && $(BIN)/coverage report && exit $${failed:-0}

@@ -22,6 +22,10 @@ lock --extra standard --group build --constraint "$tmp/all" --no-annotate --outp
 lock --resolution lowest-direct --extra standard --extra postgres --group floors --no-annotate --upgrade \
     --output-file requirements-floors.lock
 
+# tangram with the relay, for tools/tangram.sh: the same versions as far as both need a package.
+lock tests/tangram/requirements.in --extra standard --group build --constraint "$tmp/all" --no-annotate \
+    --output-file tests/tangram/requirements.lock ${LOCK_ARGS:-}
+
 if command -v npm >/dev/null; then
     npm update --prefix tests/js --package-lock-only --ignore-scripts --loglevel=error
     node -e '
@@ -30,7 +34,8 @@ if command -v npm >/dev/null; then
         fs.writeFileSync(path, JSON.stringify(lock, null, 2) + "\n")'
 fi
 
-if grep -nE '://|file:|@ ' requirements.lock requirements-dev.lock requirements-floors.lock tests/js/package-lock.json; then
+if grep -nE '://|file:|@ ' requirements.lock requirements-dev.lock requirements-floors.lock tests/tangram/requirements.lock \
+    tests/js/package-lock.json; then
     echo "a lock file holds an address or a path" >&2
     exit 1
 fi

@@ -20,14 +20,16 @@ function executable() {
 }
 
 // Runs body(page, faults); faults fills with what the console, the page or a request to another host did wrong.
-export async function inBrowser(origin, body, { width = 1280, height = 800, dark = false } = {}) {
+// hosts: others that the page may ask; args: further ones of the browser.
+export async function inBrowser(origin, body, { width = 1280, height = 800, dark = false, hosts = [], args = [] } = {}) {
   const profile = fs.mkdtempSync(path.join(os.tmpdir(), "relay-chromium-"))
   const browser = await puppeteer.launch({
     executablePath: executable(),
     headless: true,
     userDataDir: profile,
     args: ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-      "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"],
+      "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+      ...args],
   })
   try {
     const page = await browser.newPage()
@@ -35,7 +37,7 @@ export async function inBrowser(origin, body, { width = 1280, height = 800, dark
     await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value: dark ? "dark" : "light" }])
     const { host } = new URL(origin)
     const faults = []
-    const sameHost = url => !/^(https?|wss?):/.test(url) || new URL(url).host === host
+    const sameHost = url => !/^(https?|wss?):/.test(url) || [host, ...hosts].includes(new URL(url).host)
     page.on("console", message => { if (message.type() === "error") faults.push(`console: ${message.text()}`) })
     page.on("pageerror", error => faults.push(`uncaught: ${error.message}`))
     page.on("requestfailed", request => faults.push(`failed: ${request.url()} ${request.failure()?.errorText}`))
