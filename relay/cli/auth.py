@@ -44,6 +44,8 @@ _SECRET_MIN_BYTES = 32
 _RSA_MIN_BITS = 2048
 """RFC 7518, section 3.3."""
 _DAY_S = 86_400
+_LONG_DAYS = 30
+"""A token that is good for longer is mentioned."""
 _API_KEY_MIN = 16
 """Characters: 80 bits where they are drawn from 32 letters."""
 _NETWORK_MIN_BITS = {4: 8, 6: 7}
@@ -362,6 +364,12 @@ def _tangram_rights(auth: AuthConfig) -> Iterator[tuple[str, str]]:
             "note",
             f"auth.tangram_ttl_s = {auth.tangram_ttl_s:g}: tangram's page renews no token; after that time it gets no "
             "events until it is loaded again (config/tangram.toml has tangram's ten years)",
+        )
+    elif auth.tangram_ttl_s > _LONG_DAYS * _DAY_S:
+        yield (
+            "note",
+            f"auth.tangram_ttl_s: tokens of POST /token are good for {auth.tangram_ttl_s / _DAY_S:.0f} days; another "
+            "secret in auth.keys ends them all, and fewer auth.tangram_topics those that were given without a key",
         )
 
 

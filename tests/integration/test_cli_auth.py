@@ -341,6 +341,12 @@ push = false
     assert "hunter2" not in out and SECRET not in out
 
 
+def test_check_says_how_long_tangrams_tokens_are_good(relay: Command) -> None:
+    settings = f'[auth]\nkeys = ["{SECRET}"]\ntangram = true\ntangram_ttl_s = 315360000'
+    _, out, _ = relay("check", settings=settings)
+    assert "note auth.tangram_ttl_s: tokens of POST /token are good for 3650 days" in "\n".join(lines(out))
+
+
 @pytest.mark.parametrize(
     ("settings", "word"),
     [
