@@ -135,7 +135,7 @@ class PluginRoutes:
 
     def _answered_by(self, own: OwnRoutes, path: str, methods: set[str]) -> str | None:
         """Which of the relay's own routes answers a path before a plugin's does."""
-        sample = own.prefix + sample_path(path)
+        sample = own.prefix + sample_path(path) or "/"
         if own.paths is not None and own.paths.is_for_sockets(segments(sample)):
             return sample
         scope: dict[str, Any] = {"type": "http", "path": sample, "root_path": "", "headers": []}
@@ -144,7 +144,7 @@ class PluginRoutes:
                 match, _ = route.matches(scope | {"method": method})
                 # Outside the REST app a route answers for its path whatever the method is.
                 if match is Match.FULL or (match is Match.PARTIAL and own.paths is not None):
-                    return sample
+                    return "demo page at / (demo_page = false turns it off)" if sample == "/" else sample
         return None
 
 

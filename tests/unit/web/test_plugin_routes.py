@@ -118,6 +118,8 @@ async def test_routes_may_stand_below_a_path_of_their_own(prefix: str, path: str
         ("/health", ("POST",), {"plugins": {"path": "/"}}, "/health"),
         ("/static/{name}", ("GET",), {"plugins": {"path": "/"}}, "/static/x"),
         ("/api/mine", ("GET",), {"plugins": {"path": "/"}}, "/api/mine"),
+        ("/", ("GET",), {"plugins": {"path": "/"}}, "demo page at / (demo_page = false turns it off)"),
+        ("/", ("GET",), {"plugins": {"path": "/"}, "demo_page": False}, None),
         ("/docs", ("GET",), {"plugins": {"path": "/"}}, "/docs"),
         ("/socket/websocket", ("GET",), {"plugins": {"path": "/"}}, "/socket/websocket"),
         ("/live/{kind}", ("GET",), {"plugins": {"path": "/"}, "socket_paths": ["/live/x"]}, None),
@@ -142,6 +144,21 @@ async def test_clash_stops_the_start_and_names_both(
         assert f"the relay's own {own}, which is tried first" in text
     with pytest.raises(Exception, match="not running"):
         _ = relay.node
+
+
+async def test_app_at_the_root_does_not_hide_behind_the_demo_page(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        "files",
+        "from starlette.responses import Response\n\n\ndef register_plugin(app):\n"
+        "    app.mount('/', Response('mounted'))\n",
+    )
+    settings: dict[str, Any] = {"plugins": {"paths": [tmp_path], "path": "/"}}
+    with pytest.raises(ConfigError, match="plugin files .* clashes with the relay's own demo page"):
+        await make(**settings).start()
+    async with served(**settings, demo_page=False) as client:
+        assert (await client.get("/")).text == (await client.get("/assets/x.js")).text == "mounted"
+        assert (await client.get("/health")).json()["status"] == "ok"
 
 
 async def test_two_plugins_with_one_route_are_both_named(tmp_path: Path) -> None:
