@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, Self
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import pytest
 import redis
+from websockets.sync.client import connect
 
 from tests.support.keys import SECRET
 from tests.support.node import need_browser, run_checks
@@ -32,6 +33,30 @@ def bus() -> Iterator[Valkey]:
     """A server of this test's own, which is restarted."""
     with Valkey() as server:
         yield server
+
+
+# As tangram's own plugins of the seed's time do it.
+SEED_ERA_SYSTEM = """
+import asyncio
+import json
+import os
+
+import redis.asyncio as redis
+from fastapi import FastAPI
+
+
+async def server_events(redis_url):
+    client = redis.Redis.from_url(redis_url)
+    while True:
+        await client.publish("to:system:update-node", json.dumps({"el": "uptime", "value": "0:00:01"}))
+        await asyncio.sleep(0.1)
+
+
+def register_plugin(app: FastAPI) -> None:
+    task = asyncio.create_task(server_events(os.environ["REDIS_URL"]))
+    app.state.background_tasks.add(task)
+    task.add_done_callback(app.state.background_tasks.discard)
+"""
 
 
 class Conversation:
@@ -199,3 +224,38 @@ def test_relay_runs_in_tangrams_process(bus: Valkey, tmp_path: Path) -> None:
         aircraft = stack.enter_context(AircraftStream(bus.url))
         conversation = Conversation(bus, tangram, None, aircraft)
         converse(conversation, tangram.url, tangram.url, tmp_path / "picture.png", "restart Redis")
+
+
+def test_plugins_of_the_seeds_time_work_with_the_profile(bus: Valkey, tmp_path: Path) -> None:
+    """Source: seed.md: its example answers at /example/; a plugin that publishes from a task of its own."""
+    seed = (ROOT / "tests" / "data" / "seed_example_plugin.py.txt").read_text()
+    for name, text in {"system": SEED_ERA_SYSTEM, "example": seed}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text(text)
+    port = free_port()
+    environ = {
+        "REDIS_URL": bus.url,
+        "RELAY_REDIS_URL": bus.url,
+        "RELAY_AUTH__KEYS": json.dumps([SECRET]),
+        "RELAY_PLUGINS": json.dumps({"paths": [str(tmp_path)], "path": "/"}),
+    }
+    with (
+        RelayProcess("--config", str(PROFILE), "--port", str(port), environ=environ) as relay,
+        urlopen(f"http://127.0.0.1:{port}/example/") as answer,
+        connect(f"ws://127.0.0.1:{port}/websocket?vsn=2.0.0&userToken={token_for(port, 'system')}") as page,
+    ):
+        assert json.loads(answer.read()) == {"data": "This is an example plugin response"}
+        page.send('["1","1","system","phx_join",{}]')
+        events = [json.loads(page.recv(DEADLINE_S)) for _ in range(3)]
+        assert [event for _, _, _, event, _ in events] == ["phx_reply", "update-node", "update-node"]
+        assert events[0][4]["response"]["id"].endswith(":system:1")
+        assert events[1][4] == {"el": "uptime", "value": "0:00:01"}
+        page.close()
+        assert relay.stop() == 0, "its task does not hold up the end"
+
+
+def token_for(port: int, topic: str) -> str:
+    """A token as a page gets it."""
+    body, headers = json.dumps({"channel": topic}).encode(), {"content-type": "application/json"}
+    with urlopen(Request(f"http://127.0.0.1:{port}/token", body, headers)) as answer:
+        return str(json.loads(answer.read())["token"])
