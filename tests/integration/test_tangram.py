@@ -239,23 +239,28 @@ def test_plugins_of_the_seeds_time_work_with_the_profile(bus: Valkey, tmp_path: 
         "RELAY_AUTH__KEYS": json.dumps([SECRET]),
         "RELAY_PLUGINS": json.dumps({"paths": [str(tmp_path)], "path": "/"}),
     }
-    with (
-        RelayProcess("--config", str(PROFILE), "--port", str(port), environ=environ) as relay,
-        urlopen(f"http://127.0.0.1:{port}/example/") as answer,
-        connect(f"ws://127.0.0.1:{port}/websocket?vsn=2.0.0&userToken={token_for(port, 'system')}") as page,
-    ):
-        assert json.loads(answer.read()) == {"data": "This is an example plugin response"}
-        page.send('["1","1","system","phx_join",{}]')
-        events = [json.loads(page.recv(DEADLINE_S)) for _ in range(3)]
-        assert [event for _, _, _, event, _ in events] == ["phx_reply", "update-node", "update-node"]
-        assert events[0][4]["response"]["id"].endswith(":system:1")
-        assert events[1][4] == {"el": "uptime", "value": "0:00:01"}
-        page.close()
+    with RelayProcess("--config", str(PROFILE), "--port", str(port), environ=environ) as relay:
+        made = token_for(port, "system")
+        with urlopen(f"http://127.0.0.1:{port}/example/") as answer:
+            assert json.loads(answer.read()) == {"data": "This is an example plugin response"}
+        with connect(f"ws://127.0.0.1:{port}/websocket?vsn=2.0.0&userToken={made['token']}") as page:
+            page.send('["1","1","system","phx_join",{}]')
+            events = [json.loads(page.recv(DEADLINE_S)) for _ in range(3)]
+            assert [event for _, _, _, event, _ in events] == ["phx_reply", "update-node", "update-node"]
+            assert events[0][4]["response"]["id"].endswith(":system:1")
+            assert events[1][4] == {"el": "uptime", "value": "0:00:01"}
+            # Its pages use one token for all topics.
+            for topic, status in ((f"streaming-{made['id']}", "ok"), ("streaming-other", "error")):
+                page.send(json.dumps(["2", "2", topic, "phx_join", {}]))
+                replies = (json.loads(page.recv(DEADLINE_S)) for _ in range(100))
+                reply = next(reply for reply in replies if reply[2] == topic)
+                assert reply[4]["status"] == status, reply
         assert relay.stop() == 0, "its task does not hold up the end"
 
 
-def token_for(port: int, topic: str) -> str:
+def token_for(port: int, topic: str) -> dict[str, str]:
     """A token as a page gets it."""
     body, headers = json.dumps({"channel": topic}).encode(), {"content-type": "application/json"}
     with urlopen(Request(f"http://127.0.0.1:{port}/token", body, headers)) as answer:
-        return str(json.loads(answer.read())["token"])
+        made: dict[str, str] = json.loads(answer.read())
+        return made
