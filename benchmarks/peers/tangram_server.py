@@ -3,7 +3,7 @@
 import asyncio
 import sys
 
-from tangram_core import _core  # type: ignore[import-not-found]  # installed where this runs, not where it is checked
+from tangram_core import _core  # installed where this runs, not where it is checked
 
 SECRET = "benchmark"
 
