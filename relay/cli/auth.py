@@ -18,6 +18,7 @@ import typer
 
 from relay import runtime_dir
 from relay.brokers.embedded import BESIDE_AUTH
+from relay.cli.check_tangram import open_tokens, tangram_rights
 from relay.cli.masking import mask_secrets
 from relay.cli.options import ConfigFile, RedisUrl
 from relay.cli.output import console, is_terminal, print_lines
@@ -43,9 +44,6 @@ _SECRET_MIN_BYTES = 32
 """RFC 7518, section 3.2: a secret for HS256 has 256 bits at least."""
 _RSA_MIN_BITS = 2048
 """RFC 7518, section 3.3."""
-_DAY_S = 86_400
-_LONG_DAYS = 30
-"""A token that is good for longer is mentioned."""
 _API_KEY_MIN = 16
 """Characters: 80 bits where they are drawn from 32 letters."""
 _NETWORK_MIN_BITS = {4: 8, 6: 7}
@@ -262,7 +260,7 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
         yield from _rights("with a token", auth.authenticated)
         yield "rights", f'with a token besides: what its claim "{auth.rights_claim}" says'
         if auth.tangram:
-            yield from _tangram_rights(auth)
+            yield from tangram_rights(auth)
     for entry in config.topics:
         if entry.history is not None:
             yield "history", f"{entry.match}: {entry.history.size} events of each topic, for {entry.history.ttl_s} s"
@@ -352,27 +350,6 @@ def _rights(who: str, grants: tuple[GrantConfig, ...]) -> Iterator[tuple[str, st
         yield "rights", f"{who}: {', '.join(names_of(grant.grant.rights)) or 'nothing'} on {grant.match}"
 
 
-def _tangram_rights(auth: AuthConfig) -> Iterator[tuple[str, str]]:
-    yield "rights", "with a token of tangram's: everything on the one topic that it names"
-    for entry in auth.tangram_topics:
-        which = (
-            "with any token of tangram's" if SUBJECT in entry.match else "with one that POST /token gives to anybody"
-        )
-        yield from _rights(which, (entry,))
-    if auth.tangram_ttl_s < _DAY_S:
-        yield (
-            "note",
-            f"auth.tangram_ttl_s = {auth.tangram_ttl_s:g}: tangram's page renews no token; after that time it gets no "
-            "events until it is loaded again (config/tangram.toml has tangram's ten years)",
-        )
-    elif auth.tangram_ttl_s > _LONG_DAYS * _DAY_S:
-        yield (
-            "note",
-            f"auth.tangram_ttl_s: tokens of POST /token are good for {auth.tangram_ttl_s / _DAY_S:.0f} days; another "
-            "secret in auth.keys ends them all, and fewer auth.tangram_topics those that were given without a key",
-        )
-
-
 def _metrics(config: Config) -> str:
     if config.metrics.public:
         who = "everybody"
@@ -416,7 +393,7 @@ def _warnings(config: Config, keys: "tuple[Key, ...]") -> Iterator[str]:
         yield f"rest.api_key: {len(config.rest.api_key)} characters can be guessed; expected {_API_KEY_MIN}"
     yield from _auth_warnings(auth, keys)
     if auth.tangram == "open":
-        yield _open_tokens(config)
+        yield open_tokens(config)
     opened = [entry for entry in auth.anonymous if entry.match == "*" and entry.grant.rights & Right.PUSH]
     if opened and config.allow_anonymous:
         yield "clients without a token may push to every topic (auth.anonymous)"
@@ -427,16 +404,6 @@ def _warnings(config: Config, keys: "tuple[Key, ...]") -> Iterator[str]:
             yield f"webhooks.{at}: url is not https: others on the network can read payloads, and decide in its place"
     if config.redis_url.startswith("redis://") and not _is_here(config.redis_url):
         yield "redis_url is not rediss://: events and its password travel in the clear"
-
-
-def _open_tokens(config: Config) -> str:
-    topics = [entry for entry in config.auth.tangram_topics if SUBJECT not in entry.match]
-    rights = [f"{' and '.join(names_of(entry.grant.rights)) or 'do nothing'} on {entry.match}" for entry in topics]
-    who = "any program that reaches this address, and pages"
-    pages = {"any": "any pages", "same": f"{who} of the relay's own host"}
-    origins = config.allowed_origins
-    named = f"{who} of {', '.join(origins)}" if not isinstance(origins, str) else pages[origins]
-    return f'auth.tangram = "open": {named} get tokens without a key, to {"; ".join(rights)}'
 
 
 def _auth_warnings(auth: AuthConfig, keys: "tuple[Key, ...]") -> Iterator[str]:
