@@ -334,7 +334,15 @@ class RelayHTTPProtocol(HttpToolsProtocol):
 
     def handle_websocket_upgrade(self) -> None:
         """Hand the connection over, and let go of it."""
-        super().handle_websocket_upgrade()
+        make = self.ws_protocol_class
+        if isinstance(make, type) and issubclass(make, RelayWebSocketProtocol):
+            self.connections.discard(self)
+            protocol = make(config=self.config, server_state=self.server_state, app_state=self.app_state)
+            protocol.connection_made(self.transport)
+            protocol.upgrade(self.url, self.headers)
+            self.transport.set_protocol(protocol)
+        else:
+            super().handle_websocket_upgrade()
         self._let_go()
 
     def connection_lost(self, exc: Exception | None) -> None:

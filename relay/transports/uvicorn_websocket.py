@@ -10,20 +10,21 @@ written to each socket in one synchronous call.
 """
 
 import asyncio
-import base64
 import logging
 import select
 from asyncio import BaseTransport, TimerHandle, Transport
 from http import HTTPStatus
 from time import monotonic
 from typing import Any, cast
+from urllib.parse import unquote
 
 import uvicorn
+from uvicorn.protocols.utils import ClientDisconnected
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-from websockets.datastructures import Headers
 from websockets.exceptions import InvalidState, SecurityError
 from websockets.extensions.permessage_deflate import PerMessageDeflate, ServerPerMessageDeflateFactory
 from websockets.frames import Close, Frame
+from websockets.protocol import State
 from websockets.server import ServerProtocol
 
 from relay.errors import CloseCode
@@ -34,6 +35,7 @@ from relay.rate_limit import TokenBucket
 from relay.transports.inbound_frames import read_messages
 from relay.transports.inbox import Gate, Inbox
 from relay.transports.read_budget import LARGE_BYTES, ReadBudget
+from relay.transports.upgrade import accept_plain, refusal, switching_protocols, tidy
 from relay.transports.writer import EXTENSION, DirectWriter
 
 _PIECE_BYTES = 4096
@@ -49,8 +51,6 @@ _HANG_UP_CHECK_S = 0.5
 _IDLE_FRAMES_MAX = 1000
 _IDLE_FRAMES_PER_S = 20
 _FRAGMENT_MIN_BYTES = 128
-
-_WEBSOCKET_VERSION = "13"
 
 # Without contexts on the client's side too: each would hold 7 kB here.
 _DEFLATE = ServerPerMessageDeflateFactory(server_no_context_takeover=True, client_no_context_takeover=True)
@@ -99,6 +99,10 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     # Whether simple frames are read here, which takes no compression, and the bytes of a frame that websockets reads.
     _reads_simple: bool = False
     _owed: int = 0
+    # The answer to an upgrade request that websockets has not seen.
+    _accept: bytes | None = None
+    # The protocol core of websockets, once something needs it.
+    _conn: ServerProtocol | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Offer compression, where it is on, without a context: with one, no frame could serve two sockets.
@@ -118,6 +122,18 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         self._idle_frames = TokenBucket(_IDLE_FRAMES_PER_S, _IDLE_FRAMES_MAX, monotonic())
         if self.config.ws_per_message_deflate:
             self.conn.available_extensions = [_DEFLATE]
+
+    @property
+    def conn(self) -> ServerProtocol:
+        """The protocol core: it is made when something needs it, since most sockets never do, and it takes 4 kB."""
+        if self._conn is None:
+            self._conn = ServerProtocol(state=State.OPEN, max_size=self.config.ws_max_size, logger=_quiet)
+            self._conn.debug = False
+        return self._conn
+
+    @conn.setter
+    def conn(self, conn: ServerProtocol) -> None:
+        self._conn = conn
 
     def connection_made(self, transport: BaseTransport) -> None:
         """Learn the transport; log nothing below a warning.
@@ -140,11 +156,11 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         if self.read_paused and not self.transport.is_closing():  # the application has not taken what came before
             self.transport.pause_reading()
         self._parse()
-        if self.conn.handshake_exc is not None and not self.handshake_initiated:
+        if not self.handshake_initiated and self.conn.handshake_exc is not None:
             self._refuse_head()
 
     def _parse(self) -> None:
-        size = len(self._unparsed) + len(self.conn.reader.buffer)
+        size = len(self._unparsed) + (0 if self._conn is None else len(self._conn.reader.buffer))
         is_large = size >= LARGE_BYTES or self._is_measured
         before = len(self._unparsed)
         if is_large:
@@ -289,21 +305,60 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         self.transport.close()
         self._watch_end()
 
+    def upgrade(self, target: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        """Begin the handshake, with the request as httptools has read it; websockets reads it again where it is odd.
+
+        Args: headers: names in lower case, and values.
+        """
+        accept = accept_plain(target, headers, negotiates=self.config.ws_per_message_deflate)
+        if accept is None:
+            lines = (b"GET %b HTTP/1.1" % target, *(b"%b: %b" % header for header in headers), b"", b"")
+            self.data_received(b"\r\n".join(lines))
+            return
+        self.conn.parser.close()  # Uvicorn has made it; the parser is a cycle
+        self._accept, self._conn = accept, None
+        self.handshake_initiated = True
+        path, _, query = target.partition(b"?")
+        protocols = next((value for name, value in headers if name == b"sec-websocket-protocol"), b"")
+        self.scope: Any = {
+            "type": "websocket",
+            "asgi": {"version": self.asgi_version, "spec_version": "2.4"},
+            "http_version": "1.1",
+            "scheme": self.scheme,
+            "server": self.server,
+            "client": self.client,
+            "root_path": self.root_path,
+            "path": self.root_path + unquote(path.decode()),
+            "raw_path": self.root_path.encode() + path,
+            "query_string": query,
+            "headers": headers,
+            "subprotocols": [each.strip() for each in protocols.decode().split(",") if each],
+            "state": self.app_state.copy(),
+            "extensions": {"websocket.http.response": {}},
+        }
+        self._offer(DirectWriter(self.transport))
+        self.queue.put_nowait({"type": "websocket.connect"})
+        task = self.loop.create_task(self.run_asgi())
+        task.add_done_callback(self.on_task_complete)
+        self.tasks.add(task)
+
+    def _offer(self, writer: DirectWriter) -> None:
+        """Put the extension into the scope, and wait for the application's decision."""
+        self.frame_writer = writer
+        cast(dict[str, Any], self.scope["extensions"])[EXTENSION] = writer
+        self._await_decision()
+
     def handle_connect(self, event: Any) -> None:
         """Check the request, and offer the extension to the application."""
-        if (refusal := _refusal(event.headers)) is not None:
-            self._refuse(*refusal)
+        if (why := refusal(event.headers)) is not None:
+            self._refuse(*why)
             return
-        _tidy(event.headers)
+        tidy(event.headers)
         super().handle_connect(event)
         if hasattr(self, "scope"):
             self.scope["subprotocols"] = [each for each in self.scope["subprotocols"] if each]
-            self.frame_writer = DirectWriter(self.transport, _deflates(self.conn))
-            if self.conn.extensions:
-                self._is_measured = True
-            extensions = cast(dict[str, Any], self.scope["extensions"])
-            extensions[EXTENSION] = self.frame_writer
-            self._await_decision()
+            self._is_measured = bool(self.conn.extensions)
+            self._offer(DirectWriter(self.transport, _deflates(self.conn)))
         else:  # the handshake was answered with an error: of a header that is not checked above
             count_refusal(self.app_state, "handshake: malformed")
             warn(self.config, "malformed", "handshake refused: %.255s", self.conn.handshake_exc)
@@ -416,7 +471,8 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         if self.close_timer is not None:
             self.close_timer.cancel()
             self.close_timer = None
-        is_over = self.close_sent or self.conn.close_rcvd is not None or not self.handshake_complete
+        is_over = self.close_sent or not self.handshake_complete
+        is_over = is_over or (self._conn is not None and self._conn.close_rcvd is not None)
         super().connection_lost(exc)
         break_cycle(self.transport)
         if self._unparsed and not is_over:
@@ -433,11 +489,12 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         """
         self._unparsed = b""
         self.frames.clear()
-        self.conn.parser.close()
-        for error in (self.conn.handshake_exc, self.conn.parser_exc):
-            if error is not None:
-                error.__traceback__ = error.__context__ = error.__cause__ = None
-        self.conn.handshake_exc = self.conn.parser_exc = None
+        if (conn := self._conn) is not None:
+            conn.parser.close()
+            for error in (conn.handshake_exc, conn.parser_exc):
+                if error is not None:
+                    error.__traceback__ = error.__context__ = error.__cause__ = None
+            conn.handshake_exc = conn.parser_exc = None
         self._forget_handshake()
 
     def _forget_handshake(self) -> None:
@@ -455,7 +512,11 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             await self.writable.wait()
             self._end_writer()
         is_closed, is_accepted = self.close_sent, self.handshake_complete
-        await super().send(message)
+        is_first = not is_accepted and self.initial_response is None
+        if kind == "websocket.accept" and self._accept is not None and is_first:
+            await self._send_accept(message)
+        else:
+            await super().send(message)
         if kind == "websocket.close":
             if is_accepted and self.close_sent and not is_closed:
                 self.queue.discard_disconnect()
@@ -467,12 +528,24 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             # The handshake is over; its headers would stay for the life of the socket, 2 kB of them.
             self._forget_handshake()
             self._decided()
-            self._reads_simple = not self.conn.extensions
+            self._reads_simple = self._accept is not None or not self.conn.extensions
             if self.queue.empty():
                 self._read_on()
         if kind == "websocket.http.response.body" and not message.get("more_body", False):
             self.handshake_complete: bool = True  # or Uvicorn logs an error, as if the handshake had not been answered
         self._watch_end()
+
+    async def _send_accept(self, message: Any) -> None:
+        """Accept a handshake that websockets has not seen."""
+        await self.writable.wait()
+        if self.disconnected:
+            raise ClientDisconnected
+        assert self._accept is not None, "else websockets has"
+        if not self.transport.is_closing():
+            self.handshake_complete = True
+            headers = (*self.default_headers, *message.get("headers", ()))
+            self.transport.write(switching_protocols(self._accept, headers, message.get("subprotocol")))
+            self.start_keepalive()
 
     def on_task_complete(self, task: asyncio.Task[None]) -> None:
         """See to it that a connection which the application leaves behind ends in time."""
@@ -487,46 +560,6 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     def _end_writer(self) -> None:
         if self.frame_writer is not None:
             self.frame_writer.end()
-
-
-def _elements(headers: Headers, name: str) -> list[str]:
-    """The elements of a header that is a list, in one line or several."""
-    values = ",".join(headers.get_all(name)).split(",")
-    return [element for each in values if (element := each.strip(" \t"))]
-
-
-def _refusal(headers: Headers) -> tuple[int, str, str, *tuple[str, ...]] | None:
-    """Why an upgrade request cannot pass, as `RelayWebSocketProtocol._refuse` takes it; RFC 6455, section 4.2."""
-    versions = headers.get_all("Sec-WebSocket-Version")
-    if versions != [_WEBSOCKET_VERSION]:
-        text = f"expected Sec-WebSocket-Version: {_WEBSOCKET_VERSION}, got {', '.join(versions)[:100] or 'none'}"
-        known = f"Sec-WebSocket-Version: {_WEBSOCKET_VERSION}"
-        return (426, text, "websocket version", known, "Upgrade: websocket")
-    keys = headers.get_all("Sec-WebSocket-Key")
-    if len(keys) != 1 or not _is_key(keys[0]):
-        text = f"expected one Sec-WebSocket-Key, the base64 of 16 bytes, got {', '.join(keys)[:100] or 'none'}"
-        return (400, text, "malformed")
-    return None
-
-
-def _is_key(text: str) -> bool:
-    try:
-        return len(base64.b64decode(text.encode(), validate=True)) == 16
-    except ValueError:
-        return False
-
-
-def _tidy(headers: Headers) -> None:
-    """Write the lists as websockets takes them: one protocol to upgrade to, and no header without an element."""
-    if "websocket" in (element.lower() for element in _elements(headers, "Upgrade")):
-        del headers["Upgrade"]
-        headers["Upgrade"] = "websocket"
-    for name in ("Connection", "Sec-WebSocket-Protocol", "Sec-WebSocket-Extensions"):
-        if name in headers:
-            elements = _elements(headers, name)
-            del headers[name]
-            if elements:
-                headers[name] = ", ".join(elements)
 
 
 def has_hung_up(transport: BaseTransport) -> bool:

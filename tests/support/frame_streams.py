@@ -69,6 +69,17 @@ class _Loop:
         return _Timer()
 
 
+def protocol_config() -> uvicorn.Config:
+    """Settings of a server without compression and without pings."""
+
+    async def app(scope: object, receive: object, send: object) -> None:
+        raise AssertionError("no handshake is made")
+
+    config = uvicorn.Config(app, ws_max_size=FRAME_MAX_BYTES, ws_ping_interval=None, ws_per_message_deflate=False)
+    config.load()
+    return config
+
+
 class Reading:
     """One connection after its handshake.
 

@@ -8,7 +8,7 @@ import os
 import pytest
 import uvicorn
 
-from tests.support.frame_streams import FRAME_MAX_BYTES, difference
+from tests.support.frame_streams import difference, protocol_config
 
 STREAMS = 1000 * int(os.environ.get("TESTS_EXAMPLES", "25"))
 PARTS = 10
@@ -16,12 +16,7 @@ PARTS = 10
 
 @pytest.fixture(scope="module")
 def config() -> uvicorn.Config:
-    async def app(scope: object, receive: object, send: object) -> None:
-        raise AssertionError("no handshake is made")
-
-    found = uvicorn.Config(app, ws_max_size=FRAME_MAX_BYTES, ws_ping_interval=None, ws_per_message_deflate=False)
-    found.load()
-    return found
+    return protocol_config()
 
 
 @pytest.mark.parametrize("part", range(PARTS))

@@ -5,19 +5,14 @@ import random
 import pytest
 import uvicorn
 
-from tests.support.frame_streams import FRAME_MAX_BYTES, Reading, difference, frame
+from tests.support.frame_streams import Reading, difference, frame, protocol_config
 
 GENERATOR = random.Random(1)
 
 
 @pytest.fixture(scope="module")
 def config() -> uvicorn.Config:
-    async def app(scope: object, receive: object, send: object) -> None:
-        raise AssertionError("no handshake is made")
-
-    found = uvicorn.Config(app, ws_max_size=FRAME_MAX_BYTES, ws_ping_interval=None, ws_per_message_deflate=False)
-    found.load()
-    return found
+    return protocol_config()
 
 
 def text(payload: bytes) -> bytes:
