@@ -343,6 +343,7 @@ class History:
         """Check each topic that has been silent for long, a few at a time."""
         while self._followed:
             now = time.monotonic()
+            self.reader.forget_unused(now)
             due = self._take_due(now)
             portion = max(1, round(self._limits.recover_per_s * _CHECK_STEP_S))
             for topic in tuple(islice(self._hurried, portion)):
@@ -359,6 +360,7 @@ class History:
             with suppress(TimeoutError):
                 async with asyncio.timeout(min(1.0, self._queue[0][0] - now) if self._queue else 1.0):
                     await self._wake.wait()
+        self.reader.forget_unused(math.inf)
 
     async def _check(self, followed: Followed) -> None:
         store = self._store()

@@ -4,6 +4,7 @@ Owns what is read once for all who ask for it; must not know what comes from the
 """
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple, Protocol
@@ -22,6 +23,9 @@ PAGE_BYTES, PAGE_ROWS = 32_768, 64
 
 ENTRY_BYTES = 256
 """What an event in memory takes beside its payload."""
+
+PAGE_IDLE_S = 60.0
+"""Seconds for which a page is kept without being asked for."""
 
 _NOWHERE = "0-0"
 """No event has this position."""
@@ -65,7 +69,7 @@ class Entry:
 class Page:
     """Rows of a history that follow each other."""
 
-    __slots__ = ("end", "entries", "is_last", "size")
+    __slots__ = ("asked_at", "end", "entries", "is_last", "size")
 
     def __init__(self, entries: Sequence[Entry], end: Place, is_last: bool) -> None:
         self.entries: Sequence[Entry] = entries
@@ -74,6 +78,8 @@ class Page:
         self.is_last: bool = is_last
         """Whether there was nothing behind it."""
         self.size: int = sum(entry.size for entry in entries)
+        self.asked_at: float = 0.0
+        """When it was asked for last, in monotonic seconds."""
 
 
 class Recovery:
@@ -293,11 +299,13 @@ class HistoryReader:
         page = self._pages.get(key)
         if page is not None:
             self._pages.move_to_end(key)
+            page.asked_at = time.monotonic()
             return page
         read = await self._share(key, self._read_page(topic, place, is_included, row_bytes))
         assert read is None or isinstance(read, Page), "it was asked for"
         if read is not None and not read.is_last and key not in self._pages:
             self._pages[key] = read
+            read.asked_at = time.monotonic()
             self.bytes += read.size
         return read
 
@@ -324,6 +332,11 @@ class HistoryReader:
         _, page = self._pages.popitem(last=False)
         self.bytes -= page.size
         return True
+
+    def forget_unused(self, now: float) -> None:
+        """Forget the pages that were not asked for in a while: clients that were cut off together have come back."""
+        while self._pages and next(iter(self._pages.values())).asked_at < now - PAGE_IDLE_S:
+            self.forget_oldest()
 
     def forget(self, topic: str) -> None:
         """Forget all pages of a topic."""

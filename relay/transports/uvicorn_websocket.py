@@ -317,7 +317,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             return
         self.conn.parser.close()  # Uvicorn has made it; the parser is a cycle
         self._accept, self._conn = accept, None
-        self.handshake_initiated = True
+        self.handshake_initiated: bool = True
         path, _, query = target.partition(b"?")
         protocols = next((value for name, value in headers if name == b"sec-websocket-protocol"), b"")
         self.scope: Any = {

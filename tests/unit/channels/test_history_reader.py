@@ -1,6 +1,7 @@
 """`relay.channels.history_reader`: what a position is worth, and pages that are read once for all."""
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.brokers.base import Event, Place
+from relay.channels import history_reader as module
 from relay.channels.history_reader import (
     ENTRY_BYTES,
     PAGE_BYTES,
+    PAGE_IDLE_S,
     PAGE_ROWS,
     HistoryReader,
     Page,
@@ -368,3 +371,23 @@ def test_pages_begin_at_the_same_rows_for_all(n: int, row_bytes: float) -> None:
     end = n + rows
     for other in range(n, end):
         assert other + rows_behind(other, row_bytes) == end
+
+
+async def test_pages_are_forgotten_that_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else they would fill all the memory that they may have, though those who asked for them came back long ago."""
+    now = 1000.0
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    world = World()
+    world.append(200)
+    for n in (0, 31):
+        await world.page(Place(1000, n))
+    now += PAGE_IDLE_S
+    await world.page(Place(1000, 0))
+    world.reader.forget_unused(now)
+    whole = world.reader.bytes
+    now += 1
+    world.reader.forget_unused(now)
+    assert 0 < world.reader.bytes < whole, "one of them was asked for again"
+    now += PAGE_IDLE_S
+    world.reader.forget_unused(now)
+    assert world.reader.bytes == 0
