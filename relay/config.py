@@ -12,6 +12,7 @@ from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, field_valida
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 
 from relay import redis_url
+from relay.config_redis import RedisConfig
 from relay.config_sections import (
     AuthConfig,
     LimitsConfig,
@@ -20,7 +21,6 @@ from relay.config_sections import (
     Positive,
     PresenceConfig,
     ProxyConfig,
-    RedisConfig,
     RestConfig,
     TangramConfig,
     TopicConfig,
@@ -204,9 +204,14 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     def _one_bus(self) -> "Config":
         if self.redis_url and self.broadcast_url:
             raise ValueError("redis_url and broadcast_url exclude each other; set one of them")
-        if self.has_history:
-            if self.broadcast_url and not self.broadcast_url.startswith("memory"):
-                raise ValueError("history needs Redis or memory://; set redis_url, or remove history from [[topics]]")
+        if self.has_history and self.broadcast_url and not self.broadcast_url.startswith("memory"):
+            raise ValueError("history needs Redis or memory://; set redis_url, or remove history from [[topics]]")
+        if self.broadcast_url and self.redis.publish_form == "topic":
+            raise ValueError(
+                "redis.publish_form and redis.subscribe are for Redis; set redis_url, or remove them: on other buses "
+                "each topic has a channel of its own in any case"
+            )
+        if self.uses_topic_channels:
             redis, prefix = self.redis, self.redis.topic_prefix
             others = {"to_prefix": redis.to_prefix, "from_prefix": redis.from_prefix}
             if redis.push_identity:
@@ -250,6 +255,16 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     def has_history(self) -> bool:
         """Whether some topic has a history."""
         return any(entry.history is not None for entry in self.topics)
+
+    @property
+    def uses_topic_channels(self) -> bool:
+        """Whether events may be published on the channels of topics.
+
+        That is so with histories and with ``publish_form = "topic"``. Who sets ``topic_prefix`` has the process hear
+        them already, before any relay publishes there: the first step of the way to topic mode.
+        """
+        redis = self.redis
+        return self.has_history or redis.publish_form == "topic" or "topic_prefix" in redis.model_fields_set
 
     @property
     def has_presence(self) -> bool:

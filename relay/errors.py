@@ -108,6 +108,7 @@ DROPPED = (
     "channel names no event",
     "control message not sent",
     "control message not understood",
+    "message names no event",
     "no envelope",
     "on_event handler too slow",
     "on_redis handler too slow",

@@ -55,6 +55,8 @@ class Metrics:
 
     events_in: int = 0
     """Events received from the broker."""
+    events_on_topics: int = 0
+    """Of those, events that were published on the channel of their topic."""
     events_not_json: int = 0
     """Events that were delivered as bytes, although their payload begins as JSON does."""
     events_without_subscribers: int = 0

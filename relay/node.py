@@ -450,4 +450,4 @@ def _make_broker(config: Config, components: Components, own_channel: str) -> Br
         patterns.append(PRESENCE_CHANNEL)
     if own_channel:
         patterns.append(own_channel)
-    return RedisBroker(config, metrics, patterns)
+    return RedisBroker(config, metrics, patterns, components.telemetry.loggers.get("relay.redis"))

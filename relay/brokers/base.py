@@ -21,7 +21,7 @@ Guarantees of every store:
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol, TypeGuard
 
 import msgspec
@@ -67,8 +67,11 @@ class Sink(Protocol):
     def receive_control(self, data: bytes) -> None:
         """Take what a node has published by `Broker.publish_control`; its own too."""
 
-    def on_gap(self, reason: str) -> None:
-        """Learn that events may have been missed; hearing has been restored."""
+    def on_gap(self, reason: str, topics: Collection[str] | None = None) -> None:
+        """Learn that events may have been missed, of all topics or of some; hearing them has been restored."""
+
+    def count_subscribers(self, topic: str) -> int:
+        """How many subscribers a topic has here: those with most are heard again first."""
 
 
 class Broker(Protocol):
@@ -103,6 +106,10 @@ class Broker(Protocol):
 
     needs_subscribe: bool
     """False where every topic is heard anyway: then `subscribe` and `unsubscribe` need not be called."""
+
+    def hears(self, topic: str) -> bool:
+        """Whether events of a topic that was subscribed to are heard now; False while a fault is being mended."""
+        return True
 
     def publish(
         self, direction: Direction, topic: str, event: str, payload: bytes, sender: str | None = None

@@ -142,6 +142,10 @@ class BroadcasterBroker:
             self._wanted.discard(channel)
             raise BusUnavailable(str(error) or type(error).__name__) from error
 
+    def hears(self, topic: str) -> bool:
+        """True: all topics are subscribed to again before the link counts as live."""
+        return True
+
     async def unsubscribe(self, topic: str) -> None:
         """Stop hearing the bus channel of ``topic``."""
         channel = self._channel(Direction.TO, topic)

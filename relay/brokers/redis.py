@@ -1,4 +1,4 @@
-"""Redis behind the `Broker` interface: one subscription by patterns, one publisher, and the streams of histories.
+"""Redis behind the `Broker` interface: one subscription, one publisher, and the streams of histories.
 
 Owns these and the supervision of the subscription; must not know topics' subscribers or sockets.
 """
@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from relay import redis_url
+from relay.brokers import redis_topics
 from relay.brokers.base import NODE_CHANNEL, HistoryStore, Link, NodeBus, PresenceStore, Sink
+from relay.brokers.redis_channels import TopicChannels
 from relay.brokers.redis_connection import (
     Connections,
     LinkLost,
@@ -25,10 +27,12 @@ from relay.brokers.redis_session import Session
 from relay.brokers.redis_settings import RENEW_EVERY_S, Preparation, history_args, renewal
 from relay.brokers.redis_streams import RedisHistory
 from relay.config import Config
-from relay.config_sections import Direction, RedisConfig
+from relay.config_redis import RedisConfig
+from relay.config_sections import Direction
 from relay.errors import BusUnavailable
+from relay.log import RateLimitedLogger
 from relay.metrics import Metrics
-from relay.protocol.topics import to_redis_channel
+from relay.protocol.topics import glob_escape, to_redis_channel
 
 _logger = logging.getLogger("relay.redis")
 
@@ -39,16 +43,16 @@ class RedisBroker:
     Args: config: ``redis_url`` and the ``redis`` table are used.
           metrics: counts gaps and events without a usable name.
           patterns: Redis patterns to hear besides, for `Sink.receive_message`.
+          log: for messages that are dropped.
           clock: for tests.
     """
-
-    needs_subscribe = False
 
     def __init__(
         self,
         config: Config,
         metrics: Metrics,
         patterns: Sequence[str] = (),
+        log: RateLimitedLogger | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.patterns: tuple[str, ...] = tuple(dict.fromkeys(patterns))
@@ -60,11 +64,18 @@ class RedisBroker:
         self.markers: Markers = Markers(config.redis)
         self.publisher: Publisher = Publisher(self.connections, config.redis, self.markers, self, clock)
         self._config = config
+        self._log = log or RateLimitedLogger(_logger)
+        topic_mode = config.redis.subscribe == "topic"
+        self.needs_subscribe: bool = topic_mode
+        self.channels: TopicChannels | None = TopicChannels(config.redis, clock) if topic_mode else None
+        self.topics_pattern: bytes = b""
+        if config.uses_topic_channels and not topic_mode:
+            self.topics_pattern = f"{glob_escape(config.redis.topic_prefix)}*".encode()
         # None where no topic has a history; and what prepares a server for them.
         self._streams = RedisHistory(self.connections, config) if config.has_history else None
-        self._preparation = Preparation(config) if config.has_history else None
+        self._preparation = Preparation(config) if config.has_history or config.redis.publish_form == "topic" else None
         self._presence = RedisPresence(self.connections, config) if config.has_presence else None
-        self.hears_histories: bool = True
+        self.hears_topics: bool = True
         self._link = Link(False, "not started")
         self._listener: asyncio.Task[None] | None = None
         self._renewing: asyncio.Task[None] | None = None
@@ -82,7 +93,7 @@ class RedisBroker:
     @property
     def history(self) -> HistoryStore | None:
         """Reads the streams; None where no topic has a history, or none may be heard."""
-        return self._streams if self.hears_histories else None
+        return self._streams if self.hears_topics else None
 
     @property
     def presence(self) -> PresenceStore | None:
@@ -97,7 +108,12 @@ class RedisBroker:
     @property
     def degraded(self) -> str:
         """What does not work while the rest does; empty if all does."""
-        return "" if self.hears_histories else f"no permission to hear {self.settings.topic_prefix}*, so no history"
+        if self.channels is not None and self.channels.missed and self._link.live:
+            return f"subscribing again to {self.channels.missed} topics after a gap"
+        if self.hears_topics:
+            return ""
+        means = "no history" if self._config.has_history else "events that are published there are not received"
+        return f"no permission to hear {self.settings.topic_prefix}*, so {means}"
 
     @property
     def refusal(self) -> str:
@@ -108,9 +124,11 @@ class RedisBroker:
         """Start to listen; returns once the first attempt has succeeded or failed."""
         settled = asyncio.Event()
         self.publisher.start()
+        if self.channels is not None:
+            self.channels.count_subscribers = sink.count_subscribers
         self._listener = asyncio.create_task(self._supervise(sink, settled.set), name="relay-redis-listener")
-        if self._streams is not None and self._preparation is not None:
-            renewing = self._renew_settings(self._streams, self._preparation)
+        if self._preparation is not None:
+            renewing = self._renew_settings(self._preparation)
             self._renewing = asyncio.create_task(renewing, name="relay-redis-settings")
         await settled.wait()
 
@@ -127,12 +145,22 @@ class RedisBroker:
                 await commands.close()
         await self.connections.close()
         self._link = Link(False, "stopped")
+        if self.channels is not None:
+            self.channels.close()
 
     async def subscribe(self, topic: str) -> None:
-        """Nothing to do: the one pattern hears every topic."""
+        """Subscribe to the topic's channel; nothing to do where one pattern hears all. Raises BusUnavailable."""
+        if self.channels is not None:
+            await self.channels.subscribe(topic)
 
     async def unsubscribe(self, topic: str) -> None:
-        """Nothing to do."""
+        """Unsubscribe from it after ``redis.linger_s``."""
+        if self.channels is not None:
+            self.channels.unsubscribe(topic)
+
+    def hears(self, topic: str) -> bool:
+        """Whether events of a topic are heard now, as far as that depends on `subscribe`."""
+        return self.channels is None or self.channels.hears(topic)
 
     # Listening.
 
@@ -147,12 +175,14 @@ class RedisBroker:
             self.is_doubted = False
             self._link = Link(True, "")
             self.publisher.wake()
-            _logger.info("subscribed to %s* on %s", self.settings.to_prefix, self.address)
+            what = f"{self.settings.to_prefix}*" if self.channels is None else "channels of joined topics"
+            _logger.info("subscribed to %s on %s", what, self.address)
             if lost_at is not None:
                 away_s = self.clock() - lost_at
                 self.metrics.gaps += 1
                 _logger.warning("gap: events of the last %.1f s may have been missed", away_s)
-                sink.on_gap(fault)
+                if self.channels is None:  # else each topic has its gap once it is heard again
+                    sink.on_gap(fault)
                 lost_at = None
             settled()
 
@@ -179,14 +209,18 @@ class RedisBroker:
         except LinkLost as lost:
             return str(lost)
         self._session = session = Session(self, connection, sink, on_live)
+        fault = "the relay is stopping"
         try:
-            return await session.run()
+            fault = await session.run()
         except Exception as error:  # a fault of our own must not leave the relay deaf
             _logger.exception("Redis listener failed")
-            return f"internal error: {type(error).__name__}"
+            fault = f"internal error: {type(error).__name__}"
         finally:
             self._session = None
+            if self.channels is not None:
+                self.channels.detach(fault)
             await connection.close()
+        return fault
 
     def role_changed(self, role: Role) -> None:
         """Learn from the publisher that its server is no longer what it was: what it sends on may not reach us."""
@@ -203,16 +237,17 @@ class RedisBroker:
         self.metrics.history_trimmed += int(position.rpartition(b"-")[2]) > size
 
     async def prepare(self, connection: RedisConnection) -> bool:
-        """Prepare the server for histories, if there are any; say whether it knows the script. Raises LinkLost."""
+        """Prepare the server for programs that publish; say whether it knows the script. Raises LinkLost."""
         return self._preparation is not None and await self._preparation.prepare(connection)
 
-    async def _renew_settings(self, streams: RedisHistory, preparation: Preparation) -> None:
+    async def _renew_settings(self, preparation: Preparation) -> None:
         """Write ``relay:settings`` again and again: it expires after the last relay has gone."""
         while True:
             await asyncio.sleep(RENEW_EVERY_S)
             if self._link.live and self.publisher.is_at_master:
                 try:
-                    await streams.write(renewal(self._config))
+                    for command in renewal(self._config):
+                        await self.publisher.ask(*command)
                 except BusUnavailable as error:
                     preparation.report_unwritten(str(error))
 
@@ -222,6 +257,14 @@ class RedisBroker:
             self._denied.add(what)
             _logger.warning("no permission for %s on %s: %s; allow it with %s", what, self.address, means, allow)
 
+    def report_nameless(self, topic: str) -> None:
+        """Count a message on the channel of a topic that names no event, and say so now and then."""
+        self.metrics.dropped["message names no event"] += 1
+        text = (
+            "message on %r dropped: expected <event>:<payload>, such as new_msg:{…}; the name of the event is missing"
+        )
+        self._log.warning("message names no event", text, f"{self.settings.topic_prefix}{topic}")
+
     # Publishing.
 
     def publish(
@@ -229,13 +272,17 @@ class RedisBroker:
     ) -> asyncio.Future[None]:
         """``PUBLISH <prefix><topic>:<event> <payload>``; calls made in one turn of the loop share a round trip.
 
-        An event of a topic with a history is appended to that too, by the script.
+        With ``publish_form = "topic"`` an event goes out as ``PUBLISH <topic_prefix><topic> <event>:<payload>``. One of
+        a topic with a history is appended to that too, by the script.
         """
         if self._streams is not None and direction is Direction.TO:
             history = self._config.topic(topic).history
             if history is not None:
                 args = history_args(event, payload, history, sender, self._config.limits.payload_max_bytes)
                 return self.publisher.append(f"{self.settings.topic_prefix}{topic}".encode(), args)
+        if direction is Direction.TO and self.settings.publish_form == "topic":
+            channel = f"{self.settings.topic_prefix}{topic}".encode()
+            return self.publisher.publish(channel, redis_topics.pack(event, payload, sender))
         prefix = self.settings.prefix(direction)
         return self.publisher.publish(to_redis_channel(prefix, topic, event), payload, sender)
 

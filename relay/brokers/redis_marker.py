@@ -19,7 +19,7 @@ from itertools import count
 
 import msgspec
 
-from relay.config_sections import RedisConfig
+from relay.config_redis import RedisConfig
 from relay.protocol.topics import RELAY_TOPIC, to_redis_channel
 
 PROBE = b'{"probe":'

@@ -31,7 +31,7 @@ from relay.brokers.redis_connection import (
 )
 from relay.brokers.redis_marker import Markers
 from relay.brokers.redis_scripts import PUBLISH
-from relay.config_sections import RedisConfig
+from relay.config_redis import RedisConfig
 from relay.errors import BusUnavailable
 
 _logger = logging.getLogger("relay.redis")
@@ -168,6 +168,20 @@ class Publisher:
     def publish_counted(self, channel: bytes, payload: bytes) -> asyncio.Future[int]:
         """Publish one message; the future has the number of those who have received it."""
         return self._send(channel, payload, None, (), is_counted=True)
+
+    async def ask(self, *command: str) -> None:
+        """Carry out a command that only has to succeed. Raises BusUnavailable."""
+        if self._connection is None:
+            raise BusUnavailable(self._refusal or "not connected")
+        reply: object = None
+        try:
+            reply = await self._ask(self._connection, *command)
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is not None and task.cancelling():
+                raise
+            raise BusUnavailable("the connection was closed") from None  # futures of own commands are cancelled with it
+        if isinstance(reply, hiredis.ReplyError):
+            raise BusUnavailable(words(reply))
 
     def append(self, channel: bytes, args: tuple[bytes, ...]) -> asyncio.Future[None]:
         """Publish an event and append it to the history of its topic.
@@ -455,8 +469,8 @@ class Publisher:
         _logger.warning("publishing connection to %s lost: %s", self._owner.address, fault)
         self._lose(connection, fault)
 
-    def _ask(self, connection: RedisConnection, command: str) -> asyncio.Future[Any]:
+    def _ask(self, connection: RedisConnection, *command: str) -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._unanswered.append(_Sent(future, self._clock(), 0))
-        self._write(connection, hiredis.pack_command((command,)))
+        self._write(connection, packed([command]))
         return future

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 import hiredis
 
 from relay.brokers import redis_topics
-from relay.brokers.base import NODE_CHANNEL, Event, HistoryStore, Sink
+from relay.brokers.base import NODE_CHANNEL, Event, Sink
+from relay.brokers.redis_channels import TopicChannels
 from relay.brokers.redis_connection import (
     Connections,
     LinkLost,
@@ -33,7 +34,7 @@ from relay.brokers.redis_connection import (
 )
 from relay.brokers.redis_marker import PROBE, Markers
 from relay.brokers.redis_publisher import Publisher
-from relay.config_sections import RedisConfig
+from relay.config_redis import RedisConfig
 from relay.errors import BusUnavailable, Reason
 from relay.metrics import Metrics
 from relay.protocol.topics import from_redis_channel, glob_escape
@@ -58,15 +59,18 @@ class SessionOwner(Protocol):
     """Raw patterns to hear besides."""
     is_doubted: bool
     """Whether hearing has to be proved by a probe before the subscription counts as live."""
-    hears_histories: bool
+    channels: TopicChannels | None
+    """The topics that are subscribed to one by one; None where all are heard by patterns."""
+    topics_pattern: bytes
+    """Matches the topics' own channels; empty where they are not heard by a pattern."""
+    hears_topics: bool
     """Whether the topics' own channels may be heard."""
-
-    @property
-    def history(self) -> HistoryStore | None:
-        """What reads histories; None where no topic has one."""
 
     def report_denied(self, what: str, means: str, allow: str) -> None:
         """Log, once each, what the Redis user may not do, what that means, and what allows it."""
+
+    def report_nameless(self, topic: str) -> None:
+        """Count a message on the channel of a topic that names no event."""
 
 
 class Session:
@@ -82,11 +86,13 @@ class Session:
         self._settings = settings = broker.settings
         self._metrics = broker.metrics
         self._clock = broker.clock
+        self._channels = broker.channels
         self._pattern = (glob_escape(settings.to_prefix) + "*").encode()
-        self._control = glob_escape(settings.control_channel).encode()
-        # Where topics have histories, until Redis says that they may not be heard.
-        broker.hears_histories = True
-        self._topics = (glob_escape(settings.topic_prefix) + "*").encode() if broker.history is not None else b""
+        # A pattern or, where topics are subscribed to one by one, a channel.
+        escape = glob_escape if broker.channels is None else str
+        self._control = escape(settings.control_channel).encode()
+        # Until Redis says that they may not be heard.
+        broker.hears_topics = True
         self._probe_channels = list(broker.markers.channels)
         # Commands whose replies are still to come, with their pattern; and how many patterns are not confirmed yet.
         self._asked: deque[tuple[str, bytes]] = deque()
@@ -163,10 +169,17 @@ class Session:
         read_marker, marker = self._broker.markers.unpack, None
         raw = {raw.encode() for raw in self._broker.patterns}  # Redis reports a pattern once, however often asked
         # Those for events come last: none is heard before all are confirmed, so that live means all of them.
-        topics, topic_at = self._topics, len(self._settings.topic_prefix.encode())
-        patterns = (*sorted(raw), *filter(None, (control, pattern, topics)))
-        self._unconfirmed = len(patterns)
-        self._subscribe(patterns)
+        topics, topic_at = self._broker.topics_pattern, len(self._settings.topic_prefix.encode())
+        channels = self._channels
+        if channels is None:
+            patterns = (*sorted(raw), *filter(None, (control, pattern, topics)))
+            self._unconfirmed = len(patterns)
+            self._subscribe(patterns)
+        else:
+            own = [name for name in (control, fallback) if name]
+            self._unconfirmed = len(raw) + len(own)
+            self._subscribe(sorted(raw), one_by_one=True)
+            self.ask_channels("SUBSCRIBE", own)
         gets = connection.replies.gets
         while True:
             self._waiting_since = self._clock()
@@ -178,7 +191,10 @@ class Session:
                     self._take_refusal(reply)
                     continue
                 if reply[0] != b"pmessage":
-                    self._take_answer(reply)
+                    if channels is None or reply[0] != b"message":
+                        self._take_answer(reply)
+                    elif (event := self._take_message(channels, reply[1], reply[2])) is not None:
+                        events.append(event)
                     continue
                 _, of, channel, payload = reply
                 if of == pattern and channel != fallback:
@@ -203,6 +219,10 @@ class Session:
                     sink.receive_control(payload)
                 if of in raw:
                     sink.receive_message(of.decode(), channel.decode(errors="replace"), payload)
+            # Before the events that follow on the gap.
+            if channels is not None and (recovered := channels.take_recovered()):
+                sink.on_gap(channels.reason, recovered)
+                await asyncio.sleep(0)  # many are read at once, and heartbeats are to be answered between them
             if events:
                 self._heard_at = connection.read_at
                 if self._is_live:
@@ -210,15 +230,32 @@ class Session:
                 else:
                     metrics.dropped[Reason.EVENTS_MISSED] += len(events)
 
-    def _unpack(self, topic: bytes, data: bytes) -> Event | None:
+    def _unpack(self, topic: bytes | str, data: bytes) -> Event | None:
         """Read a message on a topic's channel; None, counted, where it names no event."""
         try:
-            event = redis_topics.unpack(topic.decode(), data)
+            event = redis_topics.unpack(topic if isinstance(topic, str) else topic.decode(), data)
         except UnicodeDecodeError:
-            event = None
-        if event is None:
             self._metrics.dropped["channel names no event"] += 1
+            return None
+        if event is None:
+            self._broker.report_nameless(topic if isinstance(topic, str) else topic.decode())
+        elif event.event or event.position is None:
+            self._metrics.events_on_topics += 1
         return event
+
+    def _take_message(self, channels: TopicChannels, name: bytes, payload: bytes) -> Event | None:
+        """Take a message on a channel that is subscribed to by its name."""
+        channel = channels.by_name.get(name)
+        if channel is not None:
+            return self._unpack(channel.topic, payload)
+        if name in (self._control, self._broker.markers.fallback):
+            if payload.startswith(PROBE):
+                if payload == self._probe:
+                    self._take_probe()
+            elif name == self._control:
+                self._sink.receive_control(payload)
+            return None
+        return self._unpack(name[len(self._settings.topic_prefix.encode()) :], payload)  # it was left a moment ago
 
     def _subscribe(self, patterns: Sequence[bytes], *, one_by_one: bool = False) -> None:
         """Ask for patterns in one command, which a server refuses as a whole, or in one for each."""
@@ -227,12 +264,28 @@ class Session:
         commands = [(b"PSUBSCRIBE", each) for each in patterns] if one_by_one else [(b"PSUBSCRIBE", *patterns)]
         self._connection.write(packed(commands))
 
+    def ask_channels(self, command: str, names: Sequence[bytes]) -> None:
+        """Send ``SUBSCRIBE`` or ``UNSUBSCRIBE`` for each channel, in one write. Raises LinkLost."""
+        self._asked.extend((command, name) for name in names)
+        head = b"*2\r\n$%d\r\n%b\r\n$" % (len(command), command.encode())
+        self._connection.write(b"".join([b"%b%d\r\n%b\r\n" % (head, len(name), name) for name in names]))
+
     def _take_answer(self, reply: Any) -> None:
         """Take the answer to a command: ``["psubscribe", pattern, 1]``, ``["pong", ""]``, or what `read_role` reads."""
         kind = reply if isinstance(reply, bytes) else reply[0]
+        if self._channels is not None:
+            self._check_order(kind, reply)
         if kind == b"psubscribe":
             _ = self._asked.popleft()
             self._confirm_one()
+        elif kind == b"subscribe" and self._channels is not None:
+            _ = self._asked.popleft()
+            if self._confirmed.is_set():
+                self._channels.confirm()
+            else:
+                self._confirm_one()
+        elif kind == b"unsubscribe" and self._channels is not None:
+            _ = self._asked.popleft()
         elif kind in (b"pong", b"PONG"):
             _ = self._asked.popleft()
             self._take_pong()
@@ -240,6 +293,17 @@ class Session:
             _ = self._asked.popleft()
             if (role := read_role(reply)) != self.role:
                 raise LinkLost(f"the server has become {role}")
+
+    def _check_order(self, kind: bytes, reply: Any) -> None:
+        """See that a confirmation is that of the command whose turn it is. Raises LinkLost.
+
+        Else one was lost, or has come on its own, and it is not known any more what is heard.
+        """
+        command, name = self._asked[0] if self._asked else ("", b"")
+        if command.endswith("SUBSCRIBE") and (kind != command.lower().encode() or reply[1] != name):
+            raise LinkLost(f"{command} {name_of(name)} was not answered")
+        if kind in (b"subscribe", b"unsubscribe") and kind != command.lower().encode():
+            raise LinkLost(f"Redis has sent {kind.decode()} {name_of(reply[1] or b'')} without being asked")
 
     def _take_refusal(self, error: hiredis.ReplyError) -> None:
         """Take an error reply. Raises LinkLost where nothing can be heard without what it refuses."""
@@ -252,25 +316,49 @@ class Session:
         elif command == "PSUBSCRIBE" and len(self._asked_together) > 1 and is_denied(error):
             self._asked.clear()  # nothing else is asked before all patterns are confirmed
             self._subscribe(self._asked_together, one_by_one=True)
-        elif command == "PSUBSCRIBE" and pattern == self._control and is_denied(error):
+        elif (
+            pattern
+            and pattern == self._control
+            and (is_denied(error) if command == "PSUBSCRIBE" else _is_channel_denied(error))
+        ):
             del self._probe_channels[0]
             self._broker.publisher.mark_elsewhere(self._settings.control_channel.encode())
             self._control_denied()
             self._confirm_one()
-        elif command == "PSUBSCRIBE" and pattern == self._topics and is_denied(error):
+        elif command == "PSUBSCRIBE" and pattern == self._broker.topics_pattern and is_denied(error):
             name = self._settings.topic_prefix
-            means = "events of topics with a history are not heard here, and nothing is recovered"
+            means = "events that are published there are not heard here, and histories are not read"
             self._broker.report_denied(f"PSUBSCRIBE {name}*", means, f"~{name}* &{name}*")
-            self._broker.hears_histories = False
+            self._broker.hears_topics = False
             self._confirm_one()
         elif command == "PSUBSCRIBE" and pattern.startswith(NODE_CHANNEL.encode()) and is_denied(error):
             means = "long polls that reach another process than their session's are not answered here"
             self._broker.report_denied(f"PSUBSCRIBE {NODE_CHANNEL}*", means, f"&{NODE_CHANNEL}*")
             self._confirm_one()
-        elif command == "PSUBSCRIBE":
-            raise LinkLost(f"PSUBSCRIBE {name_of(pattern)}: {words(error)}")
+        elif command == "SUBSCRIBE" and self._channels is not None and _is_channel_denied(error):
+            self._channel_denied(self._channels, pattern, words(error))
+        elif command.endswith("PSUBSCRIBE") or (command == "SUBSCRIBE" and not self._confirmed.is_set()):
+            raise LinkLost(f"{command} {name_of(pattern)}: {words(error)}")
+        elif command == "SUBSCRIBE" and self._channels is not None:
+            self._channels.refuse(f"SUBSCRIBE {name_of(pattern)}: {words(error)}")
+        elif command == "UNSUBSCRIBE" and is_denied(error):
+            self._broker.report_denied("UNSUBSCRIBE", "topics that were left are still heard here", "+unsubscribe")
         elif command != "ROLE":
             raise LinkLost(words(error))
+
+    def _channel_denied(self, channels: TopicChannels, name: bytes, why: str) -> None:
+        """Learn that one channel may not be heard: that of a topic, or of probes."""
+        if self._confirmed.is_set():
+            prefix = self._settings.topic_prefix
+            means = f"clients cannot join topics that the Redis user may not hear, such as {name_of(name)}"
+            self._broker.report_denied(f"SUBSCRIBE {prefix}*", means, f"&{prefix}*")
+            channels.refuse(f"SUBSCRIBE {name_of(name)}: {why}")
+            return
+        self._probe_channels.remove(name)
+        if not self._probe_channels:
+            means = "what is heard is not checked by probes"
+            self._broker.report_denied(f"SUBSCRIBE {name_of(name)}", means, f"&{name_of(name)}")
+        self._confirm_one()
 
     def _control_denied(self) -> None:
         name = self._settings.control_channel
@@ -288,6 +376,8 @@ class Session:
         if not self._is_live:
             self._is_live = True
             self._on_live()
+            if self._channels is not None:
+                self._channels.attach(self)
 
     # Guarding.
 
@@ -329,6 +419,13 @@ class Session:
                     raise LinkLost(f"no answer to PING within {timeout_s:g} s")
             if self._pinged_at is not None:  # the answer is still behind the events
                 self._metrics.link_lag_s = self._clock() - self._pinged_at
+            asked_at = None if self._channels is None else self._channels.waits_since
+            if (
+                asked_at is not None
+                and self._clock() - asked_at > settings.timeout_s
+                and self._waiting_since is not None
+            ):
+                raise LinkLost(f"no answer to SUBSCRIBE within {settings.timeout_s:g} s")
 
     def _is_silent_since(self, then: float) -> bool:
         since = self._waiting_since  # None: busy with what has come, so alive
@@ -396,3 +493,11 @@ class Session:
         if not self._may_ping:
             self._metrics.link_lag_s = 0.0
         self._probe_heard.set()
+
+
+def _is_channel_denied(error: hiredis.ReplyError) -> bool:
+    """Whether the user may not hear one channel, but others; else it may not use the command at all.
+
+    Source: Redis ``acl.c: getAclErrorMessage``; a command is "… permissions to run the 'subscribe' command".
+    """
+    return str(error).startswith("NOPERM") and "permissions to run the" not in str(error)

@@ -45,16 +45,22 @@ class Settings(NamedTuple):
     topic_prefix: str
     topics: tuple[tuple[str, HistoryConfig | None], ...]
     payload_max_bytes: int
+    publish_form: str = "to"
 
     def history(self, topic: str) -> HistoryConfig | None:
         """What is kept of a topic: as the first entry that matches it says."""
         return next((history for match, history in self.topics if fnmatchcase(topic, match)), None)
 
+    def is_by_topic(self, topic: str) -> bool:
+        """Whether events of a topic are published on the topic's own channel."""
+        return self.publish_form == "topic" or self.history(topic) is not None
+
 
 def own_settings(config: Config) -> Settings:
     """What a configuration says."""
     topics = tuple((entry.match, entry.history) for entry in config.topics)
-    return Settings(config.redis.to_prefix, config.redis.topic_prefix, topics, config.limits.payload_max_bytes)
+    redis = config.redis
+    return Settings(redis.to_prefix, redis.topic_prefix, topics, config.limits.payload_max_bytes, redis.publish_form)
 
 
 def known_limit(config: Config) -> int | None:
@@ -80,6 +86,7 @@ def renewal(config: Config) -> list[tuple[str, ...]]:
         "version": __version__,
         "to_prefix": config.redis.to_prefix,
         "topic_prefix": config.redis.topic_prefix,
+        "publish_form": config.redis.publish_form,
         "payload_max_bytes": str(config.limits.payload_max_bytes),
         "topics": msgspec.json.encode(topics).decode(),
     }
@@ -90,7 +97,7 @@ def renewal(config: Config) -> list[tuple[str, ...]]:
 def _says_itself(config: Config) -> bool:
     """Whether a configuration says which topics have histories, or under which names events are published."""
     return "topics" in config.model_fields_set or not config.redis.model_fields_set.isdisjoint(
-        ("to_prefix", "topic_prefix")
+        ("to_prefix", "topic_prefix", "publish_form")
     )
 
 
@@ -112,16 +119,17 @@ def settings_from(reply: object, config: Config) -> Settings | None:
             for topic in topics
         )
         limit = int(fields["payload_max_bytes"])
-        return Settings(fields["to_prefix"], fields["topic_prefix"], found, limit)
+        form = fields.get("publish_form", "to")
+        return Settings(fields["to_prefix"], fields["topic_prefix"], found, limit, form)
     except (KeyError, ValueError, msgspec.MsgspecError) as error:
         _logger.warning("%s in Redis was not understood, so the configuration is used: %s", SETTINGS_KEY, error)
         return None
 
 
 class Preparation:
-    """Loads what histories need into a server, and says once what it cannot do.
+    """Loads what programs that publish need into a server, and says once what it cannot do.
 
-    Args: config: where some topic has a history.
+    Args: config: where some topic has a history, or events are published on the channels of topics.
     """
 
     def __init__(self, config: Config) -> None:
@@ -135,6 +143,8 @@ class Preparation:
             if isinstance(reply, hiredis.ReplyError):
                 self.report_unwritten(words(reply))
                 break
+        if not self._config.has_history:
+            return False
         await self._load_function(connection)
         reply = await connection.ask("SCRIPT", "LOAD", PUBLISH.text)
         if isinstance(reply, hiredis.ReplyError):

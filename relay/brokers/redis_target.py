@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeAlias
 import hiredis
 
 from relay import redis_url
+from relay.brokers import redis_topics
 from relay.brokers.redis_connection import LinkLost, is_denied, name_of, read_role, words
 from relay.brokers.redis_publisher import not_published
 from relay.brokers.redis_scripts import PUBLISH
@@ -95,7 +96,8 @@ class Target:
         for topic, event, payload in events:
             channel, history = self._channel(topic, event), self._settings.history(topic)
             if history is None:
-                found.append(("PUBLISH", channel, payload))
+                is_named = self._settings.publish_form == "topic"
+                found.append(("PUBLISH", channel, redis_topics.pack(event, payload) if is_named else payload))
                 continue
             args = history_args(event, payload, history, None, self._settings.payload_max_bytes)
             how = ("EVAL", PUBLISH.text) if with_script else ("EVALSHA", PUBLISH.sha)
@@ -130,7 +132,7 @@ class Target:
 
     def _fault(self, topic: str, event: str, reply: hiredis.ReplyError) -> str:
         has_history = self._settings.history(topic) is not None
-        prefix = self._settings.topic_prefix if has_history else self._settings.to_prefix
+        prefix = self._settings.topic_prefix if self._settings.is_by_topic(topic) else self._settings.to_prefix
         text = f"PUBLISH {name_of(self._channel(topic, event))}: {words(reply)}"
         if not is_denied(reply):
             return text
@@ -138,6 +140,6 @@ class Target:
         return f"{text}; allow it with ACL SETUSER: {rights if has_history else f'&{prefix}* +publish'}"
 
     def _channel(self, topic: str, event: str) -> bytes:
-        if self._settings.history(topic) is None:
+        if not self._settings.is_by_topic(topic):
             return to_redis_channel(self._settings.to_prefix, topic, event)
         return f"{self._settings.topic_prefix}{topic}".encode()

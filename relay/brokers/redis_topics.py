@@ -3,8 +3,9 @@
 Owns their form; must not know connections::
 
     new_msg:{"text":"hi"}                          an event: its name, a colon, the payload verbatim
+    :*6f1c2a9e.7:new_msg:{"text":"hi"}             the same with its sender
     :1764150000000-17:new_msg:{"text":"hi"}        the same with its position; publish.lua alone writes it
-    :1764150000000-17*6f1c2a9e.7:new_msg:{}        the same with its sender; `*<sender>` stands without a position too
+    :1764150000000-17*6f1c2a9e.7:new_msg:{}        the same with its sender
     :1764150000000-17:                             a notice: this is the newest position; check.lua writes it
 
 The name of an event is never empty, so that a colon in the first place cannot be mistaken.
@@ -14,6 +15,11 @@ from relay.brokers.base import Event, is_position
 
 _NOT_A_NAME = (b"{", b"[", b'"')
 """How payloads begin, where a publisher has forgotten the event's name."""
+
+
+def pack(event: str, payload: bytes, sender: str | None = None) -> bytes:
+    """Write a live event; the caller has checked the name."""
+    return f"{event}:".encode() + payload if sender is None else f":*{sender}:{event}:".encode() + payload
 
 
 def unpack(topic: str, data: bytes) -> Event | None:

@@ -153,7 +153,7 @@ class Channel(Subscription):
             decision is not None
             or handlers
             or self.topic in socket.announced
-            or pubsub.must_subscribe
+            or pubsub.must_subscribe(self.topic)
             or (pubsub.history is not None and self._asks_history(join) is not None)
         ):
             return self._join_later(join, decision, handlers)

@@ -16,7 +16,7 @@ import heapq
 import math
 import random
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from itertools import count, islice
 from typing import Protocol
@@ -220,10 +220,11 @@ class History:
 
     # Catching up.
 
-    def after_gap(self) -> None:
-        """Check all topics, at the pace of recoveries: the link was interrupted."""
-        for topic, followed in self._followed.items():
-            if followed.heard is not None:
+    def after_gap(self, topics: Iterable[str] | None = None) -> None:
+        """Check all topics, or some, at the pace of recoveries: the link was interrupted."""
+        for topic in self._followed if topics is None else topics:
+            followed = self._followed.get(topic)
+            if followed is not None and followed.heard is not None:
                 followed.gaps += 1
                 self._hurried[topic] = None
         self._wake.set()

@@ -5,7 +5,7 @@ Owns what the broker is asked for; must not know transports or the wire's frames
 
 import asyncio
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Hashable, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from functools import partial
 from itertools import count
@@ -19,11 +19,12 @@ from relay.channels.event_faults import EventFaults
 from relay.channels.event_filter import EventFilter, Origin
 from relay.channels.history import History
 from relay.channels.hub import JOINED_MAX_BYTES, Hub, Outgoing, Subscriber
+from relay.channels.rejoins import Rejoins
 from relay.channels.subscriptions import TopicSubscriptions
 from relay.channels.tangram import classifier
 from relay.concurrency import JOB_BYTES, Continuation, InFlight, KeyedQueue
 from relay.config import Config
-from relay.config_sections import Direction, OnGap
+from relay.config_sections import Direction
 from relay.errors import BusUnavailable, Reason, RelayError
 from relay.plugins.dispatcher import HandlerError, HandlerRunner
 from relay.plugins.hooks import Event as HookedEvent
@@ -31,7 +32,6 @@ from relay.plugins.hooks import Hook, Hooks, InvalidPayload, RedisMessage, match
 from relay.plugins.hooks import Leave as HookedLeave
 from relay.protocol import topics
 from relay.protocol.payload import EMPTY, Payload, identified
-from relay.protocol.state import Subscription
 from relay.telemetry import Telemetry
 from relay.threadsafe import LOOP_HAS_ENDED, Call, Home
 
@@ -106,7 +106,7 @@ class PubSub:
         self._leftovers: set[asyncio.Task[None]] = set()
         self.decisions: Decisions = Decisions()
         """Joins and handshakes that take their time, and the control messages that overtake them."""
-        self._gap_task: asyncio.Task[None] | None = None
+        self._rejoins = Rejoins(config, hub, metrics, self.spawn)
         self._subscriptions = TopicSubscriptions(broker, hub, self.spawn)
 
     async def start(self) -> None:
@@ -278,9 +278,7 @@ class PubSub:
 
     def request_rejoins_of(self, topic: str) -> None:
         """Tell the subscribers of a topic, at a pace, that they may have missed events."""
-        pending = self._to_rejoin(self._hub.pairs([topic]))
-        if pending:
-            _ = self.spawn(self._request_all_rejoins(pending))
+        self._rejoins.request(self._hub.pairs([topic]))
 
     def _filter(self, origin: Origin, name: str, data: Payload) -> Continuation:
         """Pass an event through the handlers for it and deliver what is left of it."""
@@ -380,55 +378,30 @@ class PubSub:
         """Deliver an event of this process to its own sockets, past the bus; False where there is no subscriber."""
         return self._hub.fan_out(topic, event, payload)
 
-    def on_gap(self, reason: str) -> None:
-        """Tell the subscribers, at a pace, that they may have missed events.
+    def on_gap(self, reason: str, topics: Collection[str] | None = None) -> None:
+        """Have the subscribers of all topics, or of some, rejoin at a pace: they may have missed events.
 
         Each gets a ``phx_error``, rejoins automatically and refetches what it needs, unless its topic ignores gaps.
-        Those that wait for theirs get no events meanwhile: one from behind the hole would be applied to a state with a
-        hole.
         """
-        self.after_gap()
-        if self._gap_task is not None:
-            self._gap_task.cancel()  # what remains of it is part of the new round
+        if not topics:
+            self.after_gap()
         history = self.history
-        pending = self._to_rejoin(
+        pairs = (
             (topic, each)
-            for topic, each in self._hub.pairs()
+            for topic, each in self._hub.pairs(topics)
             # Those that wait still for their turn after an earlier gap get no events, whatever is known by now.
             if history is None or not history.follows(topic) or self._hub.is_held(topic, each)
         )
-        self._gap_task = self.spawn(self._request_all_rejoins(pending))
+        if topics is None:
+            self._rejoins.request_all(pairs)
+        else:
+            self._rejoins.request(pairs)
         if history is not None:
-            history.after_gap()
+            history.after_gap(topics)
 
-    def _to_rejoin(self, pairs: Iterable[tuple[str, Subscriber]]) -> list[tuple[Subscriber, Subscription]]:
-        """Request the first rejoins; returns the subscriptions that are left, which get no events until then."""
-        pending = [
-            (subscriber, subscription)
-            for topic, subscriber in pairs
-            if self._config.topic(topic).on_gap is OnGap.REJOIN
-            and (subscription := subscriber.subscription(topic)) is not None
-        ]
-        portion = self._portion
-        for subscriber, subscription in pending[portion:]:
-            self._hub.hold(subscription.topic, subscriber)
-        self._request_rejoins(pending[:portion])
-        return pending[portion:]
-
-    @property
-    def _portion(self) -> int:
-        """So many in 50 ms: all at once would be answered by all at once, as soon as Redis is back."""
-        return max(1, round(self._config.rejoins_per_s / 20))
-
-    async def _request_all_rejoins(self, pending: list[tuple[Subscriber, Subscription]]) -> None:
-        for start in range(0, len(pending), self._portion):
-            await asyncio.sleep(0.05)
-            self._request_rejoins(pending[start : start + self._portion])
-
-    def _request_rejoins(self, pending: list[tuple[Subscriber, Subscription]]) -> None:
-        for subscriber, subscription in pending:
-            if subscriber.end_subscription(subscription, Reason.EVENTS_MISSED):
-                self._metrics.rejoins_requested += 1
+    def count_subscribers(self, topic: str) -> int:
+        """How many subscribers a topic has here."""
+        return self._hub.count(topic)
 
     # From sockets.
 
@@ -436,10 +409,9 @@ class PubSub:
         """Say why no client can join now; None when they can."""
         return None if self._broker.link.live else Reason.BUS_UNAVAILABLE
 
-    @property
-    def must_subscribe(self) -> bool:
+    def must_subscribe(self, topic: str) -> bool:
         """Whether events of a topic are heard only after `subscribe`."""
-        return self._broker.needs_subscribe
+        return self._broker.needs_subscribe and not self._subscriptions.is_heard(topic)
 
     def subscribe(self, topic: str) -> AbstractAsyncContextManager[None]:
         """Hear events of ``topic`` in the block; see `TopicSubscriptions.subscribe`."""

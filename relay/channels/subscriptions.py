@@ -32,6 +32,10 @@ class TopicSubscriptions:
         self._joining: Counter[str] = Counter()
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
+    def is_heard(self, topic: str) -> bool:
+        """Whether events of ``topic`` are heard now, so that a subscriber may be added to the hub at once."""
+        return self._heard.get(topic, False) and self._broker.hears(topic)
+
     @asynccontextmanager
     async def subscribe(self, topic: str) -> AsyncIterator[None]:
         """Hear events of ``topic`` in the block, in which a subscriber is added to the hub; else it is given back.
@@ -41,12 +45,14 @@ class TopicSubscriptions:
         self._joining[topic] += 1
         try:
             async with self._lock(topic):
-                if not self._heard.get(topic):
-                    self._heard[topic] = False
+                was_heard = self._heard.get(topic, False)
+                if not was_heard or not self._broker.hears(topic):
+                    self._heard[topic] = was_heard
                     try:
                         await self._broker.subscribe(topic)
                     except BusUnavailable:
-                        del self._heard[topic]
+                        if not was_heard:
+                            del self._heard[topic]
                         raise
                     self._heard[topic] = True
             yield

@@ -157,7 +157,14 @@ METRIC_SPECS: tuple[MetricSpec, ...] = (
     _counter("pushes_in", "Pushes received from clients."),
     _counter("pushes_out", "Of those, pushes that the bus has accepted."),
     _counter("client_events", "Of those received, pushes that were sent to the other subscribers of their topic."),
-    _counter("events_in", "Events received from the bus; an event counts once for each worker."),
+    MetricSpec(
+        "relay_events_in",
+        "counter",
+        "Events received from the bus, by where they were published: `to` for `to:<topic>:<event>`, `topic` for "
+        "`topic:<topic>`; an event counts once for each worker.",
+        ("form",),
+        lambda m, s, p: {"to": max(m.events_in - m.events_on_topics, 0), "topic": m.events_on_topics},
+    ),
     _counter("events_without_subscribers", "Of those, events on topics without subscribers in that worker."),
     _counter("events_not_json", "Events whose payload looks like JSON but is not valid JSON: delivered as binary."),
     _counter("deliveries", "Frames of events written, or queued, for a socket."),

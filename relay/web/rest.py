@@ -23,7 +23,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from relay.auth.api_key import api_key_from
-from relay.config_sections import RedisConfig
+from relay.config_redis import RedisConfig
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
 from relay.node import Components, Node

@@ -19,6 +19,8 @@ ServeRelay: TypeAlias = Callable[..., Awaitable[Served]]
 
 FAST = {"backoff_min_s": 0.02, "backoff_max_s": 0.1}
 """Settings of a link that is cut on purpose."""
+BY_TOPIC = {"publish_form": "topic", "subscribe": "topic"}
+"""Settings of a relay that subscribes to each topic by its own channel."""
 OK = {"status": "ok", "response": {}}
 UNAVAILABLE = {"status": "error", "response": {"reason": "bus unavailable"}}
 TOLD = {"reason": "events may have been missed"}
@@ -116,7 +118,8 @@ async def stream_to(
 ) -> AsyncIterator[Stream]:
     """Run a `Stream`; ``options`` are of its further client."""
     watching, bystander, client = await connect(served), await connect(served), await connect(served, **options)
-    async with Ticker.run(redis_url, "room:fault") as ticker, Witness.run(watching, "room:fault") as witness:
+    form = served.relay.config.redis.publish_form
+    async with Ticker.run(redis_url, "room:fault", form) as ticker, Witness.run(watching, "room:fault") as witness:
         stream = Stream(served, witness, ticker, client)
         await witness.progress()
         beats = asyncio.create_task(_beat(bystander))

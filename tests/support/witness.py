@@ -23,11 +23,13 @@ class Ticker:
     """Publishes ``tick`` with 0, 1, 2 … to one topic, whatever happens to Redis; no number is tried twice.
 
     Args: url: of Redis; may be changed.
+          form: "to" for ``to:<topic>:tick``, "topic" for the topic's own channel.
     """
 
-    def __init__(self, url: str, topic: str) -> None:
+    def __init__(self, url: str, topic: str, form: str = "to") -> None:
         self.url = url
         self.topic = topic
+        self.form = form
         self.taken: list[int] = []
         """Numbers that Redis has confirmed, and handed to at least one subscriber."""
         self.pace_s = PACE_S
@@ -35,8 +37,8 @@ class Ticker:
 
     @classmethod
     @asynccontextmanager
-    async def run(cls, url: str, topic: str) -> AsyncIterator["Ticker"]:
-        self = cls(url, topic)
+    async def run(cls, url: str, topic: str, form: str = "to") -> AsyncIterator["Ticker"]:
+        self = cls(url, topic, form)
         task = asyncio.create_task(self._publish())
         try:
             yield self
@@ -56,7 +58,9 @@ class Ticker:
                         if self._ended:
                             return
                         payload = b"%d" % number
-                        if await redis.publish(f"to:{self.topic}:tick", payload):
+                        by_topic = self.form == "topic"
+                        channel = f"topic:{self.topic}" if by_topic else f"to:{self.topic}:tick"
+                        if await redis.publish(channel, b"tick:" + payload if by_topic else payload):
                             self.taken.append(number)
                         await asyncio.sleep(self.pace_s)
             await asyncio.sleep(PACE_S)

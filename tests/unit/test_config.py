@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from relay.config import Config
+from relay.config_redis import RedisConfig
 from relay.config_sections import (
     AuthConfig,
     GrantConfig,
@@ -16,7 +17,6 @@ from relay.config_sections import (
     Overflow,
     Policy,
     ProxyConfig,
-    RedisConfig,
     RestConfig,
     TopicConfig,
 )
@@ -220,3 +220,38 @@ def test_no_password_is_shown_by_the_settings() -> None:
     ):
         assert SECRET not in repr(config)
         assert SECRET not in str(config)
+
+
+# Topic mode.
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"redis": {"subscribe": "topic"}}, 'requires publish_form = "topic"'),
+        ({"redis": {"publish_form": "topic", "to_prefix": "topic:to:"}}, "must not begin alike"),
+        ({"redis": {"topic_prefix": "to:"}}, "must not begin alike"),
+        ({"redis": {"publish_form": "topic", "control_channel": "topic:control"}}, "must not begin with"),
+        ({"broadcast_url": "memory://", "redis": {"publish_form": "topic"}}, "for Redis"),
+    ],
+)
+def test_settings_by_which_events_would_be_lost_or_come_twice_are_refused(
+    settings: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ValidationError, match=expected):
+        Config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "uses"),
+    [
+        ({}, False),
+        ({"redis": {"topic_prefix": "topic:"}}, True),
+        ({"redis": {"publish_form": "topic"}}, True),
+        ({"redis": {"publish_form": "topic", "subscribe": "topic"}}, True),
+        ({"topics": [{"match": "*", "history": {"size": 10, "ttl_s": 60}}]}, True),
+    ],
+)
+def test_channels_of_topics_are_used_where_something_is_published_there(settings: dict[str, Any], uses: bool) -> None:
+    """Who sets the prefix by hand hears them before any relay publishes there."""
+    assert Config(**settings).uses_topic_channels is uses

@@ -6,7 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from relay.config import Config
-from relay.config_sections import LimitsConfig, Overflow, RedisConfig, TopicConfig
+from relay.config_redis import RedisConfig
+from relay.config_sections import LimitsConfig, Overflow, TopicConfig
 from relay.config_sources import load
 from relay.errors import ConfigError
 from tests.support.settings import Write, problems

@@ -54,3 +54,13 @@ def test_settings_of_a_newer_relay_are_understood() -> None:
 )
 def test_settings_that_cannot_be_used_leave_the_configuration(reply: object) -> None:
     assert read(reply) == own_settings(Config())
+
+
+def test_form_of_events_is_that_of_the_relays_and_older_ones_do_not_say_it() -> None:
+    by_topic = Config(redis={"publish_form": "topic"})
+    fields = dict(zip(renewal(by_topic)[0][2::2], renewal(by_topic)[0][3::2], strict=True))
+    assert read(encoded(fields)).is_by_topic("any")
+    assert not read(encoded(FIELDS)).is_by_topic("any")
+    assert read(encoded(FIELDS)).is_by_topic("room:1"), "it has a history"
+    del fields["publish_form"]
+    assert not read(encoded(fields)).is_by_topic("any")

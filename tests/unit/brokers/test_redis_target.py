@@ -120,3 +120,15 @@ def test_one_event_is_sent_again_with_the_script(text: str, needed: bool) -> Non
     assert one.needs_script(one.commands(EVENTS[1:2], with_script=False), [reply]) is needed
     assert not one.needs_script(one.commands(EVENTS[1:2], with_script=True), [reply])
     assert not one.needs_script(one.commands(EVENTS[1:], with_script=False), [reply, reply])
+
+
+@pytest.mark.parametrize("known_from", ["redis", "configuration"])
+def test_events_go_to_the_channel_of_the_topic_where_relays_publish_there(known_from: str) -> None:
+    relay = Config(redis_url="redis://one", topics=HISTORY, redis={"publish_form": "topic"})
+    one = target() if known_from == "redis" else target(topics=HISTORY, redis={"publish_form": "topic"})
+    one.learn(MASTER, [word.encode() for word in renewal(relay)[0][2:]])
+    plain, kept, _ = one.commands(EVENTS, with_script=True)
+    assert plain == ("PUBLISH", b"topic:other", b"e:1")
+    assert kept[:6] == ("EVAL", PUBLISH.text, "1", b"topic:room:1", b"e", b"2")
+    with pytest.raises(BusUnavailable, match=r"PUBLISH topic:other: NOPERM no; allow it with .*&topic:\*"):
+        one.results(EVENTS[:1], [hiredis.ReplyError("NOPERM no")])

@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from relay.brokers.base import Event, is_position
-from relay.brokers.redis_topics import unpack
+from relay.brokers.redis_topics import pack, unpack
+from relay.protocol.topics import is_event
 
 TOPIC = "room:{1}:a"
 
@@ -62,3 +63,12 @@ def test_no_message_raises(message: bytes) -> None:
     if found is not None:
         assert found.event or found.position is not None
         assert found.position is None or is_position(found.position)
+
+
+@given(
+    event=st.text(min_size=1, max_size=20).filter(lambda name: is_event(name) and not name.startswith(("{", "[", '"'))),
+    payload=st.binary(max_size=40),
+    sender=st.none() | st.from_regex(r"[0-9a-f]{8}\.[0-9]{1,6}", fullmatch=True),
+)
+def test_message_of_a_live_event_comes_back(event: str, payload: bytes, sender: str | None) -> None:
+    assert unpack(TOPIC, pack(event, payload, sender)) == Event(TOPIC, event, payload, None, sender)

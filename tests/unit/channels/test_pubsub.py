@@ -54,6 +54,8 @@ class Bus(Broker):
         self.directions: list[Direction] = []
         self.control_messages: list[bytes] = []
         self.calls: list[str] = []
+        self.unheard: set[str] = set()
+        """Topics that were subscribed to, and are not heard for now."""
         self.open = asyncio.Event()
         """Cleared, it keeps `subscribe` waiting."""
         self.kept: HistoryStore | None = None
@@ -77,6 +79,9 @@ class Bus(Broker):
 
     async def unsubscribe(self, topic: str) -> None:
         self.calls.append(f"unsubscribe {topic}")
+
+    def hears(self, topic: str) -> bool:
+        return topic not in self.unheard
 
     def publish_control(self, data: bytes) -> "asyncio.Future[None]":
         self.control_messages.append(data)
@@ -637,6 +642,31 @@ async def test_topic_that_ignores_gaps_goes_on() -> None:
     await world.pubsub.stop()
 
 
+async def test_gap_of_some_topics_leaves_the_others_alone() -> None:
+    world = World(topics=[{"match": "quiet", "on_gap": "ignore"}])
+    missed, quiet, other = world.reader("t"), world.reader("quiet"), world.reader("u")
+    world.pubsub.on_gap("the bus was away", ["t", "quiet", "left"])
+    assert (len(missed.ended), quiet.ended, other.ended) == (1, [], [])
+    assert world.pubsub.count_subscribers("u") == 1
+    await world.pubsub.stop()
+
+
+async def test_gaps_of_some_topics_after_each_other_share_one_pace() -> None:
+    """Those whose turn is still to come get no events, and none is asked twice."""
+    world = World(rejoins_per_s=20)
+    first, second, third = world.reader("t"), world.reader("u"), world.reader("v")
+    world.pubsub.on_gap("cut", ["t"])
+    world.pubsub.on_gap("cut", ["u"])
+    world.pubsub.on_gap("cut again", ["u", "v"])
+    assert [len(reader.ended) for reader in (first, second, third)] == [1, 0, 0]
+    for topic in ("u", "v"):
+        await world.receive(b"{}", topic=topic)
+    assert second.writes == third.writes == []
+    await until(lambda: world.metrics.rejoins_requested == 3)
+    assert [len(reader.ended) for reader in (first, second, third)] == [1, 1, 1]
+    await world.pubsub.stop()
+
+
 async def test_second_gap_starts_a_new_round_and_asks_each_once() -> None:
     world = World(rejoins_per_s=20)
     readers = [world.reader("t") for _ in range(3)]
@@ -663,9 +693,28 @@ def leave(world: World, *readers: Reader) -> None:
             world.pubsub.unsubscribe("t")
 
 
+async def test_topic_that_is_heard_already_needs_no_subscribe_until_it_is_not_heard() -> None:
+    world = World(needs_subscribe=True)
+    async with world.pubsub.subscribe("t"):
+        world.reader("t")
+    assert not world.pubsub.must_subscribe("t")
+    assert world.pubsub.must_subscribe("u")
+    world.bus.unheard.add("t")
+    assert world.pubsub.must_subscribe("t")
+    world.bus.fault = "cut"
+    with pytest.raises(BusUnavailable):
+        async with world.pubsub.subscribe("t"):
+            pass
+    world.bus.fault = None
+    async with world.pubsub.subscribe("t"):
+        pass
+    assert world.bus.calls == ["subscribe t", "subscribe t"], "it has a subscriber all the time"
+    await world.pubsub.stop()
+
+
 async def test_topic_is_subscribed_to_once_and_given_back_after_its_last_subscriber() -> None:
     world = World(needs_subscribe=True)
-    assert world.pubsub.must_subscribe
+    assert world.pubsub.must_subscribe("t")
     one, two = await asyncio.gather(hear(world, "t"), hear(world, "t"))
     assert world.bus.calls == ["subscribe t"]
     leave(world, one)
@@ -750,7 +799,7 @@ async def test_topic_that_the_bus_does_not_take_is_asked_for_again() -> None:
 async def test_bus_that_carries_every_topic_is_not_asked() -> None:
     world = World()
     leave(world, await hear(world, "t"))
-    assert (world.bus.calls, world.pubsub.must_subscribe) == ([], False)
+    assert (world.bus.calls, world.pubsub.must_subscribe("t")) == ([], False)
 
 
 # Histories.
