@@ -50,6 +50,12 @@ class RedisConfig(Table):
             return self.to_prefix
         return self.from_prefix if direction is Direction.FROM else self.from_user_prefix
 
+    def published(self, topic: str, event: str, payload: str) -> tuple[str, str]:
+        """The channel and the message by which other programs publish an event of a topic without a history."""
+        if self.publish_form == "topic":
+            return f"{self.topic_prefix}{topic}", f"{event}:{payload}"
+        return f"{self.to_prefix}{topic}:{event}", payload
+
     @model_validator(mode="after")
     def _prefixes_differ(self) -> "RedisConfig":
         if self.to_prefix.startswith(self.from_prefix) or self.from_prefix.startswith(self.to_prefix):

@@ -170,18 +170,13 @@ class Publisher:
         return self._send(channel, payload, None, (), is_counted=True)
 
     async def ask(self, *command: str) -> None:
-        """Carry out a command that only has to succeed. Raises BusUnavailable."""
+        """Carry out a command where there is a connection. Raises BusUnavailable where Redis refuses it."""
         if self._connection is None:
-            raise BusUnavailable(self._refusal or "not connected")
-        reply: object = None
-        try:
-            reply = await self._ask(self._connection, *command)
-        except asyncio.CancelledError:
-            if (task := asyncio.current_task()) is not None and task.cancelling():
-                raise
-            raise BusUnavailable("the connection was closed") from None  # futures of own commands are cancelled with it
-        if isinstance(reply, hiredis.ReplyError):
-            raise BusUnavailable(words(reply))
+            return
+        reply = self._ask(self._connection, *command)
+        _ = await asyncio.wait((reply,))
+        if not reply.cancelled() and isinstance(reply.result(), hiredis.ReplyError):  # else the connection has ended
+            raise BusUnavailable(words(reply.result()))
 
     def append(self, channel: bytes, args: tuple[bytes, ...]) -> asyncio.Future[None]:
         """Publish an event and append it to the history of its topic.

@@ -163,7 +163,7 @@ def _publish_lines(config: Config) -> Iterator[str]:
     from relay.web.pages import publish_line
 
     if _is_shareable(config.redis_url):
-        yield f"  publish  {publish_line(config.redis_url, config.redis.to_prefix)}"
+        yield f"  publish  {publish_line(config.redis_url, config.redis)}"
 
 
 def _greet_embedded(settings: Config) -> list[str]:
@@ -178,7 +178,7 @@ def _greet_embedded(settings: Config) -> list[str]:
         return [f"  redis    {bare}  (a Valkey of the relay's own; {why})", f"  publish  {own}"]
     return [
         f"  redis    {url}  (a Valkey of the relay's own; it ends with the relay)",
-        f"  publish  {publish_line(url, settings.redis.to_prefix)}",
+        f"  publish  {publish_line(url, settings.redis)}",
         f"           or, without redis-cli:  {own}",
     ]
 

@@ -136,7 +136,7 @@ def _commands(settings: Config, topic: str, entry: TopicConfig) -> Iterator[tupl
         return
     redis, history = settings.redis, entry.history
     if history is None:
-        yield "publish", ["redis-cli", "PUBLISH", f"{redis.to_prefix}{topic}:{_EVENT}", _PAYLOAD]
+        yield "publish", ["redis-cli", "PUBLISH", *redis.published(topic, _EVENT, _PAYLOAD)]
         return
     args = [_EVENT, _PAYLOAD, str(history.size), str(history.ttl_s)]
     if settings.limits.payload_max_bytes != LimitsConfig.model_fields["payload_max_bytes"].default:

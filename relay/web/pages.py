@@ -17,6 +17,7 @@ from starlette.staticfiles import StaticFiles
 from relay.auth.api_key import ApiKeyAuth, api_key_from
 from relay.brokers.base import Link
 from relay.config import Config
+from relay.config_redis import RedisConfig
 from relay.extras import describe
 from relay.metrics import Metrics
 from relay.paths import segments
@@ -161,7 +162,7 @@ def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> 
     return JSONResponse(content, status, headers, media_type="application/problem+json")
 
 
-def publish_line(redis_url: str, to_prefix: str) -> str:
+def publish_line(redis_url: str, redis: RedisConfig) -> str:
     """A command that publishes one event, to be pasted into a shell; the URL in it may hold a password."""
-    channel, payload = shlex.quote(f"{to_prefix}room:1:new_msg"), shlex.quote('{"text":"hi"}')
-    return f"redis-cli -u {redis_url} PUBLISH {channel} {payload}"
+    channel, message = map(shlex.quote, redis.published("room:1", "new_msg", '{"text":"hi"}'))
+    return f"redis-cli -u {redis_url} PUBLISH {channel} {message}"

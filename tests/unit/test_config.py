@@ -255,3 +255,9 @@ def test_settings_by_which_events_would_be_lost_or_come_twice_are_refused(
 def test_channels_of_topics_are_used_where_something_is_published_there(settings: dict[str, Any], uses: bool) -> None:
     """Who sets the prefix by hand hears them before any relay publishes there."""
     assert Config(**settings).uses_topic_channels is uses
+
+
+def test_what_other_programs_publish_follows_the_form_of_events() -> None:
+    assert RedisConfig(to_prefix="t/").published("room:1", "e", "{}") == ("t/room:1:e", "{}")
+    by_topic = RedisConfig(publish_form="topic", topic_prefix="topics/")
+    assert by_topic.published("room:1", "e", "{}") == ("topics/room:1", "e:{}")
