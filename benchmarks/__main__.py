@@ -21,8 +21,9 @@ from benchmarks.points import judge
 from benchmarks.presence import PRESENCE
 from benchmarks.scenarios import SCENARIOS, Bench, Plan, Row
 from benchmarks.servers import HERE, Cores, Missing, valkey
+from benchmarks.topic_mode import TOPIC_MODE
 
-_ALL = (*SCENARIOS, compression, *HISTORY, *PRESENCE, long_poll)
+_ALL = (*SCENARIOS, compression, *HISTORY, *PRESENCE, long_poll, *TOPIC_MODE)
 
 _ROOM = 500
 """File descriptors beside the sockets."""

@@ -15,9 +15,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
-from relay.brokers.redis_connection import LinkLost
+from relay.brokers.redis_connection import LinkLost, name_of
 from relay.config_redis import RedisConfig
 from relay.errors import BusUnavailable
 
@@ -86,6 +86,9 @@ class TopicChannels:
         # Given up, each with the time from which it may be unsubscribed, the earliest first.
         self._lingering: dict[bytes, float] = {}
         self._timer: asyncio.TimerHandle | None = None
+        # Who waits for a confirmation, each with the time until which it may, the earliest first.
+        self._waiting: deque[tuple[float, asyncio.Future[None]]] = deque()
+        self._late: asyncio.TimerHandle | None = None
         self._again: asyncio.Task[None] | None = None
         self._room = asyncio.Event()
         self._recovered: list[str] = []
@@ -122,15 +125,31 @@ class TopicChannels:
             self._ask_soon(channel)
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         channel.waiters.append(waiter)
+        self._limit(waiter)
         try:
-            async with asyncio.timeout(self._settings.timeout_s):
-                await waiter
-        except TimeoutError:
-            self._give_up(channel, waiter, was_wanted)
-            raise BusUnavailable(f"no answer to SUBSCRIBE within {self._settings.timeout_s:g} s") from None
-        except asyncio.CancelledError:
+            await waiter
+        except (BusUnavailable, asyncio.CancelledError):
             self._give_up(channel, waiter, was_wanted)
             raise
+
+    def _limit(self, waiter: asyncio.Future[None]) -> None:
+        """Refuse a waiter in time: by one timer for all, since most are answered within a millisecond."""
+        waiting = self._waiting
+        while waiting and waiting[0][1].done():
+            _ = waiting.popleft()
+        waiting.append((self._clock() + self._settings.timeout_s, waiter))
+        if self._late is None:
+            self._late = asyncio.get_running_loop().call_later(self._settings.timeout_s, self._refuse_late)
+
+    def _refuse_late(self) -> None:
+        self._late, waiting, now = None, self._waiting, self._clock()
+        while waiting and (waiting[0][1].done() or waiting[0][0] <= now):
+            _, waiter = waiting.popleft()
+            if not waiter.done():
+                fault = f"no answer to SUBSCRIBE within {self._settings.timeout_s:g} s"
+                waiter.set_exception(BusUnavailable(fault))
+        if waiting:
+            self._late = asyncio.get_running_loop().call_later(max(waiting[0][0] - now, 0.001), self._refuse_late)
 
     def unsubscribe(self, topic: str) -> None:
         """Unsubscribe from a topic after a while, unless it is asked for again before."""
@@ -305,8 +324,9 @@ class TopicChannels:
     def close(self) -> None:
         """End what is under way."""
         self.detach("the relay is stopping")
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._late):
+            if timer is not None:
+                timer.cancel()
 
     def _name(self, topic: str) -> bytes:
         return (self._settings.topic_prefix + topic).encode()
@@ -314,3 +334,18 @@ class TopicChannels:
 
 def _portions(channels: Sequence[TopicChannel]) -> Iterable[Sequence[TopicChannel]]:
     return (channels[start : start + PORTION] for start in range(0, len(channels), PORTION))
+
+
+def check_order(asked: "deque[tuple[str, bytes]]", kind: bytes, reply: Any) -> None:
+    """See that a confirmation is that of the command whose turn it is. Raises LinkLost.
+
+    Else one was lost, or has come on its own, and it is not known any more what is heard.
+
+    Args: asked: commands whose replies are still to come, each with its channel or pattern.
+          kind: of the reply, such as ``b"subscribe"``, whose second part is the channel.
+    """
+    command, name = asked[0] if asked else ("", b"")
+    if command.endswith("SUBSCRIBE") and (kind != command.lower().encode() or reply[1] != name):
+        raise LinkLost(f"{command} {name_of(name)} was not answered")
+    if kind in (b"subscribe", b"unsubscribe") and kind != command.lower().encode():
+        raise LinkLost(f"Redis has sent {kind.decode()} {name_of(reply[1] or b'')} without being asked")

@@ -76,6 +76,14 @@ def is_denied(reply: object) -> bool:
     return isinstance(reply, hiredis.ReplyError) and (text.startswith("noperm") or "unknown command" in text)
 
 
+def is_channel_denied(reply: object) -> bool:
+    """Whether a user may not hear one channel, but others; else it may not use the command at all.
+
+    Source: Redis ``acl.c: getAclErrorMessage``; a command is "… permissions to run the 'subscribe' command".
+    """
+    return str(reply).startswith("NOPERM") and "permissions to run the" not in str(reply)
+
+
 class RedisConnection:
     """One open connection. `open` makes it; `close` must be called.
 

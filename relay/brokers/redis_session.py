@@ -20,12 +20,13 @@ import hiredis
 
 from relay.brokers import redis_topics
 from relay.brokers.base import NODE_CHANNEL, Event, Sink
-from relay.brokers.redis_channels import TopicChannels
+from relay.brokers.redis_channels import TopicChannels, check_order
 from relay.brokers.redis_connection import (
     Connections,
     LinkLost,
     RedisConnection,
     Role,
+    is_channel_denied,
     is_denied,
     name_of,
     packed,
@@ -34,6 +35,7 @@ from relay.brokers.redis_connection import (
 )
 from relay.brokers.redis_marker import PROBE, Markers
 from relay.brokers.redis_publisher import Publisher
+from relay.brokers.redis_topics import NO_NAME
 from relay.config_redis import RedisConfig
 from relay.errors import BusUnavailable, Reason
 from relay.metrics import Metrics
@@ -180,6 +182,7 @@ class Session:
             self._unconfirmed = len(raw) + len(own)
             self._subscribe(sorted(raw), one_by_one=True)
             self.ask_channels("SUBSCRIBE", own)
+        by_name = {} if channels is None else channels.by_name
         gets = connection.replies.gets
         while True:
             self._waiting_since = self._clock()
@@ -193,7 +196,15 @@ class Session:
                 if reply[0] != b"pmessage":
                     if channels is None or reply[0] != b"message":
                         self._take_answer(reply)
-                    elif (event := self._take_message(channels, reply[1], reply[2])) is not None:
+                        continue
+                    _, channel, payload = reply
+                    heard, colon = by_name.get(channel), payload.find(b":")
+                    if heard is not None and colon > 0 and payload[0] not in NO_NAME:  # a plain live event
+                        events.append(
+                            Event(heard.topic, payload[:colon].decode(errors="replace"), payload[colon + 1 :])
+                        )
+                        metrics.events_on_topics += 1
+                    elif (event := self._take_message(channels, channel, payload)) is not None:
                         events.append(event)
                     continue
                 _, of, channel, payload = reply
@@ -274,7 +285,7 @@ class Session:
         """Take the answer to a command: ``["psubscribe", pattern, 1]``, ``["pong", ""]``, or what `read_role` reads."""
         kind = reply if isinstance(reply, bytes) else reply[0]
         if self._channels is not None:
-            self._check_order(kind, reply)
+            check_order(self._asked, kind, reply)
         if kind == b"psubscribe":
             _ = self._asked.popleft()
             self._confirm_one()
@@ -294,17 +305,6 @@ class Session:
             if (role := read_role(reply)) != self.role:
                 raise LinkLost(f"the server has become {role}")
 
-    def _check_order(self, kind: bytes, reply: Any) -> None:
-        """See that a confirmation is that of the command whose turn it is. Raises LinkLost.
-
-        Else one was lost, or has come on its own, and it is not known any more what is heard.
-        """
-        command, name = self._asked[0] if self._asked else ("", b"")
-        if command.endswith("SUBSCRIBE") and (kind != command.lower().encode() or reply[1] != name):
-            raise LinkLost(f"{command} {name_of(name)} was not answered")
-        if kind in (b"subscribe", b"unsubscribe") and kind != command.lower().encode():
-            raise LinkLost(f"Redis has sent {kind.decode()} {name_of(reply[1] or b'')} without being asked")
-
     def _take_refusal(self, error: hiredis.ReplyError) -> None:
         """Take an error reply. Raises LinkLost where nothing can be heard without what it refuses."""
         command, pattern = self._asked.popleft() if self._asked else ("", b"")
@@ -319,7 +319,7 @@ class Session:
         elif (
             pattern
             and pattern == self._control
-            and (is_denied(error) if command == "PSUBSCRIBE" else _is_channel_denied(error))
+            and (is_denied(error) if command == "PSUBSCRIBE" else is_channel_denied(error))
         ):
             del self._probe_channels[0]
             self._broker.publisher.mark_elsewhere(self._settings.control_channel.encode())
@@ -335,7 +335,7 @@ class Session:
             means = "long polls that reach another process than their session's are not answered here"
             self._broker.report_denied(f"PSUBSCRIBE {NODE_CHANNEL}*", means, f"&{NODE_CHANNEL}*")
             self._confirm_one()
-        elif command == "SUBSCRIBE" and self._channels is not None and _is_channel_denied(error):
+        elif command == "SUBSCRIBE" and self._channels is not None and is_channel_denied(error):
             self._channel_denied(self._channels, pattern, words(error))
         elif command.endswith("PSUBSCRIBE") or (command == "SUBSCRIBE" and not self._confirmed.is_set()):
             raise LinkLost(f"{command} {name_of(pattern)}: {words(error)}")
@@ -493,11 +493,3 @@ class Session:
         if not self._may_ping:
             self._metrics.link_lag_s = 0.0
         self._probe_heard.set()
-
-
-def _is_channel_denied(error: hiredis.ReplyError) -> bool:
-    """Whether the user may not hear one channel, but others; else it may not use the command at all.
-
-    Source: Redis ``acl.c: getAclErrorMessage``; a command is "… permissions to run the 'subscribe' command".
-    """
-    return str(error).startswith("NOPERM") and "permissions to run the" not in str(error)

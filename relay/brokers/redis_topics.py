@@ -13,8 +13,8 @@ The name of an event is never empty, so that a colon in the first place cannot b
 
 from relay.brokers.base import Event, is_position
 
-_NOT_A_NAME = (b"{", b"[", b'"')
-"""How payloads begin, where a publisher has forgotten the event's name."""
+NO_NAME = b'{["'
+"""What payloads begin with, where a publisher has forgotten the event's name."""
 
 
 def pack(event: str, payload: bytes, sender: str | None = None) -> bytes:
@@ -41,6 +41,6 @@ def unpack(topic: str, data: bytes) -> Event | None:
         if start == len(data):  # a notice
             return None if position is None else Event(topic, "", b"", position)
         head = data.find(b":", start)
-    if head <= start or data[start:head].startswith(_NOT_A_NAME):
+    if head <= start or data[start] in NO_NAME:
         return None
     return Event(topic, data[start:head].decode(errors="replace"), data[head + 1 :], position, sender)
