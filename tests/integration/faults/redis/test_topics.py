@@ -187,7 +187,7 @@ async def test_nobody_is_told_of_a_gap_who_joined_after_it(
 # Confirmations.
 
 
-async def test_confirmation_that_never_comes_refuses_the_join_and_costs_the_others_no_event(server: Valkey) -> None:
+async def test_confirmation_that_never_comes_refuses_the_join_and_ends_the_connection(server: Valkey) -> None:
     """A proxy takes one reply out of the stream: what is heard is not known any more, so the relay connects anew."""
     async with Proxy.open(server.port) as proxy:
         async with broker_on(f"redis://127.0.0.1:{proxy.port}", **BY_TOPIC | {"ping_timeout_s": 5}) as (
