@@ -68,7 +68,10 @@ class Sink(Protocol):
         """Take what a node has published by `Broker.publish_control`; its own too."""
 
     def on_gap(self, reason: str, topics: Collection[str] | None = None) -> None:
-        """Learn that events may have been missed, of all topics or of some; hearing them has been restored."""
+        """Learn that events may have been missed, of all topics or of some; hearing them has been restored.
+
+        Without any topic it means other messages, on control channels and patterns: they are heard again before topics.
+        """
 
     def count_subscribers(self, topic: str) -> int:
         """How many subscribers a topic has here: those with most are heard again first."""

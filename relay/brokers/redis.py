@@ -181,8 +181,8 @@ class RedisBroker:
                 away_s = self.clock() - lost_at
                 self.metrics.gaps += 1
                 _logger.warning("gap: events of the last %.1f s may have been missed", away_s)
-                if self.channels is None:  # else each topic has its gap once it is heard again
-                    sink.on_gap(fault)
+                # Where topics are subscribed to one by one, each has its gap once it is heard again.
+                sink.on_gap(fault, None if self.channels is None else ())
                 lost_at = None
             settled()
 

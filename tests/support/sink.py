@@ -34,6 +34,8 @@ class Sink:
         self.control_messages.append(data)
 
     def on_gap(self, reason: str, topics: Collection[str] | None = None) -> None:
+        if topics is not None and not topics:
+            return
         if topics is None or not self._round or not self._round.isdisjoint(topics):
             self.gaps.append(reason)
             self._round = set()
