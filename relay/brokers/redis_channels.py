@@ -285,15 +285,19 @@ class TopicChannels:
         # What has just been heard again may be missed again: that is one gap, after the next confirmation.
         recovered = set(self._recovered)
         self._recovered.clear()
-        for channel in tuple(self.by_name.values()):
-            was_heard = channel.is_heard or channel.topic in recovered
-            channel.is_heard = channel.is_asked = False
-            if channel.is_wanted and (was_heard or channel.is_missed):
-                self._missed += not channel.is_missed
-                channel.is_missed = True
+        forgotten: list[TopicChannel] = []
+        for channel in self.by_name.values():  # 100 000 in one turn of the event loop: no call for each
+            if channel.is_wanted and (channel.is_heard or channel.is_missed or channel.topic in recovered):
+                if not channel.is_missed:
+                    channel.is_missed = True
+                    self._missed += 1
             else:
-                self._forget(channel)
-            self._answer(channel, reason)
+                forgotten.append(channel)
+            channel.is_heard = channel.is_asked = False
+            if channel.waiters:
+                self._answer(channel, reason)
+        for channel in forgotten:
+            self._forget(channel)
 
     async def _guard_again(self, writer: ChannelWriter) -> None:
         try:

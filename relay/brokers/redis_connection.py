@@ -105,10 +105,10 @@ class RedisConnection:
         self.read_at: float = clock()
         """When bytes came last."""
 
-    async def read(self) -> None:
+    async def read(self, most: int = _READ_BYTES) -> None:
         """Wait for bytes and feed them to `replies`. Raises LinkLost at the connection's end."""
         try:
-            data = await self._reader.read(_READ_BYTES)
+            data = await self._reader.read(most)
         except Exception as error:
             raise LinkLost(self._last_words() or words(error)) from error
         if not data:
