@@ -196,12 +196,13 @@ export async function outage({ Phoenix, url, api, options }, ask, report) {
     await until(() => open.joins === 1, "the join", 15_000)
     if (polls(open)) throw new Error("it is a long poll")
   })
+  const isUp = () => fetch(`${api}/../health`).then(answer => answer.ok, () => false)
   await ask("stop")
-  await until(() => open.socket.conn?.readyState !== 1, "the end of the socket", 20_000)
+  await until(async () => !await isUp(), "the relay's end", 30_000)
   const late = page("room:late") // loaded during the outage
   await check("both pages fall back", () => until(() => polls(open) && polls(late), "the fallback", 30_000))
   await ask("start")
-  await until(() => fetch(`${api}/../health`).then(answer => answer.ok, () => false), "the relay", 40_000)
+  await until(isUp, "the relay's start", 60_000)
   await check("both are back and live within 10 s", async () => {
     const began = Date.now()
     const live = async (each, topic) => {
