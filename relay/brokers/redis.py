@@ -280,7 +280,7 @@ class RedisBroker:
             if history is not None:
                 args = history_args(event, payload, history, sender, self._config.limits.payload_max_bytes)
                 return self.publisher.append(f"{self.settings.topic_prefix}{topic}".encode(), args)
-        if direction is Direction.TO and self.settings.publish_form == "topic":
+        if direction in (Direction.TO, Direction.LIVE) and self.settings.publish_form == "topic":
             channel = f"{self.settings.topic_prefix}{topic}".encode()
             return self.publisher.publish(channel, redis_topics.pack(event, payload, sender))
         prefix = self.settings.prefix(direction)

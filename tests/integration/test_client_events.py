@@ -151,3 +151,31 @@ async def test_gap_does_not_bring_a_client_event_back_to_its_sender(valkey: Valk
         await bob.expect_event("room:ce4", "typing", {})
         await alice.expect_alive()
         await eventually(lambda: not relay.node.pubsub._skips, "nothing to be remembered")
+
+
+@pytest.mark.parametrize("redis_settings", [{"publish_form": "topic"}, {"publish_form": "topic", "subscribe": "topic"}])
+@pytest.mark.parametrize("history", [None, {"size": 10}])
+async def test_client_event_takes_the_form_in_which_events_are_published(
+    redis_settings: dict[str, str], history: dict[str, int] | None, valkey: Valkey, connect: Connect, redis: Redis
+) -> None:
+    """Where nodes hear topics one by one, nothing would hear it in the other form; and it is in no history either."""
+    topic = f"room:ce-{uuid.uuid4().hex[:8]}"
+    settings: dict[str, Any] = {
+        "topics": [{**ROOM, "history": history}],
+        "redis_url": valkey.url,
+        "redis": redis_settings,
+        "system_topic": False,
+    }
+    async with serve(Relay(**settings)) as near, serve(Relay(**settings)) as far:
+        alice, bob, carol = await connect(near), await connect(near), await connect(far)
+        joined = await alice.join(topic)
+        for client in (bob, carol):
+            await client.join(topic)
+        assert await alice.push(joined, topic, "typing", {"x": 1}) == {"status": "ok", "response": {}}
+        for client in (bob, carol):
+            await client.expect_event(topic, "typing", {"x": 1})
+        await near.relay.publish(topic, "new_msg", {})
+        await alice.expect_event(topic, "new_msg", {})
+        rows: Any = await redis.xrange(f"topic:{topic}")
+        events = [fields[b"e"] for _, fields in rows if fields.get(b"e")]
+        assert events == ([b"new_msg"] if history else [])
