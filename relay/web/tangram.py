@@ -8,6 +8,7 @@ connect get one without the API key too: for topics of ``[[auth.tangram_topics]]
 
 import secrets
 import time
+from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
@@ -152,10 +153,11 @@ async def _read(request: Request) -> TokenRequest:
     """Read what is asked for, and no more than that may take. Raises _Refused."""
     body = b""
     try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > _BODY_MAX_BYTES:
-                raise _Refused(413, f"body: expected at most {_BODY_MAX_BYTES} bytes", "token: body too large")
+        async with aclosing(request.stream()) as chunks:
+            async for chunk in chunks:
+                body += chunk
+                if len(body) > _BODY_MAX_BYTES:
+                    raise _Refused(413, f"body: expected at most {_BODY_MAX_BYTES} bytes", "token: body too large")
     except ClientDisconnect:
         raise _Refused(400, "the body did not come in full", "token: no body") from None
     try:

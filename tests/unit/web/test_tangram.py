@@ -1,8 +1,8 @@
 """`relay.web.tangram`: who gets a token, from where, for what; and how a page is answered."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import httpx2 as httpx
@@ -100,7 +100,7 @@ async def test_token_stands_beside_each_socket_path() -> None:
 async def test_body_is_read_no_further_than_two_names_take(tangram: Any) -> None:
     read = 0
 
-    async def body() -> AsyncIterator[bytes]:
+    async def body() -> AsyncGenerator[bytes]:
         nonlocal read
         for _ in range(1000):
             read += 1
@@ -113,7 +113,8 @@ async def test_body_is_read_no_further_than_two_names_take(tangram: Any) -> None
         _,
         client,
     ):
-        answer = await client.post("/token", content=body(), headers=key)
+        async with aclosing(body()) as pieces:
+            answer = await client.post("/token", content=pieces, headers=key)
         assert (answer.status_code, answer.json()["detail"]) == (413, "body: expected at most 4096 bytes")
         for content in (b"", b"[]", b'{"channel": ""}', b'{"channel": 1}', b'{"channel": "\xff"}'):
             assert (await client.post("/token", content=content, headers=key)).status_code == 422
