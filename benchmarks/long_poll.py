@@ -17,7 +17,7 @@ from benchmarks.servers import Server
 
 CLIENTS = 1000
 RATE = 1
-"""Events a second. Each makes a request of every client: at 5, two cores are not enough for server and clients."""
+"""Events a second. Each makes a request of every client."""
 
 IDLE_S = 20.0
 """Two windows of 10 s: each client polls twice."""

@@ -20,7 +20,7 @@ from tools import reference
 ROOT = Path(__file__).parents[2]
 
 SEARCHED = (
-    "celery=index",
+    "celery=publishing",
     "django=coming-from",
     "docker=deployment",
     "kubernetes=deployment",
