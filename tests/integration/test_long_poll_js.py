@@ -3,7 +3,7 @@
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -47,15 +47,15 @@ def without_upgrade(data: bytes) -> bytes:
 
 
 @contextmanager
-def cutting_proxy(port: int) -> Iterator[int]:
-    """A proxy that lets no WebSocket pass, in a thread of its own; gives its port."""
+def proxy_to(*ports: int, rewrite: Callable[[bytes], bytes] = bytes) -> Iterator[int]:
+    """A proxy, or a balancer, in a thread of its own; gives its port."""
     loop, ready = asyncio.new_event_loop(), threading.Event()
     found: list[int] = []
     ending = asyncio.Event()
 
     async def run() -> None:
-        async with Proxy.open(port) as proxy:
-            proxy.rewrite = without_upgrade
+        async with Proxy.open(*ports) as proxy:
+            proxy.rewrite = rewrite
             found.append(proxy.port)
             ready.set()
             await ending.wait()
@@ -71,30 +71,43 @@ def cutting_proxy(port: int) -> Iterator[int]:
         loop.close()
 
 
-def run(tmp_path: Path, script: str, client: str, *, falls_back: bool = False, outage: bool = False) -> None:
+def run(
+    tmp_path: Path, script: str, client: str, *, falls_back: bool = False, outage: bool = False, nodes: int = 1
+) -> None:
     settings = tmp_path / "relay.toml"
     settings.write_text(SETTINGS)
     with Valkey() as redis, ExitStack() as stack:
-        port = free_port()
-        arguments = ("--config", str(settings), "--redis-url", redis.url, "--port", str(port))
-        relays = [stack.enter_context(RelayProcess(*arguments))]
-        api = f"http://127.0.0.1:{port}/api"
+        ports = [free_port() for _ in range(nodes)]
+        arguments = ("--config", str(settings), "--redis-url", redis.url, "--port")
+        environ = {"RELAY_AUTH__SECRET": SECRET} if nodes > 1 else {}
+        relays: list[RelayProcess] = []
+
+        def start() -> None:
+            relays[:] = [stack.enter_context(RelayProcess(*arguments, str(port), environ=environ)) for port in ports]
+
+        def cut(port: int) -> None:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}/api", trust_env=False, headers=KEY) as http:
+                found = http.get("/topics/kept:1")  # 404 where no client of this node has joined it
+                for socket_id in found.json()["socket_ids"] if found.status_code == 200 else ():
+                    http.delete(f"/sockets/{socket_id}").raise_for_status()
 
         def act(asked: dict[str, Any]) -> None:
             match asked["do"]:
                 case "cut":
-                    with httpx.Client(base_url=api, trust_env=False, headers=KEY) as http:
-                        for socket_id in http.get("/topics/kept:1").raise_for_status().json()["socket_ids"]:
-                            http.delete(f"/sockets/{socket_id}").raise_for_status()
+                    for port in ports:
+                        cut(port)
                 case "stop":
-                    assert relays[-1].stop() == 0
+                    assert [relay.stop() for relay in relays] == [0] * nodes
                 case "start":
-                    relays.append(stack.enter_context(RelayProcess(*arguments)))
+                    start()
                 case "restart redis":
                     redis.kill()
                     redis.start()
 
-        near = stack.enter_context(cutting_proxy(port)) if falls_back else port
+        start()
+        near = ports[0]
+        if falls_back or nodes > 1:
+            near = stack.enter_context(proxy_to(*ports, rewrite=without_upgrade if falls_back else bytes))
         options = {"longPollFallbackMs": 1500} if falls_back or outage else {}
         if outage:
             options["outage"] = 1
@@ -109,6 +122,13 @@ def run(tmp_path: Path, script: str, client: str, *, falls_back: bool = False, o
 def test_phoenix_works_by_long_polling_in_node(tmp_path: Path, client: str) -> None:
     need_node()
     run(tmp_path, "long-poll-node.mjs", client)
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_phoenix_works_by_long_polling_on_two_nodes(tmp_path: Path, client: str) -> None:
+    """Behind a balancer that knows no sessions."""
+    need_node()
+    run(tmp_path, "long-poll-node.mjs", client, nodes=2)
 
 
 @pytest.mark.parametrize("client", CLIENTS)

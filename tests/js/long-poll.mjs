@@ -136,11 +136,12 @@ export async function longPoll({ Phoenix, url, api, options, tokens }, ask, repo
   })
 
   const returns = async (what, ms) => {
-    const before = joins
+    let before = joins
     const isUp = () => fetch(`${api}/../health`).then(answer => answer.ok, () => false)
     if (what === "restart") {
       await ask("stop")
       await until(async () => !await isUp(), "the relay's end", 30_000)
+      before = joins  // of several nodes, the last to end may have taken the client in
       await ask("start")
       await until(isUp, "the relay's start", 60_000)
     } else await ask(what)
