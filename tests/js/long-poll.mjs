@@ -140,7 +140,9 @@ export async function longPoll({ Phoenix, url, api, options, tokens }, ask, repo
     const isUp = () => fetch(`${api}/../health`).then(answer => answer.ok, () => false)
     if (what === "restart") {
       await ask("stop")
-      await until(async () => !await isUp(), "the relay's end", 30_000)
+      let refused = 0  // a relay that drains still answers
+      const isGone = () => fetch(`${api}/../health`).then(() => false, () => true)
+      await until(async () => (refused = await isGone() ? refused + 1 : 0) > 2, "the relay's end", 30_000)
       before = joins  // of several nodes, the last to end may have taken the client in
       await ask("start")
       await until(isUp, "the relay's start", 60_000)
