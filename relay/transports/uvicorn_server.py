@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,24 @@ class _Reloader(StatReload):
         super().__init__(config, partial(_serve_once, config), [listener])
         self.reloader_name = "relay"
         self._files = files
+
+    def startup(self) -> None:
+        """Start; what changes meanwhile starts it again."""
+        self.mtimes: dict[Path, float] = self._times()
+        super().startup()
+
+    def restart(self) -> None:
+        """Start again, as above: Uvicorn's own notes the times of files some time after the start."""
+        times = self._times()
+        super().restart()
+        self.mtimes = times
+
+    def _times(self) -> dict[Path, float]:
+        times: dict[Path, float] = {}
+        for file in self.iter_py_files():
+            with suppress(OSError):
+                times[file] = file.stat().st_mtime
+        return times
 
     def iter_py_files(self) -> Iterator[Path]:
         """The files that are watched: environments, packages and hidden directories are passed over."""

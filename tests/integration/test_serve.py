@@ -161,9 +161,11 @@ def test_reload_starts_again_when_the_app_or_the_settings_change(tmp_path: Path)
         return False
 
     def change(path: Path, text: str) -> None:
-        path.write_text(text)
         later = path.stat().st_mtime + 10  # a file system may keep whole seconds
-        os.utime(path, (later, later))
+        made = path.with_suffix(".new")
+        made.write_text(text)
+        os.utime(made, (later, later))
+        made.replace(path)  # at once: it is one change
 
     with _serve_app(tmp_path, "shop:app", "--reload", "--port", str(port), "-c", str(settings)) as process:
         lines = _lines_of(process)

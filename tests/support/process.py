@@ -190,9 +190,9 @@ class RelayProcess:
     @property
     def ws(self) -> str:
         """For ``new Socket(…)``: ``ws://127.0.0.1:<port>/socket``."""
-        found = re.search(r'^  socket +new Socket\("(\S+)"\)$', self.output, re.MULTILINE)
+        found = re.search(r'^  socket +(?:new Socket\(")?(ws:[^"\s]+)', self.output, re.MULTILINE)
         assert found is not None
-        return found[1]
+        return found[1].removesuffix("/websocket")  # an earlier revision prints the whole path
 
     @property
     def http(self) -> str:

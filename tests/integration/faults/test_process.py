@@ -331,6 +331,8 @@ WALL_CLOCK = {
     "web/tangram.py": "a token says the time of day at which it expires",
     "cli/auth.py": "the same",
     "web/console.py": "the time of day that the page shows beside an event",
+    "web/console_series.py": "the same, for the charts",
+    "plugins/webhook_client.py": "the time of day that a request is signed with",
 }
 
 
