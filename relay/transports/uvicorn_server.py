@@ -4,6 +4,7 @@ Owns what Uvicorn has no setting for; must not know what is served.
 """
 
 import asyncio
+import gc
 import logging
 import multiprocessing
 import os
@@ -61,6 +62,9 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         self._listeners = [*self.servers, *(sockets or ())]
         self._loop = asyncio.get_running_loop()
+        # Modules and settings stay: later collections pass them over, which are most of what a small relay has.
+        gc.collect()
+        gc.freeze()
 
     def stop_listening(self) -> None:
         """Let the address go at once, before the drain: another server may want it. From any thread."""
