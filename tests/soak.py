@@ -1,17 +1,17 @@
 """An hour of churn and faults against one ``relay serve``: memory must not grow, nor an event be lost: ``make soak``.
 
 Sockets come, join, push, leave, rejoin, go in good order, vanish with a reset, send nonsense, stop to read or are
-refused, requests share connections; Redis is cut off, paused, killed and restarted. Meanwhile followers of a topic with
-a history are cut and come back with their positions, and what they got is compared with what Redis has acknowledged.
-Once a minute a line says what the relay holds. Exits 1 where the relay has logged a traceback, where a follower has
-seen an event twice, has missed one while it was said to have recovered, or hears nothing any more, or where the memory
-has grown: the median of the last sixth of the time, minutes 50 to 60, against that of the second sixth, minutes 10 to
-20, by over 1 %. A shorter run may grow by as much more as it is shorter, by 5 % at most. What the relay has logged is
-kept in ``build/soak.log``.
+refused, others poll, requests share connections; Redis is cut off, paused, killed and restarted. Meanwhile followers
+of a topic with a history are cut and come back with their positions, and what they got is compared with what Redis
+has acknowledged. Once a minute a line says what the relay holds. Exits 1 where the relay has logged a traceback,
+where a follower has seen an event twice, has missed one while it was said to have recovered, or hears nothing any
+more, or where the memory has grown: the median of the last sixth of the time, minutes 50 to 60, against that of the
+second sixth, minutes 10 to 20, by over 1 %. A shorter run may grow by as much more as it is shorter, by 5 % at most.
+What the relay has logged is kept in ``build/soak.log``.
 
 Beside it four more relays with presence are killed, stalled and cut off, their Redis flushed and restarted, and their
-members come, go and move: after quiet of one lease each client's list and each relay's state must equal the truth, and
-no client may have seen somebody leave who stayed.
+members come, go and move: after quiet of one lease each client's list and each relay's state must equal the truth,
+and no client may have seen somebody leave who stayed.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import urlopen
 
+import httpx2 as httpx
 import psutil
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
@@ -40,6 +41,7 @@ from websockets.typing import Origin
 from relay.errors import BusUnavailable
 from tests.support.client import TEXT, Client, RawSocket
 from tests.support.follower import Follower, Source, progress
+from tests.support.long_poll import Poller
 from tests.support.presence_model import Times, keep_checking, kill_all
 from tests.support.process import RelayProcess, Valkey
 
@@ -57,7 +59,7 @@ SHORT_GROWTH_MAX = 0.05
 LOG = Path("build/soak.log")
 NONSENSE = ("[", "{}", '["1","1","room:1"]', "\x00", "[1,2,3,4,5]", '["1","1","room:1","phx_join",{}]x')
 
-GONE = (ConnectionClosed, InvalidHandshake, OSError, EOFError, TimeoutError, AssertionError)
+GONE = (httpx.HTTPError, ConnectionClosed, InvalidHandshake, OSError, EOFError, TimeoutError, AssertionError)
 """What a client sees of a relay that has cut it off, or that is behind."""
 
 done: Counter[str] = Counter()
@@ -69,7 +71,7 @@ def topic() -> str:
 
 async def lead_a_life(url: str, end: float) -> None:
     """One socket after another, each with a life of its own."""
-    lives = (talk, talk, talk, talk, vanish, babble, dawdle, knock, ask)
+    lives = (talk, talk, talk, talk, poll, vanish, babble, dawdle, knock, ask)
     while time.monotonic() < end:
         life = random.choice(lives)
         with suppress(*GONE):
@@ -128,6 +130,29 @@ async def dawdle(url: str) -> None:
         for number in range(10):
             await client.send_frame(TEXT, json.dumps([str(number), str(number), topic(), "phx_join", {}]).encode())
         await asyncio.sleep(random.uniform(0, 20))
+
+
+async def poll(url: str) -> None:
+    """A session of long polling: join, push, listen; half of them leave without a word, a poll under way or not."""
+    async with Poller.connect(url) as client:
+        joined: dict[str, str] = {}
+        end = time.monotonic() + random.expovariate(1 / 10)
+        while time.monotonic() < end:
+            name, ref = topic(), str(random.randrange(1000))
+            if name not in joined:
+                joined[name] = ref
+                answer = await client.post(json.dumps([ref, ref, name, "phx_join", {}]))
+            else:
+                answer = await client.post(json.dumps([joined[name], ref, name, "shout", {"text": "x" * 200}]))
+            with suppress(TimeoutError):
+                async with asyncio.timeout(random.choice((0.1, 1, 12))):
+                    answer = await client.poll() if answer["status"] == 200 else answer
+            if answer["status"] not in (200, 204):
+                return  # the session is over: it was slow, or the relay could not serve it
+        if random.random() < 0.5:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await client.poll()
 
 
 async def knock(url: str) -> None:
