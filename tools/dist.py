@@ -144,7 +144,8 @@ def check_sdist(files: Sequence[Path], work: Path) -> None:
     """See that the source distribution makes the same wheel. Raises Fault."""
     sdist, wheel = (one(files, "starlette_relay-", end) for end in (".tar.gz", ".whl"))
     with tarfile.open(sdist) as archive:
-        archive.extractall(work, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # which Python has since 3.11.4
+        archive.extractall(work)
     env = {**os.environ, "SOURCE_DATE_EPOCH": commit_time()}
     source = work / sdist.name.removesuffix(".tar.gz")
     run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", work / "again", cwd=source, env=env)

@@ -118,7 +118,8 @@ def react_app(dist: Path, tmp_path: Path) -> Iterator[Path]:
     for name in ("react", "react-dom", "vite", "@types"):
         (packages / name).symlink_to(SCRIPTS / "node_modules" / name)
     with tarfile.open(the(dist, "starlette-relay-client-*.tgz")) as archive:
-        archive.extractall(tmp_path / "packed", filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # which Python has since 3.11.4
+        archive.extractall(tmp_path / "packed")
     shutil.move(tmp_path / "packed" / "package", packages / "starlette-relay-client")
     hook, component = (
         re.findall(rf"```{kind}\n(.*?)```", README.read_text("utf-8"), re.DOTALL)[0] for kind in ("ts", "tsx")

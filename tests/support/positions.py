@@ -120,7 +120,10 @@ class SocketReader(Reader):
         address = f"{url}/websocket?vsn={self._version}"
         async with websockets.connect(address, compression=compression, max_size=None, max_queue=2) as connection:
             self._client = Client(connection, self._version)
-            await self._serve(self._client)
+            try:
+                await self._serve(self._client)
+            finally:
+                connection.transport.abort()  # to close it in good order may wait, and be cancelled half way
 
     async def _serve(self, client: Client) -> None:
         (topic,) = self.topics
