@@ -164,12 +164,7 @@ class Connections:
                 trace.end_handshake()
 
     async def _serve(self, scope: Scope, receive: ReceiveCallable, send: SendCallable, trace: Trace | None) -> None:
-        if self.is_draining:
-            await self._refuse(scope, receive, send, _RESTARTING)
-            return
-        client = scope.get("client")
-        address = rate_limit_key(client[0]) if client else None
-        refused = self._admission.acquire(address, time.monotonic())
+        address, refused = self._admit(scope)
         if refused is not None:
             await self._refuse(scope, receive, send, refused)
             return
@@ -188,6 +183,14 @@ class Connections:
         finally:
             self._admission.release(address)
 
+    def _admit(self, scope: Scope) -> tuple[str | None, HandshakeRejected | None]:
+        """Let a client in, by the address that has to be released later, or say why not."""
+        if self.is_draining:
+            return None, _RESTARTING
+        client = scope.get("client")
+        address = rate_limit_key(client[0]) if client else None
+        return address, self._admission.acquire(address, time.monotonic())
+
     async def open_session(self, scope: Scope) -> Socket | HandshakeRejected:
         """Open the session of a long-polling client, which goes on after its request; say why not, if not."""
         trace = None if self._tracer is None else self._tracer.begin(scope)
@@ -203,11 +206,7 @@ class Connections:
                 trace.end_handshake()
 
     async def _open_session(self, scope: Scope, trace: Trace | None) -> Socket | HandshakeRejected:
-        if self.is_draining:
-            return _RESTARTING
-        client = scope.get("client")
-        address = rate_limit_key(client[0]) if client else None
-        refused = self._admission.acquire(address, time.monotonic())
+        address, refused = self._admit(scope)
         if refused is not None:
             return refused
         began = self._pubsub.decisions.begin()

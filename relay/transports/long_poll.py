@@ -18,7 +18,7 @@ from relay.protocol.frame import Frame
 from relay.protocol.serializer import Version
 from relay.transports.base import Scope, TransportServices
 from relay.transports.outbox import Entry
-from relay.transports.queued import QueuedTransport, resolve
+from relay.transports.queued import QueuedTransport, resolve, size_of
 
 SESSION_WINDOWS = 1.5
 """After so many windows (``limits.longpoll_window_s``) without a poll a session ends. Source: Phoenix."""
@@ -168,7 +168,7 @@ class LongPollTransport(QueuedTransport):
                 continue
             if frame is not None:
                 self.last_received: float = time.monotonic()
-                self.last_size: int = len(frame) if isinstance(frame, bytes) or frame.isascii() else _size(frame)
+                self.last_size: int = size_of(frame)
                 return frame
             self._posts.popleft()
             post.done.set_result(self._close is None)
@@ -309,7 +309,3 @@ class LongPollTransport(QueuedTransport):
             if not post.done.done():
                 post.done.set_result(False)
         self._posts.clear()
-
-
-def _size(text: str) -> int:
-    return len(text.encode(errors="surrogatepass"))

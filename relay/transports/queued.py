@@ -283,6 +283,13 @@ def abort_of(receive: ReceiveCallable) -> Callable[[], object] | None:
     return None if abort is None else partial(cut, abort)
 
 
+def size_of(frame: str | bytes) -> int:
+    """Bytes of a frame, of text in UTF-8."""
+    if isinstance(frame, bytes) or frame.isascii():
+        return len(frame)
+    return len(frame.encode(errors="surrogatepass"))
+
+
 def resolve(future: asyncio.Future[None] | None) -> None:
     """Wake the task that waits for ``future``, if there is one."""
     if future is not None and not future.done():

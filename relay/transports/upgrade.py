@@ -68,8 +68,9 @@ def accept_plain(target: bytes, headers: RawHeaders, negotiates: bool) -> bytes 
         and _TOKENS.fullmatch(found.get(b"sec-websocket-protocol", b"none")) is not None
         and _is_key(key)
     )
-    digest = sha1(key + _GUID, usedforsecurity=False).digest()
-    return b2a_base64(digest, newline=False) if is_plain else None
+    if not is_plain:
+        return None
+    return b2a_base64(sha1(key + _GUID, usedforsecurity=False).digest(), newline=False)
 
 
 def _is_key(key: bytes) -> bool:

@@ -471,8 +471,8 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         if self.close_timer is not None:
             self.close_timer.cancel()
             self.close_timer = None
-        is_over = self.close_sent or not self.handshake_complete
-        is_over = is_over or (self._conn is not None and self._conn.close_rcvd is not None)
+        has_closed = self._conn is not None and self._conn.close_rcvd is not None
+        is_over = self.close_sent or has_closed or not self.handshake_complete
         super().connection_lost(exc)
         break_cycle(self.transport)
         if self._unparsed and not is_over:

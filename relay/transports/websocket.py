@@ -13,7 +13,7 @@ from typing import Any
 from relay.errors import CloseCode
 from relay.protocol.frame import Frame
 from relay.transports.base import ReceiveCallable, Scope, SendCallable, TransportServices
-from relay.transports.queued import QueuedTransport, abort_of, resolve
+from relay.transports.queued import QueuedTransport, abort_of, resolve, size_of
 from relay.transports.writer import EXTENSION
 
 _logger = logging.getLogger("relay.socket")
@@ -91,9 +91,8 @@ class WebSocketTransport(QueuedTransport):
             if self._close is not None:
                 continue  # what comes after our close is not for us any more
             frame: str | bytes = event["bytes"] if event.get("text") is None else event["text"]
-            size = len(frame)
-            if size <= limit and isinstance(frame, str) and not frame.isascii():
-                size = _size(frame)
+            # Text has as many bytes as characters at least: what is too long is not encoded to learn it.
+            size = len(frame) if len(frame) > limit else size_of(frame)
             if size <= limit:
                 self.last_size: int = size
                 return frame
@@ -217,10 +216,6 @@ class WebSocketTransport(QueuedTransport):
             # The server's own close waits for a client that reads.
             asyncio.get_running_loop().call_later(self._limits.close_timeout_s, abort)
         self._main = self._closer = self._receiving = None
-
-
-def _size(text: str) -> int:
-    return len(text.encode(errors="surrogatepass"))
 
 
 def _message(frame: Frame) -> MutableMapping[str, Any]:

@@ -15,9 +15,7 @@ from urllib.parse import urlencode
 
 import httpx2 as httpx
 import pytest
-from fastapi import FastAPI, Request
 from redis.asyncio import Redis
-from starlette.middleware.sessions import SessionMiddleware
 from websockets.exceptions import InvalidStatus
 
 from relay import Plugin, Refused, Relay, UpgradeRequest
@@ -32,6 +30,7 @@ from tests.support.keys import EC_PRIVATE, EC_PUBLIC, OTHER_SECRET, RSA_PRIVATE,
 from tests.support.node import need_node, run_checks
 from tests.support.process import RelayProcess, Valkey
 from tests.support.serving import Served, eventually, heard_on, http_get, metric, serve
+from tests.support.session_app import session_app
 
 Connect = Callable[..., Any]
 ServeRelay = Callable[..., Any]
@@ -388,24 +387,7 @@ async def test_function_is_asked_after_the_token_was_checked(serve_relay: ServeR
 
 
 async def test_fastapis_logged_in_user_is_known_by_session(direct: bool) -> None:
-    app = FastAPI()
-    app.add_middleware(SessionMiddleware, secret_key=SECRET)
-
-    @app.post("/login/{name}")
-    async def login(request: Request, name: str) -> None:
-        request.session["user"] = name
-
-    async def authenticate(request: UpgradeRequest) -> dict[str, str] | None:
-        name = request.session.get("user")
-        return {"sub": name} if name else None
-
-    relay = Relay(
-        broadcast_url="memory://",
-        system_topic=False,
-        authenticate=authenticate,
-        auth={"authenticated": [{"match": "user:{sub}", "rights": ["join"]}]},
-    )
-    relay.install(app, path="/relay")
+    app, relay = session_app()
     async with serve(relay, app=app, prefix="/relay", direct=direct) as served:
         base = served.http.removesuffix("/relay")
         async with httpx.AsyncClient(trust_env=False) as browser:

@@ -6,12 +6,17 @@ How it drains and what it does without file descriptors is tested on processes, 
 import asyncio
 import errno
 import logging
+import os
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
+from uvicorn.supervisors.basereload import BaseReload
 
 from relay.log import RateLimitedLogger
-from relay.transports.uvicorn_server import _exception_handler, _Fewer
+from relay.transports.uvicorn_server import _exception_handler, _Fewer, _Reloader
 
 _LOGGER = logging.getLogger("relay.server")
 
@@ -56,3 +61,24 @@ def test_lines_that_anybody_can_cause_are_rate_limited(
     record: Any = logging.LogRecord("uvicorn.error", logging.WARNING, "", 0, text, None, None)
     assert [fewer.filter(record) for _ in range(3)] == [passes] * 3
     assert len(caplog.records) == (not passes)
+
+
+@pytest.mark.parametrize("begin", ["startup", "restart"])
+def test_file_that_changes_while_the_process_starts_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begin: str
+) -> None:
+    """The process may have read it before."""
+    file = tmp_path / "relay.toml"
+    file.touch()
+
+    def change(self: BaseReload) -> None:
+        later = file.stat().st_mtime + 10
+        os.utime(file, (later, later))
+
+    monkeypatch.setattr(BaseReload, begin, change)
+    config = uvicorn.Config("app:app", reload_delay=0)
+    config.reload_dirs = []
+    with socket.socket() as listener:
+        reloader = _Reloader(config, listener, [file])
+        getattr(reloader, begin)()
+        assert reloader.should_restart() == [file]
