@@ -172,7 +172,7 @@ class Lease(NamedTuple):
     """What `PresenceStore.renew` found."""
 
     held: bool
-    """Whether the lease had not run out: else others have taken the node for dead, or Redis has lost its members."""
+    """Whether the lease had not run out, else others have taken the node for dead; and nothing written is lost."""
     nodes: dict[str, float]
     """All nodes, with the seconds that are left of their leases; negative for the dead."""
 
@@ -186,20 +186,47 @@ class OwnChange(NamedTuple):
     """Whether none is left."""
 
 
+class Numbering(NamedTuple):
+    """How a node's write is numbered, so that what the store has lost of earlier ones is found."""
+
+    number: int
+    """Of this write; each has a greater one."""
+    known: int
+    """Of the last write that was answered; 0 where there was none since `PresenceStore.clear`."""
+    is_whole: bool = True
+    """Whether the store has all members of the node with this write."""
+
+
 class PresenceStore(Protocol):
-    """Keeps each node's own members where the others find them. Every method raises `BusUnavailable`."""
+    """Keeps each node's own members where the others find them. Every method raises `BusUnavailable`.
+
+    The store may lose what was written: a server is flushed, or its replica, which lags behind, takes its place.
+    """
 
     node: str
     """The name of this node: another one at each start."""
 
-    async def write(self, changes: Sequence[OwnChange], message: bytes) -> None:
-        """Write changes of this node's members and publish a message about them, as one step."""
+    async def write(self, changes: Sequence[OwnChange], message: bytes, numbering: Numbering) -> bool:
+        """Write changes of this node's members and publish a message about them, as one step.
 
-    async def renew(self, message: bytes) -> Lease:
-        """Renew this node's lease, and publish a message."""
+        Returns: whether all that was written before is still there.
+        """
 
-    async def read(self, topic: str, node: str) -> Members:
-        """The members of one node."""
+    async def clear(self) -> None:
+        """Remove this node's members, before they are written again."""
+
+    async def renew(self, message: bytes, known: int, *, is_new: bool) -> Lease:
+        """Renew this node's lease, and publish a message.
+
+        Args: known: number of the last write that was answered.
+              is_new: whether nothing was written yet, not even with an answer that was lost.
+        """
+
+    async def read(self, topic: str, node: str, known: int) -> Members | None:
+        """The members of one node; None where not all that it has written is there.
+
+        Args: known: number of the last write that the node is known to have made.
+        """
 
     async def nodes(self) -> list[str]:
         """All nodes whose lease has not run out."""

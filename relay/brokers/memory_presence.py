@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 
-from relay.brokers.base import Lease, OwnChange
+from relay.brokers.base import Lease, Numbering, OwnChange
 from relay.protocol.presence import Members, apply
 
 
@@ -20,6 +20,8 @@ class SharedPresence:
         """By topic and node."""
         self.leases: dict[str, float] = {}
         """When they end, by the clock."""
+        self.written: dict[str, int] = {}
+        """Number of each node's last write; negative where not all of its members are there."""
         self.listeners: list[Callable[[bytes], None]] = []
         """Called for each message of any node."""
 
@@ -41,25 +43,44 @@ class MemoryPresence:
         self._lease_s = lease_s
         self._shared = SharedPresence() if shared is None else shared
 
-    async def write(self, changes: Sequence[OwnChange], message: bytes) -> None:
+    async def write(self, changes: Sequence[OwnChange], message: bytes, numbering: Numbering) -> bool:
         """Write changes of this node's members and publish a message about them, as one step."""
         for topic, change, is_empty in changes:
             if is_empty:
                 _ = self._shared.members.pop((topic, self.node), None)
             else:
                 apply(self._shared.members.setdefault((topic, self.node), {}), change)
+        is_kept = self._is_kept(numbering.known)
+        self._shared.written[self.node] = numbering.number if is_kept and numbering.is_whole else -numbering.number
         self._shared.publish(message)
+        return is_kept
 
-    async def renew(self, message: bytes) -> Lease:
+    def _is_kept(self, known: int) -> bool:
+        return abs(self._shared.written.get(self.node, 0)) >= known
+
+    async def clear(self) -> None:
+        """Remove this node's members, before they are written again."""
+        self._clear(self.node)
+
+    def _clear(self, node: str) -> None:
+        _ = self._shared.written.pop(node, None)
+        for key in [key for key in self._shared.members if key[1] == node]:
+            del self._shared.members[key]
+
+    async def renew(self, message: bytes, known: int, *, is_new: bool) -> Lease:
         """Renew this node's lease, and publish a message."""
         now, leases = self._shared.clock(), self._shared.leases
-        held = leases.get(self.node, float("-inf")) >= now
+        if is_new:
+            _ = self._shared.written.setdefault(self.node, 0)
+        held = leases.get(self.node, float("-inf")) >= now and self._is_kept(known)
         leases[self.node] = now + self._lease_s
         self._shared.publish(message)
         return Lease(held, {node: ends_at - now for node, ends_at in leases.items()})
 
-    async def read(self, topic: str, node: str) -> Members:
-        """The members of one node."""
+    async def read(self, topic: str, node: str, known: int) -> Members | None:
+        """The members of one node; None where not all that it has written is there."""
+        if self._shared.written.get(node, -1) < known:
+            return None
         return dict(self._shared.members.get((topic, node), {}))
 
     async def nodes(self) -> list[str]:
@@ -69,8 +90,7 @@ class MemoryPresence:
 
     async def remove(self, node: str, message: bytes = b"") -> None:
         """Remove all members of a node, and its lease."""
-        for key in [key for key in self._shared.members if key[1] == node]:
-            del self._shared.members[key]
+        self._clear(node)
         _ = self._shared.leases.pop(node, None)
         if message:
             self._shared.publish(message)

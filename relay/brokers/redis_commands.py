@@ -40,12 +40,12 @@ class RedisCommands:
         self._reader: asyncio.Task[None] | None = None
         self._unanswered: deque[asyncio.Future[Any]] = deque()
 
-    async def run(self, script: Script, key: str, *args: object) -> Any:
-        """Run a script on one key. Raises BusUnavailable."""
+    async def run(self, script: Script, keys: tuple[str, ...], *args: object) -> Any:
+        """Run a script. Raises BusUnavailable."""
         try:
-            return await self.ask("EVALSHA", script.sha, 1, key, *args)
+            return await self.ask("EVALSHA", script.sha, len(keys), *keys, *args)
         except _NoScript:
-            return await self.ask("EVAL", script.text, 1, key, *args)
+            return await self.ask("EVAL", script.text, len(keys), *keys, *args)
 
     async def ask(self, *command: object) -> Any:
         """Send a command and wait for its reply. Raises BusUnavailable."""

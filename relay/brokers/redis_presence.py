@@ -5,6 +5,7 @@ Owns the keys; must not know who is shown what::
     presence:room:1|5c1e…     hash: ref → [key, meta, previous ref]
     presence:|5c1e…           set: the topics of which this node has members; no topic is called ""
     presence:nodes            sorted set: node → when its lease ends, in ms by Redis's clock
+    presence:nodes:written    sorted set: node → number of its last write; negative where members are missing
 
 No key has a lifetime of its own: 100 000 members would cost thousands of writes a second. Those of a dead node are
 removed by the first that sees its lease ended for long.
@@ -17,16 +18,17 @@ from typing import Any
 
 import msgspec
 
-from relay.brokers.base import PRESENCE_CHANNEL, Lease, OwnChange
+from relay.brokers.base import PRESENCE_CHANNEL, Lease, Numbering, OwnChange
 from relay.brokers.redis_commands import RedisCommands
 from relay.brokers.redis_connection import Connections
-from relay.brokers.redis_scripts import RENEW_LEASE
+from relay.brokers.redis_scripts import NUMBER_WRITE, RENEW_LEASE
 from relay.config import Config
 from relay.errors import BusUnavailable
 from relay.protocol.presence import Member, Members, is_member
 
 _PREFIX = "presence:"
 _NODES = f"{_PREFIX}nodes"
+_WRITTEN = f"{_NODES}:written"
 
 _SCAN_COUNT = 500
 """Members read at a time: a whole hash of 100 000 would block Redis for seconds."""
@@ -56,9 +58,14 @@ class RedisPresence:
         self.node: str = uuid.uuid4().hex[:12]
         self._lease_ms = round(config.presence.lease_s * 1000)
 
-    async def write(self, changes: Sequence[OwnChange], message: bytes) -> None:
+    async def write(self, changes: Sequence[OwnChange], message: bytes, numbering: Numbering) -> bool:
         """Write changes of this node's members and publish a message about them, as one step."""
-        commands: list[tuple[object, ...]] = [("MULTI",)]
+        number, known, is_whole = numbering
+        commands: list[tuple[object, ...]] = [
+            ("MULTI",),
+            # By its text: a transaction goes on behind a script that the server does not have yet.
+            ("EVAL", NUMBER_WRITE.text, 1, _WRITTEN, self.node, number, known, int(is_whole)),
+        ]
         for topic, change, is_empty in changes:
             key, topics = _key(topic, self.node), _topics(self.node)
             if is_empty:
@@ -73,21 +80,37 @@ class RedisPresence:
         answers = await self._commands.ask_all(commands)
         if not isinstance(answers[-1], list):
             raise BusUnavailable("EXEC: the transaction was discarded")
+        return bool(answers[-1][0])
 
-    async def renew(self, message: bytes) -> Lease:
+    async def clear(self) -> None:
+        """Remove this node's members, before they are written again."""
+        await self._clear(self.node)
+
+    async def _clear(self, node: str) -> None:
+        # First, so that no other node takes what is left for all.
+        _ = await self._commands.ask("ZREM", _WRITTEN, node)
+        while topics := await self._commands.ask("SPOP", _topics(node), _REMOVE_COUNT):
+            _ = await self._commands.ask("UNLINK", *(_key(topic.decode(), node) for topic in topics))
+
+    async def renew(self, message: bytes, known: int, *, is_new: bool) -> Lease:
         """Renew this node's lease, and publish a message."""
-        held, *flat = await self._commands.run(
-            RENEW_LEASE, _NODES, self.node, self._lease_ms, PRESENCE_CHANNEL, message
-        )
+        args = (self.node, self._lease_ms, PRESENCE_CHANNEL, message, known, int(is_new))
+        held, *flat = await self._commands.run(RENEW_LEASE, (_NODES, _WRITTEN), *args)
         nodes = {node.decode(errors="replace"): left / 1000 for node, left in zip(flat[::2], flat[1::2], strict=True)}
         return Lease(bool(held), nodes)
 
-    async def read(self, topic: str, node: str) -> Members:
-        """The members of one node."""
+    async def read(self, topic: str, node: str, known: int) -> Members | None:
+        """The members of one node; None where not all that it has written is there."""
         members: Members = {}
+        written = ("ZSCORE", _WRITTEN, node)
         cursor: Any = b"0"
         while True:
-            cursor, flat = await self._commands.ask("HSCAN", _key(topic, node), cursor, "COUNT", _SCAN_COUNT)
+            # Asked before and after: they may be lost meanwhile, and written again.
+            before, (cursor, flat), after = await self._commands.ask_all(
+                [written, ("HSCAN", _key(topic, node), cursor, "COUNT", _SCAN_COUNT), written]
+            )
+            if any(number is None or float(number) < known for number in (before, after)):
+                return None
             for ref, data in zip(flat[::2], flat[1::2], strict=True):
                 with suppress(msgspec.MsgspecError, UnicodeDecodeError):  # what another program has put there
                     value = _decode(data)
@@ -110,8 +133,7 @@ class RedisPresence:
         if node != self.node:
             if await self._commands.ask("SET", f"{_NODES}:sweep:{node}", self.node, "NX", "EX", _SWEEP_S) is None:
                 return  # another node does it
-        while topics := await self._commands.ask("SPOP", _topics(node), _REMOVE_COUNT):
-            _ = await self._commands.ask("UNLINK", *(_key(topic.decode(), node) for topic in topics))
+        await self._clear(node)
         _ = await self._commands.ask("ZREM", _NODES, node)
         if message:
             _ = await self._commands.ask("PUBLISH", PRESENCE_CHANNEL, message)

@@ -43,6 +43,7 @@ PUBLISH = _script("publish.lua", f"{_SHARED}local keys, args = KEYS, ARGV\n")
 CHECK = _script("check.lua", _SHARED)
 OPEN = _script("open.lua", _SHARED)
 RENEW_LEASE = _script("presence.lua")
+NUMBER_WRITE = _script("number.lua")
 
 FUNCTION = (
     f"#!lua name={FUNCTION_NAME}\n"

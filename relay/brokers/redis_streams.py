@@ -34,7 +34,7 @@ class RedisHistory:
     async def open(self, topic: str, since: str, settings: HistoryConfig, max_events: int, max_bytes: int) -> Opened:
         """Say whether all events behind ``since`` are there."""
         fault, newest, now_ms = await self._commands.run(
-            OPEN, self._key(topic), since, max_events, max_bytes, settings.ttl_s
+            OPEN, (self._key(topic),), since, max_events, max_bytes, settings.ttl_s
         )
         return Opened(newest.decode(), now_ms, NotRecovered(fault.decode()) if fault else None)
 
@@ -54,7 +54,7 @@ class RedisHistory:
 
     async def check(self, topic: str, heard: str, settings: HistoryConfig) -> None:
         """Publish the newest position as a notice."""
-        _ = await self._commands.run(CHECK, self._key(topic), heard, settings.ttl_s)
+        _ = await self._commands.run(CHECK, (self._key(topic),), heard, settings.ttl_s)
 
     async def describe(self, topic: str) -> Summary:
         """Say what is there."""

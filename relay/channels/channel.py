@@ -23,7 +23,7 @@ from relay.channels.actions import ChannelActions, ChannelPushActions
 from relay.channels.handle import SocketHandle
 from relay.channels.history_reader import Recovery
 from relay.channels.hub import Hub, Subscriber
-from relay.channels.presence import Presence, as_params, presence_meta
+from relay.channels.presence import Presence
 from relay.channels.pubsub import PubSub
 from relay.channels.replay import Asked, Replay
 from relay.channels.tangram import TangramWire
@@ -39,7 +39,7 @@ from relay.plugins.dispatcher import HandlerError
 from relay.plugins.hooks import Hook, SocketInfo
 from relay.protocol.frame import Frame
 from relay.protocol.payload import EMPTY, Payload, add_members, encode_payload
-from relay.protocol.presence import EVENT_PREFIX, is_key
+from relay.protocol.presence import EVENT_PREFIX, as_params, is_key, presence_meta
 from relay.protocol.serializer import Ref, Version
 from relay.protocol.state import ChannelsProtocol, Join, Leave, Push, Subscription
 from relay.tracing import Trace

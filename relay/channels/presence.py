@@ -15,7 +15,7 @@ from functools import partial
 
 import msgspec
 
-from relay.brokers.base import Lease, OwnChange, PresenceStore
+from relay.brokers.base import Lease, Numbering, OwnChange, PresenceStore
 from relay.channels.presence_limit import ChangeLimiter
 from relay.channels.presence_topic import WINDOW_S, PresenceTopic, Watcher, count_members
 from relay.config import Config
@@ -23,7 +23,6 @@ from relay.errors import BusUnavailable
 from relay.log import RateLimitedLogger
 from relay.metrics import Metrics
 from relay.protocol import presence
-from relay.protocol.payload import Payload
 from relay.protocol.presence import NOTHING, Difference, Member, Members
 
 _AGAIN_S = 1.0
@@ -88,6 +87,11 @@ class Presence:
         # Nodes whose lease is not in Redis any more, each with when it counts as dead.
         self._missing: dict[str, float] = {}
         self._number = 0
+        # Number of the last write that was answered; whether Redis has lost something of what was written; and whether
+        # all members are being written again.
+        self._written = 0
+        self._is_lost = False
+        self._is_rewriting = False
         # Changes to be sent to the other nodes, and topics that have changed since the last sign of life.
         self._outgoing: dict[str, Difference] = {}
         self._changed_topics: set[str] = set()
@@ -284,13 +288,16 @@ class Presence:
 
     async def _load_part(self, topic: PresenceTopic, node: str) -> None:
         try:
-            members = await self._store.read(topic.name, node)
+            members = await self._store.read(topic.name, node, self._nodes.get(node) or 0)
         except BusUnavailable as error:
             self._log.warning("presence", "members of topic %r cannot be read: %s", topic.name, error)
-            self._could_renew = False  # so that they are read again, when Redis answers
-            members = topic.parts.get(node, {})
+            members = None
         finally:
             changes = topic.loading.pop(node, [])
+        if members is None:
+            # Redis has lost them, or does not answer: they are left as they are, and read again later.
+            self._could_renew = False
+            members = topic.parts.get(node, {})
         for change in changes:
             presence.apply(members, change)
         if node in self._nodes:
@@ -311,7 +318,7 @@ class Presence:
             topics, self._changed_topics = self._changed_topics, set()
             message = _encode(_Message(self._node, self._number, digests=self._digests(topics)))
             try:
-                lease = await self._store.renew(message)
+                lease = await self._store.renew(message, self._written, is_new=not self._number)
             except BusUnavailable as error:
                 # What is known of others is left as it is: it cannot be checked now.
                 self._changed_topics |= topics
@@ -331,9 +338,10 @@ class Presence:
         return found
 
     def _take_lease(self, lease: Lease) -> None:
-        if not lease.held and self._number:
+        if not lease.held and self._number and not self._is_rewriting:
             self._metrics.presence_leases_lost += 1
-            self._announce_all()
+            self._is_lost = True
+            self._wake.set()
         alive = {node for node, left_s in lease.nodes.items() if left_s >= 0 and node != self._node}
         for node in [node for node in self._nodes if node not in alive and self._is_dead(node, lease)]:
             self._metrics.presence_ghosts_removed += sum(
@@ -364,37 +372,55 @@ class Presence:
         except BusUnavailable as error:
             self._log.warning("presence", "members of a dead node cannot be removed: %s", error)
 
-    def _announce_all(self) -> None:
-        """Send the other nodes all members here, under the same refs: this node may have been taken for dead."""
+    async def _rewrite(self) -> None:
+        """Write all members here again, and send them to the other nodes under the same refs.
+
+        Redis has lost some, or the node has been taken for dead. Raises BusUnavailable.
+        """
+        await self._store.clear()
+        self._written = 0
+        self._is_lost, self._is_rewriting = False, True
         for topic in self._topics.values():
             if topic.own:
                 before = self._outgoing.get(topic.name, NOTHING)
                 self._outgoing[topic.name] = presence.compose(before, Difference(dict(topic.own), {}))
                 self._changed_topics.add(topic.name)
-        self._wake.set()
 
     async def _publish_regularly(self) -> None:
         """Send the other nodes what has changed here."""
         while True:
             _ = await self._wake.wait()
             self._wake.clear()
-            outgoing = self._take_portion()
-            if not outgoing:
-                continue
-            self._number += 1
-            changes = [OwnChange(name, change, self._has_none(name)) for name, change in outgoing.items()]
-            message = _Message(self._node, self._number, [_packed(name, change) for name, change in outgoing.items()])
+            outgoing: dict[str, Difference] = {}
             try:
-                await self._store.write(changes, _encode(message))
+                if self._is_lost:
+                    await self._rewrite()
+                outgoing = self._take_portion()
+                if not outgoing and not self._is_rewriting:
+                    continue
+                await self._write(outgoing)
             except BusUnavailable as error:
                 self._log.warning("presence", "members cannot be written: %s", error)
                 for name, change in outgoing.items():
                     self._outgoing[name] = presence.compose(change, self._outgoing.get(name, NOTHING))
                 self._wake.set()
                 await asyncio.sleep(_AGAIN_S)
-            if self._outgoing:
+            if self._outgoing or self._is_lost:
                 self._wake.set()
             await asyncio.sleep(WINDOW_S)
+
+    async def _write(self, outgoing: dict[str, Difference]) -> None:
+        """Raises BusUnavailable."""
+        self._number += 1
+        is_whole = not self._is_rewriting or not self._outgoing
+        changes = [OwnChange(name, change, self._has_none(name)) for name, change in outgoing.items()]
+        message = _Message(self._node, self._number, [_packed(name, change) for name, change in outgoing.items()])
+        numbering = Numbering(self._number, self._written, is_whole)
+        if not await self._store.write(changes, _encode(message), numbering):
+            self._is_lost = True
+        self._written = numbering.number
+        if is_whole:
+            self._is_rewriting = False
 
     def _take_portion(self) -> dict[str, Difference]:
         """What is sent next: no more than Redis takes at once, and than a subscriber's buffer there has room for."""
@@ -424,9 +450,12 @@ class Presence:
         if topic is not None and self._could_renew and not topic.loading:
             return topic.merged()
         found: Members = {}
-        for node in await self._store.nodes():
-            if node != self._node:
-                found |= await self._store.read(name, node)
+        # With nodes that have just been heard: Redis may have lost their leases, and their members.
+        for node in {*await self._store.nodes(), *self._nodes} - {self._node}:
+            members = await self._store.read(name, node, self._nodes.get(node) or 0)
+            if members is None:
+                raise BusUnavailable(f"node {node} has not yet written its members again, which Redis has lost")
+            found |= members
         topic = self._topics.get(name)
         return found if topic is None else found | topic.own
 
@@ -436,40 +465,6 @@ class Presence:
 
 
 _GONE = Member("", "", b"{}")
-
-
-class _Params(msgspec.Struct):
-    presence: msgspec.Raw = msgspec.Raw(b"{}")
-
-
-_decode_params = msgspec.json.Decoder(_Params).decode
-
-
-def presence_meta(params: Payload, user: str | None, most: int) -> bytes | None:
-    """What is listed of a join: its user, and as ``meta`` what its params say under ``presence``.
-
-    Returns: a JSON object; None where the params say something else than an object there, or one over ``most`` bytes.
-    """
-    own = b"{}"
-    if isinstance(params, msgspec.Raw):
-        try:
-            own = bytes(_decode_params(params).presence)
-        except msgspec.ValidationError:  # params that are no object
-            own = b"{}"
-        except (msgspec.MsgspecError, RecursionError):
-            return None
-    cleaned = None if len(own) > most else presence.clean_meta(own)
-    if cleaned is None:
-        return None
-    members = [] if user is None else [b'"user":%b' % _encode(user)]
-    if cleaned != b"{}":
-        members.append(b'"meta":%b' % cleaned)
-    return b"{%b}" % b",".join(members)
-
-
-def as_params(meta: Payload) -> msgspec.Raw:
-    """The params of a join that says this of itself."""
-    return msgspec.Raw(b'{"presence":%b}' % bytes(meta))
 
 
 def _packed(name: str, change: Difference) -> _Change:

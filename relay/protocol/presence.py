@@ -18,6 +18,7 @@ from typing import NamedTuple, TypeAlias
 
 import msgspec
 
+from relay.protocol.payload import Payload
 from relay.protocol.topics import is_name
 
 STATE_EVENT, DIFF_EVENT, COUNT_EVENT = "presence_state", "presence_diff", "presence_count"
@@ -169,3 +170,37 @@ def _encode_meta(member: Member) -> bytes:
         refs += b',"phx_ref_prev":%b' % _encode(member.previous)
     inner = member.meta.strip()[1:-1].strip()
     return b"{%b%b%b}" % (inner, b"," if inner else b"", refs)
+
+
+class _Params(msgspec.Struct):
+    presence: msgspec.Raw = msgspec.Raw(b"{}")
+
+
+_decode_params = msgspec.json.Decoder(_Params).decode
+
+
+def presence_meta(params: Payload, user: str | None, most: int) -> bytes | None:
+    """What is listed of a join: its user, and as ``meta`` what its params say under ``presence``.
+
+    Returns: a JSON object; None where the params say something else than an object there, or one over ``most`` bytes.
+    """
+    own = b"{}"
+    if isinstance(params, msgspec.Raw):
+        try:
+            own = bytes(_decode_params(params).presence)
+        except msgspec.ValidationError:  # params that are no object
+            own = b"{}"
+        except (msgspec.MsgspecError, RecursionError):
+            return None
+    cleaned = None if len(own) > most else clean_meta(own)
+    if cleaned is None:
+        return None
+    members = [] if user is None else [b'"user":%b' % _encode(user)]
+    if cleaned != b"{}":
+        members.append(b'"meta":%b' % cleaned)
+    return b"{%b}" % b",".join(members)
+
+
+def as_params(meta: Payload) -> msgspec.Raw:
+    """The params of a join that says this of itself."""
+    return msgspec.Raw(b'{"presence":%b}' % bytes(meta))

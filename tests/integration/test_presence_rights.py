@@ -12,7 +12,7 @@ import pytest
 import redis as redis_py
 
 from relay import Config
-from relay.brokers.base import OwnChange
+from relay.brokers.base import Numbering, OwnChange
 from relay.brokers.redis import RedisBroker
 from relay.config_sections import Direction
 from relay.errors import BusUnavailable
@@ -47,18 +47,19 @@ async def use_all(url: str) -> None:
         assert broker.link.live, broker.link.reason
         store = broker.presence
         assert store is not None
-        assert not (await store.renew(b"{}")).held
-        assert (await store.renew(b"{}")).held
+        assert not (await store.renew(b"{}", 0, is_new=True)).held
+        assert (await store.renew(b"{}", 0, is_new=True)).held
         assert await store.nodes() == [store.node]
         one, two = Member("01", "ada", b"{}"), Member("02", "bob", b"{}")
-        await store.write([OwnChange("room:1", Difference({"01": one, "02": two}, {}), False)], b"{}")
-        await store.write([OwnChange("room:1", Difference({}, {"02": two}), False)], b"{}")
-        assert await store.read("room:1", store.node) == {"01": one}
-        await store.write([OwnChange("room:1", Difference({}, {"01": one}), True)], b"{}")
-        assert await store.read("room:1", store.node) == {}
-        await store.write([OwnChange("room:1", Difference({"01": one}, {}), False)], b"{}")
+        await store.write([OwnChange("room:1", Difference({"01": one, "02": two}, {}), False)], b"{}", Numbering(1, 0))
+        await store.write([OwnChange("room:1", Difference({}, {"02": two}), False)], b"{}", Numbering(2, 1))
+        assert await store.read("room:1", store.node, 0) == {"01": one}
+        await store.write([OwnChange("room:1", Difference({}, {"01": one}), True)], b"{}", Numbering(3, 2))
+        assert await store.read("room:1", store.node, 0) == {}
+        await store.write([OwnChange("room:1", Difference({"01": one}, {}), False)], b"{}", Numbering(4, 3))
+        await store.clear()
         await store.remove(store.node, b"{}")
-        assert await store.read("room:1", store.node) == {}
+        assert await store.read("room:1", store.node, 0) is None
         await store.remove("another")
         await broker.publish(Direction.TO, "room:1", "typing", b"1")
         await broker.publish(Direction.FROM, "room:1", "typing", b"1")

@@ -328,7 +328,7 @@ async def kill_all(times: Times, directory: Path, server: Valkey, patience_s: fl
         names = [member.name for member in members]
         await until(lambda: all(member.keys == names for member in members), lambda: "not all have come", 20)
         redis = await stack.enter_async_context(Redis(port=server.port, decode_responses=True))
-        assert len(await keys(redis)) == 7, "a hash and a set for each node, and the leases"
+        assert len(await keys(redis)) == 8, "a hash and a set for each node, the leases and the numbers of writes"
         for node in nodes:
             assert node.process is not None
             node.process.kill()
@@ -340,7 +340,7 @@ async def kill_all(times: Times, directory: Path, server: Valkey, patience_s: fl
         await until(lambda: members[0].keys == ["m0"], lambda: f"listed: {members[0].keys}", times.gone_s + patience_s)
         assert await asyncio.to_thread(members_of, survivor) == ["m0"]
         name = str((await redis.zrange("presence:nodes", -1, -1))[0])
-        expected = {"presence:nodes", f"presence:{TOPIC}|{name}", f"presence:|{name}"}
+        expected = {"presence:nodes", "presence:nodes:written", f"presence:{TOPIC}|{name}", f"presence:|{name}"}
         async with asyncio.timeout(times.dead_s + patience_s):
             while await keys(redis) != expected:  # noqa: ASYNC110 - Redis's
                 await asyncio.sleep(0.1)
