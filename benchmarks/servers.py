@@ -121,13 +121,8 @@ class Server:
         """Resident memory in kB."""
         return sum(psutil.Process(pid).memory_info().rss for pid in self.pids) / 1024
 
-    def forget_peak(self) -> None:
-        """Have `peak_kb` begin at what is resident now."""
-        for pid in self.pids:
-            Path(f"/proc/{pid}/clear_refs").write_text("5")
-
     def peak_kb(self) -> float:
-        """Most resident memory since `forget_peak`, in kB."""
+        """Most resident memory so far, in kB."""
         statuses = [Path(f"/proc/{pid}/status").read_text() for pid in self.pids]
         return sum(float(status.split("VmHWM:", 1)[1].split(maxsplit=1)[0]) for status in statuses)
 
