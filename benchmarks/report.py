@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import charts
+from benchmarks import charts, simulate
 from benchmarks.points import PEERS, Point, sockets_curve, topics_curve
 from benchmarks.scenarios import DIRECT, FLOOR, PORTABLE, Row
 from benchmarks.servers import ROOT, Cores, peer_versions
@@ -161,6 +161,7 @@ def write(rows: Sequence[Row], points: Sequence[Point], found: Mapping[str, Any]
         head, rest = text.split(BEGIN, 1)
         _, tail = rest.split(END, 1)
         DOCS.write_text(f"{head}{BEGIN}\n\n{markdown(rows, points, found)}\n{END}{tail}")
+        simulate.write_docs()
 
 
 def show(text: str) -> None:
