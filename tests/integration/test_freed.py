@@ -253,6 +253,20 @@ def live(server: Any, life: Callable[[socket.socket], object], times: int) -> No
     wait_for(lambda: not server.server_state.connections and not server.server_state.tasks, "all to be gone")
 
 
+@contextmanager
+def no_collector() -> Iterator[None]:
+    """Objects are freed by reference counting alone; those that are there already are not looked at again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
+        gc.collect()
+
+
 def objects() -> Counter[str]:
     kinds = Counter(map(type, gc.get_objects()))
     return Counter({f"{kind.__module__}.{kind.__qualname__}": count for kind, count in kinds.items()})
@@ -296,13 +310,8 @@ def test_closed_connections_leave_nothing_for_the_collector(
     with served(relay, loop_factory, **options) as server:
         for life in LIVES.values():  # what is made once and stays
             live(server, life, 2)
-        gc.collect()
-        gc.disable()
-        try:
+        with no_collector():
             left = {name: found for name, life in LIVES.items() if (found := left_by(server, life, each, kept))}
-        finally:
-            gc.enable()
-            gc.collect()
     assert not left
 
 
@@ -312,9 +321,7 @@ def test_on_stock_uvicorn_the_relays_own_part_leaves_nothing(valkey: Valkey, ws:
     relay = Relay(redis_url=valkey.url, system_topic=False, limits={"longpoll_window_s": 0.3})
     with served(relay, uvloop.new_event_loop, ws=ws) as server:
         live(server, joined, 2)
-        gc.collect()
-        gc.disable()
-        try:
+        with no_collector():
             before = objects()
             for name in (
                 "closed by the client",
@@ -334,6 +341,3 @@ def test_on_stock_uvicorn_the_relays_own_part_leaves_nothing(valkey: Valkey, ws:
                 return {kind: now[kind] - before[kind] for kind in now if kind.startswith("relay.")}
 
             wait_for(lambda: not any(more >= 10 for more in grown().values()), f"these to be freed: {grown()}")
-        finally:
-            gc.enable()
-            gc.collect()
