@@ -86,6 +86,7 @@ class BroadcasterBroker:
             config.redis.publish_queue_max
         )
         self._outgoing_bytes = 0
+        self._under_way: asyncio.Future[None] | None = None
         self._config = config
         self.history: MemoryHistory | None = MemoryHistory(self._notify) if config.has_history else None
         self._presence = MemoryPresence(config.presence.lease_s) if config.has_presence else None
@@ -300,6 +301,7 @@ class BroadcasterBroker:
         while True:
             channel, text, future = await self._outgoing.get()
             self._outgoing_bytes -= len(text.encode())
+            self._under_way = future
             try:
                 async with asyncio.timeout(self._redis.timeout_s):
                     await backend.publish(channel, text)
@@ -310,14 +312,12 @@ class BroadcasterBroker:
                     raise
                 # The message may be at fault (Postgres takes less than 8 000 bytes), or the bus: a probe tells.
                 await self._send_probe(backend)
-            except BaseException:
-                if not future.done():
-                    future.set_exception(BusUnavailable("the relay is stopping"))
-                raise
             if not future.done():
                 future.set_result(None)
 
     def _fail_outgoing(self, reason: str) -> None:
+        if self._under_way is not None and not self._under_way.done():
+            self._under_way.set_exception(BusUnavailable(reason))
         self._outgoing_bytes = 0
         while not self._outgoing.empty():
             *_, future = self._outgoing.get_nowait()
