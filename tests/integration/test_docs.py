@@ -60,6 +60,8 @@ from tests.support.serving import serve
 from tests.support.terminal import run_on_terminal
 
 REPOSITORY = Path(__file__).parents[2]
+# Kept from page to page: what a page imports is most of the work. One for each process of pytest.
+MYPY_CACHE = REPOSITORY / ".mypy_cache" / f"pages-{os.environ.get('PYTEST_XDIST_WORKER', '')}"
 PAGES = [
     path
     for name in (
@@ -458,7 +460,10 @@ class Story:
         self._end_server()
         if any(self._directory.rglob("*.py")):
             checked = subprocess.run(
-                [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--explicit-package-bases", "."],
+                [
+                    *(sys.executable, "-m", "mypy", "--strict", "--config-file=", "--explicit-package-bases"),
+                    *("--cache-dir", str(MYPY_CACHE), "."),
+                ],
                 cwd=self._directory,
                 env=self._environ | {"MYPYPATH": str(REPOSITORY)},
                 capture_output=True,
