@@ -5,6 +5,8 @@ ARGS ?=
 BIN := .venv/bin
 CODE := relay tests tools examples $(wildcard clients/python benchmarks)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The tests start some thousand Pythons; where this is set, as in many containers, each of them compiles the relay again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # An environment that no longer runs (its Python is gone, or this directory was moved or copied) is made anew.
 ifneq ($(shell cat .venv/.made-in 2>/dev/null && $(BIN)/python -c ''),$(CURDIR))
