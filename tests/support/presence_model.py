@@ -10,8 +10,10 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import jwt
@@ -170,11 +172,16 @@ async def until(condition: Callable[[], bool], what: Callable[[], object], deadl
         raise AssertionError(what()) from None
 
 
-def members_of(node: RelayProcess) -> list[str]:
-    """What a node itself says of the topic, each key as often as it has entries."""
+def members_of(node: RelayProcess) -> list[str] | None:
+    """What a node itself says of the topic, each key as often as it has entries; None where it does not know now."""
     request = Request(f"{node.http}/api/presence?topic={TOPIC}", headers={"authorization": f"Bearer {API_KEY}"})
-    with urlopen(request, timeout=30) as answer:
-        found = json.loads(answer.read())["members"]
+    try:
+        with urlopen(request, timeout=30) as answer:
+            found = json.loads(answer.read())["members"]
+    except HTTPError as error:
+        if error.code != HTTPStatus.SERVICE_UNAVAILABLE:
+            raise
+        return None
     return sorted(key for key, metas in found.items() for _ in metas)
 
 
@@ -271,7 +278,7 @@ class World:
 
         deadline_s = self._times.gone_s + self._times.renew_s + patience_s
         end = time.monotonic() + deadline_s
-        states: list[list[str]] = []
+        states: list[list[str] | None] = []
         while not states or wrong() or any(state != expected for state in states):
             assert not states or time.monotonic() < end, f"{self.done}: expected {expected}, nodes have {states}"
             await until(lambda: not wrong(), lambda: f"{self.done}: expected {expected}, got {wrong()}", deadline_s)
