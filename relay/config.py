@@ -171,7 +171,7 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
             parts = urlsplit(origin)
             _ = parts.port  # raises ValueError here, or it would at each handshake
             if not parts.netloc or parts.path not in ("", "/"):
-                raise ValueError('expected "https://host[:port]", "//host" or "//*.host" in each place')
+                raise ValueError('expected "any", or a list of "same", "https://host[:port]", "//host" and "//*.host"')
         return origins
 
     @field_validator("allowed_hosts", mode="before")

@@ -3,10 +3,12 @@
 Owns these sources, and the sentences about what is wrong in them; the settings themselves are in `relay.config`.
 """
 
+import json
 import os
 import re
 import tomllib
 from collections.abc import Container, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,12 @@ from relay.config import BROADCAST_SCHEMES, CONFIG_VARIABLE, TOKEN_KEY_VARIABLE,
 from relay.errors import ConfigError
 from relay.renamed_settings import RENAMED, rename
 from relay.service_links import ENV_PREFIX, service_links
+from relay.setting_names import did_you_mean, meant_in_list, setting_names
 
 _SECRET = re.compile(r"(^|[._])(url|keys?|secrets)(\.|$)")
 """Settings whose values are not repeated."""
+
+_ALL_SETTINGS = "`relay config` lists all of them"
 
 
 def load(path: str | Path | None = None, flags: Mapping[str, Any] | None = None) -> Config:
@@ -115,11 +120,33 @@ def _read_environment() -> dict[str, Any]:
         name for name in os.environ if name.startswith(ENV_PREFIX) and name.upper() not in known and name not in ignored
     )
     if unknown:
-        raise ConfigError(*(f"environment: {name}: no such setting; see config/relay.toml" for name in unknown))
+        raise ConfigError(*(f"environment: {name}: no such setting; {_advice_on_variable(name)}" for name in unknown))
     try:
         return _Environment(Config, {name.lower() for name in ignored})()
     except SettingsError as error:
-        raise ConfigError(f"environment: {error}: expected JSON") from None
+        raise ConfigError(f"environment: {_not_json(error)}: expected JSON") from None
+
+
+def _not_json(error: SettingsError) -> str:
+    """The variable that could not be read, or those that it may be."""
+    field = re.search(r'field "(\w+)"', str(error))
+    prefix = variable(field[1]) if field else ENV_PREFIX
+    found = [name for name in os.environ if name.upper() == prefix or name.upper().startswith(f"{prefix}__")]
+    return " or ".join(sorted(name for name in found if not _is_json(os.environ[name])))
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _advice_on_variable(name: str) -> str:
+    known = {variable(".".join(setting.path)): setting for setting in setting_names(Config) if not setting.in_list}
+    close = get_close_matches(name.upper(), known, n=1, cutoff=0.85)
+    return f"did you mean {close[0]}?" if close else _ALL_SETTINGS
 
 
 class _Environment(EnvSettingsSource):
@@ -172,7 +199,7 @@ def _explain(problem: ErrorDetails, sources: list[tuple[str, dict[str, Any]]]) -
     key = ".".join(str(part) for part in location)
     where = next((name for name, values in reversed(sources) if holds(values, location)), "settings")
     if unknown:
-        return f"{where}: {key}: no such setting; see config/relay.toml for all of them"
+        return f"{where}: {key}: no such setting; {did_you_mean(location, Config) or _ALL_SETTINGS}"
     text = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected").replace("tuple", "list")
     if problem["type"] == "model_type":
         text = "expected a table"
@@ -180,7 +207,9 @@ def _explain(problem: ErrorDetails, sources: list[tuple[str, dict[str, Any]]]) -
     came = repr(problem["input"])
     secret = _SECRET.search(key) or "@" in came or isinstance(problem["input"], dict | Config)
     shown = "" if secret else f", got {came}"
-    return ": ".join(filter(None, (where, key, text[:1].lower() + text[1:] + shown)))
+    advice = meant_in_list(location, Config) if problem["type"] == "model_type" else None
+    text = "; ".join(filter(None, (text[:1].lower() + text[1:] + shown, advice)))
+    return ": ".join(filter(None, (where, key, text)))
 
 
 def holds(values: Any, location: Sequence[int | str]) -> bool:

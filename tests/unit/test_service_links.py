@@ -10,6 +10,8 @@ from relay.config_sources import load
 from relay.service_links import service_links
 from tests.support.settings import Write, problems
 
+ALL_SETTINGS = "`relay config` lists all of them"
+
 KUBERNETES = {
     # A Service named `relay` with one port, and with two named ones; IPv6.
     "relay": {
@@ -90,7 +92,7 @@ def test_settings_beside_service_links_are_read(monkeypatch: pytest.MonkeyPatch)
 )
 def test_what_only_resembles_a_service_link_is_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, value)
-    assert problems() == (f"environment: {name}: no such setting; see config/relay.toml",)
+    assert problems() == (f"environment: {name}: no such setting; {ALL_SETTINGS}",)
 
 
 def test_typing_error_beside_service_links_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
