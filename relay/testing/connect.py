@@ -35,7 +35,7 @@ def connect(
     clients in the block use it too.
 
     Args:   app: a `Relay`, an ASGI application in which one is mounted, or a started Starlette ``TestClient`` of one,
-                whose event loop is used then.
+                whose event loop and cookies are used then.
             user: the client has a token of this user, if the relay checks tokens.
             claims: further claims of the token, such as ``{"topics": ["room:1:join"]}``.
             token: a token of your own instead.
@@ -91,10 +91,16 @@ class Connecting:
         token = request.token
         if token is None and (request.user is not None or request.claims is not None):
             token = make_token(relay, request.user or "", request.claims or {})
-        path = request.path or mount + relay.config.socket_paths[0]
-        return Socket(
-            self._app, make_scope(f"{path}/websocket", request.params, request.headers, token), self._within_s
-        )
+        path = f"{request.path or mount + relay.config.socket_paths[0]}/websocket"
+        headers = {**self._cookies(path), **request.headers}
+        return Socket(self._app, make_scope(path, request.params, headers, token), self._within_s)
+
+    def _cookies(self, path: str) -> dict[str, str]:
+        """The header with those that the TestClient has by now and a browser would send to this path."""
+        if self._test_client is None:
+            return {}
+        cookie = self._test_client.build_request("GET", path).headers.get("cookie")
+        return {} if cookie is None else {"cookie": cookie}
 
     # Without an event loop.
 

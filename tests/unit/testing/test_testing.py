@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Response
 from starlette.applications import Starlette
 from starlette.routing import Mount
 from starlette.testclient import TestClient
@@ -275,6 +275,30 @@ def test_test_client_and_socket_share_an_application() -> None:
         room.expect("order", name="cheese")
     with pytest.raises(RelayError, match="the TestClient is not started"), connect(TestClient(app)):
         pytest.fail("its lifespan does not run")
+
+
+def test_socket_has_the_cookies_of_its_test_client() -> None:
+    async def authenticate(request: UpgradeRequest) -> dict[str, Any] | None:
+        user = request.cookies.get("user")
+        return {"sub": user, "topics": {"*": "join"}} if user else None
+
+    app, relay = make(authenticate=authenticate)
+
+    @app.post("/login")
+    def login(response: Response) -> None:
+        response.set_cookie("user", "ada")
+        response.set_cookie("elsewhere", "x", path="/admin")
+
+    with in_memory(relay), TestClient(app) as client:
+        with pytest.raises(ConnectionRefused, match="401"), connect(client):
+            pytest.fail("not logged in")
+        client.post("/login")
+        with connect(client) as socket:
+            assert socket.join("room:1").response == {"user": "ada"}
+        with connect(client, headers={"Cookie": "user=bob"}) as socket:
+            assert socket.join("room:1").response == {"user": "bob"}
+        with pytest.raises(ConnectionRefused, match="401"), connect(app):
+            pytest.fail("another client")
 
 
 # Fixtures.
