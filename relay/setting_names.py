@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 
 class SettingName(NamedTuple):
-    """A setting by the tables it is in: ``("limits", "sockets_max")``, and for ``[[topics]]`` ``("topics", "match")``."""
+    """A setting by the tables it is in, such as ``("limits", "sockets_max")``, or ``("topics", "push")``."""
 
     path: tuple[str, ...]
     in_list: bool
