@@ -315,10 +315,14 @@ class ConnectionLog:
         """A handshake was accepted."""
         self._log.info("connect", socket, "connected")
 
-    def join_refused(self, socket: Subject, topic: str, reason: str) -> None:
-        """A join was answered with an error."""
+    def join_refused(self, socket: Subject, topic: str, reason: str, because: str = "") -> None:
+        """A join was answered with an error.
+
+        Args: because: what the line says besides, and the client does not learn.
+        """
         text = "join of %.255r refused: %.255s"
-        self._log.info("join refused", socket, text, topic, _line(reason), topic=topic[:255], reason=reason[:255])
+        said = _line(f"{reason} ({because})" if because else reason)
+        self._log.info("join refused", socket, text, topic, said, topic=topic[:255], reason=reason[:255])
 
     def rate_limited(self, socket: Subject, topic: str, event: str) -> None:
         """A message over the rate was turned away."""

@@ -63,6 +63,10 @@ class Rights:
                 found |= rights
         return found
 
+    def __str__(self) -> str:
+        """As lines of the log say it: ``join,push on room:*; join on news``, or ``none``."""
+        return "; ".join(f"{','.join(names_of(rights))} on {pattern}" for pattern, rights in self._grants) or "none"
+
 
 EVERYTHING = Rights((Grant("*", ALL),))
 

@@ -80,6 +80,8 @@ class Authenticator:
         self._hook = None if function is None else Hook("authenticate", function)
         self._clock = clock
         self._lets_anonymous_in = config.allow_anonymous or not (verify or function)
+        by_function = "a client that the application's function authenticate= knows; it returned None"
+        self._expected = "expected " + " or ".join(["a token"] * (verify is not None) + [by_function] * bool(function))
         self._tangram_topics = TangramTopics(config.auth)
         self._granted = tuple(entry.grant for entry in config.auth.authenticated)
         self._anonymous = Identity(None, Rights(bind(tuple(entry.grant for entry in config.auth.anonymous), None)))
@@ -100,9 +102,7 @@ class Authenticator:
         if identity is not None:
             return identity
         if not self._lets_anonymous_in:
-            raise AuthenticationError(
-                401, "no token", "expected a token; the setting `allow_anonymous` would do without"
-            )
+            raise AuthenticationError(401, "no token", self._expected)
         return self._anonymous
 
     async def authenticate_token(self, token: str) -> Identity:
@@ -125,6 +125,7 @@ class Authenticator:
 
     async def _decide(self, scope: Mapping[str, Any], token: str | None) -> Identity | None:
         claims = await self._verify(token) if self._verify is not None and token is not None else None
+        whose = "the token's claims are"
         expiry = [] if claims is None else [claims.get("exp")]
         if self._hook is not None:
             request = UpgradeRequest(scope, token, claims)
@@ -137,17 +138,17 @@ class Authenticator:
                     503, "authenticate failed", "authentication has failed; try again", Reason.AUTH_UNAVAILABLE
                 ) from None
             if answer is not None:
-                claims = answer
+                claims, whose = answer, "what the application's function authenticate= returned is"
                 expiry.append(claims.get("exp"))
-        return None if claims is None else self._identity(claims, expiry)
+        return None if claims is None else self._identity(claims, expiry, whose)
 
-    def _identity(self, claims: Claims, expiry: list[Any]) -> Identity:
+    def _identity(self, claims: Claims, expiry: list[Any], whose: str) -> Identity:
         try:
             user, granted, grants = self._read(claims)
             # Of a token and a function that adds to it, whichever ends first.
             ends = min((_seconds(at) for at in expiry if at is not None), default=None)
         except ValueError as error:
-            raise AuthenticationError(401, "token claims", f"the token's claims are malformed: {error}") from None
+            raise AuthenticationError(401, "token claims", f"{whose} malformed: {error}") from None
         expires_at = None
         if ends is not None:
             expires_at = self._clock.monotonic() + ends + self._settings.leeway_s - self._clock.time()
@@ -208,6 +209,9 @@ def _checked(answer: Any) -> Claims | None:
         return None
     if not isinstance(answer, Mapping):
         raise TypeError(f'expected a mapping with "sub", or None, got a {type(answer).__name__}')
-    if not isinstance(answer.get("sub"), str | int) or answer["sub"] == "":
-        raise TypeError('expected "sub" as text or as a number')
+    sub = answer.get("sub")
+    if not isinstance(sub, str | int) or sub == "":
+        names = ", ".join(map(str, answer)) or "nothing"
+        came = f"{sub!r:.40} ({type(sub).__name__})" if "sub" in answer else f"a mapping with {names:.200} only"
+        raise TypeError(f'expected "sub", the user, as text or as a number, got {came}')
     return answer

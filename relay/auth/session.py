@@ -270,3 +270,10 @@ class SocketAuth:
 
 def _same_user(one: Identity, other: Identity) -> bool:
     return one.user is not None and one.user == other.user
+
+
+def explain(auth: SocketAuth | None, subscription: Subscription, reason: str) -> str:
+    """What an operator needs to know of a refused join besides the reason: the client's permissions, or nothing."""
+    if auth is None or reason != Reason.UNAUTHORIZED:
+        return ""
+    return f"the client's permissions: {(subscription.identity or auth.identity).rights}"

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from relay.auth.authenticator import Authenticator
-from relay.auth.session import RENEWAL, Decision, tokens_in
+from relay.auth.session import RENEWAL, Decision, explain, tokens_in
 from relay.brokers.base import Place
 from relay.channels import client_events, replay
 from relay.channels.actions import ChannelActions, ChannelPushActions
@@ -300,7 +300,7 @@ class Channel(Subscription):
         socket, own = self._socket, self.identity
         socket.count_refusal(reason)
         subject = socket if own is None else SocketInfo(socket.id, own.user, socket.address)
-        socket.services.connection_log.join_refused(subject, self.topic, reason)
+        socket.services.connection_log.join_refused(subject, self.topic, reason, explain(socket.auth, self, reason))
         if join.replaces is not None:
             join.replaces.release()
         for frame in socket.protocol.refuse(join, response or encode_payload({"reason": reason})):

@@ -66,7 +66,7 @@ class HandlerRunner:
             try:
                 return take(answer)
             except TypeError as error:
-                raise self.record_failure(hook, "returned what cannot be sent", error) from None
+                raise self.record_failure(hook, "returned an invalid value", error) from None
 
     async def call(self, hook: Hook, *arguments: object) -> Any:
         """Call a handler that has nothing to refuse. Raises InvalidPayload, HandlerError."""

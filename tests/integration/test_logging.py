@@ -119,7 +119,7 @@ async def test_text_lines_say_the_same(tmp_path: Path, valkey: Valkey) -> None:
     (connect,) = [line for line in output.splitlines() if line.endswith(": connected; address 127.0.0.1, user 'ada'")]
     socket = connect.split(" socket ")[1].split(":")[0]
     for text in (
-        f"socket {socket}: join of 'room:2' refused: unauthorized; address",
+        f"socket {socket}: join of 'room:2' refused: unauthorized (the client's permissions: join,push on room:1); ",
         f"relay.chatty: said [socket {socket}]",
         f"plugin chatty: fails raised [socket {socket}]\nTraceback",
         f"socket {socket}: rate limited: 'says' on 'room:1'; address",

@@ -128,6 +128,12 @@ def test_escaped_text_matches_itself_alone(text: str, other: str) -> None:
     assert (rights.on(other) == ALL) == (text == other)
 
 
+def test_rights_are_shown_as_they_are_written() -> None:
+    grants = parse_claim({"room:*": ["join", "push"], "user:{sub}": "join"})
+    assert str(Rights(bind(grants, "a*"))) == "join,push on room:*; join on user:a[*]"
+    assert str(Rights()) == "none"
+
+
 def test_rights_have_names() -> None:
     assert names_of(ALL) == ["join", "push", "presence"]
     assert names_of(Right.NONE) == []

@@ -124,6 +124,55 @@ async def test_without_a_token_only_where_anonymous_is_asked_for_or_nothing_chec
         assert (identity.rights.on("a"), identity.rights.on(""), identity.rights.on("b")) == (Right.JOIN, 0, 0)
 
 
+async def test_refusal_without_a_token_says_what_was_expected() -> None:
+    async def function(request: UpgradeRequest) -> Any:
+        return None
+
+    by_function = "a client that the application's function authenticate= knows; it returned None"
+    for auth, expected in (
+        (make({"sub": "alice"})[0], "a token"),
+        (make(function=function)[0], by_function),
+        (make({"sub": "alice"}, function)[0], f"a token or {by_function}"),
+    ):
+        assert str(await refusal(auth, None)) == f"expected {expected}"
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        ("ada", 'expected a mapping with "sub", or None, got a str'),
+        (
+            {"user": "ada", "topics": {}},
+            'expected "sub", the user, as text or as a number, got a mapping with user, topics only',
+        ),
+        ({}, 'expected "sub", the user, as text or as a number, got a mapping with nothing only'),
+        ({"sub": 4.5}, 'expected "sub", the user, as text or as a number, got 4.5 (float)'),
+        ({"sub": ""}, "expected \"sub\", the user, as text or as a number, got '' (str)"),
+    ],
+)
+async def test_what_is_wrong_with_the_functions_answer_is_in_the_log(
+    answer: Any, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def function(request: UpgradeRequest) -> Any:
+        return answer
+
+    auth, _ = make(function=function)
+    assert (await refusal(auth)).status == 503
+    assert "function returned an invalid value" in caplog.text
+    assert f"TypeError: {told}" in caplog.text
+
+
+async def test_claims_of_the_function_are_not_called_those_of_a_token() -> None:
+    async def function(request: UpgradeRequest) -> Any:
+        return {"sub": "ada", "topics": {"room:*": "jion"}}
+
+    auth, _ = make(function=function)
+    assert str(await refusal(auth)) == (
+        "what the application's function authenticate= returned is malformed: "
+        "\"topics\": expected join, push or presence, got 'jion'"
+    )
+
+
 async def test_bad_token_does_not_make_anybody_anonymous() -> None:
     auth, _ = make({"sub": "alice"}, allow_anonymous=True)
     assert (await refusal(auth, "bad")).status == 401

@@ -125,7 +125,7 @@ async def test_answer_that_cannot_be_sent_is_a_fault(caplog: pytest.LogCaptureFi
         with pytest.raises(HandlerError):
             await runner.call_with_result(hook(lambda argument: object()), None, to_response)
         assert metrics.plugin_errors == {"p": 1}
-    assert "returned what cannot be sent" in caplog.text
+    assert "returned an invalid value" in caplog.text
 
 
 async def test_hook_on_the_way_of_every_event_is_called_in_the_loop(caplog: pytest.LogCaptureFixture) -> None:
