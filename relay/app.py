@@ -314,7 +314,8 @@ class Relay:
     def _running_node(self) -> Node:
         if self._node is None:
             raise RelayError(
-                "the relay is not running: expected its lifespan (`async with relay.lifespan():`) or start() first"
+                "the relay is not running: expected its lifespan (`async with relay.lifespan():`) or start() first; "
+                "a process without a running relay publishes with relay.Publisher"
             )
         return self._node
 
@@ -495,10 +496,8 @@ class Relay:
             await self._console.serve(scope, receive, send)
         else:
             known = ", ".join(sorted("/" + "/".join(path) for path in self._paths.sockets))
-            self.metrics.refused["handshake: path"] += 1
-            await handshake.refuse(
-                scope, receive, send, HandshakeRejected(404, f"no socket here; expected {known}", "path")
-            )
+            text = f"no socket here; expected {known}"
+            await self._refuse(scope, receive, send, HandshakeRejected(404, text, "path"))
 
     def _is_socket(self, scope: Scope, path: tuple[str, ...]) -> bool:
         """Whether a request is for one of the transports, or for the console's socket."""

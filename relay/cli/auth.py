@@ -237,11 +237,7 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
     if "longpoll" in config.transports:
         yield "long polls", _long_polls(config)
     yield "bus", _bus(config)
-    pages = {"same": "those of the relay's own host and port", "any": "those of any host"}
-    yield (
-        "pages",
-        pages[config.allowed_origins] if isinstance(config.allowed_origins, str) else ", ".join(config.allowed_origins),
-    )
+    yield "pages", _pages(config)
     trusted = ", ".join(config.trusted_proxies)
     yield "proxies", f"{trusted}; X-Forwarded-For is believed from there" if trusted else "none is believed"
     if config.allowed_hosts or (exposure.openings and not auth.has_keys):
@@ -295,6 +291,15 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
         yield "note", "the relay speaks no TLS; without a proxy that does, tokens can be read on their way"
 
 
+def _pages(config: Config) -> str:
+    if config.allowed_origins == "any":
+        return "those of any host"
+    if config.allowed_origins != "same":
+        return ", ".join(config.allowed_origins)
+    local = "" if config.is_exposed or config.trusted_proxies else ", and of other servers on this machine"
+    return f"those of the relay's own host and port{local}"
+
+
 def _bus(config: Config) -> str:
     url = config.redis_url or config.broadcast_url
     if not url or url == EMBEDDED:
@@ -302,7 +307,10 @@ def _bus(config: Config) -> str:
     if (sentinel := parse_sentinel(url)) is not None:
         return f"{sentinel.service}, of the Sentinels {', '.join(f'{host}:{port}' for host, port in sentinel.hosts)}"
     parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.hostname or ''}{parts.path if parts.scheme == 'unix' else ''}"
+    if parts.scheme == "unix":
+        return f"unix://{parts.path}"
+    port = parts.port or (6379 if config.redis_url else None)
+    return f"{parts.scheme}://{parts.hostname or ''}" + (f":{port}" if port else "")
 
 
 def _long_polls(config: Config) -> str:

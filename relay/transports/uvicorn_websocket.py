@@ -513,6 +513,11 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
             self._end_writer()
         is_closed, is_accepted = self.close_sent, self.handshake_complete
         is_first = not is_accepted and self.initial_response is None
+        if kind == "websocket.close" and is_first:  # a relay that refuses answers with a text, and logs it
+            text = (
+                "the application refused a WebSocket at %.255r with 403; clients of relay connect below its mount path"
+            )
+            warn(self.config, "refused by the application", text, self.scope["path"])
         if kind == "websocket.accept" and self._accept is not None and is_first:
             await self._send_accept(message)
         else:

@@ -335,6 +335,22 @@ async def test_cors_of_the_app_does_not_open_the_sockets(direct: bool) -> None:
             assert caught.value.response.status_code == 403
 
 
+async def test_socket_beside_the_mount_is_refused_by_the_app_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    relay, app = memory_relay(), Starlette()
+    relay.install(app)
+    async with serve(relay, app=app, prefix="/relay") as served:
+        with pytest.raises(InvalidStatus) as caught:
+            async with Client.connect(served.ws.replace("/relay/", "/")):
+                pass
+        assert caught.value.response.status_code == 403
+        await converse(served)
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "relay.server"]
+    assert line.startswith("the application refused a WebSocket at '/socket/websocket' with 403; ")
+    assert line.endswith("clients of relay connect below its mount path")
+
+
 # Plugins' routes in the app.
 
 

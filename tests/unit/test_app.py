@@ -120,7 +120,7 @@ def test_relay_that_does_not_run_says_so() -> None:
     relay = make()
     assert relay.link == (False, "the relay is not running")
     for use in (lambda: relay.topics, lambda: relay.publish("t", "e", {}), lambda: relay.node):
-        with pytest.raises(RelayError, match="the relay is not running"):
+        with pytest.raises(RelayError, match=r"the relay is not running: .* publishes with relay\.Publisher"):
             use()
 
 
@@ -183,10 +183,11 @@ async def test_refused_long_poll_has_a_status_that_phoenix_js_knows() -> None:
         assert relay.metrics.refused == {"http: transport": 1, "handshake: no upgrade": 1}
 
 
-async def test_websocket_elsewhere_is_refused_with_the_paths_that_exist() -> None:
+async def test_websocket_elsewhere_is_refused_with_the_paths_that_exist(caplog: pytest.LogCaptureFixture) -> None:
     async with running(socket_paths=("/b", "/a")) as relay:
         answer = await knock(relay, "/socket/websocket")
         assert (answer.status, answer.body) == (404, "no socket here; expected /a/websocket, /b/websocket\n")
+        assert "handshake refused: no socket here; expected /a/websocket, /b/websocket; address" in caplog.text
         assert relay.metrics.refused == {"handshake: path": 1}
 
 
