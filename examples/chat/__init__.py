@@ -3,10 +3,9 @@
     join  chat:lobby  {"nick": "Ada"}                          reply {"nick": "Ada"}
     push  new_msg     {"text": "Hello"}                        reply {"at": "2026-05-04T09:30:00Z"}
     event new_msg     {"nick": "Ada", "text": "Hello", "at": "2026-05-04T09:30:00Z"}, the sender hears it too
-    push  typing      {"typing": true}                         when a member begins to type, and when it ends
 
-The members are listed by presence, which the topic needs in the settings (``presence = "plugin"``), under the ids of
-their sockets: ``{"nick": "Ada", "typing": true}``.
+The settings of the topic do the rest: ``presence = "plugin"`` lists the members, each with its nick, and
+``client_events = ["typing"]`` sends who is typing from browser to browser, ``{"nick": "Ada", "typing": true}``.
 
 Nothing is kept: who joins later hears what is said from then on. A nick is held by one socket of a room; where a relay
 has several workers, by one in each.
@@ -20,7 +19,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.staticfiles import StaticFiles
 
-from relay import Join, Joined, Leave, Plugin, Push, Refused
+from relay import Join, Leave, Plugin, Push, Refused
 
 plugin = Plugin("chat")
 router = APIRouter(prefix="/chat", tags=["chat"])
@@ -40,13 +39,8 @@ async def enter(join: Join) -> dict[str, str]:
     if nick.casefold() in map(str.casefold, room.values()):
         raise Refused("nick is taken")
     room[join.socket.id] = nick
+    join.set_presence({"nick": nick})  # in the list of members
     return {"nick": nick}
-
-
-@plugin.on_joined("chat:*")
-async def list_member(joined: Joined) -> None:
-    """Show the others who has come."""
-    joined.track(joined.socket.id, {"nick": nick_of(joined), "typing": False})
 
 
 @plugin.on_leave("chat:*")
@@ -61,25 +55,12 @@ async def leave(leave: Leave) -> None:
 async def new_msg(push: Push) -> dict[str, str]:
     """Tell everybody in the room; the returned value is the sender's reply."""
     text = required(push.payload, "text", TEXT_MAX)
-    at = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-    await push.broadcast("new_msg", {"nick": nick_of(push), "text": text, "at": at})
-    return {"at": at}
-
-
-@plugin.on_push("chat:*", "typing")
-async def typing(push: Push) -> None:
-    """Show the others who types; backends do not hear of it."""
-    push.stop()
-    is_typing = isinstance(push.payload, dict) and push.payload.get("typing") is True
-    push.update(push.socket.id, {"nick": nick_of(push), "typing": is_typing})
-
-
-def nick_of(member: Joined | Push) -> str:
-    """The nick that a socket has in a room. Raises Refused."""
-    nick = nicks.get(member.topic, {}).get(member.socket.id)
+    nick = nicks.get(push.topic, {}).get(push.socket.id)
     if nick is None:
         raise Refused("no longer in the room")
-    return nick
+    at = f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+    await push.broadcast("new_msg", {"nick": nick, "text": text, "at": at})
+    return {"at": at}
 
 
 def required(payload: Any, key: str, length_max: int) -> str:

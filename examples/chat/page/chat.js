@@ -12,7 +12,9 @@ const socket = new Socket("../../socket");
 let channel = null;
 let presence = null;
 let me = "";
-let amTyping = false; // as the relay knows it
+let members = []; // nicks
+const typists = new Set(); // nicks that say so of themselves
+let amTyping = false; // as the others know it
 let typingTimer;
 
 function showState(state) {
@@ -30,6 +32,11 @@ function enter(nick, room) {
   channel?.leave();
   channel = socket.channel(`chat:${room}`, { nick });
   channel.on("new_msg", show);
+  channel.on("typing", ({ nick, typing }) => {
+    if (typing) typists.add(nick);
+    else typists.delete(nick);
+    showTyping();
+  });
   presence = new Presence(channel);
   presence.onSync(showMembers);
   channel
@@ -75,9 +82,14 @@ byId("room").value = decodeURIComponent(location.hash.slice(1)) || "lobby";
 // Who is here, and who is typing.
 
 function showMembers() {
-  const members = presence.list((id, { metas: [member] }) => member);
-  byId("members").replaceChildren(...members.map(({ nick }) => create("li", `hue-${hueOf(nick)}`, nick)));
-  const typing = members.filter((member) => member.typing && member.nick !== me).map(({ nick }) => nick);
+  members = presence.list((id, { metas: [{ meta }] }) => meta.nick);
+  byId("members").replaceChildren(...members.map((nick) => create("li", `hue-${hueOf(nick)}`, nick)));
+  for (const nick of typists) if (!members.includes(nick)) typists.delete(nick);
+  showTyping();
+}
+
+function showTyping() {
+  const typing = members.filter((nick) => typists.has(nick) && nick !== me);
   const who = typing.length > 2 ? "Several people" : typing.join(" and ");
   byId("typing").textContent = who && `${who} ${typing.length > 1 ? "are" : "is"} typing…`;
 }
@@ -85,7 +97,7 @@ function showMembers() {
 function setTyping(isTyping) {
   clearTimeout(typingTimer);
   if (isTyping) typingTimer = setTimeout(() => setTyping(false), TYPING_MS);
-  if (isTyping !== amTyping && channel.canPush()) channel.push("typing", { typing: (amTyping = isTyping) });
+  if (isTyping !== amTyping && channel.canPush()) channel.push("typing", { nick: me, typing: (amTyping = isTyping) });
 }
 
 byId("text").addEventListener("input", () => setTyping(byId("text").value !== ""));
