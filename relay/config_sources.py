@@ -65,6 +65,17 @@ def load_with_sources(
         raise ConfigError(*explain(error, sources)) from None
 
 
+def unread_file(path: str | Path | None) -> str | None:
+    """Say that a settings file which is here is not read, because none is named; None if there is none, or it is read.
+
+    Args: path: the file that is named, as of `load`.
+    """
+    name = "relay.toml"
+    if path or os.environ.get(CONFIG_VARIABLE) or not Path(name).is_file():
+        return None
+    return f"{name} in this directory is not read; to use it, add --config {name}"
+
+
 def from_arguments(config: Config | str | None, settings: dict[str, Any]) -> Config:
     """Make the settings of the arguments of `Relay`.
 

@@ -25,7 +25,7 @@ from relay.cli.output import console, is_terminal, print_lines
 from relay.cli.topic_warnings import topic_facts, topic_warnings
 from relay.config import ANY_HOST, CONFIG_VARIABLE, EMBEDDED, SETTINGS_KEY, TOKEN_KEY_VARIABLE, Config, Exposure
 from relay.config_sections import ENVELOPE_BYTES, AuthConfig, GrantConfig, Overflow
-from relay.config_sources import load
+from relay.config_sources import load, unread_file
 from relay.errors import ConfigError
 from relay.extras import require
 from relay.permissions import SUBJECT, Right, names_of, parse_claim
@@ -171,10 +171,12 @@ def check(
     warned += [("warning", f"plugin {each.name}: cannot be loaded: {each.fault}") for each in found if each.fault]
     found_out = _connect(settings) if connect else []
     warned += [(about, text) for about, text in found_out if about == "warning"]
+    unread = unread_file(config)
     said = [
         *_facts(settings, keys),
         *topic_facts(settings),
         *(each for each in found_out if each[0] != "warning"),
+        *([("note", unread)] if unread else []),
         *warned,
     ]
     if not is_terminal():

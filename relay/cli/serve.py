@@ -27,7 +27,7 @@ from relay import runtime_dir
 from relay.cli.greeting import greet, page_url, relays_in
 from relay.cli.options import ConfigFile, RedisUrl
 from relay.config import CONFIG_VARIABLE, EMBEDDED, Config
-from relay.config_sources import load, variable
+from relay.config_sources import load, unread_file, variable
 from relay.errors import ConfigError
 from relay.extras import require
 from relay.service_links import log_service_links
@@ -93,6 +93,8 @@ def serve(
     logging.config.dictConfig(_logging(settings))
     log_service_links()
     settings.old_names.log()
+    if application is None and (unread := unread_file(config)):
+        _logger.warning(unread)
     code, app = 0, None
     with ExitStack() as stack:
         stack.enter_context(_stop_on_sigterm())

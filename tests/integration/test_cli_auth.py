@@ -156,6 +156,26 @@ def test_check_of_no_settings_says_that_all_is_open_on_this_machine(relay: Comma
     ]
 
 
+def test_check_says_that_a_file_of_settings_here_is_not_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "relay.toml").write_text("port = 9000\n")
+    note = "note relay.toml in this directory is not read; to use it, add --config relay.toml"
+    for options, environ, is_read in (
+        ((), "", False),
+        (("--config", "relay.toml"), "", True),
+        ((), "relay.toml", True),
+    ):
+        monkeypatch.setenv("RELAY_CONFIG", environ)
+        monkeypatch.setattr(sys, "argv", ["relay", "check", *options])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        said = lines(capsys.readouterr().out)
+        assert (caught.value.code or 0, note in said) == (0, not is_read)
+        assert said[0].startswith(f"address 127.0.0.1:{9000 if is_read else 8000}; ")
+
+
 def test_check_says_which_events_clients_send_to_each_other(relay: Command) -> None:
     topics = '[[topics]]\nmatch = "room:*"\npush = false\nclient_events = ["typing", "cursor-*"]\n'
     code, out, _ = relay("check", settings=topics + "client_events_sender = true")

@@ -81,6 +81,12 @@ def test_greeting_names_every_address(relay: RelayProcess) -> None:
     assert f"relay publish --redis-url redis://127.0.0.1:{redis_port(relay)} room:1 new_msg" in lines[7]
 
 
+def test_file_of_settings_here_that_is_not_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "relay.toml").write_text("demo_page = false\n")
+    with RelayProcess(program=(Path(sys.executable), tmp_path)) as process:
+        assert "relay.toml in this directory is not read; to use it, add --config relay.toml" in process.output
+
+
 def test_greeting_of_a_relay_on_all_addresses_names_one_to_go_to() -> None:
     with RelayProcess("--host", "0.0.0.0", environ={"RELAY_ALLOW_ANONYMOUS": "true"}) as relay:
         assert relay.http.startswith("http://127.0.0.1:")
