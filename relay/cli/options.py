@@ -5,6 +5,7 @@ for `help`, `link` and `terminal`, which have no commands.
 """
 
 import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,8 +109,14 @@ def json_of(name: str, text: str) -> Any:
     except UnicodeEncodeError:
         raise ConfigError(f"{name}: expected text that UTF-8 can encode; got {text!r}") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{name}: {error}; got {text!r:.500}") from None
+        is_bare = 0 < len(text) <= _BARE_MAX and text[0] not in '{["'
+        hint = f"; a text has quotes of its own: {shlex.quote(json.dumps(text, ensure_ascii=False))}" if is_bare else ""
+        raise ConfigError(f"{name}: {error}; got {text!r:.500}{hint}") from None
     return value
+
+
+_BARE_MAX = 80
+"""Characters of a text that is shown as JSON, where the command line has it without quotes."""
 
 
 def _no_constant(name: str) -> None:
