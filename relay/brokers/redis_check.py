@@ -7,13 +7,14 @@ any of them is carried out. What is published is a probe, which relays ignore.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, NamedTuple
 
 import hiredis
 
 from relay import redis_url
+from relay.brokers.base import NODE_CHANNEL, PRESENCE_CHANNEL
 from relay.brokers.redis_connection import Connections, LinkLost, RedisConnection, words
 from relay.brokers.redis_marker import Markers
 from relay.brokers.redis_scripts import FUNCTION_NAME
@@ -200,19 +201,22 @@ class _Examination:
     # What the user may do.
 
     async def _permissions(self) -> AsyncIterator[Finding]:
+        tried = list(self._commands())
         reply = await self._connection.ask("MULTI")
         if isinstance(reply, hiredis.ReplyError):
-            yield Finding("user", f"which commands it may use is not known ({words(reply)}): allow +multi")
+            needed = _joined(rule for _, rule, _ in tried)
+            text = (
+                f"which commands it may use is not known ({words(reply)}): allow +multi for this check, or compare with"
+            )
+            yield Finding("user", f"{text} what is needed: {needed}")
             return
         missing: dict[str, list[str]] = {}
-        tried = list(self._commands())
         for command, rule, means in tried:
             reply = await self._connection.ask(*command)
             if isinstance(reply, hiredis.ReplyError) and not str(reply).startswith(("MOVED", "ASK")):
                 missing.setdefault(means, []).append(rule)
         for means, rules in missing.items():
-            words_of_rules = dict.fromkeys(" ".join(rules).split(" "))  # each key and channel once
-            yield Finding("warning", f"redis: {means}: allow {' '.join(words_of_rules)}")
+            yield Finding("warning", f"redis: {means}: allow {_joined(rules)}")
         if not missing:
             yield Finding(
                 "user", f"may use the {len({command[0] for command, _, _ in tried})} commands that are needed"
@@ -221,8 +225,9 @@ class _Examination:
     def _commands(self) -> Iterator[tuple[Sequence[str], str, str]]:
         """What a relay does with these settings, the ACL rule that allows it, and what its absence means."""
         redis = self._config.redis
+        to_prefix = redis.topic_prefix if redis.publish_form == "topic" else redis.to_prefix
         channels = [
-            (f"{redis.to_prefix}{_TRIED}", f"{redis.to_prefix}*", "events of REST and plugins are refused"),
+            (f"{to_prefix}{_TRIED}", f"{to_prefix}*", "events of REST and plugins are refused"),
             (f"{redis.from_prefix}{_TRIED}", f"{redis.from_prefix}*", "pushes of clients are refused"),
         ]
         if redis.push_identity:
@@ -233,7 +238,9 @@ class _Examination:
             key = f"{redis.topic_prefix}{_TRIED}"
             channels.append((key, f"{redis.topic_prefix}*", _NO_HISTORY))
         if self._config.has_presence:
-            channels.append(("relay:presence", "relay:presence", _NO_PRESENCE))
+            channels.append((PRESENCE_CHANNEL, PRESENCE_CHANNEL, _NO_PRESENCE))
+        if self._answers_for_others:
+            channels.append((f"{NODE_CHANNEL}{_TRIED}", f"{NODE_CHANNEL}*", _NO_OTHERS))
         for channel, pattern, means in channels:
             yield ("PUBLISH", channel, ""), f"+publish &{pattern}", means
         yield ("PING",), "+ping", "the connections are guarded by probes alone"
@@ -258,15 +265,16 @@ class _Examination:
     # Whether a message comes back.
 
     async def _probe(self) -> AsyncIterator[Finding]:
+        redis = self._config.redis
         async with self._subscription() as (subscription, missing):
-            redis = self._config.redis
-            for pattern, rule in missing.items():
-                means = "no event is heard" if pattern == f"{redis.to_prefix}*" else "something is not heard"
-                yield Finding("warning", f"redis: PSUBSCRIBE {pattern} is refused, so {means}: allow {rule}")
+            for command, name, means in missing:
+                rule = "+unsubscribe" if command == "UNSUBSCRIBE" else f"+{command.lower()} &{name}"
+                yield Finding("warning", f"redis: {command} {name} is refused, so {means}: allow {rule}")
+            refused = {name for _, name, _ in missing}
             markers = Markers(redis)
             probe = markers.next_probe()
-            for channel in markers.channels:
-                if channel.decode() in missing or (channel == markers.fallback and f"{redis.to_prefix}*" in missing):
+            for channel in markers.channels[:1] if redis.subscribe == "topic" else markers.channels:
+                if channel.decode() in refused or (channel == markers.fallback and f"{redis.to_prefix}*" in refused):
                     continue
                 sent_at = time.monotonic()
                 reply = await self._connection.ask("PUBLISH", channel, probe)
@@ -287,30 +295,53 @@ class _Examination:
                 return
             yield Finding("warning", "redis: no probe can be published and heard, so nothing is known of the link")
 
+    @property
+    def _answers_for_others(self) -> bool:
+        """Whether processes answer long polls for each other."""
+        config = self._config
+        return bool(config.auth.secret or config.workers > 1) and "longpoll" in config.transports
+
     @asynccontextmanager
-    async def _subscription(self) -> AsyncIterator[tuple[RedisConnection, dict[str, str]]]:
-        """Subscribe as a relay does; gives the patterns that are refused, and the rules that allow them."""
-        redis = self._config.redis
-        patterns = {f"{redis.to_prefix}*": glob_escape(redis.to_prefix) + "*"}
-        if redis.control_channel:
-            patterns[redis.control_channel] = glob_escape(redis.control_channel)
-        if self._config.has_history:
-            patterns[f"{redis.topic_prefix}*"] = glob_escape(redis.topic_prefix) + "*"
-        if self._config.has_presence:
-            patterns["relay:presence"] = "relay:presence"
+    async def _subscription(self) -> AsyncIterator[tuple[RedisConnection, list[tuple[str, str, str]]]]:
+        """Subscribe as a relay does; gives the commands that are refused, for what, and what that means."""
         connection = await self._connections.open()
         try:
-            missing = {}
-            for name, pattern in patterns.items():
-                if isinstance(await connection.ask("PSUBSCRIBE", pattern), hiredis.ReplyError):
-                    missing[name] = f"+psubscribe &{name}"
+            missing: list[tuple[str, str, str]] = []
+            for command, sent, name, means in self._subscriptions():
+                if isinstance(await connection.ask(command, sent), hiredis.ReplyError):
+                    missing.append((command, name, means))
             yield connection, missing
         finally:
             await connection.close()
 
+    def _subscriptions(self) -> Iterator[tuple[str, str, str, str]]:
+        """What a relay with these settings sends: command, channel, its name in a rule, and what its absence means."""
+        redis, topics = self._config.redis, f"{self._config.redis.topic_prefix}*"
+        by_name = redis.subscribe == "topic"
+        if by_name:
+            topic = f"{redis.topic_prefix}{_TRIED}"
+            yield "UNSUBSCRIBE", topic, topics, "topics that were left are still heard"
+            yield "SUBSCRIBE", topic, topics, "no event is heard"
+        else:
+            yield "PSUBSCRIBE", glob_escape(redis.to_prefix) + "*", f"{redis.to_prefix}*", "no event is heard"
+        if redis.control_channel:
+            name, means = redis.control_channel, "disconnect and kick of other nodes are not heard"
+            yield ("SUBSCRIBE", name, name, means) if by_name else ("PSUBSCRIBE", glob_escape(name), name, means)
+        elif by_name:
+            name = Markers(redis).fallback.decode()
+            yield "SUBSCRIBE", name, name, "what is heard is not checked by probes"
+        if self._config.uses_topic_channels and not by_name:
+            means = "events that are published there are not heard, and histories are not read"
+            yield "PSUBSCRIBE", glob_escape(redis.topic_prefix) + "*", topics, means
+        if self._config.has_presence:
+            yield "PSUBSCRIBE", PRESENCE_CHANNEL, PRESENCE_CHANNEL, "relay is not live"
+        if self._answers_for_others:
+            yield "SUBSCRIBE", f"{NODE_CHANNEL}{_TRIED}", f"{NODE_CHANNEL}*", _NO_OTHERS
+
 
 _NO_HISTORY = "histories do not work"
 _NO_PRESENCE = "presence does not work"
+_NO_OTHERS = "long polls that reach another process than their session's are not answered"
 
 # With "KEY" for a topic's key. Redis checks the commands inside of a script like those that a user sends.
 _HISTORY_COMMANDS = (
@@ -370,7 +401,12 @@ def _pubsub_limit(text: str) -> tuple[int, int, int]:
 
 
 def _is_message(reply: Any, payload: bytes) -> bool:
-    return isinstance(reply, list) and len(reply) == 4 and reply[0] == b"pmessage" and reply[3] == payload
+    return isinstance(reply, list) and reply[0] in (b"pmessage", b"message") and reply[-1] == payload
+
+
+def _joined(rules: Iterable[str]) -> str:
+    """Rules as one, with each command, key and channel once."""
+    return " ".join(dict.fromkeys(" ".join(rules).split(" ")))
 
 
 def _text(value: Any) -> str:

@@ -97,6 +97,8 @@ class Session:
         # A pattern or, where topics are subscribed to one by one, a channel.
         escape = glob_escape if broker.channels is None else str
         self._control = escape(settings.control_channel).encode()
+        # Subscribed to by their names: a rule such as &relay:node:* allows no pattern but itself.
+        self._own = sorted(raw.encode() for raw in broker.patterns if raw.startswith(NODE_CHANNEL))
         # Until Redis says that they may not be heard.
         broker.hears_topics = True
         self._probe_channels = list(broker.markers.channels)
@@ -173,19 +175,15 @@ class Session:
         prefix = self._settings.to_prefix.encode()
         pattern, control, fallback = self._pattern, self._control, self._broker.markers.fallback
         read_marker, marker = self._broker.markers.unpack, None
-        raw = {raw.encode() for raw in self._broker.patterns}  # Redis reports a pattern once, however often asked
+        raw = {raw.encode() for raw in self._broker.patterns}.difference(self._own)  # each is reported once
         # Those for events come last: none is heard before all are confirmed, so that live means all of them.
         topics, topic_at = self._broker.topics_pattern, len(self._settings.topic_prefix.encode())
         channels = self._channels
-        if channels is None:
-            patterns = (*sorted(raw), *filter(None, (control, pattern, topics)))
-            self._unconfirmed = len(patterns)
-            self._subscribe(patterns)
-        else:
-            own = [name for name in (control, fallback) if name]
-            self._unconfirmed = len(raw) + len(own)
-            self._subscribe(sorted(raw), one_by_one=True)
-            self.ask_channels("SUBSCRIBE", own)
+        own = self._own if channels is None else [*self._own, *filter(None, (control, fallback))]
+        patterns = (*sorted(raw), *(filter(None, (control, pattern, topics)) if channels is None else ()))
+        self._unconfirmed = len(patterns) + len(own)
+        self.ask_channels("SUBSCRIBE", own)
+        self._subscribe(patterns, one_by_one=channels is not None)
         by_name = {} if channels is None else channels.by_name
         gets = connection.replies.gets
         while True:
@@ -198,7 +196,7 @@ class Session:
                     self._take_refusal(reply)
                     continue
                 if reply[0] != b"pmessage":
-                    if channels is None or reply[0] != b"message":
+                    if reply[0] != b"message":
                         self._take_answer(reply)
                         continue
                     _, channel, payload = reply
@@ -208,7 +206,7 @@ class Session:
                             Event(heard.topic, payload[:colon].decode(errors="replace"), payload[colon + 1 :])
                         )
                         metrics.events_on_topics += 1
-                    elif (event := self._take_message(channels, channel, payload)) is not None:
+                    elif (event := self._take_message(channel, payload)) is not None:
                         events.append(event)
                     continue
                 _, of, channel, payload = reply
@@ -258,10 +256,12 @@ class Session:
             self._metrics.events_on_topics += 1
         return event
 
-    def _take_message(self, channels: TopicChannels, name: bytes, payload: bytes) -> Event | None:
+    def _take_message(self, name: bytes, payload: bytes) -> Event | None:
         """Take a message on a channel that is subscribed to by its name."""
-        channel = channels.by_name.get(name)
-        if channel is not None:
+        if name in self._own:
+            self._sink.receive_message(name.decode(), name.decode(), payload)
+            return None
+        if self._channels is not None and (channel := self._channels.by_name.get(name)) is not None:
             return self._unpack(channel.topic, payload)
         if name in (self._control, self._broker.markers.fallback):
             if payload.startswith(PROBE):
@@ -293,9 +293,9 @@ class Session:
         if kind == b"psubscribe":
             _ = self._asked.popleft()
             self._confirm_one()
-        elif kind == b"subscribe" and self._channels is not None:
+        elif kind == b"subscribe":
             _ = self._asked.popleft()
-            if self._confirmed.is_set():
+            if self._channels is not None and self._confirmed.is_set():
                 self._channels.confirm()
             else:
                 self._confirm_one()
@@ -335,9 +335,10 @@ class Session:
             self._broker.report_denied(f"PSUBSCRIBE {name}*", means, f"~{name}* &{name}*")
             self._broker.hears_topics = False
             self._confirm_one()
-        elif command == "PSUBSCRIBE" and pattern.startswith(NODE_CHANNEL.encode()) and is_denied(error):
+        elif pattern in self._own and is_denied(error):
             means = "long polls that reach another process than their session's are not answered here"
-            self._broker.report_denied(f"PSUBSCRIBE {NODE_CHANNEL}*", means, f"&{NODE_CHANNEL}*")
+            allow = f"{'' if is_channel_denied(error) else '+subscribe '}&{NODE_CHANNEL}*"
+            self._broker.report_denied(f"SUBSCRIBE {NODE_CHANNEL}*", means, allow)
             self._confirm_one()
         elif command == "SUBSCRIBE" and self._channels is not None and is_channel_denied(error):
             self._channel_denied(self._channels, pattern, words(error))

@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -242,21 +244,44 @@ async def test_message_that_is_not_sealed_harms_nobody(pair: Any, redis: Redis, 
     await nodes.poller.expect_event(ROOM, "e", {})
 
 
-async def test_user_without_the_channel_of_the_node_hears_events_all_the_same(serve_relay: Serve, caplog: Any) -> None:
+def limited(server: Valkey, *rules: str) -> str:
+    """The address of a server, as a user with these rights."""
+    with SyncRedis(port=server.port) as admin:
+        assert admin.execute_command("ACL", "SETUSER", "limited", "on", ">pass", *rules)
+    return server.url.replace("redis://", "redis://limited:pass@")
+
+
+@pytest.mark.parametrize(
+    "redis_settings", [{}, {"subscribe": "topic", "publish_form": "topic"}], ids=["pattern", "topic"]
+)
+async def test_documented_permissions_are_enough(pair: Any, redis_settings: dict[str, str], caplog: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "redis.md").read_text("utf-8")
+    rules, topic_rules = re.findall(r"^ACL SETUSER relay on >secret (.*)$", page, re.MULTILINE)
     with Valkey() as server:
-        with SyncRedis(port=server.port) as admin:
-            allowed = ["+psubscribe", "+publish", "+ping", "+role", "+hello", "+client", "+multi", "+exec"]
-            admin.acl_setuser(
-                "limited",
-                enabled=True,
-                passwords=["+pass"],
-                channels=["to:*", "from:*", "relay:control"],
-                commands=allowed,
-            )
-        url = server.url.replace("redis://", "redis://limited:pass@")
+        url = limited(server, *(topic_rules if redis_settings else rules).split())
+        nodes: Pair = await pair(redis_url=url, redis=redis_settings)
+        join_ref = await nodes.poller.join(ROOM)
+        for number in range(4):
+            await nodes.second.relay.publish(ROOM, "e", {"n": number})
+            assert (await nodes.poller.receive())[4] == {"n": number}
+            assert (await nodes.poller.push(join_ref, ROOM, "hello", {}))["status"] == "ok"
+        assert "no permission for" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"), [("&relay:node:*", "&relay:node:*"), ("+subscribe", "+subscribe &relay:node:*")]
+)
+async def test_user_without_a_permission_of_the_node_hears_events_all_the_same(
+    serve_relay: Serve, caplog: Any, rule: str, said: str
+) -> None:
+    with Valkey() as server:
+        rules = (
+            "resetchannels &to:* &from:* &relay:control &relay:node:* -@all +psubscribe +subscribe +publish +ping +role"
+        )
+        url = limited(server, *(each for each in rules.split() if each != rule))
         served = await serve_relay(redis_url=url, auth={"secret": SECRET})
         assert served.relay.link.live
-        assert "allow it with &relay:node:*" in caplog.text
+        assert f"allow it with {said}\n" in caplog.text
         async with Poller.connect(served.ws) as poller:
             await poller.join(ROOM)
             await served.relay.publish(ROOM, "e", {})
