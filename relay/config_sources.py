@@ -27,7 +27,7 @@ from relay.renamed_settings import RENAMED, rename
 from relay.service_links import ENV_PREFIX, service_links
 from relay.setting_names import did_you_mean, meant_in_list, setting_names
 
-_SECRET = re.compile(r"(^|[._])(url|keys?|secrets)(\.|$)")
+_SECRET = re.compile(r"(^|[._])(url|keys?|secrets?)(\.|$)")
 """Settings whose values are not repeated."""
 
 _ALL_SETTINGS = "`relay config` lists all of them"
