@@ -6,8 +6,8 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -45,10 +45,10 @@ def command(proxy: str, directory: Path, port: int, relay_port: int) -> list[str
     if proxy == "caddy":
         text = (CONFIG / "Caddyfile").read_text()
         text = text.replace("relay.example.org {", f"http://127.0.0.1:{port} {{").replace(":8000", f":{relay_port}")
-        (directory / "Caddyfile").write_text("{\n\tadmin off\n}\n" + text)
+        (directory / "Caddyfile").write_text(re.sub("^{", "{\n\tadmin off", text, flags=re.MULTILINE))
         return [program, "run", "--adapter", "caddyfile", "--config", str(directory / "Caddyfile")]
     text = (CONFIG / "nginx.conf").read_text()
-    text = text.replace("/var/log/nginx/access.log", f"{directory}/access.log")
+    text = text.replace("/var/log/nginx/", f"{directory}/")
     text = text.replace("listen 80;", f"listen 127.0.0.1:{port};").replace("127.0.0.1:8000", f"127.0.0.1:{relay_port}")
     (directory / "nginx.conf").write_text(nginx_main(directory) % text)
     return [program, "-e", "stderr", "-p", str(directory), "-c", str(directory / "nginx.conf")]
@@ -121,6 +121,32 @@ async def test_streams_pass_a_proxy_with_our_file_and_their_tokens_are_not_logge
         assert made not in logged and "another" not in logged
 
 
+@pytest.mark.parametrize("proxy", ["nginx", "caddy"])
+async def test_no_token_is_logged_of_requests_that_fail(proxy: str, tmp_path: Path, valkey: Valkey) -> None:
+    """Lines about errors are others than those about requests; Caddy logs headers, of which one is the user's token."""
+    relay = Relay(redis_url=valkey.url, system_topic=False, trusted_proxies=["127.0.0.1"], auth={"keys": [SECRET]})
+    secrets = ["in-the-query", "lp-of-the-session", "in-the-protocol", "in-a-header", "in-the-referer"]
+    query, session, protocol, header, referer = secrets
+    headers = {
+        "Sec-WebSocket-Protocol": f"phoenix, base64url.bearer.phx.{protocol}",
+        "X-Phoenix-AuthToken": header,
+        "Referer": f"http://127.0.0.1/?token={referer}",
+    }
+    path = f"/socket/longpoll?vsn=2.0.0&token={query}&token={session}"
+    async with AsyncExitStack() as running:
+        served = await running.enter_async_context(serve(relay))
+        async with behind(proxy, tmp_path, served.port) as port:
+            assert (await raw_get(port, path, headers))[0] == 200
+            await running.aclose()
+            assert (await raw_get(port, path, headers))[0] == 502
+            await eventually(lambda: "502" in logs_in(tmp_path), "the request to be logged")
+    assert not [secret for secret in secrets if secret in logs_in(tmp_path)]
+
+
+def logs_in(directory: Path) -> str:
+    return "".join(path.read_text() for path in directory.glob("*log"))
+
+
 def plugin_with_a_route() -> Plugin:
     router = APIRouter(prefix="/example")
 
@@ -164,10 +190,11 @@ def relay_paths() -> list[str]:
     return [str(path) for path in make_rest(relay.components, lambda: relay.node).openapi()["paths"]]
 
 
-async def raw_get(port: int, path: str) -> tuple[int, bytes]:
+async def raw_get(port: int, path: str, headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
     """A GET with a path as it is: clients would tidy it up."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n".encode())
+    lines = (f"GET {path} HTTP/1.1", f"Host: 127.0.0.1:{port}", *map(": ".join, (headers or {}).items()))
+    writer.write("\r\n".join((*lines, "Connection: close", "", "")).encode())
     answer = await reader.read()
     writer.close()
     return int(answer.split(b" ", 2)[1]), answer
@@ -208,11 +235,21 @@ async def test_site_of_the_compose_file_spreads_sockets_over_both_relays(tmp_pat
                 for client in (one, two):
                     await client.expect_event("room:1", "new_msg", {})
                 second.stop()
-                async with Client.connect(url) as three:
-                    await three.join("room:1")
+                await join_each(url, 3)
+                # Nor does it count as dead once it is back: the other is restarted at once.
+                with RelayProcess("--port", second.http.rpartition(":")[2], environ=environ):
+                    first.stop()
+                    await join_each(url, 3)
         finally:
             process.terminate()
             await process.wait()
+
+
+async def join_each(url: str, count: int) -> None:
+    """Connect and join, so often that the proxy has asked each relay."""
+    for _ in range(count):
+        async with Client.connect(url) as client:
+            await client.join("room:1")
 
 
 def logged_by_nginx(uri: str) -> str:
