@@ -204,6 +204,15 @@ def test_pods_mount_the_files_that_relay_reads() -> None:
         assert f"file:{mounts['secrets']}/{item['path']}" in settings
 
 
+@pytest.mark.parametrize("file", ["docs/deployment.md", "config/kubernetes/deployment.yaml"])
+def test_secret_is_created_with_all_that_pods_take_from_it(file: str) -> None:
+    """A pod whose Secret lacks one does not start."""
+    spec = manifests()["Deployment"]["spec"]["template"]["spec"]
+    taken = {entry["valueFrom"]["secretKeyRef"]["key"] for entry in container_of_the_pod()["env"]}
+    taken |= {item["key"] for volume in spec["volumes"] for item in volume.get("secret", {}).get("items", ())}
+    assert set(re.findall(r"--from-literal=([\w-]+)=", (ROOT / file).read_text())) == taken
+
+
 @pytest.mark.parametrize("probe", ["livenessProbe", "readinessProbe"])
 def test_probes_of_the_pod_are_answered_without_a_key_and_under_any_host(probe: str) -> None:
     path = container_of_the_pod()[probe]["httpGet"]["path"]
@@ -299,6 +308,7 @@ def test_each_alert_has_a_section_in_the_runbook_and_each_section_an_alert() -> 
     ]
     names = [rule["alert"] for rule in rules]
     assert re.findall(r"^## (Relay\w+)$", RUNBOOK.read_text(), re.MULTILINE) == names
+    assert re.findall(r"^\| \[(Relay\w+)\]", RUNBOOK.read_text(), re.MULTILINE) == names
     for rule in rules:
         assert rule["annotations"]["runbook_url"].endswith(f"/runbook.html#{rule['alert'].lower()}")
 
