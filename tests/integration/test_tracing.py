@@ -21,6 +21,7 @@ from relay.errors import BusUnavailable, ConfigError
 from relay.tracing import Tracer
 from tests.support.client import Client
 from tests.support.keys import SECRET, token
+from tests.support.long_poll import Poller
 from tests.support.process import RelayProcess
 from tests.support.serving import Served, eventually
 from tests.support.sse import Stream
@@ -131,6 +132,28 @@ async def test_streams_have_spans_of_their_request_and_joins(serve_relay: ServeR
     assert parent_of(accepted) == int(PARENT, 16)
     assert parent_of(join) == id_of(accepted)
     assert (refused.attributes or {})["relay.outcome"] == "topics"
+
+
+async def test_long_polling_clients_have_spans_of_their_session_and_not_of_each_request(
+    serve_relay: ServeRelay, spans: Spans
+) -> None:
+    served = await serve_relay(tracing=True)
+    async with Poller.connect(served.ws, headers={"traceparent": TRACEPARENT}) as poller:
+        ref = await poller.join("room:1")
+        assert (await poller.push(ref, "room:1", "shout", {"text": "secret"}))["status"] == "ok"
+        await poller.expect_alive()
+    async with Poller.connect(served.ws, opens=False, vsn="9.0.0") as refused:
+        assert (await refused.open())["status"] == 403
+    await eventually(lambda: len(spans()) >= 5, "the spans to end")
+    (accepted, rejected), (join,), (push,), (publish,) = (
+        spans(name) for name in ("handshake", "join", "push", "publish")
+    )
+    assert len(spans()) == 5
+    assert parent_of(accepted) == int(PARENT, 16)
+    assert parent_of(join) == parent_of(push) == id_of(accepted)
+    assert parent_of(publish) == id_of(push)
+    assert accepted.attributes == {"relay.socket": poller.socket_id, "relay.outcome": "ok"}
+    assert (rejected.attributes or {})["relay.outcome"] == "version"
 
 
 async def test_handlers_have_spans_and_what_they_do_is_below(serve_relay: ServeRelay, spans: Spans) -> None:

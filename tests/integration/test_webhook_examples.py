@@ -1,13 +1,15 @@
-"""The program of docs/webhooks.md that Node can run, as it stands there, behind a relay with its settings."""
+"""The programs of docs/webhooks.md, as they stand there, behind a relay with its settings."""
 
 import asyncio
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -15,7 +17,7 @@ from tests.integration.test_webhooks import join
 from tests.support.node import SCRIPTS, need_node
 from tests.support.process import free_port
 from tests.support.serving import Served, http_get
-from tests.support.webhook import SECRET
+from tests.support.webhook import SECRET, Asked, WebhookServer, answer, status
 
 Connect = Callable[..., Any]
 ServeRelay = Callable[..., Coroutine[Any, Any, Served]]
@@ -68,8 +70,35 @@ async def test_example_for_express_works(serve_relay: ServeRelay, connect: Conne
     with running(["node", script.name], tmp_path) as process:
         await until_listening(port, process)
         await check_decisions(serve_relay, connect, f"http://127.0.0.1:{port}/relay")
-        status, _ = await http_get(f"http://127.0.0.1:{port}/relay")
-        assert status == 404
+        assert (await http_get(f"http://127.0.0.1:{port}/relay"))[0] == 404
+
+
+async def test_example_for_django_works(serve_relay: ServeRelay, connect: Connect, monkeypatch: Any) -> None:
+    """On a stand-in for what the example takes of Django."""
+
+    class Response(NamedTuple):
+        data: Any = None
+        status: int = 200
+
+    for name, members in {
+        "django.http": {"HttpResponse": lambda status: Response(None, status), "JsonResponse": Response},
+        "django.views.decorators.csrf": {"csrf_exempt": lambda view: view},
+        "django.views.decorators.http": {"require_POST": lambda view: view},
+    }.items():
+        module = ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("RELAY_SECRET", SECRET)
+    example: dict[str, Any] = {}
+    exec(block("# views.py"), example)
+
+    async def behave(asked: Asked, writer: asyncio.StreamWriter) -> None:
+        response = example["relay"](SimpleNamespace(headers=asked.headers, body=asked.body))
+        await (answer(response.data) if response.status == 200 else status(response.status))(asked, writer)
+
+    async with WebhookServer().running() as server:
+        server.behaviour = behave
+        await check_decisions(serve_relay, connect, server.url)
 
 
 async def check_decisions(serve_relay: ServeRelay, connect: Connect, url: str) -> None:
@@ -84,6 +113,9 @@ async def check_decisions(serve_relay: ServeRelay, connect: Connect, url: str) -
     assert (await client.push(ref, "room:é", "new_msg", {"text": "né"})) == {"status": "ok", "response": {}}
     refusal = {"status": "error", "response": {"reason": "nothing to say"}}
     assert (await client.push(ref, "room:é", "new_msg", {})) == refusal
+    for payload in (None, [1], "text", 5, {"text": None}):
+        await client.send(ref, "99", "room:é", "new_msg", payload)
+        assert (await client.receive())[4] == refusal
     large = {"text": "x" * 1_000_000}
     assert (await client.push(ref, "room:é", "new_msg", large)) == {"status": "ok", "response": {}}
     other = await serve_relay(broadcast_url="memory://", webhooks=[{**hook, "secrets": ["y" * 32]}])

@@ -14,6 +14,7 @@ from relay.auth.authenticator import UpgradeRequest
 from tests.support.client import Client
 from tests.support.faults import Authority
 from tests.support.keys import token
+from tests.support.long_poll import Poller
 from tests.support.process import free_port
 from tests.support.serving import Served, eventually, http_get, metric
 from tests.support.webhook import ALLOW, SECRET, Asked, Behaviour, WebhookServer, answer, raw, status
@@ -89,6 +90,37 @@ async def test_program_is_asked_about_joins_and_pushes_and_told_of_leaves(
         assert server.asked == []
         assert await outcome(served, "room:*", "allowed") == 3
         assert await outcome(served, "room:*", "delivered") == 1
+
+
+async def test_long_polling_clients_are_decided_on_too(serve_relay: ServeRelay) -> None:
+    """Their leaves are sent as well: when they leave a topic, and when their session ends."""
+    async with WebhookServer().running() as server:
+        rights = {"authenticated": [{"match": "*", "rights": ["join", "push"]}]}
+        served = await serve_relay(**settings(server), auth=rights, authenticate=by_user)
+        async with Poller.connect(served.ws, user="alice") as alice:
+            server.behaviour = answer({"allow": False, "reason": "closed"})
+            await alice.send("1", "1", "room:1", "phx_join", {"nick": "Al"})
+            assert (await alice.receive())[4] == {"status": "error", "response": {"reason": "closed"}}
+            server.behaviour = answer({"allow": True, "reply": {"welcome": "alice"}})
+            await alice.send("2", "2", "room:1", "phx_join", {})
+            assert (await alice.receive())[4] == {"status": "ok", "response": {"welcome": "alice"}}
+            assert await alice.push("2", "room:1", "new_msg", {}) == {"status": "ok", "response": {"welcome": "alice"}}
+            server.behaviour = status(500)
+            assert await alice.push("2", "room:1", "new_msg", {}) == UNAVAILABLE
+            server.behaviour = ALLOW
+            await alice.send("2", "5", "room:1", "phx_leave", {})
+            assert [(await alice.receive())[3] for _ in range(2)] == ["phx_reply", "phx_close"]
+            _ = await alice.join("room:2")
+            await served.relay.disconnect(user="alice")
+            await alice.expect_gone()
+        await eventually(lambda: len(server.asked) == 7, "all requests")
+        assert [(each["type"], each["topic"]) for each in server.take()] == [
+            *[("join", "room:1")] * 2,
+            *[("push", "room:1")] * 2,
+            ("leave", "room:1"),
+            ("join", "room:2"),
+            ("leave", "room:2"),
+        ]
 
 
 async def test_claims_are_sent_where_asked_for_and_tokens_never(serve_relay: ServeRelay, connect: Connect) -> None:
