@@ -117,6 +117,8 @@ class Connections:
         with suppress(TimeoutError):
             async with asyncio.timeout(self.config.limits.close_timeout_s):
                 await self._no_sockets.wait()
+        if self.metrics.drained:
+            _logger.info("shutting down: %d sockets closed, %d left", self.metrics.drained, len(self.sockets))
 
     async def _drain(self) -> None:
         limits, waiting = self.config.limits, list(self.sockets.values())

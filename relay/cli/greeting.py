@@ -67,6 +67,9 @@ def greet(settings: Config, embedded: bool, open_page: bool, application: str | 
         if not _answers(settings):
             return
         root = page_url(settings).rstrip("/")
+        if settings.log_format == "json":  # what is printed is no record: a collector cannot read it
+            fields = {"kind": "start", "version": __version__, "url": f"{root}/"}
+            logging.getLogger("relay").info("relay %s answers at %s/", __version__, root, extra=fields)
         if application is None:
             _greet(settings, embedded, root)
         else:

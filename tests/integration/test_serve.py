@@ -772,3 +772,16 @@ def _workers(relay: RelayProcess, server: int) -> list[int]:
             if child.pid != server and not is_zombie and "spawn_main" in str(child.cmdline()):
                 found.append(child.pid)
     return found
+
+
+async def test_start_and_end_are_records_where_a_collector_reads_the_log() -> None:
+    with RelayProcess(environ={"RELAY_LOG_FORMAT": "json"}) as relay:
+        async with Client.connect(relay.ws) as client:
+            await client.join("room:1")
+            relay.process.send_signal(signal.SIGTERM)  # type: ignore[union-attr]
+            assert (await client.expect_closed())[0] == 1012
+        relay.wait()
+        records = [json.loads(line) for line in relay.output.splitlines() if line.startswith("{")]
+        (start,) = (record for record in records if record.get("kind") == "start")
+        assert (start["level"], start["version"], start["url"]) == ("info", __version__, f"{relay.http}/")
+        assert "shutting down: 1 sockets closed, 0 left" in [record["message"] for record in records]
