@@ -338,9 +338,9 @@ class ConnectionLog:
         self._log.info(
             "disconnect",
             socket,
-            "disconnected by the %s, code %s %.123r, after %.1f s; %d joins, %d pushes, %d events, %d of them dropped",
+            "disconnected by the %s,%s %.123r, after %.1f s; %d joins, %d pushes, %d events, %d of them dropped",
             by,
-            code,
+            "" if code is None else f" code {code}",
             reason,
             *totals,
             code=code,

@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 from email.message import Message
 from http import HTTPStatus
 from http.client import HTTPException
+from ssl import SSLCertVerificationError
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urljoin, urlsplit
@@ -118,7 +119,10 @@ async def connected(url: str, token: str | None, **options: Any) -> AsyncIterato
         status = error.response.status_code
         if (location := error.response.headers.get("Location")) is not None and status in range(300, 400):
             raise Failed(f"{address}: {_redirect(status, address, location)}") from None
-        body = (error.response.body or b"").decode(errors="replace").strip()
+        is_page = "html" in error.response.headers.get("Content-Type", "")  # of a proxy
+        body = (
+            error.response.reason_phrase if is_page else (error.response.body or b"").decode(errors="replace").strip()
+        )
         kind = Lost if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR else Failed
         raise kind(f"{address}: HTTP {status}{body and f': {body}'}") from None
     except ConnectionClosed as error:
@@ -174,6 +178,8 @@ def _reason(error: object) -> str:
     """What the system says, and for its commonest word a plainer one."""
     if f"[Errno {errno.ECONNREFUSED}]" in str(error):  # asyncio makes one text of those of several addresses
         return "no server listens there; does `relay serve` run?"
+    if isinstance(error, SSLCertVerificationError):
+        return f"{error.verify_message}; SSL_CERT_FILE can name a file with the certificate of the authority"
     return str(error)
 
 

@@ -24,6 +24,7 @@ from relay import Plugin, Refused
 from relay_client import REJOINED, Channel, ConnectError, Event, JoinError, PushError, QueueOverflow, connect
 from relay_client.wire import Message, decode, encode
 from tests.support.process import RelayProcess, Valkey, free_port
+from tests.support.servers import bad_gateway
 from tests.support.serving import Served, eventually, heard_on
 
 DIRECTORY = Path(__file__).parents[2] / "clients" / "python"
@@ -669,6 +670,14 @@ async def test_silent_server_is_a_connect_error_in_time() -> None:
         port = server.sockets[0].getsockname()[1]
         with pytest.raises(ConnectError, match="no answer within 0.05 s"):
             async with connect(f"ws://127.0.0.1:{port}/socket", timeout_s=0.05):
+                pytest.fail("connected")
+
+
+async def test_page_of_a_proxy_is_not_repeated_in_the_error() -> None:
+    async with await asyncio.start_server(bad_gateway, "127.0.0.1", 0) as server:
+        url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/socket"
+        with pytest.raises(ConnectError, match="/socket/websocket: HTTP 502: Bad Gateway$"):
+            async with connect(url):
                 pytest.fail("connected")
 
 

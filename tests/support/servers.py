@@ -1,5 +1,6 @@
 """Somebody's own app under a server of their choice, as a process; told apart from ours by its own module."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -145,3 +146,13 @@ class AppServer:
             assert self.process.stdout is not None
             self.process.stdout.close()
         self._directory.cleanup()
+
+
+async def bad_gateway(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """A proxy that has a page for each error."""
+    _ = await reader.readuntil(b"\r\n\r\n")
+    page = b"<html>\r\n<h1>502 Bad Gateway</h1>\r\n</html>"
+    head = f"HTTP/1.1 502 Bad Gateway\r\nContent-Type: text/html\r\nContent-Length: {len(page)}\r\n\r\n"
+    writer.write(head.encode() + page)
+    await writer.drain()
+    writer.close()

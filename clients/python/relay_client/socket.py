@@ -15,6 +15,7 @@ from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit, urlunsplit
 from websockets.asyncio.client import ClientConnection
 from websockets.asyncio.client import connect as connect_websocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.http11 import Response
 from websockets.typing import Subprotocol
 
 from relay_client.channel import Channel
@@ -197,8 +198,7 @@ class Socket:
             )
         except InvalidStatus as error:
             location = error.response.headers.get("Location")
-            body = (error.response.body or b"")[:200].decode(errors="replace").strip()
-            why = f"HTTP {error.response.status_code}" + (f": {body}" if body else "")
+            why = _refusal(error.response)
             if 300 <= error.response.status_code < 400 and location is not None:
                 target = _origin(urljoin(f"{scheme}://{host}{path}", location))
                 why = f"HTTP {error.response.status_code}, a redirect to {target}; none is followed, since the token "
@@ -320,6 +320,14 @@ class _Connect(connect_websocket):
     def process_redirect(self, exc: Exception) -> Exception | str:
         """Take a redirect for the refusal that it is."""
         return exc
+
+
+def _refusal(response: Response) -> str:
+    """What a server says instead of 101, in one line: the status, and the body unless it is a page of a proxy."""
+    body = (response.body or b"")[:200].decode(errors="replace").strip()
+    if not body or "html" in response.headers.get("Content-Type", ""):
+        body = response.reason_phrase
+    return f"HTTP {response.status_code}: {' '.join(body.split())}"
 
 
 def _is_this_machine(host: str) -> bool:

@@ -1,9 +1,15 @@
 """`relay.cli.connection`: the addresses of a running relay."""
 
+import asyncio
+from pathlib import Path
+
 import pytest
 
 from relay import Config, ConfigError
-from relay.cli.connection import base_url, rest_url, socket_url
+from relay.cli.connection import Lost, ask_rest, base_url, connected, rest_url, socket_url
+from relay.cli.output import Failed
+from tests.support.faults import Authority
+from tests.support.servers import bad_gateway
 
 SETTINGS = Config(port=9000, socket_paths=("/socket", "/live"))
 
@@ -41,3 +47,25 @@ def test_address_that_is_none_is_refused(url: str) -> None:
 def test_socket_at_the_root_has_no_second_slash() -> None:
     settings = Config(socket_paths=("/",))
     assert socket_url(settings, "https://example.org/") == "wss://example.org/websocket?vsn=2.0.0"
+
+
+async def test_page_of_a_proxy_is_not_repeated_in_the_error() -> None:
+    async with await asyncio.start_server(bad_gateway, "127.0.0.1", 0) as server:
+        url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/socket"
+        with pytest.raises(Lost, match="^ws://[0-9.:]+/socket: HTTP 502: Bad Gateway$"):
+            async with connected(url, None):
+                pytest.fail("connected")
+
+
+async def test_certificate_that_is_not_trusted_is_an_error_with_what_helps(tmp_path: Path) -> None:
+    helps = (
+        "self-signed certificate in certificate chain; SSL_CERT_FILE can name|unable to get local issuer.*; SSL_CERT"
+    )
+    context = Authority(tmp_path).context()
+    async with await asyncio.start_server(bad_gateway, "127.0.0.1", 0, ssl=context) as server:
+        place = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        with pytest.raises(Lost, match=helps):
+            async with connected(f"wss://{place}/socket", None):
+                pytest.fail("connected")
+        with pytest.raises(Failed, match=helps):
+            await asyncio.to_thread(ask_rest, Config(), f"https://{place}/api", "/topics")
