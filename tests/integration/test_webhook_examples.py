@@ -80,11 +80,12 @@ async def test_example_for_django_works(serve_relay: ServeRelay, connect: Connec
         data: Any = None
         status: int = 200
 
-    for name, members in {
+    stand_in: dict[str, dict[str, Any]] = {
         "django.http": {"HttpResponse": lambda status: Response(None, status), "JsonResponse": Response},
         "django.views.decorators.csrf": {"csrf_exempt": lambda view: view},
         "django.views.decorators.http": {"require_POST": lambda view: view},
-    }.items():
+    }
+    for name, members in stand_in.items():
         module = ModuleType(name)
         vars(module).update(members)
         monkeypatch.setitem(sys.modules, name, module)
