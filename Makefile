@@ -81,23 +81,25 @@ lock: .venv/.dev ## write the lock files anew; LOCK_ARGS=--upgrade takes the new
 clean: ## remove all that make and the tools made
 	rm -rf .venv build dist htmlcov .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	rm -rf tests/js/node_modules examples/node-plugin/node_modules
+	rm -f relay/transports/speedups.abi3.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Two environments in one: `make run` needs the extra `standard`, a third of what `make test` needs, and the second
 # includes the first.
+BUILT_FROM := pyproject.toml hatch_build.py relay/transports/speedups.c
 PIP_INSTALL := $(BIN)/python -m pip install --quiet
 
 .venv/.made-in:
 	@tools/venv.sh .venv
 	@printf '%s\n' '$(CURDIR)' > $@
 
-.venv/.run: .venv/.made-in requirements.lock pyproject.toml
+.venv/.run: .venv/.made-in requirements.lock $(BUILT_FROM)
 	@echo "installing the relay's packages in .venv: 120 MB, a minute"
 	$(PIP_INSTALL) --require-hashes -r requirements.lock
 	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
-.venv/.dev: .venv/.made-in requirements.lock requirements-dev.lock pyproject.toml
+.venv/.dev: .venv/.made-in requirements.lock requirements-dev.lock $(BUILT_FROM)
 	@echo "installing the development packages in .venv: 750 MB, two minutes"
 	$(PIP_INSTALL) --require-hashes -r requirements-dev.lock
 	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
@@ -107,7 +109,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet
 # The layout is left out: it does not depend on them.
 FLOORS_TESTS = $(filter-out tests/unit/test_house.py, $(shell find tests/unit -name 'test_*.py')) tests/integration/test_brokers.py
 
-build/floors/.made: requirements-floors.lock pyproject.toml
+build/floors/.made: requirements-floors.lock $(BUILT_FROM)
 	@tools/venv.sh build/floors
 	build/floors/bin/python -m pip install --quiet --require-hashes -r requirements-floors.lock
 	build/floors/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .

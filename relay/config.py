@@ -85,6 +85,7 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
         "this machine and IP addresses always pass; if empty, any name is accepted if clients are authenticated",
     )
     compression: bool = Field(False, description="compress events, once for all clients that support it")
+    speedups: bool = Field(True, description="write events to sockets without TLS in C, if the extension was built")
     trusted_proxies: tuple[str, ...] = Field(
         (), description='addresses or networks of proxies whose X-Forwarded-For is trusted, such as "10.0.0.0/8"'
     )

@@ -135,7 +135,11 @@ class Node:
         self.broker: Broker = _make_broker(config, components, own_channel)
         loop = asyncio.get_running_loop()
         self.hub: Hub = Hub(
-            metrics, lambda topic: config.topic(topic).policy, loop.call_soon, label_of=config.metrics.label
+            metrics,
+            lambda topic: config.topic(topic).policy,
+            loop.call_soon,
+            label_of=config.metrics.label,
+            speedups=config.speedups,
         )
         self._runner = runner = HandlerRunner(config.plugins.timeout_s, telemetry, hooks, owner)
         self.pubsub: PubSub = PubSub(config, self.broker, self.hub, runner, telemetry)

@@ -39,6 +39,8 @@ def pytest_sessionstart() -> None:
     """Settings of the machine must not reach the relays under test."""
     for name in [name for name in os.environ if _PLATFORM.fullmatch(name)]:
         del os.environ[name]
+    if os.environ.get("TESTS_SPEEDUPS") == "0":
+        os.environ["RELAY_SPEEDUPS"] = "0"
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from relay.channels.hub import Subscriber
+from relay.channels.groups import Subscriber
 from relay.channels.presence import Presence
 from relay.channels.presence_topic import Watcher
 from relay.channels.pubsub import PubSub

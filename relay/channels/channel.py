@@ -18,11 +18,11 @@ from typing import Any
 from relay.auth.authenticator import Authenticator
 from relay.auth.session import RENEWAL, Decision, explain, tokens_in
 from relay.brokers.base import Place
-from relay.channels import client_events, replay
+from relay.channels import client_events, groups, replay
 from relay.channels.actions import ChannelActions, ChannelPushActions
 from relay.channels.handle import SocketHandle
 from relay.channels.history_reader import Recovery
-from relay.channels.hub import Hub, Subscriber
+from relay.channels.hub import Hub
 from relay.channels.presence import Presence
 from relay.channels.pubsub import PubSub
 from relay.channels.replay import Asked, Replay
@@ -357,7 +357,7 @@ class Channel(Subscription):
         self._make_replay(positioned=False).fall_behind(position)
 
     @property
-    def subscriber(self) -> Subscriber:
+    def subscriber(self) -> groups.Subscriber:
         """Its socket, as the hub knows it."""
         return self._socket
 

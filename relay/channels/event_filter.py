@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from inspect import isawaitable
 from typing import Any, NamedTuple
 
-from relay.channels.hub import Subscriber
+from relay.channels.groups import Subscriber
 from relay.plugins.dispatcher import HandlerError, HandlerRunner
 from relay.plugins.hooks import Event, Hook, matching
 from relay.protocol import topics

@@ -17,8 +17,8 @@ from typing import Self
 
 from relay.brokers.base import Place
 from relay.channels.channel import Services
+from relay.channels.groups import Subscriber
 from relay.channels.history_reader import Recovery
-from relay.channels.hub import Subscriber
 from relay.channels.replay import Replay, ReplayReader
 from relay.config_sections import Overflow, Policy
 from relay.errors import BusUnavailable, CloseCode, Reason, RelayError, SlowReader

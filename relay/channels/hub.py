@@ -1,9 +1,10 @@
 """Topic → subscribers, and the loop that hands each of them a frame.
 
-Owns who is subscribed here; must not know brokers, transports or asyncio.
+Owns who is subscribed here; must not know brokers, nor asyncio, nor how a transport writes.
 
 A topic keeps the ready sockets' ``write`` methods side by side, so that delivering is one loop over a tuple of C
-functions: whatever else is visited between two system calls has left the processor's caches by then.
+functions: whatever else is visited between two system calls has left the processor's caches by then. Where they are of
+plain sockets, that loop is in C (`relay.transports.plain_sockets`).
 
 The loop is sliced: 10 000 sockets take some 90 ms, in which no heartbeat would be answered, so after
 `SLICE_S` the rest is put off to the event loop's next turn. What comes later waits behind it, which keeps
@@ -13,20 +14,21 @@ the order of events for every socket.
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, TypeAlias
 
+from relay.channels.groups import Group, Subscriber, make_groups
 from relay.config_sections import Policy
 from relay.errors import Reason
 from relay.metrics import Metrics
 from relay.protocol.frame import Frame
 from relay.protocol.payload import Payload
 from relay.protocol.serializer import Version, encode_broadcast, encode_positioned
-from relay.protocol.state import Subscription
+from relay.transports.plain_sockets import BATCH
 
 SLICE_S = 0.002
 """Longest time one turn of the fan-out may take, in seconds."""
 
-_CHECK_EVERY = 32
+_CHECK_EVERY = BATCH
 """Subscribers written between two looks at the clock (about 0.3 ms)."""
 
 JOINED_MAX_BYTES = 32_768
@@ -36,48 +38,11 @@ Outgoing: TypeAlias = tuple[str, Payload, str | None]
 """An event's name, its payload, and its position in the topic's history, where it has one."""
 
 
-class Subscriber(Protocol):
-    """What the hub holds: one socket's outbox, under a topic."""
-
-    version: Version
-
-    @property
-    def deflates(self) -> bool:
-        """Whether `direct_write` takes `Frame.deflated`; else it takes `Frame.wire`."""
-
-    def direct_write(self) -> Callable[[bytes], object] | None:
-        """What writes frames to this socket as they are; None where they must go through `send_event`.
-
-        When the answer changes, `Hub.refresh` must be called.
-        """
-
-    def send_event(self, frame: Frame, topic: str, event: str, policy: Policy) -> None:
-        """Write an event's frame, or queue it. Never blocks, never raises."""
-
-    def subscription(self, topic: str) -> Subscription | None:
-        """What this socket has joined under ``topic``."""
-
-    def end_subscription(self, subscription: Subscription, reason: Reason) -> bool:
-        """End a subscription with ``phx_error``, so that the client rejoins; False where it has ended already."""
-
-
 class Traffic(NamedTuple):
     """Events of a topic: since its first subscriber came, and per second of late."""
 
     events: int
     events_per_s: float
-
-
-class _Group(NamedTuple):
-    """Subscribers of a topic that take the same bytes, in the same way."""
-
-    members: tuple[Subscriber, ...]
-    writes: tuple[Callable[[bytes], object], ...] | None
-    """Of each member, its `direct_write`; None where they go through `send_event`."""
-    version: Version
-    deflates: bool
-    positioned: bool
-    """Whether they have asked for positions."""
 
 
 class _Topic:
@@ -105,7 +70,7 @@ class _Topic:
         # Each with `events` as it was when it came: what it was sent is known at its end, and costs nothing until then.
         self.subscribers: dict[Subscriber, int] = {}
         # The subscribers as the loop walks them; built again after a join, a leave, or a change of readiness.
-        self.groups: tuple[_Group, ...] | None = None
+        self.groups: tuple[Group, ...] | None = None
         # Those of them that get no events for now, each with `events` as it was then; negative where they miss none.
         self.held: dict[Subscriber, int] | None = None
         # Those that have asked for positions.
@@ -114,34 +79,18 @@ class _Topic:
         # way from before has reached them already.
         self.entered: dict[Subscriber, int] | None = None
 
-    def sort(self) -> tuple[_Group, ...]:
+    def sort(self, speedups: bool) -> tuple[Group, ...]:
         """The subscribers that get events now, in groups."""
         if self.groups is None:
             held = self.held or {}
-            self.groups = self._group(each for each in self.subscribers if each not in held)
+            present = (each for each in self.subscribers if each not in held)
+            self.groups = make_groups(present, self.positioned or (), speedups)
         return self.groups
 
-    def sort_recovering(self) -> tuple[_Group, ...]:
+    def sort_recovering(self, speedups: bool) -> tuple[Group, ...]:
         """Those that are given events from the topic's history for now, in groups."""
-        return self._group(each for each, since in (self.held or {}).items() if since < 0)
-
-    def _group(self, subscribers: Iterable[Subscriber]) -> tuple[_Group, ...]:
-        found: dict[tuple[Version, bool, bool, bool], list[tuple[Subscriber, Callable[[bytes], object] | None]]] = {}
-        positioned = self.positioned or ()
-        for subscriber in subscribers:
-            write = subscriber.direct_write()
-            key = (subscriber.version, subscriber.deflates, write is not None, subscriber in positioned)
-            found.setdefault(key, []).append((subscriber, write))
-        return tuple(
-            _Group(
-                tuple(member for member, _ in entries),
-                tuple(write for _, write in entries if write is not None) if ready else None,
-                version,
-                deflates,
-                is_positioned,
-            )
-            for (version, deflates, ready, is_positioned), entries in found.items()
-        )
+        recovering = (each for each, since in (self.held or {}).items() if since < 0)
+        return make_groups(recovering, self.positioned or (), speedups)
 
 
 class _Delivery:
@@ -153,7 +102,7 @@ class _Delivery:
         self,
         topic_name: str,
         topic: _Topic,
-        groups: tuple[_Group, ...],
+        groups: tuple[Group, ...],
         events: Sequence[Outgoing],
         skip: Subscriber | None,
         now: float,
@@ -172,7 +121,7 @@ class _Delivery:
         # Encoded at most once per version, with positions and without, and only where a subscriber takes it so.
         self.frames: dict[tuple[Version, bool], tuple[list[Frame], list[str]]] = {}
 
-    def encoded(self, group: _Group) -> tuple[list[Frame], list[str]]:
+    def encoded(self, group: Group) -> tuple[list[Frame], list[str]]:
         """The frames of the events as a group takes them, and the name of each one's event."""
         key = (group.version, group.positioned)
         frames = self.frames.get(key)
@@ -210,6 +159,7 @@ class Hub:
           clock: monotonic seconds.
           label_of: what a topic's events are counted under besides, asked once when its first subscriber comes;
               empty for nothing.
+          speedups: whether plain sockets are written to in C, where that was built.
     """
 
     def __init__(
@@ -219,10 +169,12 @@ class Hub:
         call_soon: Callable[[Callable[[], None]], object],
         clock: Callable[[], float] = time.perf_counter,
         label_of: Callable[[str], str] = lambda topic: "",
+        speedups: bool = True,
     ) -> None:
         self._metrics = metrics
         self._policy_of = policy_of
         self._label_of = label_of
+        self._speedups = speedups
         self._call_soon = call_soon
         self._clock = clock
         self._topics: dict[str, _Topic] = {}
@@ -384,19 +336,22 @@ class Hub:
         entry.events += len(events)
         if entry.label:
             self._metrics.topic_events[entry.label] += len(events)
-        groups = entry.sort()
+        groups = entry.sort(self._speedups)
         is_alone = skip is None and entry.held is None and not self._deliveries
         if is_alone and len(groups) == 1 and len(groups[0].members) <= _CHECK_EVERY:
             # Most topics have few subscribers, all alike: no need to remember how far this came.
-            _, writes, version, deflates, positioned = groups[0]
+            _, writes, version, deflates, positioned, sockets = groups[0]
             if writes is not None:
                 if positioned:
                     frames = [frame for _, frame in _encode_positioned(version, topic, events)]
                 else:
                     frames = _encode(version, topic, events)
                 data = join_frames(frames, deflates)
-                for write in writes:
-                    write(data)
+                if sockets is not None:
+                    sockets.write(data, 0, len(writes))
+                else:
+                    for write in writes:
+                        write(data)
                 self._count(entry, frames, len(writes))
                 self._metrics.fan_out.observe(self._clock() - now, len(events))
                 return True
@@ -405,7 +360,7 @@ class Hub:
         self._begin(_Delivery(topic, entry, groups, events, skip, now))
         if entry.held is not None:
             unrecorded = [outgoing for outgoing in events if outgoing[2] is None]
-            if unrecorded and (recovering := entry.sort_recovering()):
+            if unrecorded and (recovering := entry.sort_recovering(self._speedups)):
                 self._begin(_Delivery(topic, entry, recovering, unrecorded, skip, now))
         return True
 
@@ -457,7 +412,7 @@ class Hub:
             metrics.topic_deliveries[entry.label] += sockets * len(frames)
 
     def _write(
-        self, delivery: _Delivery, writes: tuple[Callable[[bytes], object], ...], group: _Group, deadline: float
+        self, delivery: _Delivery, writes: tuple[Callable[[bytes], object], ...], group: Group, deadline: float
     ) -> bool:
         """Write to the sockets that are ready; the loop that all is about."""
         frames, _ = delivery.encoded(group)
@@ -465,16 +420,20 @@ class Hub:
         count, start = len(writes), delivery.position
         position = start
         while position < count:
-            for write in writes[position : position + _CHECK_EVERY]:
-                write(data)
-            position = min(position + _CHECK_EVERY, count)
+            end = min(position + _CHECK_EVERY, count)
+            if group.sockets is not None:
+                group.sockets.write(data, position, end)
+            else:
+                for write in writes[position:end]:
+                    write(data)
+            position = end
             if position < count and self._clock() >= deadline:
                 break
         self._count(delivery.topic, frames, position - start)
         delivery.position = position
         return position == count
 
-    def _send(self, delivery: _Delivery, group: _Group, deadline: float) -> bool:
+    def _send(self, delivery: _Delivery, group: Group, deadline: float) -> bool:
         """Send to each socket separately, as it is now; the events of each one after the other."""
         topic, policy, skip = delivery.topic_name, delivery.topic.policy, delivery.skip
         members, still_here = group.members, delivery.topic.subscribers

@@ -17,8 +17,9 @@ from relay.channels.batch_pause import BatchPause
 from relay.channels.control import ControlMessage
 from relay.channels.event_faults import EventFaults
 from relay.channels.event_filter import EventFilter, Origin
+from relay.channels.groups import Subscriber
 from relay.channels.history import History
-from relay.channels.hub import JOINED_MAX_BYTES, Hub, Outgoing, Subscriber
+from relay.channels.hub import JOINED_MAX_BYTES, Hub, Outgoing
 from relay.channels.rejoins import Rejoins
 from relay.channels.subscriptions import TopicSubscriptions
 from relay.channels.tangram import classifier

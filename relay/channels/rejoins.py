@@ -7,7 +7,8 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 
-from relay.channels.hub import Hub, Subscriber
+from relay.channels.groups import Subscriber
+from relay.channels.hub import Hub
 from relay.config import Config
 from relay.config_sections import OnGap
 from relay.errors import Reason

@@ -13,9 +13,10 @@ from typing import Protocol
 import msgspec
 
 from relay.brokers.base import Place
+from relay.channels.groups import Subscriber
 from relay.channels.history import History
 from relay.channels.history_reader import Entry, Recovery
-from relay.channels.hub import Hub, Subscriber, join_frames
+from relay.channels.hub import Hub, join_frames
 from relay.config_sections import Overflow
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics

@@ -34,6 +34,7 @@ from relay.proxy_headers import is_this_machine, origin_of, parse_networks
 from relay.redis_url import parse_sentinel
 from relay.renamed_settings import rename_in_toml
 from relay.service_links import service_links
+from relay.transports.plain_sockets import form
 
 if TYPE_CHECKING:
     from relay.auth.keys import Key
@@ -221,6 +222,12 @@ def _fill_in(is_masked: bool) -> str:
     return ", and without its secrets: fill in what stands in <…>" if is_masked else ""
 
 
+def _fan_out(config: Config) -> str:
+    if form(config.speedups) == "c":
+        return "in C, for sockets without TLS"
+    return "in Python; the part in C is " + ("not built" if config.speedups else "switched off by speedups = false")
+
+
 def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]:
     auth = config.auth
     exposure = config.exposure(auth.has_keys)
@@ -239,6 +246,7 @@ def _facts(config: Config, keys: "tuple[Key, ...]") -> Iterator[tuple[str, str]]
     if "longpoll" in config.transports:
         yield "long polls", _long_polls(config)
     yield "bus", _bus(config)
+    yield "fan-out", _fan_out(config)
     yield "pages", _pages(config)
     trusted = ", ".join(config.trusted_proxies)
     yield "proxies", f"{trusted}; X-Forwarded-For is believed from there" if trusted else "none is believed"

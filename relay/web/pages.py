@@ -21,6 +21,7 @@ from relay.config_redis import RedisConfig
 from relay.extras import describe
 from relay.metrics import Metrics
 from relay.paths import segments
+from relay.transports import plain_sockets
 from relay.version import __version__
 
 _STATIC = Path(__file__).parent / "static"
@@ -73,7 +74,8 @@ def routes(
 
     async def health(request: Request) -> Response:
         """The process lives."""
-        return JSONResponse({"status": "ok", "version": __version__, "sockets": metrics.sockets})
+        state = {"status": "ok", "version": __version__, "sockets": metrics.sockets}
+        return JSONResponse({**state, "fan_out": plain_sockets.form(config.speedups)})
 
     async def ready(request: Request) -> Response:
         """The subscription is live, and the relay does not end; 503 otherwise, with the reason for operators alone."""

@@ -14,10 +14,16 @@ import pytest
 from relay.auth.tokens import TokenVerifier, load_keys
 from relay.cli.main import main
 from relay.config_sections import AuthConfig
+from relay.transports import plain_sockets
 from tests.support.keys import EC_PRIVATE, EC_PUBLIC, RSA_PRIVATE, RSA_PUBLIC, SECRET
 from tests.support.process import DEADLINE_S, RelayProcess, wait_for
 from tests.support.servers import AppServer
 from tests.support.terminal import run_on_terminal
+
+FAN_OUT = {
+    "c": "fan-out in C, for sockets without TLS",
+    "python": "fan-out in Python; the part in C is not built",
+}[plain_sockets.form(enabled=True)]
 
 
 class Command:
@@ -148,6 +154,7 @@ def test_check_of_no_settings_says_that_all_is_open_on_this_machine(relay: Comma
         "transports websocket at /socket/websocket, longpoll at /socket/longpoll, sse at /socket/sse",
         "long polls answered by this process; several processes or nodes need auth.secret",
         "bus a Valkey of the relay's own",
+        FAN_OUT,
         "pages those of the relay's own host and port, and of other servers on this machine",
         "proxies none is believed",
         "connect anybody on this machine",
@@ -258,6 +265,11 @@ def test_serve_warns_once_of_old_names_also_with_workers(tmp_path: Path) -> None
         assert renamed in server.output
 
 
+def test_check_says_that_the_part_in_c_is_switched_off(relay: Command) -> None:
+    _, out, _ = relay("check", settings="speedups = false")
+    assert "fan-out in Python; the part in C is switched off by speedups = false" in lines(out)
+
+
 def test_check_says_that_nobody_operates_a_relay_for_others_without_a_key(relay: Command) -> None:
     _, out, _ = relay("check", settings="allow_anonymous = true")
     assert "rest /api, for no client; set rest.api_key" in lines(out)
@@ -343,6 +355,7 @@ push = false
         "transports websocket at /socket/websocket, longpoll at /socket/longpoll, sse at /socket/sse",
         "long polls answered by this process; several processes or nodes need auth.secret",
         "bus rediss://redis.example.org:6379",
+        FAN_OUT,
         "pages https://example.org",
         "proxies 10.0.0.0/8, fc00::/7; X-Forwarded-For is believed from there",
         "connect clients with a token, and clients without one",

@@ -16,6 +16,7 @@ import pytest
 from redis import Redis
 from ruamel.yaml import YAML
 
+from relay.transports import plain_sockets
 from tests.integration.test_examples import node_process
 from tests.support.node import SCRIPTS, compile_typescript, need_browser, need_node, run_checks
 from tests.support.process import RelayProcess, Valkey, free_port, wait_for
@@ -103,6 +104,52 @@ def test_fault_in_what_is_built_is_exit_code_1_with_one_line(dist: Path, tmp_pat
         tool.check_content(sorted(copy.iterdir()))
     with pytest.raises(tool.Fault, match="makes another wheel"):
         tool.check_sdist(sorted(copy.iterdir()), tmp_path)
+
+
+# The part in C.
+
+
+def build_wheel(out: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(out)]
+    environ = {**os.environ, "BUILD_SPEEDUPS": "", **environ}
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False, timeout=180)
+
+
+def test_released_wheel_has_no_part_in_c(dist: Path) -> None:
+    assert the(dist, "starlette_relay-*.whl").name.endswith("-py3-none-any.whl")
+    with ZipFile(the(dist, "starlette_relay-*.whl")) as archive:
+        assert [name for name in archive.namelist() if name.endswith(".so")] == []
+
+
+def test_build_without_a_compiler_says_so_in_one_line(tmp_path: Path) -> None:
+    done = build_wheel(tmp_path, CC="no-such-compiler")
+    assert done.returncode == 0
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "speedups" in line]
+    assert len(said) == 1 and "is left out: [Errno 2]" in said[0] and "no-such-compiler" in said[0]
+    assert the(tmp_path, "*.whl").name.endswith("-py3-none-any.whl")
+    refused = build_wheel(tmp_path, CC="no-such-compiler", BUILD_SPEEDUPS="yes")
+    assert refused.returncode != 0 and "speedups.c cannot be built" in refused.stderr
+
+
+def test_build_with_a_compiler_has_the_part_in_c(tmp_path: Path) -> None:
+    """In the wheel that an installation from source makes; it is loaded from there."""
+    if plain_sockets.send_to_each is None:
+        pytest.skip("relay/transports/speedups.c is not built here")
+    done = build_wheel(tmp_path, BUILD_SPEEDUPS="yes")
+    assert done.returncode == 0, done.stderr
+    wheel = the(tmp_path, "*.whl")
+    assert "-cp311-abi3-" in wheel.name
+    with ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    code = (
+        "import sys; from pathlib import Path; from relay.transports import plain_sockets, speedups\n"
+        "assert Path(speedups.__file__).is_relative_to(sys.argv[1]), speedups.__file__\n"
+        "assert plain_sockets.form(True) == 'c'\n"
+    )
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    command = [sys.executable, "-c", code, str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 # React.

@@ -136,7 +136,7 @@ class RelayProcess:
     ) -> None:
         self._run_folder = tempfile.TemporaryDirectory(prefix="relay-test-")
         # An own runtime directory, so that `relay publish` finds this relay and no other.
-        own = {name: value for name, value in os.environ.items() if not name.startswith("RELAY_")}
+        own = {k: v for k, v in os.environ.items() if not k.startswith("RELAY_") or k == "RELAY_SPEEDUPS"}
         self.environ = {**own, "XDG_RUNTIME_DIR": self._run_folder.name, **(environ or {})}
         # Of an option given twice, Typer takes the second.
         python, self._directory = program or (sys.executable, Path(__file__).parents[2])
