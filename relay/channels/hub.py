@@ -181,6 +181,7 @@ class Hub:
         # Subscribers that only look on, each with its topic.
         self._observers: dict[Subscriber, str] = {}
         self._deliveries: deque[_Delivery] = deque()
+        self._watchers: dict[str, Callable[[], None]] = {}
         self.on_idle: Callable[[], None] = lambda: None
         """Called when deliveries that had to wait are all done."""
 
@@ -197,6 +198,8 @@ class Hub:
             entry = self._topics[topic] = _Topic(self._policy_of(topic), self._label_of(topic), self._clock())
         _ = entry.subscribers.setdefault(subscriber, entry.events)
         self._release(entry, subscriber)
+        if self._watchers and (watcher := self._watchers.get(topic)) is not None:
+            watcher()
         if positioned:
             entry.positioned = entry.positioned or set()
             entry.positioned.add(subscriber)
@@ -239,6 +242,12 @@ class Hub:
         """Subscribe an observer, which does not count as joined: a topic with observers alone is in no list."""
         _ = self.add(topic, subscriber)
         self._observers[subscriber] = topic
+
+    def watch(self, topic: str, watcher: Callable[[], None] | None) -> None:
+        """Have ``watcher``, one for a topic, called when a subscriber comes; None for nothing any more."""
+        _ = self._watchers.pop(topic, None)
+        if watcher is not None:
+            self._watchers[topic] = watcher
 
     def remove(self, topic: str, subscriber: Subscriber) -> bool:
         """Unsubscribe; say whether it was the topic's last subscriber. Removing a stranger changes nothing."""

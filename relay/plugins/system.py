@@ -10,6 +10,7 @@ Event ``stats``, to the sockets of this process alone (each worker tells its own
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import Any
 
 from relay.plugins import Plugin
@@ -20,26 +21,36 @@ TOPIC = "system"
 EVENT = "stats"
 INTERVAL_S = 1.0
 
-_LOOK_S = 0.1
-"""A new subscriber gets the metrics at once, not at the next full second: how often to look for one."""
+_GATHER_S = 0.1
+"""Seconds from a new subscriber to what it is sent, so that those who come together are sent it together."""
 
 
 @plugin.service
 async def tell(relay: Any) -> None:
-    """Send the metrics each second; measures nothing while the topic has no subscriber."""
+    """Send the metrics each second, and at once to a new subscriber; sleeps while the topic has none."""
     import psutil  # of the extra `metrics`
 
     metrics, hub = relay.metrics, relay.node.hub
     started = last_time = time.monotonic()
     last_deliveries = metrics.deliveries
-    last_subscribers = 0
-    psutil.cpu_percent()  # the first call only sets the mark that the next one measures from
-    while True:
-        await asyncio.sleep(_LOOK_S)
-        now, deliveries, subscribers = time.monotonic(), metrics.deliveries, hub.count(TOPIC)
-        if subscribers <= last_subscribers and now - last_time < INTERVAL_S:
-            continue
-        if subscribers:
+    came = asyncio.Event()
+    hub.watch(TOPIC, came.set)
+    try:
+        while True:
+            if not hub.count(TOPIC):
+                came.clear()
+                await came.wait()
+                psutil.cpu_percent()  # sets the mark that the next call measures from
+                last_time, last_deliveries = time.monotonic(), metrics.deliveries
+            with suppress(TimeoutError):
+                async with asyncio.timeout(INTERVAL_S):
+                    await came.wait()
+            if came.is_set():
+                await asyncio.sleep(_GATHER_S)
+                came.clear()
+            if not hub.count(TOPIC):
+                continue
+            now, deliveries = time.monotonic(), metrics.deliveries
             memory = psutil.virtual_memory()
             stats = {
                 "cpu_percent": psutil.cpu_percent(),
@@ -51,4 +62,6 @@ async def tell(relay: Any) -> None:
                 "uptime_s": round(now - started),
             }
             relay.local_broadcast(TOPIC, EVENT, stats)
-        last_subscribers, last_time, last_deliveries = subscribers, now, deliveries
+            last_time, last_deliveries = now, deliveries
+    finally:
+        hub.watch(TOPIC, None)

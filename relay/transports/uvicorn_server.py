@@ -6,6 +6,7 @@ Owns what Uvicorn has no setting for; must not know what is served.
 import asyncio
 import gc
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -15,12 +16,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from email.utils import formatdate
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 from uvicorn.config import STARTUP_FAILURE
+from uvicorn.server import ServerState
 from uvicorn.supervisors import Multiprocess, multiprocess
 from uvicorn.supervisors.statreload import StatReload
 
@@ -41,11 +44,37 @@ _END_TIMEOUT_S = 3.0
 """Seconds that a process has to end after its shutdown."""
 
 
+class _State(ServerState):
+    """Makes the header ``Date`` when it is asked for, once a second at most, and not each second."""
+
+    def __init__(self, config: uvicorn.Config, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._config = config
+        self._clock = clock
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._made_at = -math.inf
+
+    @property
+    def default_headers(self) -> list[tuple[bytes, bytes]]:
+        """What each response begins with, as Uvicorn's own ``on_tick`` has it."""
+        if (now := self._clock()) - self._made_at >= 1:
+            self._made_at = now
+            date = [(b"date", formatdate(usegmt=True).encode())] if self._config.date_header else []
+            self._headers = [*date, *self._config.encoded_headers]
+        return self._headers
+
+    @default_headers.setter
+    def default_headers(self, _: list[tuple[bytes, bytes]]) -> None:
+        """Pass over what the base class begins with."""
+
+
 class Server(uvicorn.Server):
     """Ends in three steps: the relay drains its sockets, at its pace; then it stops listening; then all ends.
 
     Uvicorn's own stops to listen first. Meanwhile a client is answered 503, which says why, and not by silence:
     with several workers a connection would else wait for a process that takes none any more.
+
+    It waits for its end, where Uvicorn's own looks for it ten times a second: an idle relay would do little else.
     """
 
     ends_process = False
@@ -54,23 +83,48 @@ class Server(uvicorn.Server):
     clean_up: Callable[[], None] = staticmethod(lambda: None)
     """Called, in a thread, before a process is ended that does not end on its own."""
 
+    def __init__(self, config: uvicorn.Config) -> None:
+        self._ending = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._should_exit = False
+        super().__init__(config)
+        self.server_state: ServerState = _State(config)
+
+    @property
+    def should_exit(self) -> bool:
+        """Whether it is to end, or ends."""
+        return self._should_exit
+
+    @should_exit.setter
+    def should_exit(self, value: bool) -> None:
+        """Say so; from any thread, and from a signal's handler."""
+        self._should_exit = value
+        if value and self._loop is not None:
+            with suppress(RuntimeError):  # the loop is closed, so it has ended
+                self._loop.call_soon_threadsafe(self._ending.set)
+
     async def startup(self, sockets: list[sockets.socket] | None = None) -> None:
         """Start as Uvicorn does, with a log that clients cannot flood."""
         log = server_loggers(self.config).get("relay.server", interval_s=1.0)
-        asyncio.get_running_loop().set_exception_handler(_exception_handler(log))
+        self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(_exception_handler(log))
         logging.getLogger("uvicorn.error").addFilter(_Fewer(log))
         await super().startup(sockets)
         self._listeners = [*self.servers, *(sockets or ())]
-        self._loop = asyncio.get_running_loop()
         # Modules and settings stay: later collections pass them over, which are most of what a small relay has.
         gc.collect()
         gc.freeze()
 
     def stop_listening(self) -> None:
         """Let the address go at once, before the drain: another server may want it. From any thread."""
-        if self.started:
+        if self.started and self._loop is not None:
             for listener in self._listeners:
                 self._loop.call_soon_threadsafe(listener.close)
+
+    async def main_loop(self) -> None:
+        """Wait until it is to end."""
+        while not self.should_exit:
+            await self._ending.wait()
 
     async def shutdown(self, sockets: list[sockets.socket] | None = None) -> None:
         """Drain, then shut down as Uvicorn does."""

@@ -673,3 +673,16 @@ def test_hub_says_who_misses_what_comes(fixture: Fixture) -> None:
     assert hub.is_held("t", one) and not hub.is_held("t", two)
     hub.hold("t", two)
     assert hub.is_held("t", two), "what it misses now is lost"
+
+
+def test_watcher_of_a_topic_is_called_for_each_that_comes() -> None:
+    fixture = Fixture()
+    calls: list[int] = []
+    fixture.hub.watch("t", lambda: calls.append(fixture.hub.count("t")))
+    first = fixture.reader("t", "other")
+    fixture.reader("t")
+    fixture.hub.remove("t", first)
+    assert calls == [1, 2]
+    fixture.hub.watch("t", None)
+    fixture.reader("t")
+    assert calls == [1, 2]

@@ -8,6 +8,9 @@ import errno
 import logging
 import os
 import socket
+import threading
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ import uvicorn
 from uvicorn.supervisors.basereload import BaseReload
 
 from relay.log import RateLimitedLogger
-from relay.transports.uvicorn_server import _exception_handler, _Fewer, _Reloader
+from relay.transports.uvicorn_server import Server, _exception_handler, _Fewer, _Reloader, _State
+from tests.support.serving import eventually
 
 _LOGGER = logging.getLogger("relay.server")
 
@@ -82,3 +86,55 @@ def test_file_that_changes_while_the_process_starts_is_noticed(
         reloader = _Reloader(config, listener, [file])
         getattr(reloader, begin)()
         assert reloader.should_restart() == [file]
+
+
+async def _nothing(scope: Any, receive: Any, send: Any) -> None:
+    """An application that is not asked."""
+
+
+@pytest.mark.parametrize("by", ["its own loop", "a thread"])
+async def test_server_waits_for_its_end_without_looking_for_it(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uvicorn's own looks ten times a second whether it is to end."""
+
+    async def look(*_: object) -> bool:
+        raise AssertionError("it is not to look")
+
+    monkeypatch.setattr(Server, "on_tick", look)
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        server = Server(uvicorn.Config(_nothing, log_config=None, lifespan="off"))
+        task = asyncio.create_task(server._serve([listener]))
+        await eventually(lambda: server.started, "the server to start")
+        assert not server.should_exit and not task.done()
+        if by == "a thread":
+            threading.Thread(target=setattr, args=(server, "should_exit", True)).start()
+        else:
+            server.should_exit = True
+        async with asyncio.timeout(10):
+            await task
+    assert server.should_exit
+
+
+def test_server_that_has_ended_can_be_told_to_end() -> None:
+    server = Server(uvicorn.Config(_nothing))
+    server._loop = asyncio.new_event_loop()
+    server._loop.close()
+    server.should_exit = True
+    assert server.should_exit
+
+
+def test_date_of_an_answer_is_that_of_its_second() -> None:
+    now = 0.0
+    config = uvicorn.Config(_nothing, headers=[("x", "y")])
+    config.load()
+    state = _State(config, clock=lambda: now)
+    first = state.default_headers
+    made = parsedate_to_datetime(dict(first)[b"date"].decode())
+    assert abs(datetime.now(UTC) - made) < timedelta(seconds=30) and (b"x", b"y") in first
+    now = 0.9
+    assert state.default_headers is first
+    now = 1.0
+    assert state.default_headers is not first
+    config.date_header = False
+    now = 2.0
+    assert dict(state.default_headers).keys() == {b"server", b"x"}
