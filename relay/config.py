@@ -28,7 +28,7 @@ from relay.config_sections import (
 from relay.config_webhooks import WebhookConfig
 from relay.errors import ConfigError
 from relay.proxy_headers import host_in, is_loopback_host, parse_ip, parse_networks
-from relay.redis_url import SENTINEL_SCHEMES
+from relay.redis_url import CLUSTER_SCHEMES, SENTINEL_SCHEMES
 from relay.renamed_settings import OldNames, rename
 from relay.service_links import ENV_PREFIX
 
@@ -49,7 +49,8 @@ SETTINGS_KEY = "relay:settings"
 
 _HOST_PATTERN = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*", re.ASCII)
 
-_REDIS_SCHEMES = ("redis", "rediss", "unix", *SENTINEL_SCHEMES)
+_REDIS_SCHEMES = ("redis", "rediss", "unix", *SENTINEL_SCHEMES, *CLUSTER_SCHEMES)
+_REDIS_FORMS = 'redis://, rediss://, unix://, redis+sentinel://, redis+cluster://, or "embedded"'
 BROADCAST_SCHEMES = ("memory", "postgres", "postgresql", "kafka")
 """How ``broadcast_url`` may begin."""
 
@@ -63,7 +64,7 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     workers: Positive = Field(1, description="number of processes")
     allow_anonymous: bool = Field(False, description="accept clients without a token, also from other machines")
-    redis_url: str = Field("", repr=False, description='redis://, rediss://, unix://, redis+sentinel://, or "embedded"')
+    redis_url: str = Field("", repr=False, description=_REDIS_FORMS)
     broadcast_url: str = Field(
         "", repr=False, description="another message bus instead of Redis: memory://, postgres:// or kafka://"
     )
@@ -202,6 +203,26 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
         return proxies
 
     @model_validator(mode="after")
+    def _cluster_by_topic(self) -> "Config":
+        """On a cluster each topic is subscribed to by its own channel: sharded Pub/Sub has no patterns."""
+        if not self.is_cluster:
+            return self
+        given = self.redis.model_fields_set
+        for name, value in (("subscribe", "pattern"), ("publish_form", "to")):
+            if name in given and getattr(self.redis, name) == value:
+                raise ValueError(
+                    f'redis.{name} = "{value}" is for one Redis; remove it: a cluster is subscribed to by topic'
+                )
+        by_topic = self.redis.model_copy(update={"subscribe": "topic", "publish_form": "topic"})
+        by_topic.model_fields_set.intersection_update(given)
+        object.__setattr__(self, "redis", by_topic)
+        if self.has_presence:
+            raise ValueError("presence does not work with redis+cluster:// yet; remove presence from [[topics]]")
+        if self.has_history:
+            raise ValueError("histories do not work with redis+cluster:// yet; remove history from [[topics]]")
+        return self
+
+    @model_validator(mode="after")
     def _one_bus(self) -> "Config":
         if self.redis_url and self.broadcast_url:
             raise ValueError("redis_url and broadcast_url exclude each other; set one of them")
@@ -256,6 +277,11 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     def has_history(self) -> bool:
         """Whether some topic has a history."""
         return any(entry.history is not None for entry in self.topics)
+
+    @property
+    def is_cluster(self) -> bool:
+        """Whether ``redis_url`` is that of a Redis Cluster."""
+        return self.redis_url.partition("://")[0] in CLUSTER_SCHEMES
 
     @property
     def uses_topic_channels(self) -> bool:

@@ -447,11 +447,19 @@ def _make_broker(config: Config, components: Components, own_channel: str) -> Br
         from relay.brokers.broadcaster import BroadcasterBroker
 
         return BroadcasterBroker(config, metrics)
+    patterns = [hook.topic for hook in hooks.redis]
+    log = components.telemetry.loggers.get("relay.redis")
+    own = [PRESENCE_CHANNEL] if config.has_presence else []
+    if own_channel:
+        own.append(own_channel)
+    if config.is_cluster:
+        if hooks.redis:
+            raise ConfigError(
+                f"plugin {hooks.redis[0].plugin} listens with on_redis, which does not work with redis+cluster://"
+            )
+        from relay.brokers.cluster import ClusterBroker
+
+        return ClusterBroker(config, metrics, own, log)
     from relay.brokers.redis import RedisBroker
 
-    patterns = [hook.topic for hook in hooks.redis]
-    if config.has_presence:
-        patterns.append(PRESENCE_CHANNEL)
-    if own_channel:
-        patterns.append(own_channel)
-    return RedisBroker(config, metrics, patterns, components.telemetry.loggers.get("relay.redis"))
+    return RedisBroker(config, metrics, [*patterns, *own], log)

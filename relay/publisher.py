@@ -40,6 +40,8 @@ class _Publisher:
         elif settings:
             raise TypeError("expected an address with settings, or a Config without")
         config = config.model_copy(update={"redis_url": _address_of(config)})
+        if config.is_cluster:
+            raise ConfigError("redis_url: publishing to redis+cluster:// from outside works by POST /api/publish alone")
         self._address = redis_url.parse(config.redis_url)
         self._timeout_s = config.redis.timeout_s
         self._target = Target(config)

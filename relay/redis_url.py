@@ -12,7 +12,11 @@ from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
 SENTINEL_SCHEMES = {"redis+sentinel": "redis", "rediss+sentinel": "rediss"}
 """Schemes that ask Sentinels for the master, and the scheme of the master's own address."""
 
+CLUSTER_SCHEMES = {"redis+cluster": "redis", "rediss+cluster": "rediss"}
+"""Schemes of a Redis Cluster, and the scheme of each node's own address."""
+
 _SENTINEL_PORT = 26379
+_REDIS_PORT = 6379
 
 _FORM = "expected scheme://user:password@host:port, special characters written as %XX"
 
@@ -30,6 +34,22 @@ class SentinelAddress(NamedTuple):
     username: str | None
     """Of the Sentinels themselves."""
     password: str | None
+
+
+class ClusterAddress(NamedTuple):
+    """A Redis Cluster, by some of its nodes."""
+
+    nodes: tuple[tuple[str, int], ...]
+    """Host and port of those that are asked first who serves which slots."""
+    scheme: str
+    credentials: str
+    """As they stand in the address, with the @."""
+    query: str
+
+    def node_url(self, host: str, port: int) -> str:
+        """The address of one node, with the credentials and options of all."""
+        place = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return f"{self.scheme}://{self.credentials}{place}" + (f"?{self.query}" if self.query else "")
 
 
 class RedisAddress(NamedTuple):
@@ -88,13 +108,37 @@ def _parse_sentinel(url: str, scheme: str) -> SentinelAddress:
     return SentinelAddress(hosts, unquote(service), master_url + fragment, username, password)
 
 
-def _host(place: str) -> tuple[str, int]:
+def _host(place: str, port: int = _SENTINEL_PORT) -> tuple[str, int]:
     parts = urlsplit(f"//{place}")
-    return parts.hostname or "", parts.port or _SENTINEL_PORT
+    return parts.hostname or "", parts.port or port
+
+
+def parse_cluster(url: str) -> ClusterAddress | None:
+    """Take the address of a Redis Cluster apart; None where it is of another kind.
+
+    Args:   url: ``redis+cluster://[user:password@]host[:port][,host[:port]…][?option=value…]``; ``rediss+cluster`` for
+                TLS to all nodes.
+    Raises: ValueError: no host, a port that is no number, or a database; says what was expected, not what came.
+    """
+    scheme = CLUSTER_SCHEMES.get(url.partition("://")[0])
+    if scheme is None:
+        return None
+    netloc, _, query = url.partition("://")[2].partition("?")
+    credentials, at, places = netloc.rpartition("@")
+    try:
+        nodes = tuple(_host(place, _REDIS_PORT) for place in places.rstrip("/").split(","))
+    except ValueError:
+        nodes = ()  # not repeated, as above
+    if not nodes or not all(host and "/" not in host for host, _ in nodes) or "/" in places.rstrip("/"):
+        raise ValueError("expected redis+cluster://user:password@host:port,host:port, without a database")
+    return ClusterAddress(nodes, scheme, credentials + at, query)
 
 
 def shown(url: str) -> str:
     """Where Redis is, for logs."""
+    cluster = parse_cluster(url)
+    if cluster is not None:
+        return f"cluster of {','.join(f'{host}:{port}' for host, port in cluster.nodes)}"
     sentinel = parse_sentinel(url)
     if sentinel is not None:
         return f"{sentinel.service} of Sentinel {','.join(f'{host}:{port}' for host, port in sentinel.hosts)}"
@@ -212,13 +256,18 @@ _HINTS = {
 
 
 def parse(url: str) -> RedisAddress:
-    """Take ``redis_url`` apart, and check each of its options.
+    """Take ``redis_url`` apart, and check each of its options. Of a cluster it is the address of the first node.
 
     Raises: ValueError: naming the option or the part, and what was expected; never repeats a secret.
     """
     sentinel = parse_sentinel(url)
     if sentinel is not None:
         url = sentinel.master_url
+    cluster = parse_cluster(url)
+    if cluster is not None:
+        url = cluster.node_url(*cluster.nodes[0])
+        if any(name == "db" for name, _ in parse_qsl(cluster.query)):
+            raise ValueError("option db: expected none; a cluster has database 0 alone")
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -302,4 +351,7 @@ def _check_host(host: str | None, port: int | None) -> None:
     if port == 0:
         raise ValueError("expected a port from 1 to 65535, got 0")
     if host and re.search(r"[,\s]", unquote(host)):
-        raise ValueError("expected one host; several Sentinels are redis+sentinel://host:port,host:port/master")
+        raise ValueError(
+            "expected one host; several Sentinels are redis+sentinel://host:port,host:port/master, and several nodes "
+            "of a cluster redis+cluster://host:port,host:port"
+        )

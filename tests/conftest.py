@@ -15,6 +15,7 @@ from redis.asyncio import Redis
 
 from relay import Relay
 from tests.support.client import Client
+from tests.support.cluster import Cluster
 from tests.support.process import RelayProcess, Valkey
 from tests.support.serving import Served, serve
 
@@ -81,6 +82,13 @@ def valkey() -> Iterator[Valkey]:
     """A Valkey server for the whole run; tests on it keep apart by their topics."""
     with Valkey() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A Valkey Cluster of three masters, each with a replica, for the whole run; its tests leave it whole."""
+    with Cluster() as cluster:
+        yield cluster
 
 
 @pytest.fixture(autouse=True)

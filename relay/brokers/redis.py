@@ -47,6 +47,11 @@ class RedisBroker:
           clock: for tests.
     """
 
+    # What a node of a cluster has others of.
+    _channels_type: type[TopicChannels] = TopicChannels
+    _publisher_type: type[Publisher] = Publisher
+    _session_type: type[Session] = Session
+
     def __init__(
         self,
         config: Config,
@@ -62,12 +67,12 @@ class RedisBroker:
         self.connections: Connections = Connections(redis_url.parse(config.redis_url), config.redis.timeout_s, clock)
         self.address: str = redis_url.shown(config.redis_url)
         self.markers: Markers = Markers(config.redis)
-        self.publisher: Publisher = Publisher(self.connections, config.redis, self.markers, self, clock)
+        self.publisher: Publisher = self._publisher_type(self.connections, config.redis, self.markers, self, clock)
         self._config = config
         self._log = log or RateLimitedLogger(_logger)
         topic_mode = config.redis.subscribe == "topic"
         self.needs_subscribe: bool = topic_mode
-        self.channels: TopicChannels | None = TopicChannels(config.redis, clock) if topic_mode else None
+        self.channels: TopicChannels | None = self._channels_type(config.redis, clock) if topic_mode else None
         self.topics_pattern: bytes = b""
         if config.uses_topic_channels and not topic_mode:
             self.topics_pattern = f"{glob_escape(config.redis.topic_prefix)}*".encode()
@@ -181,8 +186,7 @@ class RedisBroker:
                 away_s = self.clock() - lost_at
                 self.metrics.gaps += 1
                 _logger.warning("gap: events of the last %.1f s may have been missed", away_s)
-                # Where topics are subscribed to one by one, each has its gap once it is heard again.
-                sink.on_gap(fault, None if self.channels is None else ())
+                self._report_gap(sink, fault)
                 lost_at = None
             settled()
 
@@ -202,13 +206,17 @@ class RedisBroker:
             attempt = attempt + 1 if attempt < 1000 else 991
             await asyncio.sleep(delay_s)
 
+    def _report_gap(self, sink: Sink, fault: str) -> None:
+        # Where topics are subscribed to one by one, each has its gap once it is heard again.
+        sink.on_gap(fault, None if self.channels is None else ())
+
     async def _listen(self, sink: Sink, on_live: Callable[[], None]) -> str:
         """Connect, subscribe, and hand events over until the connection ends. Returns why it has."""
         try:
             connection = await self.connections.open()
         except LinkLost as lost:
             return str(lost)
-        self._session = session = Session(self, connection, sink, on_live)
+        self._session = session = self._session_type(self, connection, sink, on_live)
         fault = "the relay is stopping"
         try:
             fault = await session.run()
@@ -244,7 +252,7 @@ class RedisBroker:
         """Write ``relay:settings`` again and again: it expires after the last relay has gone."""
         while True:
             await asyncio.sleep(RENEW_EVERY_S)
-            if self._link.live and self.publisher.is_at_master:
+            if self._link.live and self.publisher.is_at_master and preparation.has_key():
                 try:
                     for command in renewal(self._config):
                         await self.publisher.ask(*command)

@@ -70,6 +70,8 @@ class TopicChannels:
           clock: monotonic seconds.
     """
 
+    commands: tuple[str, str] = ("SUBSCRIBE", "UNSUBSCRIBE")
+
     def __init__(self, settings: RedisConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._clock = clock
@@ -146,7 +148,7 @@ class TopicChannels:
         while waiting and (waiting[0][1].done() or waiting[0][0] <= now):
             _, waiter = waiting.popleft()
             if not waiter.done():
-                fault = f"no answer to SUBSCRIBE within {self._settings.timeout_s:g} s"
+                fault = f"no answer to {self.commands[0]} within {self._settings.timeout_s:g} s"
                 waiter.set_exception(BusUnavailable(fault))
         if waiting:
             self._late = asyncio.get_running_loop().call_later(max(waiting[0][0] - now, 0.001), self._refuse_late)
@@ -194,7 +196,7 @@ class TopicChannels:
         for name in due:
             self._forget(self.by_name[name])
         if due and self._writer is not None:
-            self._send("UNSUBSCRIBE", due)
+            self._send(self.commands[1], due)
         if self._lingering:
             self._wait(max(next(iter(self._lingering.values())) - now, _PAUSE_S))
 
@@ -217,7 +219,7 @@ class TopicChannels:
             channel.is_asked = True
             channel.asked_at = now
         self._unconfirmed.extend(channels)
-        self._send("SUBSCRIBE", [channel.name for channel in channels])
+        self._send(self.commands[0], [channel.name for channel in channels])
 
     def _send(self, command: str, names: Sequence[bytes]) -> None:
         if self._writer is not None:

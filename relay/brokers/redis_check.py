@@ -39,8 +39,10 @@ class Finding(NamedTuple):
 
 async def examine(config: Config) -> list[Finding]:
     """Ask the Redis of a configuration; what cannot be found out is said too, and nothing is raised."""
-    connections = Connections(redis_url.parse(config.redis_url), config.redis.timeout_s)
     address = redis_url.shown(config.redis_url)
+    if config.is_cluster:
+        return [Finding("warning", f"redis: {address}: a cluster is not examined")]
+    connections = Connections(redis_url.parse(config.redis_url), config.redis.timeout_s)
     found: list[Finding] = []
     try:
         async for each in _sentinels(connections, config):
@@ -116,11 +118,10 @@ class _Examination:
         compatible = info.get("redis_version", "")
         self._major = int(compatible.partition(".")[0]) if compatible.partition(".")[0].isdecimal() else 0
         yield Finding("redis", f"{_kind(info)} at {self._address}")
-        if info.get("redis_mode") == "cluster":
-            means = (
-                "histories and presence need a server of their own" if self._stores else "events reach all its nodes"
-            )
-            yield Finding("warning" if self._stores else "redis", f"redis: this is a node of a cluster: {means}")
+        if "cluster" in (info.get("redis_mode"), info.get("server_mode")):
+            means = "histories and presence do not work" if self._stores else "each of its nodes receives every event"
+            text = f"redis: this is a node of a cluster: {means}; expected redis+cluster://{self._address}"
+            yield Finding("warning", text)
         if self._config.has_history:
             async for each in self._function():
                 yield each

@@ -341,7 +341,8 @@ def _words(error: BaseException, sentinels: int, transport: str) -> str:
     if isinstance(error, MasterNotFoundError):
         return _no_master(str(error), sentinels)
     if isinstance(error, hiredis.ReplyError):
-        return str(error).removeprefix("ERR ")
+        text = str(error).removeprefix("ERR ")
+        return f"{text} (of a cluster, whose address is redis+cluster://…)" if text.startswith("MOVED ") else text
     if isinstance(error, hiredis.HiredisError):
         return f"this is no Redis: {error}"
     root = error

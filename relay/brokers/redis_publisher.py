@@ -43,7 +43,7 @@ def not_published(where: str, role: Role) -> str:
     return f"{where} is {role}: what is published there does not reach its master's clients"
 
 
-class _Sent(msgspec.Struct):
+class Sent(msgspec.Struct):
     """What was published or asked, and has no reply yet."""
 
     future: asyncio.Future[Any]
@@ -61,6 +61,10 @@ class _Sent(msgspec.Struct):
     """Whether the number of receivers is wanted."""
     history: tuple[bytes, ...] = ()
     """Arguments of ``publish.lua``, which appends it to its topic's history; empty for a plain message."""
+    payload: bytes = b""
+    """To be sent again, where another node of a cluster has to take it."""
+    redirects: int = 0
+    """How often another node was named."""
 
 
 class PublisherOwner(Protocol):
@@ -115,8 +119,8 @@ class Publisher:
         self._wake = asyncio.Event()
         self._wakes_at = 0.0
         # Messages that wait for the connection, with payload and sender; all without a reply; and the bytes of these.
-        self._unsent: list[tuple[_Sent, bytes, str | None]] = []
-        self._unanswered: deque[_Sent] = deque()
+        self._unsent: list[tuple[Sent, bytes, str | None]] = []
+        self._unanswered: deque[Sent] = deque()
         self._bytes = 0
         # Commands of this turn of the event loop, which are written at its end.
         self._outgoing: list[bytes] = []
@@ -203,7 +207,7 @@ class Publisher:
         if len(self._unanswered) >= most.publish_queue_max or self._bytes + size > most.publish_queue_max_bytes:
             future.set_exception(BusUnavailable("too many messages are waiting for Redis"))
             return future
-        sent = _Sent(future, self._clock(), size, channel, is_counted=is_counted, history=history)
+        sent = Sent(future, self._clock(), size, channel, is_counted=is_counted, history=history)
         self._unanswered.append(sent)
         self._bytes += size
         connection = self._connection
@@ -229,7 +233,7 @@ class Publisher:
         except LinkLost as lost:
             self._lose(connection, str(lost))
 
-    def _command(self, sent: _Sent, payload: bytes, sender: str | None) -> bytes:
+    def _command(self, sent: Sent, payload: bytes, sender: str | None) -> bytes:
         """What publishes a message, as this connection may do it."""
         if sent.history:
             script = ("EVALSHA", PUBLISH.sha) if self._has_script else ("EVAL", PUBLISH.text)
@@ -371,20 +375,25 @@ class Publisher:
                 elif sent.history and isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
                     self._send_again(connection, sent)
                 elif isinstance(reply, hiredis.ReplyError):  # of this message alone: NOPERM, OOM
-                    sent.future.set_exception(BusUnavailable(f"PUBLISH {name_of(sent.channel)}: {words(reply)}"))
+                    if not self._redirect(sent, reply):
+                        sent.future.set_exception(BusUnavailable(f"PUBLISH {name_of(sent.channel)}: {words(reply)}"))
                 else:
                     sent.future.set_result(reply if sent.is_counted else None)
                     if sent.history:
                         self._owner.appended(reply, int(sent.history[2]))
 
-    def _send_again(self, connection: RedisConnection, sent: _Sent) -> None:
+    def _redirect(self, sent: Sent, error: hiredis.ReplyError) -> bool:
+        """Have another node take a message, where there are several and this one has refused it."""
+        return False
+
+    def _send_again(self, connection: RedisConnection, sent: Sent) -> None:
         """Send the whole script, since Redis has forgotten it and has carried nothing out."""
         self._has_script = False
         self._unanswered.append(sent)
         self._bytes += sent.size
         self._write(connection, self._command(sent, b"", None))
 
-    def _outcome(self, sent: _Sent) -> Any:
+    def _outcome(self, sent: Sent) -> Any:
         """The reply to a message, out of those to it and its marker."""
         if sent.expects == 2:
             marker, message = sent.replies
@@ -466,6 +475,6 @@ class Publisher:
 
     def _ask(self, connection: RedisConnection, *command: str) -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._unanswered.append(_Sent(future, self._clock(), 0))
+        self._unanswered.append(Sent(future, self._clock(), 0))
         self._write(connection, packed([command]))
         return future

@@ -47,7 +47,7 @@ _PROBE_EVERY_S = 60.0
 """Seconds between two probes while events flow."""
 
 
-_AGAIN_BYTES = 16 * 1024
+AGAIN_BYTES = 16 * 1024
 """Most bytes read at a time while topics are subscribed to again: some 350 confirmations, each with a gap to report."""
 
 
@@ -188,7 +188,7 @@ class Session:
         gets = connection.replies.gets
         while True:
             self._waiting_since = self._clock()
-            await (connection.read(_AGAIN_BYTES) if channels is not None and channels.missed else connection.read())
+            await (connection.read(AGAIN_BYTES) if channels is not None and channels.missed else connection.read())
             self._waiting_since = None
             events: list[Event] = []
             while (reply := gets()) is not False:

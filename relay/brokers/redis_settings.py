@@ -7,6 +7,7 @@ this hash, which each relay with histories writes when it connects and renews wh
 """
 
 import logging
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -135,10 +136,12 @@ class Preparation:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._said: set[str] = set()
+        self.has_key: Callable[[], bool] = lambda: True
+        """Whether `SETTINGS_KEY` is on this server, and not on another one of its cluster."""
 
     async def prepare(self, connection: RedisConnection) -> bool:
         """Do so on a connection that has just been made; say whether it knows the script. Raises LinkLost."""
-        for command in renewal(self._config):
+        for command in renewal(self._config) if self.has_key() else ():
             reply = await connection.ask(*command)
             if isinstance(reply, hiredis.ReplyError):
                 self.report_unwritten(words(reply))

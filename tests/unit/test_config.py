@@ -261,3 +261,27 @@ def test_what_other_programs_publish_follows_the_form_of_events() -> None:
     assert RedisConfig(to_prefix="t/").published("room:1", "e", "{}") == ("t/room:1:e", "{}")
     by_topic = RedisConfig(publish_form="topic", topic_prefix="topics/")
     assert by_topic.published("room:1", "e", "{}") == ("topics/room:1", "e:{}")
+
+
+# Redis Cluster.
+
+
+def test_cluster_is_subscribed_to_by_topic() -> None:
+    config = Config(redis_url="redis+cluster://one,two")
+    assert (config.redis.subscribe, config.redis.publish_form) == ("topic", "topic")
+    assert not config.redis.model_fields_set
+    assert Config(redis_url="redis+cluster://one", redis={"subscribe": "topic", "publish_form": "topic"}).is_cluster
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"redis": {"subscribe": "pattern"}}, 'redis.subscribe = "pattern" is for one Redis'),
+        ({"redis": {"publish_form": "to"}}, 'redis.publish_form = "to" is for one Redis'),
+        ({"topics": [{"match": "*", "presence": True}]}, "presence does not work with redis"),
+        ({"topics": [{"match": "*", "history": {"size": 1, "ttl_s": 1}}]}, "histories do not work with redis"),
+    ],
+)
+def test_what_a_cluster_does_not_have_is_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        Config(redis_url="redis+cluster://one", **settings)

@@ -194,7 +194,7 @@ def test_unknown_key_is_named_with_its_file_and_what_may_be_meant(
         (
             'redis_url = "localhost:6379"',
             "redis_url: expected a URL that starts with redis:// or rediss:// or unix:// or redis+sentinel:// or "
-            "rediss+sentinel://",
+            "rediss+sentinel:// or redis+cluster:// or rediss+cluster://",
         ),
         (
             'redis_url = "redis+sentinel://h:26379"',

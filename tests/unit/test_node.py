@@ -636,6 +636,15 @@ async def test_raw_redis_handlers_need_redis() -> None:
             pass
 
 
+async def test_raw_redis_handlers_need_one_redis() -> None:
+    plugin = Plugin("p")
+    plugin.on_redis("a")(lambda message, relay: None)
+    relay = Relay(redis_url="redis+cluster://127.0.0.1:1", extra_plugins=(plugin,))
+    with pytest.raises(ConfigError, match=r"plugin p listens with on_redis, which does not work with redis\+cluster"):
+        async with relay.lifespan():
+            pass
+
+
 # The bus.
 
 

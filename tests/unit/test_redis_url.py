@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from relay import Config, ConfigError, Relay
-from relay.redis_url import OPTIONS, TCP_OPTIONS, TLS_OPTIONS, parse, parse_sentinel, shown
+from relay.redis_url import OPTIONS, TCP_OPTIONS, TLS_OPTIONS, parse, parse_cluster, parse_sentinel, shown
 
 
 def test_address_of_sentinels_names_them_the_master_and_its_credentials() -> None:
@@ -140,3 +140,32 @@ def test_option_or_part_that_cannot_be_is_refused_by_name(url: str, text: str) -
     assert text in str(caught.value)
     assert str(caught.value).startswith("Relay: redis_url: ")
     assert "secret" not in str(caught.value)
+
+
+def test_address_of_a_cluster_names_some_of_its_nodes() -> None:
+    url = "rediss+cluster://u:p%40@one:1,two,[::1]:3?ssl_cert_reqs=none"
+    found = parse_cluster(url)
+    assert found is not None
+    assert found.nodes == (("one", 1), ("two", 6379), ("::1", 3))
+    assert found.node_url("10.0.0.1", 7) == "rediss://u:p%40@10.0.0.1:7?ssl_cert_reqs=none"
+    assert found.node_url("::2", 7) == "rediss://u:p%40@[::2]:7?ssl_cert_reqs=none"
+    assert (parse(url).transport, parse(url).password) == ("tls", "p@")
+    assert shown(url) == "cluster of one:1,two:6379,::1:3"
+    assert Config(redis_url=url).redis_url == url
+
+
+@pytest.mark.parametrize("url", ["redis://h:1/0", "unix:///run/s", "redis+sentinel://h/m", "embedded"])
+def test_other_addresses_are_none_of_clusters(url: str) -> None:
+    assert parse_cluster(url) is None
+
+
+@pytest.mark.parametrize("rest", ["", "h,,i", ":1", "h:secret", "h:99999", "h:1/0", "h,i/0", "h?db=1"])
+def test_address_of_a_cluster_that_says_too_little_or_too_much_is_refused(rest: str) -> None:
+    with pytest.raises(ValueError, match="expected") as caught:
+        parse(f"redis+cluster://{rest}")
+    assert "secret" not in str(caught.value)
+
+
+def test_several_hosts_are_sentinels_or_a_cluster() -> None:
+    with pytest.raises(ValueError, match=r"redis\+sentinel://.*redis\+cluster://"):
+        parse("redis://one,two")

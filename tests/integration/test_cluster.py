@@ -1,0 +1,205 @@
+"""Redis Cluster: what is published in whichever way reaches clients on all nodes; what does not work is refused."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+from uuid import uuid4
+
+import httpx2 as httpx
+import pytest
+
+from relay import Config, ConfigError, Plugin, Publisher
+from relay.brokers.redis_check import examine
+from tests.support.client import Client
+from tests.support.cluster import Cluster, Node
+from tests.support.cluster_stream import slot, until_whole
+from tests.support.keys import SECRET, token
+from tests.support.long_poll import Poller
+from tests.support.process import Valkey, free_port
+from tests.support.redis_faults import FAST, OK, UNAVAILABLE, ready, until_not_ready
+from tests.support.serving import Served, eventually, heard_on
+
+Connect = Callable[..., Awaitable[Client]]
+ServeRelay = Callable[..., Awaitable[Served]]
+
+
+@pytest.fixture
+def direct() -> bool:
+    """How frames are written does not matter here."""
+    return True
+
+
+def topics_everywhere(cluster: Cluster, count: int = 2) -> dict[str, Node]:
+    """Topics of which each node with slots serves so many, with these nodes."""
+    owners = cluster.owners()
+    found: dict[str, Node] = {}
+    for master in set(filter(None, owners)):
+        made = (f"room:{uuid4().hex}" for _ in itertools.count())
+        found |= dict.fromkeys(itertools.islice((t for t in made if owners[slot(t)] is master), count), master)
+    return found
+
+
+async def test_every_way_to_publish_reaches_clients_on_all_nodes(
+    serve_relay: ServeRelay, connect: Connect, cluster: Cluster
+) -> None:
+    nodes = [await serve_relay(redis_url=cluster.url) for _ in range(2)]
+    clients = [await connect(node) for node in nodes]
+    topics = topics_everywhere(cluster)
+    refs = {topic: [await client.join(topic) for client in clients] for topic in topics}
+    async with httpx.AsyncClient() as http:
+        for topic, owner in topics.items():
+            assert owner.ask("SPUBLISH", f"topic:{topic}", 'tick:{"n":0}') == 2
+            body = {"topic": topic, "event": "tick", "payload": {"n": 1}}
+            assert (await http.post(f"{nodes[0].http}/api/publish", json=body)).status_code == 200
+            await nodes[1].relay.publish(topic, "tick", {"n": 2})
+            for client, number in itertools.product(clients, range(3)):
+                await client.expect_event(topic, "tick", {"n": number})
+    # Pushes are published as on one Redis, and reach programs that listen at any node, by pattern.
+    for topic in topics:
+        async with heard_on(f"redis://127.0.0.1:{cluster.nodes[-1].port}", f"from:{topic}:*") as heard:
+            assert await clients[0].push(refs[topic][0], topic, "shout", "hi") == OK
+            assert await heard() == (f"from:{topic}:shout", b'"hi"')
+    for client in clients:
+        await client.expect_alive()
+    assert [await ready(node) for node in nodes] == [(200, {"status": "ready"})] * 2
+
+
+async def test_topic_is_unsubscribed_after_its_last_subscriber(
+    serve_relay: ServeRelay, connect: Connect, cluster: Cluster
+) -> None:
+    served = await serve_relay(redis_url=cluster.url, redis={"linger_s": 0.1})
+    client = await connect(served)
+    for topic, owner in topics_everywhere(cluster, 1).items():
+        channel = f"topic:{topic}"
+        ref = await client.join(topic)
+        assert owner.ask("SPUBLISH", channel, "tick:1") == 1
+        await client.expect_event(topic, "tick", 1)
+        await client.send(ref, "9", topic, "phx_leave", {})
+        assert [(await client.receive())[3] for _ in range(2)] == ["phx_reply", "phx_close"]
+        is_gone = partial(_is_unsubscribed, owner, channel)
+        await eventually(is_gone, "the unsubscribe")
+        assert owner.ask("SPUBLISH", channel, "tick:2") == 0
+
+
+def _is_unsubscribed(node: Node, channel: str) -> bool:
+    return channel not in node.ask("PUBSUB", "SHARDCHANNELS")
+
+
+async def test_event_passes_over_its_sender(serve_relay: ServeRelay, connect: Connect, cluster: Cluster) -> None:
+    plugin = Plugin("typing")
+
+    @plugin.on_push("room:*", "typing")
+    async def typing(push: Any) -> None:
+        await push.broadcast_from("typing", {"who": "me"})
+        push.stop()
+
+    nodes = [await serve_relay(redis_url=cluster.url, extra_plugins=(plugin,)) for _ in range(2)]
+    sender, other = await connect(nodes[0]), await connect(nodes[1])
+    for topic in topics_everywhere(cluster, 1):
+        ref = await sender.join(topic)
+        _ = await other.join(topic)
+        assert (await sender.push(ref, topic, "typing"))["status"] == "ok"
+        await other.expect_event(topic, "typing", {"who": "me"})
+        await sender.expect_alive()
+
+
+async def test_control_messages_reach_other_nodes(serve_relay: ServeRelay, connect: Connect, cluster: Cluster) -> None:
+    nodes = [await serve_relay(redis_url=cluster.url, auth={"keys": [SECRET]}) for _ in range(2)]
+    client = await connect(nodes[0], query=f"token={token('alice', {'*': 'join'})}")
+    ref = await client.join("room:1")
+    await nodes[1].relay.kick("room:1", user="alice")
+    assert await client.receive() == client.message(ref, ref, "room:1", "phx_close", {})
+
+
+# What is refused.
+
+
+async def test_one_redis_is_no_cluster(serve_relay: ServeRelay, valkey: Valkey) -> None:
+    served = await serve_relay(redis_url=f"redis+cluster://127.0.0.1:{valkey.port}", redis=FAST)
+    assert "expected redis://host:port as its address" in await until_not_ready(served)
+
+
+@asynccontextmanager
+async def old_server() -> AsyncIterator[int]:
+    """A node of a cluster of Redis 6.2, as far as a relay asks; gives its port."""
+    port = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            words = [(await reader.readline(), (await reader.readline()).strip())[1] for _ in range(int(line[1:]))]
+            host = b"$9\r\n127.0.0.1\r\n"
+            answers = {
+                b"ROLE": b"*3\r\n$6\r\nmaster\r\n:0\r\n*0\r\n",
+                b"CLUSTER": b"*1\r\n*3\r\n:0\r\n:16383\r\n*3\r\n%b:%d\r\n$1\r\na\r\n" % (host, port),
+            }
+            if words[:2] == [b"CLUSTER", b"NODES"]:
+                answers[b"CLUSTER"] = b"$0\r\n\r\n"
+            unknown = b"-ERR unknown command `%b`, with args beginning with: \r\n" % words[0]
+            writer.write(answers.get(words[0], unknown))
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    try:
+        yield port
+    finally:
+        server.close()
+
+
+async def test_server_without_sharded_pubsub_is_refused_in_words(serve_relay: ServeRelay) -> None:
+    async with old_server() as port:
+        served = await serve_relay(redis_url=f"redis+cluster://127.0.0.1:{port}", redis=FAST)
+        said = await until_not_ready(served)
+        assert "redis+cluster:// needs sharded Pub/Sub: Redis 7.0 or later, or Valkey" in said
+
+
+async def test_relay_waits_for_seeds_that_are_all_dead(
+    serve_relay: ServeRelay, connect: Connect, cluster: Cluster
+) -> None:
+    dead = free_port()
+    served = await serve_relay(redis_url=f"redis+cluster://127.0.0.1:{dead},127.0.0.1:1", redis=FAST)
+    assert f"127.0.0.1:{dead}: Connection refused" in await until_not_ready(served)
+    client = await connect(served)
+    await client.send("1", "1", "room:1", "phx_join", {})
+    assert (await client.receive())[4] == UNAVAILABLE
+    master = cluster.masters[0]
+
+    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", master.port)
+
+        async def copy(source: asyncio.StreamReader, into: asyncio.StreamWriter) -> None:
+            while data := await source.read(65536):
+                into.write(data)
+            into.close()
+
+        _ = await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer), return_exceptions=True)
+
+    async with await asyncio.start_server(pump, "127.0.0.1", dead):
+        await until_whole(served)
+        _ = await client.join("room:1")
+
+
+def test_publisher_refuses_a_cluster(cluster: Cluster) -> None:
+    with pytest.raises(ConfigError, match="POST /api/publish"):
+        Publisher(cluster.url)
+
+
+async def test_check_says_what_a_cluster_behind_a_plain_address_needs(cluster: Cluster) -> None:
+    node = cluster.nodes[0]
+    found = await examine(Config(redis_url=node.url))
+    assert any(f"expected redis+cluster://127.0.0.1:{node.port}" in each.text for each in found)
+
+
+async def test_long_polls_reach_the_process_of_their_session(serve_relay: ServeRelay, cluster: Cluster) -> None:
+    secret = {"secret": "the secret that all nodes have in common"}
+    first, second = [await serve_relay(redis_url=cluster.url, auth=secret) for _ in range(2)]
+    async with Poller.connect(first.ws, second.ws) as poller:
+        join_ref = await poller.join("room:1")
+        for number in range(4):
+            assert (await poller.push(join_ref, "room:1", "hello", {"n": number}))["status"] == "ok"
+            await second.relay.publish("room:1", "e", {"n": number})
+            await poller.expect_event("room:1", "e", {"n": number})
+    assert second.relay.metrics.sockets == 0

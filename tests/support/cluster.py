@@ -1,0 +1,189 @@
+"""Redis Clusters of real servers on loopback, made without a command line tool."""
+
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from redis import Redis
+from redis.exceptions import RedisError
+
+from tests.support.process import Valkey, free_port, wait_for
+
+SLOTS = 16384
+NODE_TIMEOUT_MS = 1000
+
+
+class Node(Valkey):
+    """One server of a cluster."""
+
+    def __init__(self, *arguments: str, binary: str | None = None) -> None:
+        settings = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
+        timing = ("--cluster-node-timeout", str(NODE_TIMEOUT_MS), "--cluster-replica-validity-factor", "0")
+        super().__init__(*settings, *timing, "--repl-diskless-sync-delay", "0", *arguments, binary=binary)
+        self.bus_port = settings[-1]
+
+    def ask(self, *command: str | int) -> Any:
+        """A command, on a connection of its own."""
+        with Redis(port=self.port, decode_responses=True, socket_timeout=5) as redis:
+            execute: Any = redis.execute_command
+            return execute(*command)
+
+    @property
+    def id(self) -> str:
+        return str(self.ask("CLUSTER", "MYID"))
+
+    @property
+    def is_master(self) -> bool:
+        """Whether it says so itself; False where it does not answer."""
+        try:
+            with Redis(port=self.port, decode_responses=True, socket_timeout=5) as redis:
+                return str(redis.info("replication")["role"]) == "master"
+        except (RedisError, OSError):
+            return False
+
+    def knows(self, text: str) -> bool:
+        """Whether ``CLUSTER INFO`` or ``CLUSTER NODES`` says something."""
+        with Redis(port=self.port, decode_responses=True, socket_timeout=5) as redis:
+            # Without the callbacks of redis-py, which make objects of the text.
+            redis.response_callbacks.clear()
+            execute: Any = redis.execute_command
+            return text in str(execute("CLUSTER INFO")) + str(execute("CLUSTER NODES"))
+
+
+class Cluster:
+    """Masters that share all slots, and as many replicas for each.
+
+    Args: masters: how many.
+          replicas: of each.
+    """
+
+    def __init__(self, masters: int = 3, replicas: int = 1, *arguments: str, binary: str | None = None) -> None:
+        self._arguments = arguments
+        self._binary = binary
+        self._shape = masters, replicas
+        self.nodes: list[Node] = []
+
+    @property
+    def url(self) -> str:
+        """For relay: all nodes."""
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+
+    @property
+    def masters(self) -> list[Node]:
+        """Those that were made masters at the start, the owner of the first slots first."""
+        return self.nodes[: self._shape[0]]
+
+    def replicas(self, master: Node) -> list[Node]:
+        """Those that were made its replicas at the start."""
+        masters = self._shape[0]
+        return self.nodes[masters + self.masters.index(master) :: masters]
+
+    def start(self) -> None:
+        """Start all servers and wait until each knows the whole cluster."""
+        masters, replicas = self._shape
+        self.nodes = [Node(*self._arguments, binary=self._binary) for _ in range(masters * (1 + replicas))]
+        for node in self.nodes:
+            node.start()
+        bounds = [SLOTS * number // masters for number in range(masters + 1)]
+        for number, node in enumerate(self.masters):
+            node.ask("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+            node.ask("CLUSTER", "ADDSLOTSRANGE", bounds[number], bounds[number + 1] - 1)
+        for node in self.nodes[1:]:
+            self.meet(node)
+        wait_for(lambda: all(node.knows(f"cluster_known_nodes:{len(self.nodes)}") for node in self.nodes), "nodes")
+        for master in self.masters:
+            for replica in self.replicas(master):
+                replicate(replica, master)
+        self.wait_until_whole()
+
+    def meet(self, node: Node) -> None:
+        """Make a server known to the others."""
+        self.nodes[0].ask("CLUSTER", "MEET", "127.0.0.1", node.port, node.bus_port)
+
+    def wait_until_whole(self) -> None:
+        """Wait until all servers that run agree who serves the slots, and replicas follow their masters."""
+        wait_for(self._is_whole, "the cluster")
+
+    def _is_whole(self) -> bool:
+        views = set()
+        for node in self.nodes:
+            try:
+                if node.process is None or node.process.poll() is not None:
+                    continue
+                if not node.knows("cluster_state:ok") or not node.knows(f"cluster_slots_ok:{SLOTS}"):
+                    return False
+                if not node.is_master and "master_link_status:up" not in _info(node):
+                    return False
+                with Redis(port=node.port, socket_timeout=5) as redis:
+                    redis.response_callbacks.clear()
+                    execute: Any = redis.execute_command
+                    slots = execute("CLUSTER SLOTS")
+                views.add(tuple(sorted((row[0], row[1], row[2][1]) for row in slots)))
+            except (RedisError, OSError):
+                return False
+        return len(views) == 1
+
+    def owners(self) -> list[Node | None]:
+        """Who serves each slot, as one that runs says."""
+        found: list[Node | None] = [None] * SLOTS
+        by_port = {node.port: node for node in self.nodes}
+        for node in self.nodes:
+            try:
+                with Redis(port=node.port, socket_timeout=2) as redis:
+                    redis.response_callbacks.clear()
+                    execute: Any = redis.execute_command
+                    for first, last, (_, port, *_), *_ in execute("CLUSTER SLOTS"):
+                        found[first : last + 1] = [by_port[port]] * (last + 1 - first)
+                return found
+            except (RedisError, OSError):
+                continue
+        return found
+
+    def owner(self, slot: int) -> Node:
+        """Who serves a slot, as one that runs says."""
+        found = self.owners()[slot]
+        assert found is not None, f"no node serves slot {slot}"
+        return found
+
+    def move_slot(self, slot: int, to: Node) -> None:
+        """Give a slot without keys to another master, as ``redis-cli --cluster reshard`` does."""
+        source, target = self.owner(slot), to
+        target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source.id)
+        source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", target.id)
+        for node in (target, source):
+            node.ask("CLUSTER", "SETSLOT", slot, "NODE", target.id)
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for node in self.nodes:
+            node.__exit__(kind, error, traceback)
+
+
+def _info(node: Node) -> str:
+    with Redis(port=node.port, socket_timeout=5) as redis:
+        redis.response_callbacks.clear()
+        execute: Any = redis.execute_command
+        return str(execute("INFO", "replication"))
+
+
+def replicate(replica: Node, master: Node) -> None:
+    """Make a server a replica of a master that it knows."""
+    name, end = master.id, time.monotonic() + 20
+    while True:
+        try:
+            replica.ask("CLUSTER", "REPLICATE", name)
+        except RedisError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.02)
+        else:
+            return

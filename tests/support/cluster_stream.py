@@ -1,0 +1,215 @@
+"""Numbered events on many topics of a cluster, and clients that are held to what they were told.
+
+The invariant: what a client gets of a topic is in order, nothing comes twice, what is missing was told at that very
+place, and clients of other topics were told nothing.
+"""
+
+import asyncio
+import itertools
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from relay.brokers.cluster_map import slot_of
+from tests.support.client import Client
+from tests.support.cluster import Cluster, Node
+from tests.support.redis_faults import ready
+from tests.support.serving import Served, eventually
+
+TOPICS = tuple(f"room:{number}" for number in range(60))
+PACE_S = 0.03
+
+
+def slot(topic: str) -> int:
+    return slot_of(f"topic:{topic}".encode())
+
+
+async def until_whole(served: Served) -> None:
+    """Wait until ``/ready`` says that all nodes are heard."""
+    async with asyncio.timeout(20):
+        while await ready(served) != (200, {"status": "ready"}):  # noqa: ASYNC110 - what is waited for is the server's
+            await asyncio.sleep(0.01)
+
+
+class Publisher:
+    """Any client of a cluster: ``SPUBLISH`` at the slot's owner, which it asks for after a fault.
+
+    No number is tried twice on a topic.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.taken: dict[str, set[int]] = defaultdict(set)
+        """Numbers that were acknowledged, by topic."""
+        self._owners: dict[int, int] = {}
+        self._clients: dict[int, Redis] = {}
+        self._numbers = itertools.count()
+
+    async def publish(self, topics: Collection[str]) -> int:
+        """Publish the next number on each topic; returns it."""
+        number = next(self._numbers)
+        by_port: dict[int, list[str]] = defaultdict(list)
+        for topic in topics:
+            if (port := self._owners.get(slot(topic))) is not None:
+                by_port[port].append(topic)
+        if not self._owners or sum(map(len, by_port.values())) < len(topics):
+            await self._learn()
+        _ = await asyncio.gather(*(self._send(port, theirs, number) for port, theirs in by_port.items()))
+        return number
+
+    async def _send(self, port: int, topics: list[str], number: int) -> None:
+        try:
+            async with self._client(port).pipeline(transaction=False) as pipeline:
+                for topic in topics:
+                    pipeline.execute_command("SPUBLISH", f"topic:{topic}", f"tick:{number}")
+                replies = await pipeline.execute(raise_on_error=False)
+        except (RedisError, OSError):
+            replies = [None] * len(topics)
+        for topic, reply in zip(topics, replies, strict=True):
+            if isinstance(reply, int):
+                self.taken[topic].add(number)
+            else:
+                self._owners.clear()
+
+    async def _learn(self) -> None:
+        for node in self.cluster.nodes:
+            with suppress(RedisError, OSError):
+                client = self._client(node.port)
+                execute: Any = client.execute_command
+                rows = await execute("CLUSTER SLOTS")
+                for first, last in rows:
+                    self._owners |= dict.fromkeys(range(first, last + 1), rows[first, last]["primary"][1])
+                return
+
+    def _client(self, port: int) -> Redis:
+        if port not in self._clients:
+            self._clients[port] = Redis(port=port, socket_timeout=0.5, retry=Retry(NoBackoff(), 0))
+        return self._clients[port]
+
+    async def close(self) -> None:
+        for client in self._clients.values():
+            await client.aclose()
+
+
+class Listener:
+    """A client that has joined topics, and joins each again as it is told."""
+
+    def __init__(self, client: Client, topics: Collection[str]) -> None:
+        self.client = client
+        self.topics = topics
+        self.numbers: dict[str, list[int]] = {topic: [] for topic in topics}
+        self.told: dict[str, list[int]] = {topic: [] for topic in topics}
+        """How many numbers of a topic had come each time it was told that some may be missing."""
+        self.joined: set[str] = set()
+        self.refused: set[str] = set()
+        """Topics whose join was refused at least once."""
+        self._refs = itertools.count(1)
+        self._later: set[asyncio.Task[None]] = set()
+
+    async def listen(self) -> None:
+        for topic in self.topics:
+            await self._join(topic)
+        while True:
+            _, _, topic, event, payload = await self.client.receive()
+            if event == "tick":
+                self.numbers[topic].append(payload)
+            elif event == "phx_error":
+                self.told[topic].append(len(self.numbers[topic]))
+                self.joined.discard(topic)
+                await self._join(topic)
+            elif payload["status"] == "ok":
+                self.joined.add(topic)
+            else:
+                self.refused.add(topic)
+                task = asyncio.create_task(self._join_later(topic))
+                self._later.add(task)
+                task.add_done_callback(self._later.discard)
+
+    async def _join(self, topic: str) -> None:
+        ref = str(next(self._refs))
+        await self.client.send(ref, ref, topic, "phx_join", {})
+
+    async def _join_later(self, topic: str) -> None:
+        await asyncio.sleep(0.1)
+        await self._join(topic)
+
+    async def close(self) -> None:
+        for task in tuple(self._later):
+            task.cancel()
+        _ = await asyncio.gather(*self._later, return_exceptions=True)
+
+
+class ClusterStream:
+    """What flows while something is broken."""
+
+    def __init__(self, served: Served, publisher: Publisher, listener: Listener) -> None:
+        self.served = served
+        self.publisher = publisher
+        self.listener = listener
+        self.affected: set[str] = set()
+        """Topics whose clients may be told."""
+
+    def topics_of(self, node: Node) -> set[str]:
+        """Topics whose slots a node serves, as far as the publisher knows."""
+        return {topic for topic in self.listener.topics if self.publisher._owners.get(slot(topic)) == node.port}
+
+    async def until_told(self, topics: Collection[str]) -> None:
+        """Wait until the clients of all these topics were told."""
+        await eventually(lambda: all(self.listener.told[topic] for topic in topics), "all clients to be told")
+
+    async def probe(self) -> None:
+        """One event for each topic, from outside, reaches its client: no connection is healthy and deaf."""
+        await eventually(lambda: len(self.listener.joined) == len(self.listener.topics), "all topics to be joined")
+        goals = {topic: max(taken, default=0) for topic, taken in self.publisher.taken.items()}
+        await eventually(
+            lambda: all(numbers and numbers[-1] > goals[topic] for topic, numbers in self.listener.numbers.items()),
+            "an event of each topic",
+        )
+
+    def check(self) -> None:
+        """Hold the client to the invariant."""
+        for topic, numbers in self.listener.numbers.items():
+            told = self.listener.told[topic]
+            assert numbers == sorted(set(numbers)), f"{topic}: out of order, or twice"
+            assert not told or topic in self.affected, f"{topic} was told, and nothing had happened to it"
+            taken = self.publisher.taken[topic]
+            for place in range(1, len(numbers)):
+                hole = [n for n in range(numbers[place - 1] + 1, numbers[place]) if n in taken]
+                assert not hole or place in told, f"{topic}: {hole[:5]} lost without a word"
+
+
+Connect = Callable[..., Awaitable[Client]]
+
+
+@asynccontextmanager
+async def cluster_stream(served: Served, connect: Connect, cluster: Cluster) -> AsyncIterator[ClusterStream]:
+    """Run a `ClusterStream`; at its end every topic is probed, and the invariant is checked."""
+    publisher, listener = Publisher(cluster), Listener(await connect(served), TOPICS)
+    listening = asyncio.create_task(listener.listen())
+    await eventually(lambda: len(listener.joined) == len(TOPICS), "all topics to be joined")
+
+    async def publish() -> None:
+        while True:
+            await publisher.publish(TOPICS)
+            await asyncio.sleep(PACE_S)
+
+    publishing = asyncio.create_task(publish())
+    stream = ClusterStream(served, publisher, listener)
+    try:
+        await stream.probe()
+        yield stream
+        await stream.probe()
+        assert not listening.done() and not publishing.done()
+    finally:
+        for task in (publishing, listening):
+            task.cancel()
+        _ = await asyncio.gather(publishing, listening, return_exceptions=True)
+        await listener.close()
+        await publisher.close()
+    stream.check()
