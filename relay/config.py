@@ -216,10 +216,6 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
         by_topic = self.redis.model_copy(update={"subscribe": "topic", "publish_form": "topic"})
         by_topic.model_fields_set.intersection_update(given)
         object.__setattr__(self, "redis", by_topic)
-        if self.has_presence:
-            raise ValueError("presence does not work with redis+cluster:// yet; remove presence from [[topics]]")
-        if self.has_history:
-            raise ValueError("histories do not work with redis+cluster:// yet; remove history from [[topics]]")
         return self
 
     @model_validator(mode="after")

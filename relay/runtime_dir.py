@@ -67,7 +67,7 @@ def redis_of(page_url: str) -> str | None:
 def with_password(redis_url: str) -> str:
     """The URL, with user and password where it is that of a relay announced here and has none of its own."""
     given = urlsplit(redis_url)
-    if given.username is None:
+    if given.scheme == "redis" and given.username is None:  # of Sentinels and clusters none is announced
         for _, _, announced in _running():
             found = urlsplit(announced)
             if (found.scheme, found.hostname, found.port) == (given.scheme, given.hostname, given.port):

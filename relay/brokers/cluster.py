@@ -22,6 +22,7 @@ from relay.brokers.base import NODE_CHANNEL, HistoryStore, Link, NodeBus, Presen
 from relay.brokers.cluster_channels import Receiver
 from relay.brokers.cluster_map import Endpoint, Redirect, Row, SlotMap, read_rows, slot_of
 from relay.brokers.cluster_shard import Held, Shard
+from relay.brokers.cluster_stores import ClusterHistory, ClusterPresence
 from relay.brokers.redis_channels import TopicChannel
 from relay.brokers.redis_connection import Connections, LinkLost, words
 from relay.brokers.redis_publisher import Sent
@@ -79,6 +80,8 @@ class ClusterBroker:
         self.shards: dict[Endpoint, Shard] = {}
         """The masters that serve slots."""
         self.held: dict[int, Held] = {}
+        self._history = ClusterHistory(self) if config.has_history else None
+        self._presence = ClusterPresence(self) if config.has_presence else None
         self._channels = tuple(channels)
         self._own: dict[bytes, Receiver] = {}
         self._sink: Sink | None = None
@@ -118,13 +121,13 @@ class ClusterBroker:
 
     @property
     def history(self) -> HistoryStore | None:
-        """None: see `Config`."""
-        return None
+        """Reads the streams; None where no topic has a history."""
+        return self._history
 
     @property
     def presence(self) -> PresenceStore | None:
-        """None: see `Config`."""
-        return None
+        """Keeps the members of topics for other nodes; None where no topic has presence."""
+        return self._presence
 
     @property
     def nodes(self) -> NodeBus:
@@ -157,6 +160,8 @@ class ClusterBroker:
             self._keeper.cancel()
             with suppress(asyncio.CancelledError):
                 await self._keeper
+        if self._presence is not None:
+            await self._presence.close()
         for shard in tuple(self.shards.values()):
             await shard.stop()
         for task in tuple(self._tasks):
@@ -178,9 +183,7 @@ class ClusterBroker:
     async def subscribe(self, topic: str) -> None:
         """Subscribe to the topic's channel where its slot is served. Raises BusUnavailable."""
         name = self._name(topic)
-        shard = self._shard(name)
-        if shard is None:
-            raise BusUnavailable(self._unserved(name))
+        shard = self.shard(name)
         try:
             await shard.channels.subscribe(topic)
         except BusUnavailable:
@@ -199,6 +202,13 @@ class ClusterBroker:
 
     def _name(self, topic: str) -> bytes:
         return (self.config.redis.topic_prefix + topic).encode()
+
+    def shard(self, name: bytes) -> Shard:
+        """The master that serves a name. Raises BusUnavailable."""
+        found = self._shard(name)
+        if found is None:
+            raise BusUnavailable(self._unserved(name))
+        return found
 
     def _shard(self, name: bytes) -> Shard | None:
         owner = self.map.owners[slot_of(name)]
@@ -323,6 +333,8 @@ class ClusterBroker:
                 continue
             self._doubted.clear()
             self._take_rows(rows)
+            for shard in tuple(self.shards.values()):
+                shard.map_was_read()
             break
         else:
             fault = faults[0] if faults else "no node is known"
@@ -384,6 +396,8 @@ class ClusterBroker:
             if endpoint not in masters:
                 del self.shards[endpoint]
                 self._spawn(shard.stop())
+        if self._presence is not None:
+            self._presence.reconnect()
         self._adopt(moved)
 
     def _serves(self, endpoint: Endpoint, name: bytes) -> bool:

@@ -12,7 +12,7 @@ import hiredis
 
 from relay.brokers.redis_connection import RedisConnection, packed
 from relay.brokers.redis_publisher import Publisher, PublisherOwner, Sent
-from relay.brokers.redis_scripts import PUBLISH
+from relay.brokers.redis_scripts import SHARDED_PUBLISH
 from relay.errors import BusUnavailable
 
 _ASKING = packed([("ASKING",)])
@@ -60,7 +60,7 @@ class ShardPublisher(Publisher):
     def _command(self, sent: Sent, payload: bytes, sender: str | None) -> bytes:
         sent.payload = payload
         if sent.history:
-            script = ("EVALSHA", PUBLISH.sha) if self._has_script else ("EVAL", PUBLISH.text)
+            script = ("EVALSHA", SHARDED_PUBLISH.sha) if self._has_script else ("EVAL", SHARDED_PUBLISH.text)
             return packed([(*script, b"1", sent.channel, *sent.history)])
         # Pushes of clients go to programs that listen with patterns, which sharded channels do not have.
         is_push = sent.channel.startswith(self._owner.push_prefixes)

@@ -130,7 +130,15 @@ class ShardSession(Session):
     def _take_lost(self, names: list[bytes]) -> None:
         self._shard.take_lost(names)
         if self._probe_channels and self._probe_channels[0] in names:
-            self._ask_probe_channel()
+            self._probe_confirmed.clear()
+
+    def map_was_read(self) -> None:
+        """Learn that it is known who serves which slots: another channel is taken for probes, if its slot has gone."""
+        if self._confirmed.is_set() and self._probe_channels and not self._probe_confirmed.is_set():
+            try:
+                self._ask_probe_channel()
+            except LinkLost as lost:
+                self.end(str(lost))
 
     # Answers.
 
@@ -188,7 +196,8 @@ class ShardSession(Session):
             self._confirm_one()
             return
         self._shard.doubt_map()
-        raise LinkLost(f"SSUBSCRIBE {name_of(name)}: {words(error)}")
+        if not self._confirmed.is_set():
+            raise LinkLost(f"SSUBSCRIBE {name_of(name)}: {words(error)}")
 
     def _refuse(self, name: bytes, error: hiredis.ReplyError) -> None:
         channels, shard = self._shard.channels, self._shard

@@ -18,6 +18,8 @@ from relay.brokers.redis import RedisBroker
 from relay.brokers.redis_channels import TopicChannel
 from relay.brokers.redis_connection import LinkLost, Role
 from relay.brokers.redis_publisher import Sent
+from relay.brokers.redis_scripts import SHARDED_CHECK, SHARDED_FUNCTION, SHARDED_PUBLISH
+from relay.brokers.redis_streams import RedisHistory
 from relay.config import SETTINGS_KEY, Config
 from relay.log import RateLimitedLogger
 from relay.metrics import Metrics
@@ -25,6 +27,12 @@ from relay.redis_url import ClusterAddress
 
 _REDIRECTS_MAX = 16
 """How often a message is sent to another node than the last."""
+
+
+class ShardHistory(RedisHistory):
+    """Reads the streams of one master; see `HistoryStore`."""
+
+    check_script = SHARDED_CHECK
 
 
 class ShardOwner(Protocol):
@@ -81,6 +89,7 @@ class Shard(RedisBroker):
     _channels_type = ShardChannels
     _publisher_type = ShardPublisher
     _session_type = ShardSession
+    _history_type = ShardHistory
 
     channels: ShardChannels
     publisher: ShardPublisher
@@ -93,6 +102,8 @@ class Shard(RedisBroker):
         redis = config.redis
         if self._preparation is not None:
             self._preparation.has_key = self._has_settings
+            self._preparation.publish_script = SHARDED_PUBLISH
+            self._preparation.function = SHARDED_FUNCTION
         self.push_prefixes: tuple[bytes, ...] = (redis.from_prefix.encode(), redis.from_user_prefix.encode())
 
     def _has_settings(self) -> bool:
@@ -121,6 +132,11 @@ class Shard(RedisBroker):
         if not slots:
             raise LinkLost("the server serves no slots any more")
         return next(name for n in count() if slot_of(name := f"{self.PROBES}{n}".encode()) in slots)
+
+    def map_was_read(self) -> None:
+        """Learn that it is known who serves which slots."""
+        if isinstance(self._session, ShardSession):
+            self._session.map_was_read()
 
     def is_probe(self, channel: bytes) -> bool:
         """Whether a channel is one for probes."""

@@ -51,6 +51,7 @@ class RedisBroker:
     _channels_type: type[TopicChannels] = TopicChannels
     _publisher_type: type[Publisher] = Publisher
     _session_type: type[Session] = Session
+    _history_type: type[RedisHistory] = RedisHistory
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class RedisBroker:
         if config.uses_topic_channels and not topic_mode:
             self.topics_pattern = f"{glob_escape(config.redis.topic_prefix)}*".encode()
         # None where no topic has a history; and what prepares a server for them.
-        self._streams = RedisHistory(self.connections, config) if config.has_history else None
+        self._streams = self._history_type(self.connections, config) if config.has_history else None
         self._preparation = Preparation(config) if config.has_history or config.redis.publish_form == "topic" else None
         self._presence = RedisPresence(self.connections, config) if config.has_presence else None
         self.hears_topics: bool = True

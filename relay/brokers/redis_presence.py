@@ -21,14 +21,10 @@ import msgspec
 from relay.brokers.base import PRESENCE_CHANNEL, Lease, Numbering, OwnChange
 from relay.brokers.redis_commands import RedisCommands
 from relay.brokers.redis_connection import Connections
-from relay.brokers.redis_scripts import NUMBER_WRITE, RENEW_LEASE
+from relay.brokers.redis_scripts import NUMBER_WRITE, RENEW_LEASE, Script
 from relay.config import Config
 from relay.errors import BusUnavailable
 from relay.protocol.presence import Member, Members, is_member
-
-_PREFIX = "presence:"
-_NODES = f"{_PREFIX}nodes"
-_WRITTEN = f"{_NODES}:written"
 
 _SCAN_COUNT = 500
 """Members read at a time: a whole hash of 100 000 would block Redis for seconds."""
@@ -51,10 +47,17 @@ class RedisPresence:
     """Keeps the members of one node; see `PresenceStore`.
 
     Args: connections: where to connect; the caller closes it.
+          commands: sends commands, in place of what would be made of ``connections``.
     """
 
-    def __init__(self, connections: Connections, config: Config) -> None:
-        self._commands = RedisCommands(connections, config.redis.timeout_s, "relay-redis-presence")
+    prefix: str = "presence:"
+    publish: str = "PUBLISH"
+    renew_script: Script = RENEW_LEASE
+
+    def __init__(self, connections: Connections, config: Config, commands: RedisCommands | None = None) -> None:
+        self._commands = commands or RedisCommands(connections, config.redis.timeout_s, "relay-redis-presence")
+        self._nodes = f"{self.prefix}nodes"
+        self._written = f"{self._nodes}:written"
         self.node: str = uuid.uuid4().hex[:12]
         self._lease_ms = round(config.presence.lease_s * 1000)
 
@@ -64,10 +67,10 @@ class RedisPresence:
         commands: list[tuple[object, ...]] = [
             ("MULTI",),
             # By its text: a transaction goes on behind a script that the server does not have yet.
-            ("EVAL", NUMBER_WRITE.text, 1, _WRITTEN, self.node, number, known, int(is_whole)),
+            ("EVAL", NUMBER_WRITE.text, 1, self._written, self.node, number, known, int(is_whole)),
         ]
         for topic, change, is_empty in changes:
-            key, topics = _key(topic, self.node), _topics(self.node)
+            key, topics = self._key(topic, self.node), self._topics(self.node)
             if is_empty:
                 commands += [("UNLINK", key), ("SREM", topics, topic)]
                 continue
@@ -76,7 +79,7 @@ class RedisPresence:
             if change.joins:
                 pairs = [each for member in change.joins.values() for each in (member.ref, _pack(member))]
                 commands += [("HSET", key, *pairs), ("SADD", topics, topic)]
-        commands += [("PUBLISH", PRESENCE_CHANNEL, message), ("EXEC",)]
+        commands += [(self.publish, PRESENCE_CHANNEL, message), ("EXEC",)]
         answers = await self._commands.ask_all(commands)
         if not isinstance(answers[-1], list):
             raise BusUnavailable("EXEC: the transaction was discarded")
@@ -88,26 +91,26 @@ class RedisPresence:
 
     async def _clear(self, node: str) -> None:
         # First, so that no other node takes what is left for all.
-        _ = await self._commands.ask("ZREM", _WRITTEN, node)
-        while topics := await self._commands.ask("SPOP", _topics(node), _REMOVE_COUNT):
-            _ = await self._commands.ask("UNLINK", *(_key(topic.decode(), node) for topic in topics))
+        _ = await self._commands.ask("ZREM", self._written, node)
+        while topics := await self._commands.ask("SPOP", self._topics(node), _REMOVE_COUNT):
+            _ = await self._commands.ask("UNLINK", *(self._key(topic.decode(), node) for topic in topics))
 
     async def renew(self, message: bytes, known: int, *, is_new: bool) -> Lease:
         """Renew this node's lease, and publish a message."""
         args = (self.node, self._lease_ms, PRESENCE_CHANNEL, message, known, int(is_new))
-        held, *flat = await self._commands.run(RENEW_LEASE, (_NODES, _WRITTEN), *args)
+        held, *flat = await self._commands.run(self.renew_script, (self._nodes, self._written), *args)
         nodes = {node.decode(errors="replace"): left / 1000 for node, left in zip(flat[::2], flat[1::2], strict=True)}
         return Lease(bool(held), nodes)
 
     async def read(self, topic: str, node: str, known: int) -> Members | None:
         """The members of one node; None where not all that it has written is there."""
         members: Members = {}
-        written = ("ZSCORE", _WRITTEN, node)
+        written = ("ZSCORE", self._written, node)
         cursor: Any = b"0"
         while True:
             # Asked before and after: they may be lost meanwhile, and written again.
             before, (cursor, flat), after = await self._commands.ask_all(
-                [written, ("HSCAN", _key(topic, node), cursor, "COUNT", _SCAN_COUNT), written]
+                [written, ("HSCAN", self._key(topic, node), cursor, "COUNT", _SCAN_COUNT), written]
             )
             if any(number is None or float(number) < known for number in (before, after)):
                 return None
@@ -125,18 +128,25 @@ class RedisPresence:
         seconds, micros = await self._commands.ask("TIME")
         now = int(seconds) * 1000 + int(micros) // 1000
         return [
-            node.decode(errors="replace") for node in await self._commands.ask("ZRANGEBYSCORE", _NODES, now, "+inf")
+            node.decode(errors="replace")
+            for node in await self._commands.ask("ZRANGEBYSCORE", self._nodes, now, "+inf")
         ]
 
     async def remove(self, node: str, message: bytes = b"") -> None:
         """Remove all members of a node, and its lease."""
         if node != self.node:
-            if await self._commands.ask("SET", f"{_NODES}:sweep:{node}", self.node, "NX", "EX", _SWEEP_S) is None:
+            if await self._commands.ask("SET", f"{self._nodes}:sweep:{node}", self.node, "NX", "EX", _SWEEP_S) is None:
                 return  # another node does it
         await self._clear(node)
-        _ = await self._commands.ask("ZREM", _NODES, node)
+        _ = await self._commands.ask("ZREM", self._nodes, node)
         if message:
-            _ = await self._commands.ask("PUBLISH", PRESENCE_CHANNEL, message)
+            _ = await self._commands.ask(self.publish, PRESENCE_CHANNEL, message)
+
+    def _key(self, topic: str, node: str) -> str:
+        return f"{self.prefix}{topic}|{node}"
+
+    def _topics(self, node: str) -> str:
+        return f"{self.prefix}|{node}"
 
     def reconnect(self) -> None:
         """Give the connection up: its server is no longer what it was."""
@@ -145,14 +155,6 @@ class RedisPresence:
     async def close(self) -> None:
         """End the connection."""
         await self._commands.close()
-
-
-def _key(topic: str, node: str) -> str:
-    return f"{_PREFIX}{topic}|{node}"
-
-
-def _topics(node: str) -> str:
-    return f"{_PREFIX}|{node}"
 
 
 def _pack(member: Member) -> bytes:

@@ -29,8 +29,16 @@ class Script(NamedTuple):
 
 
 def _script(name: str, head: str = "") -> Script:
-    text = head + _text(name)
+    return _made_of(head + _text(name))
+
+
+def _made_of(text: str) -> Script:
     return Script(text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+
+
+def _sharded(text: str) -> str:
+    """The same for a cluster, whose subscribers are on the channels of its shards."""
+    return text.replace("redis.call('PUBLISH'", "redis.call('SPUBLISH'")
 
 
 def _text(name: str) -> str:
@@ -54,6 +62,12 @@ FUNCTION = (
     "end\n"
     f"redis.register_function('{FUNCTION_NAME}', publish)\n"
 )
+
+SHARDED_PUBLISH = _made_of(_sharded(PUBLISH.text))
+SHARDED_CHECK = _made_of(_sharded(CHECK.text))
+SHARDED_RENEW_LEASE = _made_of(_sharded(RENEW_LEASE.text))
+SHARDED_FUNCTION = _sharded(FUNCTION)
+"""For Redis Cluster."""
 
 
 def version_of(library: str) -> int | None:

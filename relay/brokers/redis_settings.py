@@ -15,7 +15,7 @@ import hiredis
 import msgspec
 
 from relay.brokers.redis_connection import RedisConnection, is_denied, words
-from relay.brokers.redis_scripts import FUNCTION, FUNCTION_NAME, FUNCTION_VERSION, PUBLISH, version_of
+from relay.brokers.redis_scripts import FUNCTION, FUNCTION_NAME, FUNCTION_VERSION, PUBLISH, Script, version_of
 from relay.config import SETTINGS_KEY, Config
 from relay.config_sections import HistoryConfig
 from relay.version import __version__
@@ -138,6 +138,8 @@ class Preparation:
         self._said: set[str] = set()
         self.has_key: Callable[[], bool] = lambda: True
         """Whether `SETTINGS_KEY` is on this server, and not on another one of its cluster."""
+        self.publish_script: Script = PUBLISH
+        self.function: str = FUNCTION
 
     async def prepare(self, connection: RedisConnection) -> bool:
         """Do so on a connection that has just been made; say whether it knows the script. Raises LinkLost."""
@@ -149,7 +151,7 @@ class Preparation:
         if not self._config.has_history:
             return False
         await self._load_function(connection)
-        reply = await connection.ask("SCRIPT", "LOAD", PUBLISH.text)
+        reply = await connection.ask("SCRIPT", "LOAD", self.publish_script.text)
         if isinstance(reply, hiredis.ReplyError):
             self._say(f"SCRIPT LOAD is not possible ({words(reply)}): EVAL is used, which sends the script each time")
         return not isinstance(reply, hiredis.ReplyError)
@@ -169,7 +171,7 @@ class Preparation:
                 self._say(f"a function library {FUNCTION_NAME} of another program is there: it is left alone")
             if version is None or version >= FUNCTION_VERSION:
                 return
-        loaded = await connection.ask("FUNCTION", "LOAD", "REPLACE", FUNCTION)
+        loaded = await connection.ask("FUNCTION", "LOAD", "REPLACE", self.function)
         if isinstance(loaded, hiredis.ReplyError):
             self._say_missing(words(loaded))
 

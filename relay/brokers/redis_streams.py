@@ -12,7 +12,7 @@ from typing import Any
 from relay.brokers.base import Event, Opened, Summary
 from relay.brokers.redis_commands import RedisCommands
 from relay.brokers.redis_connection import Connections
-from relay.brokers.redis_scripts import CHECK, OPEN
+from relay.brokers.redis_scripts import CHECK, OPEN, Script
 from relay.config import Config
 from relay.config_sections import HistoryConfig
 from relay.errors import NotRecovered
@@ -26,6 +26,8 @@ class RedisHistory:
 
     Args: connections: where to connect; the caller closes it.
     """
+
+    check_script: Script = CHECK
 
     def __init__(self, connections: Connections, config: Config) -> None:
         self._prefix = config.redis.topic_prefix
@@ -54,7 +56,7 @@ class RedisHistory:
 
     async def check(self, topic: str, heard: str, settings: HistoryConfig) -> None:
         """Publish the newest position as a notice."""
-        _ = await self._commands.run(CHECK, (self._key(topic),), heard, settings.ttl_s)
+        _ = await self._commands.run(self.check_script, (self._key(topic),), heard, settings.ttl_s)
 
     async def describe(self, topic: str) -> Summary:
         """Say what is there."""

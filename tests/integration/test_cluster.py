@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -11,7 +11,8 @@ from uuid import uuid4
 import httpx2 as httpx
 import pytest
 
-from relay import Config, ConfigError, Plugin, Publisher
+from relay import BusUnavailable, Config, ConfigError, Plugin, Publisher
+from relay.brokers.cluster_map import slot_of
 from relay.brokers.redis_check import examine
 from tests.support.client import Client
 from tests.support.cluster import Cluster, Node
@@ -20,6 +21,7 @@ from tests.support.keys import SECRET, token
 from tests.support.long_poll import Poller
 from tests.support.process import Valkey, free_port
 from tests.support.redis_faults import FAST, OK, UNAVAILABLE, ready, until_not_ready
+from tests.support.redis_link import Switch
 from tests.support.serving import Served, eventually, heard_on
 
 Connect = Callable[..., Awaitable[Client]]
@@ -114,6 +116,109 @@ async def test_control_messages_reach_other_nodes(serve_relay: ServeRelay, conne
     assert await client.receive() == client.message(ref, ref, "room:1", "phx_close", {})
 
 
+STORES: dict[str, Any] = {
+    "topics": [{"match": "room:*", "history": {"size": 1000, "ttl_s": 60}, "presence": True}],
+    "auth": {"keys": [SECRET]},
+    "presence": {"lease_s": 1.5, "renew_s": 0.5, "leave_delay_s": 0.2},
+}
+
+
+def named(name: str) -> str:
+    return f"token={token(name, {'*': 'join,push,presence'})}"
+
+
+async def test_histories_and_presence_work_on_each_node(
+    serve_relay: ServeRelay, connect: Connect, cluster: Cluster
+) -> None:
+    nodes = [await serve_relay(redis_url=cluster.url, **STORES) for _ in range(2)]
+    for topic in topics_everywhere(cluster, 1):
+        one = await connect(nodes[0], query=named("alice"))
+        await one.send("1", "1", topic, "phx_join", {"since": None})
+        position = (await one.receive())[4]["response"]["_position"]
+        assert (await one.receive())[3] == "presence_state"
+        await nodes[1].relay.publish(topic, "tick", {"n": 1})
+        two = await connect(nodes[1], query=named("bob"))
+        await two.send("1", "1", topic, "phx_join", {"since": position})
+        assert (await two.receive())[4]["response"]["recovered"] is True
+        assert {(await two.receive())[3] for _ in range(2)} == {"presence_state", "tick"}
+        assert {(await one.receive())[3] for _ in range(2)} == {"presence_diff", "tick"}
+        for node in nodes:
+            assert set(await node.relay.presence(topic)) == {"alice", "bob"}
+    assert all(node.relay.metrics.gaps == 0 and not node.relay.metrics.dropped for node in nodes)
+
+
+async def test_function_for_other_programs_is_on_each_node(
+    serve_relay: ServeRelay, connect: Connect, cluster: Cluster
+) -> None:
+    served = await serve_relay(redis_url=cluster.url, **STORES)
+    client = await connect(served, query=f"token={token('carol', {'*': 'join'})}")
+    for topic, owner in topics_everywhere(cluster, 1).items():
+        _ = await client.join(topic)
+        _ = owner.ask("FCALL", "relay_publish", 1, f"topic:{topic}", "tick", '{"n":1}', 1000, 60)
+        await client.expect_event(topic, "tick", {"n": 1})
+
+
+async def test_history_whose_slot_moves_is_complete_for_its_clients(
+    serve_relay: ServeRelay, connect: Connect, cluster: Cluster
+) -> None:
+    """No client is told: what was published meanwhile is read from the history."""
+    nodes = [await serve_relay(redis_url=cluster.url, **STORES) for _ in range(2)]
+    (topic, owner), (_, other), *_ = topics_everywhere(cluster, 1).items()
+    client = await connect(nodes[0], query=f"token={token('dave', {'*': 'join'})}")
+    await client.send("1", "1", topic, "phx_join", {"since": None})
+    assert (await client.receive())[4]["status"] == "ok"
+    count = 0
+
+    async def publish(seconds: float) -> None:
+        nonlocal count
+        end = asyncio.get_running_loop().time() + seconds
+        while asyncio.get_running_loop().time() < end:
+            await nodes[1].relay.publish(topic, "tick", {"n": count})
+            count += 1
+
+    for source, target in ((owner, other), (other, owner)):
+        publishing = asyncio.create_task(publish(1.0))
+        await asyncio.sleep(0.1)
+        await asyncio.to_thread(
+            source.ask, "CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", slot(topic), slot(topic), "NODE", target.id
+        )
+        await publishing
+        await asyncio.to_thread(cluster.wait_until_whole)
+    await eventually(lambda: cluster.owners()[slot(topic)] is owner, "the slot to be back")
+    numbers = [(await client.receive())[4]["n"] for _ in range(count)]
+    assert numbers == list(range(count))
+    await client.expect_alive()
+
+
+async def test_presence_outlives_the_node_that_keeps_it(
+    serve_relay: ServeRelay, connect: Connect, cluster: Cluster
+) -> None:
+    nodes = [await serve_relay(redis_url=cluster.url, redis=FAST, **STORES) for _ in range(2)]
+    keeper = cluster.owner(slot_of(b"relay:presence"))
+    topic = next(topic for topic, owner in topics_everywhere(cluster, 1).items() if owner is not keeper)
+    for name, node in zip(("alice", "bob"), nodes, strict=True):
+        client = await connect(node, query=named(name))
+        _ = await client.join(topic)
+    assert keeper.ask("EXISTS", "presence:{relay:presence}nodes")
+    keeper.kill()
+    try:
+        last = await connect(nodes[0], query=named("carol"))
+        status, ref = "", itertools.count(1)
+        while status != "ok":
+            await asyncio.sleep(0.05)
+            await last.send("1", str(next(ref)), topic, "phx_join", {})
+            status = (await last.receive())[4]["status"]
+        for node in nodes:
+            names: set[str] = set()
+            while names != {"alice", "bob", "carol"}:
+                await asyncio.sleep(0.05)
+                with suppress(BusUnavailable):
+                    names = set(await node.relay.presence(topic))
+    finally:
+        await asyncio.to_thread(keeper.start)
+        await asyncio.to_thread(cluster.wait_until_whole)
+
+
 # What is refused.
 
 
@@ -165,19 +270,7 @@ async def test_relay_waits_for_seeds_that_are_all_dead(
     client = await connect(served)
     await client.send("1", "1", "room:1", "phx_join", {})
     assert (await client.receive())[4] == UNAVAILABLE
-    master = cluster.masters[0]
-
-    async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", master.port)
-
-        async def copy(source: asyncio.StreamReader, into: asyncio.StreamWriter) -> None:
-            while data := await source.read(65536):
-                into.write(data)
-            into.close()
-
-        _ = await asyncio.gather(copy(reader, far_writer), copy(far_reader, writer), return_exceptions=True)
-
-    async with await asyncio.start_server(pump, "127.0.0.1", dead):
+    async with Switch.open(cluster.masters[0].port, dead):
         await until_whole(served)
         _ = await client.join("room:1")
 

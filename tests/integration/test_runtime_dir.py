@@ -170,3 +170,10 @@ def test_link_in_place_of_the_directory_is_judged_by_its_own_owner(base: Path, m
     monkeypatch.setattr(Path, "lstat", noting)
     runtime_dir.newest()
     assert base / f"relay-{os.getuid()}" in asked
+
+
+@pytest.mark.parametrize("url", ["redis+sentinel://a:1,b:2/m", "redis+cluster://a:1,b:2", "redis://127.0.0.1:7"])
+def test_address_that_is_not_announced_is_left_as_it_is(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime_dir, "_running", lambda: iter([(0.0, "", "redis://:pw@127.0.0.1:1")]))
+    assert runtime_dir.with_password(url) == url
+    assert runtime_dir.with_password("redis://127.0.0.1:1") == "redis://:pw@127.0.0.1:1"

@@ -19,8 +19,18 @@ class Node(Valkey):
     def __init__(self, *arguments: str, binary: str | None = None) -> None:
         settings = ("--cluster-enabled", "yes", "--cluster-port", str(free_port()))
         timing = ("--cluster-node-timeout", str(NODE_TIMEOUT_MS), "--cluster-replica-validity-factor", "0")
-        super().__init__(*settings, *timing, "--repl-diskless-sync-delay", "0", *arguments, binary=binary)
+        super().__init__(
+            *settings,
+            *timing,
+            "--repl-diskless-sync-delay",
+            "0",
+            "--enable-debug-command",
+            "yes",
+            *arguments,
+            binary=binary,
+        )
         self.bus_port = settings[-1]
+        self._id = ""
 
     def ask(self, *command: str | int) -> Any:
         """A command, on a connection of its own."""
@@ -28,9 +38,25 @@ class Node(Valkey):
             execute: Any = redis.execute_command
             return execute(*command)
 
+    def raw(self, *command: str | int) -> str:
+        """The same, without the callbacks of redis-py, which make objects of the text."""
+        with Redis(port=self.port, decode_responses=True, socket_timeout=5) as redis:
+            redis.response_callbacks.clear()
+            execute: Any = redis.execute_command
+            return str(execute(*command))
+
+    def slots(self) -> Any:
+        """``CLUSTER SLOTS``, as it comes."""
+        with Redis(port=self.port, decode_responses=True, socket_timeout=2) as redis:
+            redis.response_callbacks.clear()
+            execute: Any = redis.execute_command
+            return execute("CLUSTER SLOTS")
+
     @property
     def id(self) -> str:
-        return str(self.ask("CLUSTER", "MYID"))
+        """Its name among the nodes; it stays over restarts."""
+        self._id = self._id or str(self.ask("CLUSTER", "MYID"))
+        return self._id
 
     @property
     def is_master(self) -> bool:
@@ -43,11 +69,7 @@ class Node(Valkey):
 
     def knows(self, text: str) -> bool:
         """Whether ``CLUSTER INFO`` or ``CLUSTER NODES`` says something."""
-        with Redis(port=self.port, decode_responses=True, socket_timeout=5) as redis:
-            # Without the callbacks of redis-py, which make objects of the text.
-            redis.response_callbacks.clear()
-            execute: Any = redis.execute_command
-            return text in str(execute("CLUSTER INFO")) + str(execute("CLUSTER NODES"))
+        return text in self.raw("CLUSTER INFO") + self.raw("CLUSTER NODES")
 
 
 class Cluster:
@@ -90,7 +112,7 @@ class Cluster:
             node.ask("CLUSTER", "ADDSLOTSRANGE", bounds[number], bounds[number + 1] - 1)
         for node in self.nodes[1:]:
             self.meet(node)
-        wait_for(lambda: all(node.knows(f"cluster_known_nodes:{len(self.nodes)}") for node in self.nodes), "nodes")
+        self.wait_until_known()
         for master in self.masters:
             for replica in self.replicas(master):
                 replicate(replica, master)
@@ -99,6 +121,10 @@ class Cluster:
     def meet(self, node: Node) -> None:
         """Make a server known to the others."""
         self.nodes[0].ask("CLUSTER", "MEET", "127.0.0.1", node.port, node.bus_port)
+
+    def wait_until_known(self) -> None:
+        """Wait until all servers know each other."""
+        wait_for(lambda: all(node.knows(f"cluster_known_nodes:{len(self.nodes)}") for node in self.nodes), "nodes")
 
     def wait_until_whole(self) -> None:
         """Wait until all servers that run agree who serves the slots, and replicas follow their masters."""
@@ -112,13 +138,9 @@ class Cluster:
                     continue
                 if not node.knows("cluster_state:ok") or not node.knows(f"cluster_slots_ok:{SLOTS}"):
                     return False
-                if not node.is_master and "master_link_status:up" not in _info(node):
+                if not node.is_master and "master_link_status:up" not in node.raw("INFO", "replication"):
                     return False
-                with Redis(port=node.port, socket_timeout=5) as redis:
-                    redis.response_callbacks.clear()
-                    execute: Any = redis.execute_command
-                    slots = execute("CLUSTER SLOTS")
-                views.add(tuple(sorted((row[0], row[1], row[2][1]) for row in slots)))
+                views.add(tuple(sorted((row[0], row[1], row[2][1]) for row in node.slots())))
             except (RedisError, OSError):
                 return False
         return len(views) == 1
@@ -126,14 +148,11 @@ class Cluster:
     def owners(self) -> list[Node | None]:
         """Who serves each slot, as one that runs says."""
         found: list[Node | None] = [None] * SLOTS
-        by_port = {node.port: node for node in self.nodes}
+        by_id = {node.id: node for node in self.nodes}
         for node in self.nodes:
             try:
-                with Redis(port=node.port, socket_timeout=2) as redis:
-                    redis.response_callbacks.clear()
-                    execute: Any = redis.execute_command
-                    for first, last, (_, port, *_), *_ in execute("CLUSTER SLOTS"):
-                        found[first : last + 1] = [by_port[port]] * (last + 1 - first)
+                for first, last, (_, _, name, *_), *_ in node.slots():
+                    found[first : last + 1] = [by_id[name]] * (last + 1 - first)
                 return found
             except (RedisError, OSError):
                 continue
@@ -166,13 +185,6 @@ class Cluster:
     ) -> None:
         for node in self.nodes:
             node.__exit__(kind, error, traceback)
-
-
-def _info(node: Node) -> str:
-    with Redis(port=node.port, socket_timeout=5) as redis:
-        redis.response_callbacks.clear()
-        execute: Any = redis.execute_command
-        return str(execute("INFO", "replication"))
 
 
 def replicate(replica: Node, master: Node) -> None:

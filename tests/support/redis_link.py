@@ -74,10 +74,10 @@ class Switch:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, target: int) -> AsyncIterator["Switch"]:
+    async def open(cls, target: int, port: int = 0) -> AsyncIterator["Switch"]:
         self = cls()
         self.targets = lambda number: target
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        server = await asyncio.start_server(self._serve, "127.0.0.1", port)
         self.port = server.sockets[0].getsockname()[1]
         try:
             yield self

@@ -278,8 +278,6 @@ def test_cluster_is_subscribed_to_by_topic() -> None:
     [
         ({"redis": {"subscribe": "pattern"}}, 'redis.subscribe = "pattern" is for one Redis'),
         ({"redis": {"publish_form": "to"}}, 'redis.publish_form = "to" is for one Redis'),
-        ({"topics": [{"match": "*", "presence": True}]}, "presence does not work with redis"),
-        ({"topics": [{"match": "*", "history": {"size": 1, "ttl_s": 1}}]}, "histories do not work with redis"),
     ],
 )
 def test_what_a_cluster_does_not_have_is_refused(settings: dict[str, Any], says: str) -> None:

@@ -1,0 +1,257 @@
+"""Redis Cluster under faults: what happens to one node concerns its topics alone, and no loss goes without a word.
+
+After each fault every topic is probed from outside: a connection may be healthy and its subscription gone.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any, TypeAlias
+
+import pytest
+
+from relay.brokers.cluster import ClusterBroker
+from relay.brokers.cluster_map import Endpoint
+from tests.support.client import Client
+from tests.support.cluster import Cluster, Node
+from tests.support.cluster_stream import TOPICS, ClusterStream, Connect, cluster_stream, slot, until_whole
+from tests.support.redis_faults import ServeRelay, ready
+from tests.support.redis_link import PATIENT, WATCHFUL, Switch
+from tests.support.serving import eventually
+
+Start: TypeAlias = Callable[..., AbstractAsyncContextManager[ClusterStream]]
+
+
+@pytest.fixture
+def start(serve_relay: ServeRelay, connect: Connect, cluster: Cluster) -> Start:
+    """``async with start(**redis)``: numbered events on all nodes; at the end the cluster has to be whole again."""
+
+    @asynccontextmanager
+    async def start(url: str = "", **redis: Any) -> AsyncIterator[ClusterStream]:
+        served = await serve_relay(redis_url=url or cluster.url, redis=WATCHFUL | redis)
+        await until_whole(served)
+        async with cluster_stream(served, connect, cluster) as stream:
+            yield stream
+            await asyncio.to_thread(cluster.wait_until_whole)
+            await until_whole(served)
+
+    return start
+
+
+async def owner_and_other(cluster: Cluster, topic: str) -> tuple[Node, Node]:
+    """Who serves a topic's slot, and another master."""
+    owners = await asyncio.to_thread(cluster.owners)
+    owner = owners[slot(topic)]
+    other = next(each for each in owners if each is not owner)
+    assert owner is not None and other is not None
+    return owner, other
+
+
+async def replica_of(cluster: Cluster, master: Node) -> Node:
+    def find() -> Node:
+        name = master.id
+        return next(node for node in cluster.nodes if not node.is_master and f"myself,slave {name}" in nodes_of(node))
+
+    return await asyncio.to_thread(find)
+
+
+def masters(stream: ClusterStream) -> Collection[Endpoint]:
+    broker = stream.served.relay.node.broker
+    assert isinstance(broker, ClusterBroker)
+    return broker.shards
+
+
+def nodes_of(node: Node) -> str:
+    return node.raw("CLUSTER", "NODES")
+
+
+# Slots.
+
+
+async def test_slot_that_moves_and_comes_back_is_told_to_its_topics_alone(start: Start, cluster: Cluster) -> None:
+    topic = TOPICS[0]
+    async with start() as stream:
+        stream.affected = {each for each in TOPICS if slot(each) == slot(topic)}
+        owner, other = await owner_and_other(cluster, topic)
+        for count, to in enumerate((other, owner), 1):
+            await asyncio.to_thread(cluster.move_slot, slot(topic), to)
+            await eventually(lambda count=count: len(stream.listener.told[topic]) >= count, "the client to be told")  # type: ignore[misc]
+            await stream.probe()
+        assert not stream.served.relay.metrics.dropped
+
+
+async def test_slots_that_are_migrated_atomically_are_told_to_their_topics_alone(
+    start: Start, cluster: Cluster
+) -> None:
+    async with start() as stream:
+        owner, other = await owner_and_other(cluster, TOPICS[0])
+        owners = await asyncio.to_thread(cluster.owners)
+        theirs = [number for number, each in enumerate(owners) if each is owner]
+        middle = theirs[len(theirs) // 2]
+        stream.affected = {topic for topic in stream.topics_of(owner) if slot(topic) <= middle}
+        for source, target in ((owner, other), (other, owner)):
+            before = {topic: len(stream.listener.told[topic]) for topic in stream.affected}
+            bounds = ("SLOTSRANGE", theirs[0], middle, "NODE", target.id)
+            await asyncio.to_thread(source.ask, "CLUSTER", "MIGRATESLOTS", *bounds)
+            await eventually(
+                lambda before=before: all(len(stream.listener.told[each]) > n for each, n in before.items()),  # type: ignore[misc]
+                "all clients to be told",
+            )
+            await stream.probe()
+
+
+async def test_node_is_added_serves_a_slot_and_is_forgotten(start: Start, cluster: Cluster) -> None:
+    topic = TOPICS[1]
+    async with start() as stream:
+        stream.affected = {each for each in TOPICS if slot(each) == slot(topic)}
+        owner, _ = await owner_and_other(cluster, topic)
+        with Node() as added:
+            cluster.nodes.append(added)
+            try:
+                await asyncio.to_thread(cluster.meet, added)
+                await asyncio.to_thread(cluster.wait_until_known)
+                await asyncio.to_thread(cluster.move_slot, slot(topic), added)
+                await stream.until_told(stream.affected)
+                await stream.probe()
+                assert len(masters(stream)) == 4
+                await asyncio.to_thread(cluster.move_slot, slot(topic), owner)
+                await eventually(lambda: len(stream.listener.told[topic]) > 1, "the client to be told again")
+                await eventually(lambda: len(masters(stream)) == 3, "the node to be left")
+            finally:
+                cluster.nodes.remove(added)
+                name = await asyncio.to_thread(lambda: added.id)
+        for node in cluster.nodes:
+            await asyncio.to_thread(node.ask, "CLUSTER", "FORGET", name)
+
+
+# Masters.
+
+
+async def test_master_that_is_killed_is_told_to_its_topics_alone(start: Start, cluster: Cluster) -> None:
+    async with start() as stream:
+        master, _ = await owner_and_other(cluster, TOPICS[2])
+        stream.affected = stream.topics_of(master)
+        master.kill()
+        await stream.until_told(stream.affected)
+        await stream.probe()
+        await asyncio.to_thread(master.start)
+
+
+async def test_master_that_is_killed_with_its_replica_refuses_its_topics_alone(
+    start: Start, cluster: Cluster, connect: Connect
+) -> None:
+    async with start() as stream:
+        master, _ = await owner_and_other(cluster, TOPICS[3])
+        replica = await replica_of(cluster, master)
+        stream.affected = stream.topics_of(master)
+        for node in (master, replica):
+            node.kill()
+        client: Client = await connect(stream.served)
+        status, body = 0, {"status": ""}
+        while body["status"] != "degraded":
+            status, body = await ready(stream.served)
+        assert status == 200
+        assert body["reason"].startswith("1 of 3 nodes are not heard: ")
+        assert f"(no subscription to 127.0.0.1:{master.port})" in body["reason"]
+        for topic in TOPICS:
+            ref = client.next_ref()
+            await client.send("1", ref, topic, "phx_join", {})
+            reply = await client.receive()
+            while reply[1] != ref:
+                reply = await client.receive()
+            assert reply[4]["status"] == ("error" if topic in stream.affected else "ok"), topic
+        assert not any(stream.listener.told.values())
+        client.connection.transport.abort()  # it has not read what came
+        for node in (master, replica):
+            await asyncio.to_thread(node.start)
+        await stream.until_told(stream.affected)
+
+
+async def test_ordered_failover_is_told_to_the_topics_of_its_shard_alone(start: Start, cluster: Cluster) -> None:
+    """The old master keeps its connections, and takes subscriptions as a replica."""
+    async with start() as stream:
+        master, _ = await owner_and_other(cluster, TOPICS[4])
+        stream.affected = stream.topics_of(master)
+        replica = await replica_of(cluster, master)
+        await asyncio.to_thread(replica.ask, "CLUSTER", "FAILOVER")
+        await stream.until_told(stream.affected)
+        await stream.probe()
+        assert await asyncio.to_thread(master.ask, "PUBSUB", "SHARDCHANNELS") == []
+
+
+async def test_pause_that_is_shorter_than_the_time_limits_is_told_to_no_client(start: Start, cluster: Cluster) -> None:
+    async with start(**PATIENT):
+        master, _ = await owner_and_other(cluster, TOPICS[5])
+        master.pause()
+        await asyncio.sleep(0.4)
+        master.resume()
+
+
+async def test_master_that_is_paused_is_told_to_its_topics_alone(start: Start, cluster: Cluster) -> None:
+    """Longer than the nodes wait: a replica has been promoted when it goes on, and it learns that late."""
+    async with start() as stream:
+        master, _ = await owner_and_other(cluster, TOPICS[6])
+        stream.affected = stream.topics_of(master)
+        master.pause()
+        await stream.until_told(stream.affected)
+        await stream.probe()
+        master.resume()
+
+
+# Connections.
+
+
+async def test_subscription_that_a_node_cuts_is_told_to_its_topics_alone(start: Start, cluster: Cluster) -> None:
+    """As it does when its output buffer is full."""
+    async with start() as stream:
+        master, _ = await owner_and_other(cluster, TOPICS[8])
+        stream.affected = stream.topics_of(master)
+        await asyncio.to_thread(master.ask, "CLIENT", "KILL", "TYPE", "pubsub")
+        await stream.until_told(stream.affected)
+
+
+@pytest.mark.parametrize("link", ["subscription", "publisher"])
+async def test_one_way_loss_to_one_node(start: Start, cluster: Cluster, link: str) -> None:
+    """What it sends gets lost: a subscription is told to its topics alone, a publisher to no client."""
+    master, _ = await owner_and_other(cluster, TOPICS[9])
+    async with Switch.open(master.port) as switch:
+        await asyncio.to_thread(master.ask, "CONFIG", "SET", "cluster-announce-client-port", switch.port)
+        try:
+            await asyncio.to_thread(cluster.wait_until_whole)
+            async with start() as stream:
+                deaf = next(
+                    each for each in switch.links if (b"SSUBSCRIBE" in each["sent"]) == (link == "subscription")
+                )
+                stream.affected = {t for t in TOPICS if stream.publisher.port(t) == switch.port}
+                assert stream.affected
+                deaf["deaf"] = True
+                if link == "subscription":
+                    await stream.until_told(stream.affected)
+                else:
+                    stream.affected = set()
+                    await eventually(lambda: deaf["writer"].transport.is_closing(), "a new connection")
+        finally:
+            await asyncio.to_thread(master.ask, "CONFIG", "SET", "cluster-announce-client-port", 0)
+            await asyncio.to_thread(cluster.wait_until_whole)
+
+
+async def test_password_that_is_rotated_loses_no_connection_and_is_named_where_it_is_wrong(
+    start: Start, cluster: Cluster
+) -> None:
+    for node in cluster.nodes:
+        await asyncio.to_thread(node.ask, "ACL", "SETUSER", "relay", "reset", "on", ">old", "+@all", "~*", "&*")
+    url = cluster.url.replace("://", "://relay:old@")
+    async with start(url=url) as stream:
+        for node in cluster.nodes:
+            await asyncio.to_thread(node.ask, "ACL", "SETUSER", "relay", ">new", "<old")
+        await stream.probe()
+        master, _ = await owner_and_other(cluster, TOPICS[10])
+        stream.affected = stream.topics_of(master)
+        await asyncio.to_thread(master.ask, "CLIENT", "KILL", "USER", "relay")
+        body = {"reason": ""}
+        while "WRONGPASS" not in body.get("reason", ""):
+            status, body = await ready(stream.served)
+            assert status == 200
+        for node in cluster.nodes:
+            await asyncio.to_thread(node.ask, "ACL", "SETUSER", "relay", ">old")
+        await stream.until_told(stream.affected)
