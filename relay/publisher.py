@@ -8,12 +8,13 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeAlias
 from weakref import WeakKeyDictionary
 
 from pydantic import ValidationError
 
 from relay import redis_url, runtime_dir
+from relay.brokers.cluster_commands import BlockingCluster, ClusterCommands
 from relay.brokers.redis_blocking import Ask, BlockingConnections
 from relay.brokers.redis_commands import RedisCommands
 from relay.brokers.redis_connection import Connections, LinkLost, RedisConnection
@@ -25,6 +26,8 @@ from relay.plugins.hooks import to_payload
 from relay.protocol.topics import check_names
 
 __all__ = ["AsyncPublisher", "Publisher", "Published"]
+
+_Commands: TypeAlias = RedisCommands | ClusterCommands
 
 
 class _Publisher:
@@ -40,9 +43,8 @@ class _Publisher:
         elif settings:
             raise TypeError("expected an address with settings, or a Config without")
         config = config.model_copy(update={"redis_url": _address_of(config)})
-        if config.is_cluster:
-            raise ConfigError("redis_url: publishing to redis+cluster:// from outside works by POST /api/publish alone")
         self._address = redis_url.parse(config.redis_url)
+        self._cluster = redis_url.parse_cluster(config.redis_url)
         self._timeout_s = config.redis.timeout_s
         self._target = Target(config)
 
@@ -91,7 +93,11 @@ class Publisher(_Publisher):
 
     def __init__(self, config: Config | str, **settings: Any) -> None:
         super().__init__(config, **settings)
-        self._connections = BlockingConnections(self._address, self._timeout_s, self._ask_questions)
+        self._connections: BlockingConnections | BlockingCluster = (
+            BlockingConnections(self._address, self._timeout_s, self._ask_questions)
+            if self._cluster is None
+            else BlockingCluster(self._cluster, self._timeout_s, self._ask_questions)
+        )
 
     def publish(self, topic: str, event: str, payload: object) -> Published:
         """Publish an event to all subscribers of a topic; return when Redis has accepted it.
@@ -158,7 +164,9 @@ class AsyncPublisher(_Publisher):
 
     def __init__(self, config: Config | str, **settings: Any) -> None:
         super().__init__(config, **settings)
-        self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[_Prepared, RedisCommands]] = WeakKeyDictionary()
+        self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[_Prepared | None, _Commands]] = (
+            WeakKeyDictionary()
+        )
 
     async def publish(self, topic: str, event: str, payload: object) -> Published:
         """Publish an event to all subscribers of a topic; return when Redis has accepted it.
@@ -189,17 +197,20 @@ class AsyncPublisher(_Publisher):
             raise self._unavailable(error) from error
         return target.results(encoded, replies)
 
-    def _commands(self) -> RedisCommands:
+    def _commands(self) -> _Commands:
         """What sends commands in the running event loop."""
         loop = asyncio.get_running_loop()
         found = self._loops.get(loop)
         if found is None:
-            connections = _Prepared(self)
-            found = connections, RedisCommands(connections, self._timeout_s, "relay-publisher")
+            if self._cluster is not None:
+                found = None, ClusterCommands(self._cluster, self._timeout_s, self._ask_questions)
+            else:
+                connections = _Prepared(self)
+                found = connections, RedisCommands(connections, self._timeout_s, "relay-publisher")
             self._loops[loop] = found
         return found[1]
 
-    async def _ask_questions(self, commands: RedisCommands) -> None:
+    async def _ask_questions(self, commands: _Commands) -> None:
         replies = await commands.replies(QUESTIONS)
         try:
             self._target.learn(*replies)
@@ -210,8 +221,9 @@ class AsyncPublisher(_Publisher):
     async def close(self) -> None:
         """Close the connection of the running event loop. A later event makes a new one."""
         connections, commands = self._loops.pop(asyncio.get_running_loop(), (None, None))
-        if connections is not None and commands is not None:
+        if commands is not None:
             await commands.close()
+        if connections is not None:
             await connections.close()
 
     async def __aenter__(self) -> Self:

@@ -15,16 +15,15 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
-import hiredis
-
 from relay import redis_url
 from relay.brokers.base import NODE_CHANNEL, HistoryStore, Link, NodeBus, PresenceStore, Sink
 from relay.brokers.cluster_channels import Receiver
-from relay.brokers.cluster_map import Endpoint, Redirect, Row, SlotMap, read_rows, slot_of
+from relay.brokers.cluster_commands import ask_map
+from relay.brokers.cluster_map import Endpoint, Redirect, Row, SlotMap, slot_of
 from relay.brokers.cluster_shard import Held, Shard
 from relay.brokers.cluster_stores import ClusterHistory, ClusterPresence
 from relay.brokers.redis_channels import TopicChannel
-from relay.brokers.redis_connection import Connections, LinkLost, words
+from relay.brokers.redis_connection import LinkLost
 from relay.brokers.redis_publisher import Sent
 from relay.config import Config
 from relay.config_sections import Direction
@@ -325,9 +324,10 @@ class ClusterBroker:
     async def _look_at_map(self) -> None:
         """Ask one node after the other until one answers, and take what it says."""
         faults: list[str] = []
+        limit_s = min(self.config.redis.timeout_s, self.config.redis.ping_timeout_s)
         for endpoint in self._whom_to_ask():
             try:
-                rows = await self._ask_map(endpoint)
+                rows = await ask_map(self.nodes_address, endpoint, limit_s)
             except LinkLost as lost:
                 faults.append(f"{endpoint}: {lost}")
                 continue
@@ -355,29 +355,6 @@ class ClusterBroker:
         doubted = [endpoint for endpoint in self._doubted if endpoint in live]
         given = (Endpoint(*node) for node in self.nodes_address.nodes)
         return dict.fromkeys((*doubted, *live, *replicas, *self.shards, *given))
-
-    async def _ask_map(self, endpoint: Endpoint) -> list[Row]:
-        """Ask a node who serves which slots. Raises LinkLost."""
-        address = redis_url.parse(self.nodes_address.node_url(*endpoint))
-        redis = self.config.redis
-        limit_s = min(redis.timeout_s, redis.ping_timeout_s)
-        connections = Connections(address, limit_s, self.clock)
-        connection = await connections.open()
-        try:
-            async with asyncio.timeout(limit_s):
-                slots = await connection.ask("CLUSTER", "SLOTS")
-                if isinstance(slots, hiredis.ReplyError):
-                    raise LinkLost(_no_map(slots))
-                nodes = await connection.ask("CLUSTER", "NODES")
-        except TimeoutError:
-            raise LinkLost(f"no answer to CLUSTER SLOTS within {limit_s:g} s") from None
-        finally:
-            await connection.close()
-            await connections.close()
-        rows = read_rows(slots, nodes, endpoint)
-        if not rows:
-            raise LinkLost("the cluster serves no slots")
-        return rows
 
     def _take_rows(self, rows: Sequence[Row]) -> None:
         if not self.map.learn(rows, self._is_alive):
@@ -465,10 +442,3 @@ class ClusterBroker:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         future.set_exception(BusUnavailable(self._unserved(name)))
         return future
-
-
-def _no_map(error: hiredis.ReplyError) -> str:
-    text = str(error).lower()
-    if "cluster support disabled" in text or "unknown command" in text:
-        return "this server is no node of a cluster: expected redis://host:port as its address"
-    return f"CLUSTER SLOTS: {words(error)}" + ("; allow it with +cluster|slots" if text.startswith("noperm") else "")

@@ -20,13 +20,15 @@ from relay.brokers.redis_session import AGAIN_BYTES, Session, SessionOwner
 from relay.brokers.redis_topics import NO_NAME
 from relay.errors import Reason
 
+PROBES = "relay:probe:"
+"""What the channels of probes begin with; a number follows, by which a node serves their slot."""
+
 NEEDS = "redis+cluster:// needs sharded Pub/Sub: Redis 7.0 or later, or Valkey"
 
 
 class ShardSessionOwner(Protocol):
     """The master, as its subscription knows it, besides what is in `SessionOwner`."""
 
-    PROBES: str
     channels: ShardChannels
 
     def report_denied(self, what: str, means: str, allow: str) -> None:
@@ -190,7 +192,7 @@ class ShardSession(Session):
             raise LinkLost(f"{NEEDS} (this server knows no SSUBSCRIBE)")
         if is_channel_denied(error):
             self._shard.report_denied(
-                f"SSUBSCRIBE {name_of(name)}", "what is heard is not checked by probes", f"&{self._shard.PROBES}*"
+                f"SSUBSCRIBE {name_of(name)}", "what is heard is not checked by probes", f"&{PROBES}*"
             )
             self._probe_channels = []
             self._confirm_one()

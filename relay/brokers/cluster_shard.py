@@ -13,7 +13,7 @@ from relay.brokers.base import Sink
 from relay.brokers.cluster_channels import Receiver, ShardChannels
 from relay.brokers.cluster_map import Endpoint, Redirect, read_redirect, slot_of
 from relay.brokers.cluster_publisher import ShardPublisher
-from relay.brokers.cluster_session import ShardSession
+from relay.brokers.cluster_session import PROBES, ShardSession
 from relay.brokers.redis import RedisBroker
 from relay.brokers.redis_channels import TopicChannel
 from relay.brokers.redis_connection import LinkLost, Role
@@ -83,9 +83,6 @@ class Shard(RedisBroker):
           endpoint: where it is.
     """
 
-    PROBES = "relay:probe:"
-    """What the channels of probes begin with; a number follows, by which this node serves their slot."""
-
     _channels_type = ShardChannels
     _publisher_type = ShardPublisher
     _session_type = ShardSession
@@ -131,7 +128,7 @@ class Shard(RedisBroker):
         slots = set(self._cluster.slots_of(self.endpoint))
         if not slots:
             raise LinkLost("the server serves no slots any more")
-        return next(name for n in count() if slot_of(name := f"{self.PROBES}{n}".encode()) in slots)
+        return next(name for n in count() if slot_of(name := f"{PROBES}{n}".encode()) in slots)
 
     def map_was_read(self) -> None:
         """Learn that it is known who serves which slots."""
@@ -140,7 +137,7 @@ class Shard(RedisBroker):
 
     def is_probe(self, channel: bytes) -> bool:
         """Whether a channel is one for probes."""
-        return channel.startswith(self.PROBES.encode())
+        return channel.startswith(PROBES.encode())
 
     def doubt_map(self) -> None:
         """Have the cluster ask who serves which slots, this node first: it has just learned something."""

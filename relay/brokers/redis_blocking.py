@@ -12,7 +12,16 @@ import hiredis
 from redis import ConnectionPool, RedisError
 from redis.backoff import NoBackoff
 from redis.connection import Connection, SSLConnection, UnixDomainSocketConnection
-from redis.exceptions import NoPermissionError, NoScriptError, ReadOnlyError, ResponseError
+from redis.exceptions import (
+    AskError,
+    ClusterDownError,
+    MovedError,
+    NoPermissionError,
+    NoScriptError,
+    ReadOnlyError,
+    ResponseError,
+    TryAgainError,
+)
 from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelConnectionPool
 
@@ -26,6 +35,10 @@ _CODES: dict[type[ResponseError], str] = {
     NoPermissionError: "NOPERM ",
     NoScriptError: "NOSCRIPT ",
     ReadOnlyError: "READONLY ",
+    MovedError: "MOVED ",
+    AskError: "ASK ",
+    ClusterDownError: "CLUSTERDOWN ",
+    TryAgainError: "TRYAGAIN ",
 }
 """What redis-py cuts off the beginning of errors."""
 

@@ -40,8 +40,6 @@ class Finding(NamedTuple):
 async def examine(config: Config) -> list[Finding]:
     """Ask the Redis of a configuration; what cannot be found out is said too, and nothing is raised."""
     address = redis_url.shown(config.redis_url)
-    if config.is_cluster:
-        return [Finding("warning", f"redis: {address}: a cluster is not examined")]
     connections = Connections(redis_url.parse(config.redis_url), config.redis.timeout_s)
     found: list[Finding] = []
     try:
@@ -49,7 +47,7 @@ async def examine(config: Config) -> list[Finding]:
             found.append(each)  # noqa: PERF401 - what came before an error is kept
         connection = await connections.open()
         try:
-            async for each in _Examination(config, connections, connection, address).findings():
+            async for each in Examination(config, connections, connection, address).findings():
                 found.append(each)  # noqa: PERF401 - as above
         finally:
             await connection.close()
@@ -86,8 +84,10 @@ async def _sentinels(connections: Connections, config: Config) -> AsyncIterator[
         yield Finding("warning", f"redis: the Sentinels name different masters of {sentinel.service}")
 
 
-class _Examination:
+class Examination:
     """The questions to one server, on one connection; the subscription has another."""
+
+    publish: str = "PUBLISH"
 
     def __init__(self, config: Config, connections: Connections, connection: RedisConnection, address: str) -> None:
         self._config = config
@@ -118,7 +118,7 @@ class _Examination:
         compatible = info.get("redis_version", "")
         self._major = int(compatible.partition(".")[0]) if compatible.partition(".")[0].isdecimal() else 0
         yield Finding("redis", f"{_kind(info)} at {self._address}")
-        if "cluster" in (info.get("redis_mode"), info.get("server_mode")):
+        if self.publish == "PUBLISH" and "cluster" in (info.get("redis_mode"), info.get("server_mode")):
             means = "histories and presence do not work" if self._stores else "each of its nodes receives every event"
             text = f"redis: this is a node of a cluster: {means}; expected redis+cluster://{self._address}"
             yield Finding("warning", text)
@@ -243,7 +243,9 @@ class _Examination:
         if self._answers_for_others:
             channels.append((f"{NODE_CHANNEL}{_TRIED}", f"{NODE_CHANNEL}*", _NO_OTHERS))
         for channel, pattern, means in channels:
-            yield ("PUBLISH", channel, ""), f"+publish &{pattern}", means
+            # Pushes go to programs that listen with patterns, wherever they are connected.
+            publish = "PUBLISH" if pattern in (f"{redis.from_prefix}*", f"{redis.from_user_prefix}*") else self.publish
+            yield (publish, channel, ""), f"+{publish.lower()} &{pattern}", means
         yield ("PING",), "+ping", "the connections are guarded by probes alone"
         if self._config.has_history:
             yield from self._history_commands(f"{redis.topic_prefix}{_TRIED}", f"~{redis.topic_prefix}*")

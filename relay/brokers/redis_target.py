@@ -16,7 +16,7 @@ from relay import redis_url
 from relay.brokers import redis_topics
 from relay.brokers.redis_connection import LinkLost, is_denied, name_of, read_role, words
 from relay.brokers.redis_publisher import not_published
-from relay.brokers.redis_scripts import PUBLISH
+from relay.brokers.redis_scripts import PUBLISH, SHARDED_PUBLISH
 from relay.brokers.redis_settings import RENEW_EVERY_S, history_args, known_limit, own_settings, settings_from
 from relay.config import SETTINGS_KEY, Config
 from relay.errors import BusUnavailable
@@ -52,6 +52,9 @@ class Target:
         self._config = config
         self._clock = clock
         self._settings = own_settings(config)
+        # On a cluster the subscribers are on the channels of its shards.
+        self._publish = "SPUBLISH" if config.is_cluster else "PUBLISH"
+        self._script = SHARDED_PUBLISH if config.is_cluster else PUBLISH
         self._payload_max_bytes = known_limit(config)
         self._asked_at = clock()
 
@@ -97,12 +100,12 @@ class Target:
             channel, history = self._channel(topic, event), self._settings.history(topic)
             if history is None:
                 is_named = self._settings.publish_form == "topic"
-                found.append(("PUBLISH", channel, redis_topics.pack(event, payload) if is_named else payload))
+                found.append((self._publish, channel, redis_topics.pack(event, payload) if is_named else payload))
                 continue
             args = history_args(event, payload, history, None, self._settings.payload_max_bytes)
-            how = ("EVAL", PUBLISH.text) if with_script else ("EVALSHA", PUBLISH.sha)
+            how = ("EVAL", self._script.text) if with_script else ("EVALSHA", self._script.sha)
             found.append((*how, "1", channel, *args))
-            with_script = False
+            with_script = with_script and self._publish == "SPUBLISH"  # each node has to be given it
         return found
 
     def needs_script(self, commands: Sequence[Command], replies: Sequence[object]) -> bool:
@@ -133,11 +136,12 @@ class Target:
     def _fault(self, topic: str, event: str, reply: hiredis.ReplyError) -> str:
         has_history = self._settings.history(topic) is not None
         prefix = self._settings.topic_prefix if self._settings.is_by_topic(topic) else self._settings.to_prefix
-        text = f"PUBLISH {name_of(self._channel(topic, event))}: {words(reply)}"
+        text = f"{self._publish} {name_of(self._channel(topic, event))}: {words(reply)}"
         if not is_denied(reply):
             return text
-        rights = f"~{prefix}* &{prefix}* +eval +evalsha +xadd +xrevrange +xinfo +exists +time +expire +publish"
-        return f"{text}; allow it with ACL SETUSER: {rights if has_history else f'&{prefix}* +publish'}"
+        publish = f"+{self._publish.lower()}"
+        rights = f"~{prefix}* &{prefix}* +eval +evalsha +xadd +xrevrange +xinfo +exists +time +expire {publish}"
+        return f"{text}; allow it with ACL SETUSER: {rights if has_history else f'&{prefix}* {publish}'}"
 
     def _channel(self, topic: str, event: str) -> bytes:
         if not self._settings.is_by_topic(topic):

@@ -31,7 +31,7 @@ from relay.extras import require
 from relay.permissions import SUBJECT, Right, names_of, parse_claim
 from relay.plugins.loader import candidates
 from relay.proxy_headers import is_this_machine, origin_of, parse_networks
-from relay.redis_url import parse_sentinel
+from relay.redis_url import parse_cluster, parse_sentinel, shown
 from relay.renamed_settings import rename_in_toml
 from relay.service_links import service_links
 from relay.transports.plain_sockets import form
@@ -197,12 +197,12 @@ def _connect(settings: Config) -> list[tuple[str, str]]:
     if settings.broadcast_url or settings.redis_url in ("", EMBEDDED):
         came = "the relay's own Valkey" if not settings.broadcast_url else settings.broadcast_url.partition("://")[0]
         raise ConfigError(f"--connect: expected redis_url, the address of a Redis; got {came}")
+    from relay.brokers.cluster_check import examine_cluster
     from relay.brokers.redis_check import examine
 
     address = runtime_dir.with_password(settings.redis_url)
-    return [
-        (each.about, each.text) for each in asyncio.run(examine(settings.model_copy(update={"redis_url": address})))
-    ]
+    found = (examine_cluster if settings.is_cluster else examine)(settings.model_copy(update={"redis_url": address}))
+    return [(each.about, each.text) for each in asyncio.run(found)]
 
 
 def _print_renamed(config: Path | None) -> None:
@@ -316,6 +316,8 @@ def _bus(config: Config) -> str:
         return "a Valkey of the relay's own"
     if (sentinel := parse_sentinel(url)) is not None:
         return f"{sentinel.service}, of the Sentinels {', '.join(f'{host}:{port}' for host, port in sentinel.hosts)}"
+    if parse_cluster(url) is not None:
+        return f"Redis {shown(url)}"
     parts = urlsplit(url)
     if parts.scheme == "unix":
         return f"unix://{parts.path}"

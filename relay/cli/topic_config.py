@@ -92,7 +92,7 @@ def _show_topic(settings: Config, name: str, config: Path | None) -> None:
     entry = settings.topic(name)
     commands = dict(_commands(settings, name, entry))
     if not is_terminal():
-        print_lines([{"topic": name, **_settings(settings, entry), **commands, **_script(commands)}])
+        print_lines([{"topic": name, **_settings(settings, entry), **commands, **_script(settings, commands)}])
         return
     screen = console()
     for key, value in {"topic": name, **_settings(settings, entry)}.items():
@@ -136,19 +136,21 @@ def _commands(settings: Config, topic: str, entry: TopicConfig) -> Iterator[tupl
         return
     redis, history = settings.redis, entry.history
     if history is None:
-        yield "publish", ["redis-cli", "PUBLISH", *redis.published(topic, _EVENT, _PAYLOAD)]
+        publish = ["redis-cli", "-c", "SPUBLISH"] if settings.is_cluster else ["redis-cli", "PUBLISH"]
+        yield "publish", [*publish, *redis.published(topic, _EVENT, _PAYLOAD)]
         return
     args = [_EVENT, _PAYLOAD, str(history.size), str(history.ttl_s)]
     if settings.limits.payload_max_bytes != LimitsConfig.model_fields["payload_max_bytes"].default:
         args += ["", str(settings.limits.payload_max_bytes)]  # behind an empty sender
     key = f"{redis.topic_prefix}{topic}"
-    yield "fcall", ["redis-cli", "FCALL", "relay_publish", "1", key, *args]
-    yield "eval", ["redis-cli", "--eval", "publish.lua", key, ",", *args]
+    client = ["redis-cli", "-c"] if settings.is_cluster else ["redis-cli"]
+    yield "fcall", [*client, "FCALL", "relay_publish", "1", key, *args]
+    yield "eval", [*client, "--eval", "publish.lua", key, ",", *args]
 
 
-def _script(commands: dict[str, list[str]]) -> dict[str, str]:
+def _script(settings: Config, commands: dict[str, list[str]]) -> dict[str, str]:
     if "eval" not in commands:
         return {}
-    from relay.brokers.redis_scripts import PUBLISH
+    from relay.brokers.redis_scripts import PUBLISH, SHARDED_PUBLISH
 
-    return {"script": PUBLISH.text}
+    return {"script": (SHARDED_PUBLISH if settings.is_cluster else PUBLISH).text}

@@ -21,6 +21,7 @@ from relay.config_redis import RedisConfig
 from relay.extras import describe
 from relay.metrics import Metrics
 from relay.paths import segments
+from relay.redis_url import parse_cluster
 from relay.transports import plain_sockets
 from relay.version import __version__
 
@@ -167,4 +168,7 @@ def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> 
 def publish_line(redis_url: str, redis: RedisConfig) -> str:
     """A command that publishes one event, to be pasted into a shell; the URL in it may hold a password."""
     channel, message = map(shlex.quote, redis.published("room:1", "new_msg", '{"text":"hi"}'))
+    cluster = parse_cluster(redis_url)
+    if cluster is not None:
+        return f"redis-cli -c -u {cluster.node_url(*cluster.nodes[0])} SPUBLISH {channel} {message}"
     return f"redis-cli -u {redis_url} PUBLISH {channel} {message}"

@@ -2,7 +2,7 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
@@ -11,9 +11,10 @@ from uuid import uuid4
 import httpx2 as httpx
 import pytest
 
-from relay import BusUnavailable, Config, ConfigError, Plugin, Publisher
+from relay import AsyncPublisher, BusUnavailable, Config, Plugin, Publisher
+from relay.brokers.cluster_check import examine_cluster
 from relay.brokers.cluster_map import slot_of
-from relay.brokers.redis_check import examine
+from relay.brokers.redis_check import Finding, examine
 from tests.support.client import Client
 from tests.support.cluster import Cluster, Node
 from tests.support.cluster_stream import slot, until_whole
@@ -219,6 +220,67 @@ async def test_presence_outlives_the_node_that_keeps_it(
         await asyncio.to_thread(cluster.wait_until_whole)
 
 
+# Programs that publish.
+
+
+async def test_publishers_reach_clients_and_follow_slots(
+    serve_relay: ServeRelay, connect: Connect, cluster: Cluster
+) -> None:
+    served = await serve_relay(redis_url=cluster.url)
+    client = await connect(served)
+    topics = list(topics_everywhere(cluster, 1))
+    for topic in topics:
+        _ = await client.join(topic)
+    events = [(topic, "tick", number) for number in range(3) for topic in topics]
+    async with AsyncPublisher(cluster.url) as publisher:
+        assert [each.listening for each in await publisher.publish_many(events)] == [1] * len(events)
+        await expect_all(client, events)
+        owner, other = cluster.owner(slot(topics[0])), cluster.owner(slot(topics[1]))
+        with Publisher(cluster.url) as blocking:
+            found = await asyncio.to_thread(blocking.publish_many, events)
+            assert [each.listening for each in found] == [1] * len(events)
+            await expect_all(client, events)
+            for to in (other, owner):
+                await asyncio.to_thread(cluster.move_slot, slot(topics[0]), to)
+                assert (await client.receive())[3] == "phx_error"
+                _ = await client.join(topics[0])
+                assert (await publisher.publish(topics[0], "tick", 1)).listening == 1
+                assert (await asyncio.to_thread(blocking.publish, topics[0], "tick", 2)).listening == 1
+                await expect_all(client, [(topics[0], "tick", 1), (topics[0], "tick", 2)])
+
+
+async def test_publishers_append_to_histories(serve_relay: ServeRelay, connect: Connect, cluster: Cluster) -> None:
+    """Which topics have one they find in the cluster, where the relays write it."""
+    served = await serve_relay(redis_url=cluster.url, **STORES)
+    client = await connect(served, query=f"token={token('erin', {'*': 'join'})}")
+    topics = list(topics_everywhere(cluster, 1))
+    for topic in topics:
+        _ = await client.join(topic)
+    events = [(topic, "tick", {"n": 1}) for topic in topics]
+    async with AsyncPublisher(cluster.url) as publisher:
+        assert all([each.position for each in await publisher.publish_many(events)])
+    with Publisher(cluster.url) as blocking:
+        assert (await asyncio.to_thread(blocking.publish, topics[0], "tick", {"n": 1})).position
+    await expect_all(client, [*events, events[0]])
+
+
+async def expect_all(client: Client, events: Iterable[tuple[str, str, Any]]) -> None:
+    """These come next, in any order but that of each topic."""
+    expected = list(events)
+    came = [(each[2], each[3], each[4]) for each in [await client.receive() for _ in expected]]
+    for topic in {event[0] for event in expected}:
+        assert [each for each in came if each[0] == topic] == [each for each in expected if each[0] == topic]
+
+
+async def test_publisher_says_why_no_node_can_be_reached() -> None:
+    url = f"redis+cluster://127.0.0.1:{free_port()}"
+    async with AsyncPublisher(url) as publisher:
+        with pytest.raises(BusUnavailable, match="Connection refused"):
+            await publisher.publish("room:1", "tick", 1)
+    with Publisher(url) as blocking, pytest.raises(BusUnavailable, match="Connection refused"):
+        blocking.publish("room:1", "tick", 1)
+
+
 # What is refused.
 
 
@@ -275,9 +337,22 @@ async def test_relay_waits_for_seeds_that_are_all_dead(
         _ = await client.join("room:1")
 
 
-def test_publisher_refuses_a_cluster(cluster: Cluster) -> None:
-    with pytest.raises(ConfigError, match="POST /api/publish"):
-        Publisher(cluster.url)
+async def test_check_examines_each_master(cluster: Cluster) -> None:
+    found = await examine_cluster(Config(redis_url=cluster.url, **STORES))
+    assert not [each.text for each in found if each.about == "warning"]
+    assert Finding("redis", "a cluster of 3 masters and 3 replicas") in found
+    assert sum(each.about == "probe" for each in found) == 3
+    assert sum(each.about == "user" for each in found) == 1
+
+
+async def test_check_names_what_a_user_may_not_do(cluster: Cluster) -> None:
+    rights = "reset on >pw resetchannels &topic:* &from:* &relay:* +@all -spublish -ssubscribe".split()
+    for node in cluster.nodes:
+        await asyncio.to_thread(node.ask, "ACL", "SETUSER", "weak", *rights)
+    found = await examine_cluster(Config(redis_url=cluster.url.replace("://", "://weak:pw@")))
+    warnings = " ".join(each.text for each in found if each.about == "warning")
+    assert "+ssubscribe &topic:*" in warnings
+    assert "+spublish &topic:*" in warnings
 
 
 async def test_check_says_what_a_cluster_behind_a_plain_address_needs(cluster: Cluster) -> None:
