@@ -89,6 +89,14 @@ class Metrics:
     """Times the broker's link was interrupted, so that events may have been missed."""
     link_lag_s: float = 0.0
     """Seconds that the broker's link took to answer its last ping; 0 before the first, and where it has none."""
+    shard_live: Counter[str] = field(default_factory=Counter)
+    """1 for each master of a Redis Cluster that is heard, else 0."""
+    shard_lag_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Seconds that each took to answer its last ping."""
+    shard_gaps: Counter[str] = field(default_factory=Counter)
+    """Gaps, by the master at which the topics are heard again."""
+    redirects: Counter[str] = field(default_factory=Counter)
+    """Times a slot was found to be served by another master, by how that was learned."""
     rejoins_requested: int = 0
     """Subscriptions that a ``phx_error`` asked to rejoin after a gap."""
     disconnects_by_control: int = 0

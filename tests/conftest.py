@@ -87,7 +87,7 @@ def valkey() -> Iterator[Valkey]:
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
     """A Valkey Cluster of three masters, each with a replica, for the whole run; its tests leave it whole."""
-    with Cluster() as cluster:
+    with Cluster(binary=os.environ.get("TESTS_CLUSTER_SERVER")) as cluster:
         yield cluster
 
 

@@ -232,6 +232,10 @@ class ClusterBroker:
             self._doubted.append(endpoint)
         self._look.set()
 
+    def is_replaced(self, shard: Shard) -> bool:
+        """Whether another one has been made for the same node since."""
+        return self.shards.get(shard.endpoint, shard) is not shard
+
     def place(self, channels: Sequence[TopicChannel]) -> None:
         """Subscribe to channels that a node has given up, after the next look at the map."""
         self._homeless += channels
@@ -401,7 +405,10 @@ class ClusterBroker:
         missed = sum(channel.is_missed and channel.is_wanted for channel in channels)
         if missed:
             self.metrics.gaps += 1
-            _logger.warning("gap: slots have moved: events of %d topics may have been missed", missed)
+            places = ", ".join(str(shard.endpoint) for shard in by_shard)
+            _logger.warning("gap: slots have moved to %s: events of %d topics may have been missed", places, missed)
+            for shard in by_shard:
+                self.metrics.shard_gaps[str(shard.endpoint)] += 1
         for shard, theirs in by_shard.items():
             shard.channels.adopt(theirs)
 

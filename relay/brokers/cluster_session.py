@@ -40,6 +40,9 @@ class ShardSessionOwner(Protocol):
     def is_probe(self, channel: bytes) -> bool:
         """Whether a channel is one for probes."""
 
+    def note_lag(self) -> None:
+        """Keep the lag that the subscription has just found."""
+
     def doubt_map(self) -> None:
         """Have the cluster ask who serves which slots."""
 
@@ -216,6 +219,10 @@ class ShardSession(Session):
             channels.refuse(f"SSUBSCRIBE {name_of(name)}: {words(error)}")
 
     # Guarding.
+
+    def _take_pong(self) -> None:
+        super()._take_pong()
+        self._shard.note_lag()
 
     async def _send_probe(self) -> bool:
         """Publish a probe, once its channel is heard; see `Session`. Raises LinkLost."""

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import hiredis
 
-from relay.brokers.base import Sink
+from relay.brokers.base import Link, Sink
 from relay.brokers.cluster_channels import Receiver, ShardChannels
 from relay.brokers.cluster_map import Endpoint, Redirect, read_redirect, slot_of
 from relay.brokers.cluster_publisher import ShardPublisher
@@ -54,6 +54,9 @@ class ShardOwner(Protocol):
 
     def doubt_map(self, endpoint: Endpoint) -> None:
         """Ask soon who serves which slots, this node first."""
+
+    def is_replaced(self, shard: "Shard") -> bool:
+        """Whether another one has been made for the same node since."""
 
     def place(self, channels: Sequence[TopicChannel]) -> None:
         """Subscribe to channels that a node has given up, wherever their slots are said to be next."""
@@ -103,6 +106,28 @@ class Shard(RedisBroker):
             self._preparation.function = SHARDED_FUNCTION
         self.push_prefixes: tuple[bytes, ...] = (redis.from_prefix.encode(), redis.from_user_prefix.encode())
 
+    @property
+    def _link(self) -> Link:
+        return self._state
+
+    @_link.setter
+    def _link(self, state: Link) -> None:
+        self._state = state
+        self._cluster.metrics.shard_live[str(self.endpoint)] = int(state.live)
+
+    async def stop(self) -> None:
+        """Close both connections; messages not yet taken fail."""
+        await super().stop()
+        if self._cluster.is_replaced(self):
+            return  # another one for the same node
+        for values in (self.metrics.shard_live, self.metrics.shard_lag_s):
+            _ = values.pop(str(self.endpoint), None)
+
+    def note_lag(self) -> None:
+        """Keep the lag that the subscription has just found; that of the whole link is the longest."""
+        self.metrics.shard_lag_s[str(self.endpoint)] = self.metrics.link_lag_s
+        self.metrics.link_lag_s = max(self.metrics.shard_lag_s.values())
+
     def _has_settings(self) -> bool:
         return slot_of(SETTINGS_KEY.encode()) in self._cluster.slots_of(self.endpoint)
 
@@ -116,7 +141,8 @@ class Shard(RedisBroker):
         return fault
 
     def _report_gap(self, sink: Sink, fault: str) -> None:
-        """Nothing: each channel has a gap of its own, once it is heard again."""
+        """Count it; each channel has a gap of its own, once it is heard again."""
+        self.metrics.shard_gaps[str(self.endpoint)] += 1
 
     def role_changed(self, role: Role) -> None:
         """Learn from the publisher that the server is no longer what it was."""
@@ -145,7 +171,9 @@ class Shard(RedisBroker):
 
     def take_lost(self, names: Sequence[bytes]) -> None:
         """Learn which channels the server has unsubscribed unasked, because their slots have gone."""
-        self._cluster.place(self.channels.withdraw(names))
+        lost = self.channels.withdraw(names)
+        self.metrics.redirects["unsubscribed"] += len(lost)
+        self._cluster.place(lost)
         self.doubt_map()
 
     def take_refused(self, channel: TopicChannel | None, error: hiredis.ReplyError) -> None:
@@ -154,6 +182,7 @@ class Shard(RedisBroker):
             return
         redirect = read_redirect(error, self.endpoint)
         if redirect is not None and not redirect.asks:
+            self.metrics.redirects["moved"] += 1
             self._cluster.place_at(channel, redirect)
         else:
             self._cluster.place([channel])
@@ -174,6 +203,7 @@ class Shard(RedisBroker):
         if redirect is None:
             return False
         self.doubt_map()
+        self.metrics.redirects["ask" if redirect.asks else "moved"] += 1
         sent.redirects += 1
         if self.is_probe(sent.channel) or sent.redirects > _REDIRECTS_MAX:
             return False

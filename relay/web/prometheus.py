@@ -111,6 +111,12 @@ def _counter(field: str, meaning: str, *labels: str, split: Callable[[str], tupl
     return MetricSpec(f"relay_{field}", "counter", meaning, labels, _of(field), split=split)
 
 
+def _gauge(
+    field: str, meaning: str, *labels: str, merge: Callable[[list[float]], float] = sum, name: str = ""
+) -> MetricSpec:
+    return MetricSpec(f"relay_{name or field}", "gauge", meaning, labels, _of(field), merge)
+
+
 def _of_process(read_process: "Callable[[psutil.Process], float]") -> Source:
     """Read a metric of the process; without psutil there is none."""
 
@@ -256,6 +262,20 @@ METRIC_SPECS: tuple[MetricSpec, ...] = (
         _of("link_lag_s"),
         max,
     ),
+    _gauge("shard_live", "1 while a master of a Redis Cluster is heard, in every worker.", "node", merge=min),
+    _gauge(
+        "shard_lag_s",
+        "Duration of the last ping of a master, of the slowest worker.",
+        "node",
+        merge=max,
+        name="shard_lag_seconds",
+    ),
+    _counter("shard_gaps", "Gaps of a Redis Cluster, by the master at which topics are heard again.", "node"),
+    _counter(
+        "redirects",
+        "Times a slot of a Redis Cluster had moved: `moved` and `ask` are answers, `unsubscribed` is a notice.",
+        "kind",
+    ),
     _counter("topic_events", "Events that had a subscriber, by pattern in `metrics.topics`.", "topic"),
     _counter("topic_deliveries", "Deliveries of those events, by the same pattern.", "topic"),
     _counter("plugin_calls", "Handlers and services called, by plugin.", "plugin"),
@@ -281,19 +301,11 @@ METRIC_SPECS: tuple[MetricSpec, ...] = (
         ("webhook",),
         _of("webhook_time"),
     ),
-    MetricSpec(
-        "relay_webhook_pending",
-        "gauge",
-        "Requests to webhooks in progress or waiting, by webhook.",
-        ("webhook",),
-        _of("webhook_pending"),
-    ),
-    MetricSpec(
-        "relay_webhook_open",
-        "gauge",
+    _gauge("webhook_pending", "Requests to webhooks in progress or waiting, by webhook.", "webhook"),
+    _gauge(
+        "webhook_open",
         "Workers that send no requests to a webhook because it has failed ten times in a row.",
-        ("webhook",),
-        _of("webhook_open"),
+        "webhook",
     ),
     _counter("webhook_openings", "Times a worker stopped sending requests to a webhook for that reason.", "webhook"),
     MetricSpec("relay_workers", "gauge", "Processes included in these metrics.", (), lambda m, s, p: {"": 1}),

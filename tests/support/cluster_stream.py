@@ -225,5 +225,6 @@ async def cluster_stream(served: Served, connect: Connect, cluster: Cluster) -> 
             task.cancel()
         _ = await asyncio.gather(publishing, listening, return_exceptions=True)
         await listener.close()
+        listener.client.connection.transport.abort()  # in good order it would wait for what is not read any more
         await publisher.close()
     stream.check()

@@ -347,3 +347,14 @@ def redis_servers() -> list[str]:
     named = os.environ.get("TESTS_REDIS_SERVER", "").split(os.pathsep)
     found = dict.fromkeys(filter(None, (*named, shutil.which("redis-server"))))
     return list(found)
+
+
+def sharded_servers() -> list[str]:
+    """Those that have sharded Pub/Sub, which is Redis 7.0 or later."""
+    found: list[str] = []
+    for server in redis_servers():
+        said = subprocess.run([server, "--version"], capture_output=True, text=True, check=True).stdout
+        version = re.search(r" v=([0-9]+)\.", said)
+        if version is not None and int(version[1]) >= 7:
+            found.append(server)
+    return found
