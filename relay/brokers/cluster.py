@@ -79,6 +79,7 @@ class ClusterBroker:
         self.shards: dict[Endpoint, Shard] = {}
         """The masters that serve slots."""
         self.held: dict[int, Held] = {}
+        self._retiring: set[Shard] = set()
         self._history = ClusterHistory(self) if config.has_history else None
         self._presence = ClusterPresence(self) if config.has_presence else None
         self._channels = tuple(channels)
@@ -161,7 +162,7 @@ class ClusterBroker:
                 await self._keeper
         if self._presence is not None:
             await self._presence.close()
-        for shard in tuple(self.shards.values()):
+        for shard in (*self.shards.values(), *self._retiring):
             await shard.stop()
         for task in tuple(self._tasks):
             task.cancel()
@@ -376,10 +377,17 @@ class ClusterBroker:
             moved += shard.channels.withdraw_unless(partial(self._serves, endpoint))
             if endpoint not in masters:
                 del self.shards[endpoint]
-                self._spawn(shard.stop())
+                self._retiring.add(shard)
+                self._spawn(self._retire(shard))
         if self._presence is not None:
             self._presence.reconnect()
         self._adopt(moved)
+
+    async def _retire(self, shard: Shard) -> None:
+        """Stop what serves no slots any more, once it has answered what was sent there."""
+        _ = await asyncio.wait((shard.publisher.barrier(),), timeout=self.config.redis.ping_timeout_s)
+        await shard.stop()
+        self._retiring.discard(shard)
 
     def _serves(self, endpoint: Endpoint, name: bytes) -> bool:
         return self.map.owners[slot_of(name)] == endpoint

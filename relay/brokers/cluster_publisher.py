@@ -52,6 +52,9 @@ class ShardPublisher(Publisher):
         if holds is None:
             return super()._send(channel, payload, sender, history, is_counted=is_counted)
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        if len(holds) >= self._settings.publish_queue_max:
+            future.set_exception(BusUnavailable("too many messages are waiting for a slot that moves"))
+            return future
         size = len(channel) + len(payload)
         sent = Sent(future, self._clock(), size, channel, is_counted=is_counted, history=history, payload=payload)
         holds.append(sent)
