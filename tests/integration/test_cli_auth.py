@@ -354,7 +354,7 @@ push = false
         "sockets /socket",
         "transports websocket at /socket/websocket, longpoll at /socket/longpoll, sse at /socket/sse",
         "long polls answered by this process; several processes or nodes need auth.secret",
-        "bus rediss://redis.example.org:6379",
+        "bus rediss://redis.example.org:6380",
         FAN_OUT,
         "pages https://example.org",
         "proxies 10.0.0.0/8, fc00::/7; X-Forwarded-For is believed from there",
