@@ -269,8 +269,8 @@ class Channel(Subscription):
                 self.release()
                 self._refuse_join(join, Reason.INVALID_PRESENCE)
                 return
-        if join.replaces is not None and join.replaces.replay is not None:
-            join.replaces.replay.stop()
+        if join.replaces is not None:
+            join.replaces.stop_replay()
         if recovery is not None:
             response = add_members(response, recovery.response)
         if meta is not None and services.presence is not None and services.presence.is_counted(topic):
@@ -347,6 +347,12 @@ class Channel(Subscription):
             self.replay = Replay(self, history, services.hub, services.metrics, positioned)
         return self.replay
 
+    def stop_replay(self) -> None:
+        """Give the client no more of what it missed."""
+        if self.replay is not None:
+            self.replay.stop()
+        self.replay = None  # it refers to this channel: together they would be left to the cycle collector
+
     @property
     def recovered_to(self) -> Place | None:
         """How far it has been given what its client missed; None while it gets the live events."""
@@ -402,8 +408,7 @@ class Channel(Subscription):
         """Deliver nothing more; handlers of on_leave are called after what is under way on the topic."""
         socket, topic, services = self._socket, self.topic, self._socket.services
         self._last_push = None
-        if self.replay is not None:
-            self.replay.stop()
+        self.stop_replay()
         if services.presence is not None:
             services.presence.unwatch(self)
         socket.transport.settle_dropped(topic, partial(socket.protocol.dropped_notice, subscription=self))

@@ -139,6 +139,7 @@ class EventStream:
         self._subscription, self._has_ended, self._error = None, True, error
         if self._replay is not None:
             self._replay.stop()
+            self._replay = None  # it refers to this stream
         self._services.hub.remove(self.topic, self)
         if self.topic not in self._services.hub:
             self._services.pubsub.unsubscribe(self.topic)

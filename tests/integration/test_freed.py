@@ -93,6 +93,26 @@ def answered(*requests: bytes) -> Callable[[socket.socket], None]:
     return live
 
 
+def recovers(connection: socket.socket, *, again: bool = False) -> None:
+    """Join a topic with a history, from a position."""
+    connection.sendall(upgrade())
+    read_past(connection, b"\r\n\r\n")
+    for number in range(1 + again):
+        join = f'["{number}","{number}","kept:1","phx_join",{{"since":"1-1"}}]'
+        connection.sendall(client_frame(TEXT, join.encode()))
+        read_past(connection, f'"{number}","kept:1","phx_reply"'.encode())
+
+
+def recovers_twice(connection: socket.socket) -> None:
+    recovers(connection, again=True)
+
+
+def recovers_and_leaves(connection: socket.socket) -> None:
+    recovers(connection)
+    connection.sendall(client_frame(TEXT, b'["0","9","kept:1","phx_leave",{}]'))
+    read_past(connection, b'"phx_close"')
+
+
 def vanishes(connection: socket.socket) -> None:
     joined(connection)
     connection.sendall(b"\x81\xfe\x10\x00half a frame")
@@ -188,6 +208,9 @@ LIVES: dict[str, Callable[[socket.socket], object]] = {
     "reset in mid-frame": vanishes,
     "gone": joined,
     "gone, with compression": compressed_and_gone,
+    "history, gone": recovers,
+    "history, joined twice": recovers_twice,
+    "history, left": recovers_and_leaves,
     "slow": reads_nothing,
     "unmasked frame": ends(b"\x81\x02hi"),
     "too big": ends(b"\x81\xff\x00\x00\x00\x00\x10\x00\x00\x00abcd"),
@@ -306,7 +329,8 @@ def test_closed_connections_leave_nothing_for_the_collector(
     """Each way to end, so often that a single object left by one of them shows."""
     each = connections // len(LIVES)
     options = {"ws": "relay.server:RelayWebSocketProtocol", "http": partial(RelayHTTPProtocol, handshake_timeout_s=30)}
-    relay = Relay(redis_url=valkey.url, system_topic=False, limits={"longpoll_window_s": 0.3})
+    topics = [{"match": "kept:*", "history": {"size": 10}}]
+    relay = Relay(redis_url=valkey.url, system_topic=False, limits={"longpoll_window_s": 0.3}, topics=topics)
     with served(relay, loop_factory, **options) as server:
         for life in LIVES.values():  # what is made once and stays
             live(server, life, 2)
