@@ -92,6 +92,12 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(autouse=True)
+def log_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`relay serve` in this process would configure the log of all tests that follow."""
+    monkeypatch.setattr("logging.config.dictConfig", lambda config: None)
+
+
+@pytest.fixture(autouse=True)
 def settings_in_redis(request: pytest.FixtureRequest) -> None:
     """Forget which topics the relays of earlier tests had histories for: programs that publish go by that."""
     if "valkey" in request.fixturenames:
