@@ -15,7 +15,7 @@ from relay.brokers.base import PRESENCE_CHANNEL
 from relay.brokers.cluster_commands import ask_map
 from relay.brokers.cluster_map import SLOTS, Endpoint, Row, slot_of
 from relay.brokers.cluster_session import NEEDS, PROBES
-from relay.brokers.redis_check import Examination, Finding
+from relay.brokers.redis_check import Examination, Finding, connected
 from relay.brokers.redis_connection import Connections, LinkLost, RedisConnection, is_denied, words
 from relay.brokers.redis_marker import Markers
 from relay.config import Config
@@ -35,18 +35,13 @@ async def examine_cluster(config: Config) -> list[Finding]:
     found += _whole(rows)
     for master in dict.fromkeys(row.master for row in rows):
         connections = Connections(redis_url.parse(address.node_url(*master)), config.redis.timeout_s)
+        slots = {slot for row in rows if row.master == master for slot in range(row.first, row.last + 1)}
         try:
-            connection = await connections.open()
-            try:
-                slots = {slot for row in rows if row.master == master for slot in range(row.first, row.last + 1)}
+            async with connected(connections) as connection:
                 async for each in _ShardExamination(config, connections, connection, str(master), slots).findings():
                     found.append(each)
-            finally:
-                await connection.close()
         except LinkLost as lost:
             found.append(Finding("warning", f"redis: {master}: {lost}"))
-        finally:
-            await connections.close()
     return list(dict.fromkeys(found))  # what is true of all masters is said once
 
 

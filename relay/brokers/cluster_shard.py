@@ -104,7 +104,8 @@ class Shard(RedisBroker):
             self._preparation.has_key = self._has_settings
             self._preparation.publish_script = SHARDED_PUBLISH
             self._preparation.function = SHARDED_FUNCTION
-        self.push_prefixes: tuple[bytes, ...] = (redis.from_prefix.encode(), redis.from_user_prefix.encode())
+        prefixes = (redis.from_prefix, redis.from_user_prefix) if redis.push_identity else (redis.from_prefix,)
+        self.push_prefixes: tuple[bytes, ...] = tuple(prefix.encode() for prefix in prefixes)
 
     @property
     def _link(self) -> Link:

@@ -42,20 +42,28 @@ async def examine(config: Config) -> list[Finding]:
     address = redis_url.shown(config.redis_url)
     connections = Connections(redis_url.parse(config.redis_url), config.redis.timeout_s)
     found: list[Finding] = []
+    async for each in _sentinels(connections, config):
+        found.append(each)  # noqa: PERF401 - what came before an error is kept
     try:
-        async for each in _sentinels(connections, config):
-            found.append(each)  # noqa: PERF401 - what came before an error is kept
-        connection = await connections.open()
-        try:
+        async with connected(connections) as connection:
             async for each in Examination(config, connections, connection, address).findings():
                 found.append(each)  # noqa: PERF401 - as above
-        finally:
-            await connection.close()
     except LinkLost as lost:
         found.append(Finding("warning", f"redis: {address}: {lost}"))
+    return found
+
+
+@asynccontextmanager
+async def connected(connections: Connections) -> AsyncIterator[RedisConnection]:
+    """A connection for the block, closed at its end with what has made it. Raises LinkLost."""
+    try:
+        connection = await connections.open()
+        try:
+            yield connection
+        finally:
+            await connection.close()
     finally:
         await connections.close()
-    return found
 
 
 async def _sentinels(connections: Connections, config: Config) -> AsyncIterator[Finding]:

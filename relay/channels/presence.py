@@ -410,7 +410,7 @@ class Presence:
             await asyncio.sleep(WINDOW_S)
 
     async def _write(self, outgoing: dict[str, Difference]) -> None:
-        """Raises BusUnavailable."""
+        """Write and publish changes by topic, and learn whether Redis has lost earlier ones. Raises BusUnavailable."""
         self._number += 1
         is_whole = not self._is_rewriting or not self._outgoing
         changes = [OwnChange(name, change, self._has_none(name)) for name, change in outgoing.items()]

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tests.support.client import Client
-from tests.support.process import wait_for
+from tests.support.process import has_ended, wait_for
 from tests.support.servers import AppServer
 
 APP = """
@@ -21,14 +21,6 @@ app = Starlette()
 relay.install(app)
 """
 WARNING = "several processes serve this app (this one and "
-
-
-def has_ended(pid: int) -> bool:
-    """Whether a process is gone, or waits for whoever adopted it to notice."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 @pytest.mark.parametrize(

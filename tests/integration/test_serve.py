@@ -28,7 +28,7 @@ from websockets.exceptions import InvalidStatus
 from relay import ConfigError, __version__
 from relay.brokers import embedded
 from tests.support.client import Client
-from tests.support.process import DEADLINE_S, RelayProcess, Valkey, free_port, launched, wait_for
+from tests.support.process import DEADLINE_S, RelayProcess, Valkey, free_port, has_ended, launched, wait_for
 from tests.support.serving import eventually, heard_on, http_get, metric
 
 ROOT = Path(__file__).parents[2]
@@ -52,16 +52,6 @@ def redis_port(relay: RelayProcess) -> int:
 def announced(relay: RelayProcess) -> list[Path]:
     """What ``relay publish`` finds it by."""
     return list(Path(relay.environ["XDG_RUNTIME_DIR"]).rglob("*.json"))
-
-
-def has_ended(pid: int) -> bool:
-    """Whether a process is gone, or waits for whoever adopted it to notice."""
-    try:
-        process = psutil.Process(pid)
-        # Its first thread may have ended while others still hold its sockets.
-        return process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
-    except psutil.NoSuchProcess:
-        return True
 
 
 # What it says and answers.

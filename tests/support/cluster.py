@@ -3,12 +3,12 @@
 import time
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from redis import Redis
 from redis.exceptions import RedisError
 
-from tests.support.process import Valkey, free_port, wait_for
+from tests.support.process import Started, Valkey, free_port, wait_for
 
 SLOTS = 16384
 NODE_TIMEOUT_MS = 1000
@@ -73,7 +73,7 @@ class Node(Valkey):
         return text in self.raw("CLUSTER INFO") + self.raw("CLUSTER NODES")
 
 
-class Cluster:
+class Cluster(Started):
     """Masters that share all slots, and as many replicas for each.
 
     Args: masters: how many.
@@ -173,14 +173,6 @@ class Cluster:
         target.ask("CLUSTER", "SETSLOT", slot, "NODE", target.id)
         with suppress(RedisError):  # one that has no slot left has become a replica
             source.ask("CLUSTER", "SETSLOT", slot, "NODE", target.id)
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

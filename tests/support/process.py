@@ -11,6 +11,7 @@ import sys
 import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import glob
@@ -39,6 +40,28 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+class Started(ABC):
+    """What a ``with`` block starts; where the start fails half-way, what has begun is ended as at the block's end."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begin, and return when it can be used."""
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    @abstractmethod
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """End it, however far it has come."""
 
 
 class Valkey:
@@ -118,7 +141,7 @@ class Valkey:
 _GREETING = re.compile(r"relay \S+ is (ready|waiting for .*)$", re.MULTILINE)
 
 
-class RelayProcess:
+class RelayProcess(Started):
     """``python -m relay serve`` on a free port, as a context manager.
 
     Args: arguments: further arguments of ``relay serve``.
@@ -236,14 +259,6 @@ class RelayProcess:
             return self.process.poll() is not None
         return False
 
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
-
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
@@ -340,6 +355,16 @@ class Postgres:
         if self.process is not None and self.process.poll() is None:
             self.kill()
         self._data.cleanup()
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or waits for whoever adopted it to notice."""
+    try:
+        process = psutil.Process(pid)
+        # Its first thread may have ended while others still hold its sockets.
+        return process.status() == psutil.STATUS_ZOMBIE and process.num_threads() <= 1
+    except psutil.NoSuchProcess:
+        return True
 
 
 def redis_servers() -> list[str]:

@@ -12,11 +12,10 @@ import urllib.request
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 import psutil
 
-from tests.support.process import DEADLINE_S, free_port, wait_for
+from tests.support.process import DEADLINE_S, Started, free_port, wait_for
 
 _ROOT = Path(__file__).parents[2]
 
@@ -30,7 +29,7 @@ COMMANDS = {
 """Each server's command line as people type it, by the server's name."""
 
 
-class AppServer:
+class AppServer(Started):
     """A server process with an app; ready when it is entered.
 
     Args: server: one of `COMMANDS`.
@@ -122,14 +121,6 @@ class AppServer:
         assert self.process is not None
         self.process.send_signal(number)
         return self.wait()
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

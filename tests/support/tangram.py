@@ -15,7 +15,7 @@ from urllib.request import urlopen
 import pytest
 import redis
 
-from tests.support.process import DEADLINE_S, free_port, wait_for
+from tests.support.process import DEADLINE_S, Started, free_port, wait_for
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = ROOT / "build" / "tangram"
@@ -33,7 +33,7 @@ def environment(directory: Path) -> dict[str, str]:
     return {**own, "XDG_CACHE_HOME": str(directory), "XDG_CONFIG_HOME": str(directory), "NO_COLOR": "1"}
 
 
-class Tangram:
+class Tangram(Started):
     """``tangram serve``, without its channel service, as a context manager.
 
     Args: redis_url: where its plugins publish.
@@ -111,14 +111,6 @@ jet1090_url = "http://127.0.0.1:1"
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-
-    def __enter__(self) -> Self:
-        try:
-            self.start()
-        except BaseException:
-            self.__exit__(None, None, None)
-            raise
-        return self
 
     def _answers_or_has_ended(self) -> bool:
         assert self.process is not None
