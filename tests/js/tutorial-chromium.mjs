@@ -25,7 +25,6 @@ await inBrowser(origin, async (page, faults) => {
       await reads("no connection")
       equal(await page.$$eval(".plane", planes => planes.length), 0, "planes")
     })
-    faults.length = 0 // the browser logs the refused handshake
   }
 
   await check("three aircraft fly", async () => {
@@ -68,7 +67,9 @@ await inBrowser(origin, async (page, faults) => {
       return left >= 0 && right <= innerWidth && top >= 0 && bottom <= innerHeight
     }))
     equal(isInView, true, "all in view")
-    equal(faults, [], "faults")
+    // The browser logs each handshake that was refused, some of them late. One with the token would not read "live".
+    const isRefused = fault => token && fault.includes("HTTP Authentication failed")
+    equal(faults.filter(fault => !isRefused(fault)), [], "faults")
   })
 })
 
