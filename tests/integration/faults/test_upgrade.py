@@ -5,19 +5,18 @@ import time
 from contextlib import ExitStack
 
 from tests.support.faults import Proxy
-from tests.support.phoenix import most_within, phoenix_clients, until_joined
+from tests.support.phoenix import phoenix_clients, until_joined
 from tests.support.process import RelayProcess, Valkey
 from tests.support.serving import eventually
 from tests.support.witness import Ticker
 
 CLIENTS = 500
 PACE = 100
-WINDOW_S = 3.0
 SETTINGS = {"RELAY_LIMITS__DRAIN_PER_S": str(PACE), "RELAY_SYSTEM_TOPIC": "false"}
 
 
 async def test_rolling_restart_brings_all_clients_back_in_time_and_at_the_pace_set() -> None:
-    """All are joined again within 15 s of each node's end, and no faster than nodes close them."""
+    """All are joined again within 15 s of each node's end, which takes as long as the pace of its closes says."""
     with ExitStack() as stack:
         server = stack.enter_context(Valkey())
 
@@ -36,6 +35,7 @@ async def test_rolling_restart_brings_all_clients_back_in_time_and_at_the_pace_s
                 before = sum(len(client.joined_at) for client in clients)
                 old = nodes[turn]
                 code = await asyncio.to_thread(old.stop)
+                ended_s = time.monotonic() - began
                 assert code == 0, old.output
                 nodes[turn] = await asyncio.to_thread(node)
                 balancer.targets[turn] = port_of(nodes[turn])
@@ -46,9 +46,9 @@ async def test_rolling_restart_brings_all_clients_back_in_time_and_at_the_pace_s
                 assert moved == len(joins)
                 assert CLIENTS / 4 < moved <= CLIENTS, "each comes back once at most"
                 assert took_s < 15
-                # Each comes back 10 ms after its close, or later, where it met the node that is ending.
-                # The window and the allowance are for a test process that may itself stand still for a while.
-                assert most_within(joins, WINDOW_S) < PACE * WINDOW_S * 1.4
+                # What was closed in one go would let the node end at once. When they come back does not show it: those
+                # that met the node that was ending do so together, and this process may stand still for a while.
+                assert ended_s > moved / PACE * 0.9
             assert {code for client in clients for code in client.codes} == {1012}
             last = ticker.taken[-1]
             await eventually(lambda: all(client.numbers[-1] >= last for client in clients), "events")
