@@ -15,7 +15,7 @@ import random
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from hashlib import blake2b
 from urllib.parse import urlsplit
@@ -87,6 +87,8 @@ class BroadcasterBroker:
         )
         self._outgoing_bytes = 0
         self._under_way: asyncio.Future[None] | None = None
+        # A backend may have one connection for all, which takes one command at a time (asyncpg refuses a second).
+        self._one_at_a_time = asyncio.Lock()
         self._config = config
         self.history: MemoryHistory | None = MemoryHistory(self._notify) if config.has_history else None
         self._presence = MemoryPresence(config.presence.lease_s) if config.has_presence else None
@@ -137,8 +139,7 @@ class BroadcasterBroker:
             raise BusUnavailable(self._link.reason)
         self._wanted.add(channel)
         try:
-            async with asyncio.timeout(self._redis.timeout_s):
-                await self._backend.subscribe(channel)
+            await self._in_turn(self._backend.subscribe, channel)
         except Exception as error:  # each backend has exceptions of its own
             self._wanted.discard(channel)
             raise BusUnavailable(str(error) or type(error).__name__) from error
@@ -154,7 +155,7 @@ class BroadcasterBroker:
         # broadcaster's Kafka backend would unsubscribe from everything; there, strangers are filtered by the node.
         if self._backend is not None and self._scheme != "kafka":
             try:
-                await self._backend.unsubscribe(channel)
+                await self._in_turn(self._backend.unsubscribe, channel)
             except Exception as error:  # as above; hearing more than is wanted does no harm
                 _logger.warning("unsubscribe from %r failed: %s", channel, error)
 
@@ -230,7 +231,7 @@ class BroadcasterBroker:
             try:
                 async with asyncio.timeout(self._redis.timeout_s):
                     backend = await self._connect()
-                self._backend = backend
+                self._backend, self._one_at_a_time = backend, asyncio.Lock()
                 self._link = Link(True, "")
                 attempt = 0
                 _logger.info("connected to the %s bus", self._scheme or type(backend).__name__)
@@ -303,8 +304,7 @@ class BroadcasterBroker:
             self._outgoing_bytes -= len(text.encode())
             self._under_way = future
             try:
-                async with asyncio.timeout(self._redis.timeout_s):
-                    await backend.publish(channel, text)
+                await self._in_turn(backend.publish, channel, text)
             except Exception as error:  # as above
                 if not future.done():
                     future.set_exception(BusUnavailable(str(error) or type(error).__name__))
@@ -334,5 +334,9 @@ class BroadcasterBroker:
                 raise ConnectionError(f"a probe was not heard within {self._redis.ping_timeout_s:g} s")
 
     async def _send_probe(self, backend: BroadcastBackend) -> None:
-        async with asyncio.timeout(self._redis.timeout_s):
-            await backend.publish(self._probe_channel, "{}")
+        await self._in_turn(backend.publish, self._probe_channel, "{}")
+
+    async def _in_turn(self, command: Callable[..., Awaitable[None]], *arguments: str) -> None:
+        """Have the backend do one thing after the other; the time limit is that of each."""
+        async with self._one_at_a_time, asyncio.timeout(self._redis.timeout_s):
+            await command(*arguments)

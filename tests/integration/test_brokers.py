@@ -350,6 +350,23 @@ async def test_events_of_each_topic_come_in_order_and_once(connect: Connect) -> 
         assert heard == list(range(number, 1000, 2))
 
 
+async def test_topics_that_come_and_go_hinder_no_publish_and_no_probe(connect: Connect) -> None:
+    """Each side does all of it at once, on a bus that may have one connection for it."""
+    pair = await connect(**FAST | {"ping_interval_s": 0.01})
+    brokers = {id(broker): broker for broker in (pair.hearer, pair.speaker)}.values()
+
+    async def come_and_go(broker: Broker, number: int) -> None:
+        for _ in range(10):
+            await broker.subscribe(f"other:{number}")
+            await broker.publish(Direction.TO, "room", "e", b"0")
+            await broker.unsubscribe(f"other:{number}")
+
+    await asyncio.gather(*[come_and_go(broker, number) for broker in brokers for number in range(20)])
+    await eventually(lambda: len(pair.sink.events) == 200 * len(brokers), "all events")
+    assert not pair.sink.gaps
+    assert all(broker.link.live for broker in brokers)
+
+
 async def test_broker_reads_no_further_than_its_sink(connect: Connect) -> None:
     """`Sink.receive_events`: the broker reads no further until it returns, and loses nothing by it."""
     pair = await connect()
