@@ -1,7 +1,7 @@
 """Redis Clusters of real servers on loopback, made without a command line tool."""
 
 import time
-from contextlib import suppress
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -30,8 +30,13 @@ class Node(Valkey):
             *arguments,
             binary=binary,
         )
-        self.bus_port = settings[-1]
+        self.bus_port = int(settings[-1])
         self._id = ""
+
+    @property
+    def announced(self) -> tuple[int, int]:
+        """The ports that other nodes name: for clients and for the bus."""
+        return self.port, self.bus_port
 
     def ask(self, *command: str | int) -> Any:
         """A command, on a connection of its own."""
@@ -45,6 +50,14 @@ class Node(Valkey):
             redis.response_callbacks.clear()
             execute: Any = redis.execute_command
             return str(execute(*command))
+
+    def ask_all(self, commands: Sequence[Sequence[str | int]]) -> list[Any]:
+        """Many commands in one round trip; their replies, errors among them."""
+        with Redis(port=self.port, socket_timeout=20) as redis, redis.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command)
+            replies: list[Any] = pipeline.execute(raise_on_error=False)
+            return replies
 
     def slots(self) -> Any:
         """``CLUSTER SLOTS``, as it comes."""
@@ -89,7 +102,7 @@ class Cluster(Started):
     @property
     def url(self) -> str:
         """For relay: all nodes."""
-        return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{node.announced[0]}" for node in self.nodes)
 
     @property
     def masters(self) -> list[Node]:
@@ -104,7 +117,8 @@ class Cluster(Started):
     def start(self) -> None:
         """Start all servers and wait until each knows the whole cluster."""
         masters, replicas = self._shape
-        self.nodes = [Node(*self._arguments, binary=self._binary) for _ in range(masters * (1 + replicas))]
+        while len(self.nodes) < masters * (1 + replicas):
+            self.nodes.append(self.make_node())
         for node in self.nodes:
             node.start()
         bounds = [SLOTS * number // masters for number in range(masters + 1)]
@@ -119,9 +133,30 @@ class Cluster(Started):
                 replicate(replica, master)
         self.wait_until_whole()
 
+    def make_node(self) -> Node:
+        """A server to be started, with the settings of the others."""
+        return Node(*self._arguments, binary=self._binary)
+
     def meet(self, node: Node) -> None:
         """Make a server known to the others."""
-        self.nodes[0].ask("CLUSTER", "MEET", "127.0.0.1", node.port, node.bus_port)
+        self.nodes[0].ask("CLUSTER", "MEET", "127.0.0.1", *node.announced)
+
+    def add(self) -> Node:
+        """Start one more server, without slots; wait until all know it."""
+        node = self.make_node()
+        self.nodes.append(node)
+        node.start()
+        self.meet(node)
+        self.wait_until_known()
+        return node
+
+    def remove(self, node: Node) -> None:
+        """End a server that serves no slots, and have the others forget it."""
+        name = node.id
+        self.nodes.remove(node)
+        node.__exit__(None, None, None)
+        for other in self.nodes:
+            other.ask("CLUSTER", "FORGET", name)
 
     def wait_until_known(self) -> None:
         """Wait until all servers know each other."""
@@ -165,14 +200,31 @@ class Cluster(Started):
         assert found is not None, f"no node serves slot {slot}"
         return found
 
+    def slots_of(self, node: Node) -> list[int]:
+        """The slots that a server serves."""
+        return [slot for slot, owner in enumerate(self.owners()) if owner is node]
+
     def move_slot(self, slot: int, to: Node) -> None:
         """Give a slot without keys to another master, as ``redis-cli --cluster reshard`` does."""
-        source, target = self.owner(slot), to
-        target.ask("CLUSTER", "SETSLOT", slot, "IMPORTING", source.id)
-        source.ask("CLUSTER", "SETSLOT", slot, "MIGRATING", target.id)
-        target.ask("CLUSTER", "SETSLOT", slot, "NODE", target.id)
-        with suppress(RedisError):  # one that has no slot left has become a replica
-            source.ask("CLUSTER", "SETSLOT", slot, "NODE", target.id)
+        self.move_slots([slot], self.owner(slot), to)
+
+    def move_slots(self, slots: Sequence[int], source: Node, to: Node) -> None:
+        """Give slots without keys to another master, all of them in the same steps."""
+        steps = ((to, "IMPORTING", source), (source, "MIGRATING", to), (to, "NODE", to), (source, "NODE", to))
+        for number, (asked, state, other) in enumerate(steps):
+            replies = asked.ask_all([("CLUSTER", "SETSLOT", slot, state, other.id) for slot in slots])
+            # In the last step the source may have no slot left, and be a replica by now.
+            faults = [reply for reply in replies if isinstance(reply, RedisError)]
+            assert not faults or number == len(steps) - 1, faults[0]
+
+    def migrate_slots(self, slots: Sequence[int], source: Node, to: Node) -> None:
+        """Give slots with their keys to another master, at once; Valkey 9 alone can do that."""
+        ends = [n for n, slot in enumerate(slots) if n + 1 == len(slots) or slots[n + 1] != slot + 1]
+        first = 0
+        for end in ends:
+            source.ask("CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", slots[first], slots[end], "NODE", to.id)
+            first = end + 1
+        wait_for(lambda: not set(self.slots_of(source)) & set(slots), "the slots to be migrated")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

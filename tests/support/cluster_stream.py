@@ -7,23 +7,30 @@ place, and clients of other topics were told nothing.
 import asyncio
 import itertools
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import asynccontextmanager, suppress
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Any, TypeAlias
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from relay.brokers.cluster_map import slot_of
+from relay.brokers.cluster import ClusterBroker
+from relay.brokers.cluster_map import Endpoint, slot_of
+from relay.brokers.cluster_shard import Shard
 from tests.support.client import Client
 from tests.support.cluster import Cluster, Node
 from tests.support.redis_faults import ready
 from tests.support.serving import Served, eventually
 
 TOPICS = tuple(f"room:{number}" for number in range(60))
+MANY_TOPICS = tuple(f"room:{number}" for number in range(3000))
+AT_ONCE = 500
+"""Most topics on which a number is published in one turn."""
 PACE_S = 0.03
+MANY_PACE_S = 0.08
+"""The same where there are more topics than that."""
 
 
 def slot(topic: str) -> int:
@@ -41,15 +48,20 @@ class Publisher:
     """Any client of a cluster: ``SPUBLISH`` at the slot's owner, which it asks for after a fault.
 
     No number is tried twice on a topic.
+
+    Args: first: its first number.
+          near: the only nodes that it reaches, past any network; all by their announced ports where it is empty.
     """
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, first: int = 0, near: Collection[Node] = ()) -> None:
         self.cluster = cluster
+        self.first = first
         self.taken: dict[str, set[int]] = defaultdict(set)
         """Numbers that were acknowledged, by topic."""
+        self._near = {node.announced[0]: node.port for node in near}
         self._owners: dict[int, int] = {}
         self._clients: dict[int, Redis] = {}
-        self._numbers = itertools.count()
+        self._numbers = itertools.count(first)
 
     def port(self, topic: str) -> int | None:
         """Where it publishes a topic."""
@@ -82,9 +94,9 @@ class Publisher:
                 self._owners.clear()
 
     async def _learn(self) -> None:
-        for node in self.cluster.nodes:
+        for announced in self._near or [node.announced[0] for node in self.cluster.nodes]:
             with suppress(RedisError, OSError):
-                client = self._client(node.port)
+                client = self._client(announced)
                 execute: Any = client.execute_command
                 for first, last, (_, port, *_), *_ in await execute("CLUSTER SLOTS"):
                     self._owners |= dict.fromkeys(range(first, last + 1), port)
@@ -92,7 +104,8 @@ class Publisher:
 
     def _client(self, port: int) -> Redis:
         if port not in self._clients:
-            self._clients[port] = Redis(port=port, socket_timeout=0.5, retry=Retry(NoBackoff(), 0))
+            reached = self._near[port] if self._near else port
+            self._clients[port] = Redis(port=reached, socket_timeout=0.5, retry=Retry(NoBackoff(), 0))
             self._clients[port].response_callbacks.clear()
         return self._clients[port]
 
@@ -155,17 +168,36 @@ class ClusterStream:
     def __init__(self, served: Served, publisher: Publisher, listener: Listener) -> None:
         self.served = served
         self.publisher = publisher
+        self.publishers = [publisher]
+        """All whose numbers are held to the invariant."""
         self.listener = listener
         self.affected: set[str] = set()
         """Topics whose clients may be told."""
 
     def topics_of(self, node: Node) -> set[str]:
         """Topics whose slots a node serves, as far as the publisher knows."""
-        return {topic for topic in self.listener.topics if self.publisher.port(topic) == node.port}
+        return {topic for topic in self.listener.topics if self.publisher.port(topic) == node.announced[0]}
 
-    async def until_told(self, topics: Collection[str]) -> None:
-        """Wait until the clients of all these topics were told."""
-        await eventually(lambda: all(self.listener.told[topic] for topic in topics), "all clients to be told")
+    def add_publisher(self, first: int, near: Collection[Node]) -> Publisher:
+        """Another program, whose numbers are held to the invariant too; see `Publisher`."""
+        publisher = Publisher(self.publisher.cluster, first, near)
+        self.publishers.append(publisher)
+        return publisher
+
+    async def until_heard(self, topics: Collection[str]) -> None:
+        """Wait until a further number of each of these topics has come."""
+        numbers = self.listener.numbers
+        before = {topic: len(numbers[topic]) for topic in topics}
+        await eventually(lambda: all(len(numbers[each]) > n for each, n in before.items()), "an event of each topic")
+
+    def times_told(self) -> dict[str, int]:
+        """How often the clients of each topic were told."""
+        return {topic: len(told) for topic, told in self.listener.told.items()}
+
+    async def until_told(self, topics: Collection[str], before: Mapping[str, int] | None = None) -> None:
+        """Wait until the clients of all these topics were told, more often than ``before``."""
+        told, known = self.listener.told, before or {}
+        await eventually(lambda: all(len(told[each]) > known.get(each, 0) for each in topics), "all clients to be told")
 
     async def probe(self) -> None:
         """One event for each topic, from outside, reaches its client: no connection is healthy and deaf."""
@@ -181,38 +213,40 @@ class ClusterStream:
     def check(self) -> None:
         """Hold the client to the invariant."""
         for topic, numbers in self.listener.numbers.items():
-            told = self.listener.told[topic]
             assert len(numbers) == len(set(numbers)), f"{topic}: twice"
-            assert not told or topic in self.affected, f"{topic} was told, and nothing had happened to it"
-            # Of the others nothing is known: a node that was paused carries out late what its publisher gave up.
-            taken = self.publisher.taken[topic]
-            last, were_told = -1, True
-            for place, number in enumerate(numbers):
-                were_told |= place in told
-                if number not in taken:
-                    continue
-                assert number > last, f"{topic}: {number} came after {last}"
-                hole = [n for n in range(last + 1, number) if n in taken]
-                assert not hole or were_told, f"{topic}: {hole[:5]} lost without a word"
-                last, were_told = number, False
+            was_told = bool(self.listener.told[topic])
+            assert not was_told or topic in self.affected, f"{topic} was told, and nothing had happened to it"
+            for publisher in self.publishers:
+                self._check_numbers(topic, publisher)
+
+    def _check_numbers(self, topic: str, publisher: Publisher) -> None:
+        """See that those that one publisher had acknowledged are in order, and that holes were told where they are."""
+        # Of the others nothing is known: a node that was paused carries out late what its publisher gave up.
+        taken, told = publisher.taken[topic], self.listener.told[topic]
+        last, were_told = publisher.first - 1, False
+        for place, number in enumerate(self.listener.numbers[topic]):
+            were_told |= place in told
+            if number not in taken:
+                continue
+            assert number > last, f"{topic}: {number} came after {last}"
+            hole = [n for n in range(last + 1, number) if n in taken]
+            assert not hole or were_told, f"{topic}: {hole[:5]} lost without a word"
+            last, were_told = number, False
 
 
 Connect = Callable[..., Awaitable[Client]]
+Start: TypeAlias = Callable[..., AbstractAsyncContextManager[ClusterStream]]
 
 
 @asynccontextmanager
-async def cluster_stream(served: Served, connect: Connect, cluster: Cluster) -> AsyncIterator[ClusterStream]:
+async def cluster_stream(
+    served: Served, connect: Connect, cluster: Cluster, topics: Sequence[str] = TOPICS
+) -> AsyncIterator[ClusterStream]:
     """Run a `ClusterStream`; at its end every topic is probed, and the invariant is checked."""
-    publisher, listener = Publisher(cluster), Listener(await connect(served), TOPICS)
+    publisher, listener = Publisher(cluster), Listener(await connect(served), topics)
     listening = asyncio.create_task(listener.listen())
-    await eventually(lambda: len(listener.joined) == len(TOPICS), "all topics to be joined")
-
-    async def publish() -> None:
-        while True:
-            await publisher.publish(TOPICS)
-            await asyncio.sleep(PACE_S)
-
-    publishing = asyncio.create_task(publish())
+    await eventually(lambda: len(listener.joined) == len(topics), "all topics to be joined")
+    publishing = asyncio.create_task(_publish(publisher, topics))
     stream = ClusterStream(served, publisher, listener)
     try:
         await stream.probe()
@@ -226,5 +260,48 @@ async def cluster_stream(served: Served, connect: Connect, cluster: Cluster) -> 
         _ = await asyncio.gather(publishing, listening, return_exceptions=True)
         await listener.close()
         listener.client.connection.transport.abort()  # in good order it would wait for what is not read any more
-        await publisher.close()
+        for each in stream.publishers:
+            await each.close()
     stream.check()
+
+
+async def _publish(publisher: Publisher, topics: Sequence[str]) -> None:
+    while True:
+        for start in range(0, len(topics), AT_ONCE):
+            await publisher.publish(topics[start : start + AT_ONCE])
+            await asyncio.sleep(PACE_S if len(topics) <= AT_ONCE else MANY_PACE_S)
+
+
+# Who serves what.
+
+
+async def owner_and_other(cluster: Cluster, topic: str) -> tuple[Node, Node]:
+    """Who serves a topic's slot, and another master."""
+    owners = await asyncio.to_thread(cluster.owners)
+    owner = owners[slot(topic)]
+    other = next(each for each in owners if each is not owner)
+    assert owner is not None and other is not None
+    return owner, other
+
+
+async def replica_of(cluster: Cluster, master: Node) -> Node:
+    """A replica of a master, as it says itself."""
+
+    def find() -> Node:
+        name = master.id
+        said = ((node, node.raw("CLUSTER", "NODES")) for node in cluster.nodes)
+        return next(node for node, text in said if f"myself,slave {name}" in text)
+
+    return await asyncio.to_thread(find)
+
+
+def masters(stream: ClusterStream) -> Mapping[Endpoint, Shard]:
+    """The masters that the relay knows."""
+    return broker_of(stream).shards
+
+
+def broker_of(stream: ClusterStream) -> ClusterBroker:
+    """The relay's links to the cluster."""
+    broker = stream.served.relay.node.broker
+    assert isinstance(broker, ClusterBroker)
+    return broker

@@ -1,15 +1,18 @@
 """A Redis of the test's own, and a numbered stream through it."""
 
+import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any
 
 import pytest
 
+from tests.support.cluster import Cluster
+from tests.support.cluster_stream import TOPICS, ClusterStream, Start, cluster_stream, until_whole
 from tests.support.process import Valkey, wait_for
 from tests.support.redis_faults import FAST, Connect, ServeRelay, Stream, stream_to
-from tests.support.redis_link import is_linked
+from tests.support.redis_link import WATCHFUL, is_linked
 
 
 @pytest.fixture
@@ -49,3 +52,22 @@ def stream(
             yield stream
 
     return stream
+
+
+@pytest.fixture
+def start(serve_relay: ServeRelay, connect: Connect, cluster: Cluster) -> Start:
+    """``async with start(**redis)``: numbered events on all nodes; at the end the cluster has to be whole again."""
+
+    @asynccontextmanager
+    async def start(
+        url: str = "", on: Cluster = cluster, topics: Sequence[str] = TOPICS, **redis: Any
+    ) -> AsyncIterator[ClusterStream]:
+        limits = {"topics_per_socket": len(topics), "joins_per_s": 0}
+        served = await serve_relay(redis_url=url or on.url, redis=WATCHFUL | redis, limits=limits)
+        await until_whole(served)
+        async with cluster_stream(served, connect, on, topics) as stream:
+            yield stream
+            await asyncio.to_thread(on.wait_until_whole)
+            await until_whole(served)
+
+    return start

@@ -4,39 +4,28 @@ After each fault every topic is probed from outside: a connection may be healthy
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
 
 import pytest
 
-from relay.brokers.cluster import ClusterBroker
-from relay.brokers.cluster_map import Endpoint
 from tests.support.client import Client
 from tests.support.cluster import Cluster, Node
-from tests.support.cluster_stream import TOPICS, ClusterStream, Connect, cluster_stream, slot, until_whole
+from tests.support.cluster_stream import (
+    MANY_TOPICS,
+    TOPICS,
+    Connect,
+    Start,
+    masters,
+    owner_and_other,
+    replica_of,
+    slot,
+)
 from tests.support.process import sharded_servers
-from tests.support.redis_faults import ServeRelay, ready
-from tests.support.redis_link import PATIENT, WATCHFUL, Switch
+from tests.support.redis_faults import ready
+from tests.support.redis_link import PATIENT, Switch
 from tests.support.serving import eventually, http_get, metric
 
-Start: TypeAlias = Callable[..., AbstractAsyncContextManager[ClusterStream]]
-
-
-@pytest.fixture
-def start(serve_relay: ServeRelay, connect: Connect, cluster: Cluster) -> Start:
-    """``async with start(**redis)``: numbered events on all nodes; at the end the cluster has to be whole again."""
-
-    @asynccontextmanager
-    async def start(url: str = "", on: Cluster = cluster, **redis: Any) -> AsyncIterator[ClusterStream]:
-        served = await serve_relay(redis_url=url or on.url, redis=WATCHFUL | redis)
-        await until_whole(served)
-        async with cluster_stream(served, connect, on) as stream:
-            yield stream
-            await asyncio.to_thread(on.wait_until_whole)
-            await until_whole(served)
-
-    return start
+EACH_SIZE = pytest.mark.parametrize("topics", [TOPICS, MANY_TOPICS], ids=lambda topics: f"{len(topics)} topics")
 
 
 @pytest.fixture(scope="module", params=[None, *sharded_servers()], ids=lambda binary: "redis" if binary else "valkey")
@@ -47,33 +36,6 @@ def each_cluster(request: pytest.FixtureRequest, cluster: Cluster) -> Iterator[C
         return
     with Cluster(binary=request.param) as other:
         yield other
-
-
-async def owner_and_other(cluster: Cluster, topic: str) -> tuple[Node, Node]:
-    """Who serves a topic's slot, and another master."""
-    owners = await asyncio.to_thread(cluster.owners)
-    owner = owners[slot(topic)]
-    other = next(each for each in owners if each is not owner)
-    assert owner is not None and other is not None
-    return owner, other
-
-
-async def replica_of(cluster: Cluster, master: Node) -> Node:
-    def find() -> Node:
-        name = master.id
-        return next(node for node in cluster.nodes if not node.is_master and f"myself,slave {name}" in nodes_of(node))
-
-    return await asyncio.to_thread(find)
-
-
-def masters(stream: ClusterStream) -> Collection[Endpoint]:
-    broker = stream.served.relay.node.broker
-    assert isinstance(broker, ClusterBroker)
-    return broker.shards
-
-
-def nodes_of(node: Node) -> str:
-    return node.raw("CLUSTER", "NODES")
 
 
 # Slots.
@@ -108,23 +70,23 @@ async def test_channel_that_is_unsubscribed_unasked_by_its_own_node_is_subscribe
         assert len(masters(stream)) == 3
 
 
-async def test_slots_that_are_migrated_atomically_are_told_to_their_topics_alone(
-    start: Start, cluster: Cluster
+@EACH_SIZE
+@pytest.mark.parametrize("how", ["one by one", "atomically"])
+async def test_slots_that_move_under_load_are_told_to_their_topics_alone(
+    start: Start, cluster: Cluster, topics: Sequence[str], how: str
 ) -> None:
-    async with start() as stream:
-        owner, other = await owner_and_other(cluster, TOPICS[0])
-        owners = await asyncio.to_thread(cluster.owners)
-        theirs = [number for number, each in enumerate(owners) if each is owner]
-        middle = theirs[len(theirs) // 2]
-        stream.affected = {topic for topic in stream.topics_of(owner) if slot(topic) <= middle}
+    """As ``redis-cli --cluster reshard`` moves them, those of a hundred topics at most; or half of a node's at once."""
+    async with start(topics=topics) as stream:
+        owner, other = await owner_and_other(cluster, topics[0])
+        theirs = await asyncio.to_thread(cluster.slots_of, owner)
+        move, moved = cluster.migrate_slots, theirs[: len(theirs) // 2]
+        if how == "one by one":
+            move, moved = cluster.move_slots, sorted(set(map(slot, topics)).intersection(theirs))[:100]
+        stream.affected = {topic for topic in topics if slot(topic) in moved}
         for source, target in ((owner, other), (other, owner)):
-            before = {topic: len(stream.listener.told[topic]) for topic in stream.affected}
-            bounds = ("SLOTSRANGE", theirs[0], middle, "NODE", target.id)
-            await asyncio.to_thread(source.ask, "CLUSTER", "MIGRATESLOTS", *bounds)
-            await eventually(
-                lambda before=before: all(len(stream.listener.told[each]) > n for each, n in before.items()),  # type: ignore[misc]
-                "all clients to be told",
-            )
+            before = stream.times_told()
+            await asyncio.to_thread(move, moved, source, target)
+            await stream.until_told(stream.affected, before)
             await stream.probe()
 
 
@@ -155,8 +117,11 @@ async def test_node_is_added_serves_a_slot_and_is_forgotten(start: Start, cluste
 # Masters.
 
 
-async def test_master_that_is_killed_is_told_to_its_topics_alone(start: Start, each_cluster: Cluster) -> None:
-    async with start(on=each_cluster) as stream:
+@EACH_SIZE
+async def test_master_that_is_killed_is_told_to_its_topics_alone(
+    start: Start, each_cluster: Cluster, topics: Sequence[str]
+) -> None:
+    async with start(on=each_cluster, topics=topics) as stream:
         master, _ = await owner_and_other(each_cluster, TOPICS[2])
         stream.affected = stream.topics_of(master)
         master.kill()
@@ -165,10 +130,11 @@ async def test_master_that_is_killed_is_told_to_its_topics_alone(start: Start, e
         await asyncio.to_thread(master.start)
 
 
+@EACH_SIZE
 async def test_master_that_is_killed_with_its_replica_refuses_its_topics_alone(
-    start: Start, cluster: Cluster, connect: Connect
+    start: Start, cluster: Cluster, connect: Connect, topics: Sequence[str]
 ) -> None:
-    async with start() as stream:
+    async with start(topics=topics) as stream:
         master, _ = await owner_and_other(cluster, TOPICS[3])
         replica = await replica_of(cluster, master)
         stream.affected = stream.topics_of(master)
