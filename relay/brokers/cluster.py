@@ -86,6 +86,8 @@ class ClusterBroker:
         self._own: dict[bytes, Receiver] = {}
         self._sink: Sink | None = None
         self._fault = "not started"
+        # Why nothing may be published: no node that answers has a majority of the masters on its side.
+        self._isolation = ""
         self._keeper: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         # Who is asked next for the map, and when it is asked.
@@ -107,12 +109,16 @@ class ClusterBroker:
     @property
     def refusal(self) -> str:
         """Why nothing can be published at all."""
+        if self._isolation:
+            return self._isolation
         refusals = [shard.refusal for shard in self.shards.values()]
         return "" if not refusals or not all(refusals) else refusals[0]
 
     @property
     def degraded(self) -> str:
         """What does not work while the rest does; empty if all does."""
+        if self._isolation:
+            return f"nothing is published: {self._isolation}"
         lost = [shard for shard in self.shards.values() if not shard.link.live]
         if lost:
             return f"{len(lost)} of {len(self.shards)} nodes are not heard: {lost[0].link.reason}"
@@ -314,7 +320,8 @@ class ClusterBroker:
     async def _keep_map(self) -> None:
         """Look at the map when there is a reason, and now and then, until cancelled."""
         while True:
-            is_well = self.shards and not self._homeless and all(shard.link.live for shard in self.shards.values())
+            is_live = self.shards and all(shard.link.live for shard in self.shards.values())
+            is_well = is_live and not self._homeless and not self._isolation
             limit_s = _LOOK_S if is_well else _FAULTY_LOOK_S
             with suppress(TimeoutError):
                 async with asyncio.timeout(random.uniform(limit_s / 2, limit_s)):
@@ -327,29 +334,46 @@ class ClusterBroker:
             await asyncio.sleep(_PAUSE_S)
 
     async def _look_at_map(self) -> None:
-        """Ask one node after the other until one answers, and take what it says."""
+        """Ask one node after the other until one answers that has a majority on its side, and take what they say."""
         faults: list[str] = []
+        isolation: str | None = None
         limit_s = min(self.config.redis.timeout_s, self.config.redis.ping_timeout_s)
         for endpoint in self._whom_to_ask():
+            if isolation is not None and not self._is_alive(endpoint):
+                break  # those that are heard have been asked
             try:
-                rows = await ask_map(self.nodes_address, endpoint, limit_s)
+                rows, why = await ask_map(self.nodes_address, endpoint, limit_s)
             except LinkLost as lost:
                 faults.append(f"{endpoint}: {lost}")
                 continue
             self._doubted.clear()
             self._take_rows(rows)
+            isolation = why and f"{endpoint} {why}, which is no majority"
+            if not isolation:
+                break
+        if isolation is None:
+            self._take_silence(faults[0] if faults else "no node is known")
+        else:
+            self._take_isolation(isolation)
             for shard in tuple(self.shards.values()):
                 shard.map_was_read()
-            break
-        else:
-            fault = faults[0] if faults else "no node is known"
-            if fault != self._fault:
-                _logger.warning("no node of the %s says who serves which slots: %s", self.address, fault)
-            self._fault = fault
         homeless, self._homeless = self._homeless, []
         self._adopt(homeless)
         for slot in [slot for slot, held in self.held.items() if held.may_go]:
             self._release(slot)
+
+    def _take_silence(self, fault: str) -> None:
+        if fault != self._fault:
+            _logger.warning("no node of the %s says who serves which slots: %s", self.address, fault)
+        self._fault = fault
+
+    def _take_isolation(self, isolation: str) -> None:
+        """Learn why nothing may be published, or that there is no reason."""
+        if isolation and not self._isolation:
+            _logger.warning("part of the %s: %s: publishing is refused", self.address, isolation)
+        elif self._isolation and not isolation:
+            _logger.info("a majority of the %s is reached again", self.address)
+        self._isolation = isolation
 
     def _whom_to_ask(self) -> Iterable[Endpoint]:
         """Nodes in doubt first, where they can be reached; then those that are heard, replicas, and the rest."""
@@ -435,7 +459,9 @@ class ClusterBroker:
         """``SPUBLISH <topic_prefix><topic> <event>:<payload>``; pushes of clients go out by ``PUBLISH``."""
         name = self._name(topic)
         shard = self._shard(name)
-        return self._refused(name) if shard is None else shard.publish(direction, topic, event, payload, sender)
+        if shard is None or self._isolation:
+            return self._refused(name)
+        return shard.publish(direction, topic, event, payload, sender)
 
     def publish_to_node(self, node: str, data: bytes) -> asyncio.Future[int]:
         """``SPUBLISH relay:node:<node> <data>``."""
@@ -451,9 +477,9 @@ class ClusterBroker:
             future.set_result(None)
             return future
         shard = self._shard(name)
-        return self._refused(name) if shard is None else shard.publish_control(data)
+        return self._refused(name) if shard is None or self._isolation else shard.publish_control(data)
 
     def _refused(self, name: bytes) -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        future.set_exception(BusUnavailable(self._unserved(name)))
+        future.set_exception(BusUnavailable(self._isolation or self._unserved(name)))
         return future

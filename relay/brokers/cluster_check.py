@@ -29,9 +29,13 @@ async def examine_cluster(config: Config) -> list[Finding]:
     rows: list[Row] = []
     for endpoint in (Endpoint(*node) for node in address.nodes):
         try:
-            rows = rows or await ask_map(address, endpoint, config.redis.timeout_s)
+            said, isolation = await ask_map(address, endpoint, config.redis.timeout_s)
         except LinkLost as lost:
             found.append(Finding("warning", f"redis: {endpoint}: {lost}"))
+            continue
+        rows = rows or said
+        if isolation:
+            found.append(Finding("warning", f"redis: {endpoint} {isolation}: publishing there is refused"))
     found += _whole(rows)
     for master in dict.fromkeys(row.master for row in rows):
         connections = Connections(redis_url.parse(address.node_url(*master)), config.redis.timeout_s)

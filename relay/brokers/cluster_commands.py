@@ -14,7 +14,7 @@ from typing import Any
 import hiredis
 
 from relay import redis_url
-from relay.brokers.cluster_map import Endpoint, Row, SlotMap, read_redirect, read_rows, slot_of
+from relay.brokers.cluster_map import Endpoint, Row, SlotMap, read_isolation, read_redirect, read_rows, slot_of
 from relay.brokers.redis_blocking import Ask, BlockingConnections
 from relay.brokers.redis_commands import RedisCommands
 from relay.brokers.redis_connection import Connections, LinkLost, words
@@ -44,8 +44,8 @@ def rows_from(slots: object, nodes: object, asked: Endpoint) -> list[Row]:
     return rows
 
 
-async def ask_map(address: ClusterAddress, endpoint: Endpoint, limit_s: float) -> list[Row]:
-    """Ask a node who serves which slots. Raises LinkLost."""
+async def ask_map(address: ClusterAddress, endpoint: Endpoint, limit_s: float) -> tuple[list[Row], str]:
+    """Ask a node who serves which slots, and why it has no majority on its side. Raises LinkLost."""
     connections = Connections(redis_url.parse(address.node_url(*endpoint)), limit_s)
     connection = await connections.open()
     try:
@@ -56,7 +56,7 @@ async def ask_map(address: ClusterAddress, endpoint: Endpoint, limit_s: float) -
     finally:
         await connection.close()
         await connections.close()
-    return rows_from(slots, nodes, endpoint)
+    return rows_from(slots, nodes, endpoint), read_isolation(nodes)
 
 
 class _Routes:
@@ -158,7 +158,8 @@ class ClusterCommands:
         faults: list[str] = []
         for endpoint in self._routes.whom_to_ask():
             try:
-                self._routes.learn(await ask_map(self._address, endpoint, self._timeout_s))
+                rows, _ = await ask_map(self._address, endpoint, self._timeout_s)
+                self._routes.learn(rows)
             except LinkLost as lost:
                 faults.append(f"{endpoint}: {lost}")
             else:

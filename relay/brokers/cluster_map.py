@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 
 SLOTS = 16384
 
+_FAILING = {b"fail", b"fail?"}
+"""Flags of a node that does not answer the one that was asked, or most others."""
+
 
 class Endpoint(NamedTuple):
     """Where a node is."""
@@ -80,6 +83,19 @@ def read_rows(slots: Any, nodes: object, asked: Endpoint) -> list[Row]:
             epoch = epochs.get(servers[0][2], 0) if len(servers[0]) > 2 else 0
             found.append(Row(int(first), int(last), master, epoch, tuple(filter(None, places[1:]))))
     return found
+
+
+def read_isolation(nodes: object) -> str:
+    """Read the reply to ``CLUSTER NODES``: why the node that was asked has no majority of the masters on its side.
+
+    Empty where it has, and for an error. What such a node serves, the others may have given to a replica.
+    Source: Redis ``cluster.c: clusterUpdateState``, without its check for slots that are not served.
+    """
+    lines = [line.split() for line in nodes.splitlines()] if isinstance(nodes, bytes) else []
+    # Behind the slots of a node are those that are on their way to it, in brackets.
+    masters = [words[2] for words in lines if len(words) > 8 and b"master" in words[2] and words[8][:1] != b"["]
+    reached = sum(_FAILING.isdisjoint(flags.split(b",")) for flags in masters)
+    return "" if not masters or reached > len(masters) // 2 else f"sees {reached} of {len(masters)} masters"
 
 
 def _endpoint(server: Any, asked: Endpoint) -> Endpoint | None:

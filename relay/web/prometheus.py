@@ -248,7 +248,8 @@ METRIC_SPECS: tuple[MetricSpec, ...] = (
     MetricSpec(
         "relay_link_pushes",
         "gauge",
-        "1 while the bus accepts pushes, in every worker; 0 on a replica, or without a publishing connection.",
+        "1 while the bus accepts pushes, in every worker; 0 on a replica, without a publishing connection, or without "
+        "a majority of a cluster's masters.",
         (),
         lambda m, s, p: {"": s.link_pushes},
         min,

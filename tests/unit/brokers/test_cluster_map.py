@@ -4,7 +4,17 @@ import binascii
 
 import pytest
 
-from relay.brokers.cluster_map import SLOTS, Endpoint, Redirect, Row, SlotMap, read_redirect, read_rows, slot_of
+from relay.brokers.cluster_map import (
+    SLOTS,
+    Endpoint,
+    Redirect,
+    Row,
+    SlotMap,
+    read_isolation,
+    read_redirect,
+    read_rows,
+    slot_of,
+)
 
 A, B, C = Endpoint("10.0.0.1", 7000), Endpoint("10.0.0.2", 7000), Endpoint("10.0.0.3", 7000)
 
@@ -58,6 +68,34 @@ def test_rows_have_masters_replicas_and_epochs() -> None:
     nodes = b"a 10.0.0.1:7000@1 master - 0 0 7 connected 0-5\nb x myself,master - 0 0 8 connected 6-9\n\nshort line\n"
     assert read_rows(slots, nodes, A) == [Row(0, 5, A, 7, (C,)), Row(6, 9, Endpoint("10.0.0.1", 7001), 8, ())]
     assert [row.epoch for row in read_rows(slots, RuntimeError("NOPERM"), A)] == [0, 0]
+
+
+HEALTHY, SUSPECTED, FAILED = b"master", b"master,fail?", b"master,fail"
+
+
+@pytest.mark.parametrize(
+    ("others", "expected"),
+    [
+        ((HEALTHY, HEALTHY), ""),
+        ((HEALTHY, SUSPECTED), ""),
+        ((b"master,nofailover", SUSPECTED), ""),
+        ((SUSPECTED, SUSPECTED), "sees 1 of 3 masters"),
+        ((SUSPECTED, FAILED), "sees 1 of 3 masters"),
+        ((SUSPECTED,), "sees 1 of 2 masters"),
+        ((), ""),
+    ],
+)
+def test_node_without_a_majority_of_the_masters_says_so(others: tuple[bytes, ...], expected: str) -> None:
+    """Replicas, and masters without slots, have no vote."""
+    lines = [b"a x myself,master - 0 0 1 connected 0-5"]
+    lines += [b"b x %b - 0 0 2 disconnected 6-9" % flags for flags in others]
+    lines += [b"c x slave,fail? b 0 0 2 disconnected", b"d x master,fail - 0 0 3 disconnected"]
+    lines += [b"e x master,fail? - 0 0 4 disconnected [7-<-b]", b"", b"short line"]
+    assert read_isolation(b"\n".join(lines)) == expected
+
+
+def test_node_that_does_not_say_has_a_majority() -> None:
+    assert read_isolation(RuntimeError("NOPERM")) == ""
 
 
 def test_younger_word_counts() -> None:
