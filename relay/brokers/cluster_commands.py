@@ -25,6 +25,9 @@ from relay.redis_url import ClusterAddress
 MAP_QUESTIONS = (("CLUSTER", "SLOTS"), ("CLUSTER", "NODES"))
 """What a node is asked for the map of slots."""
 
+_LOOK_S = 60.0
+"""Seconds for which the map counts; a program that does not publish on each node learns of new ones in no other way."""
+
 _ATTEMPTS = 6
 _AGAIN_S = 0.05
 """Seconds before commands are sent a second time; before the third twice as many, and so on."""
@@ -65,7 +68,16 @@ class _Routes:
     def __init__(self, address: ClusterAddress) -> None:
         self._address = address
         self._map = SlotMap()
-        self.is_known: bool = False
+        self._known_until = 0.0
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the map was read, and not long ago."""
+        return time.monotonic() < self._known_until
+
+    def forget(self) -> None:
+        """Have the map read again before the next command."""
+        self._known_until = 0.0
 
     def whom_to_ask(self) -> list[Endpoint]:
         """Who may know the map: masters that are known, then the nodes of the address."""
@@ -74,7 +86,7 @@ class _Routes:
 
     def learn(self, rows: Sequence[Row]) -> None:
         _ = self._map.learn(rows, lambda _: False)
-        self.is_known = True
+        self._known_until = time.monotonic() + _LOOK_S
 
     def split(self, commands: Sequence[Sequence[Any]], which: Sequence[int]) -> dict[Endpoint, list[int]]:
         """Commands by node, in their order. Raises LinkLost."""
@@ -137,7 +149,7 @@ class ClusterCommands:
             answers = await asyncio.gather(*asked, return_exceptions=True)
             for numbers, answer in zip(groups.values(), answers, strict=True):
                 if isinstance(answer, BaseException):
-                    self._routes.is_known = False
+                    self._routes.forget()
                     raise answer
                 for number, reply in zip(numbers, answer, strict=True):
                     found[number] = reply
@@ -168,7 +180,7 @@ class ClusterCommands:
 
     def reconnect(self) -> None:
         """Ask again who serves which slots before the next command."""
-        self._routes.is_known = False
+        self._routes.forget()
 
     async def close(self) -> None:
         """End the connections."""
@@ -201,7 +213,7 @@ class BlockingCluster:
         try:
             yield self._ask
         except LinkLost:
-            self._routes.is_known = False
+            self._routes.forget()
             raise
 
     def _ask(self, commands: Sequence[Sequence[Any]]) -> list[Any]:

@@ -8,13 +8,16 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
+from relay import AsyncPublisher
 from tests.support.client import Client
-from tests.support.cluster import Cluster, Node
+from tests.support.cluster import Cluster, Node, replicate
 from tests.support.cluster_stream import (
     MANY_TOPICS,
     TOPICS,
+    ClusterStream,
     Connect,
     Start,
+    broker_of,
     masters,
     owner_and_other,
     replica_of,
@@ -112,6 +115,56 @@ async def test_node_is_added_serves_a_slot_and_is_forgotten(start: Start, cluste
                 name = await asyncio.to_thread(lambda: added.id)
         for node in cluster.nodes:
             await asyncio.to_thread(node.ask, "CLUSTER", "FORGET", name)
+
+
+# Nodes.
+
+
+@pytest.fixture
+def old_cluster() -> Iterator[Cluster]:
+    """One whose nodes do not stay."""
+    with Cluster() as cluster:
+        yield cluster
+
+
+async def replace(cluster: Cluster, stream: ClusterStream, old: Node) -> None:
+    """Have new nodes take the place of a master and of its replica, which are forgotten then."""
+    old_replica = await replica_of(cluster, old)
+    new, spare = [await asyncio.to_thread(cluster.add) for _ in range(2)]
+    slots, before = await asyncio.to_thread(cluster.slots_of, old), stream.times_told()
+    theirs = {topic for topic in TOPICS if slot(topic) in slots}
+    stream.affected |= theirs
+    await asyncio.to_thread(cluster.migrate_slots, slots, old, new)
+    await stream.until_told(theirs, before)
+    await asyncio.to_thread(replicate, spare, new)
+    await asyncio.to_thread(cluster.wait_until_whole)
+    for each in (old_replica, old):
+        await asyncio.to_thread(cluster.remove, each)
+    await stream.probe()
+    told = {topic for topic, times in stream.times_told().items() if times > before[topic]}
+    assert told == theirs
+
+
+async def test_all_nodes_are_replaced_one_by_one(
+    start: Start, old_cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end relay, and a program that publishes, reach nodes that their address does not name."""
+    monkeypatch.setattr("relay.brokers.cluster_commands._LOOK_S", 0.5)
+    cluster, old = old_cluster, list(old_cluster.masters)
+    async with start(on=cluster) as stream, AsyncPublisher(cluster.url) as publisher:
+        for node in old:
+            await replace(cluster, stream, node)
+            _ = await publisher.publish("room:other", "tick", 1)
+        assert not {node.port for node in cluster.nodes} & {port for _, port in broker_of(stream).nodes_address.nodes}
+        new = {await asyncio.to_thread(cluster.owner, slot(topic)) for topic in TOPICS}
+        before = stream.times_told()
+        for kind in ("pubsub", "normal"):
+            await asyncio.gather(*(asyncio.to_thread(node.ask, "CLIENT", "KILL", "TYPE", kind) for node in new))
+        await stream.until_told(TOPICS, before)
+        assert {each.port for each in masters(stream)} == {node.port for node in new}
+        assert {each.port for each in broker_of(stream).map.replicas} == {node.port for node in cluster.nodes} - {
+            node.port for node in new
+        }
 
 
 # Masters.
