@@ -57,6 +57,8 @@ class Metrics:
     """Events received from the broker."""
     events_on_topics: int = 0
     """Of those, events that were published on the channel of their topic."""
+    events_by_publish: int = 0
+    """Of the others, events that were published there on a cluster, by ``PUBLISH`` instead of ``SPUBLISH``."""
     events_not_json: int = 0
     """Events that were delivered as bytes, although their payload begins as JSON does."""
     events_without_subscribers: int = 0

@@ -18,6 +18,7 @@ from typing import Any
 from relay import redis_url
 from relay.brokers.base import NODE_CHANNEL, HistoryStore, Link, NodeBus, PresenceStore, Sink
 from relay.brokers.cluster_channels import Receiver
+from relay.brokers.cluster_classic import ClassicSubscription
 from relay.brokers.cluster_commands import ask_map
 from relay.brokers.cluster_map import Endpoint, Redirect, Row, SlotMap, slot_of
 from relay.brokers.cluster_shard import Held, Shard
@@ -159,6 +160,7 @@ class ClusterBroker:
         self._keeper = asyncio.create_task(self._keep_map(), name="relay-redis-cluster")
         if self._tasks:
             _ = await asyncio.wait(tuple(self._tasks))
+        self._spawn(ClassicSubscription(self, sink).run())
 
     async def stop(self) -> None:
         """Close all connections; messages not yet taken fail."""

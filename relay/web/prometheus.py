@@ -167,9 +167,13 @@ METRIC_SPECS: tuple[MetricSpec, ...] = (
         "relay_events_in",
         "counter",
         "Events received from the bus, by where they were published: `to` for `to:<topic>:<event>`, `topic` for "
-        "`topic:<topic>`; an event counts once for each worker.",
+        "`topic:<topic>`, `publish` for `PUBLISH` there on a cluster; an event counts once for each worker.",
         ("form",),
-        lambda m, s, p: {"to": max(m.events_in - m.events_on_topics, 0), "topic": m.events_on_topics},
+        lambda m, s, p: {
+            "to": max(m.events_in - m.events_on_topics - m.events_by_publish, 0),
+            "topic": m.events_on_topics,
+            "publish": m.events_by_publish,
+        },
     ),
     _counter("events_without_subscribers", "Of those, events on topics without subscribers in that worker."),
     _counter("events_not_json", "Events whose payload looks like JSON but is not valid JSON: delivered as binary."),

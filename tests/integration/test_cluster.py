@@ -20,10 +20,10 @@ from tests.support.cluster import Cluster, Node
 from tests.support.cluster_stream import slot, until_whole
 from tests.support.keys import SECRET, token
 from tests.support.long_poll import Poller
-from tests.support.process import Valkey, free_port
+from tests.support.process import Valkey, free_port, wait_for
 from tests.support.redis_faults import FAST, OK, UNAVAILABLE, ready, until_not_ready
 from tests.support.redis_link import Switch
-from tests.support.serving import Served, eventually, heard_on
+from tests.support.serving import Served, eventually, heard_on, http_get, metric
 
 Connect = Callable[..., Awaitable[Client]]
 ServeRelay = Callable[..., Awaitable[Served]]
@@ -279,6 +279,89 @@ async def test_publisher_says_why_no_node_can_be_reached() -> None:
             await publisher.publish("room:1", "tick", 1)
     with Publisher(url) as blocking, pytest.raises(BusUnavailable, match="Connection refused"):
         blocking.publish("room:1", "tick", 1)
+
+
+# Programs that publish by PUBLISH.
+
+
+def classic_clients(cluster: Cluster) -> list[tuple[Node, str]]:
+    """Subscriptions by pattern, on whichever node, each with its number there."""
+    found: list[tuple[Node, str]] = []
+    for node in cluster.nodes:
+        lines = node.raw("CLIENT", "LIST", "TYPE", "pubsub").splitlines()
+        found += ((node, line.split()[0].removeprefix("id=")) for line in lines if " psub=1 " in line)
+    return found
+
+
+async def until_classic(cluster: Cluster, count: int) -> None:
+    """Wait until so many relays have subscribed by pattern."""
+    await asyncio.to_thread(wait_for, lambda: len(classic_clients(cluster)) == count, "subscriptions by pattern")
+
+
+async def test_event_that_is_published_without_the_s_comes_once_and_is_counted(
+    serve_relay: ServeRelay, connect: Connect, cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    """From any node, which passes it on to the others; and so does what relay itself publishes."""
+    nodes = [await serve_relay(redis_url=cluster.url, redis=FAST) for _ in range(2)]
+    clients = [await connect(node) for node in nodes]
+    topics = topics_everywhere(cluster, 1)
+    refs = {topic: [await client.join(topic) for client in clients] for topic in topics}
+    await until_classic(cluster, 2)
+    for topic, node in itertools.product(topics, cluster.masters):
+        node.ask("PUBLISH", f"topic:{topic}", 'tick:{"n":1}')
+        await nodes[0].relay.publish(topic, "tick", {"n": 2})
+        for client in clients:
+            assert {(await client.receive())[4]["n"] for _ in range(2)} == {1, 2}
+        assert await clients[0].push(refs[topic][0], topic, "shout", "hi") == OK
+    for served, client in zip(nodes, clients, strict=True):
+        await client.expect_alive()
+        _, text = await http_get(f"{served.http}/metrics")
+        count = len(topics) * len(cluster.masters)
+        assert {metric(text, "relay_events_in_total", form=form) for form in ("publish", "topic")} == {count}
+        assert metric(text, "relay_events_in_total", form="to") == 0
+    said = [record.getMessage() for record in caplog.records if "use SPUBLISH" in record.getMessage()]
+    assert said[0].startswith("event on 'topic:room:") and len(said) <= 2 * len(topics)
+
+
+async def test_subscription_by_pattern_is_made_again(
+    serve_relay: ServeRelay, connect: Connect, cluster: Cluster
+) -> None:
+    served = await serve_relay(redis_url=cluster.url, redis=FAST)
+    client = await connect(served)
+    _ = await client.join("room:1")
+    for number in range(3):
+        await until_classic(cluster, 1)
+        await asyncio.to_thread(cluster.masters[0].ask, "PUBLISH", "topic:room:1", f"tick:{number}")
+        await client.expect_event("room:1", "tick", number)
+        ((node, name),) = await asyncio.to_thread(classic_clients, cluster)
+        await asyncio.to_thread(node.ask, "CLIENT", "KILL", "ID", name)
+        await asyncio.to_thread(wait_for, partial(_has_ended, cluster, node, name), "the end of the connection")
+    assert served.relay.metrics.gaps == 0
+
+
+def _has_ended(cluster: Cluster, node: Node, name: str) -> bool:
+    return (node, name) not in classic_clients(cluster)
+
+
+async def test_user_who_may_not_subscribe_by_pattern_is_named_once(
+    serve_relay: ServeRelay, connect: Connect, cluster: Cluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    for node in cluster.nodes:
+        await asyncio.to_thread(node.ask, "ACL", "SETUSER", "narrow", *"reset on >pw +@all -psubscribe ~* &*".split())
+    served = await serve_relay(redis_url=cluster.url.replace("://", "://narrow:pw@"), redis=FAST)
+
+    def denied() -> list[str]:
+        return [each.getMessage() for each in caplog.records if "no permission for PSUBSCRIBE" in each.getMessage()]
+
+    await eventually(denied, "the message")
+    assert (
+        "published by PUBLISH instead of SPUBLISH are not received; allow it with +psubscribe &topic:*" in denied()[0]
+    )
+    client = await connect(served)
+    _ = await client.join("room:1")
+    await served.relay.publish("room:1", "tick", 1)
+    await client.expect_event("room:1", "tick", 1)
+    assert (await ready(served), len(denied())) == ((200, {"status": "ready"}), 1)
 
 
 # What is refused.
