@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 from relay import Relay
 from tests.support.client import Client
 from tests.support.cluster import Cluster
-from tests.support.process import RelayProcess, Valkey
+from tests.support.process import RelayProcess, Valkey, old_redis
 from tests.support.serving import Served, serve
 
 NO_SKIP = "TESTS_NO_SKIP"
@@ -90,6 +90,13 @@ def runner() -> Iterator[asyncio.Runner]:
 def valkey() -> Iterator[Valkey]:
     """A Valkey server for the whole run; tests on it keep apart by their topics."""
     with Valkey() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def old_server() -> Iterator[Valkey]:
+    """A Redis 6.2 for the whole run, or what comes next to it."""
+    with old_redis() as server:
         yield server
 
 

@@ -41,7 +41,7 @@ async def examine_cluster(config: Config) -> list[Finding]:
         connections = Connections(redis_url.parse(address.node_url(*master)), config.redis.timeout_s)
         slots = {slot for row in rows if row.master == master for slot in range(row.first, row.last + 1)}
         try:
-            async with connected(connections) as connection:
+            async with connected(connections, config.redis.timeout_s) as connection:
                 async for each in _ShardExamination(config, connections, connection, str(master), slots).findings():
                     found.append(each)
         except LinkLost as lost:
@@ -78,11 +78,18 @@ class _ShardExamination(Examination):
     ) -> None:
         super().__init__(config, connections, connection, address)
         self._slots = slots
+        self._is_too_old = False
 
     def _commands(self) -> Iterator[tuple[Sequence[str], str, str]]:
         yield from super()._commands()
         for command in ("SLOTS", "NODES"):
             yield ("CLUSTER", command), f"+cluster|{command.lower()}", "who serves which slots is not known"
+
+    async def _permissions(self) -> AsyncIterator[Finding]:
+        """Nothing where it cannot be used at all."""
+        if not self._is_too_old:
+            async for each in super()._permissions():
+                yield each
 
     async def _probe(self) -> AsyncIterator[Finding]:
         """See that a message comes back, and which channels may be heard."""
@@ -94,11 +101,13 @@ class _ShardExamination(Examination):
         if self._config.has_presence:
             tried[PRESENCE_CHANNEL] = PRESENCE_CHANNEL
         subscription = await self._connections.open()
+        subscription.limit_s = redis.timeout_s
         try:
             for channel, pattern in tried.items():
                 reply = await subscription.ask("SSUBSCRIBE", channel)
                 if isinstance(reply, hiredis.ReplyError) and "unknown command" in str(reply).lower():
                     yield Finding("warning", f"redis: {self._address}: {NEEDS}")
+                    self._is_too_old = True
                     return
                 if is_denied(reply):
                     text = f"redis: SSUBSCRIBE {pattern} is refused, so something is not heard"

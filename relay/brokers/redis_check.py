@@ -45,7 +45,7 @@ async def examine(config: Config) -> list[Finding]:
     async for each in _sentinels(connections, config):
         found.append(each)  # noqa: PERF401 - what came before an error is kept
     try:
-        async with connected(connections) as connection:
+        async with connected(connections, config.redis.timeout_s) as connection:
             async for each in Examination(config, connections, connection, address).findings():
                 found.append(each)  # noqa: PERF401 - as above
     except LinkLost as lost:
@@ -54,10 +54,14 @@ async def examine(config: Config) -> list[Finding]:
 
 
 @asynccontextmanager
-async def connected(connections: Connections) -> AsyncIterator[RedisConnection]:
-    """A connection for the block, closed at its end with what has made it. Raises LinkLost."""
+async def connected(connections: Connections, limit_s: float) -> AsyncIterator[RedisConnection]:
+    """A connection for the block, closed at its end with what has made it. Raises LinkLost.
+
+    Args: limit_s: seconds for each answer.
+    """
     try:
         connection = await connections.open()
+        connection.limit_s = limit_s
         try:
             yield connection
         finally:
@@ -220,13 +224,20 @@ class Examination:
             yield Finding("user", f"{text} what is needed: {needed}")
             return
         missing: dict[str, list[str]] = {}
+        unknown: dict[str, list[str]] = {}
         for command, rule, means in tried:
             reply = await self._connection.ask(*command)
-            if isinstance(reply, hiredis.ReplyError) and not str(reply).startswith(("MOVED", "ASK")):
+            if not isinstance(reply, hiredis.ReplyError) or str(reply).startswith(("MOVED", "ASK")):
+                continue
+            if is_unknown(reply):
+                unknown.setdefault(means, []).append(command[0])
+            else:
                 missing.setdefault(means, []).append(rule)
         for means, rules in missing.items():
             yield Finding("warning", f"redis: {means}: allow {_joined(rules)}")
-        if not missing:
+        for means, names in unknown.items():
+            yield Finding("warning", f"redis: {means}: this server knows no {', '.join(dict.fromkeys(names))}")
+        if not missing and not unknown:
             yield Finding(
                 "user", f"may use the {len({command[0] for command, _, _ in tried})} commands that are needed"
             )
@@ -316,6 +327,7 @@ class Examination:
     async def _subscription(self) -> AsyncIterator[tuple[RedisConnection, list[tuple[str, str, str]]]]:
         """Subscribe as a relay does; gives the commands that are refused, for what, and what that means."""
         connection = await self._connections.open()
+        connection.limit_s = self._config.redis.timeout_s
         try:
             missing: list[tuple[str, str, str]] = []
             for command, sent, name, means in self._subscriptions():

@@ -104,6 +104,8 @@ class RedisConnection:
         self.replies: hiredis.Reader = hiredis.Reader()
         self.read_at: float = clock()
         """When bytes came last."""
+        self.limit_s: float | None = None
+        """Seconds for the reply to `ask`; without them the caller has a limit of its own."""
 
     async def read(self, most: int = _READ_BYTES) -> None:
         """Wait for bytes and feed them to `replies`. Raises LinkLost at the connection's end."""
@@ -128,7 +130,11 @@ class RedisConnection:
     async def ask(self, *command: Any) -> Any:
         """Send one command and wait for its reply, while nothing else is under way. Raises LinkLost."""
         self.write(hiredis.pack_command(command))
-        return await self.reply()
+        try:
+            async with asyncio.timeout(self.limit_s):
+                return await self.reply()
+        except TimeoutError:
+            raise LinkLost(f"no answer to {command[0]} within {self.limit_s:g} s") from None
 
     def write(self, data: bytes) -> None:
         """Send bytes. Raises LinkLost where the connection has ended, whatever exception the event loop makes of it."""

@@ -191,9 +191,9 @@ def is_unknown(reply: hiredis.ReplyError) -> bool:
 
 def _reason(reply: hiredis.ReplyError) -> str:
     """Why there are no functions."""
-    if is_denied(reply):
-        return "not permitted"
-    return "it needs Redis 7.0 or later" if is_unknown(reply) else words(reply)
+    if is_unknown(reply):
+        return "it needs Redis 7.0 or later"
+    return "not permitted" if is_denied(reply) else words(reply)
 
 
 def _code_of(library: Any) -> str:

@@ -22,7 +22,7 @@ from relay.config import Config
 from relay.config_sections import Direction
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
-from tests.support.process import Postgres, Valkey, redis_servers
+from tests.support.process import Postgres, Valkey, redis_servers, redis_version
 from tests.support.serving import eventually
 from tests.support.sink import Sink
 
@@ -170,7 +170,7 @@ class FakeBackend(BroadcastBackend):
 
 # Which buses there are.
 
-_REDIS = {f"redis-server {path}" if number else "redis-server": path for number, path in enumerate(redis_servers())}
+_REDIS = {"redis {}.{}".format(*redis_version(path)): path for path in redis_servers()}
 _PROGRAMS = Postgres.find()
 # Where there is none, one test alone is skipped for it, and says so in one line.
 _POSTGRES = ["postgres"] if _PROGRAMS else []

@@ -122,12 +122,11 @@ async def test_what_cannot_be_found_out_is_said(valkey: Valkey, rule: str, said:
     assert said in text_of(await examined(valkey))
 
 
-async def test_server_without_functions_is_said_to_need_eval() -> None:
-    """Redis before 7.0 answers `unknown command`, as a server does in which the command is switched off."""
-    with Valkey("--rename-command", "FUNCTION", "") as server:
+async def test_command_that_the_server_does_not_have_is_no_matter_of_permissions() -> None:
+    with Valkey("--rename-command", "XADD", "") as server:
         set_user(server, "allkeys", "allchannels", "+@all")
-        text = text_of(await examined(server, "history"))
-    assert "no functions, which Redis 7.0 has first: other programs publish history with EVAL" in text
+        said = warnings_in(await examined(server, "history"))
+    assert said == "redis: histories do not work: this server knows no XADD"
 
 
 async def test_limits_that_are_too_low_are_warnings() -> None:
@@ -139,6 +138,14 @@ async def test_limits_that_are_too_low_are_warnings() -> None:
     assert "client-output-buffer-limit pubsub 1048576 1048576 60: a burst of events cuts relays off" in said
     assert "maxclients 5; a relay with 2 processes takes 6, and 1 is in use: not enough" in said
     assert "maxmemory-policy allkeys-lru evicts histories and members" in said
+
+
+async def test_server_that_does_not_answer_is_a_warning() -> None:
+    with Valkey() as server:
+        server.pause()
+        found = await examine(Config(redis_url=server.url, redis={"timeout_s": 0.2}))
+        server.resume()
+    assert found == [Finding("warning", f"redis: 127.0.0.1:{server.port}: no answer to INFO within 0.2 s")]
 
 
 async def test_replica_is_a_warning(valkey: Valkey) -> None:

@@ -2,8 +2,8 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from uuid import uuid4
@@ -370,40 +370,6 @@ async def test_user_who_may_not_subscribe_by_pattern_is_named_once(
 async def test_one_redis_is_no_cluster(serve_relay: ServeRelay, valkey: Valkey) -> None:
     served = await serve_relay(redis_url=f"redis+cluster://127.0.0.1:{valkey.port}", redis=FAST)
     assert "expected redis://host:port as its address" in await until_not_ready(served)
-
-
-@asynccontextmanager
-async def old_server() -> AsyncIterator[int]:
-    """A node of a cluster of Redis 6.2, as far as a relay asks; gives its port."""
-    port = 0
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while line := await reader.readline():
-            words = [(await reader.readline(), (await reader.readline()).strip())[1] for _ in range(int(line[1:]))]
-            host = b"$9\r\n127.0.0.1\r\n"
-            answers = {
-                b"ROLE": b"*3\r\n$6\r\nmaster\r\n:0\r\n*0\r\n",
-                b"CLUSTER": b"*1\r\n*3\r\n:0\r\n:16383\r\n*3\r\n%b:%d\r\n$1\r\na\r\n" % (host, port),
-            }
-            if words[:2] == [b"CLUSTER", b"NODES"]:
-                answers[b"CLUSTER"] = b"$0\r\n\r\n"
-            unknown = b"-ERR unknown command `%b`, with args beginning with: \r\n" % words[0]
-            writer.write(answers.get(words[0], unknown))
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    try:
-        yield port
-    finally:
-        server.close()
-
-
-async def test_server_without_sharded_pubsub_is_refused_in_words(serve_relay: ServeRelay) -> None:
-    async with old_server() as port:
-        served = await serve_relay(redis_url=f"redis+cluster://127.0.0.1:{port}", redis=FAST)
-        said = await until_not_ready(served)
-        assert "redis+cluster:// needs sharded Pub/Sub: Redis 7.0 or later, or Valkey" in said
 
 
 async def test_relay_waits_for_seeds_that_are_all_dead(

