@@ -3,7 +3,6 @@
 Owns these two commands' words and exit codes.
 """
 
-import asyncio
 import json
 import os
 import re
@@ -16,8 +15,8 @@ from urllib.parse import urlsplit
 
 import typer
 
-from relay import runtime_dir
 from relay.brokers.embedded import BESIDE_AUTH
+from relay.cli.check_redis import ask_redis
 from relay.cli.check_tangram import open_tokens, tangram_rights
 from relay.cli.masking import mask_secrets
 from relay.cli.options import ConfigFile, RedisUrl
@@ -146,11 +145,19 @@ def check(
     connect: Annotated[
         bool, typer.Option("--connect", help="Ask Redis too: its version and role, and what its user may do.")
     ] = False,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            metavar="S", min=0, help="With --connect in topic mode: how long to count events in the other form; 0: not."
+        ),
+    ] = 10.0,
 ) -> None:
     """Say in plain words who may connect and do what, and warn. Piped: a line of JSON each.
 
     With --connect, Redis is asked what it is, which of the commands that the settings need its user may use, how many
-    connections it takes, and whether a message that is published comes back. Nothing is changed there.
+    connections it takes, and whether a message that is published comes back. Nothing is changed there. With
+    redis.publish_form = "topic" and on a cluster, events are counted that are still published on to:*, which relays
+    in topic mode do not receive.
 
     Where the file uses former names of settings, it is printed with the new names, and without its secrets.
 
@@ -170,7 +177,7 @@ def check(
         for text in (*_warnings(settings, keys), *_contradictions(settings), *topic_warnings(settings))
     ]
     warned += [("warning", f"plugin {each.name}: cannot be loaded: {each.fault}") for each in found if each.fault]
-    found_out = _connect(settings) if connect else []
+    found_out = ask_redis(settings, seconds) if connect else []
     warned += [(about, text) for about, text in found_out if about == "warning"]
     unread = unread_file(config)
     said = [
@@ -190,19 +197,6 @@ def check(
     _print_renamed(config)
     if warned:
         raise typer.Exit(1)
-
-
-def _connect(settings: Config) -> list[tuple[str, str]]:
-    """Ask the bus. Raises ConfigError where it is no Redis that is there already."""
-    if settings.broadcast_url or settings.redis_url in ("", EMBEDDED):
-        came = "the relay's own Valkey" if not settings.broadcast_url else settings.broadcast_url.partition("://")[0]
-        raise ConfigError(f"--connect: expected redis_url, the address of a Redis; got {came}")
-    from relay.brokers.cluster_check import examine_cluster
-    from relay.brokers.redis_check import examine
-
-    address = runtime_dir.with_password(settings.redis_url)
-    found = (examine_cluster if settings.is_cluster else examine)(settings.model_copy(update={"redis_url": address}))
-    return [(each.about, each.text) for each in asyncio.run(found)]
 
 
 def _print_renamed(config: Path | None) -> None:

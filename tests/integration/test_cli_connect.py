@@ -1,18 +1,25 @@
 """``relay check --connect``: what it finds out of real servers, and of users who may do too little."""
 
+import asyncio
 import re
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 from redis import Redis
 
+from relay.brokers.cluster_map import slot_of
 from relay.brokers.redis_check import Finding, examine
+from relay.brokers.redis_unheard import count_unheard
+from relay.cli.check_redis import ask_redis
 from relay.config import Config
 from tests.integration.test_cli_client import run
+from tests.support.cluster import Cluster
 from tests.support.faults import Sentinels
 from tests.support.process import RelayProcess, Valkey, free_port, wait_for
+from tests.support.serving import eventually
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -180,3 +187,85 @@ def test_command_line_shows_it_and_no_password(valkey: Valkey) -> None:
     none = run("check", "--connect")
     said = "relay: --connect: expected redis_url, the address of a Redis; got the relay's own Valkey\n"
     assert (none.returncode, none.stderr) == (2, said)
+
+
+# Events that relays in topic mode do not receive.
+
+TOPIC_FORM: dict[str, Any] = {"redis": {"publish_form": "topic"}}
+
+
+async def counted(config: Config, server: Valkey, *messages: tuple[str, str]) -> Finding:
+    """What is found while these are published on a server; on a channel that begins with S by ``SPUBLISH``."""
+    with Redis(port=server.port) as redis:
+        patterns = 2 if config.is_cluster else 1
+        counting = asyncio.create_task(count_unheard(config, 1.0))
+        await eventually(lambda: redis.pubsub_numpat() == patterns, "the subscription")
+        pipeline = redis.pipeline(transaction=False)
+        for channel, message in messages:
+            pipeline.execute_command(
+                "SPUBLISH" if channel.startswith("S ") else "PUBLISH", channel.removeprefix("S "), message
+            )
+        pipeline.execute()
+    (finding,) = await counting
+    return finding
+
+
+async def test_events_in_the_other_form_are_counted_and_named(valkey: Valkey) -> None:
+    config = Config(redis_url=valkey.url, **TOPIC_FORM)
+    messages = [("to:room:1:new_msg", "{}")] * 2 + [("to:room:2:tick", "1")]
+    others = [("topic:room:1", "new_msg:{}"), ("to:relay:probe", '{"probe":"1f0c22ab:7"}'), ("from:room:1:e", "1")]
+    assert await counted(config, valkey, *messages, *others) == Finding(
+        "warning",
+        "redis: 3 events on to:* within 1 s, which relays in topic mode do not receive (to:room:1:new_msg, "
+        "to:room:2:tick): publish them with PUBLISH topic:<topic> '<event>:<payload>'",
+    )
+    many = [(f"to:room:{number}:tick", "1") for number in range(1005)]
+    found = await counted(config, valkey, *many, *[("to:busy:tick", "1")] * 3)
+    assert "1008 events" in found.text
+    assert "(more than 1000 channels such as to:room:0:tick, " in found.text
+    assert await counted(config, valkey) == Finding("redis", "no events on to:* within 1 s")
+
+
+async def test_user_who_may_not_listen_to_the_other_form_is_told_which_rule_allows_it(valkey: Valkey) -> None:
+    """The check goes on: relays in topic mode do not need this right, so it is no warning."""
+    set_user(valkey, *acl_of("topic mode"))
+    url = f"redis://relay:secret@127.0.0.1:{valkey.port}"
+    (finding,) = await count_unheard(Config(redis_url=url, **TOPIC_FORM), 1.0)
+    assert finding.about == "redis"
+    assert "events on to:* are not counted (NOPERM" in finding.text
+    assert finding.text.endswith("allow +psubscribe &to:* for this check")
+
+
+async def test_connection_that_ends_while_events_are_counted_is_a_warning(valkey: Valkey) -> None:
+    with Redis(port=valkey.port) as redis:
+        counting = asyncio.create_task(count_unheard(Config(redis_url=valkey.url, **TOPIC_FORM), 60))
+        await eventually(lambda: redis.pubsub_numpat() == 1, "the subscription")
+        redis.client_kill_filter(_type="pubsub")
+    (finding,) = await counting
+    assert finding.about == "warning"
+    assert finding.text.startswith("redis: counting events on to:* has ended: ")
+
+
+async def test_publish_instead_of_spublish_is_counted_on_a_cluster(cluster: Cluster) -> None:
+    config = Config(redis_url=cluster.url)
+    topic = next(f"topic:{number}" for number in count() if slot_of(b"topic:%d" % number) < 5461)
+    messages = [("to:room:1:e", "1"), ("topic:room:1", "tick:1"), (f"S {topic}", "tick:1")]
+    found = await counted(config, cluster.masters[0], *messages)
+    assert "2 events on to:* and topic:* within 1 s" in found.text
+    assert found.text.endswith("publish them with SPUBLISH topic:<topic> '<event>:<payload>'")
+
+
+def test_events_are_counted_only_where_the_form_is_that_of_topic_mode(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check of a relay in pattern mode takes no longer than before."""
+
+    def said(seconds: float, **settings: Any) -> str:
+        return " ".join(text for _, text in ask_redis(Config(redis_url=valkey.url, **settings), seconds))
+
+    assert "events on to:*" not in said(0.1)
+    assert "no events on to:* within 0.1 s" in said(0.1, **TOPIC_FORM)
+    assert "events on to:*" not in said(0, **TOPIC_FORM)
+    monkeypatch.setenv("RELAY_REDIS__PUBLISH_FORM", "topic")
+    ran = run("check", "--connect", "--redis-url", valkey.url, "--seconds", "0.1")
+    assert "no events on to:* within 0.1 s" in ran.stdout
