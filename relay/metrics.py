@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 REFUSED_STATE = "relay.refused"
@@ -171,6 +172,14 @@ class Metrics:
     """Frames from clients that could not be understood, by close code."""
 
 
+class ShardTopics(NamedTuple):
+    """How many topics are subscribed to on one master of a Redis Cluster."""
+
+    joined: int
+    lingering: int
+    """Topics that no client has joined any more, and that are to be unsubscribed."""
+
+
 class ProcessState(NamedTuple):
     """What a process holds at this moment; everything else is in `Metrics`."""
 
@@ -180,6 +189,8 @@ class ProcessState(NamedTuple):
     link_live: bool
     link_pushes: bool = True
     """Whether the bus takes pushes."""
+    shard_topics: Mapping[str, ShardTopics] = MappingProxyType({})
+    """By master of a Redis Cluster."""
 
 
 IDLE = ProcessState({}, 0, False, False)

@@ -392,7 +392,11 @@ class Node:
     def state(self) -> ProcessState:
         """What this process holds at this moment; asked for in another thread too."""
         return ProcessState(
-            dict(self.connections.write_modes), len(self.hub), self.broker.link.live, self.pubsub.can_publish
+            dict(self.connections.write_modes),
+            len(self.hub),
+            self.broker.link.live,
+            self.pubsub.can_publish,
+            self.broker.shard_topics,
         )
 
     async def _run_service(self, hook: Hook) -> None:

@@ -21,13 +21,14 @@ Guarantees of every store:
 
 import asyncio
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol, TypeGuard
 
 import msgspec
 
 from relay.config_sections import Direction, HistoryConfig
 from relay.errors import NotRecovered
+from relay.metrics import ShardTopics
 from relay.protocol.presence import Difference, Members
 
 
@@ -143,6 +144,11 @@ class Broker(Protocol):
     def degraded(self) -> str:
         """What does not work while the rest does; empty if all does."""
         return ""
+
+    @property
+    def shard_topics(self) -> Mapping[str, ShardTopics]:
+        """Topics that are subscribed to, by master of a Redis Cluster; asked for in another thread too."""
+        return {}
 
     def publish_control(self, data: bytes) -> "asyncio.Future[None]":
         """Publish a message for all nodes, this one too; see `publish`. Text, since not every bus carries bytes."""

@@ -29,7 +29,7 @@ from relay.brokers.memory_presence import MemoryPresence
 from relay.config import Config
 from relay.config_sections import Direction, HistoryConfig
 from relay.errors import BusUnavailable
-from relay.metrics import Metrics
+from relay.metrics import Metrics, ShardTopics
 
 _logger = logging.getLogger("relay.broadcaster")
 
@@ -111,6 +111,11 @@ class BroadcasterBroker:
     def degraded(self) -> str:
         """Empty: all works, or nothing."""
         return ""
+
+    @property
+    def shard_topics(self) -> dict[str, ShardTopics]:
+        """Empty: this is no cluster."""
+        return {}
 
     @property
     def refusal(self) -> str:

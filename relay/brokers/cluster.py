@@ -30,7 +30,7 @@ from relay.config import Config
 from relay.config_sections import Direction
 from relay.errors import BusUnavailable
 from relay.log import RateLimitedLogger
-from relay.metrics import Metrics
+from relay.metrics import Metrics, ShardTopics
 from relay.redis_url import ClusterAddress
 
 _logger = logging.getLogger("relay.redis")
@@ -125,6 +125,11 @@ class ClusterBroker:
             return f"{len(lost)} of {len(self.shards)} nodes are not heard: {lost[0].link.reason}"
         missed = sum(shard.channels.missed for shard in self.shards.values()) + len(self._homeless)
         return f"subscribing again to {missed} topics after a gap" if missed else ""
+
+    @property
+    def shard_topics(self) -> dict[str, ShardTopics]:
+        """Topics that are subscribed to, by master; asked for in another thread too."""
+        return {str(endpoint): shard.topics for endpoint, shard in tuple(self.shards.items())}
 
     @property
     def history(self) -> HistoryStore | None:

@@ -22,7 +22,7 @@ from relay.brokers.redis_scripts import SHARDED_CHECK, SHARDED_FUNCTION, SHARDED
 from relay.brokers.redis_streams import RedisHistory
 from relay.config import SETTINGS_KEY, Config
 from relay.log import RateLimitedLogger
-from relay.metrics import Metrics
+from relay.metrics import Metrics, ShardTopics
 from relay.redis_url import ClusterAddress
 
 _REDIRECTS_MAX = 16
@@ -115,6 +115,13 @@ class Shard(RedisBroker):
     def _link(self, state: Link) -> None:
         self._state = state
         self._cluster.metrics.shard_live[str(self.endpoint)] = int(state.live)
+
+    @property
+    def topics(self) -> ShardTopics:
+        """How many topics are subscribed to here, without the channels of nodes."""
+        own = sum(name in self.channels.by_name for name in self._cluster.own_channels(self.endpoint))
+        lingering = self.channels.lingering
+        return ShardTopics(max(len(self.channels.by_name) - own - lingering, 0), lingering)
 
     async def stop(self) -> None:
         """Close both connections; messages not yet taken fail."""

@@ -31,7 +31,7 @@ from relay.config_redis import RedisConfig
 from relay.config_sections import Direction
 from relay.errors import BusUnavailable
 from relay.log import RateLimitedLogger
-from relay.metrics import Metrics
+from relay.metrics import Metrics, ShardTopics
 from relay.protocol.topics import glob_escape, to_redis_channel
 
 _logger = logging.getLogger("relay.redis")
@@ -120,6 +120,11 @@ class RedisBroker:
             return ""
         means = "no history" if self._config.has_history else "events that are published there are not received"
         return f"no permission to hear {self.settings.topic_prefix}*, so {means}"
+
+    @property
+    def shard_topics(self) -> dict[str, ShardTopics]:
+        """Empty: this is no cluster."""
+        return {}
 
     @property
     def refusal(self) -> str:

@@ -102,6 +102,11 @@ class TopicChannels:
         return self._missed
 
     @property
+    def lingering(self) -> int:
+        """Topics that no client has joined any more, and that are to be unsubscribed."""
+        return len(self._lingering)
+
+    @property
     def waits_since(self) -> float | None:
         """When the oldest ``SUBSCRIBE`` without an answer was sent; None where each has one."""
         return self._unconfirmed[0].asked_at if self._unconfirmed else None

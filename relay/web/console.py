@@ -249,7 +249,11 @@ class ConsoleSession:
                 "at_ms": round(time.time() * 1000),
                 "source": self._source,
                 # Live in every worker; why not is known of this one.
-                "link": {"live": bool(metrics["relay_link_live"][""]), "reason": node.link.reason},
+                "link": {
+                    "live": bool(metrics["relay_link_live"][""]),
+                    "reason": node.link.reason,
+                    "degraded": node.broker.degraded,
+                },
                 "bounds_s": BOUNDS_S,
                 "metrics": metrics,
             },

@@ -275,6 +275,20 @@ METRIC_SPECS: tuple[MetricSpec, ...] = (
         merge=max,
         name="shard_lag_seconds",
     ),
+    MetricSpec(
+        "relay_shard_topics",
+        "gauge",
+        "Joined topics that are subscribed to on a master; a topic counts once for each worker.",
+        ("node",),
+        lambda m, s, p: {node: topics.joined for node, topics in s.shard_topics.items()},
+    ),
+    MetricSpec(
+        "relay_shard_lingering_topics",
+        "gauge",
+        "Topics that are subscribed to on a master until `redis.linger_s` after the last leave.",
+        ("node",),
+        lambda m, s, p: {node: topics.lingering for node, topics in s.shard_topics.items()},
+    ),
     _counter("shard_gaps", "Gaps of a Redis Cluster, by the master at which topics are heard again.", "node"),
     _counter(
         "redirects",

@@ -12,15 +12,23 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
 
 from tests.support.client import Client
+from tests.support.cluster import Cluster, Node
 from tests.support.node import need_browser, run_checks
 from tests.support.process import RelayProcess
 
 ROOT = Path(__file__).parents[2]
+QUICK = {
+    "RELAY_REDIS__PING_INTERVAL_S": "0.2",
+    "RELAY_REDIS__BACKOFF_MIN_S": "0.05",
+    "RELAY_REDIS__BACKOFF_MAX_S": "0.2",
+}
+"""How a relay finds faults of its bus within a second."""
 PNG = b"\x89PNG\r\n\x1a\n"
 TOPIC = "room:console"
 
@@ -94,6 +102,43 @@ async def test_console_shows_several_workers_as_one() -> None:
     need_browser()
     with RelayProcess("--workers", "2", environ={"RELAY_SYSTEM_TOPIC": "false"}) as relay:
         await asyncio.to_thread(run_checks, "console-workers.mjs", relay.http)
+
+
+async def test_console_shows_each_master_of_a_cluster(cluster: Cluster) -> None:
+    """Light and dark, wide and narrow, also while one is down; ``TESTS_SCREENSHOTS_PAGES`` keeps pictures."""
+    need_browser()
+    stopped: list[Node] = []
+
+    def act(said: dict[str, Any]) -> None:
+        if said["do"] == "stop":
+            (node,) = [node for node in cluster.nodes if f"127.0.0.1:{node.port}" == said["node"]]
+            stopped.extend([node, *_replicas(cluster, node)])
+            for each in reversed(stopped):
+                each.kill()
+        else:
+            for each in stopped:
+                each.start()
+
+    with RelayProcess("--redis-url", cluster.url, environ={"RELAY_SYSTEM_TOPIC": "false", **QUICK}) as relay:
+        async with Client.connect(relay.ws) as client:
+            for number in range(12):
+                _ = await client.join(f"room:{number}")
+            pictures = os.environ.get("TESTS_SCREENSHOTS_PAGES", "")
+            try:
+                arguments = ("console-cluster.mjs", relay.http, "12", pictures)
+                await asyncio.to_thread(run_checks, *arguments, deadline_s=120, act=act)
+            finally:
+                for each in stopped:
+                    if each.process is None or each.process.poll() is not None:
+                        await asyncio.to_thread(each.start)
+                await asyncio.to_thread(cluster.wait_until_whole)
+
+
+def _replicas(cluster: Cluster, master: Node) -> list[Node]:
+    """Those of the moment: an earlier test may have made one of them a master."""
+    rows = [row for row in master.slots() if row[2][1] == master.port]
+    ports = {each[1] for row in rows for each in row[3:]}
+    return [node for node in cluster.nodes if node.port in ports]
 
 
 async def test_console_asks_for_the_key_where_one_is_set() -> None:

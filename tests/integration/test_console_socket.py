@@ -165,7 +165,7 @@ async def test_metrics_come_at_once_and_then_each_second(served: Served, connect
     assert 500 < second["at_ms"] - first["at_ms"] < 5000
     assert first["metrics"]["relay_joins"] == {"": 1}
     assert sum(first["metrics"]["relay_sockets"].values()) == 1, "the console is no client of the relay"
-    assert first["link"] == {"live": True, "reason": ""}
+    assert first["link"] == {"live": True, "reason": "", "degraded": ""}
     assert len(first["metrics"]["relay_fan_out_seconds"][""]) == len(first["bounds_s"]) + 2
 
 
@@ -211,7 +211,7 @@ async def test_worker_that_hears_nothing_is_told_by_the_others(
         await eventually(lambda: not deaf.relay.link.live, "the link to be lost")
         deaf.relay.exporter.write()
         async with operator(await serve_relay(metrics=metrics)) as watching:
-            assert (await watching.hear("metrics"))["link"] == {"live": False, "reason": ""}
+            assert (await watching.hear("metrics"))["link"] == {"live": False, "reason": "", "degraded": ""}
 
 
 async def test_metrics_of_another_process_are_told_apart(serve_relay: ServeRelay) -> None:

@@ -25,7 +25,7 @@ LONGER: dict[str, tuple[int, str]] = {
     "channels.channel": (565, "one join, from its decision to its end, with all that it has in between"),
     "plugins.hooks": (540, "what handlers of every kind are given: the reference of plugins' authors"),
     "config_sections": (570, "every table of the settings, a few lines for each key"),
-    "web.prometheus": (530, "every metric with its meaning, a few lines for each"),
+    "web.prometheus": (545, "every metric with its meaning, a few lines for each"),
     "channels.pubsub": (560, "the bridge between bus and subscribers, in both directions"),
 }
 

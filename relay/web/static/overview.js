@@ -165,6 +165,25 @@ function showLosses(now, past) {
   fill("losses", rows.map(([, row]) => row), "Nothing has been dropped or refused since the start.");
 }
 
+/** A line for each master of a Redis Cluster; nothing where the bus is no cluster. */
+function showShards({ metrics }, fault) {
+  const live = metrics.relay_shard_live;
+  const of = (name, node) => metrics[name][node] ?? 0;
+  const rows = Object.keys(live).sort((one, other) => one.localeCompare(other, "en", { numeric: true })).map((node) => {
+    const row = tableRow(
+      node,
+      live[node] ? "live" : "down",
+      live[node] && of("relay_shard_lag_seconds", node) ? formatMs(1000 * of("relay_shard_lag_seconds", node)) : "–",
+      ...["relay_shard_gaps", "relay_shard_topics", "relay_shard_lingering_topics"].map((name) => formatCount(of(name, node))),
+    );
+    row.cells[1].dataset.tone = live[node] ? "ok" : "bad";
+    return row;
+  });
+  byId("shards-view").hidden = !rows.length;
+  fill("shards", rows, "");
+  if (byId("shards-fault").textContent !== fault) byId("shards-fault").textContent = fault;
+}
+
 /** Where several workers serve, the metrics are of all, the lists of the one that answers. */
 function showWhose(node, workers) {
   const colon = node.lastIndexOf(":");
@@ -219,6 +238,7 @@ function showMetrics(message) {
     for (const chart of charts) chart.show(samples);
     showPlugins(sample, past, message.bounds_s);
     showLosses(sample, past);
+    showShards(sample, message.link.degraded);
   }
 }
 

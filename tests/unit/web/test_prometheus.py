@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from relay import Plugin, Relay
 from relay.config_sections import Overflow
 from relay.errors import DROPPED, Reason
-from relay.metrics import Metrics, ProcessState
+from relay.metrics import Metrics, ProcessState, ShardTopics
 from relay.web.multiprocess import SnapshotStore
 from relay.web.prometheus import METRIC_SPECS, READ_INTERVAL_S, MetricsExporter, dropped_labels
 
@@ -358,3 +358,10 @@ def test_documentation_tells_every_metric() -> None:
     ]
     told = [line for line in DOCS.read_text("utf-8").splitlines() if line.startswith("| `")]
     assert told == rows, "the table of docs/metrics.md should be:\n" + "\n".join(rows)
+
+
+def test_topics_of_a_cluster_are_shown_by_master() -> None:
+    topics = {"one:6379": ShardTopics(3, 1), "two:6379": ShardTopics(0, 2)}
+    shown = read(lone(Metrics(), lambda: state()._replace(shard_topics=topics)))
+    assert [shown["relay_shard_topics", (node,)] for node in topics] == [3, 0]
+    assert [shown["relay_shard_lingering_topics", (node,)] for node in topics] == [1, 2]
