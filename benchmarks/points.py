@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
+from benchmarks import topic_mode
 from benchmarks.compression import COMPRESSED, PLAIN
 from benchmarks.history import AGAIN, REDIS, WITH, WITHOUT
 from benchmarks.scenarios import BROADCASTER, DIRECT, FLOOR, POLICIES, PORTABLE, SOCKETIO, TANGRAM, Row
@@ -18,7 +19,7 @@ YES, NO, UNKNOWN = "reached", "not reached", "not judged"
 
 @dataclass
 class Point:
-    """One line: which of the eleven, what is asked, what came."""
+    """One line: which of them, what is asked, what came."""
 
     number: int
     what: str
@@ -63,9 +64,7 @@ def judge(rows: Sequence[Row]) -> list[Point]:
             )
 
     def most(number: int, what: str, limit: float, unit: str, value: float | None) -> None:
-        got = "–" if value is None else f"{value:.1f} {unit}"
-        verdict = UNKNOWN if value is None else YES if value <= limit else NO
-        points.append(Point(number, what, f"≤ {limit:g} {unit}", got, verdict))
+        points.append(_most(number, what, limit, unit, value))
 
     small, fast, big = "fan-out, 500 sockets, 20/s", "fan-out, 500 sockets, 200/s", "fan-out, 10000 sockets, 5/s"
     ratio(1, "500 sockets, 20/s", 1.4, (small, DIRECT), (small, FLOOR), "floor")
@@ -79,7 +78,8 @@ def judge(rows: Sequence[Row]) -> list[Point]:
     unheard = table.find("events without subscribers", DIRECT)
     most(4, "event without subscribers, 200 000/s", 3, "µs", None if unheard is None else unheard.cpu_us)
     lost = unheard is None or " 0 of " not in f" {unheard.note.split(', ')[-1]}"
-    points.append(Point(4, "of them lost", "none", "–" if unheard is None else unheard.note, NO if lost else YES))
+    said = "–" if unheard is None else unheard.note
+    points.append(Point(4, "of them lost", "none", said, UNKNOWN if unheard is None else NO if lost else YES))
     most(4, "1 000 topics, one socket on each", 25, "µs", table.value("1000 topics", DIRECT))
     join = table.find("connect and join, 10000", DIRECT)
     most(5, "connect and join, 10 000 in a burst", 500, "µs", None if join is None else join.cpu_us)
@@ -96,7 +96,8 @@ def judge(rows: Sequence[Row]) -> list[Point]:
         good = got <= 1.3 and "NOT" not in slow.note
         points.append(Point(8, f"p99 with 10 slow readers, {policy}", "≤ 1.3×, all counted", text, YES if good else NO))
     points += _compression(table)
-    points.append(Point(10, "growth in sockets and topics", "drawn", _growth(rows), YES))
+    growth = _growth(rows)
+    points.append(Point(10, "growth in sockets and topics", "drawn", growth or "–", YES if growth else UNKNOWN))
     one, two = table.find("1 worker,", DIRECT), table.find("2 workers,", DIRECT)
     if one is None or two is None or not one.per_s or not two.per_s:
         points.append(Point(10, "two workers", "≥ 1.8×", "–", UNKNOWN))
@@ -109,23 +110,51 @@ def judge(rows: Sequence[Row]) -> list[Point]:
     share = table.value("publish with history, 10 sockets, saturated", REDIS)
     most(11, "Redis's share of a publish with history", 40, "µs", share)
     ratio(11, "event recovered", 1, ("recovery of", DIRECT), ("live events beside", DIRECT), "live")
-    points.append(_unasked(table))
-    return points
+    # Positions may cost those who do not ask for them no more than two equal relays differ by.
+    asked = [table.find("positions not asked for", server) for server in (WITHOUT, WITH, AGAIN)]
+    points.append(_against_itself(11, "positions, for those who do not ask", asked))
+    return points + _topic_mode(table)
 
 
-def _unasked(table: _Rows) -> Point:
-    """Positions may cost those who do not ask for them no more than twice what two equal relays differ by."""
-    what, target = "positions, for those who do not ask", "≤ 1 + 2 × spread of A/A"
-    rows = [table.find("positions not asked for", server) for server in (WITHOUT, AGAIN, WITH)]
-    first, again, asked = ((found and found.cpu_us and found.rounds) or [] for found in rows)
-    if not first or not again or not asked:
-        return Point(11, what, target, "–", UNKNOWN)
-    control = [other / one for one, other in zip(first, again, strict=True)]
+def _against_itself(number: int, what: str, rows: Sequence[Row | None], limit: float | None = None) -> Point:
+    """Compare a relay with the one that was measured before and after it.
+
+    Args: rows: before, between, after.
+          limit: what the ratio may be; without it, 1 and twice what the other two differ by.
+    """
+    target = "≤ 1 + 2 × spread of A/A" if limit is None else f"≤ {limit:g}×"
+    before, now, after = ((found and found.cpu_us and found.rounds) or [] for found in rows)
+    if not all(before) or not all(now) or not all(after) or not before or not now or not after:
+        return Point(number, what, target, "–", UNKNOWN)
+    control = [other / one for one, other in zip(before, after, strict=True)]
     # Measured between the two others, so that a steady drift of the machine cancels out.
-    got = median(2 * value / (one + other) for one, value, other in zip(first, asked, again, strict=True))
+    got = median(2 * value / (one + other) for one, value, other in zip(before, now, after, strict=True))
     spread = median(abs(value - 1) for value in control)
     text = f"{got:.3f}×; A/A {median(control):.3f}×, spread {spread:.3f}; medians of {len(control)} pairs"
-    return Point(11, what, target, text, YES if got <= 1 + 2 * spread else NO)
+    most = 1 + 2 * spread if limit is None else limit
+    return Point(number, what, target, text, YES if got <= most else NO)
+
+
+def _topic_mode(table: _Rows) -> list[Point]:
+    """Topic mode against the pattern mode before and after it, and what is asked of it alone."""
+    ways = (topic_mode.PATTERN, topic_mode.TOPIC, topic_mode.AGAIN)
+    heard = [table.find("events heard by one socket", way) for way in ways]
+    joined = [table.find(f"connect and join, {topic_mode.SOCKETS} sockets, a topic for each", way) for way in ways]
+    alone = table.value("joins of new topics, one after the other", topic_mode.TOPIC, "p50_ms")
+    again = f"{topic_mode.AGAIN_TOPICS} topics subscribed to again"
+    return [
+        _against_itself(13, "topic mode: event heard by one socket", heard),
+        _against_itself(13, "topic mode: connect and join", joined, 1.15),
+        _most(13, "topic mode: a join alone, p50", 1, "ms", alone),
+        _most(13, f"topic mode: {again}", 2, "s", table.value(again, DIRECT, "seconds")),
+        _most(13, "heartbeat replies meanwhile, p99", 50, "ms", table.value(again, DIRECT, "p99_ms")),
+    ]
+
+
+def _most(number: int, what: str, limit: float, unit: str, value: float | None) -> Point:
+    got = "–" if value is None else f"{value:.1f} {unit}"
+    verdict = UNKNOWN if value is None else YES if value <= limit else NO
+    return Point(number, what, f"≤ {limit:g} {unit}", got, verdict)
 
 
 def _compression(table: _Rows) -> list[Point]:

@@ -94,6 +94,8 @@ class Row:
     load_busy: float | None = None
     per_s: float | None = None
     wire_bytes: int | None = None
+    seconds: float | None = None
+    """Until the last of what was asked for was done, where that is measured."""
     rounds: list[float] | None = None
     """CPU of each round, where rounds are compared one by one."""
     note: str = ""

@@ -27,6 +27,7 @@ SOCKETS = 1000
 _UNHEARD = 20_000
 _JOINS_ALONE = 300
 _AGAIN_SOCKETS, _AGAIN_EACH = 1000, 100
+AGAIN_TOPICS = _AGAIN_SOCKETS * _AGAIN_EACH
 _PATIENCE_S = 120
 
 _BY_TOPIC = {"RELAY_REDIS__PUBLISH_FORM": "topic", "RELAY_REDIS__SUBSCRIBE": "topic"}
@@ -131,7 +132,7 @@ def _topics_of(number: int) -> range:
 
 def topic_mode_again(bench: Bench) -> list[Row]:
     """100 000 topics are subscribed to again after their connection was cut, while sockets send heartbeats."""
-    count = _AGAIN_SOCKETS * _AGAIN_EACH
+    count = AGAIN_TOPICS
     with bench.start(partial(servers.relay, environ=_BY_TOPIC)) as (server, group):
         group.topics = [f"topic:{number:06d}" for number in range(count)]
         _ = group.join(_AGAIN_SOCKETS, topics=_topics_of, at_once=20)
@@ -166,6 +167,7 @@ def topic_mode_again(bench: Bench) -> list[Row]:
         unit="topic",
         p50_ms=percentile(latencies, 0.5),
         p99_ms=percentile(latencies, 0.99),
+        seconds=last_s or None,
         note=f"the first within {first_s:.1f} s, all within {last_s:.1f} s of the cut; {gaps} gap; the latencies are "
         f"those of {len(latencies)} heartbeats meanwhile",
     )
