@@ -1,5 +1,7 @@
 """Which events are still published in a form that relays in topic mode do not receive: ``PUBLISH to:room:1:new_msg …``.
 
+On a cluster also ``PUBLISH topic:room:1 …``, which they receive, but without order and gaps.
+
 Owns the count of `relay check --connect`; must not know who reads it. Listening costs Redis what one relay in pattern
 mode costs it.
 """
@@ -100,7 +102,7 @@ async def _count(connection: RedisConnection, unheard: _Unheard, seconds: float)
 
 
 def _findings(config: Config, unheard: _Unheard, prefixes: Sequence[str], seconds: float) -> Iterator[Finding]:
-    where, within = _named(prefixes), f"within {seconds:g} s"
+    redis, where, within = config.redis, _named(prefixes), f"within {seconds:g} s"
     if not unheard.events:
         yield Finding("redis", f"no events on {where} {within}")
         return
@@ -110,8 +112,11 @@ def _findings(config: Config, unheard: _Unheard, prefixes: Sequence[str], second
     shown = ", ".join(channel for channel, _ in unheard.by_channel.most_common(_NAMED))
     such_as = f"{more}{channels} channels such as {shown}" if channels > _NAMED else shown
     publish = "SPUBLISH" if config.is_cluster else "PUBLISH"
-    instead = f"publish them with {publish} {config.redis.topic_prefix}<topic> '<event>:<payload>'"
-    yield Finding("warning", f"redis: {count}, which relays in topic mode do not receive ({such_as}): {instead}")
+    instead = f"publish them with {publish} {redis.topic_prefix}<topic> '<event>:<payload>'"
+    means = "which relays in topic mode do not receive"
+    if config.is_cluster:
+        means = f"of which relays receive those on {redis.topic_prefix}* without order and gaps, and no others"
+    yield Finding("warning", f"redis: {count}, {means} ({such_as}): {instead}")
 
 
 def _named(prefixes: Sequence[str]) -> str:
