@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import logging
 import os
 import re
 import sys
@@ -108,9 +109,19 @@ def cluster() -> Iterator[Cluster]:
 
 
 @pytest.fixture(autouse=True)
-def log_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`relay serve` in this process would configure the log of all tests that follow."""
+def log_as_it_is(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A command in this process would configure the log of all tests that follow: `relay serve`, `relay plugins`."""
     monkeypatch.setattr("logging.config.dictConfig", lambda config: None)
+    before = _levels()
+    yield
+    for name in _levels():
+        logging.getLogger(name).setLevel(before.get(name, logging.NOTSET))
+
+
+def _levels() -> dict[str, int]:
+    """Of the loggers of relay."""
+    names = [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "relay"]
+    return {name: logging.getLogger(name).level for name in names}
 
 
 @pytest.fixture(autouse=True)

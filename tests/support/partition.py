@@ -38,7 +38,6 @@ class Network:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._servers: list[asyncio.Server] = []
-        self._tasks: set[asyncio.Task[None]] = set()
         self._connections: set[_Connection] = set()
         self._side: frozenset[str] = frozenset()
 
@@ -49,10 +48,6 @@ class Network:
         """Have a port of its own lead to a port of the node that connects from ``address``; returns it."""
 
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.current_task()
-            assert task is not None
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
             await self._serve(address, port, reader, writer)
 
         async def listen() -> asyncio.Server:
@@ -123,9 +118,12 @@ class Network:
         async def end() -> None:
             for server in self._servers:
                 server.close()
-            for task in tuple(self._tasks):
-                task.cancel()
-            _ = await asyncio.gather(*self._tasks, return_exceptions=True)
+            while tasks := asyncio.all_tasks() - {asyncio.current_task()}:  # of connections just accepted too
+                for task in tasks:
+                    _ = task.cancel()
+                _ = await asyncio.gather(*tasks, return_exceptions=True)
+            for _ in range(3):  # what was aborted closes its socket in the next turns of the loop
+                await asyncio.sleep(0)
 
         self._run(end())
         self._loop.call_soon_threadsafe(self._loop.stop)
