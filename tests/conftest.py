@@ -78,12 +78,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.fixturenames.insert(0, "runner")
 
 
+async def _end(tasks: list[asyncio.Task[Any]]) -> None:
+    """Cancel tasks. The runner would wait without a limit for those that resist, so it shall not see them."""
+    for task in tasks:
+        task.cancel()
+    _, resisting = await asyncio.wait(tasks, timeout=5)
+    for task in resisting:
+        asyncio.tasks._unregister_task(task)
+
+
 @pytest.fixture
 def runner() -> Iterator[asyncio.Runner]:
     """The test's event loop; fixtures that need one use it too."""
     with asyncio.Runner() as runner:
         yield runner
         left = [task for task in asyncio.all_tasks(runner.get_loop()) if not task.done()]
+        if left:
+            runner.run(_end(left))
     assert not left, f"tasks left over: {left}"
 
 
