@@ -22,7 +22,7 @@ help: ## show these words
 run: .venv/.run ## start the relay with its own Valkey; ARGS go to `relay serve`
 	@exec $(BIN)/relay serve $(ARGS)
 
-test: .venv/.dev ## run every test (15 to 20 minutes on 2 cores); ARGS go to pytest
+test: .venv/.dev ## run every test (about 20 minutes on 2 cores); ARGS go to pytest
 	@tools/browser.sh
 	@tools/tangram.sh
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)

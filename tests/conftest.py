@@ -23,6 +23,7 @@ from tests.support.serving import Served, serve
 
 NO_SKIP = "TESTS_NO_SKIP"
 _LONGEST = {"test_long_poll_js.py", "test_console.py"}
+"""Files whose tests wait for 20 s and more: for a token's end, for axe."""
 _TIMEOUT_S = 120.0
 
 # A slow machine is no failure; what hangs is cut by the test's own time limit. Few examples in the ordinary run; `make
@@ -67,7 +68,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Three processes for two cores: a third of the tests' time is spent waiting."""
-    return max(1, len(os.sched_getaffinity(0)) * 3 // 2 if sys.platform == "linux" else os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, cores * 3 // 2)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

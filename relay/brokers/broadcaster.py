@@ -87,7 +87,8 @@ class BroadcasterBroker:
         )
         self._outgoing_bytes = 0
         self._under_way: asyncio.Future[None] | None = None
-        # A backend may have one connection for all, which takes one command at a time (asyncpg refuses a second).
+        # A backend may have one connection for all, which takes one command at a time (asyncpg refuses a second). Each
+        # backend gets a lock of its own: a command that hangs on a lost connection must not hold up the next one.
         self._one_at_a_time = asyncio.Lock()
         self._config = config
         self.history: MemoryHistory | None = MemoryHistory(self._notify) if config.has_history else None

@@ -1,6 +1,6 @@
 """Which events are still published in a form that relays in topic mode do not receive: ``PUBLISH to:room:1:new_msg …``.
 
-On a cluster also ``PUBLISH topic:room:1 …``, which they receive, but without order and gaps.
+On a cluster also ``PUBLISH topic:room:1 …``, which they receive, but without order and reports of gaps.
 
 Owns the count of `relay check --connect`; must not know who reads it. Listening costs Redis what one relay in pattern
 mode costs it.
@@ -115,7 +115,9 @@ def _findings(config: Config, unheard: _Unheard, prefixes: Sequence[str], second
     instead = f"publish them with {publish} {redis.topic_prefix}<topic> '<event>:<payload>'"
     means = "which relays in topic mode do not receive"
     if config.is_cluster:
-        means = f"of which relays receive those on {redis.topic_prefix}* without order and gaps, and no others"
+        means = (
+            f"of which relays receive those on {redis.topic_prefix}* without order and reports of gaps, and no others"
+        )
     yield Finding("warning", f"redis: {count}, {means} ({such_as}): {instead}")
 
 

@@ -1,4 +1,4 @@
-"""A cluster whose network can be parted in two, so that each side takes the other for dead.
+"""A cluster whose network can be partitioned, so that each side takes the other for dead.
 
 Each node is announced at ports of proxies, for its clients and for the bus, and connects from an address of its own,
 127.0.0.2 and so on, by which a proxy knows whose connection it is. Programs, such as a relay, come from 127.0.0.1.
@@ -131,7 +131,7 @@ class Network:
         self._loop.close()
 
 
-class PartedNode(Node):
+class PartitionedNode(Node):
     """A node behind the network.
 
     Args: source: the address from which it connects.
@@ -159,7 +159,7 @@ class PartedNode(Node):
             self.ask("CONFIG", "SET", f"cluster-announce-{name}", port)
 
 
-class PartedCluster(Cluster):
+class PartitionedCluster(Cluster):
     """A cluster behind a network of its own."""
 
     def __init__(self, *, binary: str | None = None) -> None:
@@ -169,12 +169,12 @@ class PartedCluster(Cluster):
     def make_node(self) -> Node:
         """A server to be started, with the settings of the others."""
         source = f"127.0.0.{len(self.nodes) + 2}"
-        return PartedNode(self._network, source, *self._arguments, binary=self._binary)
+        return PartitionedNode(self._network, source, *self._arguments, binary=self._binary)
 
     @contextmanager
-    def parted(self, *nodes: Node, with_programs: bool) -> Iterator[None]:
+    def partitioned(self, *nodes: Node, with_programs: bool) -> Iterator[None]:
         """For the block, some nodes, with all programs or without, and the other nodes take each other for dead."""
-        side = {node.source for node in nodes if isinstance(node, PartedNode)}
+        side = {node.source for node in nodes if isinstance(node, PartitionedNode)}
         self._network.part(side | {PROGRAMS} if with_programs else side)
         try:
             yield

@@ -14,7 +14,7 @@ from relay import BusUnavailable
 from tests.support.client import Client
 from tests.support.cluster import Cluster, Node
 from tests.support.cluster_stream import PACE_S, TOPICS, Connect, Publisher, Start, owner_and_other, replica_of, slot
-from tests.support.partition import PartedCluster
+from tests.support.partition import PartitionedCluster
 from tests.support.process import sharded_servers, wait_for
 from tests.support.redis_faults import OK, UNAVAILABLE, ready
 from tests.support.serving import eventually
@@ -24,8 +24,8 @@ FAR = -1_000_000
 
 
 @pytest.fixture(scope="module", params=[None, *sharded_servers()], ids=lambda binary: "redis" if binary else "valkey")
-def parted(request: pytest.FixtureRequest) -> Iterator[PartedCluster]:
-    with PartedCluster(binary=request.param) as cluster:
+def partitioned(request: pytest.FixtureRequest) -> Iterator[PartitionedCluster]:
+    with PartitionedCluster(binary=request.param) as cluster:
         yield cluster
 
 
@@ -64,17 +64,17 @@ async def first_refusal(client: Client, ref: str, topic: str) -> object:
 
 
 async def test_relay_on_the_smaller_side_takes_no_pushes_and_reports_the_gap_at_the_end(
-    start: Start, parted: PartedCluster, connect: Connect
+    start: Start, partitioned: PartitionedCluster, connect: Connect
 ) -> None:
-    async with start(on=parted) as stream:
-        master, _ = await owner_and_other(parted, TOPICS[0])
-        replica = await replica_of(parted, master)
+    async with start(on=partitioned) as stream:
+        master, _ = await owner_and_other(partitioned, TOPICS[0])
+        replica = await replica_of(partitioned, master)
         theirs, stream.affected = stream.topics_of(master), set(TOPICS)
-        quiet, client = await quiet_topic(parted, master), await connect(stream.served)
+        quiet, client = await quiet_topic(partitioned, master), await connect(stream.served)
         ref = await client.join(quiet)
-        far = stream.add_publisher(FAR, others(parted, master))
-        with parted.parted(master, with_programs=True):
-            await until_promoted(replica, others(parted, master))
+        far = stream.add_publisher(FAR, others(partitioned, master))
+        with partitioned.partitioned(master, with_programs=True):
+            await until_promoted(replica, others(partitioned, master))
             await publish_until_taken(far, theirs)
             assert await first_refusal(client, ref, quiet) == UNAVAILABLE
             with pytest.raises(BusUnavailable, match="sees 1 of 3 masters"):
@@ -85,7 +85,7 @@ async def test_relay_on_the_smaller_side_takes_no_pushes_and_reports_the_gap_at_
             await stream.until_heard(theirs)  # what is published on this side
             assert not any(stream.times_told()[topic] for topic in theirs)
         await stream.until_told(TOPICS)
-        await asyncio.to_thread(parted.wait_until_whole)
+        await asyncio.to_thread(partitioned.wait_until_whole)
         await stream.probe()
         newest = await far.publish(TOPICS)
         await eventually(lambda: all(newest in each for each in stream.listener.numbers.values()), "the other side")
@@ -94,30 +94,30 @@ async def test_relay_on_the_smaller_side_takes_no_pushes_and_reports_the_gap_at_
 
 
 async def test_relay_on_the_larger_side_tells_the_topics_of_the_lost_master_alone(
-    start: Start, parted: PartedCluster
+    start: Start, partitioned: PartitionedCluster
 ) -> None:
-    async with start(on=parted) as stream:
-        master, _ = await owner_and_other(parted, TOPICS[0])
+    async with start(on=partitioned) as stream:
+        master, _ = await owner_and_other(partitioned, TOPICS[0])
         stream.affected = stream.topics_of(master)
-        with parted.parted(master, with_programs=False):
+        with partitioned.partitioned(master, with_programs=False):
             await stream.until_told(stream.affected)
             await stream.probe()
         told = stream.times_told()
-        await asyncio.to_thread(parted.wait_until_whole)
+        await asyncio.to_thread(partitioned.wait_until_whole)
         await stream.probe()
         assert stream.times_told() == told, "the end of the partition is no gap"
         assert not stream.served.relay.node.broker.refusal
 
 
 async def test_master_that_is_cut_off_with_its_replica_refuses_its_topics_alone(
-    start: Start, parted: PartedCluster, connect: Connect
+    start: Start, partitioned: PartitionedCluster, connect: Connect
 ) -> None:
     """Nothing takes its place; the others are the majority."""
-    async with start(on=parted) as stream:
-        master, _ = await owner_and_other(parted, TOPICS[0])
+    async with start(on=partitioned) as stream:
+        master, _ = await owner_and_other(partitioned, TOPICS[0])
         stream.affected = stream.topics_of(master)
-        quiet, client = await quiet_topic(parted, master), await connect(stream.served)
-        with parted.parted(master, await replica_of(parted, master), with_programs=False):
+        quiet, client = await quiet_topic(partitioned, master), await connect(stream.served)
+        with partitioned.partitioned(master, await replica_of(partitioned, master), with_programs=False):
             status, body = await ready(stream.served)
             while body["status"] != "degraded":
                 status, body = await ready(stream.served)
