@@ -33,17 +33,18 @@ PNG = b"\x89PNG\r\n\x1a\n"
 TOPIC = "room:console"
 
 
+async def hear(client: Client, heard: list[str]) -> None:
+    """Read all that comes; a client that leaves its buffer full reads no pong either and gives up after 40 s."""
+    while True:
+        heard.append(str(await client.receive_raw()))
+
+
 async def drive(relay: RelayProcess, *flags: str) -> tuple[list[str], tuple[int, str]]:
     """Run the checks against a relay with one client; returns what it got, and how it was closed."""
     heard: list[str] = []
-
-    async def hear() -> None:
-        while True:
-            heard.append(str(await client.receive_raw()))
-
     async with Client.connect(relay.ws) as client:
         await client.join(TOPIC)
-        hearing = asyncio.create_task(hear())
+        hearing = asyncio.create_task(hear(client, heard))
         try:
             assert relay.process is not None
             arguments = (relay.http, TOPIC, f"--pid={relay.process.pid}", *flags)
@@ -88,13 +89,15 @@ async def test_axe_finds_nothing_on_the_pages() -> None:
                     await redis.publish(f"to:{TOPIC}:tick", json.dumps({"text": "x" * 500}))
                     await asyncio.sleep(0.1)
 
-            publishing = asyncio.create_task(publish())
+            under_way = [asyncio.create_task(publish()), asyncio.create_task(hear(client, []))]
             pictures = os.environ.get("TESTS_SCREENSHOTS_PAGES", "")
             try:
                 arguments = ("axe-chromium.mjs", relay.http, TOPIC, pictures)
                 await asyncio.to_thread(run_checks, *arguments, deadline_s=240)
             finally:
-                publishing.cancel()
+                for task in under_way:
+                    task.cancel()
+                _ = await asyncio.gather(*under_way, return_exceptions=True)
 
 
 async def test_console_shows_several_workers_as_one() -> None:
