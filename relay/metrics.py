@@ -98,6 +98,10 @@ class Metrics:
     """Seconds that each took to answer its last ping."""
     shard_gaps: Counter[str] = field(default_factory=Counter)
     """Gaps, by the master at which the topics are heard again."""
+    subscribe_time: defaultdict[str, Histogram] = field(default_factory=lambda: defaultdict(Histogram))
+    """How long Redis took to confirm that a topic is subscribed to, by master of a cluster; "" is one Redis."""
+    resubscribe_time: defaultdict[str, Histogram] = field(default_factory=lambda: defaultdict(Histogram))
+    """For each topic of a gap, the time from the new connection to its confirmation, by the same name."""
     redirects: Counter[str] = field(default_factory=Counter)
     """Times a slot was found to be served by another master, by how that was learned."""
     rejoins_requested: int = 0

@@ -46,6 +46,7 @@ class ShardChannels(TopicChannels):
     def attach(self, writer: ChannelWriter) -> None:
         """Learn that there is a connection: subscribe again to what was heard on the last one."""
         self._writer = writer
+        self._again_since = self._clock()
         self._begin_again()
 
     # Channels whose slots are served by another node.
@@ -85,6 +86,8 @@ class ShardChannels(TopicChannels):
     def adopt(self, channels: Sequence[TopicChannel]) -> None:
         """Subscribe to channels that another node had: those that were missed have their gap reported."""
         asked: list[TopicChannel] = []
+        if not self._missed:
+            self._again_since = self._clock()
         for old in channels:
             if not old.is_wanted and not old.waiters:
                 continue

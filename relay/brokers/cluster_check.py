@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from itertools import count
+from typing import Any
 
 import hiredis
 
@@ -19,6 +20,7 @@ from relay.brokers.redis_check import Examination, Finding, connected
 from relay.brokers.redis_connection import Connections, LinkLost, RedisConnection, is_denied, words
 from relay.brokers.redis_marker import Markers
 from relay.config import Config
+from relay.protocol.topics import glob_escape
 
 
 async def examine_cluster(config: Config) -> list[Finding]:
@@ -104,7 +106,7 @@ class _ShardExamination(Examination):
         subscription.limit_s = redis.timeout_s
         try:
             for channel, pattern in tried.items():
-                reply = await subscription.ask("SSUBSCRIBE", channel)
+                reply = await _subscribed(subscription, "SSUBSCRIBE", channel)
                 if isinstance(reply, hiredis.ReplyError) and "unknown command" in str(reply).lower():
                     yield Finding("warning", f"redis: {self._address}: {NEEDS}")
                     self._is_too_old = True
@@ -112,10 +114,19 @@ class _ShardExamination(Examination):
                 if is_denied(reply):
                     text = f"redis: SSUBSCRIBE {pattern} is refused, so something is not heard"
                     yield Finding("warning", f"{text}: allow +ssubscribe &{pattern}")
+            topics = f"{redis.topic_prefix}*"
+            if is_denied(await _subscribed(subscription, "PSUBSCRIBE", glob_escape(redis.topic_prefix) + "*")):
+                text = f"redis: PSUBSCRIBE {topics} is refused, so events that are published by PUBLISH are not heard"
+                yield Finding("warning", f"{text}: allow +psubscribe &{topics}")
             async for each in self._round_trip(subscription, probe_channel):
                 yield each
         finally:
             await subscription.close()
+
+    @property
+    def _connections_each(self) -> int:
+        """Those to each master, and the one to any of them for what is published by ``PUBLISH``."""
+        return super()._connections_each + 1
 
     async def _round_trip(self, subscription: RedisConnection, channel: str) -> AsyncIterator[Finding]:
         probe = Markers(self._config.redis).next_probe()
@@ -134,3 +145,11 @@ class _ShardExamination(Examination):
             return
         took_ms = 1000 * (time.monotonic() - sent_at)
         yield Finding("probe", f"{self._address}: published and heard again after {took_ms:.1f} ms")
+
+
+async def _subscribed(subscription: RedisConnection, command: str, name: str) -> Any:
+    """Subscribe, and wait for the answer: what comes on other channels meanwhile is passed over."""
+    reply = await subscription.ask(command, name)
+    while isinstance(reply, list) and reply[0] != command.lower().encode():
+        reply = await subscription.reply()
+    return reply

@@ -108,13 +108,18 @@ class Shard(RedisBroker):
         self.push_prefixes: tuple[bytes, ...] = tuple(prefix.encode() for prefix in prefixes)
 
     @property
+    def node(self) -> str:
+        """What metrics call it."""
+        return str(self.endpoint)
+
+    @property
     def _link(self) -> Link:
         return self._state
 
     @_link.setter
     def _link(self, state: Link) -> None:
         self._state = state
-        self._cluster.metrics.shard_live[str(self.endpoint)] = int(state.live)
+        self._cluster.metrics.shard_live[self.node] = int(state.live)
 
     @property
     def topics(self) -> ShardTopics:
@@ -129,11 +134,11 @@ class Shard(RedisBroker):
         if self._cluster.is_replaced(self):
             return  # another one for the same node
         for values in (self.metrics.shard_live, self.metrics.shard_lag_s):
-            _ = values.pop(str(self.endpoint), None)
+            _ = values.pop(self.node, None)
 
     def note_lag(self) -> None:
         """Keep the lag that the subscription has just found; that of the whole link is the longest."""
-        self.metrics.shard_lag_s[str(self.endpoint)] = self.metrics.link_lag_s
+        self.metrics.shard_lag_s[self.node] = self.metrics.link_lag_s
         self.metrics.link_lag_s = max(self.metrics.shard_lag_s.values())
 
     def _has_settings(self) -> bool:
@@ -150,7 +155,7 @@ class Shard(RedisBroker):
 
     def _report_gap(self, sink: Sink, fault: str) -> None:
         """Count it; each channel has a gap of its own, once it is heard again."""
-        self.metrics.shard_gaps[str(self.endpoint)] += 1
+        self.metrics.shard_gaps[self.node] += 1
 
     def role_changed(self, role: Role) -> None:
         """Learn from the publisher that the server is no longer what it was."""

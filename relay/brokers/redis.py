@@ -74,6 +74,9 @@ class RedisBroker:
         topic_mode = config.redis.subscribe == "topic"
         self.needs_subscribe: bool = topic_mode
         self.channels: TopicChannels | None = self._channels_type(config.redis, clock) if topic_mode else None
+        if self.channels is not None:
+            self.channels.subscribe_time = metrics.subscribe_time[self.node]
+            self.channels.resubscribe_time = metrics.resubscribe_time[self.node]
         self.topics_pattern: bytes = b""
         if config.uses_topic_channels and not topic_mode:
             self.topics_pattern = f"{glob_escape(config.redis.topic_prefix)}*".encode()
@@ -90,6 +93,11 @@ class RedisBroker:
         self.is_doubted: bool = False
         # What the Redis user may not do, each logged once.
         self._denied: set[str] = set()
+
+    @property
+    def node(self) -> str:
+        """What metrics call it."""
+        return ""
 
     @property
     def link(self) -> Link:

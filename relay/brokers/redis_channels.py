@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from relay.brokers.redis_connection import LinkLost, name_of
 from relay.config_redis import RedisConfig
 from relay.errors import BusUnavailable
+from relay.metrics import Histogram
 
 _logger = logging.getLogger("relay.redis")
 
@@ -79,6 +80,11 @@ class TopicChannels:
         """Those that are wanted or linger, by the channel's name in Redis."""
         self.count_subscribers: Callable[[str], int] = lambda topic: 0
         """Says how many subscribers a topic has here."""
+        self.subscribe_time: Histogram = Histogram()
+        """How long confirmations took that joins have waited for."""
+        self.resubscribe_time: Histogram = Histogram()
+        """How long those of missed topics took, since `attach`."""
+        self._again_since: float = 0.0
         self._writer: ChannelWriter | None = None
         # Why there is no connection, or why there was none before this one.
         self.reason: str = "not started"
@@ -244,6 +250,8 @@ class TopicChannels:
             channel.is_missed = False
             self._missed -= 1
             self._recovered.append(channel.topic)
+        else:
+            self.subscribe_time.observe(self._clock() - channel.asked_at)
         self._answer(channel, None)
 
     def refuse(self, fault: str) -> None:
@@ -271,6 +279,9 @@ class TopicChannels:
         if len(self._unconfirmed) <= WINDOW - PORTION:
             self._room.set()
         recovered, self._recovered = self._recovered, []
+        if recovered:
+            topics = len(recovered) - recovered.count("")
+            self.resubscribe_time.observe(self._clock() - self._again_since, topics)
         return recovered
 
     # Connections.
@@ -278,6 +289,7 @@ class TopicChannels:
     def attach(self, writer: ChannelWriter) -> None:
         """Learn that there is a connection: subscribe again to what was heard on the last one."""
         self._writer = writer
+        self._again_since = self._clock()
         if self._missed:
             self._again = asyncio.create_task(self._guard_again(writer), name="relay-redis-resubscribe")
 

@@ -194,8 +194,7 @@ class Examination:
         if most is None or not most.isdecimal():
             return
         config, used = self._config, (await self._info("clients") or {}).get("connected_clients", "")
-        each = 2 + config.has_history + config.has_presence
-        need = each * config.workers
+        need = self._connections_each * config.workers
         text = f"maxclients {most}; a relay with {config.workers} process{'es' * (config.workers > 1)} takes {need}"
         if used:
             text += f", and {used} {'is' if used == '1' else 'are'} in use"
@@ -203,6 +202,11 @@ class Examination:
             yield Finding("warning", f"redis: {text}: not enough")
         else:
             yield Finding("limits", text)
+
+    @property
+    def _connections_each(self) -> int:
+        """The most connections that one process has to this server."""
+        return 2 + self._config.has_history + self._config.has_presence
 
     async def _setting(self, name: str) -> str | None:
         """A setting of the server; None where the user may not ask."""

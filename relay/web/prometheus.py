@@ -117,6 +117,10 @@ def _gauge(
     return MetricSpec(f"relay_{name or field}", "gauge", meaning, labels, _of(field), merge)
 
 
+def _histogram(field: str, meaning: str, *labels: str) -> MetricSpec:
+    return MetricSpec(f"relay_{field.removesuffix('_time')}_seconds", "histogram", meaning, labels, _of(field))
+
+
 def _of_process(read_process: "Callable[[psutil.Process], float]") -> Source:
     """Read a metric of the process; without psutil there is none."""
 
@@ -180,13 +184,7 @@ METRIC_SPECS: tuple[MetricSpec, ...] = (
     _counter("deliveries", "Frames of events written, or queued, for a socket."),
     _counter("delivered_bytes", "Bytes of those frames, before compression and without their WebSocket headers."),
     _counter("cut_off_bytes", "Bytes written to sockets that were cut off before the kernel had accepted them."),
-    MetricSpec(
-        "relay_fan_out_seconds",
-        "histogram",
-        "For each event, the time from its arrival at the hub to the last of its deliveries.",
-        (),
-        _of("fan_out"),
-    ),
+    _histogram("fan_out", "For each event, the time from its arrival at the hub to the last of its deliveries."),
     MetricSpec(
         "relay_outbox_bytes",
         "gauge",
@@ -275,6 +273,16 @@ METRIC_SPECS: tuple[MetricSpec, ...] = (
         merge=max,
         name="shard_lag_seconds",
     ),
+    _histogram(
+        "subscribe_time",
+        "Time until Redis confirmed the subscription of a join, by master of a cluster; `node` is empty on one Redis.",
+        "node",
+    ),
+    _histogram(
+        "resubscribe_time",
+        "For each topic of a gap, the time from the new connection until Redis confirmed it, by the same label.",
+        "node",
+    ),
     MetricSpec(
         "relay_shard_topics",
         "gauge",
@@ -299,12 +307,10 @@ METRIC_SPECS: tuple[MetricSpec, ...] = (
     _counter("topic_deliveries", "Deliveries of those events, by the same pattern.", "topic"),
     _counter("plugin_calls", "Handlers and services called, by plugin.", "plugin"),
     _counter("plugin_errors", "Handlers that raised an exception or timed out, by plugin.", "plugin"),
-    MetricSpec(
-        "relay_plugin_seconds",
-        "histogram",
+    _histogram(
+        "plugin_time",
         "Duration of handler calls, including waiting, by plugin; services are not included.",
-        ("plugin",),
-        _of("plugin_time"),
+        "plugin",
     ),
     _counter(
         "webhook_requests",
@@ -313,13 +319,7 @@ METRIC_SPECS: tuple[MetricSpec, ...] = (
         "outcome",
         split=webhook_labels,
     ),
-    MetricSpec(
-        "relay_webhook_seconds",
-        "histogram",
-        "Duration of those requests, including waiting, by webhook.",
-        ("webhook",),
-        _of("webhook_time"),
-    ),
+    _histogram("webhook_time", "Duration of those requests, including waiting, by webhook.", "webhook"),
     _gauge("webhook_pending", "Requests to webhooks in progress or waiting, by webhook.", "webhook"),
     _gauge(
         "webhook_open",

@@ -395,13 +395,20 @@ async def test_check_examines_each_master(cluster: Cluster) -> None:
 
 
 async def test_check_names_what_a_user_may_not_do(cluster: Cluster) -> None:
-    rights = "reset on >pw resetchannels &topic:* &from:* &relay:* +@all -spublish -ssubscribe".split()
+    rights = "reset on >pw resetchannels &topic:* &from:* &relay:* +@all -spublish -ssubscribe -psubscribe".split()
     for node in cluster.nodes:
         await asyncio.to_thread(node.ask, "ACL", "SETUSER", "weak", *rights)
     found = await examine_cluster(Config(redis_url=cluster.url.replace("://", "://weak:pw@")))
     warnings = " ".join(each.text for each in found if each.about == "warning")
     assert "+ssubscribe &topic:*" in warnings
     assert "+spublish &topic:*" in warnings
+    assert "events that are published by PUBLISH are not heard: allow +psubscribe &topic:*" in warnings
+
+
+async def test_check_counts_the_connections_of_a_process(cluster: Cluster) -> None:
+    """Two to each master, one for each store, and one to any of them for what is published by PUBLISH."""
+    texts = [each.text for each in await examine_cluster(Config(redis_url=cluster.url, workers=4, **STORES))]
+    assert any("a relay with 4 processes takes 20" in text for text in texts), texts
 
 
 async def test_check_says_what_a_cluster_behind_a_plain_address_needs(cluster: Cluster) -> None:

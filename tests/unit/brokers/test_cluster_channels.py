@@ -57,6 +57,27 @@ async def test_topic_that_was_unsubscribed_unasked_has_its_gap_at_the_next_node(
     new.close()
 
 
+async def test_time_of_topics_that_have_moved_begins_with_the_move_and_leaves_out_channels_of_nodes() -> None:
+    now = 100.0
+    old, _ = node()
+    new = ShardChannels(RedisConfig(linger_s=0), lambda: now)
+    new.want(b"relay:control", lambda payload: None)
+    new.attach(Writer())
+    await asyncio.sleep(0.01)
+    new.confirm()
+    assert (new.take_recovered(), new.resubscribe_time.count) == ([""], 0)
+    await heard(old, "a")
+    now += 60
+    new.adopt(old.withdraw([A]))
+    await asyncio.sleep(0.01)
+    now += 0.25
+    new.confirm()
+    assert new.take_recovered() == ["a"]
+    assert (new.resubscribe_time.count, new.resubscribe_time.sum_s) == (1, pytest.approx(0.25))
+    old.close()
+    new.close()
+
+
 async def test_gap_that_was_not_reported_yet_is_reported_by_the_next_node() -> None:
     """The topic had just been heard again where it is served no more."""
     old, _ = node()

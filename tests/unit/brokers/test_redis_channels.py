@@ -117,6 +117,31 @@ async def test_topics_are_unsubscribed_in_portions_after_the_linger() -> None:
     channels.close()
 
 
+async def test_time_until_a_confirmation_is_kept_apart_for_joins_and_for_topics_of_a_gap() -> None:
+    now = 100.0
+    channels, writer = TopicChannels(RedisConfig(), lambda: now), Writer()
+    channels.attach(writer)
+    tasks = await join(channels, "a", "b")
+    now += 0.002
+    channels.confirm()
+    now += 0.005
+    channels.confirm()
+    await asyncio.gather(*tasks)
+    assert channels.subscribe_time.count == 2
+    assert channels.subscribe_time.sum_s == pytest.approx(0.002 + 0.007)
+    channels.detach("cut")
+    now += 30  # without a connection
+    channels.attach(writer)
+    await until(lambda: len(writer.writes) == 2)
+    now += 0.5
+    channels.confirm()
+    channels.confirm()
+    assert channels.take_recovered() == ["a", "b"]
+    assert (channels.resubscribe_time.count, channels.resubscribe_time.sum_s) == (2, pytest.approx(2 * 0.5))
+    assert channels.subscribe_time.count == 2
+    channels.close()
+
+
 async def test_leave_during_the_subscribe_unsubscribes_behind_it() -> None:
     """And a join that comes then is confirmed by its own SUBSCRIBE, not by the first one."""
     channels, writer = attached(linger_s=0)
