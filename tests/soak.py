@@ -1,7 +1,9 @@
 """An hour of churn and faults against one ``relay serve``: memory must not grow, nor an event be lost: ``make soak``.
 
 Sockets come, join, push, leave, rejoin, go in good order, vanish with a reset, send nonsense, stop to read or are
-refused, others poll, requests share connections; Redis is cut off, paused, killed and restarted. Meanwhile followers
+refused, others poll, requests share connections; Redis is cut off, paused, killed and restarted. Once a minute many
+stop to read at once, and the relay is suspended: what its memory grows to is decided by these peaks, which are all
+alike, and not by when the machine is busy. Meanwhile followers
 of a topic with a history are cut and come back with their positions, and what they got is compared with what Redis
 has acknowledged. Once a minute a line says what the relay holds. Exits 1 where the relay has logged a traceback,
 where a follower has seen an event twice, has missed one while it was said to have recovered, or hears nothing any
@@ -22,6 +24,7 @@ import asyncio
 import json
 import random
 import re
+import signal
 import statistics
 import sys
 import tempfile
@@ -52,6 +55,9 @@ from tests.support.process import RelayProcess, Valkey
 SOCKETS = 100
 TOPICS = 30
 EVENTS_PER_S = 100
+PEAK_SOCKETS = 25
+PEAK_S = 20.0
+SUSPENDED_S = 2.0
 FOLLOWED = "followed:1"
 FOLLOWERS = 6
 HISTORY = {"size": 10_000, "ttl_s": 600}
@@ -128,12 +134,12 @@ async def babble(url: str) -> None:
         await client.expect_closed()
 
 
-async def dawdle(url: str) -> None:
+async def dawdle(url: str, seconds: float | None = None) -> None:
     """Join and read nothing."""
     async with RawSocket.connect(url, receive_buffer=4096) as client:
         for number in range(10):
             await client.send_frame(TEXT, json.dumps([str(number), str(number), topic(), "phx_join", {}]).encode())
-        await asyncio.sleep(random.uniform(0, 20))
+        await asyncio.sleep(random.uniform(0, 20) if seconds is None else seconds)
 
 
 async def poll(url: str) -> None:
@@ -269,6 +275,27 @@ async def break_redis(server: Valkey, end: float) -> None:
             await asyncio.to_thread(server.start)
 
 
+async def press(relay: RelayProcess, end: float) -> None:
+    """A peak each minute: many sockets that do not read, and a process that gets no processor."""
+
+    async def stop_reading() -> None:
+        with suppress(*GONE):
+            await dawdle(relay.ws, PEAK_S)
+
+    assert relay.process is not None
+    await asyncio.sleep(5)
+    while time.monotonic() + PEAK_S < end:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(PEAK_SOCKETS):
+                group.create_task(stop_reading())
+            await asyncio.sleep(PEAK_S / 2)
+            relay.process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(SUSPENDED_S)
+            relay.process.send_signal(signal.SIGCONT)
+        done["peaks"] += 1
+        await asyncio.sleep(60 - PEAK_S)
+
+
 async def watch(relay: RelayProcess, minutes: float, started: float) -> tuple[float, float]:
     """Print a line each minute; returns the median memory of the second sixth of the time and of the last, in MiB."""
     assert relay.process is not None
@@ -300,6 +327,7 @@ async def run(minutes: float) -> int:
                 group.create_task(lead_a_life(relay.ws, end))
             group.create_task(publish(server.url, end))
             group.create_task(break_redis(server, end))
+            group.create_task(press(relay, end))
             present = group.create_task(keep_present(end))
             following = group.create_task(follow(relay.ws, server.url, end))
             watching = group.create_task(watch(relay, minutes, started))
