@@ -77,7 +77,7 @@ async def test_socket_that_is_closed_is_cut_in_time_on_uvicorn(
 
         began = time.monotonic()
         await eventually(lambda: not app.node.sockets and not is_open(), "the connection to be cut")
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < 8
 
 
 async def test_client_that_closes_and_does_not_read_is_cut_in_time(valkey: Valkey, redis: Redis) -> None:
@@ -135,7 +135,7 @@ async def test_relay_is_done_in_time_with_a_socket_that_another_server_keeps(
                 began = time.monotonic()
                 assert (await operator.delete("/sockets", params={"id": socket_id})).is_success
             await eventually(lambda: "returned" in app.output, "the relay's coroutine to return")
-            assert time.monotonic() - began < 4
+            assert time.monotonic() - began < 8
 
 
 # Before the handshake is decided.

@@ -21,7 +21,7 @@ WATCHFUL = FAST | {"ping_interval_s": 0.5, "ping_timeout_s": 0.25}
 PATIENT = WATCHFUL | {"ping_timeout_s": 2.0}
 """For what must not be taken for a loss on a slow machine."""
 NOTICED_S = 0.5 + 2 * 0.25
-SLACK_S = 2.0
+SLACK_S = 4.0
 """What a loaded machine may add."""
 
 
