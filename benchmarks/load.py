@@ -48,9 +48,11 @@ class Publisher:
         self._socket.close()
 
 
-def publish_command(redis_channel: bytes, message: bytes) -> bytes:
-    """``PUBLISH`` as Redis wants it on the wire."""
-    return b"*3\r\n$7\r\nPUBLISH\r\n$%d\r\n%s\r\n$%d\r\n%s\r\n" % (
+def publish_command(redis_channel: bytes, message: bytes, command: bytes = b"PUBLISH") -> bytes:
+    """``PUBLISH``, or ``SPUBLISH``, as Redis wants it on the wire."""
+    return b"*3\r\n$%d\r\n%s\r\n$%d\r\n%s\r\n$%d\r\n%s\r\n" % (
+        len(command),
+        command,
         len(redis_channel),
         redis_channel,
         len(message),
@@ -316,7 +318,9 @@ class Group:
         deaf = sum(client.received == 0 for client in clients)
         raise LoadError(f"the first event did not reach all alike: {deaf} of {len(clients)} sockets got nothing")
 
-    def sender(self, publisher: Publisher, frame_bytes: int | None = None) -> Callable[[int], None]:
+    def sender(
+        self, publisher: Publisher, frame_bytes: int | None = None, command: bytes = b"PUBLISH"
+    ) -> Callable[[int], None]:
         """A function that publishes the n-th event, on the topics in turn."""
         dialect, topics, send = self.dialect, self.topics, publisher.send
         size = payload_bytes(topics[0]) if frame_bytes is None else payload_bytes(topics[0], frame_bytes)
@@ -324,7 +328,7 @@ class Group:
 
         def publish(number: int) -> None:
             body = payload(number, time.time_ns(), size)
-            send(publish_command(*dialect.publication(topics[number % count], body)))
+            send(publish_command(*dialect.publication(topics[number % count], body), command))
 
         return publish
 

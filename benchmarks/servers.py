@@ -216,12 +216,14 @@ def relay(
     environ: dict[str, str] | None = None,
     on: set[int] | None = None,
     program: tuple[Path, Path] | None = None,
+    redis_url: str = "",
 ) -> Iterator[Server]:
     """``relay serve``: the direct path.
 
     Args: program: another relay than this: the interpreter, and the directory that holds the package.
+          redis_url: another Redis than the one of the run.
     """
-    arguments = ["--redis-url", f"redis://127.0.0.1:{redis_port}", "--workers", str(workers)]
+    arguments = ["--redis-url", redis_url or f"redis://127.0.0.1:{redis_port}", "--workers", str(workers)]
     process = RelayProcess(*arguments, environ={**_RELAY_ENVIRON, **(environ or {})}, program=program)
     with cores.of_server(on):
         process.start()

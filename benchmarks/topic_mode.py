@@ -33,7 +33,7 @@ _PATIENCE_S = 120
 _BY_TOPIC = {"RELAY_REDIS__PUBLISH_FORM": "topic", "RELAY_REDIS__SUBSCRIBE": "topic"}
 
 
-class _ByTopic(Phoenix):
+class ByTopic(Phoenix):
     """Events are published on the channel of their topic."""
 
     def publication(self, topic: str, payload: bytes) -> tuple[bytes, bytes]:
@@ -58,7 +58,7 @@ def topic_mode(bench: Bench) -> list[Row]:
             environ = _BY_TOPIC if way == TOPIC else {}
             with bench.start(partial(servers.relay, environ=environ)) as (server, group):
                 if way == TOPIC:
-                    group.dialect = _ByTopic()
+                    group.dialect = ByTopic()
                 _measure(bench, server, group, found[way])
     things = {
         "join": (f"connect and join, {SOCKETS} sockets, a topic for each", "socket"),
@@ -71,7 +71,7 @@ def topic_mode(bench: Bench) -> list[Row]:
         for way, figures in found.items():
             rounds: list[float] = getattr(figures, thing)
             rows.append(Row(what, way, cpu_us=median(rounds), unit=unit, rounds=rounds))
-        rows[-2].note = _compared(*(getattr(figures, thing) for figures in found.values()))
+        rows[-2].note = compared(*(getattr(figures, thing) for figures in found.values()))
     for way, figures in found.items():
         p50, p99 = percentile(figures.alone_ms, 0.5), percentile(figures.alone_ms, 0.99)
         rows.append(Row("joins of new topics, one after the other", way, unit="join", p50_ms=p50, p99_ms=p99))
@@ -80,16 +80,14 @@ def topic_mode(bench: Bench) -> list[Row]:
     return rows
 
 
-def _compared(pattern: list[float], topic: list[float], again: list[float]) -> str:
+def compared(pattern: list[float], topic: list[float], again: list[float]) -> str:
     """Against the mean of the two runs around it, so that a steady drift of the machine cancels out."""
     if not all(pattern) or not all(again):
         return ""
     ratio = median(2 * value / (one + other) for one, value, other in zip(pattern, topic, again, strict=True))
     control = [other / one for one, other in zip(pattern, again, strict=True)]
     spread = median(abs(value - 1) for value in control)
-    return (
-        f"{ratio:.3f}×; pattern mode against itself {median(control):.3f}×, spread {spread:.3f}; {len(control)} pairs"
-    )
+    return f"{ratio:.3f}×; the first against itself {median(control):.3f}×, spread {spread:.3f}; {len(control)} pairs"
 
 
 def _measure(bench: Bench, server: Server, group: Group, figures: _Figures) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import topic_mode
+from benchmarks import cluster, topic_mode
 from benchmarks.points import NO, UNKNOWN, YES, judge
 from benchmarks.scenarios import DIRECT, Row
 
@@ -26,8 +26,8 @@ def rows(
     return [*found, Row(again, DIRECT, cpu_us=10, seconds=seconds, p99_ms=p99_ms)]
 
 
-def verdicts(rows: list[Row]) -> list[str]:
-    return [point.verdict for point in judge(rows) if point.number == 13]
+def verdicts(rows: list[Row], number: int = 13) -> list[str]:
+    return [point.verdict for point in judge(rows) if point.number == number]
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,20 @@ def test_target_of_topic_mode_that_is_missed_is_said(costs: dict[str, float], pl
     assert verdicts(rows()) == expected
     expected[place] = NO
     assert verdicts(rows(**costs)) == expected
+
+
+@pytest.mark.parametrize(
+    ("shared", "others", "expected"), [(1.02, 0.1, [YES, YES]), (1.06, 0.1, [NO, YES]), (1.02, 0.11, [YES, NO])]
+)
+def test_target_of_a_cluster_that_is_missed_is_said(shared: float, others: float, expected: list[str]) -> None:
+    """With a cluster of one master that differs from itself by 2 %."""
+    scenario = f"events on {cluster.SOCKETS} topics of a cluster, saturated"
+    found = [
+        Row(scenario, f"Redis, {way}", cpu_us=10 * times, rounds=[10 * times, 11 * times])
+        for way, times in zip(cluster.MASTERS, (1.0, shared, 1.02), strict=True)
+    ]
+    rows = [*found, Row("events of another node's topics", cluster.OTHERS, cpu_us=others)]
+    assert verdicts(rows, 14) == expected
 
 
 def test_what_was_not_measured_is_not_judged() -> None:
