@@ -33,18 +33,17 @@ PNG = b"\x89PNG\r\n\x1a\n"
 TOPIC = "room:console"
 
 
-async def hear(client: Client, heard: list[str]) -> None:
-    """Read all that comes; a client that leaves its buffer full reads no pong either and gives up after 40 s."""
-    while True:
-        heard.append(str(await client.receive_raw()))
-
-
 async def drive(relay: RelayProcess, *flags: str) -> tuple[list[str], tuple[int, str]]:
     """Run the checks against a relay with one client; returns what it got, and how it was closed."""
     heard: list[str] = []
+
+    async def hear() -> None:
+        while True:
+            heard.append(str(await client.receive_raw()))
+
     async with Client.connect(relay.ws) as client:
         await client.join(TOPIC)
-        hearing = asyncio.create_task(hear(client, heard))
+        hearing = asyncio.create_task(hear())
         try:
             assert relay.process is not None
             arguments = (relay.http, TOPIC, f"--pid={relay.process.pid}", *flags)
@@ -89,7 +88,7 @@ async def test_axe_finds_nothing_on_the_pages() -> None:
                     await redis.publish(f"to:{TOPIC}:tick", json.dumps({"text": "x" * 500}))
                     await asyncio.sleep(0.1)
 
-            under_way = [asyncio.create_task(publish()), asyncio.create_task(hear(client, []))]
+            under_way = [asyncio.create_task(publish()), asyncio.create_task(_drain(client))]
             pictures = os.environ.get("TESTS_SCREENSHOTS_PAGES", "")
             try:
                 arguments = ("axe-chromium.mjs", relay.http, TOPIC, pictures)
@@ -180,6 +179,7 @@ async def busy(relay: RelayProcess) -> AsyncIterator[None]:
 
 
 async def _drain(client: Client) -> None:
+    """Read what comes: a client whose buffer is full reads no pong either, and gives up after 40 s."""
     while True:
         await client.connection.recv()
 
