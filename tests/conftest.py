@@ -18,13 +18,14 @@ from redis.asyncio import Redis
 from relay import Relay
 from tests.support.client import Client
 from tests.support.cluster import Cluster
+from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess, Valkey, old_redis
 from tests.support.serving import Served, serve
 
 NO_SKIP = "TESTS_NO_SKIP"
 _LONGEST = {"test_long_poll_js.py", "test_console.py"}
 """Files whose tests wait for 20 s and more: for a token's end, for axe."""
-_TIMEOUT_S = 120.0
+_TIMEOUT_S = 120.0 * PATIENCE
 
 # A slow machine is no failure; what hangs is cut by the test's own time limit. Few examples in the ordinary run; `make
 # fuzz` takes more.

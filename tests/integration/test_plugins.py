@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.request import urlopen
 
@@ -1476,8 +1477,8 @@ async def test_foreign_channels_need_redis() -> None:
 @pytest.fixture
 def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Services are started again at once; the list holds the waits there would have been."""
-    monkeypatch.setattr(node, "_SERVICE_BACKOFF_S", 0.01)
-    monkeypatch.setattr(node, "_SERVICE_BACKOFF_MAX_S", 0.04)
+    monkeypatch.setattr(node, "_SERVICE_BACKOFF_S", 10)
+    monkeypatch.setattr(node, "_SERVICE_BACKOFF_MAX_S", 40)
     waits: list[float] = []
 
     def uniform(low: float, high: float) -> float:
@@ -1489,9 +1490,13 @@ def quick_backoff(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 async def test_service_that_dies_is_started_again_with_back_off_and_counted(
-    serve_plugin: ServePlugin, quick_backoff: list[float], caplog: pytest.LogCaptureFixture
+    serve_plugin: ServePlugin,
+    quick_backoff: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    plugin, runs = Plugin("dying"), []
+    plugin, runs, clock = Plugin("dying"), [], SimpleNamespace(now=0.0)
+    monkeypatch.setattr(node, "time", SimpleNamespace(monotonic=lambda: clock.now))
     forever = asyncio.Event()
 
     async def cancelled_by_itself() -> None:
@@ -1513,7 +1518,7 @@ async def test_service_that_dies_is_started_again_with_back_off_and_counted(
             case 5:
                 sys.exit("usage")
             case 6:
-                await asyncio.sleep(0.05)  # it has lived long enough for the wait to begin anew
+                clock.now += 41  # it has lived long enough for the wait to begin anew
             case 7:
                 await forever.wait()
 
@@ -1522,7 +1527,7 @@ async def test_service_that_dies_is_started_again_with_back_off_and_counted(
     assert set(runs) == {served.relay}
     assert +served.relay.metrics.plugin_errors == {"dying": 4}
     assert +served.relay.metrics.plugin_calls == {"dying": 7}
-    assert quick_backoff == [0.01, 0.02, 0.04, 0.04, 0.04, 0.01]
+    assert quick_backoff == [10, 20, 40, 40, 40, 10]
     assert len(errors_of(caplog)) == 1
     assert "service" in errors_of(caplog)[0].getMessage()
     assert "has ended; starting it again" in caplog.text

@@ -13,7 +13,9 @@ from urllib.parse import urlsplit
 import websockets
 from websockets.asyncio.client import ClientConnection
 
-DEADLINE_S = 20.0
+from tests.support.patience import PATIENCE
+
+DEADLINE_S = 20.0 * PATIENCE
 
 
 class Client:

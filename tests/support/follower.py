@@ -17,6 +17,7 @@ import websockets
 from relay.brokers.base import Place
 from relay.errors import BusUnavailable
 from tests.support.client import Client
+from tests.support.patience import PATIENCE
 
 
 class Source:
@@ -173,6 +174,6 @@ class Follower:
 async def progress(followers: list[Follower], count: int = 30, deadline_s: float = 30.0) -> None:
     """Wait until each has received so many events more."""
     goals = [follower.count + count for follower in followers]
-    async with asyncio.timeout(deadline_s):
+    async with asyncio.timeout(deadline_s * PATIENCE):
         while any(each.count < goal for each, goal in zip(followers, goals, strict=True)):  # noqa: ASYNC110 - other processes'
             await asyncio.sleep(0.01)

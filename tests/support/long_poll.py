@@ -10,7 +10,9 @@ from typing import Any
 
 import httpx2 as httpx
 
-DEADLINE_S = 20.0
+from tests.support.patience import PATIENCE
+
+DEADLINE_S = 20.0 * PATIENCE
 
 Answer = dict[str, Any]
 

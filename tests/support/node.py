@@ -17,8 +17,10 @@ from typing import Any
 import pytest
 import redis
 
+from tests.support.patience import PATIENCE
+
 SCRIPTS = Path(__file__).parents[1] / "js"
-DEADLINE_S = 60.0
+DEADLINE_S = 60.0 * PATIENCE
 """How long a whole script may take on a slow machine; one takes a few seconds when all is well."""
 
 _MIN_NODE = 18
@@ -113,8 +115,9 @@ class Script:
         assert self._process.stderr is not None
         self._errors.extend(self._process.stderr)
 
-    def lines(self, deadline_s: float = DEADLINE_S) -> Iterator[dict[str, Any]]:
+    def lines(self, deadline_s: float = 60.0) -> Iterator[dict[str, Any]]:
         """What the script says, until it ends; fails when it takes too long."""
+        deadline_s *= PATIENCE
         end = time.monotonic() + deadline_s
         while True:
             try:
@@ -156,7 +159,7 @@ def run_checks(
     name: str,
     *arguments: str,
     redis_url: str | None = None,
-    deadline_s: float = DEADLINE_S,
+    deadline_s: float = 60.0,
     act: Callable[[dict[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
     """Run a script to its end and publish what it waits for; fails with every check that failed.

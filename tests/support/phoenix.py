@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from typing import cast
 
 from tests.support.client import CLOSE, TEXT, client_frame
+from tests.support.patience import PATIENCE
 
 RECONNECT_MS = (10, 50, 100, 150, 200, 250, 500, 1000, 2000, 5000)
 REJOIN_S = (1, 2, 5, 10)
@@ -203,7 +204,7 @@ async def phoenix_clients(
 
 async def until_joined(clients: list[PhoenixClient], deadline_s: float = 20.0) -> None:
     """Wait until all have joined."""
-    async with asyncio.timeout(deadline_s):
+    async with asyncio.timeout(deadline_s * PATIENCE):
         while not all(client.joined for client in clients):  # noqa: ASYNC110 - many clients' state
             await asyncio.sleep(0.01)
 

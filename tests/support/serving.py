@@ -15,6 +15,7 @@ import uvicorn
 from redis.asyncio import Redis
 
 from relay import Relay
+from tests.support.patience import PATIENCE
 
 
 @dataclass
@@ -96,7 +97,7 @@ async def serve(
 
 async def eventually(condition: Callable[[], object], what: str, deadline_s: float = 20.0) -> None:
     """Wait in the event loop until ``condition()`` is true."""
-    end = time.monotonic() + deadline_s
+    end = time.monotonic() + deadline_s * PATIENCE
     while not condition():
         assert time.monotonic() < end, f"timed out waiting for {what}"
         await asyncio.sleep(0.002)

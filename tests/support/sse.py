@@ -10,7 +10,9 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any, NamedTuple
 from urllib.parse import urlencode, urlsplit
 
-DEADLINE_S = 20.0
+from tests.support.patience import PATIENCE
+
+DEADLINE_S = 20.0 * PATIENCE
 
 
 class StreamEvent(NamedTuple):

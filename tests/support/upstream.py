@@ -4,7 +4,9 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-_TIMEOUT_S = 20.0
+from tests.support.patience import PATIENCE
+
+_TIMEOUT_S = 20.0 * PATIENCE
 
 
 class Exchange:

@@ -15,6 +15,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from tests.support.client import Client
+from tests.support.patience import PATIENCE
 
 PACE_S = 0.003
 
@@ -115,7 +116,7 @@ class Witness:
     async def until(self, condition: object, deadline_s: float = 20.0) -> None:
         """Wait until ``condition()``."""
         assert callable(condition)
-        async with asyncio.timeout(deadline_s):
+        async with asyncio.timeout(deadline_s * PATIENCE):
             while not condition():  # noqa: ASYNC110 - what is waited for is another process's
                 await asyncio.sleep(0.01)
 

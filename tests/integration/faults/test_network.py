@@ -18,6 +18,7 @@ from relay.plugins import Plugin
 from relay.plugins.hooks import Push
 from tests.support.client import CLOSE, TEXT, Client, RawSocket, client_frame
 from tests.support.faults import lossy_network
+from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess, Valkey
 from tests.support.serving import Served, eventually, heard_on, http_get, metric, serve
 from tests.support.witness import Ticker, Witness
@@ -43,7 +44,7 @@ async def program(*command: str) -> AsyncIterator[Process]:
 
 async def until_metric(relay: RelayProcess, name: str, value: float, deadline_s: float = 20) -> str:
     """Wait until one metric of ``/metrics``, of the direct path, has this value; returns them all."""
-    async with asyncio.timeout(deadline_s):
+    async with asyncio.timeout(deadline_s * PATIENCE):
         while metric(metrics := (await http_get(f"{relay.http}/metrics"))[1], name, path="direct") != value:  # noqa: ASYNC110 - another process's state
             await asyncio.sleep(0.05)
     return metrics
