@@ -54,7 +54,7 @@ cover: .venv/.dev ## run every test and say which branches none of them took
 	$(BIN)/coverage run -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS) || failed=$$?; \
 		$(BIN)/coverage combine --quiet && $(BIN)/coverage report && exit $${failed:-0}
 
-bench: .venv/.dev ## measure what a delivered frame costs (4 minutes); ARGS="--against REV" compares with a revision
+bench: .venv/.dev ## measure what a delivered frame costs (15 minutes); ARGS="--against REV" compares with a revision
 	$(BIN)/python -m benchmarks $(ARGS)
 
 bench-full: .venv/.dev

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -476,9 +477,27 @@ async def test_heartbeats_are_sent_and_one_without_an_answer_means_a_new_connect
 
 
 async def test_relay_answers_heartbeats(served: Served, caplog: pytest.LogCaptureFixture) -> None:
-    async with connect(served.ws, heartbeat_s=0.01) as socket:
+    async with connect(served.ws, heartbeat_s=0.2) as socket:
         await eventually(lambda: socket._link._last_ref >= 5, "five heartbeats")
         assert (socket.reconnects, socket.is_connected) == (0, True)
+
+
+async def test_program_that_blocks_its_event_loop_keeps_its_connection() -> None:
+    """The answer to the heartbeat is there when it goes on, and has not been read."""
+
+    async def script(server: Answering) -> None:
+        await server.reply(await server.hear("phx_join"))
+        beat = await server.hear("heartbeat")
+        time.sleep(0.4)  # noqa: ASYNC251 - it blocks
+        await server.reply(beat)
+        for _ in range(3):
+            await server.reply(await server.hear("heartbeat"))
+        await server.say(None, None, "t", "beaten", {})
+        await hold(server)
+
+    async with scripted(script) as url, quickly(url, heartbeat_s=0.2) as socket, socket.join("t") as room:
+        assert (await next_of(room, "beaten")).payload == {}
+        assert socket.reconnects == 0
 
 
 async def test_rejoin_goes_on_after_refusals_silence_and_params_that_raise(caplog: pytest.LogCaptureFixture) -> None:
