@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks import report
 from benchmarks.against import compare
-from benchmarks.cluster import cluster
+from benchmarks.cluster import cluster, cluster_failover
 from benchmarks.compression import compression
 from benchmarks.history import HISTORY
 from benchmarks.load import LoadError, Publisher
@@ -24,7 +24,7 @@ from benchmarks.scenarios import SCENARIOS, Bench, Plan, Row
 from benchmarks.servers import HERE, Cores, Missing, valkey
 from benchmarks.topic_mode import TOPIC_MODE
 
-_ALL = (*SCENARIOS, compression, *HISTORY, *PRESENCE, long_poll, *TOPIC_MODE, cluster)
+_ALL = (*SCENARIOS, compression, *HISTORY, *PRESENCE, long_poll, *TOPIC_MODE, cluster, cluster_failover)
 
 _ROOM = 500
 """File descriptors beside the sockets."""

@@ -1,9 +1,12 @@
-"""Redis Cluster: what an event costs the masters together, a node that does not own its topic, and relay.
+"""Redis Cluster: what an event costs the masters together, a node that does not own its topic, and relay; and what
+clients notice when a master is killed.
 
 Owns what is compared with what; must not know how a result is shown. A cluster of one master, of three, and of one
 again are measured in turns. What the two of one master differ by is what the machine does.
 """
 
+import asyncio
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -12,17 +15,19 @@ from statistics import median
 
 from benchmarks import servers
 from benchmarks.load import Group, LoadError, Publisher
-from benchmarks.scenarios import Bench, Row, describe
+from benchmarks.scenarios import DIRECT, Bench, Row, describe
 from benchmarks.servers import Server, cpu_s
 from benchmarks.topic_mode import ByTopic, compared
 from relay.brokers.cluster_map import SLOTS, slot_of
-from tests.support.cluster import Cluster, Node
+from tests.support.cluster import NODE_TIMEOUT_MS, Cluster, Node
+from tests.support.phoenix import PhoenixClient, until_joined
 
 ONE, THREE, AGAIN = "1 master", "3 masters", "1 master again"
 MASTERS = {ONE: 1, THREE: 3, AGAIN: 1}
 OTHERS = "nodes that do not own the topic"
 SOCKETS = 999
 """Each joins a topic of its own."""
+_SETTLE_S = 2.0
 
 
 @dataclass
@@ -54,6 +59,41 @@ def cluster(bench: Bench) -> list[Row]:
     for each in rows:
         bench.say(describe(each))
     return rows
+
+
+def cluster_failover(bench: Bench) -> list[Row]:
+    """A master of three is killed: who is notified, and when the last of them has joined again."""
+    with Cluster(3, 1) as nodes, servers.relay(bench.cores, bench.redis_port, redis_url=nodes.url) as server:
+        row = asyncio.run(_fail_over(nodes, server))
+    bench.say(describe(row))
+    return [row]
+
+
+async def _fail_over(nodes: Cluster, server: Server) -> Row:
+    clients = [PhoenixClient(server.address[1], f"topic:{number:06d}") for number in range(SOCKETS)]
+    try:
+        for client in clients:
+            client.connect()
+        await until_joined(clients, 60)
+        concerned = [client for client in clients if _owner(client.topic, 3) == 0]
+        killed_at = time.monotonic()
+        await asyncio.to_thread(nodes.masters[0].kill)
+        async with asyncio.timeout(60):
+            while not all(len(client.joined_at) > 1 for client in concerned):  # noqa: ASYNC110 - many clients' state
+                await asyncio.sleep(0.05)
+        await asyncio.sleep(_SETTLE_S)
+        told = [client for client in clients if len(client.joined_at) > 1]
+        again = [client.joined_at[1] - killed_at for client in told]
+    finally:
+        for client in clients:
+            await client.end()
+    others = len(told) - len(concerned)
+    note = (
+        f"{len(told)} of {SOCKETS} clients were notified, {others} of them on topics of other masters; the first had "
+        f"joined again after {min(again):.1f} s, the last after {max(again):.1f} s; the nodes wait for "
+        f"{NODE_TIMEOUT_MS / 1000:g} s before they replace a master, and clients for 1 s before they join again"
+    )
+    return Row("a master of three is killed", DIRECT, seconds=max(again), note=note)
 
 
 def _measure(bench: Bench, masters: Sequence[Node], server: Server, group: Group, figures: _Figures) -> None:
