@@ -367,6 +367,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=HOUR_MINUTES)
     parser.add_argument("--topic-mode", action="store_true", help="churn in topic mode instead")
     arguments = parser.parse_args()
+    # What it has started ends with it.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     sys.exit(asyncio.run((run_topic_mode if arguments.topic_mode else run)(arguments.minutes)))
 
 

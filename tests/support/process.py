@@ -268,6 +268,7 @@ class RelayProcess(Started):
     ) -> None:
         if self.process is not None:
             if self.process.poll() is None:
+                self.process.send_signal(signal.SIGCONT)  # a test may have failed while it was suspended
                 self.stop()
             self._reader.join(DEADLINE_S)
             assert self.process.stdout is not None
