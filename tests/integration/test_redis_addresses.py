@@ -19,6 +19,7 @@ from relay.brokers.redis_connection import Connections
 from relay.config_sections import Direction
 from relay.metrics import Metrics
 from tests.support.faults import Authority, Proxy, Sentinels
+from tests.support.patience import PATIENCE
 from tests.support.process import Valkey, free_port
 from tests.support.serving import eventually
 from tests.support.sink import Sink
@@ -155,7 +156,7 @@ async def test_simultaneous_discoveries_lose_no_sentinel(servers: dict[str, str]
 
 async def fault_of(url: str) -> tuple[str, str]:
     """The reason of a link that does not come up, and of a message that is not taken."""
-    broker = RedisBroker(Config(redis_url=url, redis=FAST | {"timeout_s": 1}), Metrics())
+    broker = RedisBroker(Config(redis_url=url, redis=FAST | {"timeout_s": 1 * PATIENCE}), Metrics())
     await broker.start(Sink())
     try:
         answer = (await asyncio.gather(broker.publish(Direction.TO, "room:1", "e", b"1"), return_exceptions=True))[0]
