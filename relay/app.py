@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import msgspec
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Mount
+from starlette.types import ASGIApp
 
 from relay.auth.api_key import ApiKeyAuth, api_key_from
 from relay.auth.authenticator import Authenticate
@@ -47,6 +48,7 @@ from relay.transports.handshake import HandshakeRejected
 from relay.transports.network_access import SEVERAL_HOSTS, NetworkAccess
 from relay.web import pages
 from relay.web.console import Console
+from relay.web.deferred import DeferredApp
 from relay.web.own_paths import CONSOLE_SOCKET, OwnPaths
 from relay.web.prometheus import MetricsExporter
 
@@ -161,11 +163,10 @@ class Relay:
         return [Proxy(entry, of_all, self.metrics, self.components.telemetry.loggers) for entry in self.config.proxy]
 
     def _make_http(self, plugins_in: Any = None) -> Starlette:
-        rest: Any = None  # FastAPI is an extra
+        rest: Any = None
         if self.config.rest.path:
-            from relay.web.rest import make_rest
-
-            rest = make_rest(self.components, self._running_node)
+            # Routes of plugins are checked, and some added, before the first request.
+            rest = self._make_rest() if self.plugins.have_routes else DeferredApp(self._make_rest)
         app = Starlette(routes=self._routes(rest))
         app.router.redirect_slashes = False  # a redirect would repeat the request's own Host
         if self.plugins.have_routes and missing("rest"):
@@ -176,7 +177,12 @@ class Relay:
             self._plugin_routes = place_plugin_routes(self.components, self._paths, app, rest, plugins_in)
         return app
 
-    def _routes(self, rest: Any) -> list[BaseRoute]:
+    def _make_rest(self) -> Any:
+        from relay.web.rest import make_rest  # FastAPI is an extra, and takes a third of the start to import
+
+        return make_rest(self.components, self._running_node)
+
+    def _routes(self, rest: ASGIApp | None) -> list[BaseRoute]:
         routes: list[BaseRoute] = []
         for proxy in self._proxies:
             routes += proxy.routes
