@@ -5,14 +5,28 @@ know events.
 """
 
 import asyncio
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
-from weakref import WeakValueDictionary
+from collections.abc import Callable, Coroutine
+from types import TracebackType
 
 from relay.brokers.base import Broker
 from relay.channels.hub import Hub
 from relay.errors import BusUnavailable
+
+
+class _Topic:
+    """One topic that the broker was asked for, or is about to be."""
+
+    __slots__ = ("is_asked", "is_heard", "joining", "lock", "stopping")
+
+    def __init__(self) -> None:
+        self.is_asked = False
+        """Whether the broker was asked for it, and it was not given back."""
+        self.is_heard = False
+        """Whether the broker has answered."""
+        # Joins under way, and attempts to give it back: as long as there are some, they share this lock.
+        self.joining = 0
+        self.stopping = 0
+        self.lock = asyncio.Lock()
 
 
 class TopicSubscriptions:
@@ -26,54 +40,83 @@ class TopicSubscriptions:
         self._broker = broker
         self._hub = hub
         self._spawn = spawn
-        # Topics the broker was asked for, and whether it has answered; how many joins of each are under way; and the
-        # lock under which each is asked for or given back.
-        self._heard: dict[str, bool] = {}
-        self._joining: Counter[str] = Counter()
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._topics: dict[str, _Topic] = {}
 
     def is_heard(self, topic: str) -> bool:
         """Whether events of ``topic`` are heard now, so that a subscriber may be added to the hub at once."""
-        return self._heard.get(topic, False) and self._broker.hears(topic)
+        known = self._topics.get(topic)
+        return known is not None and known.is_heard and self._broker.hears(topic)
 
-    @asynccontextmanager
-    async def subscribe(self, topic: str) -> AsyncIterator[None]:
+    def subscribe(self, topic: str) -> "_Subscribing":
         """Hear events of ``topic`` in the block, in which a subscriber is added to the hub; else it is given back.
 
         Raises: BusUnavailable, at its beginning.
         """
-        self._joining[topic] += 1
+        return _Subscribing(self, topic)
+
+    async def begin(self, topic: str) -> None:
+        """Hear events of ``topic``; `end` must follow unless it raises. Raises BusUnavailable."""
+        known = self._topics.get(topic)
+        if known is None:
+            known = self._topics[topic] = _Topic()
+        known.joining += 1
         try:
-            async with self._lock(topic):
-                was_heard = self._heard.get(topic, False)
-                if not was_heard or not self._broker.hears(topic):
-                    self._heard[topic] = was_heard
+            async with known.lock:
+                if not known.is_heard or not self._broker.hears(topic):
+                    known.is_asked = True
                     try:
                         await self._broker.subscribe(topic)
                     except BusUnavailable:
-                        if not was_heard:
-                            del self._heard[topic]
+                        known.is_asked = known.is_heard
                         raise
-                    self._heard[topic] = True
-            yield
-        finally:
-            self._joining[topic] -= 1
-            if not self._joining[topic]:
-                del self._joining[topic]
-            if topic not in self._hub:
-                self.unsubscribe(topic)
+                    known.is_heard = True
+        except BaseException:
+            self.end(topic)
+            raise
+
+    def end(self, topic: str) -> None:
+        """A join has ended: the topic is given back unless it has a subscriber now."""
+        self._topics[topic].joining -= 1
+        if topic not in self._hub:
+            self.unsubscribe(topic)
 
     def unsubscribe(self, topic: str) -> None:
         """Stop to hear ``topic`` unless it is subscribed to again: it has no local subscriber any more."""
-        if topic in self._heard:
-            self._spawn(self._stop_hearing(topic))
+        known = self._topics.get(topic)
+        if known is None:
+            return
+        if known.is_asked:
+            known.stopping += 1
+            self._spawn(self._stop_hearing(topic, known))
+        elif not known.joining and not known.stopping:
+            del self._topics[topic]
 
-    async def _stop_hearing(self, topic: str) -> None:
-        async with self._lock(topic):
-            # A socket may have joined while this waited for the lock, or be about to.
-            if topic in self._heard and topic not in self._hub and topic not in self._joining:
-                del self._heard[topic]
-                await self._broker.unsubscribe(topic)
+    async def _stop_hearing(self, topic: str, known: _Topic) -> None:
+        try:
+            async with known.lock:
+                # A socket may have joined while this waited for the lock, or be about to.
+                if known.is_asked and topic not in self._hub and not known.joining:
+                    known.is_asked = known.is_heard = False
+                    await self._broker.unsubscribe(topic)
+        finally:
+            known.stopping -= 1
+            if not known.is_asked and not known.joining and not known.stopping:
+                del self._topics[topic]
 
-    def _lock(self, topic: str) -> asyncio.Lock:
-        return self._locks.setdefault(topic, asyncio.Lock())
+
+class _Subscribing:
+    """One join's `TopicSubscriptions.subscribe`: there is one for each join, and a generator takes longer."""
+
+    __slots__ = ("_subscriptions", "_topic")
+
+    def __init__(self, subscriptions: TopicSubscriptions, topic: str) -> None:
+        self._subscriptions = subscriptions
+        self._topic = topic
+
+    async def __aenter__(self) -> None:
+        await self._subscriptions.begin(self._topic)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._subscriptions.end(self._topic)

@@ -143,7 +143,7 @@ async def test_no_event_comes_before_the_reply_of_a_join_that_waits_for_the_brok
         one, two = node.connect(), node.connect()
         assert await one.join("t") == OK
         node.broker.heard.clear()  # as if the second were on another node
-        node.pubsub._subscriptions._heard.clear()
+        node.pubsub._subscriptions._topics.clear()
         node.broker.is_slow = True
         two.send("1", "1", "t", "phx_join")
         await turns()
