@@ -6,6 +6,7 @@ limits.
 
 import re
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, TypeAlias
 from urllib.parse import urlsplit
@@ -154,6 +155,15 @@ def came_by(scope: Mapping[str, Any], known: Sequence[Network]) -> bool:
 
 def parse_ip(text: str) -> IPv4Address | IPv6Address | None:
     """Read an IP address alone; None for anything else, with a zone too. IPv4 in IPv6 is IPv4."""
+    return _parse_ip(text) if len(text) <= _IP_MAX_LENGTH else None
+
+
+_IP_MAX_LENGTH = 45
+"""Characters of the longest address, IPv6 with IPv4 at its end."""
+
+
+@lru_cache(4096)  # each handshake asks several times about the same addresses
+def _parse_ip(text: str) -> IPv4Address | IPv6Address | None:
     try:
         found = ip_address(text)
     except ValueError:

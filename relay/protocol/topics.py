@@ -9,6 +9,7 @@ The **last** colon splits topic from event: topics may contain colons, events ma
 """
 
 import re
+from functools import lru_cache
 
 NAME_MAX_BYTES = 255
 """Longest topic or event, in bytes of UTF-8: a binary frame gives its length in one byte."""
@@ -47,6 +48,11 @@ def is_topic(topic: str) -> bool:
 
 def is_event(event: str) -> bool:
     """Say whether ``event`` may be pushed or published: as a topic, but without colon, and not reserved."""
+    return len(event) <= NAME_MAX_BYTES and _is_event(event)
+
+
+@lru_cache(1024)  # an application has few names of events, and each event is asked about
+def _is_event(event: str) -> bool:
     return is_name(event) and ":" not in event and not event.startswith(RESERVED_EVENT_PREFIXES)
 
 

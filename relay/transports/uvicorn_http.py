@@ -56,6 +56,24 @@ class RelayHTTPProtocol(HttpToolsProtocol):
           close_timeout_s: seconds in which something of an answer must be read once the server ends.
     """
 
+    # With them the instance's dict would have more keys than instances can share: see `RelayWebSocketProtocol`.
+    __slots__ = (
+        "_answering",
+        "_body_follows",
+        "_close_timeout_s",
+        "_cutter",
+        "_head_bytes",
+        "_in_head",
+        "_is_body",
+        "_is_replaying",
+        "_stream_writer",
+        "_timeout_s",
+        "_unread_s",
+        "_upgrade",
+        "_waited_since",
+        "_watch",
+    )
+
     def __init__(
         self, *args: Any, handshake_timeout_s: float = 10.0, close_timeout_s: float = 5.0, **options: Any
     ) -> None:

@@ -86,23 +86,60 @@ def warn(config: uvicorn.Config, kind: str, text: str, *args: object) -> None:
 class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     """Uvicorn's own class, with the extension in its scope and without secrets in its log."""
 
-    frame_writer: DirectWriter | None = None
-    # Set while the handshake is being decided; not one of the instance's own, whose dict would grow by a size.
-    _hang_up_check: TimerHandle | None = None
-    # What cuts a connection that is being closed; Uvicorn's own name, since 0.54.
-    close_timer: TimerHandle | None = None
-    # Whether messages may be larger than what is read of them (compressed, or in fragments), whether the last one was
-    # large, and whether the connection waits for a turn to parse in; as above.
-    _is_measured: bool = False
-    _reads_large: bool = False
-    _awaits_turn: bool = False
-    # Whether simple frames are read here, which takes no compression, and the bytes of a frame that websockets reads.
-    _reads_simple: bool = False
-    _owed: int = 0
-    # The answer to an upgrade request that websockets has not seen.
-    _accept: bytes | None = None
-    # The protocol core of websockets, once something needs it.
-    _conn: ServerProtocol | None = None
+    # Uvicorn's attributes too: in the instance's dict they would be more than Python lets instances share the keys of,
+    # and such a dict takes 1.6 kB. What a later Uvicorn adds is in the dict.
+    __slots__ = (
+        "_accept",
+        "_awaits_turn",
+        "_budget",
+        "_conn",
+        "_farewell",
+        "_hang_up_check",
+        "_idle_frames",
+        "_is_measured",
+        "_owed",
+        "_reads_large",
+        "_reads_simple",
+        "_unparsed",
+        "app",
+        "app_state",
+        "asgi_version",
+        "client",
+        "close_sent",
+        "close_timeout",
+        "close_timer",
+        "config",
+        "connections",
+        "curr_msg_data_type",
+        "default_headers",
+        "disconnected",
+        "frame_writer",
+        "frames",
+        "handshake_complete",
+        "handshake_initiated",
+        "initial_response",
+        "last_ping_rtt",
+        "logger",
+        "loop",
+        "pending_ping_payload",
+        "ping_interval",
+        "ping_sent_at",
+        "ping_timeout",
+        "ping_timer",
+        "pong_timer",
+        "queue",
+        "read_paused",
+        "root_path",
+        "scheme",
+        "scope",
+        "server",
+        "tasks",
+        "transport",
+        "writable",
+    )
+
+    handshake_complete: bool
+    close_sent: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Offer compression, where it is on, without a context: with one, no frame could serve two sockets.
@@ -110,7 +147,14 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         What Uvicorn uses of a queue and an event for each socket takes less here than asyncio's own, which hold four
         deques: 3 kB of 20.
         """
+        # The protocol core of websockets, once something needs it.
+        self._conn: ServerProtocol | None = None
+        # What cuts a connection that is being closed; Uvicorn's own name, since 0.54.
+        self.close_timer: TimerHandle | None = None
         super().__init__(*args, **kwargs)
+        self.frame_writer: DirectWriter | None = None
+        # Set while the handshake is being decided.
+        self._hang_up_check: TimerHandle | None = None
         self.queue: Inbox = Inbox()  # type: ignore[assignment]
         self.writable: asyncio.Event = cast(asyncio.Event, Gate())
         # What was read from the transport and is not parsed yet, while the application has messages to take.
@@ -120,6 +164,17 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         self._farewell: dict[str, Any] | None = None
         # Frames that carry nothing.
         self._idle_frames = TokenBucket(_IDLE_FRAMES_PER_S, _IDLE_FRAMES_MAX, monotonic())
+        # Whether messages may be larger than what is read of them (compressed, or in fragments), whether the last one
+        # was large, and whether the connection waits for a turn to parse in.
+        self._is_measured = False
+        self._reads_large = False
+        self._awaits_turn = False
+        # Whether simple frames are read here, which takes no compression, and the bytes of a frame that websockets
+        # reads.
+        self._reads_simple = False
+        self._owed = 0
+        # The answer to an upgrade request that websockets has not seen.
+        self._accept: bytes | None = None
         if self.config.ws_per_message_deflate:
             self.conn.available_extensions = [_DEFLATE]
 
@@ -268,7 +323,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     def _decided(self) -> None:
         if self._hang_up_check is not None:
             self._hang_up_check.cancel()
-            del self._hang_up_check
+            self._hang_up_check = None
 
     def _watch_end(self) -> None:
         """Cut a connection that is being closed, if it has not ended in time: a close waits for a client that reads."""

@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from relay.proxy_headers import apply_forwarded_headers, client_address, origin_of, parse_networks, rate_limit_key
+from relay import proxy_headers
+from relay.proxy_headers import (
+    apply_forwarded_headers,
+    client_address,
+    origin_of,
+    parse_ip,
+    parse_networks,
+    rate_limit_key,
+)
 
 PROXIES = parse_networks(("127.0.0.1", "10.0.0.0/8", "fd00::/8"))
 
@@ -104,3 +112,15 @@ def test_scope_of_anybody_else_stays_as_it_is(peer: str | None) -> None:
 )
 def test_what_is_shown_of_an_address_is_scheme_host_and_port(url: str, shown: str) -> None:
     assert origin_of(url) == shown
+
+
+def test_longest_address_is_read() -> None:
+    text = "1111:2222:3333:4444:5555:6666:255.255.255.255"
+    assert str(parse_ip(text)) == "1111:2222:3333:4444:5555:6666:ffff:ffff"
+
+
+def test_addresses_that_are_remembered_are_short() -> None:
+    """What clients write into headers has any length."""
+    kept = proxy_headers._parse_ip.cache_info().currsize
+    assert parse_ip("1" * 46) is None
+    assert proxy_headers._parse_ip.cache_info().currsize == kept

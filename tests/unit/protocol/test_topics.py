@@ -6,6 +6,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from relay.protocol import topics as module
 from relay.protocol.topics import from_redis_channel, glob_escape, is_event, is_topic, to_redis_channel
 
 prefixes = st.text(min_size=1, max_size=10)
@@ -202,3 +203,10 @@ def test_escaped_text_matches_itself_alone(text: str, other: str) -> None:
     assert redis_matches(glob_escape(text), text)
     assert redis_matches(glob_escape(text), other) == (text == other)
     assert redis_matches(glob_escape(text) + "*", other) == other.startswith(text)
+
+
+def test_names_whose_check_is_remembered_are_short() -> None:
+    """Others come from whoever connects or publishes, and have any length."""
+    kept = module._is_event.cache_info().currsize
+    assert not is_event("e" * 256)
+    assert module._is_event.cache_info().currsize == kept
