@@ -9,7 +9,8 @@ has acknowledged. Once a minute a line says what the relay holds. Exits 1 where 
 where a follower has seen an event twice, has missed one while it was said to have recovered, or hears nothing any
 more, or where the memory has grown: the median of the last sixth of the time, minutes 50 to 60, against that of the
 second sixth, minutes 10 to 20, by over 1 %. A shorter run may grow by as much more as it is shorter, by 5 % at most.
-What the relay has logged is kept in ``build/soak.log``.
+What the relay has logged is kept in ``build/soak.log``, and what those with presence have, in
+``build/soak-presence.log``, if something was wrong with it.
 
 Beside it four more relays with presence are killed, stalled and cut off, their Redis flushed and restarted, and their
 members come, go and move: after quiet of one lease each client's list and each relay's state must equal the truth,
@@ -67,6 +68,7 @@ GROWTH_MAX = 0.01
 """Of an hour; see `growth_max`."""
 SHORT_GROWTH_MAX = 0.05
 LOG = Path("build/soak.log")
+PRESENCE_LOG = Path("build/soak-presence.log")
 NONSENSE = ("[", "{}", '["1","1","room:1"]', "\x00", "[1,2,3,4,5]", '["1","1","room:1","phx_join",{}]x')
 
 GONE = (httpx.HTTPError, ConnectionClosed, InvalidHandshake, OSError, EOFError, TimeoutError, AssertionError)
@@ -249,9 +251,9 @@ async def keep_present(end: float) -> list[str]:
             if time.monotonic() + 300 < end:  # with the times that a relay has where nothing else is set
                 times = Times(lease_s=15, renew_s=5, leave_delay_s=2)
                 done["seconds until nothing was left"] = round(await kill_all(times, Path(directory), server, 5))
-            done["presence checked"] = await keep_checking(end - 30, Path(directory))
+            done["presence checked"] = await keep_checking(end - 30, Path(directory), PRESENCE_LOG)
         except (AssertionError, OSError) as error:
-            return [f"presence: {error}"]
+            return [f"presence, {(end - time.monotonic()) / 60:.0f} minutes before the end: {error}"]
     return []
 
 

@@ -291,14 +291,23 @@ class World:
         self._disturbed.clear()
 
 
-async def keep_checking(end: float, directory: Path, on_gap: str = "ignore") -> int:
-    """Disturb a world and check it until a time; returns how often it was checked. Raises AssertionError."""
+async def keep_checking(end: float, directory: Path, log: Path) -> int:
+    """Disturb a world and check it until a time; returns how often it was checked.
+
+    Args:   log: what the nodes have logged is written there if something is wrong.
+    Raises: AssertionError.
+    """
     rounds, seed = 0, random.randrange(10**6)
-    async with World.run(seed, directory, on_gap=on_gap) as world:
+    async with World.run(seed, directory) as world:
         while time.monotonic() < end:
             for _ in range(random.randrange(1, 4)):
                 await world.disturb()
-            await world.check(patience_s=30)
+            try:
+                await world.check(patience_s=30)
+            except AssertionError:
+                text = "\n".join(f"{node.http}\n{node.output}" for node in world.nodes)
+                await asyncio.to_thread(log.write_text, text, encoding="utf-8")
+                raise
             rounds += 1
             world.done = world.done[-20:]
     return rounds
