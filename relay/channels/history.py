@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from contextlib import suppress
 from itertools import count, islice
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from relay.brokers.base import Event, HistoryStore, Place
 from relay.channels.followed import RING_BYTES, Followed, Rings
@@ -47,6 +47,8 @@ _READ_ATTEMPTS, _READ_AGAIN_S = 5, 0.5
 
 _REACHED_S = 1.0
 """Seconds a join waits for an event that is in the history and was not heard, before the topic is checked."""
+
+_Entry: TypeAlias = tuple[float, int, Followed]
 
 
 class HistoryOwner(Protocol):
@@ -96,7 +98,7 @@ class History:
         self._wake = asyncio.Event()
         # A heap: when a topic is to be looked at, a number of its own, and the topic. One that has an earlier entry by
         # now, or is followed no more, is passed over.
-        self._queue: list[tuple[float, int, Followed]] = []
+        self._queue: list[_Entry] = []
         self._numbers = count()
         # Topics that are checked out of turn, at the pace of recoveries, the first first.
         self._hurried: dict[str, None] = {}
@@ -144,6 +146,9 @@ class History:
         if followed.is_doubted:  # what was heard here may be known nowhere else
             _ = self._owner.spawn(self._check(followed))
         followed.wake()
+        if len(self._queue) > 2 * len(self._followed):  # or they would stay until they are due
+            self._queue = [entry for entry in self._queue if self._is_queued(entry)]
+            heapq.heapify(self._queue)
 
     def epoch(self, topic: str) -> object:
         """What stays the same while a topic is followed without a loss; None while it is not followed."""
@@ -322,15 +327,21 @@ class History:
             followed.queued_at = at
             heapq.heappush(self._queue, (at, next(self._numbers), followed))
 
+    def _is_queued(self, entry: _Entry) -> bool:
+        """Whether a topic is to be looked at by this entry, and not by an earlier one, and is followed still."""
+        at, _, followed = entry
+        return at == followed.queued_at and self._followed.get(followed.topic) is followed
+
     def _take_due(self, now: float) -> list[Followed]:
         """Some of the topics that have been silent for long, the longest silent first."""
         due: list[Followed] = []
         for _ in range(_LOOKED_AT):
             if not self._queue or self._queue[0][0] > now or len(due) == max(1, round(CHECKS_PER_S * _CHECK_STEP_S)):
                 break
-            at, _, followed = heapq.heappop(self._queue)
-            if at != followed.queued_at or self._followed.get(followed.topic) is not followed:
+            entry = heapq.heappop(self._queue)
+            if not self._is_queued(entry):
                 continue
+            followed = entry[2]
             followed.queued_at = math.inf
             if followed.due_at > now:
                 self._schedule(followed, followed.due_at)

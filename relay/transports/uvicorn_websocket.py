@@ -88,55 +88,17 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
 
     # Uvicorn's attributes too: in the instance's dict they would be more than Python lets instances share the keys of,
     # and such a dict takes 1.6 kB. What a later Uvicorn adds is in the dict.
+    # fmt: off
     __slots__ = (
-        "_accept",
-        "_awaits_turn",
-        "_budget",
-        "_conn",
-        "_farewell",
-        "_hang_up_check",
-        "_idle_frames",
-        "_is_measured",
-        "_owed",
-        "_reads_large",
-        "_reads_simple",
-        "_unparsed",
-        "app",
-        "app_state",
-        "asgi_version",
-        "client",
-        "close_sent",
-        "close_timeout",
-        "close_timer",
-        "config",
-        "connections",
-        "curr_msg_data_type",
-        "default_headers",
-        "disconnected",
-        "frame_writer",
-        "frames",
-        "handshake_complete",
-        "handshake_initiated",
-        "initial_response",
-        "last_ping_rtt",
-        "logger",
-        "loop",
-        "pending_ping_payload",
-        "ping_interval",
-        "ping_sent_at",
-        "ping_timeout",
-        "ping_timer",
-        "pong_timer",
-        "queue",
-        "read_paused",
-        "root_path",
-        "scheme",
-        "scope",
-        "server",
-        "tasks",
-        "transport",
-        "writable",
+        "_accept", "_awaits_turn", "_budget", "_conn", "_farewell", "_hang_up_check", "_idle_frames", "_is_measured",
+        "_owed", "_reads_large", "_reads_simple", "_unparsed", "app", "app_state", "asgi_version", "client",
+        "close_sent", "close_timeout", "close_timer", "config", "connections", "curr_msg_data_type", "default_headers",
+        "disconnected", "frame_writer", "frames", "handshake_complete", "handshake_initiated", "initial_response",
+        "last_ping_rtt", "logger", "loop", "pending_ping_payload", "ping_interval", "ping_sent_at", "ping_timeout",
+        "ping_timer", "pong_timer", "queue", "read_paused", "root_path", "scheme", "scope", "server", "tasks",
+        "transport", "writable",
     )
+    # fmt: on
 
     handshake_complete: bool
     close_sent: bool
@@ -144,8 +106,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Offer compression, where it is on, without a context: with one, no frame could serve two sockets.
 
-        What Uvicorn uses of a queue and an event for each socket takes less here than asyncio's own, which hold four
-        deques: 3 kB of 20.
+        What Uvicorn uses of a queue and an event takes less here than asyncio's own, with four deques: 3 kB of 20.
         """
         # The protocol core of websockets, once something needs it.
         self._conn: ServerProtocol | None = None
@@ -169,8 +130,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
         self._is_measured = False
         self._reads_large = False
         self._awaits_turn = False
-        # Whether simple frames are read here, which takes no compression, and the bytes of a frame that websockets
-        # reads.
+        # Whether simple frames are read here, not compressed ones, and the bytes of a frame that websockets reads.
         self._reads_simple = False
         self._owed = 0
         # The answer to an upgrade request that websockets has not seen.

@@ -118,6 +118,8 @@ class Network:
         async def end() -> None:
             for server in self._servers:
                 server.close()
+            for _ in range(5):  # a task that takes a connection over loses its socket where it is cancelled
+                await asyncio.sleep(0)
             while tasks := asyncio.all_tasks() - {asyncio.current_task()}:  # of connections just accepted too
                 for task in tasks:
                     _ = task.cancel()

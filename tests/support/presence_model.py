@@ -93,8 +93,8 @@ class Member:
         self.is_current = False
         """Whether the list is that of the present join."""
         self.is_joined = False
-        self.left: list[str] = []
-        """Keys that `onLeave` was called for with nothing left."""
+        self.left: list[tuple[str, float]] = []
+        """Keys that `onLeave` was called for with nothing left, each with when."""
         self.nodes: list[RelayProcess] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -146,7 +146,7 @@ class Member:
 
     def _show(self, refs: dict[str, str]) -> None:
         before, self.refs = set(self.refs.values()), refs
-        self.left += before - set(refs.values())
+        self.left += ((key, time.monotonic()) for key in before - set(refs.values()))
 
     @property
     def keys(self) -> list[str] | None:
@@ -202,7 +202,9 @@ class World:
         self.nodes: list[RelayProcess] = []
         self.members = [Member(f"m{number}") for number in range(12)]
         self.done: list[str] = []
-        self._disturbed: set[str] = set()
+        # Who has left or was held up, and until when others may see it leave: a list that is right in the meantime may
+        # be one that has not heard of it yet.
+        self._disturbed: dict[str, float] = {}
 
     @classmethod
     @asynccontextmanager
@@ -247,10 +249,11 @@ class World:
             self.nodes[self.nodes.index(node)] = await asyncio.to_thread(self._start)
         elif kind == "stall":
             assert node.process is not None
-            self._disturbed |= {each.name for each in on_node}
             node.process.send_signal(19)  # SIGSTOP
             await asyncio.sleep(self._times.lease_s + self._times.renew_s)
             node.process.send_signal(18)  # SIGCONT
+            for each in on_node:
+                self._disturb(each)
         elif kind == "cut":
             for kind_of_client in ("normal", "pubsub"):
                 await self._redis.client_kill_filter(_type=kind_of_client, skipme=True)
@@ -261,8 +264,11 @@ class World:
             await asyncio.sleep(self._chance.random() / 2)
             await asyncio.to_thread(self._server.start)
 
+    def _disturb(self, member: Member) -> None:
+        self._disturbed[member.name] = time.monotonic() + self._times.gone_s
+
     async def _leave(self, member: Member) -> None:
-        self._disturbed.add(member.name)
+        self._disturb(member)
         await member.go()
 
     async def check(self, patience_s: float = 10) -> None:
@@ -284,11 +290,10 @@ class World:
             await until(lambda: not wrong(), lambda: f"{self.done}: expected {expected}, got {wrong()}", deadline_s)
             states = [await asyncio.to_thread(members_of, node) for node in self.nodes]
         for member in there:
-            seen = set(member.left) - self._disturbed
+            seen = {name for name, at in member.left if at > self._disturbed.get(name, 0)}
             assert not seen, f"{self.done}: {member.name} saw {seen} leave, who stayed"
         for member in self.members:
             member.left.clear()
-        self._disturbed.clear()
 
 
 async def keep_checking(end: float, directory: Path, log: Path) -> int:

@@ -96,6 +96,20 @@ async def test_hole_is_filled_from_the_store_before_what_came_after_it() -> None
         assert (node.metrics.history_holes, node.metrics.history_catch_ups) == (1, {"hole": 1})
 
 
+async def test_topics_that_were_checked_and_are_joined_no_more_are_forgotten() -> None:
+    """Before their next checks, which are due in half a minute; as many may be left as are joined still."""
+    async with node_of() as node:
+        stays, client = node.connect(), node.connect()
+        await join(stays)
+        topics = [f"{TOPIC}{number}" for number in range(5)]
+        for place, topic in enumerate(topics):
+            await join(client, str(place), topic)
+        await until(lambda: all(map(node.history.follows, topics)))
+        await settled(node)
+        await client.end()
+        assert len(node.history._queue) <= 2
+
+
 async def test_topic_that_is_looked_at_before_it_is_joined_is_followed_all_the_same() -> None:
     """The console is no subscriber whose coming begins anything."""
     async with node_of() as node:

@@ -122,7 +122,7 @@ async def test_output_buffer_cut_during_a_resubscribe(server: Valkey) -> None:
             assert len(channels(server)) == len(topics)
             assert set(sink.told) == set(topics), "each of them has missed something"
             await broker.publish(Direction.TO, topics[-1], "e", b"after")
-            await eventually(lambda: sink.events[-1] == Event(topics[-1], "e", b"after"), "the last of them")
+            await eventually(lambda: sink.events[-1:] == [Event(topics[-1], "e", b"after")], "the last of them")
 
 
 async def test_numbered_events_under_outages(stream: StartStream, server: Valkey) -> None:
