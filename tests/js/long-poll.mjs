@@ -137,11 +137,12 @@ export async function longPoll({ Phoenix, url, api, options, tokens }, ask, repo
 
   const returns = async (what, ms) => {
     let before = joins
-    const isUp = () => fetch(`${api}/../health`).then(answer => answer.ok, () => false)
+    // A request that meets the relay's end may be one that Node neither has answered nor fails.
+    const isUp = () => fetch(`${api}/../health`, { signal: AbortSignal.timeout(5000) }).then(answer => answer.ok, () => false)
     if (what === "restart") {
       await ask("stop")
       let refused = 0  // a relay that drains still answers
-      const isGone = () => fetch(`${api}/../health`).then(() => false, () => true)
+      const isGone = () => fetch(`${api}/../health`, { signal: AbortSignal.timeout(5000) }).then(() => false, () => true)
       await until(async () => (refused = await isGone() ? refused + 1 : 0) > 2, "the relay's end", 30_000)
       before = joins  // of several nodes, the last to end may have taken the client in
       await ask("start")
@@ -199,7 +200,7 @@ export async function outage({ Phoenix, url, api, options }, ask, report) {
     await until(() => open.joins === 1, "the join", 15_000)
     if (polls(open)) throw new Error("it is a long poll")
   })
-  const isUp = () => fetch(`${api}/../health`).then(answer => answer.ok, () => false)
+  const isUp = () => fetch(`${api}/../health`, { signal: AbortSignal.timeout(5000) }).then(answer => answer.ok, () => false)
   await ask("stop")
   await until(async () => !await isUp(), "the relay's end", 30_000)
   const late = page("room:late") // loaded during the outage
