@@ -178,7 +178,7 @@ class Relay:
         return app
 
     def _make_rest(self) -> Any:
-        from relay.web.rest import make_rest  # FastAPI is an extra, and takes a third of the start to import
+        from relay.web.rest import make_rest  # FastAPI is an extra, and a fifth of the start to import
 
         return make_rest(self.components, self._running_node)
 

@@ -13,6 +13,9 @@ from urllib.parse import urlsplit
 
 Network: TypeAlias = IPv4Network | IPv6Network
 
+_IP_MAX_LENGTH = 45
+"""Characters of the longest address, IPv6 with IPv4 at its end."""
+
 IPV6_PREFIX = 64
 """Bits of an IPv6 address that identify a client: a provider lets each client choose the others."""
 
@@ -156,10 +159,6 @@ def came_by(scope: Mapping[str, Any], known: Sequence[Network]) -> bool:
 def parse_ip(text: str) -> IPv4Address | IPv6Address | None:
     """Read an IP address alone; None for anything else, with a zone too. IPv4 in IPv6 is IPv4."""
     return _parse_ip(text) if len(text) <= _IP_MAX_LENGTH else None
-
-
-_IP_MAX_LENGTH = 45
-"""Characters of the longest address, IPv6 with IPv4 at its end."""
 
 
 @lru_cache(4096)  # each handshake asks several times about the same addresses

@@ -146,7 +146,7 @@ class History:
         if followed.is_doubted:  # what was heard here may be known nowhere else
             _ = self._owner.spawn(self._check(followed))
         followed.wake()
-        if len(self._queue) > 2 * len(self._followed):  # or they would stay until they are due
+        if len(self._queue) > 2 * len(self._followed):  # entries of such topics would stay until they are due
             self._queue = [entry for entry in self._queue if self._is_queued(entry)]
             heapq.heapify(self._queue)
 

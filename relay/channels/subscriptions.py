@@ -76,20 +76,18 @@ class TopicSubscriptions:
 
     def end(self, topic: str) -> None:
         """A join has ended: the topic is given back unless it has a subscriber now."""
-        self._topics[topic].joining -= 1
+        known = self._topics[topic]
+        known.joining -= 1
         if topic not in self._hub:
             self.unsubscribe(topic)
+        self._forget_unused(topic, known)
 
     def unsubscribe(self, topic: str) -> None:
         """Stop to hear ``topic`` unless it is subscribed to again: it has no local subscriber any more."""
         known = self._topics.get(topic)
-        if known is None:
-            return
-        if known.is_asked:
+        if known is not None and known.is_asked:
             known.stopping += 1
             self._spawn(self._stop_hearing(topic, known))
-        elif not known.joining and not known.stopping:
-            del self._topics[topic]
 
     async def _stop_hearing(self, topic: str, known: _Topic) -> None:
         try:
@@ -100,8 +98,11 @@ class TopicSubscriptions:
                     await self._broker.unsubscribe(topic)
         finally:
             known.stopping -= 1
-            if not known.is_asked and not known.joining and not known.stopping:
-                del self._topics[topic]
+            self._forget_unused(topic, known)
+
+    def _forget_unused(self, topic: str, known: _Topic) -> None:
+        if not known.is_asked and not known.joining and not known.stopping:
+            del self._topics[topic]
 
 
 class _Subscribing:

@@ -312,9 +312,9 @@ async def _redis(settings: Config) -> AsyncIterator[Publish]:
 
 @asynccontextmanager
 async def _rest(settings: Config, address: str) -> AsyncIterator[Publish]:
-    async def ask(path: str, *body: Any) -> None:
+    async def ask(path: str, body: Any = None) -> None:
         try:
-            await asyncio.to_thread(ask_rest, settings, address, path, *body)
+            await asyncio.to_thread(ask_rest, settings, address, path, body)
         except Failed as error:
             raise Failed(f"{error}; events are published there, unless you give --redis-url") from None
 

@@ -100,7 +100,7 @@ class RelayWebSocketProtocol(WebSocketsSansIOProtocol):
     )
     # fmt: on
 
-    handshake_complete: bool
+    handshake_complete: bool  # `_refuse` sets both in one statement, which cannot be annotated
     close_sent: bool
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -1,6 +1,6 @@
 """An ASGI application that is made for its first request.
 
-Owns when it is made, and where: in a thread, as its imports would hold up the event loop. Does not know what it does.
+Owns when it is made, and where: in a thread, as its imports would block the event loop. Must not know what it does.
 """
 
 import asyncio

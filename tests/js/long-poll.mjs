@@ -137,7 +137,7 @@ export async function longPoll({ Phoenix, url, api, options, tokens }, ask, repo
 
   const returns = async (what, ms) => {
     let before = joins
-    // A request that meets the relay's end may be one that Node neither has answered nor fails.
+    // Node's fetch may keep a request for ever whose connection the relay closes as it ends.
     const isUp = () => fetch(`${api}/../health`, { signal: AbortSignal.timeout(5000) }).then(answer => answer.ok, () => false)
     if (what === "restart") {
       await ask("stop")

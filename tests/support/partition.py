@@ -23,6 +23,9 @@ class _Connection:
         self.ends = {source, target}
         self.writers: list[asyncio.StreamWriter] = []
         self.over = asyncio.Event()
+        task = asyncio.current_task()
+        assert task is not None, "it is made by the task that serves it"
+        self.task: asyncio.Task[Any] = task
 
     def abort(self) -> None:
         self.over.set()
@@ -118,12 +121,11 @@ class Network:
         async def end() -> None:
             for server in self._servers:
                 server.close()
-            for _ in range(5):  # a task that takes a connection over loses its socket where it is cancelled
+            # Not those of asyncio that have just accepted a connection: its socket would stay open.
+            while asyncio.all_tasks() - {asyncio.current_task()}:
+                for connection in self._connections:
+                    _ = connection.task.cancel()
                 await asyncio.sleep(0)
-            while tasks := asyncio.all_tasks() - {asyncio.current_task()}:  # of connections just accepted too
-                for task in tasks:
-                    _ = task.cancel()
-                _ = await asyncio.gather(*tasks, return_exceptions=True)
             for _ in range(3):  # what was aborted closes its socket in the next turns of the loop
                 await asyncio.sleep(0)
 

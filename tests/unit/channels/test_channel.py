@@ -175,6 +175,17 @@ async def test_join_that_the_broker_does_not_take_is_refused_and_handlers_are_in
         assert node.broker.heard == set() and leaves == ["t", "t"]
 
 
+async def test_nothing_is_left_of_a_refused_join_of_a_topic_that_the_console_observes() -> None:
+    async with node_of(broker=FakeBroker(needs_subscribe=True)) as node:
+        observer: Any = node.connect().socket
+        node.hub.add_observer("t", observer)
+        node.broker.fails = True
+        assert await node.connect().join("t") == error("bus unavailable")
+        await turns()
+        assert node.pubsub._subscriptions._topics == {}
+        _ = node.hub.remove("t", observer)
+
+
 @pytest.mark.parametrize("end", ["hang up", "close"])
 async def test_join_that_is_allowed_after_its_socket_has_ended_is_given_back(end: str) -> None:
     leaves: list[str] = []

@@ -63,6 +63,6 @@ async def test_fault_is_that_of_its_request_and_the_next_tries_again() -> None:
 
 
 def test_relay_is_made_without_fastapi() -> None:
-    """Which is a third of the time that a relay takes to start."""
+    """It is a fifth of the CPU time of a start."""
     code = "import sys; from relay import Relay; Relay(broadcast_url='memory://'); print('fastapi' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
