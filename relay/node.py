@@ -152,8 +152,11 @@ class Node:
         self.presence: Presence | None = None
         if self.broker.presence is not None:
             log = loggers.get("relay.presence")
-            self.presence = Presence(config, self.broker.presence, self.pubsub.spawn, metrics, log)
+            self.presence = Presence(
+                config, self.broker.presence, lambda: self.broker.link.live, self.pubsub.spawn, metrics, log
+            )
             self.pubsub.receivers[PRESENCE_CHANNEL] = self.presence.receive
+            self.pubsub.after_gap.append(self.presence.after_gap)
         if self._embedded is not None and components.authenticates:
             _logger.warning("redis_url: %s", BESIDE_AUTH)
         self._siblings = Siblings(self._own_bus())
@@ -171,7 +174,7 @@ class Node:
             sessions = NodeSessions(self.name, self.broker.nodes, sealer, local, telemetry, spawn)
             self.long_poll.others = sessions
             self.pubsub.receivers[own_channel] = sessions.receive
-            self.pubsub.after_gap = sessions.fail_all
+            self.pubsub.after_gap.append(sessions.fail_all)
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:

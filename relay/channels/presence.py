@@ -3,9 +3,9 @@
 Owns this node's members, and what nodes say to each other about theirs. Must not know how members are kept for other
 nodes, nor what subscribers are shown.
 
-Each node sends its own members' changes to the others, in numbered messages; no other node changes them. Where a number
-is missing, or the digests that come with each sign of life do not agree with what is known of a node, its members are
-read again, and the subscribers are sent the difference. So a lost message heals within one lease.
+Each node sends its own members' changes to the others, in numbered messages; no other node changes them. Where the link
+was lost, a number is missing, or the digests that come with each sign of life do not agree with what is known of a
+node, its members are read again, and the subscribers are sent the difference. So a lost message heals within one lease.
 """
 
 import asyncio
@@ -64,6 +64,7 @@ class Presence:
     """The members of all topics with presence, as this node knows them.
 
     Args: store: keeps members for the other nodes.
+          is_hearing: says whether messages of other nodes are received now.
           spawn: runs something until it ends or the relay stops.
     """
 
@@ -71,6 +72,7 @@ class Presence:
         self,
         config: Config,
         store: PresenceStore,
+        is_hearing: Callable[[], bool],
         spawn: Callable[[Coroutine[None, None, None]], "asyncio.Task[None]"],
         metrics: Metrics,
         log: RateLimitedLogger,
@@ -78,6 +80,7 @@ class Presence:
         self._config = config
         self._node = store.node
         self._store = store
+        self._is_hearing = is_hearing
         self._spawn = spawn
         self._metrics = metrics
         self._log = log
@@ -267,6 +270,12 @@ class Presence:
                 self._metrics.presence_heals["digest"] += 1
                 self._load(topic, node)
 
+    def after_gap(self) -> None:
+        """Read the members of other nodes again: messages about them may have been lost."""
+        for topic in self._topics.values():
+            for node in self._nodes:
+                self._load(topic, node)
+
     def _apply(self, topic: PresenceTopic, node: str, change: _Change) -> None:
         joins = {
             ref: Member(ref, key, bytes(meta), previous)
@@ -447,7 +456,7 @@ class Presence:
         Raises: BusUnavailable: those of other nodes cannot be read.
         """
         topic = self._topics.get(name)
-        if topic is not None and self._could_renew and not topic.loading:
+        if topic is not None and self._could_renew and self._is_hearing() and not topic.loading:
             return topic.merged()
         found: Members = {}
         # With nodes that have just been heard: Redis may have lost their leases, and their members.

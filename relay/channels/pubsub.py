@@ -81,7 +81,7 @@ class PubSub:
         self.on_control: Callable[[ControlMessage], None] = lambda message: None
         """Called for each control message of another node."""
         self.receivers: dict[str, Callable[[bytes], None]] = {}  # by Redis channel, for messages between nodes
-        self.after_gap: Callable[[], None] = lambda: None
+        self.after_gap: list[Callable[[], None]] = []
         """Called when messages between nodes may have been lost."""
         self.home: Home = Home()
         """The event loop that all of this lives in."""
@@ -385,7 +385,8 @@ class PubSub:
         Each gets a ``phx_error``, rejoins automatically and refetches what it needs, unless its topic ignores gaps.
         """
         if not topics:
-            self.after_gap()
+            for call in self.after_gap:
+                call()
         history = self.history
         pairs = (
             (topic, each)

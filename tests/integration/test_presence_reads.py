@@ -103,8 +103,7 @@ async def test_members_that_cannot_be_read(serve_relay: ServeRelay, enter: Any, 
         one = await enter(served, topic)
         await eventually(lambda: len(one.keys) == 1, "the state")
         server.kill()
-        presence: Any = served.relay.node.presence
-        await eventually(lambda: not presence._could_renew, "the outage")
+        await eventually(lambda: not served.relay.node.broker.link.live, "the outage")
         assert (await read(served, topic, 503))["detail"].startswith("presence unavailable: ")
         assert (await read(served, "room:other", 503))["status"] == 503
         with pytest.raises(BusUnavailable):

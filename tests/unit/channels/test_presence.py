@@ -148,10 +148,16 @@ class Node:
         self.metrics = Metrics()
         self._tasks: set[asyncio.Task[None]] = set()
         self.presence = Presence(
-            settings, self.store, self._spawn, self.metrics, RateLimitedLoggers().get("relay.presence")
+            settings,
+            self.store,
+            lambda: self.is_hearing,
+            self._spawn,
+            self.metrics,
+            RateLimitedLoggers().get("relay.presence"),
         )
         self.clients: list[Client] = []
         self.is_stalled = False
+        self.is_hearing = True
         shared.listeners.append(self._receive)
         self.presence.start()
 
@@ -162,7 +168,7 @@ class Node:
         return task
 
     def _receive(self, message: bytes) -> None:
-        if not self._loss():
+        if self.is_hearing and not self._loss():
             # Later, as on a network: not in the midst of what the sender does.
             asyncio.get_running_loop().call_soon(self.presence.receive, message)
 
@@ -438,6 +444,34 @@ async def test_lost_message_heals_within_one_renewal() -> None:
     await asyncio.sleep(RENEW_S + 0.2)
     assert bystander.keys == {"bystander", "ada", "bob"}
     assert world.nodes[0].metrics.presence_heals == {"message missing": 1}
+    await world.end()
+
+
+async def test_members_are_read_again_after_a_gap() -> None:
+    """And meanwhile nobody is told what was known before it."""
+    world = World()
+    deaf, other = world.nodes
+    bystander = deaf.enter("bystander")
+    ada = other.enter("ada")
+    await asyncio.sleep(RENEW_S)
+    deaf.is_hearing = False
+    other.enter("bob")
+    other.leave(ada)
+    await asyncio.sleep(0.2)
+    assert bystander.keys == {"bystander", "ada"}
+    assert {member.key for member in (await deaf.presence.list(TOPIC)).values()} == {"bystander", "bob"}
+    assert await deaf.presence.count(TOPIC) == 2
+    deaf.store.is_away = True
+    with pytest.raises(BusUnavailable):
+        await deaf.presence.list(TOPIC)
+    deaf.store.is_away, deaf.is_hearing = False, True
+    deaf.presence.after_gap()
+    await asyncio.sleep(0.2)
+    assert bystander.keys is not None
+    assert "bob" in bystander.keys
+    assert deaf.metrics.presence_heals == {}, "before another message shows that one is missing"
+    await asyncio.sleep(DELAY_S)
+    assert bystander.keys == {"bystander", "bob"}
     await world.end()
 
 
