@@ -14,7 +14,7 @@ $(shell rm -rf .venv)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check lint floors format install cover docs fuzz soak lock clean
+.PHONY: help run test packages check lint floors format install cover docs fuzz soak lock clean
 
 help: ## show these words
 	@sed -n 's/^\([a-z]*\):[^#]*## /\1	/p' Makefile
@@ -22,10 +22,12 @@ help: ## show these words
 run: .venv/.run ## start the relay with its own Valkey; ARGS go to `relay serve`
 	@exec $(BIN)/relay serve $(ARGS)
 
-test: .venv/.dev ## run every test (about 20 minutes on 2 cores); ARGS go to pytest
+test: .venv/.dev packages ## run every test (about 20 minutes on 2 cores); ARGS go to pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+
+packages: # what the tests need besides
 	@tools/browser.sh
 	@tools/tangram.sh
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 check: .venv/.dev ## check format, lint, types and spelling (a minute or two)
 	$(BIN)/ruff format --check .
@@ -47,9 +49,7 @@ floors: build/floors/.made ## run unit tests and the broker contract with the ol
 	PATH="$(CURDIR)/build/floors/bin:$$PATH" build/floors/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal \
 		-W "ignore:The anyio.abc.BlockingPortal:DeprecationWarning" --assert=plain -p no:cacheprovider $(FLOORS_TESTS) $(ARGS)
 
-cover: .venv/.dev ## run every test and say which branches none of them took
-	@tools/browser.sh
-	@tools/tangram.sh
+cover: .venv/.dev packages ## run every test and say which branches none of them took
 	rm -f .coverage .coverage.*
 	$(BIN)/coverage run -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS) || failed=$$?; \
 		$(BIN)/coverage combine --quiet && $(BIN)/coverage report && exit $${failed:-0}

