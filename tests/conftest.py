@@ -1,6 +1,7 @@
 """Fixtures for all tests, the runner of coroutine tests, and the rule on skips."""
 
 import asyncio
+import gc
 import inspect
 import logging
 import os
@@ -23,8 +24,14 @@ from tests.support.process import RelayProcess, Valkey, old_redis
 from tests.support.serving import Served, serve
 
 NO_SKIP = "TESTS_NO_SKIP"
-_LONGEST = {"test_long_poll_js.py", "test_console.py"}
-"""Files whose tests wait for 20 s and more: for a token's end, for axe."""
+_LONGEST = {
+    "test_long_poll_js.py",
+    "test_console.py",
+    "test_docs.py",
+    "test_frame_streams.py",
+    "test_history_clients.py",
+}
+"""Files whose tests take 20 s and more, most of which they wait."""
 _TIMEOUT_S = 120.0 * PATIENCE
 
 # A slow machine is no failure; what hangs is cut by the test's own time limit. Few examples in the ordinary run; `make
@@ -78,6 +85,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
             item.fixturenames.insert(0, "runner")
+
+
+def pytest_collection_finish() -> None:
+    """Let the cycle collector leave out what all tests share: each full run would stop a relay under test for 0.3 s."""
+    gc.collect()
+    gc.freeze()
 
 
 async def _end(tasks: list[asyncio.Task[Any]]) -> None:

@@ -27,6 +27,7 @@ class DeferredApp:
         app = self._app
         if app is None:
             app = await asyncio.get_running_loop().run_in_executor(self._thread, self._made)
+            self._thread.shutdown(wait=False)  # it ends after the requests that came meanwhile
         await app(scope, receive, send)
 
     def _made(self) -> ASGIApp:

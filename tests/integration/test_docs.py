@@ -25,6 +25,7 @@ points of ``pyproject.toml`` here, and downloads nothing. A block that cannot be
 import argparse
 import ast
 import asyncio
+import fcntl
 import http.client
 import inspect
 import json
@@ -60,8 +61,8 @@ from tests.support.serving import serve
 from tests.support.terminal import run_on_terminal
 
 REPOSITORY = Path(__file__).parents[2]
-# Kept from page to page: what a page imports is most of the work. One for each process of pytest.
-MYPY_CACHE = REPOSITORY / ".mypy_cache" / f"pages-{os.environ.get('PYTEST_XDIST_WORKER', '')}"
+# Kept from page to page, by one process of pytest after the other: what a page imports is most of the work.
+MYPY_CACHE = REPOSITORY / ".mypy_cache" / "pages"
 PAGES = [
     path
     for name in (
@@ -459,16 +460,19 @@ class Story:
         """See that nothing is still to come, and that what the page has written is typed."""
         self._end_server()
         if any(self._directory.rglob("*.py")):
-            checked = subprocess.run(
-                [
-                    *(sys.executable, "-m", "mypy", "--strict", "--config-file=", "--explicit-package-bases"),
-                    *("--cache-dir", str(MYPY_CACHE), "."),
-                ],
-                cwd=self._directory,
-                env=self._environ | {"MYPYPATH": str(REPOSITORY)},
-                capture_output=True,
-                text=True,
-            )
+            MYPY_CACHE.mkdir(parents=True, exist_ok=True)
+            with (MYPY_CACHE / "lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                checked = subprocess.run(
+                    [
+                        *(sys.executable, "-m", "mypy", "--strict", "--config-file=", "--explicit-package-bases"),
+                        *("--cache-dir", str(MYPY_CACHE), "."),
+                    ],
+                    cwd=self._directory,
+                    env=self._environ | {"MYPYPATH": str(REPOSITORY)},
+                    capture_output=True,
+                    text=True,
+                )
             assert checked.returncode == 0, checked.stdout + checked.stderr
 
     def __enter__(self) -> Self:

@@ -20,6 +20,7 @@ from relay import Plugin, Push
 from relay.transports.uvicorn_http import HEAD_MAX_BYTES, RelayHTTPProtocol
 from tests.support.client import TEXT, Client, RawSocket
 from tests.support.long_poll import Poller
+from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess
 from tests.support.serving import Served, eventually, http_get, metric
 from tests.support.sse import Stream
@@ -362,28 +363,32 @@ async def test_outboxes_together_are_bounded(serve_relay: ServeRelay, door: Door
 # Time.
 
 
+FIRST_JOIN_S = 0.5 * PATIENCE
+"""Those that do join have as long."""
+
+
 async def test_socket_that_joins_nothing_is_closed(serve_relay: ServeRelay, connect: Connect) -> None:
-    served = await serve_relay(limits={"first_join_timeout_s": 0.4})
+    served = await serve_relay(limits={"first_join_timeout_s": FIRST_JOIN_S})
     joined, idle = await connect(served), await connect(served)
     join_ref = await joined.join("room:1")
     await joined.send(join_ref, "9", "room:1", "phx_leave", {})
-    assert await idle.expect_closed() == (1008, "no topic joined within 0.4 s")
+    assert await idle.expect_closed() == (1008, f"no topic joined within {FIRST_JOIN_S:g} s")
     assert await counted(served, "no_join_in_time") == 1
     assert [await joined.receive(), await joined.receive()][0] == joined.reply(join_ref, "9", "room:1")
     await joined.expect_alive()
 
 
 async def test_long_polling_client_that_joins_nothing_is_closed(serve_relay: ServeRelay) -> None:
-    served = await serve_relay(limits={"first_join_timeout_s": 0.4})
+    served = await serve_relay(limits={"first_join_timeout_s": FIRST_JOIN_S})
     async with Poller.connect(served.ws) as joined, Poller.connect(served.ws) as idle:
         await joined.join("room:1")
-        await idle.expect_gone("no topic joined within 0.4 s")
+        await idle.expect_gone(f"no topic joined within {FIRST_JOIN_S:g} s")
         await joined.expect_alive()
     assert await counted(served, "no_join_in_time") == 1
 
 
 async def test_long_polling_client_is_idle_between_polls_alone(serve_relay: ServeRelay) -> None:
-    served = await serve_relay(limits={"idle_timeout_s": 0.5, "longpoll_window_s": 1.5})
+    served = await serve_relay(limits={"idle_timeout_s": 0.5 * PATIENCE, "longpoll_window_s": 1.5 * PATIENCE})
     async with Poller.connect(served.ws) as polling, Poller.connect(served.ws) as idle:
         await polling.join("room:1")
         assert (await polling.poll())["status"] == 204

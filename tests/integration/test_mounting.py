@@ -33,7 +33,7 @@ from relay import Plugin, Relay
 from tests.support.client import TEXT, Client, RawSocket
 from tests.support.long_poll import Poller
 from tests.support.node import need_browser, need_node, run_checks
-from tests.support.process import DEADLINE_S, Valkey
+from tests.support.process import DEADLINE_S, Valkey, wait_for
 from tests.support.servers import AppServer
 from tests.support.serving import Served, serve
 from tests.support.sse import Stream
@@ -660,7 +660,7 @@ async def test_two_workers_share_the_bus(name: str, valkey: Valkey, redis: Redis
 async def test_app_with_a_plain_mount_ends_in_good_order(valkey: Valkey) -> None:
     source = APP.replace('relay.install(app, path="/relay")', 'app.mount("/relay", relay)')
     with AppServer("uvicorn with our class", source, environ={"BUS": valkey.url}) as server:
-        assert "app started: False" in server.output
+        await asyncio.to_thread(wait_for, lambda: "app started: False" in server.output, "the line")
         async with Client.connect(socket_url(server)) as client:
             await client.join("room:1")
             ending = asyncio.create_task(asyncio.to_thread(server.stop, signal.SIGTERM))

@@ -4,6 +4,7 @@ import fs from "node:fs"
 import os from "node:os"
 import path from "node:path"
 import puppeteer from "puppeteer-core"
+import { PATIENCE } from "./report.mjs"
 
 function executable() {
   if (process.env.CHROMIUM) return process.env.CHROMIUM
@@ -33,6 +34,7 @@ export async function inBrowser(origin, body, { width = 1280, height = 800, dark
   })
   try {
     const page = await browser.newPage()
+    page.setDefaultTimeout(30_000 * PATIENCE)
     await page.setViewport({ width, height, deviceScaleFactor: width < 600 ? 2 : 1 })
     await page.emulateMediaFeatures([{ name: "prefers-color-scheme", value: dark ? "dark" : "light" }])
     const { host } = new URL(origin)

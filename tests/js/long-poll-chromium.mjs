@@ -5,7 +5,7 @@
 import { fileURLToPath } from "node:url"
 import { inBrowser } from "./chromium.mjs"
 import { longPoll, outage } from "./long-poll.mjs"
-import { check, failures, say } from "./report.mjs"
+import { PATIENCE, check, failures, say } from "./report.mjs"
 
 const [alias, origin, options, tokens] = process.argv.slice(2)
 const build = fileURLToPath(new URL(`node_modules/${alias}/priv/static/phoenix.js`, import.meta.url))
@@ -17,6 +17,7 @@ await inBrowser(origin, async page => {
   await page.addScriptTag({ path: build })
   await page.evaluate(`(${options.includes("outage") ? outage : longPoll})({
     Phoenix: window.Phoenix, url: "/socket", api: "/api", options: ${options}, tokens: ${tokens},
+    patience: ${PATIENCE},
   }, window.ask, window.report)`)
 })
 process.exit(failures() ? 1 : 0)

@@ -4,7 +4,7 @@
 
 import WebSocket from "ws"
 import { longPoll, outage } from "./long-poll.mjs"
-import { check, failures, say } from "./report.mjs"
+import { PATIENCE, check, failures, say } from "./report.mjs"
 
 // phoenix.js before 1.8 knows no `fetch`.
 class Request {
@@ -35,7 +35,7 @@ const imported = await import(alias)
 const Phoenix = imported.Socket ? imported : imported.default
 
 await (options.includes("outage") ? outage : longPoll)(
-  { Phoenix, url, api, options: JSON.parse(options), tokens: JSON.parse(tokens) },
+  { Phoenix, url, api, options: JSON.parse(options), tokens: JSON.parse(tokens), patience: PATIENCE },
   what => say({ do: what }),
   (name, fault) => check(name, () => { if (fault) throw new Error(fault) }),
 )

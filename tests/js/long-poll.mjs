@@ -3,16 +3,18 @@
 
 // Args: Phoenix: the module.  url: of the socket.  api: of the relay's REST API.
 //       options: further ones of the Socket.  ask(what): has the test do something.  report(name, fault): one check.
-//       tokens: of a user, for joins: the first expires soon.
-export async function longPoll({ Phoenix, url, api, options, tokens }, ask, report) {
+//       tokens: of a user, for joins: the first expires soon.  patience: how many times as long all may take.
+export async function longPoll({ Phoenix, url, api, options, tokens, patience }, ask, report) {
   const { Socket, Presence, LongPoll } = Phoenix
   const within = (promise, what, ms = 15_000) => {
     let timer
-    const late = new Promise((_, reject) => { timer = setTimeout(() => reject(new Error(`nothing came: ${what}`)), ms) })
+    const late = new Promise((_, reject) => {
+      timer = setTimeout(() => reject(new Error(`nothing came: ${what}`)), ms * patience)
+    })
     return Promise.race([promise, late]).finally(() => clearTimeout(timer))
   }
   const until = async (condition, what, ms = 15_000) => {
-    const end = Date.now() + ms
+    const end = Date.now() + ms * patience
     while (!await condition()) {
       if (Date.now() > end) throw new Error(`timed out waiting for ${what}`)
       await new Promise(resolve => setTimeout(resolve, 20))
@@ -160,10 +162,10 @@ export async function longPoll({ Phoenix, url, api, options, tokens }, ask, repo
 }
 
 // Pages with WebSockets that fall back to long polling because the relay is away for a while.
-export async function outage({ Phoenix, url, api, options }, ask, report) {
+export async function outage({ Phoenix, url, api, options, patience }, ask, report) {
   const { Socket, LongPoll } = Phoenix
   const until = async (condition, what, ms) => {
-    const end = Date.now() + ms
+    const end = Date.now() + ms * patience
     while (!await condition()) {
       if (Date.now() > end) throw new Error(`timed out waiting for ${what}`)
       await new Promise(resolve => setTimeout(resolve, 20))
@@ -214,7 +216,7 @@ export async function outage({ Phoenix, url, api, options }, ask, report) {
       return each.events > 0
     }
     await until(async () => await live(open, "room:open") && await live(late, "room:late"), "events", 10_000)
-    if (Date.now() - began > 10_000) throw new Error("too late")
+    if (Date.now() - began > 10_000 * patience) throw new Error("too late")
   })
   await check("the fallback is remembered, and works", async () => {
     if (stored["phx:fallback:LongPoll"] !== "true") throw new Error(JSON.stringify(stored))

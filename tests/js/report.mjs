@@ -4,12 +4,15 @@
 
 export const say = object => process.stdout.write(JSON.stringify(object) + "\n")
 
-// A failed check names what it waited for; the time is generous, for a machine that does other work too.
-const PATIENCE_MS = 10_000 * Number(process.env.TESTS_PATIENCE ?? 1)
+// How many times as long as otherwise everything may take, on a slow machine.
+export const PATIENCE = Number(process.env.TESTS_PATIENCE ?? 1)
 
-export function within(promise, what, ms = PATIENCE_MS) {
+// A failed check names what it waited for; the time is generous, for a machine that does other work too.
+export function within(promise, what, ms = 10_000) {
   let timer
-  const late = new Promise((_, reject) => { timer = setTimeout(() => reject(new Error(`nothing came: ${what}`)), ms) })
+  const late = new Promise((_, reject) => {
+    timer = setTimeout(() => reject(new Error(`nothing came: ${what}`)), ms * PATIENCE)
+  })
   return Promise.race([promise, late]).finally(() => clearTimeout(timer))
 }
 

@@ -3,10 +3,10 @@
 // What a page cannot do, the test is asked for, by {"do": …}: to publish aircraft, to restart a server.
 
 import { inBrowser } from "./chromium.mjs"
-import { check, equal, failures, say, within } from "./report.mjs"
+import { PATIENCE, check, equal, failures, say, within } from "./report.mjs"
 
 const [url, relay, picture, ...restarts] = process.argv.slice(2)
-const PATIENCE_MS = 60_000
+const START_MS = 60_000
 
 await inBrowser(url, async (page, faults) => {
   const sent = [], sockets = []
@@ -16,7 +16,7 @@ await inBrowser(url, async (page, faults) => {
   devtools.on("Network.webSocketFrameSent", ({ response }) => sent.push(JSON.parse(response.payloadData)))
 
   const wait = (what, body, ...args) =>
-    within(page.waitForFunction(body, { timeout: PATIENCE_MS }, ...args), what, PATIENCE_MS)
+    within(page.waitForFunction(body, { timeout: 0 }, ...args), what, START_MS)
   const text = selector => page.$eval(selector, element => element.textContent)
   const joins = topic => sent.filter(([, , name, event]) => event === "phx_join" && name === topic).length
   const streaming = () => sent.map(([, , topic]) => topic).find(topic => topic.startsWith("streaming-"))
@@ -42,7 +42,7 @@ await inBrowser(url, async (page, faults) => {
       }
       const before = sent.length
       const isSent = () => sent.slice(before).some(([, , , event]) => event === "bound-box")
-      const end = Date.now() + PATIENCE_MS
+      const end = Date.now() + START_MS * PATIENCE
       while (!isSent() && Date.now() < end) {
         await drag()
         await new Promise(resolve => setTimeout(resolve, 200))
@@ -55,7 +55,7 @@ await inBrowser(url, async (page, faults) => {
   await check("the page joins", async () => {
     equal((await page.goto(url)).status(), 200, "status of the page")
     await wait("the page", () => document.querySelector("#uptime"))
-    const end = Date.now() + PATIENCE_MS
+    const end = Date.now() + START_MS * PATIENCE
     while (!(streaming() && joins("system")) && Date.now() < end) await new Promise(resolve => setTimeout(resolve, 50))
     equal([joins("system"), joins(streaming())], [1, 1], "joins")
     equal([...new Set(sockets.map(({ pathname }) => pathname))], ["/websocket"], "where it connects to")
@@ -67,7 +67,7 @@ await inBrowser(url, async (page, faults) => {
     const before = joins("system")
     say({ do: restart })
     await check(`${restart}: the page joins again`, async () => {
-      const end = Date.now() + PATIENCE_MS
+      const end = Date.now() + START_MS * PATIENCE
       while (joins("system") === before && Date.now() < end) await new Promise(resolve => setTimeout(resolve, 50))
       equal(joins("system") > before, true, "a join")
     })

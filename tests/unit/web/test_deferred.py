@@ -45,6 +45,8 @@ async def test_requests_that_come_together_have_it_made_once_and_the_loop_goes_o
     assert await ask(app) == b"here"
     assert len(made) == 1
     assert made[0] is not threading.current_thread()
+    await asyncio.to_thread(made[0].join, 60)
+    assert not made[0].is_alive(), "the thread has nothing more to do"
 
 
 async def test_fault_is_that_of_its_request_and_the_next_tries_again() -> None:
