@@ -12,7 +12,7 @@ from typing import Any
 
 import hiredis
 
-from relay.brokers.redis_connection import Connections, LinkLost, RedisConnection, packed, words
+from relay.brokers.redis_connection import Connections, LinkLost, RedisConnection, limited, packed, words
 from relay.brokers.redis_scripts import Script
 from relay.errors import BusUnavailable
 
@@ -78,7 +78,7 @@ class RedisCommands:
     async def _limited(self, fault: str) -> AsyncIterator[None]:
         """Limit the time that the block takes; what goes wrong in it is BusUnavailable."""
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with limited(self._timeout_s):
                 yield
         except LinkLost as lost:
             raise BusUnavailable(str(lost)) from lost

@@ -12,7 +12,8 @@ import os
 import re
 import ssl
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import hiredis
@@ -131,7 +132,7 @@ class RedisConnection:
         """Send one command and wait for its reply, while nothing else is under way. Raises LinkLost."""
         self.write(hiredis.pack_command(command))
         try:
-            async with asyncio.timeout(self.limit_s):
+            async with nullcontext() if self.limit_s is None else limited(self.limit_s):
                 return await self.reply()
         except TimeoutError:
             raise LinkLost(f"no answer to {command[0]} within {self.limit_s:g} s") from None
@@ -176,6 +177,21 @@ class RedisConnection:
         except hiredis.HiredisError:
             pass  # its bytes were no Redis's
         return ""
+
+
+@asynccontextmanager
+async def limited(limit_s: float) -> AsyncIterator[None]:
+    """Limit the time that the block takes; what comes while the event loop is blocked is read before the limit counts.
+
+    Raises TimeoutError.
+    """
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(None) as limit:
+        timer = loop.call_later(limit_s, lambda: limit.reschedule(loop.time() + limit_s / 20))
+        try:
+            yield
+        finally:
+            timer.cancel()
 
 
 def _check_cancelled() -> None:

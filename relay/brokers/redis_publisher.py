@@ -444,9 +444,13 @@ class Publisher:
             next_s = asked_at + (settings.ping_timeout_s if asked else settings.ping_interval_s) - self._clock()
             await asyncio.sleep(max(0.001, min(next_s, settings.timeout_s / 4)))
             now = self._clock()
-            if self._unanswered and now - self._unanswered[0].at > settings.timeout_s:
-                self._give_up(connection, f"no reply within {settings.timeout_s:g} s")
-                return
+            first = self._unanswered[0] if self._unanswered else None
+            if first is not None and now - first.at > settings.timeout_s:
+                # Once more round the loop: what has come while it was blocked is not read yet.
+                await asyncio.sleep(settings.timeout_s / 20)
+                if self._unanswered and self._unanswered[0] is first:
+                    self._give_up(connection, f"no reply within {settings.timeout_s:g} s")
+                    return
             if asked is not None and asked.cancelled():
                 return  # with its connection
             if asked is not None and asked.done():
@@ -457,8 +461,7 @@ class Publisher:
                     )
                 asked = None
             if asked is not None and now - asked_at > settings.ping_timeout_s:
-                # Once more round the loop: what has come while it was blocked is not read yet.
-                await asyncio.sleep(settings.ping_timeout_s / 4)
+                await asyncio.sleep(settings.ping_timeout_s / 4)  # for the same reason
                 if not asked.done() and self._clock() - connection.read_at > settings.ping_timeout_s:
                     self._give_up(connection, f"no answer to {commands[0]} within {settings.ping_timeout_s:g} s")
                     return
