@@ -349,13 +349,19 @@ class Presence:
     def _take_lease(self, lease: Lease) -> None:
         if not lease.held and self._number and not self._is_rewriting:
             self._metrics.presence_leases_lost += 1
+            self._log.warning(
+                "presence lease", "the lease of this node ended, or Redis lost it: its members are sent again"
+            )
             self._is_lost = True
             self._wake.set()
         alive = {node for node, left_s in lease.nodes.items() if left_s >= 0 and node != self._node}
         for node in [node for node in self._nodes if node not in alive and self._is_dead(node, lease)]:
-            self._metrics.presence_ghosts_removed += sum(
-                len(topic.parts.get(node, ())) for topic in self._topics.values()
-            )
+            removed = sum(len(topic.parts.get(node, ())) for topic in self._topics.values())
+            self._metrics.presence_ghosts_removed += removed
+            if removed:
+                self._log.warning(
+                    "presence ghosts", "%d members of node %s removed: its lease has ended", removed, node
+                )
             self._forget(node)
         missed, self._could_renew = not self._could_renew, True
         for node in alive:

@@ -348,7 +348,7 @@ async def test_topic_without_subscribers_is_forgotten() -> None:
     await world.end()
 
 
-async def test_flush_is_not_seen_by_clients() -> None:
+async def test_flush_is_not_seen_by_clients(caplog: pytest.LogCaptureFixture) -> None:
     world = World()
     clients = [node.enter(name) for node, name in zip(world.nodes, ("ada", "bob"), strict=True)]
     await asyncio.sleep(RENEW_S)
@@ -356,6 +356,7 @@ async def test_flush_is_not_seen_by_clients() -> None:
     await world.check()
     assert [client.gone for client in clients] == [[], []]
     assert [node.metrics.presence_leases_lost for node in world.nodes] == [1, 1]
+    assert "the lease of this node ended, or Redis lost it: its members are sent again" in caplog.messages
     assert await world.nodes[0].store.read(TOPIC, world.nodes[1].store.node, 1)
     await world.end()
 
@@ -410,7 +411,7 @@ async def test_lost_writes_of_a_lagging_replica_are_made_again() -> None:
     await world.end()
 
 
-async def test_node_that_is_killed_is_gone_within_lease_renewal_and_delay() -> None:
+async def test_node_that_is_killed_is_gone_within_lease_renewal_and_delay(caplog: pytest.LogCaptureFixture) -> None:
     world = World()
     bystander = world.nodes[0].enter("bystander")
     for number in range(100):
@@ -425,6 +426,7 @@ async def test_node_that_is_killed_is_gone_within_lease_renewal_and_delay() -> N
     assert bystander.keys == {"bystander"}
     assert len(bystander.gone) == 100
     assert world.nodes[0].metrics.presence_ghosts_removed == 100
+    assert f"100 members of node {dead.store.node} removed: its lease has ended" in caplog.messages
     assert world.shared.members.keys() == {(TOPIC, world.nodes[0].store.node), (TOPIC, dead.store.node)}
     await asyncio.sleep(4 * LEASE_S)
     assert world.shared.members.keys() == {(TOPIC, world.nodes[0].store.node)}, "swept"
