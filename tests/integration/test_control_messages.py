@@ -16,6 +16,7 @@ from relay.brokers.broadcaster import BroadcasterBroker
 from relay.transports.handshake import accept
 from tests.support.client import Client
 from tests.support.keys import SECRET, token
+from tests.support.patience import PATIENCE
 from tests.support.process import Valkey
 from tests.support.serving import Served, eventually, heard_on, serve
 
@@ -135,7 +136,7 @@ async def test_pushes_that_wait_fall_with_a_socket_that_the_relay_closes(
 async def test_pushes_that_wait_fall_with_an_idle_socket(
     serve_relay: ServeRelay, connect: Connect, valkey: Valkey
 ) -> None:
-    pushing = await make(serve_relay, connect, limits={"idle_timeout_s": 0.5})
+    pushing = await make(serve_relay, connect, limits={"idle_timeout_s": 0.5 * PATIENCE})
     async with nothing_published(valkey, pushing):
         await pushing.push(range(5))
         assert (await pushing.client.expect_closed())[0] == 1001

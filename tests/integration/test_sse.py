@@ -25,6 +25,7 @@ from relay import Join, Plugin, Refused, Relay
 from relay.transports.sse import SSETransport
 from tests.support.client import Client
 from tests.support.keys import SECRET, token
+from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess, Valkey
 from tests.support.serving import Served, eventually, http_get, metric, serve
 from tests.support.session_app import log_in, session_app
@@ -367,7 +368,7 @@ async def test_terminated_relay_does_not_wait_for_a_stream_that_is_not_read(valk
 @pytest.mark.parametrize("direct", [False])
 async def test_stream_that_takes_nothing_is_closed_as_idle(serve_streams: Serve, open_stream: Open) -> None:
     """Uvicorn alone waits for a reader without a limit."""
-    limits = {"idle_timeout_s": 0.4, "close_timeout_s": 0.2}
+    limits = {"idle_timeout_s": 0.4 * PATIENCE, "close_timeout_s": 0.2}
     served = await serve_streams(server={"send_buffer": 4096}, limits=limits)
     slow, reader = await open_stream(served, "room:1", receive_buffer=4096), await open_stream(served, "room:2")
     await served.relay.publish("room:1", "big", "x" * 1_000_000)

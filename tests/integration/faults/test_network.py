@@ -56,7 +56,8 @@ async def test_half_open_clients_are_closed_and_cost_nobody_else() -> None:
     Where the machine allows no network of the test's own, the clients' process is stopped instead: it neither reads nor
     answers.
     """
-    limits = {"RELAY_LIMITS__IDLE_TIMEOUT_S": "1.5", "RELAY_LIMITS__CLOSE_TIMEOUT_S": "0.5"}
+    idle_s = 1.5 * PATIENCE
+    limits = {"RELAY_LIMITS__IDLE_TIMEOUT_S": str(idle_s), "RELAY_LIMITS__CLOSE_TIMEOUT_S": "0.5"}
     environ = {"RELAY_ALLOW_ANONYMOUS": "true", "RELAY_SYSTEM_TOPIC": "false", **limits}
     with lossy_network() as network, RelayProcess("--host", "0.0.0.0", environ=environ) as relay:
         port = relay.http.rpartition(":")[2]
@@ -66,11 +67,11 @@ async def test_half_open_clients_are_closed_and_cost_nobody_else() -> None:
             Client.connect(f"ws://127.0.0.1:{port}/socket") as client,
             Ticker.run(relay.redis_url, "room:half") as ticker,
             Witness.run(client, "room:half") as witness,
+            beating(client),
             program(*prefix, *beater) as process,
         ):
-            beats = asyncio.create_task(beat(client))
             await until_metric(relay, "relay_sockets", 21)
-            await asyncio.sleep(2)  # longer than the time limit: heartbeats keep them
+            await asyncio.sleep(idle_s + 0.5)  # longer than the time limit: heartbeats keep them
             await until_metric(relay, "relay_sockets", 21, 0.5)
             if network is not None:
                 network.cut()
@@ -78,18 +79,27 @@ async def test_half_open_clients_are_closed_and_cost_nobody_else() -> None:
                 process.send_signal(signal.SIGSTOP)
             metrics = await until_metric(relay, "relay_sockets", 1)
             await witness.progress()
-            beats.cancel()
             assert witness.check(ticker) == 0
             assert witness.told == []
         assert metric(metrics, "relay_refused_total", kind="socket", reason="idle") == 20
         assert "Traceback" not in relay.output
 
 
-async def beat(client: Client) -> None:
+@asynccontextmanager
+async def beating(client: Client) -> AsyncIterator[None]:
     """Heartbeats beside what a witness reads; their answers pass it by."""
-    while True:
-        await client.send(None, "beat", "phoenix", "heartbeat", {})
-        await asyncio.sleep(0.3)
+
+    async def beat() -> None:
+        while True:
+            await client.send(None, "beat", "phoenix", "heartbeat", {})
+            await asyncio.sleep(0.3)
+
+    beats = asyncio.create_task(beat())
+    try:
+        yield
+    finally:
+        beats.cancel()
+        _ = await asyncio.gather(beats, return_exceptions=True)
 
 
 @pytest.mark.parametrize("cut_at", ["header", "payload", "fragments"])

@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.client import TEXT, RawSocket
 from tests.support.faults import Proxy
+from tests.support.patience import PATIENCE
 from tests.support.process import Valkey
 from tests.support.redis_faults import (
     FAST,
@@ -163,7 +164,7 @@ async def test_socket_that_is_closed_while_its_pushes_wait_ends_quietly(
     serve_relay: ServeRelay, server: Valkey, caplog: pytest.LogCaptureFixture
 ) -> None:
     """It reads no further (``pushes_in_flight``), and its client does not answer the close: it is cut off."""
-    limits = {"pushes_in_flight": 1, "idle_timeout_s": 0.4, "close_timeout_s": 0.2}
+    limits = {"pushes_in_flight": 1, "idle_timeout_s": 0.4 * PATIENCE, "close_timeout_s": 0.2}
     served = await serve_relay(redis_url=server.url, limits=limits)
     async with RawSocket.connect(served.ws) as client:
         await client.send_frame(TEXT, b'["1","1","room:1","phx_join",{}]')
