@@ -234,6 +234,9 @@ class PresenceStore(Protocol):
         Args: known: number of the last write that the node is known to have made.
         """
 
+    async def numbers(self, nodes: Sequence[str]) -> list[int | None]:
+        """The number of each node's last write; None where the store has lost it."""
+
     async def nodes(self) -> list[str]:
         """All nodes whose lease has not run out."""
 

@@ -83,6 +83,11 @@ class MemoryPresence:
             return None
         return dict(self._shared.members.get((topic, node), {}))
 
+    async def numbers(self, nodes: Sequence[str]) -> list[int | None]:
+        """The number of each node's last write; None where it is not there."""
+        written = self._shared.written
+        return [abs(written[node]) if node in written else None for node in nodes]
+
     async def nodes(self) -> list[str]:
         """All nodes whose lease has not run out."""
         now = self._shared.clock()

@@ -123,6 +123,11 @@ class RedisPresence:
             if cursor == b"0":
                 return members
 
+    async def numbers(self, nodes: Sequence[str]) -> list[int | None]:
+        """The number of each node's last write; None where Redis has lost it."""
+        answers = await self._commands.ask_all([("ZSCORE", self._written, node) for node in nodes]) if nodes else []
+        return [None if answer is None else abs(int(float(answer))) for answer in answers]
+
     async def nodes(self) -> list[str]:
         """All nodes whose lease has not run out."""
         seconds, micros = await self._commands.ask("TIME")

@@ -17,6 +17,7 @@ import msgspec
 
 from relay.brokers.base import Lease, Numbering, OwnChange, PresenceStore
 from relay.channels.presence_limit import ChangeLimiter
+from relay.channels.presence_messages import Change, Message, decode, encode, packed
 from relay.channels.presence_topic import WINDOW_S, PresenceTopic, Watcher, count_members
 from relay.config import Config
 from relay.errors import BusUnavailable
@@ -31,33 +32,14 @@ _AGAIN_S = 1.0
 _PORTION = 5000
 """Members in one message at most. All of a node are announced again when Redis has lost them."""
 
+_READS = 100
+"""Reads of members under way at most. After an outage all topics' are due, and each read has a time limit."""
+
 _DEAD_LEASES = 3
 """Leases after the end of its own for which the members of a node are left where they are."""
 
 _COUNT_KEY = "#"
 """Key of what stands for all members of a node where their number alone is sent."""
-
-
-class _Change(msgspec.Struct, array_like=True):
-    topic: str
-    joins: list[tuple[str, str, msgspec.Raw, str]]
-    leaves: list[str]
-
-
-class _Message(msgspec.Struct, omit_defaults=True):
-    """What a node says to the others."""
-
-    node: str
-    number: int
-    changes: list[_Change] = []
-    digests: dict[str, tuple[int, int]] = {}
-    """Number of members and digest of their refs, of topics that have changed since the last sign of life."""
-    is_last: bool = False
-    """Whether the node is about to end."""
-
-
-_encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder(_Message).decode
 
 
 class Presence:
@@ -99,8 +81,10 @@ class Presence:
         self._outgoing: dict[str, Difference] = {}
         self._changed_topics: set[str] = set()
         self._wake = asyncio.Event()
-        # Whether what is known of other nodes is as new as their last messages.
+        # Whether what is known of other nodes is as new as their last messages; and checks of that under way.
         self._could_renew = False
+        self._checks = 0
+        self._reads = asyncio.Semaphore(_READS)
         self._tasks: list[asyncio.Task[None]] = []
         self._limiter = ChangeLimiter(config.limits.presence_per_s, metrics)
 
@@ -115,7 +99,7 @@ class Presence:
             topic.stop()
         for task in self._tasks:
             task.cancel()
-        message = _encode(_Message(self._node, self._number, is_last=True))
+        message = encode(Message(self._node, self._number, is_last=True))
         try:
             await self._store.remove(self._node, message)
         except BusUnavailable as error:
@@ -236,7 +220,7 @@ class Presence:
     def receive(self, data: bytes) -> None:
         """Take what a node has said; this one's own messages, and those that cannot be read, are ignored."""
         try:
-            message = _decode(data)
+            message = decode(data)
         except msgspec.MsgspecError:
             self._metrics.dropped["presence message not understood"] += 1
             self._log.warning("presence", "message about presence dropped: not understood")
@@ -271,12 +255,29 @@ class Presence:
                 self._load(topic, node)
 
     def after_gap(self) -> None:
-        """Read the members of other nodes again: messages about them may have been lost."""
-        for topic in self._topics.values():
-            for node in self._nodes:
-                self._load(topic, node)
+        """Read the members of those nodes again whose messages have been lost."""
+        self._checks += 1
+        _ = self._spawn(self._check_numbers())
 
-    def _apply(self, topic: PresenceTopic, node: str, change: _Change) -> None:
+    async def _check_numbers(self) -> None:
+        nodes = list(self._nodes)
+        try:
+            numbers = await self._store.numbers(nodes)
+        except BusUnavailable as error:
+            self._log.warning("presence", "whether messages about members were lost is not known: %s", error)
+            self._could_renew = False  # all members are read again with the next lease
+            return
+        finally:
+            self._checks -= 1
+        for node, number in zip(nodes, numbers, strict=True):
+            if number is None:
+                self._could_renew = False
+            elif number > (self._nodes.get(node) or 0):
+                self._metrics.presence_heals["message missing"] += 1
+                for topic in self._topics.values():
+                    self._load(topic, node)
+
+    def _apply(self, topic: PresenceTopic, node: str, change: Change) -> None:
         joins = {
             ref: Member(ref, key, bytes(meta), previous)
             for ref, key, meta, previous in change.joins
@@ -297,7 +298,8 @@ class Presence:
 
     async def _load_part(self, topic: PresenceTopic, node: str) -> None:
         try:
-            members = await self._store.read(topic.name, node, self._nodes.get(node) or 0)
+            async with self._reads:
+                members = await self._store.read(topic.name, node, self._nodes.get(node) or 0)
         except BusUnavailable as error:
             self._log.warning("presence", "members of topic %r cannot be read: %s", topic.name, error)
             members = None
@@ -325,7 +327,7 @@ class Presence:
         """Give a sign of life, and look which nodes give one."""
         while True:
             topics, self._changed_topics = self._changed_topics, set()
-            message = _encode(_Message(self._node, self._number, digests=self._digests(topics)))
+            message = encode(Message(self._node, self._number, digests=self._digests(topics)))
             try:
                 lease = await self._store.renew(message, self._written, is_new=not self._number)
             except BusUnavailable as error:
@@ -429,9 +431,9 @@ class Presence:
         self._number += 1
         is_whole = not self._is_rewriting or not self._outgoing
         changes = [OwnChange(name, change, self._has_none(name)) for name, change in outgoing.items()]
-        message = _Message(self._node, self._number, [_packed(name, change) for name, change in outgoing.items()])
+        message = Message(self._node, self._number, [packed(name, change) for name, change in outgoing.items()])
         numbering = Numbering(self._number, self._written, is_whole)
-        if not await self._store.write(changes, _encode(message), numbering):
+        if not await self._store.write(changes, encode(message), numbering):
             self._is_lost = True
         self._written = numbering.number
         if is_whole:
@@ -462,7 +464,8 @@ class Presence:
         Raises: BusUnavailable: those of other nodes cannot be read.
         """
         topic = self._topics.get(name)
-        if topic is not None and self._could_renew and self._is_hearing() and not topic.loading:
+        is_current = self._could_renew and not self._checks and self._is_hearing()
+        if topic is not None and is_current and not topic.loading:
             return topic.merged()
         found: Members = {}
         # With nodes that have just been heard: Redis may have lost their leases, and their members.
@@ -480,8 +483,3 @@ class Presence:
 
 
 _GONE = Member("", "", b"{}")
-
-
-def _packed(name: str, change: Difference) -> _Change:
-    joins = [(each.ref, each.key, msgspec.Raw(each.meta), each.previous) for each in change.joins.values()]
-    return _Change(name, joins, list(change.leaves))

@@ -120,6 +120,16 @@ async def test_many_members_are_read_whole(world: World) -> None:
     assert await world.read(world.one) == {member.ref: member for member in many}
 
 
+async def test_number_of_each_nodes_last_write_is_known(world: World) -> None:
+    await world.write(world.one, world.joins(ADA), b"1")
+    await world.write(world.one, world.joins(BOB), b"2")
+    await world.one.write(world.joins(ADA), b"3", Numbering(7, 2, is_whole=False))
+    await world.write(world.two, world.joins(BOB), b"1")
+    nodes = [world.two.node, "no such node", world.one.node]
+    assert await world.two.numbers(nodes) == [1, None, 7]
+    assert await world.two.numbers([]) == []
+
+
 async def test_lease_holds_until_its_end(world: World) -> None:
     assert not (await world.renew(world.one, b"first")).held, "there was none before"
     lease = await world.renew(world.one, b"second")
