@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -80,8 +81,16 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give every coroutine test its runner, and put first what waits longest, so that nothing is waited for alone."""
-    items.sort(key=lambda item: item.path.name not in _LONGEST)
+    """Give every coroutine test its runner, and put what takes longest first, so that nothing is waited for alone.
+
+    Each process of pytest begins with one part of the list after the other: each part gets a share of the longest.
+    """
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    longest = [item for item in items if item.path.name in _LONGEST]
+    others = [item for item in items if item.path.name not in _LONGEST]
+    bounds = [len(others) * number // processes for number in range(processes + 1)]
+    parts = ([*longest[number::processes], *others[bounds[number] : bounds[number + 1]]] for number in range(processes))
+    items[:] = chain.from_iterable(parts)
     for item in items:
         if isinstance(item, pytest.Function) and inspect.iscoroutinefunction(item.obj):
             item.fixturenames.insert(0, "runner")
