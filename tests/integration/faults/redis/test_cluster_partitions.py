@@ -15,6 +15,7 @@ from tests.support.client import Client
 from tests.support.cluster import Cluster, Node
 from tests.support.cluster_stream import PACE_S, TOPICS, Connect, Publisher, Start, owner_and_other, replica_of, slot
 from tests.support.partition import PartitionedCluster
+from tests.support.patience import PATIENCE
 from tests.support.process import sharded_servers, wait_for
 from tests.support.redis_faults import OK, UNAVAILABLE, ready
 from tests.support.serving import eventually
@@ -90,7 +91,11 @@ async def test_relay_on_the_smaller_side_takes_no_pushes_and_reports_the_gap_at_
         newest = await far.publish(TOPICS)
         await eventually(lambda: all(newest in each for each in stream.listener.numbers.values()), "the other side")
         assert (await client.receive())[3] == "phx_error"
-        assert await client.push(await client.join(quiet), quiet, "shout") == OK
+        ref = await client.join(quiet)
+        async with asyncio.timeout(20 * PATIENCE):
+            # The connection to publish on may come later.
+            while await client.push(ref, quiet, "shout") != OK:  # noqa: ASYNC110 - each answer is one
+                await asyncio.sleep(0.05)
 
 
 async def test_relay_on_the_larger_side_tells_the_topics_of_the_lost_master_alone(
