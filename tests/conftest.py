@@ -32,7 +32,7 @@ _LONGEST = {
     "test_frame_streams.py",
     "test_history_clients.py",
 }
-"""Files whose tests take 20 s and more, most of which they wait."""
+"""Files with the tests that take longest."""
 _TIMEOUT_S = 120.0 * PATIENCE
 
 # A slow machine is no failure; what hangs is cut by the test's own time limit. Few examples in the ordinary run; `make

@@ -446,7 +446,8 @@ class Publisher:
             now = self._clock()
             first = self._unanswered[0] if self._unanswered else None
             if first is not None and now - first.at > settings.timeout_s:
-                # Once more round the loop: what has come while it was blocked is not read yet.
+                # Once more round the loop: what has come while it was blocked is not read yet. Where replies come, if
+                # late, the connection is kept.
                 await asyncio.sleep(settings.timeout_s / 20)
                 if self._unanswered and self._unanswered[0] is first:
                     self._give_up(connection, f"no reply within {settings.timeout_s:g} s")

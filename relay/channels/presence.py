@@ -260,8 +260,11 @@ class Presence:
         _ = self._spawn(self._check_numbers())
 
     async def _check_numbers(self) -> None:
-        nodes = list(self._nodes)
         try:
+            for node in await self._store.nodes():
+                if node != self._node:
+                    _ = self._nodes.setdefault(node, None)  # it has started meanwhile
+            nodes = list(self._nodes)
             numbers = await self._store.numbers(nodes)
         except BusUnavailable as error:
             self._log.warning("presence", "whether messages about members were lost is not known: %s", error)
@@ -272,7 +275,7 @@ class Presence:
         for node, number in zip(nodes, numbers, strict=True):
             if number is None:
                 self._could_renew = False
-            elif number > (self._nodes.get(node) or 0):
+            elif node in self._nodes and number > (self._nodes[node] or 0):
                 self._metrics.presence_heals["message missing"] += 1
                 for topic in self._topics.values():
                     self._load(topic, node)

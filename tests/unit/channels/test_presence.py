@@ -502,6 +502,22 @@ async def test_gap_without_a_lost_message_costs_no_reading() -> None:
     await world.end()
 
 
+async def test_node_that_started_during_a_gap_is_found_after_it() -> None:
+    world = World(nodes=1)
+    deaf = world.nodes[0]
+    bystander = deaf.enter("bystander")
+    await asyncio.sleep(RENEW_S + 0.05)
+    deaf.is_hearing = False
+    world.nodes.append(world.start())
+    world.nodes[1].enter("ada")
+    await asyncio.sleep(0.05)
+    deaf.is_hearing = True
+    deaf.presence.after_gap()
+    await asyncio.sleep(0.25)  # and not with the next lease
+    assert bystander.keys == {"bystander", "ada"}
+    await world.end()
+
+
 async def test_gap_that_cannot_be_examined_has_all_read_again() -> None:
     world = World()
     one, other = world.nodes

@@ -3,29 +3,23 @@
 import asyncio
 import socket
 import time
-from collections.abc import Iterator
 
 import pytest
-import uvloop
 
 from relay.brokers.redis_commands import RedisCommands
 from relay.brokers.redis_connection import limited
 from relay.config_sections import Direction
 from relay.errors import BusUnavailable
+from tests.integration.faults.redis.test_resets import both_loops, loop, runner
 from tests.support.process import Valkey
 from tests.support.redis_link import broker_on, outcome
+
+__all__ = ["loop", "runner"]
 
 LIMIT_S = 0.4
 
 
-pytestmark = pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-
-
-@pytest.fixture
-def runner(loop: str) -> Iterator[asyncio.Runner]:
-    """The test's event loop. That of uvloop looks at its timers first, then at its sockets."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop if loop == "uvloop" else None) as runner:
-        yield runner
+pytestmark = both_loops
 
 
 async def block(server: Valkey) -> None:
@@ -94,9 +88,12 @@ async def test_server_that_does_not_answer_is_given_up_in_time(loop: str, server
 
 
 async def test_limit_ends_with_its_block(loop: str) -> None:
+    faults: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context))
     async with limited(0.01):
         pass
     await asyncio.sleep(0.05)
+    assert faults == []
     with pytest.raises(TimeoutError):
         async with limited(0.01):
             await asyncio.sleep(20)
