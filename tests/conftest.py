@@ -33,7 +33,7 @@ _LONGEST = {
     "test_history_clients.py",
 }
 """Files with the tests that take longest."""
-_TIMEOUT_S = 120.0 * PATIENCE
+_TIMEOUT_S = 240.0 * PATIENCE
 
 # A slow machine is no failure; what hangs is cut by the test's own time limit. Few examples in the ordinary run; `make
 # fuzz` takes more.

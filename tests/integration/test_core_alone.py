@@ -10,6 +10,7 @@ import pytest
 from redis.asyncio import Redis
 
 from tests.support.client import Client
+from tests.support.patience import PATIENCE
 from tests.support.process import Valkey
 from tests.support.servers import AppServer
 from tests.support.serving import http_get
@@ -102,6 +103,6 @@ def test_command_whose_extra_is_missing_says_so_in_one_line(module: str, argumen
         "main()"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60, cwd=ROOT
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60 * PATIENCE, cwd=ROOT
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{line}\n")

@@ -18,13 +18,14 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from tests.support.client import TEXT, Client, RawSocket
+from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess, Valkey
 from tests.support.serving import Served, eventually, http_get, metric
 
 Connect = Callable[..., Awaitable[Client]]
 ServeRelay = Callable[..., Awaitable[Served]]
 
-SWARM_DEADLINE_S = 100
+SWARM_DEADLINE_S = 100 * PATIENCE
 
 
 class Swarm:
@@ -74,7 +75,8 @@ async def publish_ticks(redis: Redis, topic: str, numbers: range) -> None:
 
 async def test_ten_thousand_events_reach_two_hundred_sockets_once_and_in_order() -> None:
     """`relay serve` as it is, with its own Valkey."""
-    with RelayProcess() as relay:
+    # These sockets send no heartbeats.
+    with RelayProcess(environ={"RELAY_LIMITS__IDLE_TIMEOUT_S": "600"}) as relay:
         async with swarm(relay.ws, "room:flood", 200) as sockets, Redis.from_url(relay.redis_url) as redis:
             await publish_ticks(redis, "room:flood", range(10_000))
             await redis.publish("to:room:flood:end", "{}")
@@ -97,7 +99,8 @@ async def test_events_reach_many_sockets_on_both_paths(served: Served, redis: Re
 async def test_redis_killed_and_restarted_under_ten_thousand_events() -> None:
     """The relay heals by itself, says so in the log and in ``/ready``, and every client is told, once."""
     topic = "room:cut"
-    with Valkey() as valkey, RelayProcess("--redis-url", valkey.url) as relay:
+    environ = {"RELAY_LIMITS__IDLE_TIMEOUT_S": "600"}
+    with Valkey() as valkey, RelayProcess("--redis-url", valkey.url, environ=environ) as relay:
         async with swarm(relay.ws, topic, 200) as sockets:
             lost = 0
             async with Redis.from_url(valkey.url) as redis:
@@ -109,7 +112,7 @@ async def test_redis_killed_and_restarted_under_ten_thousand_events() -> None:
                     except (RedisConnectionError, OSError):
                         lost += 100
             assert lost == 2_500, "everything after the kill failed"
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(20 * PATIENCE):
                 while (answer := await http_get(f"{relay.http}/ready"))[0] != 503:  # noqa: ASYNC110 - another process's state
                     await asyncio.sleep(0.01)
             assert "no subscription to" in json.loads(answer[1])["reason"]
@@ -150,7 +153,8 @@ def serve_slow(serve_relay: ServeRelay) -> ServeRelay:
     async def serve_slow(overflow: str, topic: dict[str, Any] | None = None, **limits: Any) -> Served:
         return await serve_relay(
             server={"send_buffer": 8192},
-            limits={"outbox_max_bytes": OUTBOX, "payload_max_bytes": OUTBOX // 2, "close_timeout_s": 5.0} | limits,
+            limits={"outbox_max_bytes": OUTBOX, "payload_max_bytes": OUTBOX // 2, "close_timeout_s": 5.0 * PATIENCE}
+            | limits,
             topics=[{"match": "flood", "overflow": overflow, **(topic or {})}],
         )
 

@@ -22,6 +22,7 @@ from relay.config_sections import LimitsConfig, PluginsConfig
 from relay.config_sources import load
 from relay.web.prometheus import METRIC_SPECS
 from tests.support.node import SCRIPTS, compile_typescript, need_node
+from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +33,7 @@ TOOLS = Path(sys.executable).parent
 
 def check(*command: str | Path) -> str:
     """Run a tool that must find nothing wrong; returns what it prints."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120 * PATIENCE)
     assert done.returncode == 0, f"{command[0]}:\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
@@ -97,7 +98,9 @@ def test_health_check_of_the_container_says_whether_the_relay_lives(lives: bool)
             relay.stop()
         # A proxy that somebody has set up for the daemon is no way to this very container.
         environ = {**os.environ, "RELAY_PORT": port, "http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
-        done = subprocess.run([sys.executable, *command[1:]], env=environ, capture_output=True, check=False, timeout=60)
+        done = subprocess.run(
+            [sys.executable, *command[1:]], env=environ, capture_output=True, check=False, timeout=60 * PATIENCE
+        )
         assert (done.returncode == 0) is lives
 
 
@@ -128,7 +131,7 @@ def test_deployment_sets_no_variable_that_the_relay_refuses(name: str) -> None:
         text=True,
         check=False,
         cwd=ROOT,
-        timeout=60,
+        timeout=60 * PATIENCE,
     )
     assert done.returncode == 0, done.stderr
 

@@ -56,6 +56,7 @@ from relay.config_sources import load
 from relay.plugins import Plugin
 from tests.support.client import Client
 from tests.support.node import SCRIPTS, need_browser, need_node, run_checks
+from tests.support.patience import PATIENCE
 from tests.support.process import Postgres, Valkey, free_port, wait_for
 from tests.support.serving import serve
 from tests.support.terminal import run_on_terminal
@@ -422,7 +423,7 @@ class Story:
                     stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT if arguments[0] != "curl" else subprocess.DEVNULL,
                     text=True,
-                    timeout=120,
+                    timeout=120 * PATIENCE,
                 )
                 code, printed = ended.returncode, ended.stdout
             if shown:
@@ -559,7 +560,8 @@ class Script:
         return directory / "browser.mjs"
 
     def _printed(self) -> list[str]:
-        return self._log.read_text("utf-8").splitlines()
+        # A line that is being written is none yet.
+        return self._log.read_bytes().rpartition(b"\n")[0].decode().splitlines()
 
     def wait(self, until: str | None = None) -> None:
         """Wait for one line, or for all of them; then no other may have been printed."""

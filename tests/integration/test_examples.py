@@ -20,6 +20,7 @@ from redis.asyncio import Redis
 from relay import Relay
 from tests.support.client import Client
 from tests.support.node import SCRIPTS, need_browser, need_node, run_checks
+from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess, Valkey, free_port, wait_for
 from tests.support.serving import heard_on, http_get, serve
 
@@ -226,7 +227,14 @@ async def test_the_simulator_says_what_the_aircraft_plugin_understands(examples:
     ]
     environ = {**examples.environ, "PYTHONPATH": str(ROOT)}
     ended = await asyncio.to_thread(
-        subprocess.run, command, cwd=ROOT, env=environ, capture_output=True, text=True, timeout=50, check=False
+        subprocess.run,
+        command,
+        cwd=ROOT,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=50 * PATIENCE,
+        check=False,
     )
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout == "150 aircraft, each 0.1 s, to jet1090-full; Ctrl+C ends it\n"

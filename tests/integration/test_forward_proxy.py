@@ -16,6 +16,7 @@ import pytest
 import relay_client
 from relay.auth.jwks import _proxy_for
 from relay.proxy_headers import is_this_machine
+from tests.support.patience import PATIENCE
 from tests.support.process import DEADLINE_S, RelayProcess
 
 ROOT = Path(__file__).parents[2]
@@ -98,13 +99,13 @@ def test_commands_ask_this_machine_directly(
     scheme = "http" if path == "api" else "ws"
     command = [sys.executable, "-m", "relay", *arguments, f"{scheme}://{host}:{port}/{path}"]
     environ = {**relay.environ, "RELAY_REDIS_URL": relay.redis_url}
-    ran = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=60 * PATIENCE)
     assert ran.returncode == 0, ran.stderr
 
 
 def test_listen_asks_this_machine_directly(relay: RelayProcess) -> None:
     command = [sys.executable, "-m", "relay", "listen", "system", "--count", "1", "--url", relay.ws]
-    ran = subprocess.run(command, env=relay.environ, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run(command, env=relay.environ, cwd=ROOT, capture_output=True, text=True, timeout=60 * PATIENCE)
     assert json.loads(ran.stdout)["event"] == "stats", ran.stderr
 
 
@@ -163,7 +164,7 @@ class TestElsewhere:
             command = [sys.executable, "-m", "relay", *arguments]
             environ = {**os.environ, **proxy.environ}
             ran = await asyncio.to_thread(
-                subprocess.run, command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=60
+                subprocess.run, command, env=environ, cwd=ROOT, capture_output=True, text=True, timeout=60 * PATIENCE
             )
             assert ran.returncode == 1
             assert len(proxy.asked) == 1

@@ -25,6 +25,7 @@ from relay.transports import uvicorn_http
 from relay.transports.inbox import Inbox
 from relay.transports.uvicorn_http import HEAD_MAX_BYTES, RelayHTTPProtocol
 from tests.support.client import CLOSE, PING, PONG, TEXT, Client, RawSocket, client_frame
+from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess, Valkey
 from tests.support.serving import Served, eventually, http_get, metric, serve
 
@@ -76,7 +77,7 @@ async def test_what_follows_a_body_is_bounded_as_the_head_is(valkey: Valkey, fir
 )
 async def test_connection_that_does_nothing_more_after_an_answer_is_cut(valkey: Valkey, request_: bytes) -> None:
     """Uvicorn's own timer ends with the first byte, though it be a line end that begins nothing."""
-    protocol = partial(RelayHTTPProtocol, handshake_timeout_s=0.2)
+    protocol = partial(RelayHTTPProtocol, handshake_timeout_s=0.2 * PATIENCE)
     async with serve(Relay(redis_url=valkey.url), http=protocol, timeout_keep_alive=1) as served:
         reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
         writer.write(request_)
@@ -168,20 +169,23 @@ async def test_answer_that_nobody_reads_is_cut(valkey: Valkey, path: str, monkey
 
 
 async def test_answer_that_is_read_slowly_is_not_cut(valkey: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes many times as long as an answer may lie unread."""
-    monkeypatch.setattr(uvicorn_http, "_UNREAD_S", 0.3)
+    """It takes several times as long as an answer may lie unread."""
+    unread_s = 0.5 * PATIENCE
+    monkeypatch.setattr(uvicorn_http, "_UNREAD_S", unread_s)
     loop = asyncio.get_running_loop()
     async with (
         served_with_a_big_answer(valkey, send_buffer=65_536) as served,  # a larger one hides what is read
         one_that_reads_nothing(served.port, get("/api/whole", "Connection: close\r\n")) as client,
     ):
-        began, got = loop.time(), 0
-        async with asyncio.timeout(60):
+        began, got, pauses = loop.time(), 0, 0
+        async with asyncio.timeout(60 * PATIENCE):
             while data := await loop.sock_recv(client, BIG // 40):
                 got += len(data)
-                await asyncio.sleep(0.02 * len(data) / 65_536)
+                if got // 65_536 > pauses:
+                    pauses += 1
+                    await asyncio.sleep(0.02)
         assert got > BIG
-        assert loop.time() - began > 3
+        assert loop.time() - began > 3 * unread_s
         assert not served.relay.metrics.refused
 
 

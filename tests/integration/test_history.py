@@ -17,6 +17,7 @@ from relay.brokers.base import Place
 from relay.channels.history_reader import Recovery
 from relay.errors import NotRecovered
 from tests.support.client import TEXT, Client, RawSocket
+from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess, Valkey
 from tests.support.serving import Served, eventually, http_get, metric
 
@@ -365,7 +366,7 @@ async def test_two_hundred_slow_readers_take_little_memory(tmp_path: Path) -> No
                         _ = pipeline.fcall("relay_publish", 1, "topic:room:1", "new", payload, "20000", "60")
                     await pipeline.execute()
             caught_up, cause = "relay_history_catch_ups_total", {"cause": "slow reader"}
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(20 * PATIENCE):
                 while metric((await http_get(f"{relay.http}/metrics"))[1], caught_up, **cause) < 200:  # noqa: ASYNC110 - another process's
                     await asyncio.sleep(0.1)
             assert process.memory_info().rss - before < 40 * 2**20, process.memory_info().rss - before
@@ -426,7 +427,7 @@ async def test_joins_that_ask_wait_for_their_turn(
     assert time.monotonic() - began >= 0.3
     began = time.monotonic()
     await asyncio.gather(*(join(client, f"{topic}:2") for client in clients))
-    assert time.monotonic() - began < 0.3 * 14, "those that do not ask need not wait"
+    assert time.monotonic() - began < 0.3 * 14 * PATIENCE, "those that do not ask need not wait"
 
 
 async def test_recent_events_of_all_topics_are_bounded_in_bytes(

@@ -15,7 +15,8 @@ from tests.support.process import RelayProcess
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Settings with histories."""
     path = tmp_path_factory.mktemp("history") / "relay.toml"
-    path.write_text('[[topics]]\nmatch = "room:*"\nhistory = { size = 10000, ttl_s = 3600 }\n')
+    limits = "limits = { recover_max_events = 5000 }\n"
+    path.write_text(limits + '[[topics]]\nmatch = "room:*"\nhistory = { size = 10000, ttl_s = 3600 }\n')
     return path
 
 

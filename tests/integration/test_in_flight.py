@@ -157,7 +157,7 @@ async def test_large_pushes_count_by_their_bytes_not_by_their_characters(
     serve_relay: ServeRelay, connect: Connect
 ) -> None:
     """40 000 emoji are 160 000 bytes: three portions of 64 KiB."""
-    served = await serve_relay(limits={"pushes_per_s": 1, "pushes_burst": 5})
+    served = await serve_relay(limits={"pushes_per_s": 1, "pushes_burst": 4})
     client = await connect(served)
     join_ref = await client.join("room:1")
     for status in ("ok", "error"):

@@ -47,9 +47,10 @@ async def live(process: RelayProcess) -> None:
     async with Client.connect(process.ws, query=f"token={ada}") as client:
         ref = await client.join("room:1")
         assert await refuse_join(client, "room:2", {}) == "unauthorized"
-        await client.push(ref, "room:1", "says", {})
-        await client.push(ref, "room:1", "fails", {})
-        assert (await client.push(ref, "room:1", "says", {}))["response"] == {"reason": "rate limited"}
+        large = {"x": "x" * 460_000}  # each takes 8 of the rate's portions
+        await client.push(ref, "room:1", "says", large)
+        await client.push(ref, "room:1", "fails", large)
+        assert (await client.push(ref, "room:1", "says", large))["response"] == {"reason": "rate limited"}
         async with Redis.from_url(process.environ["RELAY_REDIS_URL"]) as redis:
             for number in range(3):
                 await redis.publish("to:room:1:tick", str(number))
@@ -68,7 +69,7 @@ def settings(directory: Path, valkey: Valkey, log_format: str) -> dict[str, str]
         "RELAY_AUTH__KEYS": json.dumps([SECRET]),
         "RELAY_PLUGINS__PATHS": json.dumps([str(directory)]),
         "RELAY_LIMITS__PUSHES_PER_S": "1",
-        "RELAY_LIMITS__PUSHES_BURST": "2",
+        "RELAY_LIMITS__PUSHES_BURST": "16",
     }
 
 

@@ -17,6 +17,7 @@ from relay import Join, Plugin, Push
 from tests.support.client import Client
 from tests.support.keys import SECRET, token
 from tests.support.long_poll import Poller
+from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess, Valkey
 from tests.support.serving import Served, eventually, heard_on, http_get, metric, serve
 from tests.support.session_app import log_in, session_app
@@ -392,12 +393,12 @@ async def test_client_without_a_valid_token_is_refused(
 async def test_session_ends_with_its_token_unless_it_is_renewed(serve_relay: Serve, poller: Open) -> None:
     auth = {**AUTH, "expiry_grace_s": 0.5}
     served = await serve_relay(auth=auth)
-    renewing = await poller(served, token=token("alice", ROOMS, ttl_s=2))
-    ending = await poller(served, token=token("alice", ROOMS, ttl_s=2))
+    renewing = await poller(served, token=token("alice", ROOMS, ttl_s=2 * PATIENCE))
     join_ref = await renewing.join("room:1")
-    old_ref = await ending.join("room:1")
-    fresh = {"access_token": token("alice", ROOMS, ttl_s=60)}
+    fresh = {"access_token": token("alice", ROOMS, ttl_s=600)}
     assert (await renewing.push(join_ref, "room:1", "access_token", fresh))["status"] == "ok"
+    ending = await poller(served, token=token("alice", ROOMS, ttl_s=2 * PATIENCE))
+    old_ref = await ending.join("room:1")
     assert await ending.receive() == [old_ref, old_ref, "room:1", "phx_error", {"reason": "token expired"}]
     await ending.expect_gone()
     await served.relay.publish("room:1", "e", {})
@@ -435,7 +436,7 @@ async def test_relay_that_ends_ends_its_sessions(valkey: Valkey) -> None:
         async with Poller.connect(f"{relay.http}/socket") as client:
             await client.join("room:end")
             poll = asyncio.create_task(client.poll())
-            await asyncio.sleep(0.3)  # the poll is under way, whatever else
+            await asyncio.sleep(0.3 * PATIENCE)  # the poll is under way, whatever else
             assert await asyncio.to_thread(relay.stop) == 0
             assert await poll == {"status": 500, "reason": "the relay is restarting"}
 

@@ -14,6 +14,7 @@ import pytest
 from tests.support.faults import Proxy
 from tests.support.keys import SECRET, token
 from tests.support.node import need_browser, need_node, run_checks
+from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess, Valkey, free_port
 
 SETTINGS = f"""
@@ -86,7 +87,9 @@ def run(
             relays[:] = [stack.enter_context(RelayProcess(*arguments, str(port), environ=environ)) for port in ports]
 
         def cut(port: int) -> None:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}/api", trust_env=False, headers=KEY) as http:
+            with httpx.Client(
+                base_url=f"http://127.0.0.1:{port}/api", trust_env=False, headers=KEY, timeout=20 * PATIENCE
+            ) as http:
                 found = http.get("/topics/kept:1")  # 404 where no client of this node has joined it
                 for socket_id in found.json()["socket_ids"] if found.status_code == 200 else ():
                     http.delete(f"/sockets/{socket_id}").raise_for_status()
@@ -108,11 +111,11 @@ def run(
         near = ports[0]
         if falls_back or nodes > 1:
             near = stack.enter_context(proxy_to(*ports, rewrite=without_upgrade if falls_back else bytes))
-        options = {"longPollFallbackMs": 1500} if falls_back or outage else {}
+        options = {"longPollFallbackMs": round(1500 * PATIENCE)} if falls_back or outage else {}
         if outage:
             options["outage"] = 1
         rights = {"own:*": ["join", "push"]}
-        tokens = json.dumps([token("ada", rights, ttl_s=20), token("ada", rights, ttl_s=600)])
+        tokens = json.dumps([token("ada", rights, ttl_s=20 * PATIENCE), token("ada", rights, ttl_s=600)])
         origin = f"http://127.0.0.1:{near}"
         given = [f"{origin}/socket".replace("http", "ws"), f"{origin}/api"] if "node" in script else [origin]
         run_checks(script, client, *given, json.dumps(options), tokens, act=act, deadline_s=240)

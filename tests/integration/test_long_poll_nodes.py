@@ -18,6 +18,7 @@ from relay.channels.long_poll import SessionId
 from relay.channels.long_poll_nodes import NodeSessions
 from tests.support.faults import Proxy
 from tests.support.long_poll import Poller
+from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess, Valkey
 from tests.support.serving import Served, eventually
 
@@ -160,7 +161,7 @@ async def test_answer_for_a_client_that_has_gone_comes_in_the_next(pair: Any, mo
 
 
 async def test_session_ends_where_it_is_not_known_whether_an_answer_was_sent(pair: Any, monkeypatch: Any) -> None:
-    nodes: Pair = await pair(redis={"timeout_s": 0.5})
+    nodes: Pair = await pair(redis={"timeout_s": 0.5 * PATIENCE})
     poller = nodes.poller
     await poller.join(ROOM)
     monkeypatch.setattr(NodeSessions, "_end_poll", lambda *args: None)  # the node is killed then
@@ -183,13 +184,15 @@ async def test_session_of_a_node_that_has_ended_is_gone_at_once(valkey: Valkey) 
                 owner.process.kill()
                 owner.process.wait()
                 poller.paths = [path for path in poller.paths if path.startswith(other.http)]
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(5 * PATIENCE):
                     await poller.expect_gone()
 
 
 async def test_interrupted_bus_ends_what_waits_for_another_node(pair: Any) -> None:
+    """The poll would end by itself, with another status, once its window is over."""
     with Valkey() as server:
-        nodes: Pair = await pair(redis_url=server.url, redis={"backoff_max_s": 0.1})
+        limits = {"longpoll_window_s": 10 * PATIENCE}
+        nodes: Pair = await pair(redis_url=server.url, redis={"backoff_max_s": 0.1}, limits=limits)
         await nodes.poller.join(ROOM)
         nodes.turn_to_second()
         poll = asyncio.create_task(nodes.poller.poll())
@@ -197,7 +200,7 @@ async def test_interrupted_bus_ends_what_waits_for_another_node(pair: Any) -> No
         server.kill()
         await eventually(lambda: not nodes.second.relay.link.live, "the link to be lost")
         server.start()
-        async with asyncio.timeout(8):
+        async with asyncio.timeout(8 * PATIENCE):
             assert (await poll)["status"] == 500
 
 

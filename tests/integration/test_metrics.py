@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from redis.asyncio import Redis
 
 from tests.support.client import TEXT, Client, RawSocket
+from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess
 from tests.support.serving import Served, eventually, http_get, metric
 
@@ -70,13 +71,13 @@ async def test_any_worker_tells_the_sums_of_all_and_a_killed_one_is_not_forgotte
             return (await http_get(f"{relay.http}/metrics"))[1]
 
         async def until(name: str, wanted: Callable[[float], bool], **labels: Any) -> None:
-            async with asyncio.timeout(30):
-                while not wanted(metric(await scrape(), f"relay_{name}", **labels)):
-                    pass
+            async with asyncio.timeout(30 * PATIENCE):
+                while not wanted(metric(await scrape(), f"relay_{name}", **labels)):  # noqa: ASYNC110 - another process's
+                    await asyncio.sleep(0.05)
 
         async with AsyncExitStack() as stack, Redis.from_url(relay.redis_url) as redis:
             await until("workers", lambda count: count == 2)
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(30 * PATIENCE):
                 while await redis.publish("to:nobody:e", "{}") < 2:  # noqa: ASYNC110 - the second may start later
                     await asyncio.sleep(0.01)
             port = int(relay.http.rpartition(":")[2])
@@ -103,9 +104,10 @@ async def test_any_worker_tells_the_sums_of_all_and_a_killed_one_is_not_forgotte
                     metric(text, "relay_joins_total") == count for text in texts
                 )
 
-            async with asyncio.timeout(30):
-                while not await all_agree():  # what a worker has read is good for a second
-                    pass
+            async with asyncio.timeout(30 * PATIENCE):
+                # What a worker has read is good for a second.
+                while not await all_agree():  # noqa: ASYNC110 - as above
+                    await asyncio.sleep(0.05)
             victim = min(serving())
             os.kill(victim, signal.SIGKILL)
             await eventually(lambda: not psutil.pid_exists(victim) or victim not in serving(), "the worker to end")
@@ -115,7 +117,7 @@ async def test_any_worker_tells_the_sums_of_all_and_a_killed_one_is_not_forgotte
                 is_counted = metric(text, "relay_joins_total") == count and metric(text, "relay_workers") == 2
                 return is_counted and metric(text, "relay_sockets", path="direct") < count
 
-            async with asyncio.timeout(30):
-                while not has_settled(await scrape()):
-                    pass
+            async with asyncio.timeout(30 * PATIENCE):
+                while not has_settled(await scrape()):  # noqa: ASYNC110 - as above
+                    await asyncio.sleep(0.05)
     assert os.listdir(tmp_path) == [], "the directory is gone with the relay"

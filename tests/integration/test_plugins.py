@@ -28,6 +28,7 @@ from relay import BusUnavailable, ConfigError, Event, Join, Leave, Plugin, Push,
 from relay.channels import pubsub
 from relay.plugins.hooks import Socket
 from tests.support.client import Client
+from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess, Valkey
 from tests.support.serving import Served, eventually, heard_on, http_get, serve
 
@@ -798,11 +799,12 @@ async def test_handler_that_hangs_is_cut_and_blocks_nobody(
         hung.append(thing)
         released.wait(GATE_S)
 
+    limit_s = 0.6 * PATIENCE
     handler: Any = hangs if kind == "coroutine" else hangs_in_thread
     plugin.on_push("*", "hang")(handler)
     plugin.on_join("hang:*")(handler)
     try:
-        served = await serve_plugin(plugin, plugins={"timeout_s": 0.6})
+        served = await serve_plugin(plugin, plugins={"timeout_s": limit_s})
         client, other = await connect(served), await connect(served)
         join_ref, second_ref = await client.join("room:1"), await client.join("room:2")
         other_ref = await other.join("room:1")
@@ -821,7 +823,9 @@ async def test_handler_that_hangs_is_cut_and_blocks_nobody(
         assert client.reply("9", join, "hang:1", "error", {"reason": "join crashed"}) in answers
         assert await client.push(join_ref, "room:1", "say") == ok()
         assert +served.relay.metrics.plugin_errors == {"stuck": 2}
-        assert [record.getMessage().endswith("did not end within 0.6 s") for record in errors_of(caplog)] == [True]
+        assert [record.getMessage().endswith(f"did not end within {limit_s:g} s") for record in errors_of(caplog)] == [
+            True
+        ]
     finally:
         released.set()
 

@@ -15,6 +15,7 @@ from relay import Joined, Leave, Push, Relay
 from relay.brokers.base import PRESENCE_CHANNEL
 from relay.plugins import Plugin
 from tests.support.client import Client
+from tests.support.patience import PATIENCE
 from tests.support.process import Valkey
 from tests.support.serving import Served, eventually, serve
 
@@ -257,9 +258,10 @@ async def test_dead_node_is_forgotten(
     """Its lease ends; a member left in Redis by a node that was killed."""
     served = await serve_relay(**settings("redis", valkey))
     async with Redis(port=valkey.port) as redis:
-        now = (await redis.time())[0] * 1000
+        seconds, micros = await redis.time()
+        now = seconds * 1000 + micros // 1000
         node = uuid4().hex[:12]
-        await redis.zadd("presence:nodes", {node: now + 1500})
+        await redis.zadd("presence:nodes", {node: now + 1500 * PATIENCE})
         await redis.zadd("presence:nodes:written", {node: 1})
         await redis.hset(f"presence:{topic}|{node}", "00ff", json.dumps(["ghost", {}, ""]))
         await redis.sadd(f"presence:|{node}", topic)

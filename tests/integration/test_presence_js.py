@@ -8,6 +8,7 @@ from relay import Joined, Push, Relay
 from relay.auth.authenticator import UpgradeRequest
 from relay.plugins import Plugin
 from tests.support.node import need_node, run_checks
+from tests.support.patience import PATIENCE
 from tests.support.process import Valkey
 from tests.support.serving import serve
 
@@ -43,6 +44,7 @@ async def test_official_presence_class_works(client: str, presence: str, valkey:
 
     relay = Relay(
         topics=[{"match": "room:*", "presence": True}],
+        presence={"leave_delay_s": 2 * PATIENCE},
         redis_url=valkey.url,
         extra_plugins=(plugin,),
         auth={"authenticated": [{"match": "room:*", "rights": ["join", "push", "presence"]}]},

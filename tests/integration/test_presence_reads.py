@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 
 from relay import BusUnavailable
 from tests.integration.test_presence import PRESENCE, direct, enter, settings, topic
+from tests.support.patience import PATIENCE
 from tests.support.process import Valkey
 from tests.support.serving import Served, eventually, http_get
 
@@ -99,7 +100,7 @@ async def test_key_is_needed_as_for_other_reads(serve_relay: ServeRelay, valkey:
 async def test_members_that_cannot_be_read(serve_relay: ServeRelay, enter: Any, topic: str) -> None:
     """While Redis is away, members of other nodes are not known: no answer is better than an old one."""
     with Valkey() as server:
-        served = await serve_relay(**PRESENCE, redis_url=server.url, redis={"timeout_s": 0.5})
+        served = await serve_relay(**PRESENCE, redis_url=server.url, redis={"timeout_s": 0.5 * PATIENCE})
         one = await enter(served, topic)
         await eventually(lambda: len(one.keys) == 1, "the state")
         server.kill()

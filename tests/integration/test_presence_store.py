@@ -15,11 +15,12 @@ from relay.brokers.memory_presence import MemoryPresence, SharedPresence
 from relay.brokers.redis import RedisBroker
 from relay.metrics import Metrics
 from relay.protocol.presence import Difference, Member
+from tests.support.patience import PATIENCE
 from tests.support.process import Valkey
 from tests.support.serving import eventually
 from tests.support.sink import Sink
 
-LEASE_S = 0.5
+LEASE_S = 0.5 * PATIENCE
 NOTHING_GONE: dict[str, Member] = {}
 ADA = Member("00a1", "ada", b'{"n":9007199254740993}')
 BOB = Member("00b2", "bob", b'{"text":"\xc3\xa9"}', "00b1")

@@ -12,6 +12,7 @@ import pytest
 from starlette.applications import Starlette
 
 from relay import Relay
+from tests.support.patience import PATIENCE
 from tests.support.process import free_port
 from tests.support.serving import Served, eventually, http_get, metric, serve
 from tests.support.upstream import Exchange, Upstream
@@ -626,17 +627,18 @@ async def test_more_requests_than_allowed_are_answered_503(upstream: Upstream, o
 
 async def test_service_that_does_not_answer_in_time_is_told_with_504(upstream: Upstream) -> None:
     """The time is one for the head: an answer's body, and an upload, may take longer."""
-    entry = {"prefix": "/api/node-plugin", "target": upstream.url, "head_timeout_s": 0.3}
+    limit_s = 0.3 * PATIENCE
+    entry = {"prefix": "/api/node-plugin", "target": upstream.url, "head_timeout_s": limit_s}
     async with serve(Relay(broadcast_url="memory://", proxy=[entry])) as served, client(served) as asker:
         late = asyncio.create_task(asker.get("/slow"))
         exchange = await upstream.next()
         answer = await late
-        assert answer.status_code == 504 and "0.3 s" in answer.json()["detail"]
+        assert answer.status_code == 504 and f"{limit_s:g} s" in answer.json()["detail"]
         await exchange.closed()
 
         async def parts() -> AsyncIterator[bytes]:
             for _ in range(5):
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(limit_s / 3)
                 yield b"x"
 
         long = asyncio.create_task(asker.post("/upload", content=parts()))
@@ -645,7 +647,7 @@ async def test_service_that_does_not_answer_in_time_is_told_with_504(upstream: U
             await exchange.read_chunk()
         await exchange.answer(b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n")
         for _ in range(5):
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(limit_s / 3)
             await exchange.answer(b"y")
         assert (await long).content == b"yyyyy"
         _, text = await http_get(served.http + "/metrics")

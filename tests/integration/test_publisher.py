@@ -19,6 +19,7 @@ from relay.brokers.base import is_position
 from tests.integration.test_core_alone import FORBIDDEN, ROOT
 from tests.support.client import Client
 from tests.support.faults import Proxy
+from tests.support.patience import PATIENCE
 from tests.support.process import Valkey, wait_for
 from tests.support.serving import Served
 
@@ -27,7 +28,7 @@ Connect = Callable[..., Awaitable[Client]]
 Kind = type[Publisher] | type[AsyncPublisher]
 
 TOPICS = [{"match": "room:*", "history": {"size": 1000, "ttl_s": 60}}]
-FAST = {"timeout_s": 1}
+FAST = {"timeout_s": 1 * PATIENCE}
 
 pytestmark = pytest.mark.parametrize("kind", [Publisher, AsyncPublisher])
 
@@ -154,7 +155,7 @@ async def test_publisher_outlives_a_restart_of_redis(kind: Kind) -> None:
 
 async def test_late_replies_are_not_taken_for_those_of_later_events(kind: Kind) -> None:
     with Valkey() as server:
-        publisher = kind(server.url, redis={"timeout_s": 0.3})
+        publisher = kind(server.url, redis={"timeout_s": 0.3 * PATIENCE})
         assert await publish(publisher, ("room:1", "e", 0)) == [Published(None, 0)]
         server.pause()
         with pytest.raises(BusUnavailable):

@@ -24,6 +24,7 @@ import relay_client
 from relay import Plugin, Refused
 from relay_client import REJOINED, Channel, ConnectError, Event, JoinError, PushError, QueueOverflow, connect
 from relay_client.wire import Message, decode, encode
+from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess, Valkey, free_port
 from tests.support.servers import bad_gateway
 from tests.support.serving import Served, eventually, heard_on
@@ -525,7 +526,7 @@ async def test_rejoin_goes_on_after_refusals_silence_and_params_that_raise(caplo
 
     async with (
         scripted(script) as url,
-        quickly(url, timeout_s=0.2) as socket,
+        quickly(url, timeout_s=0.5 * PATIENCE) as socket,
         socket.join("t", params) as room,
     ):
         rejoined = await next_of(room)
@@ -634,7 +635,7 @@ async def test_connection_is_closed_in_good_order_whatever_still_arrives() -> No
         await hold(server)
 
     async with scripted(script) as url:
-        async with quickly(url) as socket:
+        async with quickly(url, close_timeout=10 * PATIENCE) as socket:
             connection = socket._link._connection
             async with socket.join("t"):
                 pass
@@ -771,7 +772,7 @@ async def test_join_that_is_not_answered_is_undone() -> None:
         assert leave.join_ref == join.join_ref
         await hold(server)
 
-    async with scripted(script) as url, connect(url, timeout_s=0.1) as socket:
+    async with scripted(script) as url, connect(url, timeout_s=0.5 * PATIENCE) as socket:
         with pytest.raises(JoinError) as refused:
             async with socket.join("t"):
                 pytest.fail("joined")

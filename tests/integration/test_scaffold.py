@@ -11,6 +11,7 @@ from relay.config_sections import PluginsConfig
 from relay.errors import ConfigError
 from relay.plugins.loader import load_plugins
 from relay.plugins.scaffold import write_plugin
+from tests.support.patience import PATIENCE
 
 
 @pytest.mark.parametrize("name", ["hello", "my_plugin2"])
@@ -21,7 +22,7 @@ def test_written_plugin_passes_its_own_test(tmp_path: Path, name: str) -> None:
     command = [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider", f"plugins/{name}"]
     repository = str(Path(__file__).parents[2])
     environ = {**os.environ, "PYTHONPATH": repository, "COLUMNS": "200"}
-    ended = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120 * PATIENCE)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "1 passed" in ended.stdout
 
@@ -35,7 +36,7 @@ def test_written_plugin_is_typed_and_in_the_one_format(tmp_path: Path) -> None:
         ["mypy", "--config-file"],
     ):
         line = [sys.executable, "-m", *command, str(repository / "pyproject.toml"), str(directory)]
-        ended = subprocess.run(line, cwd=repository, capture_output=True, text=True, timeout=300)
+        ended = subprocess.run(line, cwd=repository, capture_output=True, text=True, timeout=300 * PATIENCE)
         assert ended.returncode == 0, ended.stdout + ended.stderr
 
 

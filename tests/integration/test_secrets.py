@@ -18,6 +18,7 @@ from relay.errors import ConfigError
 from tests.integration.test_auth import ROOMS, WAYS, KeyServer, published, refuse_join
 from tests.support.client import Client
 from tests.support.keys import EC_PRIVATE, EC_PUBLIC, OTHER_SECRET, RSA_PRIVATE, SECRET, jwk, token
+from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess, Valkey, wait_for
 from tests.support.servers import AppServer
 
@@ -124,7 +125,7 @@ async def test_run_shows_none_of_the_secrets_it_used(tmp_path: Path, log_format:
                     with suppress(InvalidStatus):
                         async with Client.connect(process.ws, **WAYS[way](bad)):
                             raise AssertionError("it got in")
-            async with httpx.AsyncClient(trust_env=False, base_url=process.http) as api:
+            async with httpx.AsyncClient(trust_env=False, timeout=20 * PATIENCE, base_url=process.http) as api:
                 key = {"X-API-Key": API_KEY}
                 made = (await api.post("/token", json={"channel": "room:9"}, headers=key)).json()["token"]
                 async with Client.connect(process.ws, query=f"userToken={made}") as client:
@@ -199,7 +200,7 @@ async def test_relay_in_an_app_that_logs_everything_shows_no_secret(server: str)
                     with suppress(InvalidStatus):
                         async with Client.connect(f"{app.ws}/relay/socket", **way(bad)):
                             raise AssertionError("it got in")
-            async with httpx.AsyncClient(trust_env=False, base_url=f"{app.http}/relay") as api:
+            async with httpx.AsyncClient(trust_env=False, timeout=20 * PATIENCE, base_url=f"{app.http}/relay") as api:
                 for key in (API_KEY, BAD):
                     _ = await api.get("/api/topics", headers={"X-API-Key": key})
                     _ = await api.get("/api/topics", headers={"Authorization": f"Bearer {key}"})

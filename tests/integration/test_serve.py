@@ -28,6 +28,7 @@ from websockets.exceptions import InvalidStatus
 from relay import ConfigError, __version__
 from relay.brokers import embedded
 from tests.support.client import Client
+from tests.support.patience import PATIENCE
 from tests.support.process import DEADLINE_S, RelayProcess, Valkey, free_port, has_ended, launched, wait_for
 from tests.support.serving import eventually, heard_on, http_get, metric
 
@@ -495,6 +496,8 @@ async def test_nothing_is_left_when_it_ends(workers: int, number: signal.Signals
         port = redis_port(relay)
         async with Redis.from_url(relay.redis_url) as redis:
             server = (await redis.info("server"))["process_id"]
+            while await redis.publish("to:nobody:e", "{}") < workers:  # noqa: ASYNC110 - the second may start later
+                await asyncio.sleep(0.01)
         assert server in [child.pid for child in relay.children()]
         async with Client.connect(relay.ws) as client:
             await client.join("room:1")
@@ -597,7 +600,8 @@ def test_nothing_is_left_when_it_is_stopped_while_it_starts(number: signal.Signa
         wait_for(relay.children, "the embedded server")
         assert relay.stop(number, group=True) == 0, relay.output
         wait_for(relay.nothing_is_left, "all processes to end")
-        assert relay.output == ""
+        # It may have been ready by then.
+        assert relay.output == "" or ("is ready" in relay.output and "Traceback" not in relay.output)
 
 
 _NO_DIRECTORY = """
@@ -731,7 +735,7 @@ async def test_two_workers_share_one_server_and_both_serve() -> None:
         servers = [child for child in relay.children() if "valkey" in child.name()]
         assert len(servers) == 1
         async with AsyncExitStack() as stack, Redis.from_url(relay.redis_url) as redis:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(20 * PATIENCE):
                 while await redis.publish("to:nobody:e", "{}") < 2:  # noqa: ASYNC110 - the second may start later
                     await asyncio.sleep(0.01)
             clients: list[Client] = []

@@ -15,6 +15,7 @@ import relay
 import relay_client
 from relay.config import Config
 from tests.support.node import need_browser, run_checks
+from tests.support.patience import PATIENCE
 from tools import reference
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +40,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("docs")
     made, site = str(directory / "made"), directory / "site"
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-d", made, "docs", str(site)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300 * PATIENCE)
     assert done.returncode == 0, done.stderr
     return site
 

@@ -10,14 +10,18 @@ import httpx2 as httpx
 import websockets.sync.client
 
 from tests.support.node import need_browser, run_checks
+from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess, Valkey, free_port
 
 PAGE = Path(__file__).parents[2] / "docs" / "sse.md"
 
+REDIS = {"ping_interval_s": 0.3 * PATIENCE, "ping_timeout_s": 0.3 * PATIENCE, "backoff_max_s": 0.2}
 SETTINGS = {
     "RELAY_TOPICS": json.dumps([{"match": "room:*", "history": {"size": 1000, "ttl_s": 600}}]),
     "RELAY_LIMITS__SOCKETS_MAX": "3",
-    "RELAY_REDIS": json.dumps({"ping_interval_s": 0.3, "ping_timeout_s": 0.3, "backoff_max_s": 0.2}),
+    "RELAY_REDIS": json.dumps(
+        {"ping_interval_s": 0.3 * PATIENCE, "ping_timeout_s": 0.3 * PATIENCE, "backoff_max_s": 0.2}
+    ),
     "RELAY_SYSTEM_TOPIC": "false",
 }
 
@@ -32,7 +36,9 @@ def test_eventsource_outlives_whatever_passes(valkey: Valkey) -> None:
     with Valkey() as redis, ExitStack() as stack:
         arguments = ("--redis-url", redis.url, "--port", str(free_port()))
         relays = [stack.enter_context(RelayProcess(*arguments, environ=SETTINGS))]
-        api = stack.enter_context(httpx.Client(base_url=f"{relays[0].http}/api", trust_env=False))
+        api = stack.enter_context(
+            httpx.Client(base_url=f"{relays[0].http}/api", trust_env=False, timeout=20 * PATIENCE)
+        )
         others: list[Any] = []
 
         def act(asked: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from relay.tracing import Tracer
 from tests.support.client import Client
 from tests.support.keys import SECRET, token
 from tests.support.long_poll import Poller
+from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess
 from tests.support.serving import Served, eventually
 from tests.support.sse import Stream
@@ -232,7 +233,9 @@ async def test_token_that_expires_later_is_no_outcome_of_its_handshake(
     serve_relay: ServeRelay, spans: Spans, caplog: pytest.LogCaptureFixture
 ) -> None:
     served = await serve_relay(tracing=True, auth={"keys": [SECRET], "expiry_grace_s": 0.1, "leeway_s": 0})
-    async with Client.connect(served.ws, query=f"token={token('ada', {'room:1': 'join'}, ttl_s=2)}") as client:
+    async with Client.connect(
+        served.ws, query=f"token={token('ada', {'room:1': 'join'}, ttl_s=2 * PATIENCE)}"
+    ) as client:
         await client.join("room:1")
         assert (await client.receive())[3] == "phx_error"
         await client.expect_closed()

@@ -15,6 +15,7 @@ from tests.support.client import Client
 from tests.support.faults import Authority
 from tests.support.keys import token
 from tests.support.long_poll import Poller
+from tests.support.patience import PATIENCE
 from tests.support.process import free_port
 from tests.support.serving import Served, eventually, http_get, metric
 from tests.support.webhook import ALLOW, SECRET, Asked, Behaviour, WebhookServer, answer, raw, status
@@ -329,7 +330,8 @@ async def test_failing_server_lets_nobody_in(
 ) -> None:
     """Each failure refuses a join and a push, is counted by its kind, and hurts no other topic."""
     async with WebhookServer().running() as server:
-        served = await serve_relay(**settings(server, timeout_s=0.5))
+        is_late = FAULTS[fault][1] == "timeout"
+        served = await serve_relay(**settings(server, timeout_s=0.5 * PATIENCE if is_late else 9.0))
         client = await connect(served)
         reply, ref = await join(client, "room:1")
         assert reply == OK
@@ -401,7 +403,7 @@ async def test_breaker_stops_requests_after_ten_failures_and_closes_after_an_ans
 ) -> None:
     from relay.plugins import webhook_client
 
-    monkeypatch.setattr(webhook_client, "_OPEN_S", 0.5)
+    monkeypatch.setattr(webhook_client, "_OPEN_S", 0.5 * PATIENCE)
     async with WebhookServer().running() as server:
         server.behaviour = status(500)
         served = await serve_relay(**settings(server, "join"), limits={"joins_burst": 1000})
@@ -416,7 +418,7 @@ async def test_breaker_stops_requests_after_ten_failures_and_closes_after_an_ans
         assert metric(text, "relay_webhook_open", webhook="room:*") == 1
         assert metric(text, "relay_webhook_openings_total", webhook="room:*") == 1
         server.behaviour = ALLOW
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(0.6 * PATIENCE)
         reply, _ = await join(client, "room:x")
         assert reply == OK
         assert served.relay.metrics.webhook_open["room:*"] == 0

@@ -3,11 +3,12 @@
 
 import { createHmac } from "node:crypto"
 import WebSocket from "ws"
-import { check, equal, failures, within } from "./report.mjs"
+import { check, equal, failures, PATIENCE, within } from "./report.mjs"
 
 const [alias, url, http, secret] = process.argv.slice(2)
 const phoenix = await import(alias)
 const Socket = phoenix.Socket ?? phoenix.default.Socket
+const short_s = 2 * PATIENCE // of a token that expires meanwhile
 const knowsAuthToken = alias === "phoenix-1.8"
 
 const base64url = data => Buffer.from(data).toString("base64url")
@@ -38,22 +39,22 @@ const finished = socket => within(new Promise(resolve => socket.disconnect(resol
 await check("an expired token is renewed by the rejoin, whose params are asked anew", async () => {
   let asked = 0
   let errors = 0
-  const { socket, codes } = open(carrying(() => token("ada", 2)))
+  const { socket, codes } = open(carrying(() => token("ada", short_s)))
   socket.connect()
-  const channel = socket.channel("room:1", () => ({ token: token("ada", ++asked === 1 ? 2 : 60) }))
+  const channel = socket.channel("room:1", () => ({ token: token("ada", ++asked === 1 ? short_s : 60) }))
   channel.onError(() => { errors += 1 })
   await joined(channel)
   await happens("the end of the token", () => errors === 1)
   await happens("the rejoin", () => channel.state === "joined")
   // Past the grace, and still the same connection.
-  await new Promise(resolve => setTimeout(resolve, 1500))
+  await new Promise(resolve => setTimeout(resolve, 1500 * PATIENCE))
   equal([channel.state, socket.isConnected(), codes.length, asked], ["joined", true, 0, 2], "state")
   await finished(socket)
 })
 
 await check("a socket that is not renewed is closed, and comes back with a new token", async () => {
   let made = 0
-  const { socket, codes } = open(carrying(() => token("ada", ++made === 1 ? 2 : 60)))
+  const { socket, codes } = open(carrying(() => token("ada", ++made === 1 ? short_s : 60)))
   socket.connect()
   const channel = socket.channel("room:2")
   await joined(channel)
@@ -64,7 +65,7 @@ await check("a socket that is not renewed is closed, and comes back with a new t
 })
 
 await check("access_token renews in place", async () => {
-  const { socket, codes } = open(carrying(() => token("ada", 2)))
+  const { socket, codes } = open(carrying(() => token("ada", short_s)))
   socket.connect()
   const channel = socket.channel("room:3")
   let errors = 0
@@ -72,7 +73,7 @@ await check("access_token renews in place", async () => {
   await joined(channel)
   await within(new Promise(resolve => channel.push("access_token", { access_token: token("ada", 60) })
     .receive("ok", resolve)), "the answer")
-  await new Promise(resolve => setTimeout(resolve, 3500))
+  await new Promise(resolve => setTimeout(resolve, 3500 * PATIENCE))
   equal([errors, codes.length, channel.state], [0, 0, "joined"], "errors, closes, state")
   await finished(socket)
 })

@@ -27,6 +27,8 @@ export async function inBrowser(origin, body, { width = 1280, height = 800, dark
   const browser = await puppeteer.launch({
     executablePath: executable(),
     headless: true,
+    timeout: 30_000 * PATIENCE,
+    protocolTimeout: 180_000 * PATIENCE,
     userDataDir: profile,
     args: ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
       "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",

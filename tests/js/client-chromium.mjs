@@ -4,7 +4,7 @@
 
 import fs from "node:fs"
 import { inBrowser } from "./chromium.mjs"
-import { check, equal, failures, say, within } from "./report.mjs"
+import { check, equal, failures, PATIENCE, say, within } from "./report.mjs"
 
 const [origin] = process.argv.slice(2)
 const vectors = JSON.parse(fs.readFileSync(new URL("../vectors/frames.json", import.meta.url)))
@@ -41,7 +41,7 @@ await inBrowser(origin, async (page, faults) => {
   })
 
   await check("a join and a push are awaited", async () => {
-    const replies = await within(page.evaluate(async () => {
+    const replies = await within(page.evaluate(async patience => {
       class Kept extends WebSocket {
         constructor(...args) {
           super(...args)
@@ -49,7 +49,7 @@ await inBrowser(origin, async (page, faults) => {
           window.connections = (window.connections ?? 0) + 1
         }
       }
-      window.socket = new Socket("socket", { transport: Kept, timeout: 3_000, reconnectAfterMs: () => 3_600_000 })
+      window.socket = new Socket("socket", { transport: Kept, timeout: 3_000 * patience, reconnectAfterMs: () => 3_600_000 })
       socket.connect()
       window.room = socket.channel("room:own")
       const joined = await room.join()
@@ -57,7 +57,7 @@ await inBrowser(origin, async (page, faults) => {
       window.rejoined = 0
       room.onError(() => { window.rejoined += 1 })
       return [joined, await room.push("shout", { text: "from the browser" }), await room.push("raw", new Uint8Array([7]))]
-    }), "the replies")
+    }, PATIENCE), "the replies")
     equal(replies, [{}, {}, {}], "the replies")
   })
 

@@ -150,6 +150,7 @@ await inBrowser(origin, async (page, faults) => {
     equal(await row.$$eval("span", spans => spans[1].textContent), "1", "sockets, the console not among them")
     await page.evaluate(name => { location.hash = `#topics/${encodeURIComponent(name)}` }, topic)
     await shows("#topic-name", topic)
+    await shows("#joined-count", "1") // asked for after its events were
     await fits()
   })
 
@@ -205,8 +206,12 @@ await inBrowser(origin, async (page, faults) => {
 
   await check("an event can be copied", async () => {
     await page.evaluate(() => { navigator.clipboard.writeText = text => { window.copied = text; return Promise.resolve() } })
-    await page.$eval("#tail li:last-child button", button => button.click())
-    await shows("#tail li:last-child button", "Copied")
+    await within(page.$eval("#tail li:last-child button", button => new Promise(resolve => {
+      // It says so for a moment only.
+      const look = () => { if (button.textContent.includes("Copied")) resolve() }
+      new MutationObserver(look).observe(button, { childList: true, characterData: true, subtree: true })
+      button.click()
+    })), "Copied")
     equal(JSON.parse(await page.evaluate(() => window.copied)).text, "first", "what was copied")
   })
 
@@ -332,7 +337,7 @@ await inBrowser(origin, async (page, faults) => {
       await attempt("other socket", () => new Promise((resolve, reject) => {
         const socket = new WebSocket("ws://127.0.0.2:9/")
         document.addEventListener("securitypolicyviolation", reject, { once: true })
-        setTimeout(resolve, 1000)
+        setTimeout(resolve, 10_000)
         socket.onerror = () => {}
       }))
       if (window.inline) tried.push("inline")

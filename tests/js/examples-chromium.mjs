@@ -45,16 +45,24 @@ async function chat(page) {
     await within(other.waitForSelector("#say:not([hidden])"), "the room")
     const both = nick => [...document.querySelectorAll("#members li")].map(li => li.textContent).join() === `${nick},Grace`
     for (const visitor of [page, other]) await until(visitor, "both", both, nick)
+    // What is shown for three seconds is kept, in case this page is looked at later.
+    await page.evaluate(() => {
+      window.typed = []
+      const line = document.querySelector("#typing")
+      new MutationObserver(() => typed.push(line.textContent)).observe(line, { childList: true, characterData: true, subtree: true })
+    })
+    const hasSaid = text => window.typed.includes(text)
     await other.type("#text", "Good")
     const says = text => document.querySelector("#typing").textContent === text
     await page.bringToFront()
-    await until(page, "that Grace is typing", says, "Grace is typing…")
+    await until(page, "that Grace is typing", hasSaid, "Grace is typing…")
     await until(other, "nothing of oneself", says, "")
     await page.screenshot({ path: screenshot.replace(".png", "-typing.png") })
     await until(page, "that she is not any more", says, "")
     await other.bringToFront()
+    await page.evaluate(() => { window.typed = [] })
     await other.type("#text", "!")
-    await until(page, "that she is again", says, "Grace is typing…")
+    await until(page, "that she is again", hasSaid, "Grace is typing…")
     await other.click("#say button")
     await page.bringToFront()
     await until(page, "what she has written", isShown, "Good!")

@@ -4,7 +4,7 @@
 
 import net from "node:net"
 import WebSocket from "ws"
-import { check, equal, failures, say, within } from "./report.mjs"
+import { check, equal, failures, PATIENCE, say, within } from "./report.mjs"
 
 const [alias, url] = process.argv.slice(2)
 const phoenix = await import(alias === "relay" ? "../../clients/browser/relay.js" : alias)
@@ -193,7 +193,7 @@ await check("the topic of the protocol itself cannot be joined", async () => {
 })
 
 await check("heartbeats are answered and keep the connection", async () => {
-  const { socket: beating, connections } = open({ heartbeatIntervalMs: 200 })
+  const { socket: beating, connections } = open({ heartbeatIntervalMs: 500 * PATIENCE })
   let closes = 0
   beating.onClose(() => { closes += 1 })
   const replies = []

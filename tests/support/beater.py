@@ -27,6 +27,8 @@ async def run(url: str, topic: str, count: int) -> None:
         writer.write(client_frame(TEXT, b'["1","1","%s","phx_join",{}]' % topic.encode()))
         await reader.readuntil(b"phx_reply")
         writers.append(writer)
+        for each in writers:  # those that have come wait for the others
+            each.write(HEARTBEAT)
         drains.append(asyncio.create_task(reader.read()))
     sys.stdout.write("joined\n")
     sys.stdout.flush()

@@ -8,10 +8,11 @@ from typing import Any
 from redis import Redis
 from redis.exceptions import RedisError
 
+from tests.support.patience import PATIENCE
 from tests.support.process import Started, Valkey, free_port, wait_for
 
 SLOTS = 16384
-NODE_TIMEOUT_MS = 1000
+NODE_TIMEOUT_MS = round(1000 * PATIENCE)
 
 
 class Node(Valkey):
@@ -61,7 +62,7 @@ class Node(Valkey):
 
     def slots(self) -> Any:
         """``CLUSTER SLOTS``, as it comes."""
-        with Redis(port=self.port, decode_responses=True, socket_timeout=2) as redis:
+        with Redis(port=self.port, decode_responses=True, socket_timeout=2 * PATIENCE) as redis:
             redis.response_callbacks.clear()
             execute: Any = redis.execute_command
             return execute("CLUSTER SLOTS")
@@ -117,10 +118,11 @@ class Cluster(Started):
     def start(self) -> None:
         """Start all servers and wait until each knows the whole cluster."""
         masters, replicas = self._shape
-        while len(self.nodes) < masters * (1 + replicas):
-            self.nodes.append(self.make_node())
         for node in self.nodes:
             node.start()
+        while len(self.nodes) < masters * (1 + replicas):
+            self.nodes.append(self.make_node())
+            self.nodes[-1].start()
         bounds = [SLOTS * number // masters for number in range(masters + 1)]
         for number, node in enumerate(self.masters):
             node.ask("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
@@ -235,7 +237,7 @@ class Cluster(Started):
 
 def replicate(replica: Node, master: Node) -> None:
     """Make a server a replica of a master that it knows."""
-    name, end = master.id, time.monotonic() + 20
+    name, end = master.id, time.monotonic() + 20 * PATIENCE
     while True:
         try:
             replica.ask("CLUSTER", "REPLICATE", name)

@@ -21,6 +21,7 @@ from relay.brokers.cluster_map import Endpoint, slot_of
 from relay.brokers.cluster_shard import Shard
 from tests.support.client import Client
 from tests.support.cluster import Cluster, Node
+from tests.support.patience import PATIENCE
 from tests.support.redis_faults import ready
 from tests.support.serving import Served, eventually
 
@@ -39,7 +40,7 @@ def slot(topic: str) -> int:
 
 async def until_whole(served: Served) -> None:
     """Wait until ``/ready`` says that all nodes are heard."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(20 * PATIENCE):
         while await ready(served) != (200, {"status": "ready"}):  # noqa: ASYNC110 - what is waited for is the server's
             await asyncio.sleep(0.01)
 

@@ -81,7 +81,11 @@ def compile_typescript(directory: Path, *files: Path, **modules: Path) -> None:
     settings.write_text(json.dumps({"compilerOptions": options, "files": [str(file) for file in files]}))
     compiler = SCRIPTS / "node_modules" / "typescript" / "bin" / "tsc"
     done = subprocess.run(
-        ["node", str(compiler), "--project", str(settings)], capture_output=True, text=True, timeout=120, check=False
+        ["node", str(compiler), "--project", str(settings)],
+        capture_output=True,
+        text=True,
+        timeout=120 * PATIENCE,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

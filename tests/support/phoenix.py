@@ -207,14 +207,3 @@ async def until_joined(clients: list[PhoenixClient], deadline_s: float = 20.0) -
     async with asyncio.timeout(deadline_s * PATIENCE):
         while not all(client.joined for client in clients):  # noqa: ASYNC110 - many clients' state
             await asyncio.sleep(0.01)
-
-
-def most_within(times: list[float], window_s: float) -> int:
-    """The most of these times that fall into one window."""
-    times = sorted(times)
-    start = most = 0
-    for end, at in enumerate(times):
-        while at - times[start] > window_s:
-            start += 1
-        most = max(most, end - start + 1)
-    return most

@@ -20,6 +20,7 @@ import jwt
 from redis.asyncio import Redis
 
 from tests.support.client import Client
+from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess, Valkey
 
 TOPIC = "room:1"
@@ -165,7 +166,7 @@ def _keys(entries: dict[str, Any]) -> dict[str, str]:
 
 async def until(condition: Callable[[], bool], what: Callable[[], object], deadline_s: float) -> None:
     try:
-        async with asyncio.timeout(deadline_s):
+        async with asyncio.timeout(deadline_s * PATIENCE):
             while not condition():  # noqa: ASYNC110 - what is awaited differs
                 await asyncio.sleep(0.02)
     except TimeoutError:
@@ -265,7 +266,7 @@ class World:
             await asyncio.to_thread(self._server.start)
 
     def _disturb(self, member: Member) -> None:
-        self._disturbed[member.name] = time.monotonic() + self._times.gone_s
+        self._disturbed[member.name] = time.monotonic() + self._times.gone_s + 2 * PATIENCE
 
     async def _leave(self, member: Member) -> None:
         self._disturb(member)
@@ -283,14 +284,15 @@ class World:
             return {member.name: member.keys for member in there if member.keys != expected}
 
         deadline_s = self._times.gone_s + self._times.renew_s + patience_s
-        end = time.monotonic() + deadline_s
+        end = time.monotonic() + deadline_s * PATIENCE
         states: list[list[str] | None] = []
         while not states or wrong() or any(state != expected for state in states):
             assert not states or time.monotonic() < end, f"{self.done}: expected {expected}, nodes have {states}"
             await until(lambda: not wrong(), lambda: f"{self.done}: expected {expected}, got {wrong()}", deadline_s)
             states = [await asyncio.to_thread(members_of, node) for node in self.nodes]
+        names = {member.name for member in there}
         for member in there:
-            seen = {name for name, at in member.left if at > self._disturbed.get(name, 0)}
+            seen = {name for name, at in member.left if at > self._disturbed.get(name, 0)} & names
             assert not seen, f"{self.done}: {member.name} saw {seen} leave, who stayed"
         for member in self.members:
             member.left.clear()
@@ -362,7 +364,7 @@ async def kill_all(times: Times, directory: Path, server: Valkey, patience_s: fl
         assert await asyncio.to_thread(members_of, survivor) == ["m0"]
         name = str((await redis.zrange("presence:nodes", -1, -1))[0])
         expected = {"presence:nodes", "presence:nodes:written", f"presence:{TOPIC}|{name}", f"presence:|{name}"}
-        async with asyncio.timeout(times.dead_s + patience_s):
+        async with asyncio.timeout((times.dead_s + patience_s) * PATIENCE):
             # A dead node's lease is removed last.
             while await keys(redis) != expected or await redis.zrange("presence:nodes", 0, -1) != [name]:  # noqa: ASYNC110 - Redis's
                 await asyncio.sleep(0.1)

@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import random
 import re
 import shutil
 import signal
@@ -13,10 +14,11 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from glob import glob
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -39,11 +41,26 @@ def wait_for(condition: object, what: str, deadline_s: float = 30.0) -> None:
         time.sleep(0.01)
 
 
+_PORTS = 2_000
+_process = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+_ports = cycle(
+    random.Random(os.getpid()).sample(range(10_000 + _PORTS * _process, 10_000 + _PORTS * (_process + 1)), _PORTS)
+)
+
+
 def free_port() -> int:
-    """A loopback port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A loopback port that nobody listens on, for a program that binds it later.
+
+    The system gives such a port to no other program: it is below those that are given for port 0 and to clients
+    (32768 and above on Linux, 49152 on macOS), and each process of a run has a range of its own.
+    """
+    for port in _ports:
+        with socket.socket() as probe, suppress(OSError):
+            # As servers do: one that has just ended is no reason to take another.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError
 
 
 class Started(ABC):

@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 
 from relay.metrics import Metrics
 from tests.support.client import Client
+from tests.support.patience import PATIENCE
 from tests.support.serving import Served, heard_on, http_get, metric
 from tests.support.witness import Ticker, Witness
 
@@ -41,7 +42,7 @@ async def ready(served: Served) -> tuple[int, dict[str, str]]:
 
 async def until_ready(served: Served) -> None:
     """Wait for 200."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(20 * PATIENCE):
         while (answer := await ready(served))[0] != 200:  # noqa: ASYNC110 - what is waited for is the server's
             await asyncio.sleep(0.01)
     assert answer == (200, {"status": "ready"})
@@ -49,7 +50,7 @@ async def until_ready(served: Served) -> None:
 
 async def until_not_ready(served: Served) -> str:
     """Wait for 503; return the reason."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(20 * PATIENCE):
         while (answer := await ready(served))[0] != 503:  # noqa: ASYNC110 - as above
             await asyncio.sleep(0.01)
     assert answer[1]["status"] == "not ready" and answer[1]["reason"]
@@ -137,6 +138,6 @@ async def stream_to(
 
 async def _beat(bystander: Client) -> None:
     while True:
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(4 * PATIENCE):
             await bystander.expect_alive()
         await asyncio.sleep(0.05)

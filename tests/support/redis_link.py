@@ -12,16 +12,17 @@ from relay.brokers.redis import RedisBroker
 from relay.config import Config
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
+from tests.support.patience import PATIENCE
 from tests.support.process import Valkey
 from tests.support.redis_faults import FAST
 from tests.support.serving import eventually
 from tests.support.sink import Sink
 
-WATCHFUL = FAST | {"ping_interval_s": 0.5, "ping_timeout_s": 0.25}
-PATIENT = WATCHFUL | {"ping_timeout_s": 2.0}
+WATCHFUL = FAST | {"ping_interval_s": 0.5 * PATIENCE, "ping_timeout_s": 0.25 * PATIENCE}
+PATIENT = WATCHFUL | {"ping_timeout_s": 2.0 * PATIENCE}
 """For what must not be taken for a loss on a slow machine."""
-NOTICED_S = 0.5 + 2 * 0.25
-SLACK_S = 4.0
+NOTICED_S = (0.5 + 2 * 0.25) * PATIENCE
+SLACK_S = 4.0 * PATIENCE
 """What a loaded machine may add."""
 
 

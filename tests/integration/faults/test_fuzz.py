@@ -28,6 +28,7 @@ from relay.protocol.serializer import Version, decode, encode_broadcast
 from relay.protocol.state import ChannelsProtocol, Join, Leave, Push, Send, Subscription
 from relay.protocol.topics import from_redis_channel
 from tests.support.client import BINARY, TEXT, Client, RawSocket, client_frame
+from tests.support.patience import PATIENCE
 from tests.support.serving import Served
 
 FUZZ_S = float(os.environ.get("TESTS_FUZZ_S", "2"))
@@ -220,7 +221,7 @@ async def speak(port: int, data: bytes) -> bytes:
     try:
         writer.write(data)
         writer.write_eof()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(10 * PATIENCE):
             return await reader.read(200)
     except ConnectionError:
         return b""
@@ -269,7 +270,7 @@ def test_socket_survives_any_frames_and_no_other_notices(runner: asyncio.Runner,
     async def bystander_is_well() -> None:
         number = next(numbers)
         await served.relay.broadcast("room:1", "tick", number)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(5 * PATIENCE):
             await bystander.expect_event("room:1", "tick", number)
 
     try:

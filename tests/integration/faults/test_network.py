@@ -4,6 +4,7 @@ import asyncio
 import json
 import signal
 import sys
+import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -13,7 +14,7 @@ import pytest
 from redis.asyncio import Redis
 
 from relay import Relay
-from relay.log import LINES_MAX
+from relay.log import INTERVAL_S, LINES_MAX
 from relay.plugins import Plugin
 from relay.plugins.hooks import Push
 from tests.support.client import CLOSE, TEXT, Client, RawSocket, client_frame
@@ -33,7 +34,7 @@ async def program(*command: str) -> AsyncIterator[Process]:
     process = await asyncio.create_subprocess_exec(*command, stdout=PIPE, cwd=ROOT)
     try:
         assert process.stdout is not None
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(60 * PATIENCE):
             assert await process.stdout.readline() == b"joined\n"
         yield process
     finally:
@@ -72,7 +73,7 @@ async def test_half_open_clients_are_closed_and_cost_nobody_else() -> None:
         ):
             await until_metric(relay, "relay_sockets", 21)
             await asyncio.sleep(idle_s + 0.5)  # longer than the time limit: heartbeats keep them
-            await until_metric(relay, "relay_sockets", 21, 0.5)
+            await until_metric(relay, "relay_sockets", 21)
             if network is not None:
                 network.cut()
             else:
@@ -161,6 +162,7 @@ async def _take(push: Push) -> dict[str, str]:
 
 async def test_thousand_clients_that_vanish_at_once_cost_nobody_else() -> None:
     """Their process is killed while events flow; the one that stays gets them all, in order."""
+    began = time.monotonic()
     # All of this crowd come from one address.
     with RelayProcess(environ={"RELAY_LIMITS__SOCKETS_PER_ADDRESS": "0"}) as relay:
         swarm = (sys.executable, "-m", "tests.support.swarm", relay.ws, "room:crowd", "1000")
@@ -183,7 +185,8 @@ async def test_thousand_clients_that_vanish_at_once_cost_nobody_else() -> None:
             assert json.loads(answer)["sockets"] == 1
         assert metric(metrics, "relay_gaps_total") == 0
         lines = relay.output.splitlines()
-        assert len(lines) < 2 * LINES_MAX + 60, "a thousand that come and go are not two thousand lines"
+        intervals = (time.monotonic() - began) // INTERVAL_S + 1
+        assert len(lines) < 2 * LINES_MAX * intervals + 60, "a thousand that come and go are not two thousand lines"
         assert "Traceback" not in relay.output
 
 

@@ -23,7 +23,7 @@ from tests.support.cluster_stream import (
     replica_of,
     slot,
 )
-from tests.support.process import sharded_servers
+from tests.support.process import sharded_servers, wait_for
 from tests.support.redis_faults import ready
 from tests.support.redis_link import PATIENT, Switch
 from tests.support.serving import eventually, http_get, metric
@@ -227,7 +227,9 @@ async def test_ordered_failover_is_told_to_the_topics_of_its_shard_alone(start: 
         await asyncio.to_thread(replica.ask, "CLUSTER", "FAILOVER")
         await stream.until_told(stream.affected)
         await stream.probe()
-        assert await asyncio.to_thread(master.ask, "PUBSUB", "SHARDCHANNELS") == []
+        await asyncio.to_thread(
+            wait_for, lambda: master.ask("PUBSUB", "SHARDCHANNELS") == [], "its channels to be left"
+        )
 
 
 async def test_pause_that_is_shorter_than_the_time_limits_is_told_to_no_client(start: Start, cluster: Cluster) -> None:

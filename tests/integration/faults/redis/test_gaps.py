@@ -5,6 +5,7 @@ from contextlib import AsyncExitStack
 from functools import partial
 
 import hiredis
+import pytest
 
 from tests.support.process import Valkey
 from tests.support.redis_faults import (
@@ -59,7 +60,7 @@ async def test_client_that_rejoins_by_itself_is_not_asked_again(
 
 
 async def test_nothing_from_behind_the_hole_comes_before_the_word(
-    serve_relay: ServeRelay, connect: Connect, server: Valkey
+    serve_relay: ServeRelay, connect: Connect, server: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that wait for their paced ``phx_error`` get no events meanwhile; a second gap comes in the middle of it.
 
@@ -68,6 +69,7 @@ async def test_nothing_from_behind_the_hole_comes_before_the_word(
     topics = [{"match": "map:*", "on_gap": "ignore"}]
     served = await serve_relay(redis_url=server.url, redis=FAST, rejoins_per_s=20, topics=topics)
     metrics = served.relay.metrics
+    monkeypatch.setattr("relay.channels.rejoins._PAUSE_S", 0.25)  # the turns come slower than gaps
 
     def has_gaps(count: int) -> bool:
         return metrics.gaps == count

@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 from relay import Relay
 from tests.support.client import Client
 from tests.support.faults import Proxy
+from tests.support.patience import PATIENCE
 from tests.support.process import Valkey
 from tests.support.redis_faults import (
     FAST,
@@ -103,7 +104,7 @@ async def test_relay_started_before_redis_serves_once_redis_is_there(serve_relay
 
 async def test_paused_until_the_link_is_given_up(stream: StartStream, server: Valkey) -> None:
     """A server that hangs sends no FIN: the PING detects it, and pushes fail within the time limit."""
-    async with stream(ping_interval_s=0.4, ping_timeout_s=0.5, timeout_s=0.5) as run:
+    async with stream(ping_interval_s=0.4 * PATIENCE, ping_timeout_s=0.5 * PATIENCE, timeout_s=0.5 * PATIENCE) as run:
         join_ref = await run.client.join("map:1")
         server.pause()
         assert await run.client.push(join_ref, "map:1", "shout") == UNAVAILABLE

@@ -9,6 +9,7 @@ from redis import Redis
 from relay.brokers.base import Event
 from relay.config_sections import Direction
 from tests.support.faults import Proxy
+from tests.support.patience import PATIENCE
 from tests.support.process import Valkey
 from tests.support.redis_faults import (
     Connect,
@@ -67,7 +68,7 @@ async def test_probe_passes_from_a_master_to_a_subscription_on_its_replica(serve
     """A proxy moves the subscription to a replica: what is published at the master is heard there."""
     async with (
         Switch.open(server.port) as proxy,
-        broker_on(f"redis://127.0.0.1:{proxy.port}") as (broker, sink, metrics),
+        broker_on(f"redis://127.0.0.1:{proxy.port}", ping_timeout_s=1.0 * PATIENCE) as (broker, sink, metrics),
     ):
         await eventually(lambda: len(proxy.links) == 2, "both connections")
         proxy.targets = lambda number: replica.port
@@ -101,7 +102,7 @@ async def test_connection_that_a_nat_has_forgotten_is_found_before_it_is_needed(
         await eventually(lambda: broker.link.live, "the link")
         started = time.monotonic()
         assert await outcome(broker.publish(Direction.TO, "room", "e", b"1")) == "ok"
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 3 * PATIENCE
         await eventually(lambda: sink.events[-1:] == [Event("room", "e", b"1")], "the event")
         assert metrics.gaps == (1 if command == b"PSUBSCRIBE" else 0)
 
@@ -134,7 +135,7 @@ async def test_probe_alone_finds_a_dead_connection_where_ping_is_not_allowed(ser
     ask(server, "ACL", "SETUSER", "relay", "on", ">pw", "allchannels", "-@all", "+psubscribe", "+publish")
     async with Switch.open(server.port) as proxy:
         url = f"redis://relay:pw@127.0.0.1:{proxy.port}"
-        async with broker_on(url) as (broker, _, metrics):
+        async with broker_on(url, ping_timeout_s=1.0 * PATIENCE) as (broker, _, metrics):
             await asyncio.sleep(2 * NOTICED_S)
             assert metrics.gaps == 0
             since = time.monotonic()
