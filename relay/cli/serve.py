@@ -168,6 +168,9 @@ def _run(
         "server_header": False,
         "lifespan": "on" if served is None else "auto",
         "workers": settings.workers,  # without, it reads WEB_CONCURRENCY
+        # Seconds after which Uvicorn kills a worker that does not answer. Its own 5 are too few on a slow machine while
+        # the worker imports; SIGTERM waits for as long at most.
+        "timeout_worker_healthcheck": 20,
     }
     if os.environ.get("FORWARDED_ALLOW_IPS"):
         _logger.warning("FORWARDED_ALLOW_IPS ignored: `trusted_proxies` names the proxies to believe")

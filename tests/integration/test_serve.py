@@ -604,6 +604,21 @@ def test_nothing_is_left_when_it_is_stopped_while_it_starts(number: signal.Signa
         assert relay.output == "" or ("is ready" in relay.output and "Traceback" not in relay.output)
 
 
+_SLOW_IMPORTS = """
+import os, pathlib, sys, time
+if "--multiprocessing-fork" in sys.argv:
+    pathlib.Path(__file__).with_name(f"worker-{os.getpid()}").touch()
+    time.sleep(7)
+"""
+
+
+def test_workers_that_start_slowly_are_not_killed(tmp_path: Path) -> None:
+    """Uvicorn's supervisor would start others in their place, again and again."""
+    (tmp_path / "sitecustomize.py").write_text(_SLOW_IMPORTS)
+    with RelayProcess("--workers", "2", environ={"PYTHONPATH": str(tmp_path)}):
+        assert len([*tmp_path.glob("worker-*")]) == 2
+
+
 _NO_DIRECTORY = """
 import os, tempfile
 tempfile._candidate_tempdir_list = lambda: ["/proc/nowhere"]
