@@ -10,6 +10,7 @@ node, its members are read again, and the subscribers are sent the difference. S
 
 import asyncio
 import secrets
+from collections import deque
 from collections.abc import Callable, Coroutine
 from functools import partial
 
@@ -84,7 +85,9 @@ class Presence:
         # Whether what is known of other nodes is as new as their last messages; and checks of that under way.
         self._could_renew = False
         self._checks = 0
-        self._reads = asyncio.Semaphore(_READS)
+        # Members to be read again, and how many tasks do so.
+        self._unread: deque[tuple[PresenceTopic, str]] = deque()
+        self._readers = 0
         self._tasks: list[asyncio.Task[None]] = []
         self._limiter = ChangeLimiter(config.limits.presence_per_s, metrics)
 
@@ -297,12 +300,21 @@ class Presence:
         """Read the members of a node again."""
         if node != self._node and node not in topic.loading:
             topic.loading[node] = []
-            _ = self._spawn(self._load_part(topic, node))
+            self._unread.append((topic, node))
+            if self._readers < _READS:
+                self._readers += 1
+                _ = self._spawn(self._load_parts())
+
+    async def _load_parts(self) -> None:
+        try:
+            while self._unread:
+                await self._load_part(*self._unread.popleft())
+        finally:
+            self._readers -= 1
 
     async def _load_part(self, topic: PresenceTopic, node: str) -> None:
         try:
-            async with self._reads:
-                members = await self._store.read(topic.name, node, self._nodes.get(node) or 0)
+            members = await self._store.read(topic.name, node, self._nodes.get(node) or 0)
         except BusUnavailable as error:
             self._log.warning("presence", "members of topic %r cannot be read: %s", topic.name, error)
             members = None

@@ -544,13 +544,13 @@ async def test_members_of_many_topics_are_read_a_few_at_a_time() -> None:
     for name in names:
         other.enter(f"of {name}", name)
     await asyncio.sleep(RENEW_S)
-    under_way = most = 0
+    under_way = most = most_tasks = 0
     read = MemoryPresence.read
 
     async def counted(topic: str, node: str, known: int) -> Any:
-        nonlocal under_way, most
+        nonlocal under_way, most, most_tasks
         under_way += 1
-        most = max(most, under_way)
+        most, most_tasks = max(most, under_way), max(most_tasks, len(asyncio.all_tasks()))
         await asyncio.sleep(0.01)
         under_way -= 1
         return await read(one.store, topic, node, known)
@@ -559,6 +559,7 @@ async def test_members_of_many_topics_are_read_a_few_at_a_time() -> None:
     clients = [one.enter("bystander", name) for name in names]
     await asyncio.sleep(1)
     assert most == 100
+    assert most_tasks < 200, "a task for each would block the event loop, in which all of them begin at once"
     assert [client.keys for client in clients] == [{"bystander", f"of {name}"} for name in names]
     await world.end()
 
