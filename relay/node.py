@@ -285,7 +285,8 @@ class Node:
 
     def disconnect(self, socket_id: str, reason: str = "") -> bool:
         """Close a socket of this process with 1001; False where there is none of this id."""
-        found = self.sockets.get(socket_id)
+        ended = (socket for socket in self.connections.left_behind.values() if socket.id == socket_id)
+        found = self.sockets.get(socket_id) or next(ended, None)
         if found is not None:
             found.disconnect(reason)
         return found is not None

@@ -140,11 +140,11 @@ class Channel(Subscription):
 
     # The join.
 
-    def join(self, socket: ChannelOwner, join: "Join[Channel]") -> Continuation:
+    def join(self, socket: ChannelOwner, join: "Join[Channel]", asked_at: int | None = None) -> Continuation:
         """Decide on the join that opens this channel: at once, or in the coroutine that is returned."""
         self._socket = socket
         pubsub = socket.services.pubsub
-        join.began = pubsub.decisions.begin()
+        join.began = pubsub.decisions.begin(asked_at)
         decision = self._authorize(join)
         handlers = tuple(hooks.matching(pubsub.hooks.join, self.topic)) if pubsub.hooks.join else ()
         if isinstance(decision, Reason):
@@ -254,13 +254,13 @@ class Channel(Subscription):
         if socket.is_closed:
             self.release()
             return
+        services = socket.services
         # Again, since handlers and the broker may have taken their time.
         reason = None if socket.auth is None else socket.auth.judge(self, join.began)
-        if reason is not None or join.removed:
+        if reason is not None or services.pubsub.decisions.overtaken(join.began, socket, topic):
             self.release()
             self._refuse_join(join, reason or Reason.REMOVED)
             return
-        services = socket.services
         meta: bytes | None = None
         if services.presence is not None and services.config.topic(topic).presence and self.has_presence:
             own = join.params if said_meta is None else as_params(said_meta)

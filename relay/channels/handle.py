@@ -15,7 +15,7 @@ from relay.errors import CloseCode, Reason, close_reason
 from relay.plugins import hooks
 from relay.protocol import serializer
 from relay.protocol.serializer import Version
-from relay.protocol.state import Join, Subscription
+from relay.protocol.state import Subscription
 from relay.transports.base import Transport
 
 
@@ -46,8 +46,12 @@ class SocketHandle(ABC):
         """What this socket has joined under ``topic``."""
 
     @abstractmethod
-    def joining(self, topic: str) -> Join[Any] | None:
-        """The join of ``topic`` that is being decided."""
+    def is_joining(self, topic: str) -> bool:
+        """Whether a join of ``topic`` is being decided, or waits for that."""
+
+    @abstractmethod
+    def close(self, code: int, reason: str) -> bool:
+        """Close the socket; False where it was closed already."""
 
     @abstractmethod
     def end_subscription(self, subscription: Subscription, reason: Reason | None) -> bool:
@@ -90,14 +94,18 @@ class SocketHandle(ABC):
 
     def leave(self, topic: str) -> bool:
         """End its subscription with ``phx_close``, and refuse a join that is being decided; False for neither."""
-        subscription, join = self.subscription(topic), self.joining(topic)
-        if join is not None:
-            join.removed = True
+        found = self.subscription(topic) is not None or self.is_joining(topic)
+        if found:
+            self.pubsub.call_in_loop(partial(self._leave, topic))
+        return found
+
+    def _leave(self, topic: str) -> None:
+        self.pubsub.decisions.overtake(self, topic)
+        subscription = self.subscription(topic)
         if subscription is not None:
-            self.pubsub.call_in_loop(partial(self.end_subscription, subscription, None))
-        return subscription is not None or join is not None
+            self.end_subscription(subscription, None)
 
     def disconnect(self, reason: str = "") -> None:
         """Close the socket with 1001."""
         text = close_reason(reason or "disconnected by the server")
-        self.pubsub.call_in_loop(partial(self.transport.close, CloseCode.GOING_AWAY, text))
+        self.pubsub.call_in_loop(partial(self.close, CloseCode.GOING_AWAY, text))

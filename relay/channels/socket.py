@@ -9,6 +9,7 @@ the socket's other topics nor its heartbeats.
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 
@@ -46,6 +47,8 @@ class Socket(ChannelOwner):
         "_is_revoked",
         "_joins",
         "_pushes",
+        "_waiting_joins",
+        "_waiting_since",
         "announced",
         "auth",
         "joinless_since",
@@ -85,6 +88,9 @@ class Socket(ChannelOwner):
         self.queue: KeyedQueue = KeyedQueue(services.pubsub.in_flight, self._evict)
         self.announced: dict[str, Channel] = {}
         self._joins = self._pushes = self._events = 0
+        # How many joins of a topic wait behind what is under way there; and when the first of them was asked for.
+        self._waiting_joins: Counter[str] = Counter()
+        self._waiting_since = 0
         # Their rate; None before the first.
         self._client_events: TokenBucket | None = None
         self._ended = False
@@ -122,7 +128,10 @@ class Socket(ChannelOwner):
                     del frame  # or the last one would be kept until the next comes
                 allowed = rate_limiter.allows(message.event, transport.last_received, size)
                 if allowed or not self._refuse_over_limit(rate_limiter, message):
-                    queue.run(message.topic, partial(handle, message), size)
+                    if message.event == "phx_join" and queue.is_busy(message.topic):
+                        self._let_join_wait(message, size)
+                    else:
+                        queue.run(message.topic, partial(handle, message), size)
                 del message
                 if queue.pending >= limits.pushes_in_flight or queue.held_bytes >= limits.in_flight_max_bytes:
                     await queue.wait_below(limits.pushes_in_flight, limits.in_flight_max_bytes)
@@ -160,6 +169,7 @@ class Socket(ChannelOwner):
         """End its authentication, and break the cycles that refer back to this socket, so that it is freed at once."""
         if self.auth is not None:
             self.auth.end()
+        self._forget_waiting_joins()
         self.queue.evict = None
         self.protocol.clear()
         self.announced.clear()
@@ -173,12 +183,12 @@ class Socket(ChannelOwner):
     def _revoke(self) -> None:
         """Drop what the client sent and what still waits: the relay has ended all its subscriptions."""
         self._is_revoked = True
-        if dropped := self.queue.drop(_is_message):
+        if dropped := self._drop_messages():
             self.services.metrics.refused[SUBSCRIPTION_ENDED] += dropped
 
     def _evict(self) -> None:
         """Drop what waits for handlers, and close: of all sockets too much is under way, and of this one most."""
-        self.services.metrics.refused[IN_FLIGHT_FULL] += self.queue.drop(_is_message)
+        self.services.metrics.refused[IN_FLIGHT_FULL] += self._drop_messages()
         self.transport.evict("in flight", "too much of this client waits for handlers, and of all clients")
 
     def idle_s(self, now: float) -> float:
@@ -187,8 +197,42 @@ class Socket(ChannelOwner):
 
     # What the client sent.
 
-    def _handle(self, message: Message) -> Continuation:
-        """Do what a message asks for; the coroutine returned, if any, is what is left to wait for."""
+    def _let_join_wait(self, message: Message, size: int) -> None:
+        """Queue a join behind what is under way on its topic; a control message that comes meanwhile overtakes it."""
+        decisions = self.pubsub.decisions
+        if not self._waiting_joins:
+            self._waiting_since = decisions.begin()
+        self._waiting_joins[message.topic] += 1
+        handle = partial(self._handle_late, decisions.generation)
+        if self.trace is not None:
+            handle = partial(self.trace.handle, handle)
+        self.queue.run(message.topic, partial(handle, message), size)
+
+    def _handle_late(self, asked_at: int, message: Message) -> Continuation:
+        try:
+            return self._handle(message, asked_at)
+        finally:
+            if self._waiting_joins[message.topic] > 1:
+                self._waiting_joins[message.topic] -= 1
+            elif len(self._waiting_joins) > 1:
+                del self._waiting_joins[message.topic]
+            else:
+                self._forget_waiting_joins()
+
+    def _forget_waiting_joins(self) -> None:
+        if self._waiting_joins:
+            self._waiting_joins.clear()
+            self.pubsub.decisions.end(self._waiting_since)
+
+    def _drop_messages(self) -> int:
+        self._forget_waiting_joins()
+        return self.queue.drop(_is_message)
+
+    def _handle(self, message: Message, asked_at: int | None = None) -> Continuation:
+        """Do what a message asks for; the coroutine returned, if any, is what is left to wait for.
+
+        Args: asked_at: of a join that had to wait.
+        """
         match self.protocol.receive(message):
             case Send(frame, refused):
                 if refused is not None:
@@ -198,7 +242,7 @@ class Socket(ChannelOwner):
                 self.transport.send_control(frame)
             case Join() as join:
                 channel: Channel = join.subscription
-                return channel.join(self, join)
+                return channel.join(self, join, asked_at)
             case Leave() as leave:
                 channel = leave.subscription
                 return channel.leave(leave)
@@ -301,9 +345,9 @@ class Socket(ChannelOwner):
         """What this socket has joined under ``topic``."""
         return self.protocol.subscriptions.get(topic)
 
-    def joining(self, topic: str) -> Join[Channel] | None:
-        """The join of ``topic`` that is being decided."""
-        return self.protocol.joining(topic)
+    def is_joining(self, topic: str) -> bool:
+        """Whether a join of ``topic`` is being decided, or waits for that."""
+        return topic in self._waiting_joins or self.protocol.joining(topic) is not None
 
     def end_subscription(self, subscription: Subscription, reason: Reason | None) -> bool:
         """End a subscription with ``phx_error`` (rejoin) or ``phx_close`` (do not); False where it has ended."""

@@ -74,8 +74,6 @@ class Join(Generic[S]):
     """What this socket had under the same topic: it ends whether the join is accepted or not."""
     began: int = 0
     """When its decision began, as `relay.auth.decisions.Decisions` counts."""
-    removed: bool = False
-    """Whether the socket was taken out of the topic while this was being decided."""
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@ handshakes that are being decided. Over real sockets, on both ways to write."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext, suppress
 from typing import Any
 
 import httpx2 as httpx
@@ -269,6 +269,28 @@ async def test_control_message_reaches_what_a_socket_has_left_behind(
     assert {reason: pushing.refused[reason] for reason in counted} == counted
 
 
+@pytest.mark.parametrize("by", ["relay", "handler"])
+async def test_socket_that_has_left_pushes_behind_can_be_disconnected(
+    serve_relay: ServeRelay, connect: Connect, valkey: Valkey, by: str
+) -> None:
+    """By its id, and by the handler that is under way."""
+    pushing = await make(serve_relay, connect)
+    async with nothing_published(valkey, pushing):
+        await pushing.push(range(5))
+        (socket,) = pushing.served.relay.node.sockets.values()
+        await pushing.client.connection.close()
+        await eventually(lambda: not pushing.served.relay.node.sockets, "the socket's end")
+        if by == "relay":
+            assert pushing.served.relay.node.disconnect(socket.id, "banned")
+        else:
+            socket.disconnect("banned")
+        assert pushing.refused[ENDED] == 4, "they are dropped at once, and counted"
+        pushing.gate.opened.set()
+        await eventually(lambda: pushing.refused[ENDED] == 5, "the one under way to be stopped")
+        assert not pushing.served.relay.node.disconnect("another", "banned")
+    assert pushing.handled == [0]
+
+
 async def test_rights_of_what_is_left_behind_end_with_the_token(
     serve_relay: ServeRelay, connect: Connect, valkey: Valkey
 ) -> None:
@@ -279,6 +301,58 @@ async def test_rights_of_what_is_left_behind_end_with_the_token(
         await eventually(lambda: pushing.refused["token expired"], "the end of the token")
         pushing.gate.opened.set()
     assert pushing.handled == [0]
+
+
+# Joins that wait behind a push.
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize("action", ["kick", "leave", "kick of the join's own user"])
+async def test_join_that_waits_is_overtaken_with_the_pushes_behind_it(
+    serve_relay: ServeRelay, connect: Connect, valkey: Valkey, action: str, leaves: bool
+) -> None:
+    pushing = await make(serve_relay, connect)
+    relay, client, old = pushing.served.relay, pushing.client, pushing.join_ref
+    own = action.endswith("own user")
+    # Of the old join's own push that is under way nothing comes out either, unless it is none of this user's.
+    async with nullcontext() if own else nothing_published(valkey, pushing):
+        await pushing.push(range(1))
+        if leaves:
+            await client.send(old, "leave", "room:1", "phx_leave", {})
+        await client.send("9", "9", "room:1", "phx_join", {"token": token("bob", ROOMS)} if own else {})
+        for number in range(1, 5):
+            await client.send("9", str(10 + number), "room:1", "msg", {"i": number})
+        (socket,) = relay.node.sockets.values()
+        await eventually(lambda: socket.queue.pending == 6 + leaves, "all messages to have come")
+        if action == "leave":
+            assert socket.leave("room:1")
+        else:
+            await relay.kick("room:1", user="bob" if own else "alice")
+        pushing.gate.opened.set()
+        refusals = [client.refusal(None, str(10 + number), "room:1", "unmatched topic") for number in range(1, 5)]
+        answers: list[Any] = []
+        while refusals[-1] not in answers:
+            answers.append(await client.receive())
+        assert client.refusal("9", "9", "room:1", REMOVED) in answers
+        assert [answer for answer in answers if answer in refusals] == refusals
+        await eventually(lambda: relay.topics == {}, "the end of the first join")
+    assert pushing.handled == [0]
+    decisions = relay.node.pubsub.decisions
+    assert not decisions._under_way and len(decisions) == 0
+    ref = await client.join("room:1")
+    assert ref, "who is not kicked again may come back"
+
+
+async def test_decisions_on_joins_that_wait_end_with_their_socket(serve_relay: ServeRelay, connect: Connect) -> None:
+    pushing = await make(serve_relay, connect)
+    await pushing.push(range(1))
+    decisions = pushing.served.relay.node.pubsub.decisions
+    for number in range(3):
+        await pushing.client.send(str(9 + number), str(9 + number), "room:1", "phx_join", {})
+    await eventually(lambda: decisions._under_way, "the joins")
+    await pushing.served.relay.disconnect(user="alice")
+    assert not decisions._under_way and len(decisions) == 0
+    pushing.gate.opened.set()
 
 
 # Decisions that are under way.

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from relay.auth.authenticator import Authenticator
@@ -22,7 +23,7 @@ from relay.permissions import Identity
 from relay.plugins.dispatcher import HandlerRunner
 from relay.plugins.hooks import Hooks
 from relay.protocol.frame import Frame
-from relay.protocol.serializer import Version
+from relay.protocol.serializer import Message, Version
 from relay.telemetry import Telemetry
 from relay.tracing import Trace
 from relay.transports.base import Transport, TransportOwner
@@ -262,6 +263,12 @@ class Client:
     async def join(self, topic: str, ref: str = "1", params: object = None) -> list[Any]:
         """Join under ``ref``; returns ``[status, response]``."""
         return await self.call(ref, ref, topic, "phx_join", params)
+
+    def waiting(self, topic: str) -> list[Message]:
+        """Messages that wait for their turn on a topic."""
+        jobs: Any = self.socket.queue._by_key.get(topic)
+        waiting = () if jobs is None else jobs.waiting
+        return [job.args[-1] for job, _ in waiting if isinstance(job, partial) and isinstance(job.args[-1], Message)]
 
     def frames(self) -> list[list[Any]]:
         """What was written since it was asked last, without the payloads' keys: ``[join_ref, ref, topic, event]``."""

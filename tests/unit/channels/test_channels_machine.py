@@ -356,8 +356,9 @@ class Channels(RuleBasedStateMachine):
     def take_out(self, data: st.DataObject, topic: str) -> None:
         stream = self.draw(data)
         socket = stream.client.socket
-        if (join := socket.joining(topic)) is not None:
+        if (join := socket.protocol.joining(topic)) is not None:
             stream.removed.add(str(join.ref))
+        stream.removed |= {str(message.ref) for message in stream.client.waiting(topic) if message.event == "phx_join"}
         self.loop.do(lambda: socket.leave(topic))
         assert socket.subscription(topic) is None
 

@@ -317,10 +317,17 @@ async def test_handle_leaves_what_is_joined_and_what_is_being_joined() -> None:
         assert client.socket.leave("t") and not client.socket.leave("t")
         client.send("2", "2", "slow", "phx_join")
         await turns()
-        assert client.socket.joining("slow") is not None and client.socket.leave("slow")
+        client.send("3", "3", "slow", "phx_join")  # it waits until the first is decided
+        await turns()
+        assert client.socket.is_joining("slow") and client.socket.leave("slow")
         gate.opened.set()
-        assert await client.reply("2") == ["error", {"reason": "removed by the server"}]
-        assert [frame[3] for frame in client.frames()] == ["phx_reply", "phx_close", "phx_reply"]
+        for ref in "23":
+            assert await client.reply(ref) == ["error", {"reason": "removed by the server"}]
+        assert [frame[3] for frame in client.frames()] == ["phx_reply", "phx_close", "phx_reply", "phx_reply"]
+        assert not client.socket.is_joining("slow") and not client.socket.leave("slow")
+        client.send("4", "4", "slow", "phx_join")
+        assert (await client.reply("4"))[0] == "ok", "what is asked for later is decided anew"
+        assert not client.socket.pubsub.decisions._under_way
 
 
 @pytest.mark.parametrize(
