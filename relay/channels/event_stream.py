@@ -98,15 +98,15 @@ class EventStream:
             raise RelayError(f"a loop in another event loop than the relay's would receive no event. {ONE_LOOP}")
         if self._subscription is not None or self._has_ended:
             raise RelayError("expected one `async with` for each call of relay.subscribe()")
-        if self._streams.is_closed:
-            raise RelayError("the relay is stopping: no topic can be subscribed to")
+        self._streams.check_open()
         if (reason := pubsub.refuse_join()) is not None:
             raise BusUnavailable(f"{reason}: no event can be received now")
         async with pubsub.subscribe(self.topic):
             recovery: Recovery | None = None
             since, last = self._start
             if pubsub.history is not None and (since is not None or last is not None):
-                recovery = await pubsub.history.open(self.topic, since, last, lambda: True)
+                recovery = await pubsub.history.open(self.topic, since, last, lambda: not self._streams.is_closed)
+            self._streams.check_open()
             # Without waiting from here on: no event may come in between.
             self._subscription = Subscription(self.topic, None)
             hub.add(self.topic, self)
@@ -313,6 +313,11 @@ class EventStreams:
         if last is not None and last < 1:
             raise ValueError(f"last: expected 1 or more, got {last}")
         return EventStream(self, topic, policy._replace(notify_dropped=True), max_events, (since, last))
+
+    def check_open(self) -> None:
+        """Raise RelayError where the relay is stopping: a loop that began now would never end."""
+        if self.is_closed:
+            raise RelayError("the relay is stopping: no topic can be subscribed to")
 
     def close(self) -> None:
         """End all loops, after what waits for them: the relay stops."""

@@ -420,7 +420,7 @@ class History:
             self._turn_at = max(self._turn_at, now - 1.0) + 1 / self._limits.recover_per_s
             if self._turn_at > now:
                 await asyncio.sleep(self._turn_at - now)
-            return True
+            return is_wanted()
 
     async def _wait_for_certainty(self, topic: str) -> None:
         """After a gap: wait until it is known whether events were lost that were heard here. Raises BusUnavailable."""

@@ -76,9 +76,13 @@ def is_member(key: str, meta: msgspec.Raw) -> bool:
 
 
 def clean_meta(data: bytes) -> bytes | None:
-    """A meta without members whose names begin with ``phx_ref``, which are the protocol's; None for no object."""
+    """A meta without members whose names begin with ``phx_ref``, which are the protocol's.
+
+    Returns: None for what is no object, or holds something that Python cannot read, such as ``1e999``.
+    """
     try:
         members = _decode_object(data)
+        _ = msgspec.json.decode(data)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return None
     return _encode({name: value for name, value in members.items() if not name.startswith("phx_ref")})

@@ -271,6 +271,8 @@ class ConsoleSession:
             response = hooks.to_payload(await self._do(push.event, given))
         except hooks.Refused as refused:
             status, response = "error", refused.response
+        except hooks.InvalidPayload:
+            status, response = "error", encode_payload({"reason": Reason.INVALID_PAYLOAD})
         frame = self._protocol.reply(push, status, response)
         if frame is not None:
             self._send(frame)

@@ -398,6 +398,17 @@ async def test_what_cannot_be_done_is_said(served: Served, event: str, payload: 
         await watching.ask("topics")
 
 
+@pytest.mark.parametrize("payload", ['{"n": 1e999}', "[" * 300 + "]" * 300, "9" * 5000])
+async def test_payload_that_cannot_be_read_is_refused(served: Served, payload: str) -> None:
+    async with operator(served) as watching:
+        given = f'{{"topic": "room:1", "event": "e", "payload": {payload}}}'
+        await watching.client.send_raw(f'[null, "unread", "{TOPIC}", "publish", {given}]')
+        while (answer := await watching.client.receive())[1] != "unread":
+            pass
+        assert answer[4] == {"status": "error", "response": {"reason": "invalid payload"}}
+        await watching.ask("topics")
+
+
 async def test_console_works_while_the_bus_is_away(serve_relay: ServeRelay) -> None:
     """That is when it is needed most."""
     with Valkey() as server:

@@ -10,6 +10,8 @@ from redis.asyncio import Redis
 
 from relay import Relay
 from relay.channels.event_stream import EventStream
+from relay.errors import RelayError
+from tests.support.patience import PATIENCE
 from tests.support.process import Valkey, wait_for
 from tests.support.servers import AppServer
 from tests.support.serving import eventually
@@ -55,6 +57,31 @@ async def test_loop_over_a_history_misses_nothing_of_an_interrupted_link(valkey:
             await eventually(lambda: relay.metrics.gaps > gaps, "the gap")
             await relay.publish(topic, "e", 5)
             assert await take(events, 5) == [("e", at) for at in range(1, 6)]
+
+
+@pytest.mark.parametrize("bus", ["memory", "redis"])
+async def test_loop_that_has_not_begun_when_relay_stops_ends(valkey: Valkey, bus: str) -> None:
+    """It waits for its turn to read the history."""
+    where = {"redis_url": valkey.url} if bus == "redis" else {"broadcast_url": "memory://"}
+    relay = Relay(system_topic=False, topics=TOPICS, limits={"recover_per_s": 1}, **where)
+    ended: list[str] = []
+
+    async def loop() -> None:
+        try:
+            async with relay.subscribe("h:stopping", last=1) as events:
+                async for _ in events:
+                    pass
+            ended.append("")
+        except RelayError as error:
+            ended.append(str(error))
+
+    async with relay.lifespan():
+        await relay.publish("h:stopping", "e", 0)
+        loops = [asyncio.create_task(loop()) for _ in range(3)]
+        await eventually(lambda: relay.topics, "the first of them")
+    async with asyncio.timeout(20 * PATIENCE):
+        await asyncio.gather(*loops)
+    assert sorted(ended)[0] == "" and sorted(ended)[-1].startswith("the relay is stopping")
 
 
 APP = """
