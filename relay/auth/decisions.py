@@ -52,7 +52,7 @@ class Decisions:
     def overtake(self, user: Hashable, topic: str = "") -> None:
         """Overtake the decisions under way on a user, or with a ``topic`` on this user's joins there alone.
 
-        Args: user: its name; or a socket, whoever its user is.
+        Args: user: its name; or a socket, with any user.
         """
         if self._under_way:
             self._generation += 1

@@ -24,7 +24,7 @@ from relay.errors import BusUnavailable
 from relay.telemetry import Telemetry
 
 _POSTS_MAX = 64
-"""Posts that are with other nodes at once; further ones wait. Polls are not limited so: each session has a few."""
+"""Posts on their way to other nodes at once; further ones wait. Polls are not limited so: each session has a few."""
 
 _BATCH_MAX_BYTES = 262_144
 """Bytes of frames in an answer to another node. Redis holds them for a reader that is slow, all others' too."""
@@ -46,6 +46,14 @@ class _Post(msgspec.Struct, tag="post"):
     session: str
     body: bytes
     is_ndjson: bool
+    # Whether the sender expects `_Taken`; older nodes neither expect it nor send it.
+    wants_taken: bool = False
+
+
+class _Taken(msgspec.Struct, tag="taken"):
+    """A post has come: its sender may send others. The answer follows once its messages have been read."""
+
+    number: int
 
 
 class _End(msgspec.Struct, tag="end"):
@@ -65,7 +73,7 @@ class _Answer(msgspec.Struct, tag="answer"):
     reason: str
 
 
-_Message: TypeAlias = _Poll | _Post | _End | _Answer
+_Message: TypeAlias = _Poll | _Post | _Taken | _End | _Answer
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(_Message).decode
@@ -104,6 +112,8 @@ class NodeSessions:
         # Requests that are with other nodes, and those that others have sent here, with what ends them.
         self._pending: dict[int, asyncio.Future[Answer]] = {}
         self._polls: dict[tuple[str, int], Callable[[bool], None]] = {}
+        # Posts on their way: done when the other node has them.
+        self._taken: dict[int, asyncio.Future[None]] = {}
         self._posts = asyncio.Semaphore(_POSTS_MAX)
         self._room = asyncio.Condition()
         self._posted_bytes = 0
@@ -129,28 +139,37 @@ class NodeSessions:
 
     async def post(self, session: SessionId, body: bytes, *, is_ndjson: bool) -> Answer:
         """See `relay.channels.long_poll.Sessions.post`."""
-        try:
-            async with asyncio.timeout(self._answer_s), self._posts:
-                await self._take_room(len(body))
-                try:
-                    return await self._post(session, body, is_ndjson)
-                finally:
-                    await self._give_room(len(body))
-        except TimeoutError:
-            return self._unanswered(408)
-
-    async def _post(self, session: SessionId, body: bytes, is_ndjson: bool) -> Answer:
         number = next(self._numbers)
         future = self._begin(number)
         try:
-            if await self._send(session.node, _Post(number, self._node, session.id, body, is_ndjson)):
-                return await future
-            return Answer(410, reason=NOT_HERE)
+            async with asyncio.timeout(self._answer_s):
+                if await self._hand_over(session.node, _Post(number, self._node, session.id, body, is_ndjson, True)):
+                    return await future
+                return Answer(410, reason=NOT_HERE)
+        except TimeoutError:
+            return self._unanswered(408)
         finally:
             del self._pending[number]
 
+    async def _hand_over(self, node: str, post: _Post) -> bool:
+        """Send a post, and wait until the node has it: one that takes long to read holds up no other session's."""
+        async with self._posts:
+            taken = self._taken[post.number] = asyncio.get_running_loop().create_future()
+            try:
+                await self._take_room(len(post.body))
+                try:
+                    is_sent = await self._send(node, post)
+                    if is_sent:
+                        waited_for = (taken, self._pending[post.number])
+                        _ = await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
+                    return is_sent
+                finally:
+                    await self._give_room(len(post.body))
+            finally:
+                del self._taken[post.number]
+
     async def _take_room(self, size: int) -> None:
-        """Wait until all posts under way are no larger than one may be: Redis ends slow readers of much."""
+        """Wait until all posts on their way are no larger than one may be: Redis ends slow readers of much."""
         async with self._room:
             while self._posted_bytes and self._posted_bytes + size > self._body_max_bytes:
                 _ = await self._room.wait()
@@ -205,6 +224,9 @@ class NodeSessions:
                 _ = self._spawn(self._serve_poll(message))
             case _Post():
                 _ = self._spawn(self._serve_post(message))
+            case _Taken():
+                if (taken := self._taken.get(message.number)) is not None and not taken.done():
+                    taken.set_result(None)
             case _End():
                 if (end := self._polls.get((message.sender, message.number))) is not None:
                     end(message.is_sent)
@@ -251,6 +273,8 @@ class NodeSessions:
                 polled.end(is_sent)
 
     async def _serve_post(self, post: _Post) -> None:
+        if post.wants_taken:
+            _ = self._spawn(self._send_quietly(post.sender, _Taken(post.number)))
         answer = await self._local.post(SessionId(self._node, post.session), post.body, is_ndjson=post.is_ndjson)
         await self._send_quietly(post.sender, _Answer(post.number, answer.status, b"", answer.reason))
 

@@ -62,7 +62,7 @@ async def test_loop_over_a_history_misses_nothing_of_an_interrupted_link(valkey:
 @pytest.mark.parametrize("bus", ["memory", "redis"])
 async def test_loop_that_has_not_begun_when_relay_stops_ends(valkey: Valkey, bus: str) -> None:
     """It waits for its turn to read the history."""
-    where = {"redis_url": valkey.url} if bus == "redis" else {"broadcast_url": "memory://"}
+    where: dict[str, Any] = {"redis_url": valkey.url} if bus == "redis" else {"broadcast_url": "memory://"}
     relay = Relay(system_topic=False, topics=TOPICS, limits={"recover_per_s": 1}, **where)
     ended: list[str] = []
 

@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, cast
 
+import msgspec
+
 from relay.auth.sealing import Sealer
 from relay.channels.long_poll import Answer, LocalSessions, Polled, SessionId
 from relay.channels.long_poll_nodes import NodeSessions
@@ -201,15 +203,62 @@ async def test_post_is_read_by_the_owner() -> None:
         assert n.owner.posts == [(b"\xff", True)]
 
 
-async def test_posts_of_too_many_bytes_wait_for_each_other() -> None:
+class Late:
+    """A node that does not read yet what has come for it."""
+
+    def __init__(self) -> None:
+        self.messages: list[bytes] = []
+
+    def receive(self, data: bytes) -> None:
+        self.messages.append(data)
+
+
+async def test_posts_of_too_many_bytes_wait_until_those_before_have_been_taken() -> None:
     async with nodes(limits={"body_max_bytes": 100}) as n:
         n.owner.may_post.clear()
+        owner, late = n.receivers["owner"], Late()
+        n.receivers["owner"] = cast(NodeSessions, late)
         posts = [asyncio.ensure_future(n.other.post(SESSION, b"x" * 60, is_ndjson=False)) for _ in range(3)]
-        await until(lambda: n.owner.posts)
-        await asyncio.sleep(0)
-        assert len(n.owner.posts) == 1
+        for number in range(3):
+            while len(late.messages) <= number:  # noqa: ASYNC110 - the bus of the test
+                await asyncio.sleep(0)
+            assert len(late.messages) == number + 1, "Redis would hold the others too"
+            owner.receive(late.messages[number])
+        await until(lambda: len(n.owner.posts) == 3)
         n.owner.may_post.set()
         assert await asyncio.gather(*posts) == [Answer(200)] * 3
+        assert not n.other._taken
+        n.receivers["owner"] = owner
+
+
+async def test_posts_that_take_long_to_read_hold_up_no_others() -> None:
+    async with nodes() as n:
+        n.owner.may_post.clear()
+        slow = [asyncio.ensure_future(n.other.post(SESSION, b"slow", is_ndjson=False)) for _ in range(200)]
+        await until(lambda: len(n.owner.posts) == 200)
+        n.owner.may_post = asyncio.Event()
+        n.owner.may_post.set()
+        assert await n.other.post(SESSION, b"quick", is_ndjson=False) == Answer(200)
+        for post in slow:
+            post.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
+        assert not n.other._taken
+        for task in tuple(n.tasks):
+            task.cancel()
+
+
+async def test_post_of_an_older_node_is_answered_alone() -> None:
+    """It would take what it does not know for a message of a stranger."""
+    async with nodes() as n:
+        other, late = n.other, Late()
+        n.receivers["other"] = cast(NodeSessions, late)
+        post = {"type": "post", "number": 7, "sender": "other", "session": SESSION.id, "body": b"x", "is_ndjson": False}
+        n.receivers["owner"].receive(Sealer(b"k" * 32).seal(msgspec.msgpack.encode(post), "owner"))
+        await until(lambda: not n.tasks)
+        (answer,) = late.messages
+        data = Sealer(b"k" * 32).open(answer, "other")
+        assert data is not None and msgspec.msgpack.decode(data)["type"] == "answer"
+        n.receivers["other"] = other
 
 
 async def test_message_that_cannot_be_read_is_counted() -> None:
