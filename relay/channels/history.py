@@ -225,6 +225,15 @@ class History:
 
     # Catching up.
 
+    def forget_unheard(self, hears: Callable[[str], bool], topics: Iterable[str] | None = None) -> None:
+        """Know nothing more of topics, all or some, that may not be heard any more: nothing will catch them up."""
+        is_readable = self._store() is not None
+        for topic in tuple(self._followed) if topics is None else topics:
+            followed = self._followed.get(topic)
+            if followed is not None and not (is_readable and hears(topic)):
+                self.unfollow(topic)
+                self._begin(topic, followed.settings)
+
     def after_gap(self, topics: Iterable[str] | None = None) -> None:
         """Check all topics, or some, at the pace of recoveries: the link was interrupted."""
         for topic in self._followed if topics is None else topics:

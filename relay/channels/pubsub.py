@@ -388,6 +388,8 @@ class PubSub:
             for call in self.after_gap:
                 call()
         history = self.history
+        if history is not None:
+            history.forget_unheard(self._broker.hears, topics)
         pairs = (
             (topic, each)
             for topic, each in self._hub.pairs(topics)

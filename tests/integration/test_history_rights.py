@@ -23,6 +23,7 @@ from relay.errors import BusUnavailable
 from relay.metrics import Metrics
 from tests.integration.test_history import join
 from tests.support.process import Valkey, redis_servers
+from tests.support.redis_faults import BY_TOPIC, FAST, TOLD, UNAVAILABLE
 from tests.support.serving import Served, eventually, http_get
 from tests.support.sink import Sink
 
@@ -210,6 +211,36 @@ async def test_relay_without_the_right_to_hear_histories_is_degraded(
     assert (await join(client, "room:1", since=None))["_position"] is None
     answer = await join(client, "room:2", since="1-1")
     assert (answer["recovered"], answer["reason"]) == (False, "history unavailable")
+
+
+@pytest.mark.parametrize("subscribe", ["pattern", "topic"])
+async def test_subscribers_learn_that_their_topic_may_not_be_heard_any_more(
+    server: Valkey, admin: redis_py.Redis, serve_relay: ServeRelay, connect: Connect, subscribe: str
+) -> None:
+    """They rejoin: in topic mode the join is refused, with one pattern for all there is no history."""
+    allow(admin, "relay", [*RULES["relay"], "+subscribe", "+unsubscribe"])
+    mode = BY_TOPIC if subscribe == "topic" else {}
+    served = await serve_relay(redis_url=url_of(server, "relay"), redis=FAST | mode, topics=TOPICS)
+    client = await connect(served)
+    position = (await join(client, "room:1", since=None))["_position"]
+    history = served.relay.node.pubsub.history
+    assert history is not None
+    await eventually(lambda: history.follows("room:1"), "where the topic stands")
+    execute: Any = admin.execute_command
+    execute("ACL", "SETUSER", "relay", "resetchannels", "&to:*", "&from:*", "&relay:control")
+    told = await client.receive()
+    assert told[2:] == ["room:1", "phx_error", TOLD]
+    if subscribe == "topic":
+        await client.send("8", "8", "room:1", "phx_join", {"since": position})
+        assert (await client.receive())[4] == UNAVAILABLE
+    else:
+        assert (await join(client, "room:1", since=position))["reason"] == "history unavailable"
+    execute("ACL", "SETUSER", "relay", "&topic:*")
+    execute("CLIENT", "KILL", "USER", "relay")
+    if subscribe == "pattern":
+        assert (await client.receive())[2:] == ["room:1", "phx_error", TOLD]
+    await eventually(lambda: served.relay.metrics.gaps == 2, "the link")
+    assert (await join(client, "room:1", since=position))["recovered"] is True
 
 
 async def test_embedded_server_keeps_histories() -> None:

@@ -259,6 +259,33 @@ async def test_gap_is_caught_up_and_nobody_has_to_rejoin() -> None:
         assert (node.metrics.rejoins_requested, node.metrics.history_catch_ups) == (0, {"gap": 1})
 
 
+@pytest.mark.parametrize("lost", ["store", "topic"])
+async def test_gap_of_a_topic_that_may_not_be_heard_any_more_is_told_to_its_subscribers(
+    lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing will catch it up; once it is heard again, nothing is taken to follow on what came before."""
+    unheard = {TOPIC}
+    async with node_of() as node:
+        client, other = node.connect(), node.connect()
+        await join(client)
+        await join(other, topic="room:2")
+        node.publish(number(1))
+        await settled(node)
+        if lost == "store":
+            node.broker.kept = None
+        else:
+            monkeypatch.setattr(node.broker, "hears", lambda topic: topic not in unheard)
+        node.pubsub.on_gap("no permission any more", [TOPIC])
+        assert (client.socket.topics, other.socket.topics) == ((), ("room:2",))
+        node.broker.kept = node.store
+        unheard.clear()
+        node.store.append(b'{"n":2}')
+        await join(client, "2")
+        node.publish(number(3))
+        await settled(node)
+        assert numbers(client) == [1, 3]
+
+
 async def test_gap_during_a_catch_up_is_caught_up_too() -> None:
     """What the store answered before the gap says nothing of what was lost in it."""
     async with node_of() as node:
