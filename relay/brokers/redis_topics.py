@@ -3,6 +3,7 @@
 Owns their form; must not know connections::
 
     new_msg:{"text":"hi"}                          an event: its name, a colon, the payload verbatim
+    ::[new]:{"text":"hi"}                          the same, where the name begins like JSON
     :*6f1c2a9e.7:new_msg:{"text":"hi"}             the same with its sender
     :1764150000000-17:new_msg:{"text":"hi"}        the same with its position; publish.lua alone writes it
     :1764150000000-17*6f1c2a9e.7:new_msg:{}        the same with its sender
@@ -19,7 +20,12 @@ NO_NAME = b'{["'
 
 def pack(event: str, payload: bytes, sender: str | None = None) -> bytes:
     """Write a live event; the caller has checked the name."""
-    return f"{event}:".encode() + payload if sender is None else f":*{sender}:{event}:".encode() + payload
+    name = event.encode()
+    if sender is not None:
+        head = f":*{sender}:".encode()
+    else:
+        head = b"::" if name[0] in NO_NAME else b""
+    return b"%b%b:%b" % (head, name, payload)
 
 
 def unpack(topic: str, data: bytes) -> Event | None:
@@ -41,6 +47,6 @@ def unpack(topic: str, data: bytes) -> Event | None:
         if start == len(data):  # a notice
             return None if position is None else Event(topic, "", b"", position)
         head = data.find(b":", start)
-    if head <= start or data[start] in NO_NAME:
+    if head <= start or (not start and data[0] in NO_NAME):
         return None
     return Event(topic, data[start:head].decode(errors="replace"), data[head + 1 :], position, sender)

@@ -61,6 +61,9 @@ async def test_every_way_to_publish_reaches_clients_on_all_nodes(
             await nodes[1].relay.publish(topic, "tick", {"n": 2})
             for client, number in itertools.product(clients, range(3)):
                 await client.expect_event(topic, "tick", {"n": number})
+            await nodes[0].relay.publish(topic, "[tick]", {})
+            for client in clients:
+                await client.expect_event(topic, "[tick]", {})
     # Pushes are published as on one Redis, and reach programs that listen at any node, by pattern.
     for topic in topics:
         async with heard_on(f"redis://127.0.0.1:{cluster.nodes[-1].port}", f"from:{topic}:*") as heard:

@@ -74,6 +74,28 @@ async def test_every_way_to_publish_reaches_clients_on_all_nodes(
         assert metric(text, 'relay_events_in_total{form="to"}') == 0
 
 
+@pytest.mark.parametrize("name", ["{tick", "[tick]", '"tick"'])
+@pytest.mark.parametrize("has_history", [False, True])
+async def test_events_whose_names_begin_like_json_reach_clients(
+    serve_relay: ServeRelay, connect: Connect, server: Valkey, topic: str, name: str, has_history: bool
+) -> None:
+    history = [{"match": "room:*", "history": {"size": 100, "ttl_s": 60}}] if has_history else []
+    topics = [*history, {"match": "room:*", "client_events": ["*"]}][:1]
+    served = await serve_relay(redis_url=server.url, redis=BY_TOPIC, topics=topics)
+    client, other = await connect(served), await connect(served)
+    _ = await client.join(topic)
+    await served.relay.publish(topic, name, 0)
+    async with AsyncPublisher(server.url) as publisher:
+        await publisher.publish(topic, name, 1)
+    for number in range(2):
+        await client.expect_event(topic, name, number)
+    if not has_history:
+        ref = await other.join(topic)
+        assert (await other.push(ref, topic, name, 2))["status"] == "ok"
+        await client.expect_event(topic, name, 2)
+    assert not served.relay.metrics.dropped["message names no event"]
+
+
 async def test_broadcast_from_passes_over_its_sender_on_its_node_alone(
     serve_relay: ServeRelay, connect: Connect, server: Valkey, topic: str
 ) -> None:
