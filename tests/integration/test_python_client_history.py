@@ -115,6 +115,22 @@ async def test_loss_is_reported_with_its_reason(served: Served) -> None:
         assert (await next_of(room)).payload == 5
 
 
+async def test_event_that_cannot_be_decoded_is_reported_as_lost(served: Served, topic: str) -> None:
+    async with quickly(served.ws) as socket, socket.join(topic, recover=True) as room, socket.join("other") as other:
+        await publish(served, topic, {"n": 1})
+        for number, beyond in enumerate((b'{"n":%b}' % (b"9" * 5000), b"9" * 5000)):
+            await served.relay.publish(topic, "n", beyond)
+            await served.relay.publish("other", "n", beyond)
+            first = await next_of(room, "n")
+            lost = await next_of(room)
+            assert isinstance(lost, Lost) and lost.reason == "frame not understood"
+            assert lost.position == first.position is not None
+            assert isinstance(await next_of(other), Lost)
+            await publish(served, topic, {"n": number})
+        assert (await next_of(room, "n")).payload == {"n": 1}
+        assert (socket.undecodable, socket.reconnects) == (4, 0)
+
+
 async def test_topic_without_a_history_reports_each_rejoin_as_a_loss(served: Served) -> None:
     async with quickly(served.ws) as socket, socket.join("plain:1", recover=True) as room:
         await publish(served, "plain:1", {"_position": "mine"}, [1])
@@ -258,6 +274,28 @@ async def test_phx_error_means_a_join_with_the_last_position() -> None:
         (Lost, None, "9-0"),
         (Event, {"n": 3}, "9-1"),
     ]
+
+
+async def test_frame_whose_topic_is_not_found_may_have_been_an_event_of_any() -> None:
+    """Those that recover events learn it, once the event before it has come; a reply that is lost is no event."""
+
+    async def script(server: Answering) -> None:
+        await server.reply(await server.hear("phx_join"), response={"_position": "1-0"})
+        await server.reply(await server.hear("phx_join"))
+        await say(server, "no position yet")
+        for frame in ("{", '[null,"1","t","phx_reply",{}]'):
+            await server.connection.send(frame)
+        await say(server, {"n": 2, "_position": "1-2"})
+        await say(server, {"n": 3}, topic="other")
+        await hold(server)
+
+    async with scripted(script) as url, quickly(url) as socket:
+        async with socket.join("t", recover=True) as room, socket.join("other") as other:
+            assert (await next_of(room, "n")).payload == "no position yet"
+            lost = await next_of(room)
+            assert isinstance(lost, Lost) and (lost.reason, lost.position) == ("frame not understood", "1-0")
+            assert (await next_of(room, "n")).position == "1-2"
+            assert (await next_of(other, "n")).payload == {"n": 3}
 
 
 async def test_cut_between_an_event_and_its_position_repeats_nothing() -> None:

@@ -14,6 +14,9 @@ from relay_client.presence import EVENTS as PRESENCE_EVENTS
 from relay_client.presence import Presence
 from relay_client.wire import Message, check_text, encode_payload
 
+NOT_UNDERSTOOD = "frame not understood"
+"""Why an event is missing that Python cannot read."""
+
 LEAVE_TIMEOUT_S = 1.0
 """Seconds for sending a leave; its reply is not awaited."""
 
@@ -157,6 +160,25 @@ class Channel:
                 self._queue.put(event)
             else:
                 self._tracker.receive(event)
+
+    @property
+    def recovers(self) -> bool:
+        """Whether missed events are recovered from the topic's history."""
+        return self._tracker is not None
+
+    def miss(self) -> None:
+        """Report an event that came and was not understood; called by the socket.
+
+        To rejoin would not help: the history has the same event.
+        """
+        if not self.is_joined:
+            return
+        position = None
+        if self._tracker is not None:
+            self._tracker.flush()
+            position = self._tracker.position
+        payload = {"reason": NOT_UNDERSTOOD, "response": {"reason": NOT_UNDERSTOOD}}
+        self._queue.put(Lost(self.topic, REJOINED, payload, position=position))
 
     def lose(self, why: str) -> None:
         """Join again: events may be missed from now on. Called by the socket."""

@@ -56,7 +56,10 @@ class Lost(Event):
 
     @property
     def reason(self) -> str:
-        """Why they could not be recovered, as the server says: ``"history expired"``, ``"unknown position"``, …"""
+        """Why they could not be recovered, as the server says: ``"history expired"``, ``"unknown position"``, …
+
+        ``"frame not understood"``: an event came that cannot be decoded; the topic was not rejoined.
+        """
         response = self.payload["response"]
         reason = response.get("reason") if isinstance(response, dict) else None
         return str(reason or "nothing to recover from")

@@ -24,7 +24,7 @@ from relay_client.events import EventQueue, Overflow
 from relay_client.link import Fresh, Link, log, value_of
 from relay_client.position import Tracker
 from relay_client.presence import Presence
-from relay_client.wire import VSN, Message, check_text, decode
+from relay_client.wire import VSN, Message, check_text, decode, names_in
 
 NORMAL = 1000
 """The close code that means: do not come back."""
@@ -279,6 +279,7 @@ class Socket:
         except ValueError as error:
             self.undecodable += 1
             log.warning("a frame was not understood and is lost: %s", error)
+            self._report_lost(frame)
             return
         self._tries = 0  # not before: a server may accept and close at once, again and again
         channel = self._channels.get(message.topic)
@@ -286,6 +287,15 @@ class Socket:
             channel.receive(message)
         if message.event == "phx_reply":
             self._link.settle(message)
+
+    def _report_lost(self, frame: str | bytes) -> None:
+        """Tell the channel of a frame that is lost, or all that recover events where its topic is not known."""
+        topic, event = names_in(frame) or (None, None)
+        if event == "phx_reply":
+            return  # no event: who waits for it is told in time
+        for channel in tuple(self._channels.values()):
+            if channel.topic == topic or (topic is None and channel.recovers):
+                channel.miss()
 
     async def _beat(self, connection: ClientConnection) -> None:
         loop, limit_s = asyncio.get_running_loop(), min(self._timeout_s, self._heartbeat_s)

@@ -4,6 +4,7 @@ Source: Phoenix 1.9, ``v2_json_serializer.ex`` and ``assets/js/phoenix/serialize
 """
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -13,6 +14,11 @@ PUSH, REPLY, BROADCAST = 0, 1, 2
 """First byte of a binary frame."""
 
 Ref: TypeAlias = str | int | None
+
+_TEXT = r'("(?:[^"\\]|\\.)*")'
+_REF = rf"(?:null|-?\d+|{_TEXT})"
+_NAMES = re.compile(rf"\s*\[\s*{_REF}\s*,\s*{_REF}\s*,\s*{_TEXT}\s*,\s*{_TEXT}")
+"""How a text frame begins, up to its topic and its event."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +105,15 @@ def decode(frame: str | bytes) -> Message:
         if not (isinstance(reply, dict) and isinstance(reply.get("status"), str) and "response" in reply):
             raise ValueError("expected status and response in a reply")
     return message
+
+
+def names_in(frame: str | bytes) -> tuple[str, str] | None:
+    """Topic and event of a text frame that `decode` refuses; None where they cannot be found."""
+    found = _NAMES.match(frame) if isinstance(frame, str) else None
+    try:
+        return None if found is None else (json.loads(found[3]), json.loads(found[4]))
+    except ValueError:
+        return None
 
 
 def _decode_text(frame: str) -> Message:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from relay_client.wire import Message, decode, encode
+from relay_client.wire import Message, decode, encode, names_in
 
 VECTORS: list[dict[str, Any]] = json.loads((Path(__file__).parents[2] / "vectors" / "frames.json").read_text("utf-8"))
 
@@ -86,3 +86,20 @@ def test_what_has_no_frame_is_refused(message: Message) -> None:
 def test_what_is_no_frame_is_a_value_error_and_nothing_else(frame: str | bytes) -> None:
     with pytest.raises(ValueError):
         decode(frame)
+
+
+@pytest.mark.parametrize(
+    ("frame", "names"),
+    [
+        (f'[null,null,"room:1","n",{"9" * 5000}]', ("room:1", "n")),
+        ('[ "1" , -2 , "a\\"\\u00e9" , "n" ,', ('a"é', "n")),
+        ('[null,null,"\\x","n",1]', None),
+        ('[null,null,7,"n",1]', None),
+        ('[null,null,"' + "\\" * 100_000, None),
+        ("", None),
+        (b"\2\1\1tn", None),
+    ],
+    ids=range(7),
+)
+def test_names_are_found_in_what_cannot_be_decoded(frame: str | bytes, names: tuple[str, str] | None) -> None:
+    assert names_in(frame) == names
