@@ -1,7 +1,7 @@
 /**
  * A browser client for the relay, and for any server that speaks Phoenix Channels V2.
  *
- * It has the interface of the npm package `phoenix`. Documented in `relay.d.ts`; `_name` is for this module alone.
+ * It has the interface of `phoenix`, documented in `relay.d.ts`; `_name` is for this module alone.
  */
 
 const VSN = "2.0.0";
@@ -10,7 +10,7 @@ const NORMAL = 1000, ABNORMAL = 1006; // close codes
 const TOKEN_PREFIX = "base64url.bearer.phx.";
 const POSITION_MS = 50; // how long an event waits for its position
 
-// Full jitter: a restarted server meets its clients spread over the whole window, not in waves.
+// Full jitter: clients come back spread over the whole window, not in waves.
 const jitter = (windowMs) => Math.random() * windowMs;
 
 const DEFAULTS = {
@@ -23,7 +23,7 @@ const DEFAULTS = {
 
 const valueOf = (value) => (typeof value === "function" ? value() : value);
 
-/** Show an error as an uncaught one is shown, without throwing it. */
+/** Show an error like an uncaught one. */
 const report = (error) => (globalThis.reportError ?? console.error)(error);
 
 /** Call what belongs to the page; what it throws is reported. */
@@ -35,7 +35,7 @@ function call(callback, ...args) {
   }
 }
 
-/** Milliseconds until the next try: the page's own, or ours where its function throws or gives no time. */
+/** Milliseconds until the next try: ours where the page's function throws or gives no time. */
 function delay(kind, options, tries) {
   const ms = call(() => options[kind](tries));
   return ms >= 0 && ms < Infinity ? ms : DEFAULTS[kind](tries);
@@ -49,6 +49,7 @@ const isBinary = (payload) => payload instanceof ArrayBuffer || ArrayBuffer.isVi
 
 /** To a text frame, or to a binary push: `00 jl rl tl el join_ref ref topic event data`. */
 export function encode({ join_ref, ref, topic, event, payload }) {
+  if (!isText(topic) || !isText(event)) throw new TypeError("topic and event: expected text");
   if (!isBinary(payload)) return JSON.stringify([join_ref, ref, topic, event, payload]);
   const names = [join_ref ?? "", ref ?? "", topic, event].map(encodeName);
   const data = new Uint8Array(payload.buffer ?? payload, payload.byteOffset ?? 0, payload.byteLength);
@@ -103,10 +104,10 @@ function decodeNames(frame, count) {
 
 /** `{a: {b: 1}}` becomes `a[b]=1`. */
 function* flatten(params, prefix) {
-  for (const [key, value] of Object.entries(params)) {
+  for (const [key, value] of Object.entries(params ?? {})) {
     const name = prefix ? `${prefix}[${key}]` : key;
-    if (value !== null && typeof value === "object") yield* flatten(value, name);
-    else if (value !== null && value !== undefined) yield [name, value];
+    if (typeof value === "object") yield* flatten(value, name);
+    else if (value !== undefined) yield [name, value];
   }
 }
 
@@ -240,7 +241,7 @@ export class Channel {
   }
 
   leave(timeout = this.socket.timeout) {
-    const isKnown = this.socket.isConnected() && (this.state === "joined" || this.state === "joining");
+    const isKnown = this.socket.isConnected() && (this.isJoined() || this.isJoining());
     this.#stopJoining();
     this.state = "leaving";
     const leave = new Push(this, "phx_leave", {}, timeout);
@@ -535,8 +536,9 @@ export class Socket {
   #callbacks = new Map(); // ref → [kind, callback]
   #page = null; // the AbortController of `#watchPage`
 
-  constructor(endPoint, options = {}) {
-    Object.assign(this, DEFAULTS, { transport: globalThis.WebSocket }, options, { endPoint });
+  constructor(endPoint, options) {
+    Object.assign(this, DEFAULTS, { transport: globalThis.WebSocket, endPoint });
+    for (const name in options) this[name] = options[name] ?? this[name];
   }
 
   connect() {
@@ -609,7 +611,7 @@ export class Socket {
   /** A topic is joined once per socket, so the channel that joins now takes it over. */
   _leaveOthers(channel) {
     const others = this.channels.filter((other) => other !== channel && other.topic === channel.topic);
-    for (const other of others) if (other.state === "joined" || other.state === "joining") other.leave();
+    for (const other of others) if (other.isJoined() || other.isJoining()) other.leave();
   }
 
   #on(kind, callback) {

@@ -38,6 +38,26 @@ function join(wire, topic = "room:1") {
   return channel;
 }
 
+// Names.
+
+test("a topic or an event that is no text is an error of its caller, and reaches no wire", () => {
+  const wire = connect();
+  const room = join(wire);
+  const reports = mock.method(console, "error", () => {});
+  for (const name of [undefined, null, 7, {}]) {
+    assert.throws(() => room.push(name, {}), TypeError);
+    assert.throws(() => room.push(name, new ArrayBuffer(1)), TypeError);
+    const refusals = [];
+    const channel = socket.channel(name);
+    channel.join().receive("error", ({ reason }) => refusals.push(reason));
+    assert.match(refusals[0], /^TypeError/);
+    channel.leave();
+  }
+  assert.equal(reports.mock.callCount(), 4);
+  mock.restoreAll();
+  assert.deepEqual([wire.sent, room.isJoined(), socket.channels], [[], true, [room]]);
+});
+
 // Connecting.
 
 test("the URL has the parameters, nested ones as Phoenix reads them, and the version last", () => {
@@ -46,6 +66,18 @@ test("the URL has the parameters, nested ones as Phoenix reads them, and the ver
     socket.endPointURL(),
     "ws://relay.test/socket/websocket?a%5Bb%5D=1&a%5Bc%5D%5B0%5D=2&d=%C3%A9%26&vsn=2.0.0",
   );
+});
+
+test("options that are undefined or null are left out, and params may be nothing", () => {
+  socket = makeSocket({ timeout: undefined, heartbeatIntervalMs: undefined, params: null, authToken: null });
+  assert.deepEqual([socket.timeout, socket.heartbeatIntervalMs], [10_000, 30_000]);
+  for (const params of [undefined, null, () => undefined, () => null]) {
+    socket = makeSocket({ params });
+    assert.equal(socket.endPointURL(), "ws://relay.test/socket/websocket?vsn=2.0.0");
+  }
+  const { transport } = new Socket("ws://relay.test/socket", { transport: undefined });
+  assert.equal(transport, globalThis.WebSocket);
+  assert.equal(new Socket("ws://relay.test/socket", null).timeout, 10_000);
 });
 
 test("an http endpoint becomes ws and keeps its own query", () => {
