@@ -40,7 +40,7 @@ from relay.protocol.presence import metas_by_key
 from relay.proxy_headers import apply_forwarded_headers, hosts_of, parse_networks
 from relay.service_links import log_service_links
 from relay.telemetry import Telemetry
-from relay.threadsafe import LOOP_HAS_ENDED, ONE_LOOP, Call
+from relay.threadsafe import FORKED, LOOP_HAS_ENDED, ONE_LOOP, Call
 from relay.tracing import Tracer
 from relay.transports import handshake, long_poll_request
 from relay.transports.base import ReceiveCallable, Scope, SendCallable
@@ -217,7 +217,7 @@ class Relay:
                 relay's own.
         """
         self._let_go_of_ended()
-        if self._node is not None and not self._node.pubsub.home.is_here:
+        if self._node is not None and not self.node.pubsub.home.is_here:
             raise RelayError(f"the relay has been started in another event loop; expected one for all. {ONE_LOOP}")
         async with self._starting:
             if self._node is None:
@@ -251,8 +251,7 @@ class Relay:
         self._let_go_of_ended()
         node = self._node
         if node is not None and not node.pubsub.home.is_here:
-            stopping = asyncio.run_coroutine_threadsafe(self.stop(), node.pubsub.home.loop)
-            await asyncio.wrap_future(stopping)
+            await node.pubsub.home.run(self.stop)
         elif node is not None:
             if self._console is not None:
                 await self._console.close()
@@ -309,12 +308,12 @@ class Relay:
 
     @property
     def is_running(self) -> bool:
-        """Whether it has been started and not stopped, in an event loop that has not ended."""
-        return self._node is not None and not self._node.pubsub.home.loop.is_closed()
+        """Whether it has been started and not stopped, in this process and in an event loop that has not ended."""
+        return self._node is not None and not self._node.pubsub.home.is_over
 
     @property
     def node(self) -> Node:
-        """The running parts. Raises RelayError while the relay does not run."""
+        """The running parts. Raises RelayError while the relay does not run, or runs in another process."""
         return self._running_node()
 
     def _running_node(self) -> Node:
@@ -323,6 +322,8 @@ class Relay:
                 "the relay is not running: expected its lifespan (`async with relay.lifespan():`) or start() first; "
                 "a process without a running relay publishes with relay.Publisher"
             )
+        if self._node.pubsub.home.is_forked:
+            raise RelayError(FORKED)
         return self._node
 
     # What code beside it calls: the team's own, plugins, REST routes.

@@ -46,7 +46,7 @@ from relay.protocol.presence import Members
 from relay.protocol.topics import check_names
 from relay.siblings import Siblings
 from relay.telemetry import Telemetry
-from relay.threadsafe import LOOP_HAS_ENDED, Call
+from relay.threadsafe import Call
 from relay.transports.network_access import NetworkAccess
 from relay.transports.sse import is_server_ending
 
@@ -328,7 +328,8 @@ class Node:
     @property
     def link(self) -> Link:
         """State of the link to the bus."""
-        return Link(False, LOOP_HAS_ENDED) if self.pubsub.home.loop.is_closed() else self.broker.link
+        home = self.pubsub.home
+        return Link(False, home.fault) if home.is_over else self.broker.link
 
     # Control messages.
 

@@ -5,6 +5,7 @@ Owns the way there and back; must not know what is called.
 
 import asyncio
 import concurrent.futures
+import os
 import threading
 from collections.abc import Callable, Coroutine, Generator
 from functools import partial
@@ -17,6 +18,11 @@ T = TypeVar("T")
 LOOP_HAS_ENDED = (
     "the relay was started in an event loop that has ended: start it in the one that is used, by "
     "`async with relay.lifespan():`; in tests with Starlette's TestClient by `with TestClient(app) as client:`"
+)
+
+FORKED = (
+    "this process was forked from the one in which the relay runs: nothing that is called here reaches it; publish "
+    "with relay.Publisher"
 )
 
 ONE_LOOP = (
@@ -67,6 +73,7 @@ class Home:
     def __init__(self) -> None:
         self.loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self._thread = threading.get_ident()
+        self._process = os.getpid()
 
     @property
     def is_here(self) -> bool:
@@ -74,9 +81,21 @@ class Home:
         return threading.get_ident() == self._thread and _running_loop() is self.loop
 
     @property
-    def has_ended(self) -> bool:
-        """Whether this loop runs no more."""
-        return self.loop.is_closed() or not self.loop.is_running()
+    def is_forked(self) -> bool:
+        """Whether the caller is in another process, which has a copy of this loop that does not run."""
+        return os.getpid() != self._process
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing will run in this loop any more, as seen from this process."""
+        return self.loop.is_closed() or self.is_forked
+
+    @property
+    def fault(self) -> str:
+        """Why this loop cannot be called; empty where it can."""
+        if self.is_forked:
+            return FORKED
+        return "" if self.loop.is_running() else LOOP_HAS_ENDED
 
     def call(self, begin: Callable[[], "asyncio.Future[None]"], timeout_s: float) -> Call:
         """Call ``begin`` in this loop, at once.
@@ -84,12 +103,13 @@ class Home:
         In this loop, and in another one, it returns what may be awaited. In a thread without a loop it waits until the
         future that ``begin`` returns is done, and raises what that raises.
 
-        Raises: RelayError: this loop has ended; BusUnavailable: not done within ``timeout_s`` seconds.
+        Raises: RelayError: this loop has ended, or runs in another process; BusUnavailable: not done within
+                ``timeout_s`` seconds.
         """
         if self.is_here:
             return Call(begin())
-        if self.has_ended:
-            raise RelayError(LOOP_HAS_ENDED)
+        if fault := self.fault:
+            raise RelayError(fault)
         future = _bridge(self.loop, begin)
         if _running_loop() is None:
             try:
@@ -103,11 +123,11 @@ class Home:
 
         Between two runs of the loop, its own thread may call: nothing else changes then what the function reads.
         """
-        is_between_runs = not self.loop.is_running() and not self.loop.is_closed()
+        is_between_runs = not self.loop.is_running() and not self.is_over
         if self.is_here or (is_between_runs and threading.get_ident() == self._thread):
             return function()
-        if self.has_ended:
-            raise RelayError(LOOP_HAS_ENDED)
+        if fault := self.fault:
+            raise RelayError(fault)
         answers: list[T] = []
 
         def begin() -> "asyncio.Future[None]":
@@ -124,8 +144,8 @@ class Home:
         """Run a coroutine in this loop, and return what it returns. Raises RelayError where the loop has ended."""
         if self.is_here:
             return await work()
-        if self.has_ended:
-            raise RelayError(LOOP_HAS_ENDED)
+        if fault := self.fault:
+            raise RelayError(fault)
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work(), self.loop))
 
 

@@ -34,7 +34,7 @@ from relay.plugins.hooks import Leave as HookedLeave
 from relay.protocol import topics
 from relay.protocol.payload import EMPTY, Payload, identified
 from relay.telemetry import Telemetry
-from relay.threadsafe import LOOP_HAS_ENDED, Call, Home
+from relay.threadsafe import Call, Home
 
 _HEARD = nullcontext()
 """Around a join where the broker carries every topic."""
@@ -131,8 +131,8 @@ class PubSub:
         """Call now, or, from a handler in a thread, at the event loop's next turn."""
         if self.home.is_here:
             call()
-        elif self.home.has_ended:
-            raise RelayError(LOOP_HAS_ENDED)
+        elif fault := self.home.fault:
+            raise RelayError(fault)
         else:
             self.home.loop.call_soon_threadsafe(call)
 

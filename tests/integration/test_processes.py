@@ -2,13 +2,16 @@
 
 import asyncio
 import os
+import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from subprocess import PIPE, Popen
 
 import psutil
 import pytest
 
+from relay import threadsafe
 from tests.support.client import Client
 from tests.support.process import has_ended, wait_for
 from tests.support.servers import AppServer
@@ -112,3 +115,67 @@ async def test_processes_forked_from_one_that_has_imported_the_app_make_ids_of_t
 
     ids = await asyncio.to_thread(run)
     assert len(set(ids)) == 6
+
+
+IN_A_FORK = """
+import asyncio
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
+from relay import Relay
+from relay.errors import RelayError
+
+relay = Relay(broadcast_url="memory://", system_topic=False)
+
+
+async def start():
+    await relay.start()
+
+
+async def stop():
+    await relay.stop()
+
+
+async def publish():
+    await relay.publish("room:1", "e", {})
+
+
+async def presence():
+    await relay.presence("room:1")
+
+
+def job():
+    assert not relay.is_running and not relay.link.live
+    said = {relay.link.reason}
+    for call in (
+        lambda: relay.publish("room:1", "e", {}),
+        lambda: relay.local_broadcast("room:1", "e", {}),
+        lambda: relay.disconnect(user="alice"),
+        lambda: relay.topics,
+        *(lambda work=work: asyncio.run(work()) for work in (start, stop, publish, presence)),
+    ):
+        try:
+            call()
+        except RelayError as error:
+            said.add(str(error))
+        else:
+            said.add("no error")
+    return said
+
+
+async def main():
+    async with relay.lifespan():
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+            print(*await asyncio.get_running_loop().run_in_executor(pool, job))
+        await relay.publish("room:1", "e", {})
+
+
+asyncio.run(main())
+"""
+
+
+async def test_call_in_a_forked_process_is_an_error_that_says_what_to_use() -> None:
+    """Which would vanish, or wait for an event loop that does not run there."""
+    run = partial(subprocess.run, [sys.executable, "-c", IN_A_FORK], capture_output=True, text=True, timeout=60)
+    ran = await asyncio.to_thread(run)
+    assert (ran.returncode, ran.stdout.strip()) == (0, threadsafe.FORKED), ran.stderr
