@@ -20,6 +20,23 @@ Job: TypeAlias = Callable[[], Continuation]
 _CLOSE_TIMEOUT_S = 5.0
 
 
+def is_being_cancelled() -> bool:
+    """Whether a CancelledError comes from outside; else code raised it, waiting for a task that was cancelled."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def ends_task(error: BaseException) -> bool:
+    """Whether an exception has to go on, since the task is cancelled or the process interrupted.
+
+    All others are faults of the code that raised them, those too that are no `Exception`: a CancelledError of a task
+    that it waited for, a panic in an extension.
+    """
+    if isinstance(error, asyncio.CancelledError):
+        return is_being_cancelled()
+    return isinstance(error, KeyboardInterrupt | GeneratorExit)
+
+
 JOB_BYTES = 500
 """What a job that waits takes beside what it is about: itself, its message, its place in the queue."""
 

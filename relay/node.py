@@ -34,12 +34,13 @@ from relay.channels.presence import Presence
 from relay.channels.pubsub import PubSub
 from relay.channels.socket import Socket
 from relay.channels.tangram import TangramWire
+from relay.concurrency import is_being_cancelled
 from relay.config import EMBEDDED, Config
 from relay.errors import ConfigError
 from relay.extras import describe, missing
 from relay.log import ConnectionLog
 from relay.metrics import ProcessState
-from relay.plugins.dispatcher import HandlerError, HandlerRunner, is_being_cancelled
+from relay.plugins.dispatcher import HandlerError, HandlerRunner
 from relay.plugins.hooks import Hook, to_payload
 from relay.plugins.loader import PluginSet
 from relay.protocol.presence import Members
@@ -415,7 +416,9 @@ class Node:
                 if is_being_cancelled():
                     return
                 _logger.warning("plugin %s: service %s has ended; starting it again", hook.plugin, hook.name)
-            except (Exception, SystemExit, asyncio.CancelledError) as error:
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt | GeneratorExit):
+                    raise
                 if is_being_cancelled():  # by stop(); an error then is one of its cleaning up
                     if not isinstance(error, asyncio.CancelledError):
                         _ = self._runner.record_failure(hook, "(a service) raised at its end:", error)

@@ -26,6 +26,7 @@ from relay.brokers.base import Event, Link, Place, PresenceStore, Sink
 from relay.brokers.envelope import pack, unpack
 from relay.brokers.memory_history import MemoryHistory
 from relay.brokers.memory_presence import MemoryPresence
+from relay.concurrency import ends_task
 from relay.config import Config
 from relay.config_sections import Direction, HistoryConfig
 from relay.errors import BusUnavailable
@@ -248,8 +249,10 @@ class BroadcasterBroker:
                     lost_at = None
                 settled()
                 await self._serve(backend, sink)
-            except Exception as error:  # each backend has exceptions of its own; all mean the same here
-                errors = error.exceptions if isinstance(error, ExceptionGroup) else (error,)
+            except BaseException as error:  # each backend has exceptions of its own; all mean the same here
+                if ends_task(error):
+                    raise
+                errors = error.exceptions if isinstance(error, BaseExceptionGroup) else (error,)
                 fault = str(errors[0]) or type(errors[0]).__name__
             finally:
                 lost_at = self._clock() if self._link.live else lost_at

@@ -19,6 +19,7 @@ from relay.brokers.base import Event, Sink
 from relay.brokers.cluster_map import Endpoint
 from relay.brokers.cluster_shard import Shard
 from relay.brokers.redis_connection import LinkLost, RedisConnection, is_denied, packed
+from relay.concurrency import ends_task
 from relay.config import Config
 from relay.log import RateLimitedLogger
 from relay.metrics import Metrics
@@ -59,7 +60,9 @@ class ClassicSubscription:
                     may_listen = await self._listen(random.choice(live))
                 except (LinkLost, TimeoutError, hiredis.HiredisError) as error:
                     _logger.debug("subscription to %s ended: %s", self._pattern, error)
-                except Exception:  # a fault of our own must not end the listening
+                except BaseException as error:  # a fault of our own must not end the listening
+                    if ends_task(error):
+                        raise
                     _logger.exception("subscription to %s failed", self._pattern)
             await asyncio.sleep(random.uniform(settings.backoff_min_s, settings.backoff_max_s))
 

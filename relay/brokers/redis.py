@@ -26,6 +26,7 @@ from relay.brokers.redis_publisher import Publisher
 from relay.brokers.redis_session import Session
 from relay.brokers.redis_settings import RENEW_EVERY_S, Preparation, history_args, renewal
 from relay.brokers.redis_streams import RedisHistory
+from relay.concurrency import ends_task
 from relay.config import Config
 from relay.config_redis import RedisConfig
 from relay.config_sections import Direction
@@ -146,6 +147,8 @@ class RedisBroker:
         if self.channels is not None:
             self.channels.count_subscribers = sink.count_subscribers
         self._listener = asyncio.create_task(self._supervise(sink, settled.set), name="relay-redis-listener")
+        self._listener.add_done_callback(self._listener_ended)
+        self._listener.add_done_callback(lambda _: settled.set())
         if self._preparation is not None:
             renewing = self._renew_settings(self._preparation)
             self._renewing = asyncio.create_task(renewing, name="relay-redis-settings")
@@ -220,6 +223,13 @@ class RedisBroker:
             attempt = attempt + 1 if attempt < 1000 else 991
             await asyncio.sleep(delay_s)
 
+    def _listener_ended(self, listener: asyncio.Task[None]) -> None:
+        """Where that is not by `stop`, no event is heard any more: see that the relay does not count as ready."""
+        if not listener.cancelling():
+            error = None if listener.cancelled() else listener.exception()
+            _logger.critical("Redis listener has ended; restart relay", exc_info=error)
+            self._link = Link(False, f"internal error: {type(error).__name__}")
+
     def _report_gap(self, sink: Sink, fault: str) -> None:
         # Where topics are subscribed to one by one, each has its gap once it is heard again.
         sink.on_gap(fault, None if self.channels is None else ())
@@ -234,7 +244,9 @@ class RedisBroker:
         fault = "the relay is stopping"
         try:
             fault = await session.run()
-        except Exception as error:  # a fault of our own must not leave the relay deaf
+        except BaseException as error:  # a fault of our own must not leave the relay deaf
+            if ends_task(error):
+                raise
             _logger.exception("Redis listener failed")
             fault = f"internal error: {type(error).__name__}"
         finally:

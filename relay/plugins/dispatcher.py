@@ -15,6 +15,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
+from relay.concurrency import ends_task
 from relay.log import SUBJECT
 from relay.plugins.hooks import Hook, Hooks, InvalidPayload, Join, Leave, Push, Refused, SocketInfo
 from relay.telemetry import Telemetry
@@ -25,9 +26,6 @@ _THREADS = 32
 """Plain functions of one plugin that may run at a time; further ones wait for one to end."""
 
 _NO_HOOKS = Hooks()
-
-_FAULTS = (Exception, SystemExit)
-"""What a handler may raise to its own cost alone; without a name here, ``sys.exit()`` in one would end the relay."""
 
 
 class HandlerError(Exception):
@@ -115,12 +113,12 @@ class HandlerRunner:
         except TimeoutError as error:
             what = f"did not end within {self._timeout_s:g} s" if limit.expired() else "raised"
             raise self.record_failure(hook, what, error) from None
-        except asyncio.CancelledError as error:
-            if is_being_cancelled():
+        except BaseException as error:  # sys.exit() in a handler would end the relay
+            if ends_task(error):
                 raise
-            raise self.record_failure(hook, "was cancelled, but not by the relay", error) from None
-        except _FAULTS as error:
-            raise self.record_failure(hook, "raised", error) from None
+            is_cancelled = isinstance(error, asyncio.CancelledError)
+            what = "was cancelled, but not by the relay" if is_cancelled else "raised"
+            raise self.record_failure(hook, what, error) from None
         finally:
             self._metrics.plugin_time[hook.plugin].observe(time.perf_counter() - began)
 
@@ -135,7 +133,9 @@ class HandlerRunner:
             return hook.function(*arguments)
         except InvalidPayload as error:
             raise self._judged(error, hook, arguments) from None
-        except _FAULTS as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a CancelledError too: no task is cancelled while it runs a plain function
             raise self.record_failure(hook, "raised", error) from None
         finally:
             self._metrics.plugin_time[hook.plugin].observe(time.perf_counter() - began)
@@ -168,12 +168,6 @@ def _about(argument: object = None) -> Iterator[None]:
         yield
     finally:
         SUBJECT.reset(token)
-
-
-def is_being_cancelled() -> bool:
-    """Whether a CancelledError comes from outside; else a handler raised it, waiting for a task that was cancelled."""
-    task = asyncio.current_task()
-    return task is not None and task.cancelling() > 0
 
 
 class _Threads:

@@ -5,7 +5,7 @@ A bus that cannot be cut from outside (``memory://``) is left out where it has t
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from relay.config import Config
 from relay.config_sections import Direction
 from relay.errors import BusUnavailable
 from relay.metrics import Metrics
+from tests.support.panic import Panic
 from tests.support.patience import PATIENCE
 from tests.support.process import Postgres, Valkey, redis_servers, redis_version
 from tests.support.serving import eventually
@@ -446,6 +447,24 @@ async def test_loss_is_told_once_and_hearing_restored(
     await _publish_again(pair.speaker, "room", b"2")
     await pair.speaker.publish(Direction.TO, "other", "e", b"3")
     await pair.sink.expect(Event("room", "e", b"1"), Event("room", "e", b"2"), Event("other", "e", b"3"))
+
+
+@pytest.mark.parametrize("error", [Panic("boom"), asyncio.CancelledError()], ids=lambda error: type(error).__name__)
+async def test_fault_of_the_sink_that_is_no_exception_is_a_gap_and_no_end(
+    connect: Connect, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = await connect(**FAST)
+
+    async def fail_once(events: Sequence[Event]) -> None:
+        monkeypatch.undo()
+        raise error
+
+    monkeypatch.setattr(pair.sink, "receive_events", fail_once)
+    pair.speaker.publish(Direction.TO, "room", "e", b"1").add_done_callback(asyncio.Future.exception)
+    await eventually(lambda: pair.sink.gaps, "the gap")
+    await _expect_live(pair.hearer, pair.speaker)
+    await _publish_again(pair.speaker, "room", b"2")
+    await eventually(lambda: Event("room", "e", b"2") in pair.sink.events, "the next event")
 
 
 @only_those_that_can_be_cut

@@ -28,6 +28,7 @@ from relay import BusUnavailable, ConfigError, Event, Join, Leave, Plugin, Push,
 from relay.channels import pubsub
 from relay.plugins.hooks import Socket
 from tests.support.client import Client
+from tests.support.panic import Panic
 from tests.support.patience import PATIENCE
 from tests.support.process import RelayProcess, Valkey
 from tests.support.serving import Served, eventually, heard_on, http_get, serve
@@ -1109,7 +1110,7 @@ async def test_handlers_of_events_are_called_in_order_and_stop_at_a_drop(
     assert +served.relay.metrics.plugin_errors == {}
 
 
-@pytest.mark.parametrize("fault", ["raises", "refuses", "mistakes"])
+@pytest.mark.parametrize("fault", ["raises", "refuses", "mistakes", "is cancelled", "panics"])
 async def test_event_whose_handler_fails_is_dropped_and_counted(
     serve_plugin: ServePlugin, connect: Connect, redis: Redis, both: Both, fault: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1119,7 +1120,8 @@ async def test_event_whose_handler_fails_is_dropped_and_counted(
         if event.event == "bad":
             if fault == "mistakes":
                 return {"not": "an event"}
-            raise Refused("no") if fault == "refuses" else RuntimeError("boom")
+            errors = {"refuses": Refused("no"), "is cancelled": asyncio.CancelledError(), "panics": Panic("boom")}
+            raise errors.get(fault, RuntimeError("boom"))
         return event
 
     plugin.on_event("room:*")(both(handle))
@@ -1132,6 +1134,7 @@ async def test_event_whose_handler_fails_is_dropped_and_counted(
     await client.expect_event("room:1", "good", 1)
     assert served.relay.metrics.dropped == {"by a plugin": 2}
     assert +served.relay.metrics.plugin_errors == {"broken": 2}
+    assert served.relay.metrics.gaps == 0
     assert len(errors_of(caplog)) == 1
 
 

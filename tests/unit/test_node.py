@@ -15,6 +15,7 @@ from relay.errors import CloseCode, RelayError
 from relay.node import Node
 from relay.plugins.hooks import Push
 from tests.support.asgi import Connection, until
+from tests.support.panic import Panic
 
 USERS = {"auth": {"authenticated": [{"match": "*", "rights": ["join", "push"]}]}}
 
@@ -557,8 +558,9 @@ async def test_plugin_that_fails_to_start_stops_the_start_and_is_shut_down() -> 
         _ = relay.node
 
 
+@pytest.mark.parametrize("error", [ValueError("broken"), Panic("broken")], ids=lambda error: type(error).__name__)
 async def test_service_that_raises_or_ends_is_started_again(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    error: BaseException, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "_SERVICE_BACKOFF_S", 0.001)
     plugin, runs = Plugin("p"), list[int]()
@@ -567,7 +569,7 @@ async def test_service_that_raises_or_ends_is_started_again(
     async def service(relay: Relay) -> None:
         runs.append(len(runs))
         if len(runs) == 1:
-            raise ValueError("broken")
+            raise error
         if len(runs) == 2:
             return
         await asyncio.Event().wait()

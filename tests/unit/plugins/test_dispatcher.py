@@ -14,6 +14,7 @@ from relay.plugins import dispatcher
 from relay.plugins.dispatcher import HandlerError, HandlerRunner
 from relay.plugins.hooks import Hook, Refused, to_response
 from relay.telemetry import Telemetry
+from tests.support.panic import Panic
 from tests.support.patience import PATIENCE
 from tests.support.serving import eventually
 
@@ -89,7 +90,15 @@ def raises_later(error: BaseException) -> Callable[[object], Awaitable[None]]:
 @pytest.mark.parametrize("make", [raises, raises_later], ids=["plain", "coroutine"])
 @pytest.mark.parametrize(
     "error",
-    [ValueError("boom"), SystemExit(3), TimeoutError("of its own"), StopIteration(), asyncio.CancelledError()],
+    [
+        ValueError("boom"),
+        SystemExit(3),
+        TimeoutError("of its own"),
+        StopIteration(),
+        asyncio.CancelledError(),
+        Panic("boom"),
+        BaseExceptionGroup("of a task group", [Panic("boom")]),
+    ],
     ids=lambda error: type(error).__name__,
 )
 async def test_fault_of_a_handler_is_logged_once_and_counted(
@@ -133,11 +142,11 @@ async def test_answer_that_cannot_be_sent_is_a_fault(caplog: pytest.LogCaptureFi
 async def test_hook_on_the_way_of_every_event_is_called_in_the_loop(caplog: pytest.LogCaptureFixture) -> None:
     async with calls() as (runner, metrics):
         assert runner.call_inline(hook(plain), "hi") == "hi in MainThread"
-        for error in (ValueError("boom"), SystemExit()):
+        for error in (ValueError("boom"), SystemExit(), asyncio.CancelledError(), Panic("boom")):
             with pytest.raises(HandlerError):
                 runner.call_inline(hook(raises(error)), None)
-        assert metrics.plugin_calls == {"p": 3}
-        assert metrics.plugin_errors == {"p": 2}
+        assert metrics.plugin_calls == {"p": 5}
+        assert metrics.plugin_errors == {"p": 4}
 
 
 async def test_handlers_that_hang_are_given_up(caplog: pytest.LogCaptureFixture) -> None:
