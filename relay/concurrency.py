@@ -6,6 +6,7 @@ it; other keys go on.
 """
 
 import asyncio
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Coroutine, Hashable
@@ -16,6 +17,8 @@ from relay.metrics import Metrics
 
 Continuation: TypeAlias = Coroutine[None, None, None] | None
 Job: TypeAlias = Callable[[], Continuation]
+
+_logger = logging.getLogger("relay")
 
 _CLOSE_TIMEOUT_S = 5.0
 
@@ -160,24 +163,30 @@ class KeyedQueue:
                 self._in_flight.count(self, more_bytes)
 
     async def _work_off(self, key: Hashable, jobs: _KeyJobs, rest: Continuation) -> None:
+        job: Job | None = None
         try:
             while True:
                 try:
+                    if job is not None:
+                        rest, job = job(), None
                     if rest is not None:
                         await rest
                 except asyncio.CancelledError:
                     if not self._cut or jobs.task is None or jobs.task.uncancel():
                         raise
+                except Exception:  # none should raise; those behind it are not lost
+                    _logger.exception("job failed; going on with those behind it")
                 finally:
+                    job = None
                     rest = None
                     self._hold(-jobs.size)
                     jobs.size = 0
                 if not jobs.waiting:
                     return
                 self.done()
-                rest = jobs.pop()()
+                job = jobs.pop()
         finally:
-            # Also when a job raises, which none should: the key must not stay blocked.
+            # Also when it is cancelled: the key must not stay blocked.
             del self._by_key[key]
             self._hold(-jobs.waiting_bytes - jobs.size)
             jobs.task = None

@@ -214,4 +214,4 @@ def _checked(answer: Any) -> Claims | None:
         names = ", ".join(map(str, answer)) or "nothing"
         came = f"{sub!r:.40} ({type(sub).__name__})" if "sub" in answer else f"a mapping with {names:.200} only"
         raise TypeError(f'expected "sub", the user, as text or as a number, got {came}')
-    return answer
+    return dict(answer)  # here, where a fault of a mapping with code of its own is the function's

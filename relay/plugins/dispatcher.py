@@ -63,7 +63,9 @@ class HandlerRunner:
             answer = await self._call(hook, argument)
             try:
                 return take(answer)
-            except TypeError as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # a model's own code may run, and raise anything
                 raise self.record_failure(hook, "returned an invalid value", error) from None
 
     async def call(self, hook: Hook, *arguments: object) -> Any:

@@ -405,8 +405,8 @@ def to_payload(value: object) -> Payload:
         if b"null" in data and _holds_no_number(msgspec.to_builtins(value, enc_hook=_plain)):
             raise ValueError("NaN and infinite numbers are no JSON")
         return msgspec.Raw(data)
-    # A type that is unknown; half a surrogate pair, or a model that cannot be dumped; a list that contains itself.
-    except (TypeError, ValueError, RecursionError) as error:
+    # A type that is unknown, half a surrogate pair, a list that contains itself; or whatever a model's own code raises.
+    except Exception as error:
         why = str(error) or type(error).__name__
         raise TypeError(
             "expected a payload that is JSON-serializable (dict, list, text, number, bool, None, a Pydantic model, a "
@@ -442,12 +442,11 @@ def add_response(response: dict[str, Any], answer: object) -> None:
     if answer is None:
         return
     data = to_payload(answer)  # here, so that a fault is met where the handler is
-    if not isinstance(answer, Mapping):
-        found = msgspec.json.decode(data) if isinstance(data, msgspec.Raw) else None
-        if not isinstance(found, dict):
-            raise TypeError(f"expected None or a dict, got {answer!r}")
-        answer = found
-    response.update(answer)
+    # Read again: a mapping with code of its own need not say the same, or anything, the next time.
+    found = msgspec.json.decode(data) if isinstance(data, msgspec.Raw) else None
+    if not isinstance(found, dict):
+        raise TypeError(f"expected None or a dict, got {answer!r}")
+    response.update(found)
 
 
 @dataclass(frozen=True, slots=True)

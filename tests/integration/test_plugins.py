@@ -786,6 +786,36 @@ async def test_exception_in_a_join_is_a_crashed_join(
     await client.join("elsewhere")
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError("boom"), Panic("boom")], ids=lambda error: type(error).__name__)
+async def test_answer_that_raises_while_it_is_serialized_costs_no_other_message_anything(
+    serve_plugin: ServePlugin, connect: Connect, both: Both, error: BaseException
+) -> None:
+    plugin, gate = Plugin("broken"), asyncio.Event()
+
+    class Model:
+        def model_dump(self, **options: Any) -> Any:
+            raise error
+
+    async def slow(push: Push) -> Any:
+        await gate.wait()
+        return {"a": [Model()]}
+
+    plugin.on_push("*", "slow")(slow)
+    plugin.on_push("*", "broken")(both(lambda push: Model()))
+    plugin.on_join("bad")(both(lambda join: Model()))
+    served = await serve_plugin(plugin)
+    client = await connect(served)
+    join_ref = await client.join("room:1")
+    refs = [await send_push(client, join_ref, "room:1", event) for event in ("slow", "broken", "fine")]
+    gate.set()
+    for ref, status in zip(refs, ("error", "error", "ok"), strict=True):
+        response = {"reason": "internal error"} if status == "error" else {}
+        assert await client.receive() == client.reply(join_ref, ref, "room:1", status, response)
+    for _ in range(2):
+        assert (await ask_to_join(client, "bad"))[1] == JOIN_CRASHED
+    assert +served.relay.metrics.plugin_errors == {"broken": 4}
+
+
 @pytest.mark.parametrize("kind", ["coroutine", "plain"])
 async def test_handler_that_hangs_is_cut_and_blocks_nobody(
     serve_plugin: ServePlugin, connect: Connect, kind: str, caplog: pytest.LogCaptureFixture

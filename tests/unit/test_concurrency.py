@@ -5,6 +5,8 @@ import gc
 from collections.abc import Coroutine
 from functools import partial
 
+import pytest
+
 from relay.concurrency import JOB_BYTES, InFlight, KeyedQueue
 from relay.errors import IN_FLIGHT_FULL
 from relay.metrics import Metrics
@@ -102,22 +104,26 @@ async def test_job_may_begin_another_of_its_own_key() -> None:
     assert work.log == ["outer called", "inner called", "inner done", "after called"]
 
 
-async def test_job_that_raises_blocks_neither_its_key_nor_the_count() -> None:
+async def test_job_that_raises_costs_no_other_of_its_key_anything(caplog: pytest.LogCaptureFixture) -> None:
     queue, work = KeyedQueue(), Work()
 
     async def broken() -> None:
         raise RuntimeError("boom")
 
-    caught: list[str] = []
-    asyncio.get_running_loop().set_exception_handler(lambda loop, context: caught.append(str(context["exception"])))
-    queue.run("a", broken)
-    queue.run("a", lambda: work.quick("dropped"))
+    def broken_at_once() -> None:
+        raise RuntimeError("bang")
+
+    queue.run("a", broken, 100)
+    queue.run("a", lambda: work.quick("1"), 100)
+    queue.run("a", broken_at_once, 100)
+    queue.run("a", lambda: work.job("2"), 100)
     await turns()
-    assert queue.pending == 0
-    queue.run("a", lambda: work.quick("2"))
-    assert work.log == ["2 called"]
-    gc.collect()
-    assert caught == ["boom"]
+    assert work.log == ["1 called", "2 called"]
+    work.gates["2"].set()
+    await turns()
+    assert queue.pending == queue.held_bytes == 0
+    assert not queue.is_busy("a")
+    assert [str(record.exc_info[1]) for record in caplog.records if record.exc_info] == ["boom", "bang"]
 
 
 async def test_waiter_goes_on_once_enough_jobs_are_done() -> None:

@@ -135,7 +135,10 @@ async def test_answer_that_cannot_be_sent_is_a_fault(caplog: pytest.LogCaptureFi
     async with calls() as (runner, metrics):
         with pytest.raises(HandlerError):
             await runner.call_with_result(hook(lambda argument: object()), None, to_response)
-        assert metrics.plugin_errors == {"p": 1}
+        for error in (ConnectionError("gone"), Panic("boom"), asyncio.CancelledError()):
+            with pytest.raises(HandlerError):
+                await runner.call_with_result(hook(plain), "hi", raises(error))
+        assert metrics.plugin_errors == {"p": 4}
     assert "returned an invalid value" in caplog.text
 
 

@@ -4,7 +4,7 @@ import asyncio
 import inspect
 import json
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial, wraps
 from types import SimpleNamespace
@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import msgspec
 import pytest
+from pydantic import BaseModel, computed_field
 
 from relay import Relay
 from relay.permissions import Identity, Rights
@@ -274,10 +275,39 @@ def test_payload_is_made_of_what_a_handler_gives(value: object, payload: object)
     assert hooks.to_payload(value) == payload
 
 
+class Lazy(Mapping[str, object]):
+    """A mapping that asks a database for each value, so many times."""
+
+    def __init__(self, error: BaseException, times: int = 0) -> None:
+        self._error = error
+        self._times = times
+
+    def __getitem__(self, key: str) -> object:
+        self._times -= 1
+        if self._times < 0:
+            raise self._error
+        return 1
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(["a"])
+
+    def __len__(self) -> int:
+        return 1
+
+
+class Ratio(BaseModel):
+    played: int = 0
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def rate(self) -> float:
+        return 1 / self.played
+
+
 def test_payload_that_json_cannot_say_is_a_type_error_whatever_its_fault() -> None:
     endless: list[Any] = []
     endless.append(endless)
-    for value in (object(), {(1, 2): 3}, "half a pair: \ud800", endless):
+    for value in (object(), {(1, 2): 3}, "half a pair: \ud800", endless, Lazy(ConnectionError("gone")), Ratio()):
         with pytest.raises(TypeError):
             hooks.to_payload(value)
 
@@ -301,6 +331,12 @@ def test_response_to_a_join_is_added_up() -> None:
     for answer in (None, {"a": 1, "b": 1}, {}, {"b": 2}):
         hooks.add_response(response, answer)
     assert response == {"a": 1, "b": 2}
+
+
+def test_response_to_a_join_is_read_once() -> None:
+    response: dict[str, Any] = {}
+    hooks.add_response(response, Lazy(ConnectionError("gone"), times=1))
+    assert hooks.to_payload(response) == raw('{"a":1}')
 
 
 @pytest.mark.parametrize("answer", [False, True, 0, "", [], [("a", 1)], {"a": object()}])
