@@ -483,6 +483,8 @@ class Relay:
             # Starlette runs no lifespan of a mounted app: the first request finds the relay asleep.
             _logger.warning("relay started by its first request; `relay.install(app)` starts it with your app")
             await self.start()
+        elif self._starting.locked():  # by another request: plugins have not started yet
+            await self.start()
         if self._is_socket(scope, path) and not self.node.pubsub.home.is_here:
             raise RelayError(f"a socket in another event loop than the relay's would hear no event. {ONE_LOOP}")
         if (off := self._transport_off(path)) is not None:

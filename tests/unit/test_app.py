@@ -335,6 +335,34 @@ async def test_first_request_starts_a_relay_that_no_lifespan_has_started(caplog:
     await relay.stop()
 
 
+async def test_requests_wait_until_the_relay_that_the_first_one_starts_has_started(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    plugin, begun, gate = Plugin("p"), asyncio.Event(), asyncio.Event()
+
+    @plugin.on_startup
+    async def connect(relay: Relay) -> None:
+        begun.set()
+        await gate.wait()
+
+    relay = make(plugin)
+    app = Starlette()
+    app.mount("/relay", relay)
+    first = asyncio.create_task(ask(app, "/relay/health"))
+    await begun.wait()
+    sockets = [Connection("/relay/socket/websocket"), Connection("/relay/socket/websocket")]
+    served = [asyncio.create_task(app(each.scope, each.receive, each.send)) for each in sockets]
+    done, _ = await asyncio.wait([first, *served], timeout=0.05)
+    assert not done
+    assert not relay.node.sockets
+    gate.set()
+    assert (await first).status == 200
+    await until(lambda: len(relay.node.sockets) == 2)
+    await relay.stop()
+    await asyncio.gather(*served)
+    assert caplog.text.count("relay started by its first request") == 1
+
+
 async def test_relay_that_drains_is_not_ready() -> None:
     async with running() as relay:
         relay.node.drain()
