@@ -469,7 +469,7 @@ def _contradictions(config: Config) -> Iterator[str]:
             yield f"proxy.{at}: {prefix} is never asked: all below {hides} is forwarded by an entry before it"
         if config.rest.path and f"{config.rest.path}/".startswith(f"{prefix}/"):
             yield f"proxy.{at}: {prefix} hides the REST interface at {config.rest.path}; set another rest.path"
-    known = {name for name, _, _ in candidates(config.plugins.model_copy(update={"disabled": ()}))}
+    known = {name for name, _, _ in candidates(config.plugins)}
     for name in sorted(set(config.plugins.disabled) - known):
         yield f"plugins.disabled: there is no plugin {name}"
 

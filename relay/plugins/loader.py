@@ -7,10 +7,12 @@ Owns the order in which plugins are loaded: built-ins, then entry points by name
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +28,8 @@ from relay.plugins.routes import describe_route, flat_routes
 _logger = logging.getLogger("relay.plugins")
 
 ENTRY_POINTS = "relay.plugins"
+
+_ENTRY_POINT = "entry point "
 
 
 @dataclass
@@ -79,7 +83,7 @@ def load_plugins(config: PluginsConfig, builtins: tuple[Plugin, ...] = (), last:
     Raises: ConfigError: one cannot be imported, with its name and reason, unless ``on_error`` is ``skip``.
     """
     found = [PluginInfo(plugin.name, "built-in", plugin) for plugin in builtins]
-    for name, source, load in candidates(config):
+    for name, source, load in _enabled(config):
         entry = PluginInfo(name, source)
         try:
             _examine(entry, load())
@@ -99,24 +103,85 @@ def load_plugins(config: PluginsConfig, builtins: tuple[Plugin, ...] = (), last:
     return PluginSet(found, table.freeze())
 
 
+def _enabled(config: PluginsConfig) -> Iterator[tuple[str, str, Callable[[], object]]]:
+    """The `candidates` that are not disabled. Raises ConfigError, too, where a directory has a name of another."""
+    sources: dict[str, str] = {}
+    for name, source, load in candidates(config):
+        if name in config.disabled:
+            continue
+        if name in sources and not source.startswith(_ENTRY_POINT):  # others' entry points cannot be renamed
+            raise ConfigError(
+                f"plugins.paths: expected plugins of different names, got two of the name {name}: "
+                f"{sources[name]} and {source}; rename a directory"
+            )
+        sources[name] = source
+        yield name, source, load
+
+
 def candidates(config: PluginsConfig) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """Name, source and import of each plugin there is, without importing any."""
+    """Name, source and import of each plugin there is, disabled or not, without importing any.
+
+    Raises ConfigError: a directory has no plugin, or cannot be read.
+    """
     for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
-        if entry.name not in config.disabled:
-            yield entry.name, f"entry point {entry.value}", entry.load
-    for directory in config.paths:
-        if not directory.is_dir():
-            raise ConfigError(f"plugins.paths: {directory} is not a directory")
-        for path in sorted(directory.glob("*/__init__.py")):
-            name = path.parent.name
-            if not name.startswith(".") and name not in config.disabled:
-                yield name, str(path.parent), lambda path=path: _import_package(path)  # type: ignore[misc]
+        yield entry.name, f"{_ENTRY_POINT}{entry.value}", entry.load
+    for directory in {os.path.realpath(path): path for path in config.paths}.values():
+        for package in _packages(directory):
+            yield package.name, str(package), partial(_import_package, package / "__init__.py")
+
+
+def _packages(directory: Path) -> list[Path]:
+    """The packages in a directory, by name. Raises ConfigError where there are none, or it cannot be read."""
+    try:
+        names = sorted(name for name in os.listdir(directory) if not name.startswith("."))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"plugins.paths: {directory} is not a directory") from None
+    except OSError as error:
+        raise _unreadable(directory, error) from None
+    found = [directory / name for name in names if _is_package(directory / name)]
+    if found:
+        return found
+    modules = [name.removesuffix(".py") for name in names if name.endswith(".py") and name != "__init__.py"]
+    if "__init__.py" in names:
+        advice = f"it is a package itself: write the directory that it is in, {directory.absolute().parent}"
+    elif modules:
+        advice = f"move {modules[0]}.py to {modules[0]}/__init__.py"
+    else:
+        advice = "remove it from plugins.paths if there are no plugins"
+    raise ConfigError(
+        f"plugins.paths: expected packages in {directory}, such as {directory / 'chat' / '__init__.py'}, "
+        f"found {', '.join(names[:5]) or 'nothing'}; {advice}"
+    )
+
+
+def _is_package(path: Path) -> bool:
+    """Whether it has an ``__init__.py``. Raises ConfigError where that cannot be seen of what may be a plugin."""
+    try:
+        _ = os.stat(path / "__init__.py")
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        if not _is_name(path.name):  # lost+found
+            return False
+        raise _unreadable(path, error) from None
+    return True
+
+
+def _unreadable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"plugins.paths: expected a directory that relay can read, got {path}: {error.strerror}; "
+        "permit the user that runs relay to read it"
+    )
+
+
+def _is_name(name: str) -> bool:
+    return f"relay_plugin_{name}".replace("-", "_").isidentifier()
 
 
 def _import_package(init: Path) -> ModuleType:
     """Import a package by its path, under a name of its own: one called ``json`` hides no other module."""
     name = f"relay_plugin_{init.parent.name}"
-    if not name.replace("-", "_").isidentifier():
+    if not _is_name(init.parent.name):
         raise ImportError("expected a directory name of letters, digits, - and _")
     spec = importlib.util.spec_from_file_location(name, init, submodule_search_locations=[str(init.parent)])
     assert spec is not None and spec.loader is not None, "a file that ends in .py has a loader"

@@ -1,10 +1,13 @@
 """Plugins are found in three ways, loaded in a known order, and named when they fail."""
 
 import logging
+import os
+import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +15,7 @@ from fastapi import APIRouter, FastAPI
 
 from relay.config_sections import PluginsConfig
 from relay.errors import ConfigError
-from relay.plugins import Plugin
+from relay.plugins import Plugin, loader
 from relay.plugins.loader import PluginInfo, PluginSet, load_plugins
 
 PLUGIN = """
@@ -104,6 +107,89 @@ def test_only_packages_of_a_directory_are_plugins(tmp_path: Path) -> None:
     (tmp_path / "module.py").write_text("raise RuntimeError")
     (tmp_path / "directory").mkdir()
     assert [found.name for found in load(tmp_path).found] == ["chat"]
+
+
+@pytest.mark.parametrize(
+    ("files", "text"),
+    [
+        ((), "found nothing; remove it from plugins.paths if there are no plugins"),
+        (("chat.py", "notes.txt"), "found chat.py, notes.txt; move chat.py to chat/__init__.py"),
+        (("__init__.py", "parts.py"), "found __init__.py, parts.py; it is a package itself: write the directory that"),
+        ((".hidden/__init__.py", "chat/plugin.py"), "found chat; remove it"),
+    ],
+)
+def test_directory_without_a_plugin_stops_the_start(tmp_path: Path, files: tuple[str, ...], text: str) -> None:
+    """What is in it may be what authorizes."""
+    directory = tmp_path / "plugins"
+    directory.mkdir()
+    for file in files:
+        (directory / file).parent.mkdir(exist_ok=True)
+        (directory / file).write_text(PLUGIN.format(name="chat"))
+    expected = f"plugins.paths: expected packages in {directory}, such as {directory}/chat/__init__.py, {text}"
+    for on_error in ("stop", "skip"):
+        with pytest.raises(ConfigError, match=f"^{re.escape(expected)}"):
+            load(directory, on_error=on_error)
+
+
+def test_directory_whose_plugins_are_all_disabled_is_no_fault(tmp_path: Path) -> None:
+    write(tmp_path, "chat")
+    assert load(tmp_path, disabled=("chat",)).found == []
+
+
+@pytest.mark.parametrize("which", ["", "chat"])
+def test_directory_that_cannot_be_read_stops_the_start(
+    tmp_path: Path, which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "chat")
+    write(tmp_path, "works")
+    refused = {tmp_path: "listdir"} if not which else {tmp_path / "chat" / "__init__.py": "stat"}
+
+    def refuse(of: str, path: Path, **options: Any) -> Any:
+        if refused.get(path) == of:
+            raise PermissionError(13, "Permission denied", path)
+        return real[of](path, **options)
+
+    real: dict[str, Any] = {"listdir": os.listdir, "stat": os.stat}
+    monkeypatch.setattr(loader, "os", SimpleNamespace(path=os.path, **{of: partial(refuse, of) for of in real}))
+    text = f"got {tmp_path / which}: Permission denied; permit the user that runs relay to read it"
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        load(tmp_path)
+
+
+def test_directory_that_no_plugin_can_be_in_need_not_be_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, "chat")
+    (tmp_path / "lost+found").mkdir()
+
+    def stat(path: Path) -> os.stat_result:
+        if path.parent.name == "lost+found":
+            raise PermissionError(13, "Permission denied", path)
+        return os.stat(path)
+
+    monkeypatch.setattr(loader, "os", SimpleNamespace(path=os.path, listdir=os.listdir, stat=stat))
+    assert [found.name for found in load(tmp_path).found] == ["chat"]
+
+
+def test_directory_that_is_given_twice_is_loaded_once(tmp_path: Path) -> None:
+    write(tmp_path / "one", "chat")
+    write(tmp_path / "two", "b")
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    paths = (tmp_path / "one", tmp_path / "two", tmp_path / "one" / ".." / "one", tmp_path / "link")
+    assert [found.name for found in load(*paths).found] == ["chat", "b"]
+
+
+def test_second_plugin_of_one_name_stops_the_start(installed: Path, tmp_path: Path) -> None:
+    """Both would be one module."""
+    one, two = write(tmp_path / "one", "chat"), write(tmp_path / "two", "chat")
+    for on_error in ("stop", "skip"):
+        with pytest.raises(ConfigError) as raised:
+            load(tmp_path / "one", tmp_path / "two", on_error=on_error)
+        assert str(raised.value).endswith(f"got two of the name chat: {one} and {two}; rename a directory")
+    assert [found.name for found in load(one.parent, two.parent, disabled=("chat",)).found] == ["alpha", "zeta"]
+    alpha = write(tmp_path / "three", "alpha")
+    with pytest.raises(ConfigError, match=f"entry point entry_alpha:chat and {re.escape(str(alpha))}; rename"):
+        load(tmp_path / "three")
 
 
 def test_directory_that_is_none_stops_the_start(tmp_path: Path) -> None:
