@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
+from relay.patterns import event_pattern_fault
 from relay.permissions import SUBJECT, Grant, parse_rights
 
 Positive = Annotated[int, Field(gt=0)]
@@ -447,11 +448,8 @@ class TopicConfig(Table):
     @classmethod
     def _can_match(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         for pattern in patterns:
-            if not pattern or (":" in pattern and "[" not in pattern):
-                raise ValueError(f'expected patterns of event names, such as "typing" or "cursor-*", got {pattern!r}')
-            if pattern.startswith(RESERVED_CLIENT_EVENT_PREFIXES):
-                names = ", ".join(RESERVED_CLIENT_EVENT_PREFIXES)
-                raise ValueError(f"{pattern!r} never matches: names that begin with {names} are reserved")
+            if fault := event_pattern_fault(pattern, RESERVED_CLIENT_EVENT_PREFIXES):
+                raise ValueError(f'expected patterns of event names, such as "typing" or "cursor-*"; {fault}')
         return patterns
 
     @model_validator(mode="after")

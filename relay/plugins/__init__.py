@@ -16,6 +16,7 @@ Owns what a plugin's author writes; `relay.plugins.hooks` says what each handler
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from relay.patterns import event_pattern_fault, topic_pattern_fault
 from relay.plugins.handlers import Handler, check_handler, is_async
 from relay.plugins.hooks import (
     Event,
@@ -27,6 +28,7 @@ from relay.plugins.hooks import (
     Push,
     RedisMessage,
 )
+from relay.protocol.topics import RESERVED_EVENT_PREFIXES, RESERVED_TOPICS
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
@@ -65,11 +67,12 @@ class Plugin:
 
     Args: name: letters, digits, ``-`` and ``_``; shown by ``relay plugins``, in logs and in metrics.
 
-    A handler is a coroutine function, or a plain function, which runs in a thread and may block (except for on_event,
-    where it runs in the event loop). Methods, partials and objects with ``__call__`` work too. A handler whose
-    parameters do not fit its hook raises TypeError when it is registered. An exception in a handler is logged and
-    counted, and affects only the call that it was made for; so does a handler that takes longer than
-    ``plugins.timeout_s``. A topic pattern has ``*`` for any text, ``?`` for one character, ``[abc]`` for one of these.
+    A handler is a coroutine function, or a plain function, which runs in a thread and may block (except for
+    on_event, where it runs in the event loop). Methods, partials and objects with ``__call__`` work too. A handler
+    whose parameters do not fit its hook raises TypeError when it is registered; a pattern that cannot match,
+    ValueError. An exception in a handler is logged and counted, and affects only the call that it was made for; so
+    does a handler that takes longer than ``plugins.timeout_s``. A topic pattern has ``*`` for any text, ``?`` for
+    one character, ``[abc]`` for one of these.
     """
 
     def __init__(self, name: str) -> None:
@@ -166,8 +169,9 @@ class Plugin:
             if callable(given):
                 raise TypeError(f"{name}: expected parentheses, @plugin.{name}(…), before the function {given!r:.200}")
             raise TypeError(f"{name}: expected a pattern as text, got {given!r:.200}")
-        if not topic or not event:
-            raise ValueError(f"{name}: an empty pattern matches nothing; expected * for everything")
+        fault = topic_pattern_fault(topic, RESERVED_TOPICS) or event_pattern_fault(event, RESERVED_EVENT_PREFIXES)
+        if fault and (kind != "redis" or not topic):  # Redis has patterns of its own
+            raise ValueError(f"{name}: {fault}")
 
         def register(function: F) -> F:
             check_handler(name, function, *_PARAMETERS[kind])

@@ -69,10 +69,14 @@ _encode = msgspec.json.Encoder().encode
 
 
 def make_plugin(webhooks: tuple[WebhookConfig, ...], telemetry: Telemetry) -> Plugin:
-    """The plugin of all webhooks of a relay. Raises ConfigError: a secret cannot be read."""
+    """The plugin of all webhooks of a relay. Raises ConfigError: a secret cannot be read, or a pattern cannot match."""
     plugin = Plugin("webhooks")
     for at, config in enumerate(webhooks):
-        _Webhook(config, _keys(config, at), telemetry).register(plugin)
+        webhook = _Webhook(config, _keys(config, at), telemetry)
+        try:
+            webhook.register(plugin)
+        except ValueError as error:
+            raise ConfigError(f"webhooks.{at}: {error}") from None
     return plugin
 
 

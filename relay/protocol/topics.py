@@ -20,6 +20,9 @@ PROTOCOL_TOPIC = "phoenix"
 RELAY_TOPIC = "relay"
 """The relay's own topic: probes of the link to Redis may go there, no client can join it."""
 
+RESERVED_TOPICS = (PROTOCOL_TOPIC, RELAY_TOPIC)
+"""Those that no client can join."""
+
 RESERVED_EVENT_PREFIXES = ("phx_", "chan_reply_")
 """Events of the protocol itself (``phx_join``, ``phx_reply`` …), and those by which phoenix.js hands a reply to the
 push that waits for it (``chan_reply_<ref>``). Neither clients, publishers nor plugins may invent them.
@@ -43,7 +46,7 @@ def is_name(name: str) -> bool:
 
 def is_topic(topic: str) -> bool:
     """Say whether a client may join ``topic``: 1 to 255 bytes of UTF-8, no control characters, not a reserved name."""
-    return is_name(topic) and topic != PROTOCOL_TOPIC and topic != RELAY_TOPIC
+    return is_name(topic) and topic not in RESERVED_TOPICS
 
 
 def is_event(event: str) -> bool:

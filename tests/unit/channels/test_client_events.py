@@ -66,7 +66,7 @@ def test_reserved_names_include_those_of_the_protocol() -> None:
     assert set(RESERVED_EVENT_PREFIXES) <= set(RESERVED_CLIENT_EVENT_PREFIXES)
 
 
-@pytest.mark.parametrize("pattern", ["", "phx_x", "presence_*", "relay-mine", "access_token", "a:b"])
+@pytest.mark.parametrize("pattern", ["", "phx_x", "[a", "a:[bc]", "presence_*", "relay-mine", "access_token", "a:b"])
 def test_pattern_that_cannot_match_is_refused_in_the_settings(pattern: str) -> None:
     with pytest.raises(ValidationError, match=r"never matches|expected patterns"):
         topic(pattern)

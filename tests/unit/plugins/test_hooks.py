@@ -4,6 +4,7 @@ import asyncio
 import inspect
 import json
 import math
+import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -560,6 +561,57 @@ def test_pattern_that_is_no_text_is_told(hook: str, pattern: Any) -> None:
         getattr(Plugin("p"), hook)(pattern)
     with pytest.raises(ValueError, match=f"{hook}: an empty pattern"):
         getattr(Plugin("p"), hook)("")
+
+
+@pytest.mark.parametrize(
+    ("patterns", "written"),
+    [
+        (("room:{id}",), "write 'room:*' for any text there, or '[{]' for the character"),
+        (("user:{sub}:*",), "write 'user:*:*'"),
+        (("room:<int:id>",), "write 'room:*' for any text there, or '[<]'"),
+        (("room:[a",), "write [abc] for one of these, or '[[]' for the character"),
+        (("room:*\n",), "write 'room:*'"),
+        (("phoenix",), "no client can join this topic"),
+        (("relay",), "no client can join this topic"),
+        (("room:*", "a:b"), "write the event alone, such as 'b'"),
+        (("room:*", "phx_join"), "names that begin with phx_, chan_reply_ are reserved"),
+        (("room:*", "[a"), "a [ that is not closed"),
+        (("room:*", ""), "an empty pattern matches nothing"),
+    ],
+)
+def test_pattern_that_cannot_match_is_refused_with_what_to_write(patterns: tuple[str, ...], written: str) -> None:
+    for hook in ("on_push", "on_event") if len(patterns) == 2 else set(PATTERNED) - {"on_redis"}:
+        with pytest.raises(ValueError, match=re.escape(written)) as raised:
+            getattr(Plugin("p"), hook)(*patterns)
+        assert str(raised.value).startswith(f"{hook}: ")
+        assert patterns[-1] == "" or repr(patterns[-1]) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "topic"),
+    [
+        ("room:[{]id}", "room:{id}"),
+        ("[{]sub}:*", "{sub}:1"),
+        ("{42}:*", "{42}:a"),
+        ("a < b", "a < b"),
+        ("room:[[]a", "room:[a"),
+        ("room:[]a]", "room:]"),
+        ("room:[!]a]", "room:b"),
+        ("phoenix*", "phoenix:1"),
+        ("ROOM:*", "ROOM:1"),
+    ],
+)
+def test_pattern_of_unusual_names_is_none_that_cannot_match(pattern: str, topic: str) -> None:
+    plugin = Plugin("p")
+    plugin.on_join(pattern)(lambda join: None)
+    [hook] = plugin.hooks.entries["join"]
+    assert hook.matches(topic)
+
+
+def test_pattern_of_on_redis_is_one_of_redis() -> None:
+    plugin = Plugin("p")
+    plugin.on_redis("feed:{id}:[^a]\\[")(lambda message, relay: None)
+    assert [hook.topic for hook in plugin.hooks.entries["redis"]] == ["feed:{id}:[^a]\\["]
 
 
 async def _none() -> None: ...

@@ -67,6 +67,12 @@ def test_weak_or_unreadable_secret_stops_the_start_and_is_not_repeated(secret: s
     assert "webhooks.0.secrets" in str(raised.value) and "xxxx" not in str(raised.value)
 
 
+@pytest.mark.parametrize("changes", [{"match": "room:{id}"}, {"on": ["push"], "events": ["a:b"]}], ids=str)
+def test_pattern_that_cannot_match_stops_the_start(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"webhooks\.0: on_\w+: .*write"):
+        make_plugin((WebhookConfig(**hook(**changes)),), Telemetry())
+
+
 # Settings.
 
 
