@@ -8,7 +8,6 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 from relay import redis_url
 from relay.brokers import redis_topics
@@ -160,8 +159,7 @@ class RedisBroker:
         for task in (self._listener, self._renewing):
             if task is not None:
                 task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
+                _ = await asyncio.wait((task,))
         for commands in (self._streams, self._presence):
             if commands is not None:
                 await commands.close()

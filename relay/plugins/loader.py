@@ -87,7 +87,9 @@ def load_plugins(config: PluginsConfig, builtins: tuple[Plugin, ...] = (), last:
         entry = PluginInfo(name, source)
         try:
             _examine(entry, load())
-        except (Exception, SystemExit) as error:  # a plugin's import may raise anything
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a plugin's import may raise anything
             entry.fault = f"{type(error).__name__}: {error}"
             if config.on_error == "stop":
                 shown = "".join(traceback.format_exception(error)).rstrip()
@@ -205,7 +207,9 @@ class _Registration:
     def __call__(self, app: Any) -> None:
         try:
             _ = self.register(app)
-        except Exception as error:  # it may raise anything
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # it may raise anything
             fault = f"its register_plugin raised {type(error).__name__}: {error}"
             raise ConfigError(f"plugin {self.entry.name} ({self.entry.source}): {fault}") from error
 

@@ -467,6 +467,21 @@ async def test_fault_of_the_sink_that_is_no_exception_is_a_gap_and_no_end(
     await eventually(lambda: Event("room", "e", b"2") in pair.sink.events, "the next event")
 
 
+async def test_listener_that_has_ended_is_no_live_link(
+    valkey: Valkey, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broker = RedisBroker(Config(redis_url=valkey.url), Metrics())
+
+    async def listen(*arguments: object) -> str:
+        raise Panic("boom")
+
+    monkeypatch.setattr(broker, "_listen", listen)
+    async with asyncio.timeout(20 * PATIENCE), started(broker, Sink()):
+        assert broker.link == (False, "internal error: Panic")
+    assert broker.link == (False, "stopped")
+    assert "Redis listener has ended; restart relay" in caplog.text
+
+
 @only_those_that_can_be_cut
 async def test_message_fails_while_the_bus_is_away_and_never_comes_later(connect: Connect, bus: Bus) -> None:
     """Guarantees: publishing is answered; at most once."""

@@ -240,6 +240,7 @@ def test_register_plugin_may_stand_alone_or_beside_a_plugin(tmp_path: Path) -> N
 FAULTS = {
     "raises": ("raise RuntimeError('no database')", "RuntimeError: no database"),
     "ends": ("import sys\nsys.exit('usage')", "SystemExit: usage"),
+    "panics": ("class Panic(BaseException): ...\nraise Panic('in Rust')", "Panic: in Rust"),
     "misspelt": ("def register_plugin(app:", "SyntaxError: "),
     "lacks": ("import no_such_module_anywhere", "ModuleNotFoundError: No module named 'no_such_module_anywhere'"),
     "empty": ("", 'ImportError: expected `plugin = Plugin("name")` or `def register_plugin(app)` in it, found neither'),
