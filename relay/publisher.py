@@ -81,7 +81,8 @@ class Publisher(_Publisher):
 
     One object serves a whole program: any thread may use it, and a forked process has connections of its own. It
     connects at the first event, and again after a fault. An event of a topic with a history is appended to that; which
-    topics have one is read from Redis, where the relays write it, when it connects and every 60 s. If the settings
+    topics have one is read from Redis, where the relays write it, when it connects and every 60 s, and each second
+    while it is not there. If the settings
     have ``topics`` or prefixes, they count instead. ``Publisher.from_file("relay.toml")`` and ``Publisher.from_env()``
     take the settings of a relay.
 
@@ -164,9 +165,7 @@ class AsyncPublisher(_Publisher):
 
     def __init__(self, config: Config | str, **settings: Any) -> None:
         super().__init__(config, **settings)
-        self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, tuple[_Prepared | None, _Commands]] = (
-            WeakKeyDictionary()
-        )
+        self._loops: WeakKeyDictionary[asyncio.AbstractEventLoop, _Loop] = WeakKeyDictionary()
 
     async def publish(self, topic: str, event: str, payload: object) -> Published:
         """Publish an event to all subscribers of a topic; return when Redis has accepted it.
@@ -183,11 +182,11 @@ class AsyncPublisher(_Publisher):
         encoded = self._encode(events)
         if not encoded:
             return []
-        target, commands = self._target, self._commands()
+        target, loop = self._target, self._loop()
+        commands = loop.commands
         try:
             await commands.connect()
-            if target.take_due():
-                await self._ask_questions(commands)
+            await self._ask_if_due(loop)
             target.check(encoded)
             sent = target.commands(encoded, with_script=len(encoded) > 1)
             replies = await commands.replies(sent)
@@ -197,18 +196,29 @@ class AsyncPublisher(_Publisher):
             raise self._unavailable(error) from error
         return target.results(encoded, replies)
 
-    def _commands(self) -> _Commands:
-        """What sends commands in the running event loop."""
+    def _loop(self) -> "_Loop":
+        """What the running event loop has."""
         loop = asyncio.get_running_loop()
         found = self._loops.get(loop)
         if found is None:
             if self._cluster is not None:
-                found = None, ClusterCommands(self._cluster, self._timeout_s, self._ask_questions)
+                found = _Loop(None, ClusterCommands(self._cluster, self._timeout_s, self._ask_questions))
             else:
                 connections = _Prepared(self)
-                found = connections, RedisCommands(connections, self._timeout_s, "relay-publisher")
+                found = _Loop(connections, RedisCommands(connections, self._timeout_s, "relay-publisher"))
             self._loops[loop] = found
-        return found[1]
+        return found
+
+    async def _ask_if_due(self, loop: "_Loop") -> None:
+        """Ask the questions again where they are due; events that come meanwhile wait too, or they would overtake."""
+        if loop.asking is not None:
+            await asyncio.shield(loop.asking)
+        elif self._target.take_due():
+            loop.asking = asyncio.create_task(self._ask_questions(loop.commands), name="relay-publisher-questions")
+            try:
+                await asyncio.shield(loop.asking)
+            finally:
+                loop.asking = None
 
     async def _ask_questions(self, commands: _Commands) -> None:
         replies = await commands.replies(QUESTIONS)
@@ -220,11 +230,11 @@ class AsyncPublisher(_Publisher):
 
     async def close(self) -> None:
         """Close the connection of the running event loop. A later event makes a new one."""
-        connections, commands = self._loops.pop(asyncio.get_running_loop(), (None, None))
-        if commands is not None:
-            await commands.close()
-        if connections is not None:
-            await connections.close()
+        found = self._loops.pop(asyncio.get_running_loop(), None)
+        if found is not None:
+            await found.commands.close()
+            if found.connections is not None:
+                await found.connections.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -233,6 +243,15 @@ class AsyncPublisher(_Publisher):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         await self.close()
+
+
+class _Loop:
+    """What one event loop has."""
+
+    def __init__(self, connections: "_Prepared | None", commands: _Commands) -> None:
+        self.connections: _Prepared | None = connections
+        self.commands: _Commands = commands
+        self.asking: asyncio.Task[None] | None = None
 
 
 class _Prepared(Connections):

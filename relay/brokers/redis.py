@@ -23,7 +23,7 @@ from relay.brokers.redis_marker import Markers
 from relay.brokers.redis_presence import RedisPresence
 from relay.brokers.redis_publisher import Publisher
 from relay.brokers.redis_session import Session
-from relay.brokers.redis_settings import RENEW_EVERY_S, Preparation, history_args, renewal
+from relay.brokers.redis_settings import LOOK_EVERY_S, RENEW_EVERY_S, Preparation, history_args
 from relay.brokers.redis_streams import RedisHistory
 from relay.concurrency import ends_task
 from relay.config import Config
@@ -87,7 +87,7 @@ class RedisBroker:
         self.hears_topics: bool = True
         self._link = Link(False, "not started")
         self._listener: asyncio.Task[None] | None = None
-        self._renewing: asyncio.Task[None] | None = None
+        self._preparing: asyncio.Task[None] | None = None
         self._session: Session | None = None
         # Whether hearing has to be proved by a probe before the next subscription counts as live.
         self.is_doubted: bool = False
@@ -149,14 +149,14 @@ class RedisBroker:
         self._listener.add_done_callback(self._listener_ended)
         self._listener.add_done_callback(lambda _: settled.set())
         if self._preparation is not None:
-            renewing = self._renew_settings(self._preparation)
-            self._renewing = asyncio.create_task(renewing, name="relay-redis-settings")
+            preparing = self._keep_prepared(self._preparation)
+            self._preparing = asyncio.create_task(preparing, name="relay-redis-settings")
         await settled.wait()
 
     async def stop(self) -> None:
         """Close both connections; messages not yet taken fail."""
         await self.publisher.stop()
-        for task in (self._listener, self._renewing):
+        for task in (self._listener, self._preparing):
             if task is not None:
                 task.cancel()
                 _ = await asyncio.wait((task,))
@@ -270,18 +270,19 @@ class RedisBroker:
 
     async def prepare(self, connection: RedisConnection) -> bool:
         """Prepare the server for programs that publish; say whether it knows the script. Raises LinkLost."""
-        return self._preparation is not None and await self._preparation.prepare(connection)
+        return self._preparation is not None and await self._preparation.prepare(connection.ask)
 
-    async def _renew_settings(self, preparation: Preparation) -> None:
-        """Write ``relay:settings`` again and again: it expires after the last relay has gone."""
+    async def _keep_prepared(self, preparation: Preparation) -> None:
+        """Prepare the server again and again: it may lose all, and ``relay:settings`` expires with the last relay."""
+        renew_at = self.clock() + RENEW_EVERY_S
         while True:
-            await asyncio.sleep(RENEW_EVERY_S)
-            if self._link.live and self.publisher.is_at_master and preparation.has_key():
-                try:
-                    for command in renewal(self._config):
-                        await self.publisher.ask(*command)
-                except BusUnavailable as error:
-                    preparation.report_unwritten(str(error))
+            await asyncio.sleep(LOOK_EVERY_S)
+            if not self._link.live or not self.publisher.is_at_master:
+                continue
+            with suppress(BusUnavailable):  # its connection has ended: the next one is prepared
+                if self.clock() >= renew_at or await preparation.is_due(self.publisher.ask):
+                    _ = await preparation.prepare(self.publisher.ask)
+                    renew_at = self.clock() + RENEW_EVERY_S
 
     def report_denied(self, what: str, means: str, allow: str) -> None:
         """Log, once each, what the Redis user may not do, what that means, and what allows it."""

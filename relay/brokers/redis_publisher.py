@@ -65,6 +65,7 @@ class Sent(msgspec.Struct):
     """To be sent again, where another node of a cluster has to take it."""
     redirects: int = 0
     """How often another node was named."""
+    asks_role: bool = False
 
 
 class PublisherOwner(Protocol):
@@ -173,14 +174,15 @@ class Publisher:
         """Publish one message; the future has the number of those who have received it."""
         return self._send(channel, payload, None, (), is_counted=True)
 
-    async def ask(self, *command: str) -> None:
-        """Carry out a command where there is a connection. Raises BusUnavailable where Redis refuses it."""
+    async def ask(self, *command: str) -> Any:
+        """Carry out a command and return its reply, an error among them. Raises BusUnavailable without connection."""
         if self._connection is None:
-            return
+            raise BusUnavailable("there is no connection to Redis")
         reply = self._ask(self._connection, *command)
         _ = await asyncio.wait((reply,))
-        if not reply.cancelled() and isinstance(reply.result(), hiredis.ReplyError):  # else the connection has ended
-            raise BusUnavailable(words(reply.result()))
+        if reply.cancelled():
+            raise BusUnavailable("the connection to Redis has ended")
+        return reply.result()
 
     def append(self, channel: bytes, args: tuple[bytes, ...]) -> asyncio.Future[None]:
         """Publish an event and append it to the history of its topic.
@@ -369,7 +371,7 @@ class Publisher:
                 _ = self._unanswered.popleft()
                 self._bytes -= sent.size
                 if not sent.channel:
-                    self._take_answer(sent.future, reply)
+                    self._take_answer(sent, reply)
                 elif sent.future.done():
                     continue  # its caller has given up
                 elif sent.history and isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
@@ -424,11 +426,11 @@ class Publisher:
             )
         return before is None or before == role
 
-    def _take_answer(self, future: asyncio.Future[Any], reply: object) -> None:
+    def _take_answer(self, sent: Sent, reply: object) -> None:
         """Take the answer to a command of the publisher's own."""
-        if not future.done():
-            future.set_result(reply)
-        if isinstance(reply, list):
+        if not sent.future.done():
+            sent.future.set_result(reply)
+        if sent.asks_role and isinstance(reply, list):
             role = read_role(reply)
             if not self._take_role(role):
                 self._owner.role_changed(role)
@@ -479,6 +481,6 @@ class Publisher:
 
     def _ask(self, connection: RedisConnection, *command: str) -> asyncio.Future[Any]:
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._unanswered.append(Sent(future, self._clock(), 0))
+        self._unanswered.append(Sent(future, self._clock(), 0, asks_role=command == ("ROLE",)))
         self._write(connection, packed([command]))
         return future

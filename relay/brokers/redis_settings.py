@@ -7,14 +7,14 @@ this hash, which each relay with histories writes when it connects and renews wh
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import hiredis
 import msgspec
 
-from relay.brokers.redis_connection import RedisConnection, is_denied, words
+from relay.brokers.redis_connection import is_denied, words
 from relay.brokers.redis_scripts import FUNCTION, FUNCTION_NAME, FUNCTION_VERSION, PUBLISH, Script, version_of
 from relay.config import SETTINGS_KEY, Config
 from relay.config_sections import HistoryConfig
@@ -24,6 +24,12 @@ _logger = logging.getLogger("relay.redis")
 
 _LIFETIME_S = 180
 """Seconds for which the hash stays without being renewed, after the last relay with histories has gone."""
+
+Ask: TypeAlias = Callable[..., Awaitable[Any]]
+"""Sends a command and returns its reply, an error among them."""
+
+LOOK_EVERY_S = 5.0
+"""Seconds after which relays look whether the hash is still there, and try again what has failed."""
 
 RENEW_EVERY_S = 60.0
 """Seconds after which relays write the hash again, and programs that publish read it again."""
@@ -95,7 +101,7 @@ def renewal(config: Config) -> list[tuple[str, ...]]:
     return [("HSET", SETTINGS_KEY, *flat), ("EXPIRE", SETTINGS_KEY, str(_LIFETIME_S))]
 
 
-def _says_itself(config: Config) -> bool:
+def says_itself(config: Config) -> bool:
     """Whether a configuration says which topics have histories, or under which names events are published."""
     return "topics" in config.model_fields_set or not config.redis.model_fields_set.isdisjoint(
         ("to_prefix", "topic_prefix", "publish_form")
@@ -109,7 +115,7 @@ def settings_from(reply: object, config: Config) -> Settings | None:
     a Redis, and write the same hash.
     """
     flat: Any = list(reply.items()) if isinstance(reply, dict) else reply
-    if _says_itself(config) or isinstance(reply, hiredis.ReplyError) or not flat:
+    if says_itself(config) or isinstance(reply, hiredis.ReplyError) or not flat:
         return None
     pairs = flat if isinstance(reply, dict) else zip(flat[::2], flat[1::2], strict=True)
     fields = {name.decode(): value.decode(errors="replace") for name, value in pairs}
@@ -123,7 +129,7 @@ def settings_from(reply: object, config: Config) -> Settings | None:
         form = fields.get("publish_form", "to")
         return Settings(fields["to_prefix"], fields["topic_prefix"], found, limit, form)
     except (KeyError, ValueError, msgspec.MsgspecError) as error:
-        _logger.warning("%s in Redis was not understood, so the configuration is used: %s", SETTINGS_KEY, error)
+        _logger.warning("%s in Redis was not understood, and is not used: %s", SETTINGS_KEY, error)
         return None
 
 
@@ -136,44 +142,63 @@ class Preparation:
     def __init__(self, config: Config) -> None:
         self._config = config
         self._said: set[str] = set()
+        # Whether all was done the last time that can be done, and whether the hash was written.
+        self._is_done = True
+        self._is_written = False
         self.has_key: Callable[[], bool] = lambda: True
         """Whether `SETTINGS_KEY` is on this server, and not on another one of its cluster."""
         self.publish_script: Script = PUBLISH
         self.function: str = FUNCTION
 
-    async def prepare(self, connection: RedisConnection) -> bool:
-        """Do so on a connection that has just been made; say whether it knows the script. Raises LinkLost."""
+    async def prepare(self, ask: Ask) -> bool:
+        """Do so, on a new connection and now and then; say whether the server knows the script. Raises as ``ask``."""
+        is_done = is_written = True
         for command in renewal(self._config) if self.has_key() else ():
-            reply = await connection.ask(*command)
+            reply = await ask(*command)
             if isinstance(reply, hiredis.ReplyError):
-                self.report_unwritten(words(reply))
+                self._say(
+                    f"{SETTINGS_KEY} cannot be written ({words(reply)}): `relay publish` needs the configuration file"
+                )
+                is_done, is_written = _is_final(reply), False
                 break
-        if not self._config.has_history:
-            return False
-        await self._load_function(connection)
-        reply = await connection.ask("SCRIPT", "LOAD", self.publish_script.text)
-        if isinstance(reply, hiredis.ReplyError):
-            self._say(f"SCRIPT LOAD is not possible ({words(reply)}): EVAL is used, which sends the script each time")
-        return not isinstance(reply, hiredis.ReplyError)
+        has_script = False
+        if self._config.has_history:
+            is_done &= await self._load_function(ask)
+            reply = await ask("SCRIPT", "LOAD", self.publish_script.text)
+            has_script = not isinstance(reply, hiredis.ReplyError)
+            if not has_script:
+                self._say(
+                    f"SCRIPT LOAD is not possible ({words(reply)}): EVAL is used, which sends the script each time"
+                )
+        if is_done and not self._is_done:
+            _logger.info("history: what Redis had refused is loaded and written now")
+        self._is_done, self._is_written = is_done, is_written
+        return has_script
 
-    def report_unwritten(self, why: str) -> None:
-        """Log, once for each reason, that the hash cannot be written."""
-        self._say(f"{SETTINGS_KEY} cannot be written ({why}): `relay publish` needs the configuration file")
+    async def is_due(self, ask: Ask) -> bool:
+        """Whether something is to be done again: it has failed, or Redis has lost the hash. Raises as ``ask``."""
+        if not self._is_done:
+            return True
+        # A server that was flushed, or restarted without persistence, says 0.
+        return self._is_written and self.has_key() and await ask(*renewal(self._config)[-1]) == 0
 
-    async def _load_function(self, connection: RedisConnection) -> None:
-        reply = await connection.ask("FUNCTION", "LIST", "LIBRARYNAME", FUNCTION_NAME, "WITHCODE")
+    async def _load_function(self, ask: Ask) -> bool:
+        """Load the function; False where that may succeed later."""
+        reply = await ask("FUNCTION", "LIST", "LIBRARYNAME", FUNCTION_NAME, "WITHCODE")
         if isinstance(reply, hiredis.ReplyError):
             self._say_missing(_reason(reply))
-            return
+            return _is_final(reply)
         if reply:
             version = version_of(_code_of(reply[0]))
             if version is None:
                 self._say(f"a function library {FUNCTION_NAME} of another program is there: it is left alone")
             if version is None or version >= FUNCTION_VERSION:
-                return
-        loaded = await connection.ask("FUNCTION", "LOAD", "REPLACE", self.function)
+                return True
+        loaded = await ask("FUNCTION", "LOAD", "REPLACE", self.function)
         if isinstance(loaded, hiredis.ReplyError):
             self._say_missing(words(loaded))
+            return _is_final(loaded)
+        return True
 
     def _say_missing(self, reason: str) -> None:
         self._say(f"no function {FUNCTION_NAME} ({reason}): programs in other languages publish history with EVAL")
@@ -187,6 +212,11 @@ class Preparation:
 def is_unknown(reply: hiredis.ReplyError) -> bool:
     """Whether the server knows no such command."""
     return "unknown" in str(reply).lower()
+
+
+def _is_final(reply: hiredis.ReplyError) -> bool:
+    """Whether a command will be refused again; else Redis may be loading, have no memory or too few replicas."""
+    return is_denied(reply) or is_unknown(reply)
 
 
 def _reason(reply: hiredis.ReplyError) -> str:

@@ -17,7 +17,14 @@ from relay.brokers import redis_topics
 from relay.brokers.redis_connection import LinkLost, is_denied, name_of, read_role, words
 from relay.brokers.redis_publisher import not_published
 from relay.brokers.redis_scripts import PUBLISH, SHARDED_PUBLISH
-from relay.brokers.redis_settings import RENEW_EVERY_S, history_args, known_limit, own_settings, settings_from
+from relay.brokers.redis_settings import (
+    RENEW_EVERY_S,
+    history_args,
+    known_limit,
+    own_settings,
+    says_itself,
+    settings_from,
+)
 from relay.config import SETTINGS_KEY, Config
 from relay.errors import BusUnavailable
 from relay.protocol.topics import to_redis_channel
@@ -28,7 +35,13 @@ Outgoing: TypeAlias = tuple[str, str, bytes]
 Command: TypeAlias = tuple[bytes | str, ...]
 
 QUESTIONS: tuple[Command, ...] = (("ROLE",), ("HGETALL", SETTINGS_KEY))
-"""What is asked on each new connection, and every `RENEW_EVERY_S` seconds."""
+"""What is asked on each new connection, every `RENEW_EVERY_S` seconds, and sooner while there are no settings."""
+
+_LOOK_EVERY_S = 1.0
+"""Seconds after which settings that are missing are looked for again."""
+
+_KEEP_S = 2 * RENEW_EVERY_S
+"""Seconds for which the last settings count after Redis has lost them; a relay that is there has written them again."""
 
 
 class Published(NamedTuple):
@@ -57,11 +70,14 @@ class Target:
         self._script = SHARDED_PUBLISH if config.is_cluster else PUBLISH
         self._payload_max_bytes = known_limit(config)
         self._asked_at = clock()
+        # Whether there were no settings when they were looked for last, and since when there are none that can be read.
+        self._is_missing = False
+        self._missing_since: float | None = None
 
     def take_due(self) -> bool:
         """Whether `QUESTIONS` have to be asked again before the next event; True once each time."""
         now = self._clock()
-        if now - self._asked_at <= RENEW_EVERY_S:
+        if now - self._asked_at <= (_LOOK_EVERY_S if self._is_missing else RENEW_EVERY_S):
             return False
         self._asked_at = now
         return True
@@ -73,10 +89,16 @@ class Target:
                 raise LinkLost(words(role))
         elif not (found := read_role(role)).is_master:
             raise LinkLost(not_published(self.address, found))
+        now = self._asked_at = self._clock()
         settings = settings_from(fields, self._config)
-        self._settings = own_settings(self._config) if settings is None else settings
-        self._payload_max_bytes = known_limit(self._config) if settings is None else settings.payload_max_bytes
-        self._asked_at = self._clock()
+        self._is_missing = not fields and not says_itself(self._config)
+        if settings is not None:
+            self._missing_since = None
+            self._settings, self._payload_max_bytes = settings, settings.payload_max_bytes
+        elif self._missing_since is None:
+            self._missing_since = now
+        elif now - self._missing_since > _KEEP_S:
+            self._settings, self._payload_max_bytes = own_settings(self._config), known_limit(self._config)
 
     # Events.
 

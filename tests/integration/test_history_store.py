@@ -387,10 +387,12 @@ async def test_program_that_publishes_learns_of_histories_from_redis(server: Val
         assert [first.position, second.position] == [event.position for event in store.sink.events]
 
 
+@pytest.mark.parametrize("renew_s", [0, 60], ids=["each time", "when they are lost"])
 async def test_settings_for_other_programs_are_renewed_while_a_relay_runs(
-    valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+    renew_s: float, valkey: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("relay.brokers.redis.RENEW_EVERY_S", 0.01)
+    monkeypatch.setattr("relay.brokers.redis.LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr("relay.brokers.redis.RENEW_EVERY_S", renew_s)
     async with started(redis_url=valkey.url) as store:
         await store.publish(b"1")
         with SyncRedis(port=valkey.port) as admin:
@@ -403,7 +405,8 @@ async def test_settings_for_other_programs_are_renewed_while_a_relay_runs(
 async def test_settings_that_cannot_be_renewed_are_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("relay.brokers.redis.RENEW_EVERY_S", 0.01)
+    monkeypatch.setattr("relay.brokers.redis.LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr("relay.brokers.redis.RENEW_EVERY_S", 0)
     with Valkey() as server:
         client = Redis(port=server.port)
         async with started(redis_url=server.url) as store:
@@ -414,6 +417,32 @@ async def test_settings_that_cannot_be_renewed_are_said_once(
             await store.publish(b"2", b"3", b"4")
         assert caplog.text.count("relay:settings cannot be written") == 1
         await client.aclose()
+
+
+async def test_what_cannot_be_loaded_at_the_start_is_loaded_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Redis has no memory for a while."""
+    caplog.set_level("INFO", "relay")
+    monkeypatch.setattr("relay.brokers.redis.LOOK_EVERY_S", 0.01)
+    with Valkey("--maxmemory", "1") as server, SyncRedis(port=server.port) as admin:
+        async with started(redis_url=server.url):
+            await eventually(lambda: "no function relay_publish (OOM" in caplog.text, "the warning")
+            assert not admin.exists("relay:settings")
+            admin.config_set("maxmemory", "0")
+            await eventually(lambda: admin.exists("relay:settings"), "the settings")
+            await eventually(lambda: admin.function_list("relay_publish"), "the function")
+            await eventually(lambda: "what Redis had refused is loaded and written now" in caplog.text, "the log")
+
+
+async def test_function_that_was_flushed_is_loaded_with_the_next_renewal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relay.brokers.redis.LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr("relay.brokers.redis.RENEW_EVERY_S", 0)
+    with Valkey() as server, SyncRedis(port=server.port) as admin:
+        async with started(redis_url=server.url):
+            await eventually(lambda: admin.function_list("relay_publish"), "the function")
+            admin.function_flush("SYNC")
+            await eventually(lambda: admin.function_list("relay_publish"), "the function again")
 
 
 async def test_live_events_on_the_topics_channel(server: Valkey, client: Any) -> None:

@@ -14,8 +14,9 @@ import pytest
 from pydantic import BaseModel
 from redis import Redis as SyncRedis
 
-from relay import AsyncPublisher, BusUnavailable, Published, Publisher
+from relay import AsyncPublisher, BusUnavailable, Config, Published, Publisher
 from relay.brokers.base import is_position
+from relay.brokers.redis_settings import renewal
 from tests.integration.test_core_alone import FORBIDDEN, ROOT
 from tests.support.client import Client
 from tests.support.faults import Proxy
@@ -76,27 +77,39 @@ async def test_events_reach_clients_with_every_kind_of_payload(
 
 
 @pytest.mark.parametrize("direct", [True], indirect=True)
-async def test_history_is_known_from_the_relays_and_renewed(
+async def test_history_is_known_from_the_relays_as_soon_as_they_have_said_it(
     kind: Kind, serve_relay: ServeRelay, connect: Connect, valkey: Valkey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The script is not known to Redis, and the settings change while the publisher is connected."""
-    publisher = kind(valkey.url)
-    assert (await publish(publisher, ("room:1", "live", {})))[0].position is None
-    served = await serve_relay(topics=TOPICS)
-    client = await connect(served)
-    reply = await client.push("9", "room:1", "phx_join", {"since": None})
-    assert reply["status"] == "ok"
+    """The relay starts while the publisher is connected, and the script is not known to Redis."""
+    monkeypatch.setattr("relay.brokers.redis_target._LOOK_EVERY_S", -1)
     with SyncRedis(port=valkey.port) as admin:
+        admin.delete("relay:settings")
+        publisher = kind(valkey.url)
+        assert (await publish(publisher, ("room:1", "live", {})))[0].position is None
+        served = await serve_relay(topics=TOPICS)
+        client = await connect(served)
+        reply = await client.push("9", "room:1", "phx_join", {"since": None})
+        assert reply["status"] == "ok"
         await asyncio.to_thread(wait_for, lambda: admin.exists("relay:settings"), "the settings")
         admin.script_flush()
-    assert (await publish(publisher, ("room:1", "live", {})))[0].position is None, "it is not read each time"
-    await client.expect_event("room:1", "live", {})
-    monkeypatch.setattr("relay.brokers.redis_target.RENEW_EVERY_S", -1)
     for at in range(3):
         (published,) = await publish(publisher, ("room:1", "kept", {"at": at}))
         assert is_position(published.position)
         await client.expect_event("room:1", "kept", {"at": at, "_position": published.position})
     await close(publisher)
+
+
+async def test_events_are_kept_after_redis_has_lost_the_settings(kind: Kind) -> None:
+    with Valkey() as server, SyncRedis(port=server.port) as admin:
+        execute: Any = admin.execute_command
+        for command in renewal(Config(topics=TOPICS)):
+            execute(*command)
+        publisher = kind(server.url)
+        assert is_position((await publish(publisher, ("room:1", "e", 1)))[0].position)
+        admin.flushall()
+        await close(publisher)
+        assert is_position((await publish(publisher, ("room:1", "e", 2)))[0].position)
+        await close(publisher)
 
 
 @pytest.mark.parametrize("direct", [True], indirect=True)
@@ -137,6 +150,25 @@ async def test_batch_takes_one_round_trip(kind: Kind, valkey: Valkey) -> None:
         assert len(await publish(publisher, *[("other:1", "e", 0)] * 100)) == 100
         assert len(b"".join(came)) == 400
         assert len(came) < 10
+        await close(publisher)
+
+
+async def test_events_keep_their_order_while_settings_are_looked_for(
+    kind: Kind, valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.brokers.redis_target._LOOK_EVERY_S", -1)
+    with SyncRedis(port=valkey.port) as admin, admin.pubsub() as listener:
+        admin.delete("relay:settings")
+        listener.subscribe("to:other:order:e")
+        assert listener.get_message(timeout=10)
+        publisher = kind(valkey.url)
+        for at in range(20):
+            events = [publish(publisher, ("other:order", "e", [at, number])) for number in range(3)]
+            await asyncio.gather(*(events if kind is AsyncPublisher else events[:1]))
+            for event in events[1:] if kind is Publisher else ():
+                await event
+        heard = [(listener.get_message(timeout=10) or {})["data"].decode() for _ in range(60)]
+        assert heard == [f"[{at},{number}]" for at in range(20) for number in range(3)]
         await close(publisher)
 
 

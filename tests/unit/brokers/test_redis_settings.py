@@ -5,7 +5,7 @@ import json
 import hiredis
 import pytest
 
-from relay.brokers.redis_settings import Settings, own_settings, renewal, settings_from
+from relay.brokers.redis_settings import Preparation, Settings, own_settings, renewal, settings_from
 from relay.config import Config
 from relay.config_sections import HistoryConfig
 
@@ -64,3 +64,47 @@ def test_form_of_events_is_that_of_the_relays_and_older_ones_do_not_say_it() -> 
     assert read(encoded(FIELDS)).is_by_topic("room:1"), "it has a history"
     del fields["publish_form"]
     assert not read(encoded(fields)).is_by_topic("any")
+
+
+class Server:
+    """Answers commands: those of ``refused`` with an error, others as one that has just been flushed."""
+
+    def __init__(self) -> None:
+        self.refused: dict[str, str] = {}
+        self.asked: list[str] = []
+        self.is_flushed = False
+
+    async def ask(self, *command: str) -> object:
+        self.asked.append(command[0])
+        if command[0] in self.refused:
+            return hiredis.ReplyError(self.refused[command[0]])
+        return int(not self.is_flushed) if command[0] == "EXPIRE" else []
+
+
+async def test_server_is_prepared_again_where_it_has_lost_what_was_written() -> None:
+    server, one = Server(), Preparation(CONFIG)
+    assert await one.prepare(server.ask)
+    assert not await one.is_due(server.ask)
+    server.is_flushed = True
+    assert await one.is_due(server.ask)
+
+
+@pytest.mark.parametrize("command", ["HSET", "EXPIRE", "FUNCTION"])
+@pytest.mark.parametrize(
+    ("error", "is_due"),
+    [
+        ("OOM command not allowed", True),
+        ("NOREPLICAS Not enough good replicas", True),
+        ("LOADING Redis is loading", True),
+        ("NOPERM no permissions", False),
+        ("ERR unknown command", False),
+    ],
+)
+async def test_what_has_failed_is_tried_again_unless_it_is_forbidden(command: str, error: str, is_due: bool) -> None:
+    server, one = Server(), Preparation(CONFIG)
+    server.refused = {command: error}
+    await one.prepare(server.ask)
+    server.asked.clear()
+    server.is_flushed = command != "FUNCTION" and not is_due
+    assert await one.is_due(server.ask) is is_due
+    assert server.asked == (["EXPIRE"] if command == "FUNCTION" and not is_due else [])

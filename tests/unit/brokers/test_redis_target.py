@@ -58,6 +58,39 @@ def test_topics_of_the_own_settings_count_instead_of_those_in_redis() -> None:
     assert one.commands(EVENTS[1:2], with_script=True) == [("PUBLISH", b"to:room:1:e", b"2")]
 
 
+def test_settings_that_redis_has_lost_count_until_relays_have_written_them_again() -> None:
+    clock = Clock()
+    one = Target(Config(redis_url="redis://one"), clock)
+    one.learn(MASTER, FIELDS)
+    clock.now += 3600
+    lost: list[object] = [[], hiredis.ReplyError("LOADING no"), {}]
+    for fields in lost:
+        one.learn(MASTER, fields)
+        clock.now += 30
+        assert one.commands(EVENTS[1:2], with_script=False)[0][0] == "EVALSHA"
+        with pytest.raises(ValueError, match="at most 100 bytes"):
+            one.check([("other", "e", b"1" * 101)])
+    one.learn(MASTER, FIELDS)
+    one.learn(MASTER, [])
+    clock.now += 121
+    one.learn(MASTER, [])
+    assert one.commands(EVENTS[1:2], with_script=False) == [("PUBLISH", b"to:room:1:e", b"2")]
+
+
+def test_missing_settings_are_looked_for_each_second() -> None:
+    clock = Clock()
+    one = Target(Config(redis_url="redis://one"), clock)
+    one.learn(MASTER, [])
+    clock.now += 1
+    assert not one.take_due()
+    clock.now += 0.1
+    assert [one.take_due(), one.take_due()] == [True, False]
+    for fields in (FIELDS, hiredis.ReplyError("NOPERM no"), [b"topics", b"nonsense"]):
+        one.learn(MASTER, fields)
+        clock.now += 2
+        assert not one.take_due()
+
+
 def test_questions_are_due_each_minute() -> None:
     clock = Clock()
     one = Target(RELAY, clock)
