@@ -130,12 +130,13 @@ class Publisher(_Publisher):
             raise self._unavailable(lost) from lost
         return self._target.results(encoded, replies)
 
-    def _send(self, ask: Ask, events: Sequence[Outgoing]) -> list[Any]:
+    def _send(self, ask: Ask, events: Sequence[Outgoing]) -> Sequence[object]:
         commands = self._target.commands(events, with_script=len(events) > 1)
         replies = ask(commands)
         if self._target.needs_script(commands, replies):
-            replies = ask(self._target.commands(events, with_script=True))
-        return replies
+            commands = self._target.commands(events, with_script=True)
+            replies = ask(commands)
+        return self._target.take_replies(commands, replies)
 
     def _ask_questions(self, ask: Ask) -> None:
         self._target.learn(*ask(QUESTIONS))
@@ -191,10 +192,15 @@ class AsyncPublisher(_Publisher):
             sent = target.commands(encoded, with_script=len(encoded) > 1)
             replies = await commands.replies(sent)
             if target.needs_script(sent, replies):
-                replies = await commands.replies(target.commands(encoded, with_script=True))
+                sent = target.commands(encoded, with_script=True)
+                replies = await commands.replies(sent)
+            answers = target.take_replies(sent, replies)
+        except LinkLost as lost:
+            commands.reconnect()
+            raise self._unavailable(lost) from lost
         except BusUnavailable as error:
             raise self._unavailable(error) from error
-        return target.results(encoded, replies)
+        return target.results(encoded, answers)
 
     def _loop(self) -> "_Loop":
         """What the running event loop has."""

@@ -34,7 +34,9 @@ Outgoing: TypeAlias = tuple[str, str, bytes]
 
 Command: TypeAlias = tuple[bytes | str, ...]
 
-QUESTIONS: tuple[Command, ...] = (("ROLE",), ("HGETALL", SETTINGS_KEY))
+_ROLE: Command = ("ROLE",)
+
+QUESTIONS: tuple[Command, ...] = (_ROLE, ("HGETALL", SETTINGS_KEY))
 """What is asked on each new connection, every `RENEW_EVERY_S` seconds, and sooner while there are no settings."""
 
 _LOOK_EVERY_S = 1.0
@@ -70,6 +72,7 @@ class Target:
         self._script = SHARDED_PUBLISH if config.is_cluster else PUBLISH
         self._payload_max_bytes = known_limit(config)
         self._asked_at = clock()
+        self._may_ask_role = True
         # Whether there were no settings when they were looked for last, and since when there are none that can be read.
         self._is_missing = False
         self._missing_since: float | None = None
@@ -84,11 +87,7 @@ class Target:
 
     def learn(self, role: object, fields: object) -> None:
         """Learn the replies to `QUESTIONS`. Raises LinkLost: what is published there reaches no client."""
-        if isinstance(role, hiredis.ReplyError):
-            if not is_denied(role):
-                raise LinkLost(words(role))
-        elif not (found := read_role(role)).is_master:
-            raise LinkLost(not_published(self.address, found))
+        self._take_role(role)
         now = self._asked_at = self._clock()
         settings = settings_from(fields, self._config)
         self._is_missing = not fields and not says_itself(self._config)
@@ -99,6 +98,14 @@ class Target:
             self._missing_since = now
         elif now - self._missing_since > _KEEP_S:
             self._settings, self._payload_max_bytes = own_settings(self._config), known_limit(self._config)
+
+    def _take_role(self, role: object) -> None:
+        self._may_ask_role = not is_denied(role)
+        if isinstance(role, hiredis.ReplyError):
+            if self._may_ask_role:
+                raise LinkLost(words(role))
+        elif not (found := read_role(role)).is_master:
+            raise LinkLost(not_published(self.address, found))
 
     # Events.
 
@@ -113,7 +120,10 @@ class Target:
                 )
 
     def commands(self, events: Sequence[Outgoing], *, with_script: bool) -> list[Command]:
-        """The commands that publish events, in order, with one reply each.
+        """The commands that publish events, in order, with one reply each; `take_replies` takes the replies.
+
+        Behind those that a replica would carry out too, what the server is is asked: the connection may have outlived
+        a failover. In a cluster, what is published on a replica reaches the clients of its master.
 
         Args: with_script: send the text of the script with the first event of a history; else Redis has to know it.
         """
@@ -128,7 +138,16 @@ class Target:
             how = ("EVAL", self._script.text) if with_script else ("EVALSHA", self._script.sha)
             found.append((*how, "1", channel, *args))
             with_script = with_script and self._publish == "SPUBLISH"  # each node has to be given it
+        if self._may_ask_role and any(command[0] == "PUBLISH" for command in found):
+            found.append(_ROLE)
         return found
+
+    def take_replies(self, commands: Sequence[Command], replies: Sequence[object]) -> Sequence[object]:
+        """The replies to events, of all to their commands. Raises LinkLost: the events have reached no client."""
+        if commands[-1] != _ROLE:
+            return replies
+        self._take_role(replies[-1])
+        return replies[:-1]
 
     def needs_script(self, commands: Sequence[Command], replies: Sequence[object]) -> bool:
         """Whether the only event has to be sent again with the script: Redis does not know it, or forbids EVALSHA.

@@ -36,7 +36,8 @@ def target(**settings: Any) -> Target:
 def test_events_go_where_the_relays_there_say() -> None:
     one = target()
     one.learn(MASTER, FIELDS)
-    plain, first, second = one.commands(EVENTS, with_script=True)
+    plain, first, second, role = one.commands(EVENTS, with_script=True)
+    assert role == ("ROLE",)
     assert plain == ("PUBLISH", b"t/other:e", b"1")
     assert first[:6] == ("EVAL", PUBLISH.text, "1", b"topic:room:1", b"e", b"2")
     assert second[:6] == ("EVALSHA", PUBLISH.sha, "1", b"topic:room:2", b"e", b"3")
@@ -55,7 +56,7 @@ def test_without_settings_in_redis_events_are_published_live() -> None:
 def test_topics_of_the_own_settings_count_instead_of_those_in_redis() -> None:
     one = target(topics=[{"match": "x"}])
     one.learn(MASTER, FIELDS)
-    assert one.commands(EVENTS[1:2], with_script=True) == [("PUBLISH", b"to:room:1:e", b"2")]
+    assert one.commands(EVENTS[1:2], with_script=True)[0] == ("PUBLISH", b"to:room:1:e", b"2")
 
 
 def test_settings_that_redis_has_lost_count_until_relays_have_written_them_again() -> None:
@@ -74,7 +75,7 @@ def test_settings_that_redis_has_lost_count_until_relays_have_written_them_again
     one.learn(MASTER, [])
     clock.now += 121
     one.learn(MASTER, [])
-    assert one.commands(EVENTS[1:2], with_script=False) == [("PUBLISH", b"to:room:1:e", b"2")]
+    assert one.commands(EVENTS[1:2], with_script=False)[0] == ("PUBLISH", b"to:room:1:e", b"2")
 
 
 def test_missing_settings_are_looked_for_each_second() -> None:
@@ -109,6 +110,22 @@ def test_replica_and_other_faults_refuse_the_connection() -> None:
     with pytest.raises(LinkLost, match="LOADING"):
         one.learn(hiredis.ReplyError("LOADING Redis is loading"), [])
     one.learn(hiredis.ReplyError("NOPERM no permissions to run the 'role' command"), [])
+
+
+def test_server_is_asked_with_each_event_whether_it_is_still_a_master() -> None:
+    one = target()
+    commands = one.commands(EVENTS, with_script=True)
+    assert one.take_replies(commands, [1, 1, 1, MASTER]) == [1, 1, 1]
+    with pytest.raises(LinkLost, match="is a replica"):
+        one.take_replies(commands, [1, 1, 1, [b"slave", b"host", 6379, b"connected", 0]])
+    denied = hiredis.ReplyError("NOPERM no permissions to run the 'role' command")
+    assert one.take_replies(commands, [1, 1, 1, denied]) == [1, 1, 1]
+    assert one.commands(EVENTS[:1], with_script=True) == [("PUBLISH", b"to:other:e", b"1")], "it is not asked again"
+    assert one.take_replies(one.commands(EVENTS[:1], with_script=True), [1]) == [1]
+    with_history = target(topics=HISTORY)
+    assert len(with_history.commands(EVENTS[1:2], with_script=True)) == 1, "a replica refuses that by itself"
+    cluster = Target(Config(redis_url="redis+cluster://one"))
+    assert [command[0] for command in cluster.commands(EVENTS, with_script=True)] == ["SPUBLISH"] * 3
 
 
 def test_payload_that_relays_would_drop_is_refused_where_the_limit_is_known() -> None:
@@ -160,7 +177,7 @@ def test_events_go_to_the_channel_of_the_topic_where_relays_publish_there(known_
     relay = Config(redis_url="redis://one", topics=HISTORY, redis={"publish_form": "topic"})
     one = target() if known_from == "redis" else target(topics=HISTORY, redis={"publish_form": "topic"})
     one.learn(MASTER, [word.encode() for word in renewal(relay)[0][2:]])
-    plain, kept, _ = one.commands(EVENTS, with_script=True)
+    plain, kept, *_ = one.commands(EVENTS, with_script=True)
     assert plain == ("PUBLISH", b"topic:other", b"e:1")
     assert kept[:6] == ("EVAL", PUBLISH.text, "1", b"topic:room:1", b"e", b"2")
     with pytest.raises(BusUnavailable, match=r"PUBLISH topic:other: NOPERM no; allow it with .*&topic:\*"):
