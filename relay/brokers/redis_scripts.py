@@ -13,7 +13,7 @@ from typing import NamedTuple
 FUNCTION_NAME = "relay_publish"
 """Of the function, and of its library."""
 
-FUNCTION_VERSION = 2
+FUNCTION_VERSION = 3
 """Raised whenever ``publish.lua`` or ``history.lua`` changes.
 
 A relay replaces an older function, and leaves a newer one alone.

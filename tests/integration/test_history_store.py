@@ -346,16 +346,26 @@ async def test_function_and_script_publish_as_the_relay_does(
             ("chan_reply_1", "1"),
             ("a\nb", "1"),
             ("x" * 256, "1"),
+            ("a\x85b", "1"),
+            *(
+                (event, "1")
+                for event in (b"\xff", b"a\xc3", b"\xed\xa0\x80", b"\xc0\xaf", b"\xf4\x90\x80\x80", b"\xc3\xc2\xa0\xa0")
+            ),
         ):
             with pytest.raises(Exception, match="expected an event name"):
                 await call(1, key, *args, SIZE, 60)
-        for sizes in ((0, 60), (SIZE, 0), (10**6, 60)):
+        for sizes in ((0, 60), (SIZE, 0), (10**6, 60), (SIZE, "90.5"), ("10.5", 60), (SIZE, "nan"), ("nan", 60)):
             with pytest.raises(Exception, match="expected a size"):
                 await call(1, key, "e", "1", *sizes)
         with pytest.raises(Exception, match="expected event, payload, size and ttl_s"):
             await call(1, key, "e", "1")
         with pytest.raises(Exception, match="at most 1048576 bytes"):
             await call(1, key, "e", "x" * 1_048_577, SIZE, 60)
+        assert await client.xlen(key) == 2, "nothing is kept of what is refused"
+        names = ["é", "a\xa0b", "日本", "\ud7ff\ue000\uffff", "\U00010000\U000e0000\U0010ffff", "߿ࠀ"]
+        for name in names:
+            assert is_position((await call(1, key, name, "1", SIZE, 60)).decode())
+        await eventually(lambda: [event.event for event in store.sink.events[2:]] == names, "the events")
 
 
 async def test_foreign_library_of_the_same_name_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
