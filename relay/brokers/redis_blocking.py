@@ -4,6 +4,7 @@ Owns the connections, which any thread may use, and which a forked process does 
 """
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -28,8 +29,8 @@ from redis.sentinel import Sentinel, SentinelConnectionPool
 from relay.brokers.redis_connection import LinkLost, connection_settings, packed, words
 from relay.redis_url import RedisAddress
 
-_PING_AFTER_S = 30
-"""Seconds without a command after which a connection is tried by PING before the next one."""
+_IDLE_S = 30
+"""Seconds without a command after which the next one is sent on a new connection: a firewall may have forgotten it."""
 
 _CODES: dict[type[ResponseError], str] = {
     NoPermissionError: "NOPERM ",
@@ -82,7 +83,7 @@ class BlockingConnections:
             "password": address.password,
             "db": address.db,
             "client_name": address.client_name or None,
-            "health_check_interval": _PING_AFTER_S,
+            "health_check_interval": _IDLE_S,
             "retry": Retry(NoBackoff(), 0),  # a retried PUBLISH could be delivered twice
             "redis_connect_func": self._greet,
         }
@@ -112,7 +113,7 @@ class BlockingConnections:
         Raises: LinkLost: there is no connection; where the block raises it, the connection is closed.
         """
         try:
-            connection: _Connection = self._pool.get_connection()
+            connection = self._take()
         except (RedisError, OSError) as error:
             raise LinkLost(words(error, len(self._sentinels), self._address.transport)) from error
         try:
@@ -122,6 +123,18 @@ class BlockingConnections:
             raise
         finally:
             self._pool.release(connection)
+
+    def _take(self) -> _Connection:
+        connection: _Connection = self._pool.get_connection()
+        try:
+            # 0 before the first reply. redis-py would send PING now, and fail without a new connection.
+            if 0 < connection.next_health_check < time.monotonic():
+                connection.disconnect()
+                connection.connect()
+        except BaseException:
+            self._pool.release(connection)
+            raise
+        return connection
 
     def close(self) -> None:
         """Close the connections; later commands make new ones."""

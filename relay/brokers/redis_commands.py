@@ -16,6 +16,8 @@ from relay.brokers.redis_connection import Connections, LinkLost, RedisConnectio
 from relay.brokers.redis_scripts import Script
 from relay.errors import BusUnavailable
 
+_IDLE_S = 30.0
+
 _AGAIN_S = 0.05
 """Seconds before a command is sent a second time; before the third twice as many, and so on."""
 
@@ -28,13 +30,18 @@ class RedisCommands:
           name: of the task that reads.
           attempts: how often a command is sent whose connection ends before the reply; more than once only where it
               may be carried out again.
+          idle_s: seconds without a reply after which the next command is sent on a new connection: a firewall
+              may have forgotten it, without a word.
     """
 
-    def __init__(self, connections: Connections, timeout_s: float, name: str, attempts: int = 1) -> None:
+    def __init__(
+        self, connections: Connections, timeout_s: float, name: str, attempts: int = 1, idle_s: float = _IDLE_S
+    ) -> None:
         self._connections = connections
         self._timeout_s = timeout_s
         self._name = name
         self._attempts = attempts
+        self._idle_s = idle_s
         self._connecting = asyncio.Lock()
         self._connection: RedisConnection | None = None
         self._reader: asyncio.Task[None] | None = None
@@ -70,7 +77,7 @@ class RedisCommands:
 
     async def connect(self) -> None:
         """Connect now where there is no connection. Raises BusUnavailable."""
-        if self._connection is None:
+        if self._usable() is None:
             async with self._limited("no answer"):
                 _ = await self._connect()
 
@@ -91,7 +98,7 @@ class RedisCommands:
         for attempt in range(1, self._attempts + 1):
             replies: list[asyncio.Future[Any]] = []
             try:
-                connection = self._connection or await self._connect()
+                connection = self._usable() or await self._connect()
                 replies += (asyncio.get_running_loop().create_future() for _ in commands)
                 self._unanswered.extend(replies)
                 connection.write(packed([tuple(map(_argument, command)) for command in commands]))
@@ -103,6 +110,13 @@ class RedisCommands:
                     raise
                 await asyncio.sleep(_AGAIN_S * attempt)
         raise AssertionError("there is one attempt at least")
+
+    def _usable(self) -> RedisConnection | None:
+        """The connection, unless it was idle for too long."""
+        connection = self._connection
+        if connection is not None and not self._unanswered and connection.idle_s > self._idle_s:
+            self.reconnect()
+        return self._connection
 
     def reconnect(self) -> None:
         """Give the connection up: its server is no longer what it was."""

@@ -108,6 +108,11 @@ class RedisConnection:
         self.limit_s: float | None = None
         """Seconds for the reply to `ask`; without them the caller has a limit of its own."""
 
+    @property
+    def idle_s(self) -> float:
+        """Seconds since bytes came last."""
+        return self._clock() - self.read_at
+
     async def read(self, most: int = _READ_BYTES) -> None:
         """Wait for bytes and feed them to `replies`. Raises LinkLost at the connection's end."""
         try:

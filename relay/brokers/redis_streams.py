@@ -31,7 +31,9 @@ class RedisHistory:
 
     def __init__(self, connections: Connections, config: Config) -> None:
         self._prefix = config.redis.topic_prefix
-        self._commands = RedisCommands(connections, config.redis.timeout_s, "relay-redis-history", _ATTEMPTS)
+        self._commands = RedisCommands(
+            connections, config.redis.timeout_s, "relay-redis-history", _ATTEMPTS, config.redis.ping_interval_s
+        )
 
     async def open(self, topic: str, since: str, settings: HistoryConfig, max_events: int, max_bytes: int) -> Opened:
         """Say whether all events behind ``since`` are there."""

@@ -11,15 +11,19 @@ import pytest
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 
-from relay import AsyncPublisher, Config
+from relay import AsyncPublisher, Config, redis_url
 from relay.brokers.base import Broker, Event, HistoryStore, Opened, Place, is_position
 from relay.brokers.broadcaster import BroadcasterBroker
 from relay.brokers.redis import RedisBroker
+from relay.brokers.redis_connection import Connections
 from relay.brokers.redis_scripts import PUBLISH
+from relay.brokers.redis_streams import RedisHistory
 from relay.config_sections import Direction, HistoryConfig
 from relay.errors import BusUnavailable, NotRecovered
 from relay.metrics import Metrics
 from relay.protocol import topics
+from tests.support.faults import Proxy
+from tests.support.patience import PATIENCE
 from tests.support.process import Valkey
 from tests.support.serving import eventually
 from tests.support.sink import Sink
@@ -387,6 +391,21 @@ async def test_foreign_library_of_the_same_name_is_left_alone(caplog: pytest.Log
             position = await client.fcall("relay_publish", 1, f"topic:{store.topic}", "e", "1", SIZE, 60)
             assert is_position(position.decode())
         await client.aclose()
+
+
+async def test_history_is_read_on_a_new_connection_where_the_last_was_idle(valkey: Valkey) -> None:
+    """A firewall may have forgotten it meanwhile: what is sent on it gets no answer."""
+    async with Proxy.open(valkey.port) as proxy:
+        config = Config(
+            redis_url=f"redis://127.0.0.1:{proxy.port}", redis={"ping_interval_s": 1e-6, "timeout_s": PATIENCE}
+        )
+        connections = Connections(redis_url.parse(config.redis_url), config.redis.timeout_s)
+        history = RedisHistory(connections, config)
+        for _ in range(3):
+            assert await history.last("room:idle", 1) == []
+            proxy.forget()
+        await history.close()
+        await connections.close()
 
 
 async def test_program_that_publishes_learns_of_histories_from_redis(server: Valkey) -> None:

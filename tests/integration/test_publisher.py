@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from redis import Redis as SyncRedis
 
 from relay import AsyncPublisher, BusUnavailable, Config, Published, Publisher
 from relay.brokers.base import is_position
+from relay.brokers.redis_commands import RedisCommands
 from relay.brokers.redis_settings import renewal
 from tests.integration.test_core_alone import FORBIDDEN, ROOT
 from tests.support.client import Client
@@ -182,6 +184,20 @@ async def test_publisher_outlives_a_restart_of_redis(kind: Kind) -> None:
                 await publish(publisher, ("room:1", "e", 0))
         server.start()
         assert await publish(publisher, ("room:1", "e", 0)) == [Published(None, 0)]
+        await close(publisher)
+
+
+async def test_connection_that_was_idle_is_made_anew(
+    kind: Kind, valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A firewall may have forgotten it meanwhile: what is sent on it gets no answer."""
+    monkeypatch.setattr("relay.brokers.redis_blocking._IDLE_S", 1e-6)
+    monkeypatch.setattr("relay.publisher.RedisCommands", partial(RedisCommands, idle_s=0))
+    async with Proxy.open(valkey.port) as proxy:
+        publisher = kind(f"redis://127.0.0.1:{proxy.port}", redis=FAST)
+        for _ in range(3):
+            assert await publish(publisher, ("other:1", "e", 0)) == [Published(None, 0)]
+            proxy.forget()
         await close(publisher)
 
 

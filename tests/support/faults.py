@@ -38,6 +38,7 @@ class Proxy:
         self.chunk_bytes = 65536
         self.rewrite: Callable[[bytes], bytes] = bytes
         self.connections = 0
+        self._generation = 0
         self._tls = tls
         self._next = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -67,6 +68,10 @@ class Proxy:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             await asyncio.gather(*(each.wait_closed() for each in self._writers), return_exceptions=True)
+
+    def forget(self) -> None:
+        """Let nothing pass any more on the connections so far, and close none, as a firewall does after a while."""
+        self._generation += 1
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
@@ -108,8 +113,11 @@ class Proxy:
         chunk_bytes: int,
         rewrite: Callable[[bytes], bytes] | None,
     ) -> None:
+        generation = self._generation
         with suppress(OSError):
             while data := await reader.read(chunk_bytes):
+                if generation != self._generation:
+                    continue
                 if self.delay_s:
                     await asyncio.sleep(self.delay_s)
                 writer.write((rewrite or self.rewrite)(data))
