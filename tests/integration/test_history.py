@@ -99,6 +99,24 @@ async def test_nothing_missed_is_recovered_too(served: Served, connect: Connect,
         assert await join(await connect(served), topic, since=since) == {"_position": since, "recovered": True}
 
 
+async def test_deleted_entries_are_passed_over(
+    serve_relay: ServeRelay, connect: Connect, valkey: Valkey, topic: str
+) -> None:
+    """As docs/history.md says of XDEL."""
+    served = await serve_relay(topics=HISTORY, redis_url=valkey.url)
+    await publish(served, topic, 1, 2, 3, 4)
+    async with Redis(port=valkey.port) as admin:
+        rows: Any = await admin.xrange(f"topic:{topic}")
+        positions = [row[0].decode() for row in rows]
+        assert await admin.xdel(f"topic:{topic}", *positions[1:3]) == 2
+    back = await connect(served)
+    assert (await join(back, topic, since=positions[0]))["recovered"] is True
+    assert [event["n"] for event in await receive_events(back, topic, 1)] == [4]
+    assert (await join(await connect(served), topic, since=positions[1]))["recovered"] is False
+    await publish(served, topic, 5)
+    assert [event["n"] for event in await receive_events(back, topic, 1)] == [5]
+
+
 @pytest.mark.parametrize(
     "since",
     ["9999999999999-1", "1-1", "nonsense", "", 17, True, [], {"a": 1}, "1-", "-1", "1-1-1", "١-١", "1" * 300 + "-1"],
