@@ -8,6 +8,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from relay import redis_url
 from relay.brokers import redis_topics
