@@ -292,7 +292,7 @@ class Socket:
         """Tell the channel of a frame that is lost, or all that recover events where its topic is not known."""
         topic, event = names_in(frame) or (None, None)
         if event == "phx_reply":
-            return  # no event: who waits for it is told in time
+            return  # no event: its caller has a time limit
         for channel in tuple(self._channels.values()):
             if channel.topic == topic or (topic is None and channel.recovers):
                 channel.miss()
