@@ -13,9 +13,10 @@ import binascii
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+from unicodedata import normalize
 from urllib.parse import unquote
 
 import jwt
@@ -67,13 +68,23 @@ _NAMED = re.compile(
 """How a key is named in text beside it."""
 _ENCODED = re.compile(r"[A-Za-z0-9+/_-]{12,}")
 _LONG = re.compile(r"[A-Za-z0-9+/_-]{32}|(?:[0-9a-fA-F]{2}[\s:]+){16}")
-_BYTES = re.compile(r"(?:(?:\\|0)x[0-9a-fA-F]{2}[\s,;]*){16,}")
+_BYTE = re.compile(r"(?:0x|\\x|\\u00|%)([0-9a-f]{1,2})", re.IGNORECASE)
+_DECIMAL = re.compile(r"(?<![\d.])-?\d{1,3}(?![\d.])")
 _NUMBER = re.compile(r"\d{150,}")
-_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]")
+_MODULUS = re.compile(r"[\w+/-]{170,}", re.ASCII)
+_EXPONENT = re.compile(r"\bAQAB\b|\bAwEAA")
+"""65537 in base64: beside the modulus, as JWKs have it, or before it, as DNS has it."""
+_COORDINATE = re.compile(r"[\w-]{43,88}", re.ASCII)
+_RSA_END = b"\x02\x03\x01\x00\x01"
+"""65537 in DER, with which an RSA public key ends."""
+_BLOBS = re.compile(rb"(?:RSA[1-3]|EC[SK][1-6])..\0\0|\x21\x58\x20.{32}\x22\x58\x20", re.DOTALL)
+"""How keys of Windows begin, and what stands in those of COSE."""
+_CONTROL = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+_INVISIBLE = re.compile("[\0\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]")
 _LAYERS = 4
 """Encodings that are looked through, one inside another."""
-_POINTS = {65: (ec.SECP256R1(), ec.SECP256K1()), 97: (ec.SECP384R1(),), 133: (ec.SECP521R1(),)}
-"""Curves by the length of an uncompressed point, a public key as it is. Random bytes are on none of them."""
+_POINTS = {64: (ec.SECP256R1(), ec.SECP256K1()), 96: (ec.SECP384R1(),), 132: (ec.SECP521R1(),)}
+"""Curves by the length of both coordinates, a public key as it is. Random bytes are on none of them."""
 _KEYSTORES = (b"\xfe\xed\xfe\xed", b"\xce\xce\xce\xce")  # of Java
 
 
@@ -200,6 +211,8 @@ def _parse(text: str, kid: str) -> Key | None:
 
 def _check_secret(text: str) -> None:
     """Refuse what is not secret. Raises _Unusable."""
+    if _CONTROL.search(text):
+        raise _Unusable(f"has control characters, as data or UTF-16 have; expected {_FORMS}")
     if _JWT.search(text):
         raise _Unusable(f"a token, which is no key; expected {_FORMS}")
     if _XML.search(text):
@@ -214,25 +227,34 @@ def _check_secret(text: str) -> None:
 
 def _shows_key(text: str, layers: int = _LAYERS) -> bool:
     """Say whether a key is to be seen in ``text``: beside other text, in part, or under further encodings."""
-    text = unquote(_INVISIBLE.sub("", text))
-    if _BYTES.fullmatch(text):
-        text = re.sub(r"(?:\\|0)x|[\s,;]", "", text)
+    text = normalize("NFKC", _INVISIBLE.sub("", text))
+    written = chain(_written_bytes(text), _coordinates(text))
+    text = unquote(text)
     if _NUMBER.fullmatch(text) or _PEM_TRACE.search(text) or (_NAMED.search(text) and _LONG.search(text)):
         return True
+    if _EXPONENT.search(text) and _MODULUS.search(text):
+        return True
     joined = re.sub(r"\s", "", text)
-    parts = dict.fromkeys((*_ENCODED.findall(text), *_ENCODED.findall(joined)))
-    return any(_holds_key(data, layers) for data in chain(_decodings(joined), *map(_bytes_of, parts)))
+    # Once more without what may stand between the pieces.
+    pure = (re.sub(f"[^{alphabet}]", "", text) for alphabet in ("0-9a-fA-F", "A-Za-z0-9+/", r"A-Za-z0-9_\-"))
+    parts = dict.fromkeys((*_ENCODED.findall(text), *_ENCODED.findall(joined), *pure))
+    return any(_holds_key(data, layers) for data in chain(written, _decodings(joined), *map(_bytes_of, parts)))
 
 
 def _holds_key(data: bytes, layers: int) -> bool:
     if _is_der(data) or _begins_as_der(data) or any(oid in data for oid in _OIDS) or _SSH_WIRE.search(data):
         return True
-    if data[:1] == b"\x04" and any(_is_point(data, curve) for curve in _POINTS.get(len(data), ())):
+    if _RSA_END in data[-8:] or _BLOBS.search(data):
         return True
-    if layers == 0 or len(data) < 16 or not data.isascii():
+    point = data[1:] if len(data) % 2 and data[0] == 4 else data
+    if any(_is_point(b"\x04" + point, curve) for curve in _POINTS.get(len(point), ())):
+        return True
+    if len(data) < 16 or not data.isascii():
         return False
-    text = data.decode("ascii")
-    return (text.isprintable() or "\n" in text) and (bool(_XML.search(text)) or _shows_key(text, layers - 1))
+    text = data.replace(b"\0", b"").decode("ascii")
+    if not (text.isprintable() or "\n" in text):
+        return False
+    return layers == 0 or bool(_XML.search(text)) or _shows_key(text, layers - 1)
 
 
 def _is_point(data: bytes, curve: ec.EllipticCurve) -> bool:
@@ -246,7 +268,7 @@ def _is_point(data: bytes, curve: ec.EllipticCurve) -> bool:
 def _bytes_of(text: str) -> Iterator[bytes]:
     """What a run of letters may stand for: hex; base64, of which up to three letters may be missing at the front."""
     with suppress(ValueError):
-        yield bytes.fromhex(text)
+        yield bytes.fromhex(text[len(text) % 2 :])
     text = text.replace("+", "-").replace("/", "_")
     for missing in range(4):
         part = text[missing:]
@@ -254,11 +276,34 @@ def _bytes_of(text: str) -> Iterator[bytes]:
             yield base64.urlsafe_b64decode(part[: len(part) - (len(part) % 4 == 1)] + "==")
 
 
+def _written_bytes(text: str) -> Iterator[bytes]:
+    """What text stands for that writes bytes one by one: in hex with a mark, in decimal, or in a literal of Python."""
+    yield bytes(int(digits, 16) for digits in _BYTE.findall(text))
+    yield bytes(int(number) % 256 for number in _DECIMAL.findall(text))
+    if "\\" in text:
+        with suppress(ValueError):
+            yield text.encode("latin-1", "ignore").decode("unicode_escape").encode("latin-1", "ignore")
+
+
+def _coordinates(text: str) -> Iterator[bytes]:
+    """Each two numbers in base64 that follow one another, as ``x`` and ``y`` of a JWK do."""
+    for both in pairwise(_COORDINATE.findall(text)):
+        with suppress(ValueError):
+            yield b"".join(base64.urlsafe_b64decode(number + "==") for number in both)
+
+
 def _decodings(text: str) -> Iterator[bytes]:
     """What text as a whole may stand for, in rarer encodings."""
-    for decode in (base64.b32decode, base64.a85decode, base64.b85decode):
+    letters = text.rstrip("=").upper()
+    letters += "=" * (-len(letters) % 8)
+    for decode, form in (
+        (base64.b32decode, letters),
+        (base64.b32hexdecode, letters),
+        (base64.a85decode, text),
+        (base64.b85decode, text),
+    ):
         with suppress(ValueError):
-            yield decode(text)
+            yield decode(form)
 
 
 def _is_file(text: str) -> bool:

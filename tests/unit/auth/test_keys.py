@@ -4,6 +4,8 @@ import base64
 import json
 from pathlib import Path
 from random import Random
+from struct import pack
+from textwrap import wrap
 from typing import Any
 from urllib.parse import quote
 
@@ -19,6 +21,8 @@ from cryptography.hazmat.primitives.serialization import (
     PublicFormat,
     load_pem_private_key,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from relay.auth.keys import read_key
 from relay.errors import ConfigError
@@ -135,6 +139,16 @@ def test_file_with_der_is_read(data: bytes, tmp_path: Path) -> None:
 ED25519 = ed25519.Ed25519PrivateKey.generate()
 LOCKED = RSA.private_bytes(Encoding.DER, PKCS8, BestAvailableEncryption(b"x"))
 
+POINT = EC.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint)
+MODULUS = RSA.public_key().public_numbers().n.to_bytes(256)
+
+
+def layered(data: bytes, layers: int) -> str:
+    for _ in range(layers):
+        data = base64.b64encode(data)
+    return data.decode()
+
+
 REFUSED = {
     "base64 of DER that was cut": (plain(public_der(RSA))[:-40], "cannot be read"),
     "base64 of DER that was cut to a word": (plain(public_der(RSA))[:24], "cannot be read"),
@@ -186,7 +200,7 @@ REFUSED = {
     "a data URL": (f"data:application/x-pem-file;base64,{plain(RSA_PUBLIC.encode())}", "looks like a key"),
     "PEM in small letters": (RSA_PUBLIC.lower(), "PEM"),
     "a point in hex": (
-        EC.public_key().public_bytes(Encoding.X962, PublicFormat.UncompressedPoint).hex(),
+        POINT.hex(),
         "looks like a key",
     ),
     "OpenSSH in capitals": (openssh(RSA).replace("ssh-rsa", "SSH-RSA"), "OpenSSH"),
@@ -196,6 +210,30 @@ REFUSED = {
     "a modulus that openssl prints": (f"Modulus={RSA.public_key().public_numbers().n:X}", "looks like a key"),
     "a modulus in decimal digits": (str(RSA.public_key().public_numbers().n), "looks like a key"),
     "XML in base64": (plain(b"<RSAKeyValue><Modulus>AAAA</Modulus></RSAKeyValue>"), "looks like a key"),
+    "OpenSSL's modulus and exponent": (f"n: {jwk(RSA_PUBLIC, None)['n']}\ne: AQAB", "looks like a key"),
+    "modulus and exponent of a query": (f"n={jwk(RSA_PUBLIC, None)['n']}&e=AQAB", "looks like a key"),
+    "modulus and exponent with a dot": (f"{jwk(RSA_PUBLIC, None)['n']}.AQAB", "looks like a key"),
+    "coordinates with names": ("x={x} y={y}".format(**jwk(EC_PUBLIC, None)), "looks like a key"),
+    "a point without its first byte": (plain(POINT[1:]), "looks like a key"),
+    "a point without its first byte, in hex": (POINT[1:].hex(), "looks like a key"),
+    "base64 without its first line": ("\n".join(body(RSA_PUBLIC).split("\n")[1:]), "looks like a key"),
+    "base64 without ten letters": (plain(public_der(RSA))[10:], "looks like a key"),
+    "base32 in small letters": (base64.b32encode(public_der(EC)).decode().lower(), "looks like a key"),
+    "base32 without padding": (base64.b32encode(public_der(RSA)).decode().rstrip("="), "looks like a key"),
+    "base64 in many layers": (layered(public_der(EC), 9), "looks like a key"),
+    "bytes of Windows": (plain(b"RSA1" + pack("<IIII", 2048, 3, 256, 0) + MODULUS), "looks like a key"),
+    "bytes of Windows, older": (
+        plain(b"\x06\x02\0\0\0\xa4\0\0RSA1" + pack("<II", 2048, 65537) + MODULUS[::-1]),
+        "looks like a key",
+    ),
+    "bytes of Windows, EC": (plain(b"ECS1" + pack("<I", 32) + POINT[1:]), "looks like a key"),
+    "a literal of Python": (repr(public_der(RSA)), "looks like a key"),
+    "decimal numbers": (", ".join(map(str, public_der(RSA))), "looks like a key"),
+    "signed decimal numbers": (str([byte - (byte > 127) * 256 for byte in public_der(EC)]), "JSON"),
+    "an array of C": ("{" + ", ".join(map(hex, public_der(EC))) + "}", "looks like a key"),
+    "DER in Latin 1": (public_der(RSA).decode("latin-1"), "control characters"),
+    **{f"hex pairs with {mark}": (public_der(RSA).hex(mark), "looks like a key") for mark in "-,%_"},
+    **{f"base64 with {mark}": (mark.join(wrap(plain(public_der(RSA)), 4)), "looks like a key") for mark in ",-:.|"},
     "half a surrogate pair": ("a secret of more than thirty-two bytes \ud83d", "UTF-8"),
 }
 
@@ -215,6 +253,14 @@ def test_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         path.write_bytes(data)
         with pytest.raises(ConfigError, match="cannot be read"):
             read_key(f"file:{path}", "", "here")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_file_in_utf_16_without_mark_is_refused(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "key"
+    path.write_bytes(RSA_PUBLIC.encode(encoding))
+    with pytest.raises(ConfigError, match="control characters"):
+        read_key(f"file:{path}", "", "here")
 
 
 def test_path_of_a_file_that_exists_is_not_taken_for_a_secret(tmp_path: Path) -> None:
@@ -245,13 +291,21 @@ def test_secret_stays_a_secret_as_it_is_written(text: str) -> None:
     assert (key.algorithm, key.public, key.private) == ("HS256", text.encode(), text.encode())
 
 
-def test_random_bytes_in_base64_or_hex_are_a_secret() -> None:
-    """None of 1500 is mistaken for a key: one in some millions is, which begins as DER does."""
-    draw = Random(1)
-    for _ in range(500):
-        data = draw.randbytes(draw.randint(16, 80))
-        for text in (plain(data), b64(data), data.hex()):
-            assert read_key(text, "", "here").algorithm == "HS256"
+@settings(max_examples=300)
+@given(st.binary(min_size=16, max_size=400))
+def test_random_bytes_in_base64_or_hex_are_a_secret(seed: bytes) -> None:
+    """None is mistaken for a key: one in some millions is, which begins as DER does."""
+    data = Random(seed).randbytes(len(seed))
+    forms = (
+        plain(data),
+        b64(data),
+        data.hex(),
+        data.hex("-"),
+        base64.b32encode(data).decode(),
+        "\n".join(wrap(plain(data))),
+    )
+    for text in forms:
+        assert read_key(text, "", "here").algorithm == "HS256"
 
 
 def test_secret_in_a_jwk_is_the_bytes_it_stands_for() -> None:
