@@ -136,6 +136,12 @@ class Server(uvicorn.Server):
         while draining & self.server_state.connections and not self.force_exit:  # noqa: ASYNC110 - Uvicorn has no event
             await asyncio.sleep(_LOOK_S)
         await super().shutdown(sockets)
+        if self.force_exit:  # by a second Ctrl+C: Uvicorn leaves the application's end out, and so `on_shutdown`
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()  # else the application waits for them
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.config.timeout_graceful_shutdown):
+                    await self.lifespan.shutdown()
         server_loggers(self.config).flush(at_once=True)
         if self.ends_process:
             threading.Thread(target=_end_process, args=(self.clean_up,), name="relay-end", daemon=True).start()

@@ -27,7 +27,7 @@ from websockets.exceptions import InvalidStatus
 
 from relay import ConfigError, __version__
 from relay.brokers import embedded
-from tests.support.client import Client
+from tests.support.client import Client, RawSocket
 from tests.support.patience import PATIENCE
 from tests.support.process import DEADLINE_S, RelayProcess, Valkey, free_port, has_ended, launched, wait_for
 from tests.support.serving import eventually, heard_on, http_get, metric
@@ -510,6 +510,40 @@ async def test_nothing_is_left_when_it_ends(workers: int, number: signal.Signals
         assert "Traceback" not in relay.output
         assert "ERROR" not in relay.output
         assert announced(relay) == []
+
+
+_SAYS_ITS_END = """
+from relay import Plugin
+
+plugin = Plugin("ending")
+
+
+@plugin.on_shutdown
+async def end(relay):
+    print("plugin has ended", flush=True)
+"""
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_second_ctrl_c_ends_it_in_good_order(workers: int, tmp_path: Path) -> None:
+    """The first waits for a client that does not answer the close; the second cuts it and runs `on_shutdown`."""
+    (tmp_path / "ending").mkdir()
+    (tmp_path / "ending" / "__init__.py").write_text(_SAYS_ITS_END)
+    environ = {
+        "RELAY_PLUGINS__PATHS": json.dumps([str(tmp_path)]),
+        "RELAY_LIMITS__CLOSE_TIMEOUT_S": str(60 * PATIENCE),
+        "RELAY_LIMITS__DRAIN_TIMEOUT_S": str(90 * PATIENCE),
+    }
+    with RelayProcess("--workers", str(workers), environ=environ) as relay:
+        async with RawSocket.connect(relay.ws) as client:
+            assert relay.process is not None
+            os.killpg(relay.process.pid, signal.SIGINT)
+            assert await client.read_close() == (1012, "the relay is restarting")
+            code = await asyncio.to_thread(relay.stop, signal.SIGINT, group=True)
+        assert code == 0, relay.output
+        assert relay.output.count("plugin has ended") == workers
+        assert "Traceback" not in relay.output
+        assert "ERROR" not in relay.output
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
