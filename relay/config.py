@@ -162,6 +162,8 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     def _clean_paths(cls, paths: tuple[str, ...]) -> tuple[str, ...]:
         if not all(path.startswith("/") for path in paths):
             raise ValueError('expected paths like "/socket"')
+        if not all(path.isprintable() and not {"?", "#"} & {*path} for path in paths):
+            raise ValueError("expected paths without ?, # and control characters, which no request has in its path")
         return tuple(path.rstrip("/") or "/" for path in paths)
 
     @field_validator("allowed_origins")
@@ -172,7 +174,11 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
                 continue
             parts = urlsplit(origin)
             _ = parts.port  # raises ValueError here, or it would at each handshake
-            if not parts.netloc or parts.path not in ("", "/"):
+            if not origin.isascii():
+                raise ValueError('expected names as browsers send them, such as "https://xn--bcher-kva.example"')
+            host = (parts.hostname or "").removesuffix(".")
+            is_host = _HOST_PATTERN.fullmatch(host) is not None or parse_ip(host) is not None
+            if not is_host or parts.path not in ("", "/") or parts.query or parts.fragment:
                 raise ValueError('expected "any", or a list of "same", "https://host[:port]", "//host" and "//*.host"')
         return origins
 

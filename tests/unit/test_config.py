@@ -161,7 +161,14 @@ def test_rest_path_loses_its_last_slash(path: str, clean: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "origins", ["same", "any", (), ("https://a",), ("https://a:1", "//b", "//*.c", "https://d/", "http://[::1]:8000")]
+    "origins",
+    [
+        "same",
+        "any",
+        (),
+        ("https://a",),
+        ("https://a:1", "//b", "//*.c", "https://d/", "http://[::1]:8000", "tauri://localhost", "https://*.E.org.:1"),
+    ],
 )
 def test_origins_may_be_named_so(origins: Any) -> None:
     assert Config(allowed_origins=origins).allowed_origins == origins

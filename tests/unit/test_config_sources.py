@@ -186,6 +186,21 @@ def test_unknown_key_is_named_with_its_file_and_what_may_be_meant(
             "got ['https://example.org/app']",
         ),
         (
+            'allowed_origins = ["https://*"]',
+            'allowed_origins: expected "any", or a list of "same", "https://host[:port]", "//host" and "//*.host", '
+            "got ['https://*']",
+        ),
+        (
+            'allowed_origins = ["https://bücher.example"]',
+            'allowed_origins: expected names as browsers send them, such as "https://xn--bcher-kva.example", '
+            "got ['https://bücher.example']",
+        ),
+        (
+            'socket_paths = ["/so cket?x"]',
+            "socket_paths: expected paths without ?, # and control characters, which no request has in its path, "
+            "got ['/so cket?x']",
+        ),
+        (
             'allowed_origins = ["https://a:99999"]',
             "allowed_origins: port out of range 0-65535, got ['https://a:99999']",
         ),
