@@ -443,11 +443,15 @@ def _contradictions(config: Config) -> Iterator[str]:
     """Settings that other settings leave without effect, or with an unwanted one."""
     limits, redis, auth = config.limits, config.redis, config.auth
     least = limits.payload_max_bytes + ENVELOPE_BYTES
-    for name, value, follows in (
+    sizes = [
+        ("limits.in_flight_total_max_bytes", limits.in_flight_total_max_bytes, "such a push closes its socket"),
         ("limits.outbox_total_max_bytes", limits.outbox_total_max_bytes, "such an event cannot wait for a slow reader"),
         ("redis.publish_queue_max_bytes", redis.publish_queue_max_bytes, "such a push never reaches Redis"),
         ("limits.body_max_bytes", limits.body_max_bytes, "REST refuses such an event"),
-    ):
+    ]
+    if config.has_history:
+        sizes.append(("limits.recover_max_bytes", limits.recover_max_bytes, "such an event cannot be recovered"))
+    for name, value, follows in sizes:
         if 0 < value < least:
             yield f"{name} = {value} is too small for limits.payload_max_bytes = {least - ENVELOPE_BYTES}: {follows}"
     if auth.anonymous and auth.has_keys and not config.allow_anonymous:

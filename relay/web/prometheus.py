@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 from relay.errors import DROPPED, ConfigError
@@ -509,8 +510,13 @@ def _open(directory: str) -> "SnapshotStore":
 
     path = Path(directory)
     there = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"metrics.dir: expected a directory that can be made and written to, got {directory}")
+    try:
+        with TemporaryDirectory(dir=there):  # by trying: modes do not say it of root, nor of /proc
+            pass
+    except OSError:
+        raise ConfigError(
+            f"metrics.dir: expected a directory that can be made and written to, got {directory}"
+        ) from None
     return SnapshotStore(path, _counted)
 
 

@@ -505,6 +505,7 @@ def test_relay_with_keys_may_be_reached_from_other_machines(url: str) -> None:
         ("[limits]\npayload_max_bytes = 3000000", "expected 3001024 bytes at least"),
         ('[plugins]\npaths = ["/nowhere/plugins"]', "plugins.paths: /nowhere/plugins is not a directory"),
         ('[metrics]\ndir = "/dev/null/x"', "metrics.dir: expected a directory that can be made and written to"),
+        ('[metrics]\ndir = "/proc/nonexist"', "metrics.dir: expected a directory that can be made and written to"),
         ('[[proxy]]\nprefix = "/x"\ntarget = "http://"', "expected http[s]://host[:port]"),
         ('[auth]\njwks_url = "https://:99999"', "expected http[s]://host[:port]"),
         ('[auth]\nkeys = ["file:/nowhere/key"]', "/nowhere/key: cannot be read"),
@@ -537,6 +538,11 @@ def test_check_refuses_a_plugin_that_cannot_be_imported(relay: Command, tmp_path
     [
         ("[limits]\nbody_max_bytes = 1000", "limits.body_max_bytes = 1000 is too small"),
         ("[limits]\noutbox_total_max_bytes = 1000", "limits.outbox_total_max_bytes = 1000 is too small"),
+        ("[limits]\nin_flight_total_max_bytes = 10", "limits.in_flight_total_max_bytes = 10 is too small"),
+        (
+            '[limits]\nrecover_max_bytes = 10\n[[topics]]\nmatch = "a"\nhistory = {}',
+            "limits.recover_max_bytes = 10 is too small",
+        ),
         ("[redis]\npublish_queue_max_bytes = 1000", "redis.publish_queue_max_bytes = 1000 is too small"),
         (
             f'[auth]\nkeys = ["{SECRET}"]\n[[auth.anonymous]]\nmatch = "a"\nrights = ["join"]',
