@@ -49,6 +49,9 @@ SETTINGS_KEY = "relay:settings"
 
 _HOST_PATTERN = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*", re.ASCII)
 
+_NOT_IN_HOST = re.compile(r"[/@\[\]\s]")
+_FOUR_NUMBERS = re.compile(r"\d+(\.\d+){3}")
+
 _REDIS_SCHEMES = ("redis", "rediss", "unix", *SENTINEL_SCHEMES, *CLUSTER_SCHEMES)
 _REDIS_FORMS = 'redis://, rediss://, unix://, redis+sentinel://, redis+cluster://, or "embedded"'
 BROADCAST_SCHEMES = ("memory", "postgres", "postgresql", "kafka")
@@ -138,6 +141,15 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Take given values alone: `load` brings file and variables in, so that an error can name its source."""
         return (init_settings,)
+
+    @field_validator("host")
+    @classmethod
+    def _is_host(cls, host: str) -> str:
+        address = host.partition("%")[0]  # without the zone of an IPv6 address
+        looks_like_ip = ":" in host or _FOUR_NUMBERS.fullmatch(host)
+        if _NOT_IN_HOST.search(host) or not host or (looks_like_ip and parse_ip(address) is None):
+            raise ValueError('expected an address or a name alone, such as "127.0.0.1", "0.0.0.0" or "::1"')
+        return host
 
     @field_validator("redis_url", "broadcast_url")
     @classmethod

@@ -3,6 +3,7 @@
 Owns what is started before Uvicorn and ended after it; must not know how a relay works inside.
 """
 
+import errno
 import gc
 import json
 import logging
@@ -85,9 +86,11 @@ def serve(
         settings = load(
             config, {**flags, settings.old_names.name_in_use("allowed_origins"): _with_origins(settings, origin)}
         )
-    settings = _apply_web_concurrency(settings)
+    if not reload:
+        settings = _apply_web_concurrency(settings)
     if reload and settings.workers > 1:
         raise ConfigError(f"command line: --reload: expected one process, got workers = {settings.workers}")
+    _check_host(settings)
     if application is None:
         settings.check_exposure()
     logging.config.dictConfig(_logging(settings))
@@ -300,9 +303,24 @@ def _alone(settings: Config) -> Any:
     return Relay(settings)
 
 
+def _family(host: str) -> sockets.AddressFamily:
+    return sockets.AF_INET6 if ":" in host else sockets.AF_INET
+
+
+def _check_host(settings: Config) -> None:
+    """Resolve the name before anything is said of who could reach it. Raises ConfigError where it has no address."""
+    try:
+        _ = sockets.getaddrinfo(settings.host, settings.port, _family(settings.host))
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", error)
+        raise ConfigError(
+            f"host: {settings.host} is no address of this machine, nor the name of one ({reason})"
+        ) from None
+
+
 def _listen(settings: Config) -> sockets.socket:
     """Bind the address before anything else is started. Raises ConfigError where that fails."""
-    family = sockets.AF_INET6 if ":" in settings.host else sockets.AF_INET
+    family = _family(settings.host)
     # With its protocol: asyncio sets TCP_NODELAY only then. Without, a write may wait 40 ms for the client's ACK.
     listener = sockets.socket(family, sockets.SOCK_STREAM, sockets.IPPROTO_TCP)
     listener.setsockopt(sockets.SOL_SOCKET, sockets.SO_REUSEADDR, 1)
@@ -310,6 +328,8 @@ def _listen(settings: Config) -> sockets.socket:
         listener.bind((settings.host, settings.port))
     except OSError as error:
         listener.close()
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise ConfigError(f"host: {settings.host} is no address of this machine ({error.strerror})") from None
         raise ConfigError(
             f"port: cannot listen on {settings.host}:{settings.port} ({error.strerror}); choose another with --port"
         ) from None

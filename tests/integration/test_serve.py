@@ -452,6 +452,11 @@ async def test_web_concurrency_is_the_number_of_workers(
     assert "Traceback" not in relay.output
 
 
+def test_web_concurrency_gives_way_to_reload() -> None:
+    with RelayProcess("--reload", environ={"WEB_CONCURRENCY": "2"}) as relay:
+        assert "is ready" in relay.output
+
+
 def _serving(relay: RelayProcess) -> list[int]:
     """The processes that serve: the workers, or where there are none the relay itself."""
     assert relay.process is not None

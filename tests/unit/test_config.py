@@ -174,7 +174,20 @@ def test_origins_may_be_named_so(origins: Any) -> None:
     assert Config(allowed_origins=origins).allowed_origins == origins
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "relay.example", ""])
+@pytest.mark.parametrize("host", ["", "http://127.0.0.1", "127.0.0.1:9000", "256.1.1.1", "[::1]", "a b", "localhost:1"])
+def test_host_is_an_address_or_a_name_alone(host: str) -> None:
+    with pytest.raises(ValidationError, match="expected an address or a name alone"):
+        Config(host=host)
+
+
+@pytest.mark.parametrize(
+    "host", ["::1", "fe80::1%eth0", "::ffff:127.0.0.1", "localhost", "127.1", "my_host", "bücher.example"]
+)
+def test_host_may_be_written_so(host: str) -> None:
+    assert Config(host=host).host == host
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "relay.example"])
 def test_listening_to_other_machines_must_be_meant(host: str) -> None:
     with pytest.raises(ConfigError, match="allow_anonymous = true") as caught:
         Config(host=host).check_exposure()
