@@ -18,7 +18,6 @@ from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
     SettingsError,
-    TomlConfigSettingsSource,
 )
 
 from relay.config import BROADCAST_SCHEMES, CONFIG_VARIABLE, TOKEN_KEY_VARIABLE, Config
@@ -113,8 +112,7 @@ def explain(error: ValidationError, sources: list[tuple[str, dict[str, Any]]]) -
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb"):  # the source below takes a missing file for an empty one
-            return TomlConfigSettingsSource(Config, path)()
+        return tomllib.loads(path.read_bytes().decode("utf-8-sig"))  # editors of Windows write a byte order mark
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such configuration file") from None
     except OSError as error:

@@ -96,6 +96,10 @@ def token(
         name, equals, value = entry.partition("=")
         if not name or not equals:
             raise ConfigError(f"--claim: expected NAME=VALUE, got {entry!r}")
+        if name == "sub" or (grants and name == auth.rights_claim):
+            raise ConfigError(
+                f"--claim: {name} is what {'--sub' if name == 'sub' else '--topic'} says; give one of them"
+            )
         claims[name] = _json_or_text(value)
     keys = load_keys(auth) if key is None else (read_key(key, "", "--key"),)
     signing = _signing(keys)
@@ -202,7 +206,7 @@ def check(
 def _print_renamed(config: Path | None) -> None:
     """Print the file with the new names of settings, where it uses former ones."""
     path = config or os.environ.get(CONFIG_VARIABLE)
-    text = Path(path).read_bytes().decode() if path else ""
+    text = Path(path).read_bytes().decode("utf-8-sig") if path else ""
     if (renamed := rename_in_toml(text)) == text:
         return
     shown = mask_secrets(renamed)

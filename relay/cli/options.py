@@ -14,9 +14,26 @@ import typer
 from relay.errors import ConfigError
 from relay.protocol.topics import PROTOCOL_TOPIC, RELAY_TOPIC, is_event, is_topic
 
-ConfigFile = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="TOML file with settings.")]
-RelayFile = Annotated[Path | None, typer.Option("--config", "-c", metavar="FILE", help="The relay's TOML file.")]
-RedisUrl = Annotated[str | None, typer.Option(metavar="URL", help="Redis to use, e.g. redis://localhost:6379.")]
+
+def _not_empty(value: Any) -> Any:
+    """Refuse what a shell makes of a variable that is not set. Raises typer.BadParameter."""
+    if value in ("", Path("")):
+        raise typer.BadParameter("it is empty; is a variable of the shell not set?")
+    return value
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", metavar="FILE", help="TOML file with settings.", callback=_not_empty),
+]
+RelayFile = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", metavar="FILE", help="The relay's TOML file.", callback=_not_empty),
+]
+RedisUrl = Annotated[
+    str | None,
+    typer.Option(metavar="URL", help="Redis to use, e.g. redis://localhost:6379.", callback=_not_empty),
+]
 Url = Annotated[
     str | None,
     typer.Option(

@@ -371,6 +371,14 @@ def test_what_is_no_app_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest
     assert ran.err == "relay: MODULE:APP: expected an ASGI app, got 3 for no_app_here:app\n"
 
 
+@pytest.mark.parametrize("option", ["--redis-url", "--config"])
+@pytest.mark.parametrize("command", ["serve", "check"])
+def test_option_of_an_unset_variable_of_the_shell_is_refused(run: Run, command: str, option: str) -> None:
+    ran = run(command, option, "")
+    assert (ran.code, ran.out) == (2, "")
+    assert "it is empty; is a variable of the shell not set?" in ran.err and option in ran.err
+
+
 @pytest.mark.parametrize("anonymous", ["true", "false"])
 def test_name_that_does_not_resolve_is_said_of_the_host(
     run: Run, monkeypatch: pytest.MonkeyPatch, anonymous: str

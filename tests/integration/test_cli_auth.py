@@ -128,6 +128,8 @@ def test_key_may_come_from_the_environment(relay: Command, monkeypatch: pytest.M
         (("--key", SECRET, "--topic", "room"), "", "--topic: expected pattern:rights"),
         (("--key", SECRET, "--topic", "room:rule"), "", "--topic: expected join, push or presence"),
         (("--key", SECRET, "--claim", "x"), "", "--claim"),
+        (("--key", SECRET, "--claim", "sub=bob"), "", "--claim: sub is what --sub says"),
+        (("--key", SECRET, "--topic", "a:join", "--claim", "topics={}"), "", "--claim: topics is what --topic says"),
     ],
 )
 def test_what_makes_no_token_is_said_in_one_line(

@@ -30,6 +30,12 @@ def test_file_sets_what_it_names_and_nothing_else(write: Write) -> None:
     assert config.topics == (TopicConfig(match="a:*", push=False),)
 
 
+def test_byte_order_mark_before_the_file_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "relay.toml"
+    path.write_bytes(b"\xef\xbb\xbfport = 9000\r\n")
+    assert load(path).port == 9000
+
+
 def test_environment_wins_over_the_file_and_flags_over_both(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write('host = "::1"\nport = 1\nworkers = 2\n')
     monkeypatch.setenv("RELAY_PORT", "2")
