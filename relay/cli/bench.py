@@ -22,7 +22,7 @@ from websockets.asyncio.client import ClientConnection
 
 from relay import runtime_dir
 from relay.cli.connection import TIMEOUT_S, ask_rest, connected, socket_url
-from relay.cli.options import Params, RedisUrl, RelayFile, Token, Url, json_of
+from relay.cli.options import Params, RedisUrl, RelayFile, Token, Url, finite, json_of
 from relay.cli.output import Failed, console, fail, is_terminal, print_lines, printable
 from relay.cli.stats import Listener, latencies_ms
 from relay.config import EMBEDDED, Config
@@ -74,8 +74,10 @@ def bench(
         int | None,
         typer.Option(min=1, metavar="N", help="Topics; at most as many as sockets.", show_default="10, or --sockets"),
     ] = None,
-    rate: Annotated[float, typer.Option(min=0.1, metavar="R", help="Events published per second, in all.")] = 100.0,
-    seconds: Annotated[float, typer.Option(min=0.1, metavar="S", help="How long to publish.")] = 10.0,
+    rate: Annotated[
+        float, typer.Option(min=0.1, metavar="R", callback=finite, help="Events published per second, in all.")
+    ] = 100.0,
+    seconds: Annotated[float, typer.Option(min=0.1, metavar="S", callback=finite, help="How long to publish.")] = 10.0,
     config: RelayFile = None,
     redis_url: RedisUrl = None,
     token: Token = None,

@@ -70,10 +70,13 @@ def greet(settings: Config, embedded: bool, open_page: bool, application: str | 
         if settings.log_format == "json":  # what is printed is no record: a collector cannot read it
             fields = {"kind": "start", "version": __version__, "url": f"{root}/"}
             logging.getLogger("relay").info("relay %s answers at %s/", __version__, root, extra=fields)
-        if application is None:
-            _greet(settings, embedded, root)
-        else:
-            typer.echo("\n".join((f"{application} is ready at {root}/", *_greet_mounted(settings, app, root))))
+        try:
+            if application is None:
+                _greet(settings, embedded, root)
+            else:
+                typer.echo("\n".join((f"{application} is ready at {root}/", *_greet_mounted(settings, app, root))))
+        except OSError as error:  # standard output is on a full disk
+            logging.getLogger("relay").warning("the relay's addresses cannot be printed: %s", error.strerror)
         if open_page:
             webbrowser.open(f"{root}/")
 
@@ -191,7 +194,12 @@ def _own_name() -> str:
     if shutil.which("relay"):
         return "relay"
     own = Path(sys.argv[0])
-    return os.path.relpath(own) if own.name == "relay" else "python -m relay"
+    if own.name != "relay":
+        return "python -m relay"
+    try:
+        return os.path.relpath(own)
+    except FileNotFoundError:  # the current directory was removed
+        return str(own)
 
 
 def _is_shareable(address: str) -> bool:

@@ -4,6 +4,7 @@ Owns what is said of wrong usage, and the exit codes; leaves the work to the mod
 done, 1 failed, 2 wrong usage or settings.
 """
 
+import errno
 import sys
 from typing import Annotated, Any
 
@@ -33,6 +34,9 @@ UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 """What Typer raises for wrong usage; it exports no name for it."""
 
 
+_NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
 def main() -> None:
     """Run the command line."""
     try:
@@ -43,6 +47,11 @@ def main() -> None:
     except UsageError as error:
         code = _wrong_usage(error)
     except typer.Abort:
+        code = 1
+    except OSError as error:
+        if error.errno not in _NOT_WRITTEN and not any(each.startswith("--install-completion") for each in sys.argv):
+            raise
+        _say(f"{error.filename or 'output'}: cannot be written: {error.strerror}")
         code = 1
     sys.exit(code)
 

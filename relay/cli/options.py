@@ -5,6 +5,7 @@ for `help`, `link` and `terminal`, which have no commands.
 """
 
 import json
+import math
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,13 @@ def _not_empty(value: Any) -> Any:
     """Refuse what a shell makes of a variable that is not set. Raises typer.BadParameter."""
     if value in ("", Path("")):
         raise typer.BadParameter("it is empty; is a variable of the shell not set?")
+    return value
+
+
+def finite(value: float) -> float:
+    """Refuse ``inf``, which is a number to Python. Raises typer.BadParameter."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"expected a finite number, got {value}")
     return value
 
 

@@ -22,6 +22,7 @@ from relay.brokers.redis_scripts import FUNCTION
 from relay.cli.main import app, main
 from relay.cli.options import EXAMPLES
 from tests.support.cli_page import PAGE, page
+from tests.support.patience import PATIENCE
 from tests.support.process import DEADLINE_S, Valkey, free_port
 from tests.support.terminal import run_on_terminal
 
@@ -377,6 +378,40 @@ def test_option_of_an_unset_variable_of_the_shell_is_refused(run: Run, command: 
     ran = run(command, option, "")
     assert (ran.code, ran.out) == (2, "")
     assert "it is empty; is a variable of the shell not set?" in ran.err and option in ran.err
+
+
+@pytest.mark.parametrize("option", ["--rate", "--seconds"])
+def test_bench_takes_finite_numbers(run: Run, option: str) -> None:
+    ran = run("bench", option, "inf")
+    assert (ran.code, ran.out) == (2, "")
+    assert "expected a finite number, got inf" in ran.err
+
+
+def in_shell(line: str, **environ: str) -> Ran:
+    """Run a line of a shell, in which ``$RELAY`` is this command."""
+    variables = os.environ | {"RELAY": f"{sys.executable} -m relay", "PYTHONPATH": str(ROOT)} | environ
+    ran = subprocess.run(["sh", "-c", line], capture_output=True, text=True, env=variables, timeout=30 * PATIENCE)
+    return Ran(ran.returncode, ran.stdout, ran.stderr)
+
+
+@pytest.mark.parametrize("command", ["config", "check", "--help", "--version"])
+def test_full_disk_is_said_in_one_line(command: str) -> None:
+    ran = in_shell(f"$RELAY {command} > /dev/full")
+    assert (ran.code, ran.err) == (1, "relay: output: cannot be written: No space left on device\n")
+
+
+def test_closed_output_is_no_fault() -> None:
+    ran = in_shell("$RELAY config <&- >&-")
+    assert (ran.code, ran.err) == (0, "")
+    assert in_shell("$RELAY nonsense 2>&-").code == 2
+
+
+def test_completion_that_cannot_be_installed_is_said_in_one_line() -> None:
+    ran = in_shell(
+        "$RELAY --install-completion bash", HOME="/proc/nowhere", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1"
+    )
+    assert (ran.code, ran.err.count("\n")) == (1, 1)
+    assert ran.err.startswith("relay: /proc/nowhere")
 
 
 @pytest.mark.parametrize("anonymous", ["true", "false"])

@@ -452,6 +452,16 @@ async def test_web_concurrency_is_the_number_of_workers(
     assert "Traceback" not in relay.output
 
 
+def test_relay_serves_where_its_greeting_cannot_be_printed() -> None:
+    port = free_port()
+    with launched("--port", str(port), under=("sh", "-c", 'exec "$@" > /dev/full', "sh")) as relay:
+        wait_for(lambda: "addresses cannot be printed: No space left on device" in relay.output, "the warning")
+        with urlopen(f"http://127.0.0.1:{port}/ready") as response:
+            assert response.status == 200
+        assert relay.stop() == 0
+        assert "Traceback" not in relay.output
+
+
 def test_web_concurrency_gives_way_to_reload() -> None:
     with RelayProcess("--reload", environ={"WEB_CONCURRENCY": "2"}) as relay:
         assert "is ready" in relay.output

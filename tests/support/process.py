@@ -294,9 +294,11 @@ class RelayProcess(Started):
 
 
 @contextmanager
-def launched(*arguments: str, environ: dict[str, str] | None = None) -> Iterator[RelayProcess]:
+def launched(
+    *arguments: str, environ: dict[str, str] | None = None, under: tuple[str, ...] = ()
+) -> Iterator[RelayProcess]:
     """A ``relay serve`` that may never get ready: it has been started, and no more."""
-    relay = RelayProcess(*arguments, environ=environ)
+    relay = RelayProcess(*arguments, environ=environ, under=under)
     try:
         relay.launch()
         yield relay
