@@ -69,7 +69,9 @@ _NAMED = re.compile(
 _ENCODED = re.compile(r"[A-Za-z0-9+/_-]{12,}")
 _LONG = re.compile(r"[A-Za-z0-9+/_-]{32}|(?:[0-9a-fA-F]{2}[\s:]+){16}")
 _BYTE = re.compile(r"(?:0x|\\x|\\u00|%)([0-9a-f]{1,2})", re.IGNORECASE)
-_DECIMAL = re.compile(r"(?<![\d.])-?\d{1,3}(?![\d.])")
+_DECIMAL = re.compile(r"-?\d{1,3}\b")
+_DECIMALS = re.compile(r"(?:[a-zA-Z\[\](){}.:=\s]*)(?:-?\d{1,3}[\s,;:]+){31,}-?\d{1,3}[\s,;\])}]*")
+"""Bytes as decimal numbers, and nothing else beside what declares an array. Digits in a random secret are none."""
 _NUMBER = re.compile(r"\d{150,}")
 _MODULUS = re.compile(r"[\w+/-]{170,}", re.ASCII)
 _EXPONENT = re.compile(r"\bAQAB\b|\bAwEAA")
@@ -279,7 +281,8 @@ def _bytes_of(text: str) -> Iterator[bytes]:
 def _written_bytes(text: str) -> Iterator[bytes]:
     """What text stands for that writes bytes one by one: in hex with a mark, in decimal, or in a literal of Python."""
     yield bytes(int(digits, 16) for digits in _BYTE.findall(text))
-    yield bytes(int(number) % 256 for number in _DECIMAL.findall(text))
+    if _DECIMALS.fullmatch(text):
+        yield bytes(int(number) % 256 for number in _DECIMAL.findall(text))
     if "\\" in text:
         with suppress(ValueError):
             yield text.encode("latin-1", "ignore").decode("unicode_escape").encode("latin-1", "ignore")
