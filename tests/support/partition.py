@@ -119,13 +119,17 @@ class Network:
         """End all connections, and the thread."""
 
         async def end() -> None:
+            # At first nothing more is accepted: of a server that is closed meanwhile the socket would stay open.
             for server in self._servers:
-                server.close()
-            # Not those of asyncio that have just accepted a connection: its socket would stay open.
+                for listener in server.sockets:
+                    _ = self._loop.remove_reader(listener.fileno())
+            # Not the tasks of asyncio that have just accepted a connection: its socket would stay open, too.
             while asyncio.all_tasks() - {asyncio.current_task()}:
                 for connection in self._connections:
                     _ = connection.task.cancel()
                 await asyncio.sleep(0)
+            for server in self._servers:
+                server.close()
             for _ in range(3):  # what was aborted closes its socket in the next turns of the loop
                 await asyncio.sleep(0)
 
