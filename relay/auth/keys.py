@@ -71,7 +71,7 @@ _LONG = re.compile(r"[A-Za-z0-9+/_-]{32}|(?:[0-9a-fA-F]{2}[\s:]+){16}")
 _BYTE = re.compile(r"(?:0x|\\x|\\u00|%)([0-9a-f]{1,2})", re.IGNORECASE)
 _DECIMAL = re.compile(r"-?\d{1,3}\b")
 _DECIMALS = re.compile(r"(?:[a-zA-Z\[\](){}.:=\s]*)(?:-?\d{1,3}[\s,;:]+){31,}-?\d{1,3}[\s,;\])}]*")
-"""Bytes as decimal numbers, and nothing else beside what declares an array. Digits in a random secret are none."""
+"""Bytes as decimal numbers, and nothing else beside what declares an array; a random secret has other characters."""
 _NUMBER = re.compile(r"\d{150,}")
 _MODULUS = re.compile(r"[\w+/-]{170,}", re.ASCII)
 _EXPONENT = re.compile(r"\bAQAB\b|\bAwEAA")
