@@ -115,7 +115,8 @@ def run(
         if outage:
             options["outage"] = 1
         rights = {"own:*": ["join", "push"]}
-        tokens = json.dumps([token("ada", rights, ttl_s=20 * PATIENCE), token("ada", rights, ttl_s=600)])
+        # The scripts wait for the end of the first, which is joined with as soon as a browser has started.
+        tokens = json.dumps([token("ada", rights, ttl_s=15 + 5 * PATIENCE), token("ada", rights, ttl_s=600)])
         origin = f"http://127.0.0.1:{near}"
         given = [f"{origin}/socket".replace("http", "ws"), f"{origin}/api"] if "node" in script else [origin]
         run_checks(script, client, *given, json.dumps(options), tokens, act=act, deadline_s=240)
