@@ -88,8 +88,9 @@ class Socket(ChannelOwner):
         self.queue: KeyedQueue = KeyedQueue(services.pubsub.in_flight, self._evict)
         self.announced: dict[str, Channel] = {}
         self._joins = self._pushes = self._events = 0
-        # How many joins of a topic wait behind what is under way there; and when the first of them was asked for.
-        self._waiting_joins: Counter[str] = Counter()
+        # How many joins of a topic wait behind what is under way there; and when the first of them was asked for. None
+        # where no join waits: most sockets never need it.
+        self._waiting_joins: Counter[str] | None = None
         self._waiting_since = 0
         # Their rate; None before the first.
         self._client_events: TokenBucket | None = None
@@ -200,8 +201,8 @@ class Socket(ChannelOwner):
     def _let_join_wait(self, message: Message, size: int) -> None:
         """Queue a join behind what is under way on its topic; a control message that comes meanwhile overtakes it."""
         decisions = self.pubsub.decisions
-        if not self._waiting_joins:
-            self._waiting_since = decisions.begin()
+        if self._waiting_joins is None:
+            self._waiting_joins, self._waiting_since = Counter(), decisions.begin()
         self._waiting_joins[message.topic] += 1
         handle = partial(self._handle_late, decisions.generation)
         if self.trace is not None:
@@ -212,16 +213,14 @@ class Socket(ChannelOwner):
         try:
             return self._handle(message, asked_at)
         finally:
-            if self._waiting_joins[message.topic] > 1:
-                self._waiting_joins[message.topic] -= 1
-            elif len(self._waiting_joins) > 1:
-                del self._waiting_joins[message.topic]
-            else:
-                self._forget_waiting_joins()
+            if self._waiting_joins is not None:
+                self._waiting_joins -= Counter((message.topic,))  # without those of which no join is left
+                if not self._waiting_joins:
+                    self._forget_waiting_joins()
 
     def _forget_waiting_joins(self) -> None:
-        if self._waiting_joins:
-            self._waiting_joins.clear()
+        if self._waiting_joins is not None:
+            self._waiting_joins = None
             self.pubsub.decisions.end(self._waiting_since)
 
     def _drop_messages(self) -> int:
@@ -347,7 +346,8 @@ class Socket(ChannelOwner):
 
     def is_joining(self, topic: str) -> bool:
         """Whether a join of ``topic`` is being decided, or waits for that."""
-        return topic in self._waiting_joins or self.protocol.joining(topic) is not None
+        is_waiting = self._waiting_joins is not None and topic in self._waiting_joins
+        return is_waiting or self.protocol.joining(topic) is not None
 
     def end_subscription(self, subscription: Subscription, reason: Reason | None) -> bool:
         """End a subscription with ``phx_error`` (rejoin) or ``phx_close`` (do not); False where it has ended."""
