@@ -13,7 +13,17 @@ import pytest
 from relay import BusUnavailable
 from tests.support.client import Client
 from tests.support.cluster import Cluster, Node
-from tests.support.cluster_stream import PACE_S, TOPICS, Connect, Publisher, Start, owner_and_other, replica_of, slot
+from tests.support.cluster_stream import (
+    PACE_S,
+    TOPICS,
+    Connect,
+    Publisher,
+    Start,
+    masters,
+    owner_and_other,
+    replica_of,
+    slot,
+)
 from tests.support.partition import PartitionedCluster
 from tests.support.patience import PATIENCE
 from tests.support.process import sharded_servers, wait_for
@@ -110,10 +120,12 @@ async def test_relay_on_the_larger_side_tells_the_topics_of_the_lost_master_alon
         with partitioned.partitioned(master, with_programs=False):
             await stream.until_told(stream.affected)
             await stream.probe()
-        told = stream.times_told()
+        told, promoted = stream.times_told(), set(masters(stream))
         await asyncio.to_thread(partitioned.wait_until_whole)
         await stream.probe()
-        assert stream.times_told() == told, "the end of the partition is no gap"
+        # On a slow machine the nodes hold one more election; the slots move back, and that is a gap.
+        is_promoted_again = set(masters(stream)) != promoted
+        assert is_promoted_again or stream.times_told() == told, "the end of the partition is no gap"
         assert not stream.served.relay.node.broker.refusal
 
 
