@@ -51,6 +51,12 @@ def test_modules_have_a_docstring() -> None:
     assert [module for module, tree in TREES.items() if not ast.get_docstring(tree)] == []
 
 
+def test_modules_are_in_the_list_of_the_architecture_page() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "architecture.md").read_text("utf-8")
+    names = {path.name for path in SOURCES.values()} - {"__init__.py", "__main__.py"}
+    assert [name for name in sorted(names) if name not in page] == []
+
+
 COLLABORATORS_MAX = 6
 
 
