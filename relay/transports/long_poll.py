@@ -187,7 +187,7 @@ class LongPollTransport(QueuedTransport):
         Returns: what to send; None where the client has gone, which has taken nothing then.
         """
         self._polling += 1
-        if self._expiry is not None:
+        if self._expiry is not None and self._close is None:  # else it ends a session whose client does not come back
             self._expiry.cancel()
         try:
             await self._wait(gone)

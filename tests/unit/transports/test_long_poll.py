@@ -19,6 +19,7 @@ from relay.transports.base import TransportServices
 from relay.transports.long_poll import LongPollTransport, Taken
 from relay.transports.outbox import OutboxBudget
 from tests.support.asgi import Connection, until
+from tests.support.patience import PATIENCE
 
 LIMITS = LimitsConfig(longpoll_window_s=20, close_timeout_s=20)
 BRIEF = LIMITS.model_copy(update={"longpoll_window_s": 0.02})
@@ -353,6 +354,19 @@ async def test_what_waits_is_sent_before_the_close() -> None:
         assert events(await s.poll())[0] == "1"
         await s.task
         assert await s.poll() == Taken(500, reason="restarting")
+
+
+async def test_close_does_not_wait_for_a_client_that_takes_a_part_and_does_not_come_back() -> None:
+    async with session(LIMITS.model_copy(update={"close_timeout_s": 0.05})) as s:
+        s.send("1", "2", "3", size=100)
+        s.transport.close(CloseCode.RESTART, "restarting")
+        assert events(await s.transport.poll(s.gone, max_bytes=1)) == ["1"]
+        vanished: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        vanished.set_result(None)
+        assert await s.poll(vanished) is None
+        async with asyncio.timeout(20 * PATIENCE):
+            await s.task
+        assert s.metrics.dropped == {"socket closed": 2}
 
 
 async def test_close_waits_for_a_poll_no_longer_than_its_timeout() -> None:
