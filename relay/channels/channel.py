@@ -325,8 +325,8 @@ class Channel(Subscription):
 
     @property
     def is_current(self) -> bool:
-        """Whether its subscription is still in force."""
-        return self._socket.protocol.is_current(self)
+        """Whether its subscription is still in force, and its client has not gone from handlers that still run."""
+        return not self._socket.has_ended and self._socket.protocol.is_current(self)
 
     @property
     def version(self) -> Version:

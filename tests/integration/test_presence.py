@@ -379,6 +379,27 @@ async def test_plugin_lists_members_and_changes_them(
         await one.expect()
 
 
+async def test_client_that_has_gone_is_not_listed_by_the_handler_it_leaves_behind() -> None:
+    plugin, gone, done = Plugin("slow"), asyncio.Event(), asyncio.Event()
+
+    @plugin.on_joined("room:*")
+    async def list_it(joined: Joined) -> None:
+        await gone.wait()
+        joined.track("ghost", {})
+        done.set()
+
+    relay = Relay(extra_plugins=(plugin,), system_topic=False, broadcast_url="memory://", **PRESENCE)
+    async with serve(relay) as own:
+        async with Client.connect(own.ws) as client:
+            await client.join("room:1")
+        await eventually(lambda: not relay.metrics.sockets, "the end of the socket")
+        gone.set()
+        async with asyncio.timeout(20 * PATIENCE):
+            await done.wait()
+        assert await relay.presence("room:1") == {}
+        assert relay.metrics.presence_members == 0
+
+
 async def test_push_changes_how_its_client_is_listed(
     serve_relay: ServeRelay, enter: Any, topic: str, valkey: Valkey
 ) -> None:
