@@ -395,5 +395,5 @@ def _limit_unacknowledged(receive: ReceiveCallable, timeout_s: float) -> None:
     """
     transport = getattr(getattr(receive, "__self__", None), "transport", None)
     if (found := transport and transport.get_extra_info("socket")) and hasattr(sockets, "TCP_USER_TIMEOUT"):
-        with suppress(OSError):  # a Unix socket has no such option
+        with suppress(OSError, ValueError):  # a Unix socket has no such option, and one that is lost has no number
             found.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_USER_TIMEOUT, round(timeout_s * 1000))

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import uvloop
 
 from relay.config_sections import LimitsConfig, Overflow, Policy
 from relay.errors import CloseCode, Reason
@@ -600,3 +601,33 @@ def test_uvicorn_is_asked_whether_it_ends(monkeypatch: pytest.MonkeyPatch) -> No
     assert is_server_ending()
     monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)
     assert not is_server_ending()
+
+
+def test_connection_that_is_lost_on_uvloop_is_no_fault_of_the_join() -> None:
+    async def lose() -> None:
+        loop, accepted = asyncio.get_running_loop(), asyncio.Queue[asyncio.BaseTransport]()
+
+        class Server(asyncio.Protocol):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                accepted.put_nowait(transport)
+
+        server = await loop.create_server(Server, "127.0.0.1", 0)
+        client, _ = await loop.create_connection(asyncio.Protocol, *server.sockets[0].getsockname())
+        transport = await accepted.get()
+        client.abort()
+        while transport.get_extra_info("socket").fileno() >= 0:  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0)
+        server.close()
+        module._limit_unacknowledged(_Receives(transport).receive, 60)
+
+    uvloop.run(asyncio.wait_for(lose(), 20))
+
+
+class _Receives:
+    """What `receive` of Uvicorn's is a method of."""
+
+    def __init__(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    async def receive(self) -> dict[str, Any]:
+        raise AssertionError("nothing is asked for")
