@@ -270,7 +270,7 @@ class Channel(Subscription):
                 self._refuse_join(join, Reason.INVALID_PRESENCE)
                 return
         if join.replaces is not None:
-            join.replaces.stop_replay()
+            join.replaces.settle()
         if recovery is not None:
             response = add_members(response, recovery.response)
         if meta is not None and services.presence is not None and services.presence.is_counted(topic):
@@ -347,11 +347,13 @@ class Channel(Subscription):
             self.replay = Replay(self, history, services.hub, services.metrics, positioned)
         return self.replay
 
-    def stop_replay(self) -> None:
-        """Give the client no more of what it missed."""
+    def settle(self) -> None:
+        """Give the client no more of what it missed, and tell it in its place of what was dropped."""
         if self.replay is not None:
             self.replay.stop()
         self.replay = None  # it refers to this channel: together they would be left to the cycle collector
+        notice = partial(self._socket.protocol.dropped_notice, subscription=self)
+        self._socket.transport.settle_dropped(self.topic, notice)
 
     @property
     def recovered_to(self) -> Place | None:
@@ -396,22 +398,20 @@ class Channel(Subscription):
 
     def end(self, reason: Reason | None) -> bool:
         """End it from this side: ``phx_error`` with a reason, ``phx_close`` without; False where it has ended."""
-        socket = self._socket
-        frame = socket.protocol.end(self, reason)
+        frame = self._socket.protocol.end(self, reason)
         if frame is None:
             return False
         self.release()
-        socket.transport.send_control(frame)
+        self._socket.transport.send_control(frame)
         return True
 
     def release(self) -> None:
         """Deliver nothing more; handlers of on_leave are called after what is under way on the topic."""
         socket, topic, services = self._socket, self.topic, self._socket.services
         self._last_push = None
-        self.stop_replay()
+        self.settle()
         if services.presence is not None:
             services.presence.unwatch(self)
-        socket.transport.settle_dropped(topic, partial(socket.protocol.dropped_notice, subscription=self))
         socket.count_events(services.hub.events_for(topic, socket))
         services.hub.remove(topic, socket)
         if services.tangram is not None:

@@ -1,7 +1,9 @@
 """A client that sends and never reads: what is owed to it is bounded too."""
 
 import asyncio
+import json
 import socket
+from itertools import count
 
 import pytest
 
@@ -51,8 +53,8 @@ async def test_answers_to_pings_do_not_pile_up(valkey: Valkey, monkeypatch: pyte
     """On servers other than ours this is the server's affair. So many pings would end the socket by themselves."""
     monkeypatch.setattr("relay.transports.uvicorn_websocket._IDLE_FRAMES_MAX", 100_000)
     relay = Relay(redis_url=valkey.url, system_topic=False)
-    count = 40_000
-    pings = client_frame(PING, b"x" * 125) * (count // 10)
+    many = 40_000
+    pings = client_frame(PING, b"x" * 125) * (many // 10)
     async with serve(relay, send_buffer=8192) as served:
         async with RawSocket.connect(served.ws, receive_buffer=4096) as client:
             (socket,) = relay.node.sockets.values()
@@ -70,3 +72,38 @@ async def test_answers_to_pings_do_not_pile_up(valkey: Valkey, monkeypatch: pyte
             while (frame := await client.read_frame())[0] == PONG:
                 pass
             assert b'"last"' in frame[1]
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+async def test_no_event_of_a_slow_reader_overtakes_the_reply_to_its_next_join(direct: bool, leaves: bool) -> None:
+    topics = [{"match": "*", "overflow": "latest", "notify_dropped": True}]
+    relay = Relay(broadcast_url="memory://", system_topic=False, topics=topics)
+    async with serve(relay, direct=direct, send_buffer=8192) as served:
+        async with RawSocket.connect(served.ws, receive_buffer=4096) as client:
+
+            async def send(join_ref: str, event: str) -> None:
+                await client.send_frame(TEXT, json.dumps([join_ref, join_ref, "t", event, {}]).encode())
+
+            await send("1", "phx_join")
+            assert (await client.read_message())[3] == "phx_reply"
+            (socket,) = relay.node.sockets.values()
+            fillers = count()
+            while not socket.queued_bytes:
+                await relay.publish("t", f"filler-{next(fillers)}", "x" * 50_000)
+            for number in (1, 2):
+                await relay.publish("t", "state", number)
+            if leaves:
+                await send("1", "phx_leave")
+            await send("3", "phx_join")
+            await eventually(lambda: relay.metrics.joins == 2, "the second join")
+            await relay.publish("t", "state", 3)
+            got: list[list[object]] = []
+            while not got or got[-1][3:] != ["state", 3]:
+                message = await client.read_message()
+                if not message[3].startswith("filler"):
+                    got.append(message)
+            replies = [["3", "3", "t", "phx_reply", {"status": "ok", "response": {}}], ["1", "1", "t", "phx_close", {}]]
+            if leaves:
+                replies = [["1", "1", "t", "phx_reply", {"status": "ok", "response": {}}], *replies[::-1]]
+            notice = ["1", None, "t", "relay:dropped", {"dropped": 1}]
+            assert got == [notice, [None, None, "t", "state", 2], *replies, [None, None, "t", "state", 3]]

@@ -132,6 +132,17 @@ def test_policy_latest_lets_no_position_go_back() -> None:
     assert drain(outbox) == ["b4", "a5"]
 
 
+def test_policy_latest_lets_no_event_overtake_the_reply_to_a_further_join() -> None:
+    outbox = Outbox(100)
+    for topic in "tu":
+        outbox.add_event(frame(f"{topic}1", 20), topic, "e", LATEST)
+    outbox.settle_dropped("t", of_its_own)
+    outbox.add_control(frame("close and reply"))
+    for text in ("t2", "u2", "t3"):
+        outbox.add_event(frame(text, 20), text[0], "e", LATEST)
+    assert drain(outbox) == ["t1", "u2", "close and reply", "t3"]
+
+
 def test_policy_latest_starts_anew_once_its_value_was_sent() -> None:
     outbox = Outbox(100)
     outbox.add_event(frame("1"), "t", "e", LATEST)
