@@ -63,6 +63,9 @@ _STALL_S = 0.5
 _DRAIN_STEP_S = 0.05
 """Seconds between two portions of a drain."""
 
+_IGNORED_S = 1.0
+"""Seconds for which a handler may go on after it was cancelled, to clean up."""
+
 _SERVICE_BACKOFF_S = 1.0
 _SERVICE_BACKOFF_MAX_S = 30.0
 
@@ -223,8 +226,7 @@ class Node:
         if self._tasks:  # a service that ignores its cancellation is left behind
             _ = await asyncio.wait(self._tasks, timeout=self.config.limits.close_timeout_s)
         for hook in self._hooks.shutdown:
-            with suppress(HandlerError):  # logged and counted there
-                await self._runner.call(hook, self._owner)
+            await self._call_at_shutdown(hook)
         if self.presence is not None:
             await self.presence.stop()
         await self.pubsub.stop()
@@ -239,6 +241,19 @@ class Node:
             # In a thread of its own: handlers that hang may hold all those of the event loop.
             with ThreadPoolExecutor(1, "relay-embedded") as thread:
                 await asyncio.get_running_loop().run_in_executor(thread, self._embedded.stop)
+
+    async def _call_at_shutdown(self, hook: Hook) -> None:
+        """Call a handler of on_shutdown, and leave one behind that ignores its cancellation."""
+        call = asyncio.create_task(self._runner.call(hook, self._owner))
+        try:
+            _ = await asyncio.wait((call,), timeout=self.config.plugins.timeout_s + _IGNORED_S)
+        finally:
+            call.cancel()
+        if not call.done():
+            _logger.warning("plugin %s: %s ignores that it was cancelled; going on without it", hook.plugin, hook.name)
+            return
+        with suppress(HandlerError):  # logged and counted there
+            call.result()
 
     def abandon(self) -> None:
         """Let go of what outlives the event loop, which has ended without `stop`."""

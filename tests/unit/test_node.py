@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +16,7 @@ from relay.node import Node
 from relay.plugins.hooks import Push
 from tests.support.asgi import Connection, until
 from tests.support.panic import Panic
+from tests.support.patience import PATIENCE
 
 USERS = {"auth": {"authenticated": [{"match": "*", "rights": ["join", "push"]}]}}
 
@@ -537,6 +538,32 @@ async def test_start_and_stop_call_the_plugins_around_everything_else() -> None:
     assert steps == ["startup, link live: True", "service", "service ends, sockets: 0", "shutdown, link live: True"]
     assert relay.metrics.plugin_errors["p"] == 1
     await client.task
+
+
+async def test_handler_of_the_shutdown_that_ignores_its_cancellation_is_left_behind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("relay.node._IGNORED_S", 0.05)
+    plugin, steps, may_end = Plugin("p"), list[str](), asyncio.Event()
+
+    @plugin.on_shutdown
+    async def stubborn(relay: Relay) -> None:
+        while not may_end.is_set():
+            with suppress(asyncio.CancelledError):
+                await may_end.wait()
+
+    @plugin.on_shutdown
+    async def second(relay: Relay) -> None:
+        steps.append("second")
+
+    try:
+        async with asyncio.timeout(20 * PATIENCE):
+            async with running(plugin, plugins={"timeout_s": 0.05}):
+                pass
+    finally:
+        may_end.set()
+    assert steps == ["second"]
+    assert "stubborn ignores that it was cancelled; going on without it" in caplog.text
 
 
 async def test_plugin_that_fails_to_start_stops_the_start_and_is_shut_down() -> None:
