@@ -19,6 +19,7 @@ from relay.log import RateLimitedLoggers
 from relay.metrics import Metrics
 from relay.paths import split_raw
 from relay.transports.base import ReceiveCallable, Scope, SendCallable
+from relay.transports.queued import abort_of
 
 _SEGMENT = re.compile(rb"(?:^|[/\\])([^/\\;]*)")
 """A part of a path, without its parameters."""
@@ -185,9 +186,7 @@ class Proxy:
             await self._refuse(504, "no answer in time", text, scope, client.receive, send)
             return
         except httpx.TransportError as error:
-            self._log.warning(
-                self._entry.prefix, "request to %s failed: %s", self._entry.prefix, str(error) or type(error).__name__
-            )
+            self._warn("request to %s failed: %s", error)
             text = f"{self._entry.prefix}: the service behind it does not answer"
             await _problem(502, text)(scope, client.receive, send)
             return
@@ -199,6 +198,13 @@ class Proxy:
             async for data in answer.stream:  # the bytes as they come, still compressed as the headers say
                 await send({"type": "http.response.body", "body": data, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except httpx.TransportError as error:
+            self._warn("answer of %s broke off: %s", error)
+            # The client sees that there is more to come by the end of its connection alone. Other servers than
+            # Uvicorn end it when an application returns.
+            if (abort := abort_of(client.receive)) is not None:
+                abort()
+                await client.gone()
         finally:
             await answer.aclose()
 
@@ -216,6 +222,9 @@ class Proxy:
                 return await transport.handle_async_request(request)
             finally:
                 client.on_wait = _nothing
+
+    def _warn(self, text: str, error: httpx.TransportError) -> None:
+        self._log.warning(self._entry.prefix, text, self._entry.prefix, str(error) or type(error).__name__)
 
     def _count(self, kind: str) -> None:
         self._metrics.refused[f"proxy: {kind}"] += 1

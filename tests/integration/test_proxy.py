@@ -510,6 +510,8 @@ async def test_answer_that_breaks_off_breaks_off_for_the_client_too(
         exchange.close()
         with pytest.raises(httpx.RemoteProtocolError):
             await task
+    assert "answer of /api/node-plugin broke off: " in caplog.text
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == [], "it is no fault of ours"
 
 
 async def test_service_that_comes_back_is_found_again(upstream: Upstream) -> None:
