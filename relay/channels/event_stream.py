@@ -219,6 +219,7 @@ class EventStream:
 
     def _notify(self, event: str, **fields: str | None) -> None:
         if not self._is_loss_newest:
+            self._outbox.settle_dropped(self.topic, _dropped_notice)  # no later event takes a place before this one
             self._outbox.add_control(LocalFrame(event, encode_payload(fields)))
             self._is_loss_newest = event == LOST_EVENT
             self._wake()

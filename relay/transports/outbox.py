@@ -275,10 +275,11 @@ class Outbox:
         return self._notice(topic, self._pending_notices.pop(topic))
 
     def settle_dropped(self, topic: str, notice: Callable[[str, int], Frame]) -> None:
-        """Put the pending notice of ``topic`` in its place: the subscription that missed it ends.
+        """Put the pending notice of ``topic`` in its place: the subscription that missed it ends, or has a gap.
 
         That is before the topic's first waiting event, or, where none waits, before what follows. No event that comes
-        later takes the place of one that waits: it would come before the close, and before the reply to the next join.
+        later takes the place of one that waits: it would come before the notice of the gap, or the reply to the next
+        join.
         """
         self._latest = {key: entry for key, entry in self._latest.items() if key[0] != topic}
         if not (count := self._pending_notices.pop(topic, 0)):

@@ -214,6 +214,15 @@ async def test_gap_stands_between_the_events_once() -> None:
         assert relay.metrics.rejoins_requested == 0
 
 
+async def test_no_event_from_behind_a_gap_overtakes_the_notice_of_it() -> None:
+    async with running() as relay, relay.subscribe("room:1", overflow="latest") as events:
+        await publish(relay, "room:1", 1, 2)
+        relay.node.pubsub.on_gap("the link was lost")
+        await publish(relay, "room:1", 3)
+        lost = ("relay:lost", {"reason": "events may have been missed", "position": None})
+        assert await take(events, 4) == [("relay:dropped", {"dropped": 1}), ("e", 2), lost, ("e", 3)]
+
+
 async def test_those_that_wait_for_their_turn_after_a_gap_get_nothing_meanwhile() -> None:
     async with running(rejoins_per_s=20) as relay, AsyncExitStack() as stack:
         streams = [await stack.enter_async_context(relay.subscribe("room:1")) for _ in range(3)]
