@@ -115,7 +115,7 @@ class RedisPresence:
             if any(number is None or float(number) < known for number in (before, after)):
                 return None
             for ref, data in zip(flat[::2], flat[1::2], strict=True):
-                with suppress(msgspec.MsgspecError, UnicodeDecodeError):  # what another program has put there
+                with suppress(msgspec.MsgspecError, RecursionError, UnicodeError):  # what another program has put there
                     value = _decode(data)
                     if not is_member(value.key, value.meta):
                         continue

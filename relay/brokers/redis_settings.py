@@ -128,7 +128,7 @@ def settings_from(reply: object, config: Config) -> Settings | None:
         limit = int(fields["payload_max_bytes"])
         form = fields.get("publish_form", "to")
         return Settings(fields["to_prefix"], fields["topic_prefix"], found, limit, form)
-    except (KeyError, ValueError, msgspec.MsgspecError) as error:
+    except (KeyError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         _logger.warning("%s in Redis was not understood, and is not used: %s", SETTINGS_KEY, error)
         return None
 

@@ -217,7 +217,7 @@ class NodeSessions:
         data = self._sealer.open(sealed, self._node)
         try:
             message = None if data is None else _decode(data)
-        except msgspec.MsgspecError:  # of another version
+        except (msgspec.MsgspecError, RecursionError, UnicodeError):  # of another version
             message = None
         match message:
             case _Poll():

@@ -14,8 +14,6 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from functools import partial
 
-import msgspec
-
 from relay.brokers.base import Lease, Numbering, OwnChange, PresenceStore
 from relay.channels.presence_limit import ChangeLimiter
 from relay.channels.presence_messages import Change, Message, decode, encode, packed
@@ -222,9 +220,8 @@ class Presence:
 
     def receive(self, data: bytes) -> None:
         """Take what a node has said; this one's own messages, and those that cannot be read, are ignored."""
-        try:
-            message = decode(data)
-        except msgspec.MsgspecError:
+        message = decode(data)
+        if message is None:
             self._metrics.dropped["presence message not understood"] += 1
             self._log.warning("presence", "message about presence dropped: not understood")
             return

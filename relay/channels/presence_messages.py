@@ -33,8 +33,15 @@ class Message(msgspec.Struct, omit_defaults=True):
 
 
 encode: Callable[[Message], bytes] = msgspec.json.Encoder().encode
-decode: Callable[[bytes], Message] = msgspec.json.Decoder(Message).decode
-"""Raises msgspec.MsgspecError."""
+_decode = msgspec.json.Decoder(Message).decode
+
+
+def decode(data: bytes) -> Message | None:
+    """Decode a message; None where it cannot be read."""
+    try:
+        return _decode(data)
+    except (msgspec.MsgspecError, RecursionError, UnicodeError):
+        return None
 
 
 def packed(name: str, change: Difference) -> Change:

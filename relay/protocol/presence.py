@@ -71,8 +71,18 @@ def is_key(key: str) -> bool:
 
 
 def is_member(key: str, meta: msgspec.Raw) -> bool:
-    """Whether another program may list this; the meta is known to be JSON."""
-    return is_key(key) and bytes(meta).startswith(b"{")
+    """Whether another program may list this; the meta is JSON, or would be if it is UTF-8."""
+    data = bytes(meta)
+    return is_key(key) and data.startswith(b"{") and is_utf8(data)
+
+
+def is_utf8(data: bytes) -> bool:
+    """Whether these bytes are text."""
+    try:
+        _ = data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def clean_meta(data: bytes) -> bytes | None:

@@ -496,14 +496,19 @@ async def test_what_others_write_into_redis_harms_nobody(
     async with Redis(port=valkey.port) as redis:
         node = uuid4().hex[:12]
         now = (await redis.time())[0] * 1000
+        deep = b"[" * 5000 + b"]" * 5000
         for wrong in (b"", b"{}", b"\xff", b'{"node":"x","number":1,"changes":[["t",[],[1]]]}', b"[]", b"1" * 9999):
             await redis.publish("relay:presence", wrong)
-        wrong_members = {"c": '["constructor",{},""]', "d": '["number",1,""]'}
+        for wrong in (b'{"node":"\xff","number":1}', b'{"node":"x","number":1,"more":%b}' % deep):
+            await redis.publish("relay:presence", wrong)
+        wrong_members: Any = {"c": '["constructor",{},""]', "d": '["number",1,""]', "e": b'["bytes",{"a":"\xff"},""]'}
+        wrong_members["f"] = b'["deep",{"a":%b},""]' % deep
         members: Any = {"a": "no JSON", b"\xff": "[1]", "b": '["there",{},""]', **wrong_members}
         await redis.hset(f"presence:{topic}|{node}", mapping=members)
         joins = [["not hex", "ghost", {}, ""], ["f1", "__proto__", {}, ""], ["f2", "list", [], ""]]
         changes = [[topic, joins, []]]
-        await redis.publish("relay:presence", json.dumps({"node": node, "number": 1, "changes": changes}))
+        message = json.dumps({"node": node, "number": 1, "changes": changes}).encode()
+        await redis.publish("relay:presence", message.replace(b'"list", []', b'"bytes", {"a": "\xff"}'))
         digests = {topic: [1, 5]}
         await redis.publish("relay:presence", json.dumps({"node": node, "number": 1, "digests": digests}))
         leases: Any = {node: now + 60_000, b"\xff\xfe": now + 60_000}
@@ -511,8 +516,8 @@ async def test_what_others_write_into_redis_harms_nobody(
         await redis.zadd("presence:nodes:written", leases)
         try:
             await eventually(lambda: "there" in one.keys, "what can be read")
-            assert not {"__proto__", "constructor", "list", "number"} & one.keys
-            assert served.relay.metrics.dropped["presence message not understood"] == 6
+            assert not {"__proto__", "constructor", "bytes", "deep", "number"} & one.keys
+            assert served.relay.metrics.dropped["presence message not understood"] == 8
             assert served.relay.node.link.live
             assert served.relay.metrics.gaps == 0
         finally:
