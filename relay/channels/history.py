@@ -468,7 +468,7 @@ class History:
             if followed is None:
                 return False
             delivered = followed.delivered
-            if delivered is not None and (delivered.n >= place.n or delivered.ms > place.ms):
+            if delivered is not None and delivered >= place:  # else it may be of a history that was deleted
                 return True
             try:
                 async with asyncio.timeout(_REACHED_S):

@@ -117,6 +117,27 @@ async def test_deleted_entries_are_passed_over(
     assert [event["n"] for event in await receive_events(back, topic, 1)] == [5]
 
 
+async def test_join_finds_that_the_history_was_deleted(
+    serve_relay: ServeRelay, connect: Connect, valkey: Valkey, topic: str
+) -> None:
+    served = await serve_relay(topics=HISTORY, redis_url=valkey.url)
+    clients = [await connect(served), await connect(served)]
+    _ = await join(clients[0], topic, since=None)
+    await publish(served, topic, 1, 2)
+    _ = await receive_events(clients[0], topic, 2)
+    async with Redis(port=valkey.port) as admin:
+        assert await admin.delete(f"topic:{topic}") == 1
+    _ = await join(clients[1], topic, since=None)
+    async with asyncio.timeout(3 * PATIENCE):
+        for client in clients:  # once each: what others published meanwhile may be lost too
+            assert (await client.receive())[3] == "phx_error"
+    for client in clients:
+        _ = await join(client, topic, since=None)
+    await publish(served, topic, 3)
+    for client in clients:
+        assert [event["n"] for event in await receive_events(client, topic, 1)] == [3]
+
+
 @pytest.mark.parametrize(
     "since",
     ["9999999999999-1", "1-1", "nonsense", "", 17, True, [], {"a": 1}, "1-", "-1", "1-1-1", "١-١", "1" * 300 + "-1"],
