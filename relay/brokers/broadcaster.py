@@ -236,8 +236,7 @@ class BroadcasterBroker:
         while True:
             fault = ""
             try:
-                async with asyncio.timeout(self._redis.timeout_s):
-                    backend = await self._connect()
+                backend = await self._connect()
                 self._backend, self._one_at_a_time = backend, asyncio.Lock()
                 self._link = Link(True, "")
                 attempt = 0
@@ -258,7 +257,9 @@ class BroadcasterBroker:
                 lost_at = self._clock() if self._link.live else lost_at
                 self._link = Link(False, f"no connection to the bus: {fault}")
                 self._fail_outgoing(self._link.reason if fault else "the relay is stopping")
-                await self._disconnect()
+                lost, self._backend = self._backend, None
+                if lost is not None:
+                    await self._disconnect(lost)
             settled()
             _logger.warning("bus link is down: %s; trying again", fault)
             limit_s = min(self._redis.backoff_max_s, self._redis.backoff_min_s * 2**attempt)
@@ -266,22 +267,24 @@ class BroadcasterBroker:
             await asyncio.sleep(self._redis.backoff_min_s / 2 + random.uniform(0, limit_s))
 
     async def _connect(self) -> BroadcastBackend:
-        backend = self._make()
-        await backend.connect()
+        """Connect, and subscribe to all that is wanted; the time limit is that of each step: there may be thousands."""
+        backend, own = self._make(), {self._probe_channel, self._control_channel}
+        async with asyncio.timeout(self._redis.timeout_s):
+            await backend.connect()
         try:
-            for channel in filter(None, (self._probe_channel, self._control_channel, *sorted(self._wanted))):
-                await backend.subscribe(channel)
+            for channel in filter(None, (*own, *sorted(self._wanted))):
+                if channel in own or channel in self._wanted:  # still
+                    async with asyncio.timeout(self._redis.timeout_s):
+                        await backend.subscribe(channel)
         except BaseException:
-            await backend.disconnect()
+            await self._disconnect(backend)
             raise
         return backend
 
-    async def _disconnect(self) -> None:
-        backend, self._backend = self._backend, None
-        if backend is not None:
-            with suppress(Exception):  # it is broken already, or the relay is stopping
-                async with asyncio.timeout(self._redis.timeout_s):
-                    await backend.disconnect()
+    async def _disconnect(self, backend: BroadcastBackend) -> None:
+        with suppress(Exception):  # it is broken already, or the relay is stopping
+            async with asyncio.timeout(self._redis.timeout_s):
+                await backend.disconnect()
 
     async def _serve(self, backend: BroadcastBackend, sink: Sink) -> None:
         """Listen, publish and probe until one of the three fails."""

@@ -109,6 +109,7 @@ class FakeBus:
         self.down = False
         self.deaf = False
         self.stuck = False
+        self.subscribing_s = 0.0
         self.refuses: Callable[[str], bool] = lambda message: False
         self.published: list[tuple[str, str]] = []
 
@@ -146,6 +147,7 @@ class FakeBackend(BroadcastBackend):
 
     async def subscribe(self, group: str) -> None:
         self._check()
+        await asyncio.sleep(self._bus.subscribing_s)
         self._channels.add(group)
 
     async def unsubscribe(self, group: str) -> None:
@@ -694,6 +696,23 @@ async def test_deaf_bus_is_found_out_by_its_probe(connect: Connect, bus: FakeBus
     await eventually(lambda: pair.sink.gaps and pair.hearer.link.live and pair.speaker.link.live, "the bus to heal")
     await pair.speaker.publish(Direction.TO, "room", "e", b"1")
     await pair.sink.expect(Event("room", "e", b"1"))
+
+
+@only_fake
+async def test_link_comes_back_however_many_topics_are_joined(connect: Connect, bus: FakeBus) -> None:
+    pair = await connect(**FAST, timeout_s=0.5 * PATIENCE)
+    for number in range(40):
+        await pair.hearer.subscribe(f"room:{number}")
+    bus.subscribing_s = 0.02 * PATIENCE  # which is longer for all than the time limit
+    await bus.cut()
+    await _expect_down(pair.hearer)
+    await bus.heal()
+    await eventually(lambda: len(bus.backends) == 2, "an attempt to connect")
+    await pair.hearer.unsubscribe("room:0")
+    await eventually(lambda: pair.sink.gaps and pair.hearer.link.live and pair.speaker.link.live, "the link")
+    for topic in ("room:0", "room:39"):
+        await pair.speaker.publish(Direction.TO, topic, "e", b"1")
+    await pair.sink.expect(Event("room:39", "e", b"1"))
 
 
 @only_fake
