@@ -6,6 +6,7 @@ Owns what the server said of itself, and what the relays there said of their top
 `relay.brokers.redis_blocking` without.
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
@@ -28,6 +29,8 @@ from relay.brokers.redis_settings import (
 from relay.config import SETTINGS_KEY, Config
 from relay.errors import BusUnavailable
 from relay.protocol.topics import to_redis_channel
+
+_logger = logging.getLogger("relay.redis")
 
 Outgoing: TypeAlias = tuple[str, str, bytes]
 """Topic, event and payload."""
@@ -76,6 +79,9 @@ class Target:
         # Whether there were no settings when they were looked for last, and since when there are none that can be read.
         self._is_missing = False
         self._missing_since: float | None = None
+        # Whether relays have said what they do, and whether it was said that they cannot be asked.
+        self._has_learned = False
+        self._has_warned = False
 
     def take_due(self) -> bool:
         """Whether `QUESTIONS` have to be asked again before the next event; True once each time."""
@@ -89,15 +95,33 @@ class Target:
         """Learn the replies to `QUESTIONS`. Raises LinkLost: what is published there reaches no client."""
         self._take_role(role)
         now = self._asked_at = self._clock()
+        if isinstance(fields, hiredis.ReplyError) and not says_itself(self._config):
+            self._take_refusal(fields)
+            return
         settings = settings_from(fields, self._config)
         self._is_missing = not fields and not says_itself(self._config)
         if settings is not None:
-            self._missing_since = None
+            self._missing_since, self._has_learned = None, True
             self._settings, self._payload_max_bytes = settings, settings.payload_max_bytes
         elif self._missing_since is None:
             self._missing_since = now
         elif now - self._missing_since > _KEEP_S:
             self._settings, self._payload_max_bytes = own_settings(self._config), known_limit(self._config)
+
+    def _take_refusal(self, error: hiredis.ReplyError) -> None:
+        """Redis does not give the settings: the last ones count. Raises LinkLost where there are none and may be."""
+        if not is_denied(error):
+            if not self._has_learned:
+                raise LinkLost(f"HGETALL {SETTINGS_KEY}: {words(error)}")
+        elif not self._has_warned:
+            self._has_warned = True
+            _logger.warning(
+                "no permission to read %s on %s: events of topics with a history may not be appended to it; allow it "
+                "with +hgetall ~%s, or give the publisher topics",
+                SETTINGS_KEY,
+                self.address,
+                SETTINGS_KEY,
+            )
 
     def _take_role(self, role: object) -> None:
         self._may_ask_role = not is_denied(role)

@@ -53,6 +53,40 @@ def test_without_settings_in_redis_events_are_published_live() -> None:
         assert one.commands(EVENTS, with_script=True)[1] == ("PUBLISH", b"to:room:1:e", b"2")
 
 
+def test_user_that_may_not_read_the_settings_is_warned_once(caplog: pytest.LogCaptureFixture) -> None:
+    refusal = hiredis.ReplyError("NOPERM User app has no permissions to run the 'hgetall' command")
+    one = target()
+    for _ in range(2):
+        one.learn(MASTER, refusal)
+    assert [record.getMessage() for record in caplog.records] == [
+        "no permission to read relay:settings on one:6379: events of topics with a history may not be appended to it; "
+        "allow it with +hgetall ~relay:settings, or give the publisher topics"
+    ]
+    target(topics=HISTORY).learn(MASTER, refusal)
+    assert len(caplog.records) == 1, "it has no use for them"
+
+
+@pytest.mark.parametrize(
+    "text", ["LOADING Redis is loading", "WRONGTYPE no hash", "MASTERDOWN no link", "BUSY a script"]
+)
+def test_nothing_is_published_before_settings_could_be_read(text: str) -> None:
+    one, fault = target(), hiredis.ReplyError(text)
+    with pytest.raises(LinkLost, match=f"HGETALL relay:settings: {text}"):
+        one.learn(MASTER, fault)
+    target(topics=HISTORY).learn(MASTER, fault)
+    one.learn(MASTER, FIELDS)
+    one.learn(MASTER, fault)
+    assert one.commands(EVENTS[1:2], with_script=False)[0][0] == "EVALSHA", "the last ones count"
+
+
+def test_settings_that_cannot_be_understood_are_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    for topics in (b"[", b"[" * 9999, b'[{"match":1}]', b"\xff"):
+        fields = [b"topics" if word == b"topics" else word for word in FIELDS]
+        fields[fields.index(b"topics") + 1] = topics
+        target().learn(MASTER, fields)
+    assert len(caplog.records) == 4
+
+
 def test_topics_of_the_own_settings_count_instead_of_those_in_redis() -> None:
     one = target(topics=[{"match": "x"}])
     one.learn(MASTER, FIELDS)
