@@ -16,7 +16,7 @@ from functools import partial
 
 from relay.brokers.base import Lease, Numbering, OwnChange, PresenceStore
 from relay.channels.presence_limit import ChangeLimiter
-from relay.channels.presence_messages import Change, Message, decode, encode, packed
+from relay.channels.presence_messages import Change, Message, decode, encode, packed, take_portion
 from relay.channels.presence_topic import WINDOW_S, PresenceTopic, Watcher, count_members
 from relay.config import Config
 from relay.errors import BusUnavailable
@@ -27,9 +27,6 @@ from relay.protocol.presence import NOTHING, Difference, Member, Members
 
 _AGAIN_S = 1.0
 """Seconds after which what could not be written is written again."""
-
-_PORTION = 5000
-"""Members in one message at most. All of a node are announced again when Redis has lost them."""
 
 _READS = 100
 """Reads of members under way at most. After an outage all topics' are due, and each read has a time limit."""
@@ -385,12 +382,16 @@ class Presence:
                 for topic in self._topics.values():
                     self._load(topic, node)
         for node, left_s in lease.nodes.items():
-            if left_s < -_DEAD_LEASES * self._config.presence.lease_s:
+            if left_s < -_DEAD_LEASES * self._config.presence.lease_s and node not in self._missing:
                 _ = self._spawn(self._sweep(node))
 
     def _is_dead(self, node: str, lease: Lease) -> bool:
-        """Whether a node without a lease counts as dead: one that has none since a flush may still renew it."""
-        if node in lease.nodes:
+        """Whether a node without a lease counts as dead.
+
+        One that has none since a flush may still renew it; so may one whose lease has ended while this node could not
+        renew its own: Redis was away, refused to write, or its clock was set.
+        """
+        if node in lease.nodes and node not in self._missing and lease.held and self._could_renew:
             return True
         now = asyncio.get_running_loop().time()
         return now > self._missing.setdefault(node, now + self._config.presence.lease_s)
@@ -424,7 +425,7 @@ class Presence:
             try:
                 if self._is_lost:
                     await self._rewrite()
-                outgoing = self._take_portion()
+                outgoing = take_portion(self._outgoing)
                 if not outgoing and not self._is_rewriting:
                     continue
                 await self._write(outgoing)
@@ -450,19 +451,6 @@ class Presence:
         self._written = numbering.number
         if is_whole:
             self._is_rewriting = False
-
-    def _take_portion(self) -> dict[str, Difference]:
-        """What is sent next: no more than Redis takes at once, and than a subscriber's buffer there has room for."""
-        portion: dict[str, Difference] = {}
-        left = _PORTION
-        while self._outgoing and left > 0:
-            name, change = next(iter(self._outgoing.items()))
-            del self._outgoing[name]
-            portion[name], rest = presence.split(change, left)
-            left -= len(portion[name].joins) + len(portion[name].leaves)
-            if rest:
-                self._outgoing[name] = rest
-        return portion
 
     def _has_none(self, name: str) -> bool:
         topic = self._topics.get(name)

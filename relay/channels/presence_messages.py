@@ -7,7 +7,10 @@ from collections.abc import Callable
 
 import msgspec
 
-from relay.protocol.presence import Difference
+from relay.protocol.presence import Difference, split
+
+_PORTION = 5000
+"""Members in one message at most. All of a node are announced again when Redis has lost them."""
 
 
 class Change(msgspec.Struct, array_like=True):
@@ -48,3 +51,17 @@ def packed(name: str, change: Difference) -> Change:
     """A difference in the form in which it is sent."""
     joins = [(each.ref, each.key, msgspec.Raw(each.meta), each.previous) for each in change.joins.values()]
     return Change(name, joins, list(change.leaves))
+
+
+def take_portion(outgoing: dict[str, Difference]) -> dict[str, Difference]:
+    """Take what is sent next: no more than Redis takes at once, and than a subscriber's buffer there has room for."""
+    portion: dict[str, Difference] = {}
+    left = _PORTION
+    while outgoing and left > 0:
+        name, change = next(iter(outgoing.items()))
+        del outgoing[name]
+        portion[name], rest = split(change, left)
+        left -= len(portion[name].joins) + len(portion[name].leaves)
+        if rest:
+            outgoing[name] = rest
+    return portion

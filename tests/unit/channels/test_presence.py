@@ -29,8 +29,8 @@ from tests.support.transport import FakeTransport, read_frame
 __all__ = ["runner"]
 
 LEASE_S, RENEW_S, DELAY_S = 1.5, 0.5, 0.5
-QUIET_S = LEASE_S + 2 * RENEW_S + DELAY_S + 1.5
-"""With what is written again after a second."""
+QUIET_S = 2 * LEASE_S + 2 * RENEW_S + DELAY_S + 1.5
+"""With a second lease for nodes that all could not renew theirs, and what is written again after a second."""
 TOPIC = "room:1"
 
 
@@ -365,6 +365,27 @@ async def test_flush_is_not_seen_by_clients(caplog: pytest.LogCaptureFixture) ->
     assert [node.metrics.presence_leases_lost for node in world.nodes] == [1, 1]
     assert "the lease of this node ended, or Redis lost it: its members are sent again" in caplog.messages
     assert await world.nodes[0].store.read(TOPIC, world.nodes[1].store.node, 1)
+    await world.end()
+
+
+@pytest.mark.parametrize("outage_s", [1.5 * LEASE_S, 6 * LEASE_S])
+async def test_outage_that_is_longer_than_leases_is_not_seen_by_clients(outage_s: float) -> None:
+    world = World(config(delay_s=0.0))
+    one, two = world.nodes
+    clients = [one.enter("a"), two.enter("b")]
+    await asyncio.sleep(1)
+    one.store.is_away = two.store.is_away = True
+    await asyncio.sleep(outage_s)
+    one.store.is_away = False
+    await asyncio.sleep(1.5 * RENEW_S)
+    assert one.metrics.presence_leases_lost == 1
+    two.store.is_away = False  # which is later, as each node has its own pace
+    await asyncio.sleep(QUIET_S)
+    assert [client.gone for client in clients] == [[], []]
+    await world.check()
+    await world.nodes.pop().kill()
+    await asyncio.sleep(QUIET_S)
+    assert clients[0].gone == ["b"]
     await world.end()
 
 
