@@ -234,6 +234,9 @@ class PresenceStore(Protocol):
         Args: known: number of the last write that the node is known to have made.
         """
 
+    async def lost(self, topics: Sequence[str]) -> list[str]:
+        """Those of these topics, of which this node has members, that have none of them left."""
+
     async def numbers(self, nodes: Sequence[str]) -> list[int | None]:
         """The number of each node's last write; None where the store has lost it."""
 

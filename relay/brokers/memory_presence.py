@@ -83,6 +83,10 @@ class MemoryPresence:
             return None
         return dict(self._shared.members.get((topic, node), {}))
 
+    async def lost(self, topics: Sequence[str]) -> list[str]:
+        """Those of these topics, of which this node has members, that have none of them left."""
+        return [topic for topic in topics if not self._shared.members.get((topic, self.node))]
+
     async def numbers(self, nodes: Sequence[str]) -> list[int | None]:
         """The number of each node's last write; None where it is not there."""
         written = self._shared.written

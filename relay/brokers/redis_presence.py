@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+import hiredis
 import msgspec
 
 from relay.brokers.base import PRESENCE_CHANNEL, Lease, Numbering, OwnChange
 from relay.brokers.redis_commands import RedisCommands
-from relay.brokers.redis_connection import Connections
+from relay.brokers.redis_connection import Connections, words
 from relay.brokers.redis_scripts import NUMBER_WRITE, RENEW_LEASE, Script
 from relay.config import Config
 from relay.errors import BusUnavailable
@@ -122,6 +123,20 @@ class RedisPresence:
                     members[ref.decode()] = Member(ref.decode(), value.key, bytes(value.meta), value.previous)
             if cursor == b"0":
                 return members
+
+    async def lost(self, topics: Sequence[str]) -> list[str]:
+        """Those of these topics, of which this node has members, that have none of them left."""
+        found: list[str] = []
+        commands = [("HSCAN", self._key(topic, self.node), "0", "COUNT", 1) for topic in topics]
+        for topic, (_, key, *_), reply in zip(topics, commands, await self._commands.replies(commands), strict=True):
+            if isinstance(reply, list) and reply[1]:
+                continue
+            if isinstance(reply, hiredis.ReplyError):
+                if not str(reply).startswith("WRONGTYPE"):
+                    raise BusUnavailable(f"HSCAN {key}: {words(reply)}")
+                _ = await self._commands.ask("UNLINK", key)  # what another program has put in its place
+            found.append(topic)
+        return found
 
     async def numbers(self, nodes: Sequence[str]) -> list[int | None]:
         """The number of each node's last write; None where Redis has lost it."""

@@ -12,9 +12,11 @@ import asyncio
 import secrets
 from collections import deque
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import partial
 
 from relay.brokers.base import Lease, Numbering, OwnChange, PresenceStore
+from relay.channels.presence_leases import NodeLeases
 from relay.channels.presence_limit import ChangeLimiter
 from relay.channels.presence_messages import Change, Message, decode, encode, packed, take_portion
 from relay.channels.presence_topic import WINDOW_S, PresenceTopic, Watcher, count_members
@@ -31,8 +33,8 @@ _AGAIN_S = 1.0
 _READS = 100
 """Reads of members under way at most. After an outage all topics' are due, and each read has a time limit."""
 
-_DEAD_LEASES = 3
-"""Leases after the end of its own for which the members of a node are left where they are."""
+_LOOKS = 500
+"""Topics of which one renewal of the lease looks whether the store still has their members from here."""
 
 _COUNT_KEY = "#"
 """Key of what stands for all members of a node where their number alone is sent."""
@@ -65,14 +67,16 @@ class Presence:
         self._topics: dict[str, PresenceTopic] = {}
         # Nodes that are alive, each with the number of its last message; None before the first.
         self._nodes: dict[str, int | None] = {}
-        # Nodes whose lease is not in Redis any more, each with when it counts as dead.
-        self._missing: dict[str, float] = {}
+        self._leases = NodeLeases(config.presence.lease_s, asyncio.get_running_loop().time)
         self._number = 0
         # Number of the last write that was answered; whether Redis has lost something of what was written; and whether
         # all members are being written again.
         self._written = 0
         self._is_lost = False
         self._is_rewriting = False
+        # Topics whose members are looked for in the store before the others, and whether that is due.
+        self._unlooked: list[str] = []
+        self._is_look_due = False
         # Changes to be sent to the other nodes, and topics that have changed since the last sign of life.
         self._outgoing: dict[str, Difference] = {}
         self._changed_topics: set[str] = set()
@@ -327,7 +331,7 @@ class Presence:
     def _forget(self, node: str) -> None:
         """Take a node's members for gone."""
         _ = self._nodes.pop(node, None)
-        _ = self._missing.pop(node, None)
+        self._leases.forget(node)
         for topic in self._topics.values():
             if topic.parts.pop(node, None):
                 topic.changed()
@@ -346,6 +350,8 @@ class Presence:
                 self._log.warning("presence", "the lease of this node cannot be renewed: %s", error)
             else:
                 self._take_lease(lease)
+                self._is_look_due = True
+                self._wake.set()
             await asyncio.sleep(self._config.presence.renew_s)
 
     def _digests(self, topics: set[str]) -> dict[str, tuple[int, int]]:
@@ -366,7 +372,8 @@ class Presence:
             self._is_lost = True
             self._wake.set()
         alive = {node for node, left_s in lease.nodes.items() if left_s >= 0 and node != self._node}
-        for node in [node for node in self._nodes if node not in alive and self._is_dead(node, lease)]:
+        without = [node for node in self._nodes if node not in alive]
+        for node in [each for each in without if self._leases.is_dead(each, lease, is_certain=self._could_renew)]:
             removed = sum(len(topic.parts.get(node, ())) for topic in self._topics.values())
             self._metrics.presence_ghosts_removed += removed
             if removed:
@@ -376,25 +383,13 @@ class Presence:
             self._forget(node)
         missed, self._could_renew = not self._could_renew, True
         for node in alive:
-            _ = self._missing.pop(node, None)
+            self._leases.forget(node)
             if missed or node not in self._nodes:
                 _ = self._nodes.setdefault(node, None)
                 for topic in self._topics.values():
                     self._load(topic, node)
-        for node, left_s in lease.nodes.items():
-            if left_s < -_DEAD_LEASES * self._config.presence.lease_s and node not in self._missing:
-                _ = self._spawn(self._sweep(node))
-
-    def _is_dead(self, node: str, lease: Lease) -> bool:
-        """Whether a node without a lease counts as dead.
-
-        One that has none since a flush may still renew it; so may one whose lease has ended while this node could not
-        renew its own: Redis was away, refused to write, or its clock was set.
-        """
-        if node in lease.nodes and node not in self._missing and lease.held and self._could_renew:
-            return True
-        now = asyncio.get_running_loop().time()
-        return now > self._missing.setdefault(node, now + self._config.presence.lease_s)
+        for node in self._leases.long_dead(lease):
+            _ = self._spawn(self._sweep(node))
 
     async def _sweep(self, node: str) -> None:
         try:
@@ -410,11 +405,27 @@ class Presence:
         await self._store.clear()
         self._written = 0
         self._is_lost, self._is_rewriting = False, True
-        for topic in self._topics.values():
-            if topic.own:
-                before = self._outgoing.get(topic.name, NOTHING)
-                self._outgoing[topic.name] = presence.compose(before, Difference(dict(topic.own), {}))
-                self._changed_topics.add(topic.name)
+        for name in tuple(self._topics):
+            self._write_again(name)
+
+    def _write_again(self, name: str) -> None:
+        if (topic := self._topics.get(name)) is not None and topic.own:
+            before = self._outgoing.get(name, NOTHING)
+            self._outgoing[name] = presence.compose(before, Difference(dict(topic.own), {}))
+            self._changed_topics.add(name)
+
+    async def _look_for_own(self) -> None:
+        """See whether the members here of some topics are still there: Redis may have evicted one key alone."""
+        self._is_look_due = False
+        self._unlooked = self._unlooked or list(self._topics)
+        portion, self._unlooked = self._unlooked[:_LOOKS], self._unlooked[_LOOKS:]
+        known = [name for name in portion if name not in self._outgoing and not self._has_none(name)]
+        if not known or self._is_rewriting:
+            return
+        with suppress(BusUnavailable):  # the next look may be answered
+            for name in await self._store.lost(known):
+                self._log.warning("presence", "members of topic %r here were lost in Redis: they are sent again", name)
+                self._write_again(name)
 
     async def _publish_regularly(self) -> None:
         """Send the other nodes what has changed here."""
@@ -425,6 +436,8 @@ class Presence:
             try:
                 if self._is_lost:
                     await self._rewrite()
+                elif self._is_look_due:
+                    await self._look_for_own()
                 outgoing = take_portion(self._outgoing)
                 if not outgoing and not self._is_rewriting:
                     continue

@@ -487,6 +487,25 @@ async def test_token_renewed_without_the_right_ends_the_listing(
     assert await client.push("1", topic, "shout") == {"status": "error", "response": {"reason": "unauthorized"}}
 
 
+@pytest.mark.parametrize("what", ["evicted", "of another kind"])
+async def test_members_of_one_topic_that_redis_has_lost_are_written_again(
+    serve_relay: ServeRelay, enter: Any, topic: str, redis: Redis, what: str
+) -> None:
+    one, two = await serve_relay(**PRESENCE), await serve_relay(**PRESENCE)
+    first = await enter(one, topic)
+    await eventually(lambda: first.keys, "the state")
+    key = f"presence:{topic}|{node_of(one)}"
+    async with asyncio.timeout(20 * PATIENCE):
+        while not await redis.delete(key):  # noqa: ASYNC110 - Redis's
+            await asyncio.sleep(0.01)
+    if what != "evicted":
+        await redis.set(key, "x")
+    second = await enter(two, topic)
+    await eventually(lambda: len(second.keys) == len(first.keys) == 2, "both members")
+    assert len(await redis.hgetall(key)) == 1
+    assert not first.left and not second.left
+
+
 async def test_what_others_write_into_redis_harms_nobody(
     serve_relay: ServeRelay, enter: Any, topic: str, valkey: Valkey
 ) -> None:

@@ -121,6 +121,13 @@ async def test_many_members_are_read_whole(world: World) -> None:
     assert await world.read(world.one) == {member.ref: member for member in many}
 
 
+async def test_topics_without_the_members_that_were_written_are_known(world: World) -> None:
+    assert await world.write(world.two, world.joins(ADA), b"one")
+    assert await world.two.lost([world.topic, "other"]) == ["other"]
+    assert await world.write(world.two, world.leaves(ADA, is_empty=True), b"two")
+    assert await world.two.lost([world.topic]) == [world.topic]
+
+
 async def test_number_of_each_nodes_last_write_is_known(world: World) -> None:
     await world.write(world.one, world.joins(ADA), b"1")
     await world.write(world.one, world.joins(BOB), b"2")
