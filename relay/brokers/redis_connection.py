@@ -407,6 +407,11 @@ def _shortened(text: str) -> str:
     return line if len(line) <= _WORDS_MAX else f"{line[: _WORDS_MAX - 1]}…"
 
 
+def not_published(where: str, role: Role) -> str:
+    """Why nothing can be published on a replica."""
+    return f"{where} is {role}: what is published there does not reach its master's clients"
+
+
 def name_of(channel: bytes) -> str:
     """A Redis channel as a text may name it."""
     text = channel.decode(errors="replace")

@@ -25,6 +25,7 @@ from relay.brokers.redis_connection import (
     Role,
     is_denied,
     name_of,
+    not_published,
     packed,
     read_role,
     words,
@@ -37,10 +38,6 @@ from relay.errors import BusUnavailable
 _logger = logging.getLogger("relay.redis")
 
 _STOPPING = "the relay is stopping"
-
-
-def not_published(where: str, role: Role) -> str:
-    return f"{where} is {role}: what is published there does not reach its master's clients"
 
 
 class Sent(msgspec.Struct):
@@ -123,6 +120,9 @@ class Publisher:
         self._unsent: list[tuple[Sent, bytes, str | None]] = []
         self._unanswered: deque[Sent] = deque()
         self._bytes = 0
+        # Messages for histories whose script Redis has forgotten, later ones, and what was sent last before these.
+        self._refused, self._behind = list[Sent](), list[Sent]()
+        self._sent_last: Sent | None = None
         # Commands of this turn of the event loop, which are written at its end.
         self._outgoing: list[bytes] = []
 
@@ -206,12 +206,16 @@ class Publisher:
         if self._refusal and not self._may_wait():
             future.set_exception(BusUnavailable(self._refusal))
             return future
-        if len(self._unanswered) >= most.publish_queue_max or self._bytes + size > most.publish_queue_max_bytes:
+        waiting = len(self._unanswered) + len(self._refused) + len(self._behind)
+        if waiting >= most.publish_queue_max or self._bytes + size > most.publish_queue_max_bytes:
             future.set_exception(BusUnavailable("too many messages are waiting for Redis"))
             return future
         sent = Sent(future, self._clock(), size, channel, is_counted=is_counted, history=history)
-        self._unanswered.append(sent)
         self._bytes += size
+        if self._refused and history:
+            self._behind.append(sent)
+            return future
+        self._unanswered.append(sent)
         connection = self._connection
         if connection is None:
             self._unsent.append((sent, payload, sender))
@@ -290,8 +294,7 @@ class Publisher:
         except LinkLost as lost:
             return str(lost), False
         keeper: asyncio.Task[None] | None = None
-        was_open = False
-        fault = _STOPPING
+        was_open, fault = False, _STOPPING
         try:
             async with asyncio.timeout(self._settings.timeout_s):
                 role = await connection.role()
@@ -348,7 +351,8 @@ class Publisher:
     def _fail_all(self, fault: str) -> None:
         self._unsent.clear()
         self._outgoing.clear()
-        failed, self._unanswered, self._bytes = self._unanswered, deque(), 0
+        failed = (*self._unanswered, *self._refused, *self._behind)
+        self._unanswered, self._refused, self._behind, self._bytes = deque(), [], [], 0
         for sent in failed:
             if not sent.channel:
                 sent.future.cancel()
@@ -373,9 +377,9 @@ class Publisher:
                 if not sent.channel:
                     self._take_answer(sent, reply)
                 elif sent.future.done():
-                    continue  # its caller has given up
+                    pass  # its caller has given up
                 elif sent.history and isinstance(reply, hiredis.ReplyError) and str(reply).startswith("NOSCRIPT"):
-                    self._send_again(connection, sent)
+                    self._hold(sent)
                 elif isinstance(reply, hiredis.ReplyError):  # of this message alone: NOPERM, OOM
                     if not self._redirect(sent, reply):
                         sent.future.set_exception(BusUnavailable(f"PUBLISH {name_of(sent.channel)}: {words(reply)}"))
@@ -383,17 +387,27 @@ class Publisher:
                     sent.future.set_result(reply if sent.is_counted else None)
                     if sent.history:
                         self._owner.appended(reply, int(sent.history[2]))
+                if sent is self._sent_last:
+                    self._send_again(connection)
 
     def _redirect(self, sent: Sent, error: hiredis.ReplyError) -> bool:
         """Have another node take a message, where there are several and this one has refused it."""
         return False
 
-    def _send_again(self, connection: RedisConnection, sent: Sent) -> None:
-        """Send the whole script, since Redis has forgotten it and has carried nothing out."""
+    def _hold(self, sent: Sent) -> None:
+        """Keep a message that Redis has refused, having forgotten the script, until all before it are answered."""
+        if not self._refused:
+            self._sent_last = self._unanswered[-1] if self._unanswered else sent
         self._has_script = False
-        self._unanswered.append(sent)
+        self._refused.append(sent)
         self._bytes += sent.size
-        self._write(connection, self._command(sent, b"", None))
+
+    def _send_again(self, connection: RedisConnection) -> None:
+        """Send those that were kept, in the order of the calls, with the whole script."""
+        again = (*self._refused, *self._behind)
+        self._refused, self._behind, self._sent_last = [], [], None
+        self._unanswered.extend(again)
+        self._write(connection, b"".join([self._command(sent, b"", None) for sent in again]))
 
     def _outcome(self, sent: Sent) -> Any:
         """The reply to a message, out of those to it and its marker."""

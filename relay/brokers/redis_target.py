@@ -15,8 +15,7 @@ import hiredis
 
 from relay import redis_url
 from relay.brokers import redis_topics
-from relay.brokers.redis_connection import LinkLost, is_denied, name_of, read_role, words
-from relay.brokers.redis_publisher import not_published
+from relay.brokers.redis_connection import LinkLost, is_denied, name_of, not_published, read_role, words
 from relay.brokers.redis_scripts import PUBLISH, SHARDED_PUBLISH
 from relay.brokers.redis_settings import (
     RENEW_EVERY_S,

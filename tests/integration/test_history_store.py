@@ -315,6 +315,25 @@ async def test_script_that_redis_has_forgotten_is_sent_again(server: Valkey, cli
         assert (await store.open("1-1")).fault is NotRecovered.EXPIRED
 
 
+async def test_order_is_that_of_the_calls_while_redis_forgets_the_script(server: Valkey, client: Any) -> None:
+    async with started(redis_url=server.url) as store:
+        futures: list[asyncio.Future[None]] = []
+
+        async def publish() -> None:
+            for number in range(1000):
+                futures.append(store.broker.publish(Direction.TO, store.topic, "e", b"%d" % number))
+                if number % 3 == 0:
+                    await asyncio.sleep(0)
+
+        publishing = asyncio.create_task(publish())
+        while not publishing.done():
+            await client.script_flush()
+        await publishing
+        _ = await asyncio.gather(*futures)
+        await eventually(lambda: len(store.sink.events) == 1000, "the events")
+        assert [int(event.payload) for event in store.sink.events] == list(range(1000))
+
+
 async def test_read_whose_connection_is_cut_is_read_again(server: Valkey, client: Any) -> None:
     async with started(redis_url=server.url) as store:
         positions = await store.publish(b"1", b"2")
