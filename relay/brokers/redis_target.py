@@ -115,8 +115,8 @@ class Target:
         elif not self._has_warned:
             self._has_warned = True
             _logger.warning(
-                "no permission to read %s on %s: events of topics with a history may not be appended to it; allow it "
-                "with +hgetall ~%s, or give the publisher topics",
+                "no permission to read %s on %s: events may not be appended to the history of their topic, and do not "
+                "reach relays in topic mode; allow it with +hgetall ~%s, or give the publisher the settings",
                 SETTINGS_KEY,
                 self.address,
                 SETTINGS_KEY,

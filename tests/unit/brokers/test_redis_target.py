@@ -59,8 +59,9 @@ def test_user_that_may_not_read_the_settings_is_warned_once(caplog: pytest.LogCa
     for _ in range(2):
         one.learn(MASTER, refusal)
     assert [record.getMessage() for record in caplog.records] == [
-        "no permission to read relay:settings on one:6379: events of topics with a history may not be appended to it; "
-        "allow it with +hgetall ~relay:settings, or give the publisher topics"
+        "no permission to read relay:settings on one:6379: events may not be appended to the history of their topic, "
+        "and do not reach relays in topic mode; allow it with +hgetall ~relay:settings, "
+        "or give the publisher the settings"
     ]
     target(topics=HISTORY).learn(MASTER, refusal)
     assert len(caplog.records) == 1, "it has no use for them"
