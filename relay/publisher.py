@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from relay import redis_url, runtime_dir
 from relay.brokers.cluster_commands import BlockingCluster, ClusterCommands
 from relay.brokers.redis_blocking import Ask, BlockingConnections
-from relay.brokers.redis_commands import RedisCommands
+from relay.brokers.redis_commands import FOR_PUBLISHERS, RedisCommands
 from relay.brokers.redis_connection import Connections, LinkLost, RedisConnection
 from relay.brokers.redis_target import QUESTIONS, Outgoing, Published, Target
 from relay.config import EMBEDDED, Config
@@ -142,7 +142,7 @@ class Publisher(_Publisher):
         self._target.learn(*ask(QUESTIONS))
 
     def close(self) -> None:
-        """Close the connections. A later event makes a new one."""
+        """Close the connections; one on which another thread publishes stays. A later event makes a new one."""
         self._connections.close()
 
     def __enter__(self) -> Self:
@@ -211,7 +211,7 @@ class AsyncPublisher(_Publisher):
                 found = _Loop(None, ClusterCommands(self._cluster, self._timeout_s, self._ask_questions))
             else:
                 connections = _Prepared(self)
-                found = _Loop(connections, RedisCommands(connections, self._timeout_s, "relay-publisher"))
+                found = _Loop(connections, RedisCommands(connections, self._timeout_s, FOR_PUBLISHERS))
             self._loops[loop] = found
         return found
 

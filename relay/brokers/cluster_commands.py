@@ -16,7 +16,7 @@ import hiredis
 from relay import redis_url
 from relay.brokers.cluster_map import Endpoint, Row, SlotMap, read_isolation, read_redirect, read_rows, slot_of
 from relay.brokers.redis_blocking import Ask, BlockingConnections
-from relay.brokers.redis_commands import RedisCommands
+from relay.brokers.redis_commands import FOR_PUBLISHERS, RedisCommands
 from relay.brokers.redis_connection import Connections, LinkLost, words
 from relay.config import SETTINGS_KEY
 from relay.errors import BusUnavailable
@@ -163,7 +163,7 @@ class ClusterCommands:
     def _node(self, endpoint: Endpoint) -> RedisCommands:
         if endpoint not in self._nodes:
             connections = Connections(redis_url.parse(self._address.node_url(*endpoint)), self._timeout_s)
-            self._nodes[endpoint] = connections, RedisCommands(connections, self._timeout_s, "relay-publisher")
+            self._nodes[endpoint] = connections, RedisCommands(connections, self._timeout_s, FOR_PUBLISHERS)
         return self._nodes[endpoint][1]
 
     async def _learn(self) -> None:

@@ -137,8 +137,8 @@ class BlockingConnections:
         return connection
 
     def close(self) -> None:
-        """Close the connections; later commands make new ones."""
-        self._pool.disconnect()
+        """Close the connections that no thread uses now; later commands make new ones."""
+        self._pool.disconnect(inuse_connections=False)
         for client in self._sentinels:
             client.close()
 

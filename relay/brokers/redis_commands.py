@@ -18,6 +18,9 @@ from relay.errors import BusUnavailable
 
 _IDLE_S = 30.0
 
+FOR_PUBLISHERS = "relay-publisher"
+"""Name of the task in programs that publish, in which no relay runs."""
+
 _AGAIN_S = 0.05
 """Seconds before a command is sent a second time; before the third twice as many, and so on."""
 
@@ -140,7 +143,8 @@ class RedisCommands:
             return self._connection
 
     async def _read(self, connection: RedisConnection, unanswered: deque[asyncio.Future[Any]]) -> None:
-        fault: Exception = LinkLost("the relay is stopping")
+        closed = "the publisher was closed" if self._name == FOR_PUBLISHERS else "the relay is stopping"
+        fault: Exception = LinkLost(closed)
         try:
             while True:
                 reply = await connection.reply()

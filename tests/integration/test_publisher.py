@@ -216,6 +216,24 @@ async def test_late_replies_are_not_taken_for_those_of_later_events(kind: Kind) 
         await close(publisher)
 
 
+async def test_publisher_that_is_closed_under_an_event(kind: Kind) -> None:
+    with Valkey() as server:
+        publisher = kind(server.url)
+        assert await publish(publisher, ("room:1", "e", 0)) == [Published(None, 0)]
+        server.pause()
+        publishing = asyncio.create_task(publish(publisher, ("room:1", "e", 1)))
+        await asyncio.sleep(0.2 * PATIENCE)
+        await close(publisher)
+        server.resume()
+        if kind is Publisher:  # another thread's event
+            assert await publishing == [Published(None, 0)]
+        else:
+            with pytest.raises(BusUnavailable, match="the publisher was closed"):
+                await publishing
+        assert await publish(publisher, ("room:1", "e", 2)) == [Published(None, 0)]
+        await close(publisher)
+
+
 async def test_replica_is_refused(kind: Kind, valkey: Valkey) -> None:
     with Valkey("--replicaof", "127.0.0.1", str(valkey.port)) as replica:
         publisher = kind(replica.url)
