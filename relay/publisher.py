@@ -17,8 +17,8 @@ from relay import redis_url, runtime_dir
 from relay.brokers.cluster_commands import BlockingCluster, ClusterCommands
 from relay.brokers.redis_blocking import Ask, BlockingConnections
 from relay.brokers.redis_commands import FOR_PUBLISHERS, RedisCommands
-from relay.brokers.redis_connection import Connections, LinkLost, RedisConnection
-from relay.brokers.redis_target import QUESTIONS, Outgoing, Published, Target
+from relay.brokers.redis_connection import Connections, LinkLost, RedisConnection, is_denied
+from relay.brokers.redis_target import QUESTIONS, Command, Outgoing, Published, Target
 from relay.config import EMBEDDED, Config
 from relay.config_sources import explain, load
 from relay.errors import BusUnavailable, ConfigError
@@ -189,11 +189,13 @@ class AsyncPublisher(_Publisher):
             await commands.connect()
             await self._ask_if_due(loop)
             target.check(encoded)
-            sent = target.commands(encoded, with_script=len(encoded) > 1)
+            sent = target.commands(encoded, with_script=len(encoded) > 1 or not loop.has_script)
             replies = await commands.replies(sent)
             if target.needs_script(sent, replies):
+                loop.forget_script(replies[0])
                 sent = target.commands(encoded, with_script=True)
                 replies = await commands.replies(sent)
+            loop.learn_script(sent, replies)
             answers = target.take_replies(sent, replies)
         except LinkLost as lost:
             commands.reconnect()
@@ -258,6 +260,27 @@ class _Loop:
         self.connections: _Prepared | None = connections
         self.commands: _Commands = commands
         self.asking: asyncio.Task[None] | None = None
+        self._may_use_sha = True
+
+    @property
+    def has_script(self) -> bool:
+        """Whether Redis knows the script, as far as is known; a cluster has many servers, which are asked first.
+
+        An event that is refused since Redis does not know it would be sent again behind those that came after it.
+        """
+        return self.connections is None or (self.connections.has_script and self._may_use_sha)
+
+    def learn_script(self, commands: Sequence[Command], replies: Sequence[object]) -> None:
+        """Learn that Redis has been given the script, if it has."""
+        if self.connections is not None:
+            pairs = zip(commands, replies, strict=True)
+            self.connections.has_script |= any(each[0] == "EVAL" and isinstance(reply, bytes) for each, reply in pairs)
+
+    def forget_script(self, refusal: object) -> None:
+        """Learn that Redis does not know the script any more, or that its user may not run it by its digest."""
+        self._may_use_sha = self._may_use_sha and not is_denied(refusal)
+        if self.connections is not None:
+            self.connections.has_script = False
 
 
 class _Prepared(Connections):
@@ -266,10 +289,13 @@ class _Prepared(Connections):
     def __init__(self, publisher: AsyncPublisher) -> None:
         super().__init__(publisher._address, publisher._timeout_s)
         self._target = publisher._target
+        self.has_script: bool = False
+        """Whether the server of the last connection was given the script on it."""
 
     async def open(self) -> RedisConnection:
         """Connect, and learn what has to be known. Raises LinkLost."""
         opened = await super().open()
+        self.has_script = False
         try:
             self._target.learn(*[await opened.ask(*question) for question in QUESTIONS])
         except BaseException:

@@ -136,6 +136,23 @@ async def test_batch_keeps_its_order_with_and_without_history(
     await close(publisher)
 
 
+async def test_first_events_of_a_history_keep_the_order_of_the_calls(kind: Kind) -> None:
+    """Though Redis does not know the script yet, by which they are appended."""
+    with Valkey() as server, SyncRedis(port=server.port) as admin:
+        publisher = kind(server.url, topics=TOPICS)
+        for _ in range(2):  # on two connections
+            admin.script_flush()
+            calls = [publish(publisher, ("room:1", "tick", at)) for at in range(200)]
+            if kind is AsyncPublisher:
+                await asyncio.gather(*calls)
+            else:
+                for call in calls:
+                    await call
+            rows: Any = admin.xrange("topic:room:1")
+            assert [int(fields[b"d"]) for _, fields in rows[-200:]] == list(range(200))
+            await close(publisher)
+
+
 async def test_batch_takes_one_round_trip(kind: Kind, valkey: Valkey) -> None:
     """A proxy holds up each portion of replies for a tenth of a second: 100 events would take ten seconds."""
     async with Proxy.open(valkey.port) as proxy:
