@@ -260,7 +260,6 @@ class _Loop:
         self.connections: _Prepared | None = connections
         self.commands: _Commands = commands
         self.asking: asyncio.Task[None] | None = None
-        self._may_use_sha = True
 
     @property
     def has_script(self) -> bool:
@@ -268,19 +267,18 @@ class _Loop:
 
         An event that is refused since Redis does not know it would be sent again behind those that came after it.
         """
-        return self.connections is None or (self.connections.has_script and self._may_use_sha)
+        return self.connections is None or self.connections.has_script
 
     def learn_script(self, commands: Sequence[Command], replies: Sequence[object]) -> None:
         """Learn that Redis has been given the script, if it has."""
-        if self.connections is not None:
+        if self.connections is not None and self.connections.may_use_sha:
             pairs = zip(commands, replies, strict=True)
             self.connections.has_script |= any(each[0] == "EVAL" and isinstance(reply, bytes) for each, reply in pairs)
 
     def forget_script(self, refusal: object) -> None:
         """Learn that Redis does not know the script any more, or that its user may not run it by its digest."""
-        self._may_use_sha = self._may_use_sha and not is_denied(refusal)
         if self.connections is not None:
-            self.connections.has_script = False
+            self.connections.learn_refusal(refusal)
 
 
 class _Prepared(Connections):
@@ -290,18 +288,30 @@ class _Prepared(Connections):
         super().__init__(publisher._address, publisher._timeout_s)
         self._target = publisher._target
         self.has_script: bool = False
-        """Whether the server of the last connection was given the script on it."""
+        """Whether the server of the last connection knows the script, as far as is known."""
+        self.may_use_sha: bool = True
+        """Whether its user may run the script by its digest."""
 
     async def open(self) -> RedisConnection:
         """Connect, and learn what has to be known. Raises LinkLost."""
         opened = await super().open()
-        self.has_script = False
+        self.has_script, self.may_use_sha = False, True
         try:
             self._target.learn(*[await opened.ask(*question) for question in QUESTIONS])
+            if (question := self._target.script_question()) is not None:
+                self.has_script = True
+                self.learn_refusal(await opened.ask(*question))
         except BaseException:
             await opened.close()
             raise
         return opened
+
+    def learn_refusal(self, reply: object) -> None:
+        """Learn from the reply to the script's digest; other errors are no matter of the script."""
+        if is_denied(reply):
+            self.has_script = self.may_use_sha = False
+        elif str(reply).startswith("NOSCRIPT"):
+            self.has_script = False
 
 
 def _address_of(config: Config) -> str:

@@ -45,7 +45,9 @@ class RedisCommands:
         self._name = name
         self._attempts = attempts
         self._idle_s = idle_s
+        # Who waits for a connection, one after the other, and how many.
         self._connecting = asyncio.Lock()
+        self._waiting = 0
         self._connection: RedisConnection | None = None
         self._reader: asyncio.Task[None] | None = None
         self._unanswered: deque[asyncio.Future[Any]] = deque()
@@ -79,8 +81,8 @@ class RedisCommands:
             return await self._send(commands)
 
     async def connect(self) -> None:
-        """Connect now where there is no connection. Raises BusUnavailable."""
-        if self._usable() is None:
+        """Connect now where there is no connection, in the order of the calls. Raises BusUnavailable."""
+        if self._usable() is None or self._waiting:  # else it would overtake those that wait
             async with self._limited("no answer"):
                 _ = await self._connect()
 
@@ -134,13 +136,17 @@ class RedisCommands:
             _ = await asyncio.gather(self._reader, return_exceptions=True)
 
     async def _connect(self) -> RedisConnection:
-        async with self._connecting:
-            if self._connection is None:
-                connection = await self._connections.open()
-                self._unanswered = deque()
-                self._connection = connection
-                self._reader = asyncio.create_task(self._read(connection, self._unanswered), name=self._name)
-            return self._connection
+        self._waiting += 1
+        try:
+            async with self._connecting:
+                if self._connection is None:
+                    connection = await self._connections.open()
+                    self._unanswered = deque()
+                    self._connection = connection
+                    self._reader = asyncio.create_task(self._read(connection, self._unanswered), name=self._name)
+                return self._connection
+        finally:
+            self._waiting -= 1
 
     async def _read(self, connection: RedisConnection, unanswered: deque[asyncio.Future[Any]]) -> None:
         closed = "the publisher was closed" if self._name == FOR_PUBLISHERS else "the relay is stopping"

@@ -165,6 +165,12 @@ class Target:
             found.append(_ROLE)
         return found
 
+    def script_question(self) -> Command | None:
+        """What shows whether Redis knows the script, which refuses it without arguments; None without a history."""
+        if all(history is None for _, history in self._settings.topics):
+            return None
+        return ("EVALSHA", self._script.sha, "1", self._settings.topic_prefix)
+
     def take_replies(self, commands: Sequence[Command], replies: Sequence[object]) -> Sequence[object]:
         """The replies to events, of all to their commands. Raises LinkLost: the events have reached no client."""
         if commands[-1] != _ROLE:

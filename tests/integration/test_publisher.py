@@ -136,15 +136,23 @@ async def test_batch_keeps_its_order_with_and_without_history(
     await close(publisher)
 
 
-async def test_first_events_of_a_history_keep_the_order_of_the_calls(kind: Kind) -> None:
-    """Though Redis does not know the script yet, by which they are appended."""
+@pytest.mark.parametrize("denied", ["", "-evalsha"])
+async def test_first_events_of_a_history_keep_the_order_of_the_calls(kind: Kind, denied: str) -> None:
+    """Though Redis does not know the script yet, by which they are appended, or its user may not run it so."""
     with Valkey() as server, SyncRedis(port=server.port) as admin:
-        publisher = kind(server.url, topics=TOPICS)
+        rules = ("~*", "&*", "+@all", *denied.split())
+        admin.execute_command("ACL", "SETUSER", "app", "on", ">secret", *rules)
+        publisher = kind(server.url.replace("//", "//app:secret@"), topics=TOPICS)
         for _ in range(2):  # on two connections
             admin.script_flush()
             calls = [publish(publisher, ("room:1", "tick", at)) for at in range(200)]
             if kind is AsyncPublisher:
-                await asyncio.gather(*calls)
+                tasks: list[asyncio.Task[Any]] = []
+                for call in calls:
+                    tasks.append(asyncio.create_task(call))
+                    if len(tasks) % 3 == 0:
+                        await asyncio.sleep(0)
+                await asyncio.gather(*tasks)
             else:
                 for call in calls:
                     await call
