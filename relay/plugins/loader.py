@@ -188,13 +188,26 @@ def _import_package(init: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, init, submodule_search_locations=[str(init.parent)])
     assert spec is not None and spec.loader is not None, "a file that ends in .py has a loader"
     module = importlib.util.module_from_spec(spec)
+    # What another relay of this process has imported is that one's own, its modules below the package too: they would
+    # not be executed again, and so add no handler to this relay's plugin.
+    _forget_modules(name)
     sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules[name]
+        _forget_modules(name)
         raise
     return module
+
+
+def _modules_of(name: str) -> dict[str, ModuleType]:
+    """A package and its modules, as far as they are imported, by name."""
+    return {each: module for each, module in sys.modules.items() if each == name or each.startswith(f"{name}.")}
+
+
+def _forget_modules(name: str) -> None:
+    for each in _modules_of(name):
+        del sys.modules[each]
 
 
 @dataclass

@@ -222,6 +222,14 @@ def test_each_relay_has_plugins_of_its_own(tmp_path: Path) -> None:
     assert one.found[0].plugin is not two.found[0].plugin
 
 
+def test_each_relay_has_the_handlers_of_all_modules_of_a_package(tmp_path: Path) -> None:
+    package = write(tmp_path, "parts", "from relay import Plugin\n\nplugin = Plugin('parts')\n\nfrom . import joins\n")
+    (package / "joins.py").write_text("from . import plugin\n\n@plugin.on_join('*')\ndef guard(join): ...\n")
+    first, second = load(tmp_path), load(tmp_path)
+    assert [hook.name for hook in second.hooks.join] == [hook.name for hook in first.hooks.join] == ["guard"]
+    assert first.hooks.join != second.hooks.join
+
+
 def test_register_plugin_may_stand_alone_or_beside_a_plugin(tmp_path: Path) -> None:
     write(tmp_path, "alone", "def register_plugin(app): app.append('alone')")
     write(tmp_path, "both", PLUGIN.format(name="both") + "\ndef register_plugin(app): app.append('both')")
