@@ -397,20 +397,25 @@ class Relay:
     def disconnect(self, socket_id: str, reason: str = "") -> bool: ...
 
     @overload
-    def disconnect(self, *, user: str, reason: str = "") -> Call: ...
+    def disconnect(self, *, user: str | int, reason: str = "") -> Call: ...
 
-    def disconnect(self, socket_id: str | None = None, reason: str = "", *, user: str | None = None) -> bool | Call:
+    def disconnect(
+        self, socket_id: str | None = None, reason: str = "", *, user: str | int | None = None
+    ) -> bool | Call:
         """Close a socket of this process with 1001, or return False if there is no such socket; or all of a user.
 
         ``await relay.disconnect(user="alice")`` reaches every node, or raises BusUnavailable if it reached only this
         one. It starts at once, in any thread and any event loop, like `publish`. Clients reconnect unless
         authentication refuses them: let their tokens expire, or let ``authenticate`` refuse the user.
+
+        Args:   user: what its tokens, or ``authenticate``, say as ``sub``; a number is taken as its text, as there.
+        Raises: ValueError: no user is called so.
         """
         if user is not None:
             return self.node.disconnect_user(user, reason)
         return self.node.disconnect(socket_id or "", reason)
 
-    def kick(self, topic: str, *, user: str) -> Call:
+    def kick(self, topic: str, *, user: str | int) -> Call:
         """Remove a user from a topic with ``phx_close``, on every node; the client does not rejoin automatically.
 
         Raises BusUnavailable if it reached only this node. It starts at once, in any thread and any event loop, like

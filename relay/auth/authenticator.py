@@ -164,9 +164,9 @@ class Authenticator:
             channel = claims["channel"]
             if not isinstance(channel, str) or not channel:
                 raise ValueError('"channel": expected a topic as text')
-            return _user(claims.get("id"), "id"), (), self._tangram_topics.grants(claims, channel)
+            return user_name(claims.get("id"), "id"), (), self._tangram_topics.grants(claims, channel)
         claim = self._settings.rights_claim
-        user = _user(subject, "sub")
+        user = user_name(subject, "sub")
         try:
             return user, self._granted, parse_claim(claims.get(claim))
         except ValueError as error:
@@ -179,7 +179,8 @@ def _bare_scope() -> dict[str, Any]:
     return scope | {"user": UnauthenticatedUser(), "auth": AuthCredentials()}
 
 
-def _user(subject: object, claim: str) -> str | None:
+def user_name(subject: object, claim: str) -> str | None:
+    """What a user is called here: text, as which a number counts too; None stays None. Raises ValueError."""
     if subject is None:
         return None
     if not isinstance(subject, str | int) or isinstance(subject, bool) or subject == "":

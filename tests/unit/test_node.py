@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -357,6 +358,30 @@ async def test_kick_ends_one_topic_of_a_user() -> None:
         assert relay.topics == {"room:1": 1, "room:2": 1}
         for client in (alice, bob):
             await client.leave()
+
+
+async def test_user_whose_name_is_a_number_is_kicked_and_disconnected() -> None:
+    async def by_number(request: UpgradeRequest) -> dict[str, Any]:
+        return {"sub": 42, "topics": {"*": "join"}}
+
+    async with running(authenticate=by_number) as relay:
+        client = await connect(relay)
+        await client.join("room:1")
+        await relay.kick("room:1", user=42)
+        assert (client.messages[-1][2:4], relay.topics) == (["room:1", "phx_close"], {})
+        await relay.disconnect(user=42)
+        await client.task
+        assert client.closed_with == CloseCode.GOING_AWAY
+
+
+@pytest.mark.parametrize("user", ["", "\ud83d", True, 4.2, b"alice", {"id": 1}])
+async def test_user_that_cannot_be_is_no_success(user: Any) -> None:
+    async with running(authenticate=by_query, **USERS) as relay:
+        for act in (relay.disconnect, partial(relay.kick, "room:1")):
+            with pytest.raises(ValueError, match="user"):
+                _ = act(user=user)
+        with pytest.raises(ValueError, match="user"):
+            _ = relay.kick("room:1", user=None)  # type: ignore[arg-type]
 
 
 async def test_control_message_of_another_node_is_applied() -> None:
