@@ -16,6 +16,7 @@ Owns what a plugin's author writes; `relay.plugins.hooks` says what each handler
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from relay.errors import RelayError
 from relay.patterns import event_pattern_fault, topic_pattern_fault
 from relay.plugins.handlers import Handler, check_handler, is_async
 from relay.plugins.hooks import (
@@ -70,9 +71,9 @@ class Plugin:
     A handler is a coroutine function, or a plain function, which runs in a thread and may block (except for
     on_event, where it runs in the event loop). Methods, partials and objects with ``__call__`` work too. A handler
     whose parameters do not fit its hook raises TypeError when it is registered; a pattern that cannot match,
-    ValueError. An exception in a handler is logged and counted, and affects only the call that it was made for; so
-    does a handler that takes longer than ``plugins.timeout_s``. A topic pattern has ``*`` for any text, ``?`` for
-    one character, ``[abc]`` for one of these.
+    ValueError; one that comes after ``Relay(…)`` has loaded the plugin, RelayError. An exception in a handler is logged
+    and counted, and affects only the call that it was made for; so does a handler that takes longer than
+    ``plugins.timeout_s``. A topic pattern has ``*`` for any text, ``?`` for one character, ``[abc]`` for one of these.
     """
 
     def __init__(self, name: str) -> None:
@@ -83,6 +84,8 @@ class Plugin:
         """The handlers, in the order of definition."""
         self.routers: list[APIRouter] = []
         """The REST routes."""
+        self.is_loaded: bool = False
+        """Whether a relay has taken its handlers and routes: none can be added any more."""
 
     def on_join(self, topic: str = "*") -> Callable[[JoinHandler], JoinHandler]:
         """Accept or refuse joins: ``handler(join: Join) -> dict | None``.
@@ -158,6 +161,7 @@ class Plugin:
         """Add REST routes: FastAPI's APIRouter, added to relay's REST API or to your application."""
         if not hasattr(router, "routes"):
             raise TypeError(f"include_router: expected an APIRouter, got {router!r:.200}")
+        self._check_open("include_router")
         self.routers.append(router)
 
     def _hook(self, kind: str, topic: str, event: str = "*") -> Callable[[F], F]:
@@ -175,10 +179,19 @@ class Plugin:
 
         def register(function: F) -> F:
             check_handler(name, function, *_PARAMETERS[kind])
+            self._check_open(name)
             self.hooks.add(kind, Hook(self.name, function, topic, event))
             return function
 
         return register
+
+    def _check_open(self, what: str) -> None:
+        """Refuse what no relay would know of. Raises RelayError."""
+        if self.is_loaded:
+            raise RelayError(
+                f"{what}: expected it before a Relay loads the plugin {self.name}, which never calls what comes later; "
+                "write it above Relay(…): in a handler, push.relay is the relay"
+            )
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{kind}: {len(hooks)}" for kind, hooks in self.hooks.entries.items())

@@ -102,6 +102,9 @@ def load_plugins(config: PluginsConfig, builtins: tuple[Plugin, ...] = (), last:
         for kind, hooks in entry.plugin.hooks.entries.items() if entry.plugin else ():
             for hook in hooks:
                 table.add(kind, hook)
+    for entry in found:
+        if entry.plugin is not None:
+            entry.plugin.is_loaded = True
     return PluginSet(found, table.freeze())
 
 

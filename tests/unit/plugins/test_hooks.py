@@ -16,6 +16,7 @@ import pytest
 from pydantic import BaseModel, computed_field
 
 from relay import Relay
+from relay.errors import RelayError
 from relay.permissions import Identity, Rights
 from relay.plugins import Plugin, hooks
 from relay.plugins.handlers import is_async
@@ -669,3 +670,18 @@ def test_router_that_is_none_is_told() -> None:
 def test_authenticate_that_cannot_be_called_is_told_where_the_relay_is_made(function: Any) -> None:
     with pytest.raises(TypeError, match="authenticate: "):
         Relay(broadcast_url="memory://", authenticate=function)
+
+
+def test_what_comes_after_a_relay_has_loaded_the_plugin_is_told() -> None:
+    """It would never be called, and a guard of joins would let everybody in."""
+    plugin = Plugin("late")
+    _ = Relay(broadcast_url="memory://", extra_plugins=(plugin,))
+    with pytest.raises(RelayError, match=r"on_join: expected it before a Relay loads the plugin late"):
+
+        @plugin.on_join("room:*")
+        def guard(join: Join) -> None: ...
+
+    with pytest.raises(RelayError, match="on_startup: expected it before"):
+        _ = plugin.on_startup(lambda relay: None)
+    with pytest.raises(RelayError, match="include_router: expected it before"):
+        plugin.include_router(SimpleNamespace(routes=[]))  # type: ignore[arg-type]
