@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -31,6 +32,14 @@ ENTRY_POINTS = "relay.plugins"
 
 _ENTRY_POINT = "entry point "
 
+_PREFIX = "relay_plugin_"
+"""Of the names of modules that are plugins of ``plugins.paths``."""
+
+_DEFINITION = re.compile(r"^(?:\w+[^=\n]*=\s*(?:\w+\.)*Plugin\(|(?:async\s+)?def\s+register_plugin\b)", re.MULTILINE)
+"""What makes a module a plugin, at its top level."""
+
+_TEST = re.compile(r"test_.*|.*_test|conftest")
+
 
 @dataclass
 class PluginInfo:
@@ -44,6 +53,8 @@ class PluginInfo:
     """Its ``register_plugin(app)``, if it has one."""
     fault: str = ""
     """Why it could not be imported, in one line; empty when it was."""
+    others: dict[str, Plugin] = field(default_factory=dict)
+    """Further objects of the class Plugin in its modules, by their names."""
 
     def registers(self) -> list[str]:
         """What it adds, in words: ``on_push room:* new_msg``."""
@@ -105,7 +116,23 @@ def load_plugins(config: PluginsConfig, builtins: tuple[Plugin, ...] = (), last:
     for entry in found:
         if entry.plugin is not None:
             entry.plugin.is_loaded = True
+    _check_others(found, config)
     return PluginSet(found, table.freeze())
+
+
+def _check_others(found: list[PluginInfo], config: PluginsConfig) -> None:
+    """Refuse a second plugin in a package, of which relay takes the one named ``plugin`` alone. Raises ConfigError."""
+    for entry in found:
+        for name, other in entry.others.items():
+            if not other.is_loaded and (other.hooks.entries or other.routers):
+                text = (
+                    f"plugin {entry.name} ({entry.source}): expected one Plugin in a package, which is called plugin; "
+                    f"{name} = {other!r} would not be loaded: move its handlers to that one, or to a package of its own"
+                )
+                if config.on_error == "stop":
+                    raise ConfigError(text)
+                entry.fault = text
+                _logger.error("%s", text)
 
 
 def _enabled(config: PluginsConfig) -> Iterator[tuple[str, str, Callable[[], object]]]:
@@ -131,12 +158,15 @@ def candidates(config: PluginsConfig) -> Iterator[tuple[str, str, Callable[[], o
     for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
         yield entry.name, f"{_ENTRY_POINT}{entry.value}", entry.load
     for directory in {os.path.realpath(path): path for path in config.paths}.values():
-        for package in _packages(directory):
+        for package in _packages(directory, config.disabled):
             yield package.name, str(package), partial(_import_package, package / "__init__.py")
 
 
-def _packages(directory: Path) -> list[Path]:
-    """The packages in a directory, by name. Raises ConfigError where there are none, or it cannot be read."""
+def _packages(directory: Path, disabled: tuple[str, ...]) -> list[Path]:
+    """The packages in a directory, by name.
+
+    Raises ConfigError: there are none, it cannot be read, or a plugin in it would be passed over.
+    """
     try:
         names = sorted(name for name in os.listdir(directory) if not name.startswith("."))
     except (FileNotFoundError, NotADirectoryError):
@@ -145,10 +175,13 @@ def _packages(directory: Path) -> list[Path]:
         raise _unreadable(directory, error) from None
     found = [directory / name for name in names if _is_package(directory / name)]
     if found:
+        for name in names:
+            if directory / name not in found and name.removesuffix(".py") not in disabled:
+                _check_is_no_plugin(directory / name)
         return found
     modules = [name.removesuffix(".py") for name in names if name.endswith(".py") and name != "__init__.py"]
     if "__init__.py" in names:
-        advice = f"it is a package itself: write the directory that it is in, {directory.absolute().parent}"
+        advice = _advice_on_package(directory)
     elif modules:
         advice = f"move {modules[0]}.py to {modules[0]}/__init__.py"
     else:
@@ -157,6 +190,36 @@ def _packages(directory: Path) -> list[Path]:
         f"plugins.paths: expected packages in {directory}, such as {directory / 'chat' / '__init__.py'}, "
         f"found {', '.join(names[:5]) or 'nothing'}; {advice}"
     )
+
+
+def _advice_on_package(directory: Path) -> str:
+    return f"it is a package itself: write the directory that it is in, {directory.absolute().parent}"
+
+
+def _check_is_no_plugin(path: Path) -> None:
+    """Refuse a plugin that is no package: it may be the one that authorizes. Raises ConfigError."""
+    name = path.name.removesuffix(".py")
+    if not _is_name(name) or _TEST.fullmatch(name):
+        return
+    modules = [path] if path.suffix == ".py" else sorted(path.glob("*.py"))
+    defining = next((module for module in modules if _DEFINITION.search(_text_of(module))), None)
+    if defining is not None:
+        is_init = name == "__init__"
+        advice = f"move it to {name}/__init__.py, or name {name} in plugins.disabled"
+        raise ConfigError(
+            f"plugins.paths: expected plugins in {path.parent} as packages, found one in "
+            f"{defining.relative_to(path.parent)}, which would not be loaded; "
+            f"{_advice_on_package(path.parent) if is_init else advice}"
+        )
+    if path.is_symlink() and not path.exists():
+        raise ConfigError(f"plugins.paths: {path} is a link to what is not there; mend it, or remove it")
+
+
+def _text_of(module: Path) -> str:
+    try:
+        return module.read_text("utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _is_package(path: Path) -> bool:
@@ -180,12 +243,12 @@ def _unreadable(path: Path, error: OSError) -> ConfigError:
 
 
 def _is_name(name: str) -> bool:
-    return f"relay_plugin_{name}".replace("-", "_").isidentifier()
+    return f"{_PREFIX}{name}".replace("-", "_").isidentifier()
 
 
 def _import_package(init: Path) -> ModuleType:
     """Import a package by its path, under a name of its own: one called ``json`` hides no other module."""
-    name = f"relay_plugin_{init.parent.name}"
+    name = f"{_PREFIX}{init.parent.name}"
     if not _is_name(init.parent.name):
         raise ImportError("expected a directory name of letters, digits, - and _")
     spec = importlib.util.spec_from_file_location(name, init, submodule_search_locations=[str(init.parent)])
@@ -206,6 +269,13 @@ def _import_package(init: Path) -> ModuleType:
 def _modules_of(name: str) -> dict[str, ModuleType]:
     """A package and its modules, as far as they are imported, by name."""
     return {each: module for each, module in sys.modules.items() if each == name or each.startswith(f"{name}.")}
+
+
+def _modules_to_look_at(thing: object) -> tuple[ModuleType, ...]:
+    """Where further plugins may be: in all of a package of ``plugins.paths``, of an entry point in its module alone."""
+    if not isinstance(thing, ModuleType):
+        return ()
+    return tuple(_modules_of(thing.__name__).values()) if thing.__name__.startswith(_PREFIX) else (thing,)
 
 
 def _forget_modules(name: str) -> None:
@@ -239,6 +309,8 @@ def _examine(entry: PluginInfo, thing: object) -> None:
     register = getattr(thing, "register_plugin", None)
     if isinstance(plugin, Plugin):
         entry.plugin = plugin
+    for module in _modules_to_look_at(thing):
+        entry.others |= {name: each for name, each in vars(module).items() if isinstance(each, Plugin)}
     if callable(register):
         check_handler("register_plugin", register, "app")
         if is_async(register):

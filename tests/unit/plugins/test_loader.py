@@ -27,6 +27,8 @@ plugin = Plugin("{name}")
 def say(push): ...
 """
 
+REGISTER = "async def helper(): ...\n\ndef register_plugin(app):\n    app.state.x = 1\n"
+
 
 def write(directory: Path, name: str, text: str | None = None) -> Path:
     package = directory / name
@@ -129,6 +131,62 @@ def test_directory_without_a_plugin_stops_the_start(tmp_path: Path, files: tuple
     for on_error in ("stop", "skip"):
         with pytest.raises(ConfigError, match=f"^{re.escape(expected)}"):
             load(directory, on_error=on_error)
+
+
+@pytest.mark.parametrize("file", ["auth.py", "auth/plugin.py", "my-auth.py"])
+@pytest.mark.parametrize("text", [PLUGIN.format(name="auth"), "import relay\nguard: X = relay.Plugin('g')\n", REGISTER])
+def test_plugin_that_is_no_package_stops_the_start(tmp_path: Path, file: str, text: str) -> None:
+    """It would be passed over, and may be the one that authorizes."""
+    write(tmp_path, "chat")
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text)
+    name = file.partition("/")[0].removesuffix(".py")
+    for on_error in ("stop", "skip"):
+        with pytest.raises(ConfigError, match=rf"found one in {file}, .*; move it to {name}/__init__\.py"):
+            load(tmp_path, on_error=on_error)
+    assert [found.name for found in load(tmp_path, disabled=(name,)).found] == ["chat"]
+
+
+def test_what_is_no_plugin_may_lie_beside_packages(tmp_path: Path) -> None:
+    write(tmp_path, "chat")
+    for file in ("test_chat.py", "conftest.py", "chat.bak.py", "notes.txt", "lost+found/plugin.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(PLUGIN.format(name="chat"))
+    for file in ("helpers.py", "__init__.py"):
+        (tmp_path / file).write_text("def make(): return Plugin('x')\n")
+    assert [found.name for found in load(tmp_path).found] == ["chat"]
+
+
+def test_package_with_packages_in_it_is_not_taken_for_their_directory(tmp_path: Path) -> None:
+    write(write(tmp_path, "chat"), "parts")
+    with pytest.raises(
+        ConfigError, match=rf"found one in __init__\.py, .*: write the directory that it is in, {tmp_path}"
+    ):
+        load(tmp_path / "chat")
+
+
+def test_link_to_a_plugin_that_is_not_there_stops_the_start(tmp_path: Path) -> None:
+    write(tmp_path, "chat")
+    (tmp_path / "auth").symlink_to(tmp_path / "gone")
+    with pytest.raises(ConfigError, match="auth is a link to what is not there"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("below", [False, True])
+def test_second_plugin_of_a_package_stops_the_start(tmp_path: Path, below: bool) -> None:
+    second = "from relay import Plugin\nguard = Plugin('guard')\n@guard.on_join('*')\ndef join(join): ...\n"
+    package = write(tmp_path, "chat", PLUGIN.format(name="chat") + ("from . import parts" if below else second))
+    (package / "parts.py").write_text(second)
+    with pytest.raises(ConfigError, match=r"^plugin chat .*; guard = <Plugin guard \(join: 1\)> would not be loaded"):
+        load(tmp_path)
+    (found,) = load(tmp_path, on_error="skip").found
+    assert (found.plugin and found.plugin.name, "would not be loaded" in found.fault) == ("chat", True)
+
+
+def test_plugin_of_another_package_may_be_imported(tmp_path: Path, installed: Path) -> None:
+    text = "from entry_alpha import chat\nfrom entry_zeta import plugin as zeta\nfrom relay import Plugin\n"
+    write(tmp_path / "own", "chat", text + "unused = Plugin('unused')\nplugin = Plugin('own')\n")
+    assert [found.fault for found in load(tmp_path / "own").found] == ["", "", ""]
 
 
 def test_directory_whose_plugins_are_all_disabled_is_no_fault(tmp_path: Path) -> None:
