@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
-from relay.patterns import event_pattern_fault
+from relay.patterns import event_pattern_fault, topic_pattern_fault
 from relay.permissions import SUBJECT, Grant, parse_rights
 
 Positive = Annotated[int, Field(gt=0)]
@@ -46,6 +46,16 @@ def check_url(url: str) -> str:
     if not named:
         raise ValueError("expected http[s]://host[:port], with a host, and a port of 1 to 65535")
     return url
+
+
+def _check_pattern(pattern: str) -> str:
+    """Give back a pattern of topics that can match. Raises ValueError."""
+    if fault := topic_pattern_fault(pattern):
+        raise ValueError(fault)
+    return pattern
+
+
+TopicPattern = Annotated[str, Field(min_length=1), AfterValidator(_check_pattern)]
 
 
 class Direction(StrEnum):
@@ -204,6 +214,15 @@ class GrantConfig(Table):
     match: str = Field(min_length=1, description="topic pattern as in [[topics]]; {sub} is replaced by the user")
     rights: tuple[Literal["join", "push", "presence"], ...] = Field(description="permissions on these topics")
 
+    @field_validator("match")
+    @classmethod
+    def _can_match(cls, match: str) -> str:
+        try:
+            _ = _check_pattern(match.replace(SUBJECT, "x"))
+        except ValueError as error:
+            raise ValueError(f"expected {SUBJECT} where the user stands; {error}") from None
+        return match
+
     @property
     def grant(self) -> Grant:
         """The same, to be asked."""
@@ -333,7 +352,7 @@ class ProxyConfig(Table):
 class MetricsConfig(Table):
     """Metrics at ``/metrics``."""
 
-    topics: tuple[str, ...] = Field(
+    topics: tuple[TopicPattern, ...] = Field(
         (),
         description="patterns of topics whose events are counted by pattern; a topic counts for the first it matches",
     )
@@ -408,9 +427,7 @@ class HistoryConfig(Table):
 class TopicConfig(Table):
     """Settings of the topics that ``match``; the first entry that matches is used."""
 
-    match: str = Field(
-        "*", min_length=1, description="topic pattern: * is any text, ? one character, [abc] one of these"
-    )
+    match: TopicPattern = Field("*", description="topic pattern: * is any text, ? one character, [abc] one of these")
     overflow: Overflow = Field(
         Overflow.DISCONNECT,
         description='overflow policy for slow readers: "disconnect", "drop-oldest", "latest", or "recover"',

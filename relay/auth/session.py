@@ -18,10 +18,11 @@ import msgspec
 from relay.auth.authenticator import Authenticator
 from relay.errors import AuthenticationError, CloseCode, Reason, close_reason
 from relay.permissions import Identity, Right
+from relay.protocol import topics
 from relay.protocol.payload import Payload
 from relay.protocol.state import ChannelsProtocol, Subscription
 
-RENEWAL = "access_token"
+RENEWAL = topics.RENEWAL
 """The event that renews, and the key in its payload, or in a join's params, under which the new token stands."""
 
 Decision: TypeAlias = Callable[[], Coroutine[None, None, Reason | None]]

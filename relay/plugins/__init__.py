@@ -29,7 +29,7 @@ from relay.plugins.hooks import (
     Push,
     RedisMessage,
 )
-from relay.protocol.topics import RESERVED_EVENT_PREFIXES, RESERVED_TOPICS
+from relay.protocol.topics import RENEWAL, RESERVED_EVENT_PREFIXES, RESERVED_TOPICS
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
@@ -174,6 +174,8 @@ class Plugin:
                 raise TypeError(f"{name}: expected parentheses, @plugin.{name}(…), before the function {given!r:.200}")
             raise TypeError(f"{name}: expected a pattern as text, got {given!r:.200}")
         fault = topic_pattern_fault(topic, RESERVED_TOPICS) or event_pattern_fault(event, RESERVED_EVENT_PREFIXES)
+        if kind == "push" and event == RENEWAL:
+            fault = f"{event!r} never matches: relay itself takes such a push, with which a client renews its token"
         if fault and (kind != "redis" or not topic):  # Redis has patterns of its own
             raise ValueError(f"{name}: {fault}")
 

@@ -30,6 +30,10 @@ push that waits for it (``chan_reply_<ref>``). Neither clients, publishers nor p
 Source: phoenix.js 1.6 to 1.8, ``constants.js: CHANNEL_EVENTS`` and ``channel.js: replyEventName``.
 """
 
+RENEWAL = "access_token"
+"""The push that renews a client's token, and the key in its payload, or in a join's params, under which the new token
+stands. No handler of pushes and no subscriber sees it."""
+
 # C0 controls, DEL and C1 controls: they have no place in a name and would spoil every log they reach. Lone
 # surrogates (what Python makes of bad bytes on a command line) have no UTF-8.
 _FORBIDDEN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")

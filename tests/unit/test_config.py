@@ -1,5 +1,6 @@
 """`relay.config`: rules that settings keep to, and what is not shown of them."""
 
+import re
 from typing import Any
 
 import pytest
@@ -303,3 +304,32 @@ def test_cluster_is_subscribed_to_by_topic() -> None:
 def test_what_a_cluster_does_not_have_is_refused(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         Config(redis_url="redis+cluster://one", **settings)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text"),
+    [
+        ("room:{id}", "matches {id} literally"),
+        ("room:<int:id>", "matches <int:id> literally"),
+        ("room:[ab", "a [ that is not closed"),
+        ("room:1\n", "no name contains a control character"),
+    ],
+)
+def test_pattern_of_topics_that_cannot_match_is_refused(pattern: str, text: str) -> None:
+    grant = {"match": pattern, "rights": ["join"]}
+    for settings in (
+        {"topics": [{"match": pattern}]},
+        {"metrics": {"topics": [pattern]}},
+        {"auth": {"authenticated": [grant]}},
+        {"auth": {"anonymous": [grant]}},
+        {"auth": {"tangram_topics": [grant]}},
+    ):
+        with pytest.raises(ValueError, match=re.escape(text)):
+            Config.model_validate(settings)
+    with pytest.raises(ValueError, match="expected {sub} where the user stands"):
+        Config.model_validate({"auth": {"authenticated": [grant]}})
+
+
+def test_pattern_of_grants_may_name_the_user() -> None:
+    grants = [{"match": match, "rights": ["join"]} for match in ("user:{sub}", "[{]id}:[[]a", "user:{sub}:[ab]")]
+    assert len(Config.model_validate({"auth": {"authenticated": grants}}).auth.authenticated) == 3

@@ -588,6 +588,13 @@ def test_pattern_that_cannot_match_is_refused_with_what_to_write(patterns: tuple
         assert patterns[-1] == "" or repr(patterns[-1]) in str(raised.value)
 
 
+def test_handler_of_pushes_that_relay_takes_itself_is_refused() -> None:
+    with pytest.raises(ValueError, match="on_push: 'access_token' never matches: relay itself takes such a push"):
+        Plugin("p").on_push("*", "access_token")
+    for hook, event in (("on_push", "access_*"), ("on_push", "access_tokens"), ("on_event", "access_token")):
+        getattr(Plugin("p"), hook)("*", event)
+
+
 @pytest.mark.parametrize(
     ("pattern", "topic"),
     [
