@@ -3,6 +3,7 @@
 Must not know who uses them. ``config/relay.toml`` shows them all.
 """
 
+import re
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -46,6 +47,38 @@ def check_url(url: str) -> str:
     if not named:
         raise ValueError("expected http[s]://host[:port], with a host, and a port of 1 to 65535")
     return url
+
+
+_NO_SECRETS = (
+    (r"\s+", "expected a secret, got nothing but spaces"),
+    (
+        r"(?:~|\.{1,2}|/(?:etc|run|var|home|root|opt|srv|mnt|secrets?|vault|app|usr|config|data|tmp))/\S+",
+        "a path, which is no secret; write file: before it, where a file is read",
+    ),
+    (r"[A-Za-z][A-Za-z0-9+.-]*://.*", "an address, which is no secret"),
+    (r"\$[A-Z_][A-Z0-9_]*|\$\{[^}]*\}|\{\{.*\}\}|<[^<>]*>", "a placeholder that nothing has replaced"),
+    (r"-----BEGIN .*|(?:ssh-|ecdsa-|sk-)\S+\s+AAAA.*|wh[ps]k_.*", "a key of a key pair, which is no shared secret"),
+)
+"""Text that may stand where a secret belongs by mistake, and that others may know."""
+
+
+def check_secret(text: str) -> str:
+    """Give back a secret that may be one. Raises ValueError, which does not repeat it."""
+    for pattern, fault in _NO_SECRETS:
+        if re.fullmatch(pattern, text, re.DOTALL):
+            raise ValueError(fault)
+    return text
+
+
+def check_key(key: str) -> str:
+    """Give back a key that clients send in a header; empty for none. Raises ValueError, which does not repeat it."""
+    if key.startswith("file:"):
+        raise ValueError("expected the key itself; file: is not read here")
+    if key and (key != key.strip() or not key.isprintable()):
+        raise ValueError(
+            "expected text without control characters, and without spaces at its ends, as headers carry it"
+        )
+    return check_secret(key) if key else key
 
 
 def _check_pattern(pattern: str) -> str:
@@ -277,6 +310,8 @@ class AuthConfig(Table):
     @field_validator("secret")
     @classmethod
     def _is_long_enough(cls, secret: str) -> str:
+        if secret and not secret.startswith("file:"):
+            _ = check_secret(secret)
         if secret and not secret.startswith("file:") and len(secret.strip().encode()) < SECRET_MIN_BYTES:
             raise ValueError(f"expected {SECRET_MIN_BYTES} bytes at least; `openssl rand -hex 32` makes some")
         return secret
@@ -316,6 +351,8 @@ class RestConfig(Table):
         description="API key of the REST API and the console; without one, only clients on the same machine have "
         "access, and no client at all if relay accepts others",
     )
+
+    _is_key = field_validator("api_key")(check_key)
 
     @field_validator("path")
     @classmethod
@@ -365,6 +402,8 @@ class MetricsConfig(Table):
         description="bearer token for /metrics; by default rest.api_key; not required on the same machine",
     )
     public: bool = Field(False, description="serve /metrics to every client without a key")
+
+    _is_key = field_validator("key")(check_key)
 
     def label(self, topic: str) -> str:
         """The pattern that a topic's events are counted under; empty for none."""

@@ -9,7 +9,7 @@ import os
 from hashlib import sha256
 from pathlib import Path
 
-from relay.config_sections import SECRET_MIN_BYTES
+from relay.config_sections import SECRET_MIN_BYTES, check_secret
 from relay.errors import ConfigError
 
 _FILE = "file:"
@@ -28,6 +28,10 @@ def load_secret(text: str) -> bytes:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(f"auth.secret: {path}: cannot be read: {reason}") from None
+    try:
+        _ = check_secret(data.decode(errors="replace"))
+    except ValueError as error:
+        raise ConfigError(f"auth.secret: {error}") from None
     if len(data) < SECRET_MIN_BYTES:
         text = f"auth.secret: expected {SECRET_MIN_BYTES} bytes at least, got {len(data)}"
         raise ConfigError(f"{text}; `openssl rand -hex 32` makes some")

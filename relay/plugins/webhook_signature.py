@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
+from relay.config_sections import check_secret
+
 SECRET_MIN_BYTES = 32
 """As long as the hash, which RFC 2104 asks for."""
 
@@ -32,6 +34,7 @@ def read_secret(text: str) -> bytes:
             raise ValueError(f"{path}: expected a secret as text in UTF-8") from None
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
+    _ = check_secret(text)
     if text.startswith(PREFIX):
         try:
             key = base64.b64decode(text.removeprefix(PREFIX), validate=True)

@@ -1,11 +1,14 @@
 """`relay.config`: rules that settings keep to, and what is not shown of them."""
 
 import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from relay.auth.sealing import load_secret
 from relay.config import Config
 from relay.config_redis import RedisConfig
 from relay.config_sections import (
@@ -21,7 +24,9 @@ from relay.config_sections import (
     RestConfig,
     TopicConfig,
 )
+from relay.config_sources import explain
 from relay.errors import ConfigError
+from relay.plugins.webhook_signature import read_secret
 from tests.support.settings import Write, problems
 
 SECRET = "hunter2"
@@ -333,3 +338,64 @@ def test_pattern_of_topics_that_cannot_match_is_refused(pattern: str, text: str)
 def test_pattern_of_grants_may_name_the_user() -> None:
     grants = [{"match": match, "rights": ["join"]} for match in ("user:{sub}", "[{]id}:[[]a", "user:{sub}:[ab]")]
     assert len(Config.model_validate({"auth": {"authenticated": grants}}).auth.authenticated) == 3
+
+
+NO_SECRETS = [
+    "/run/secrets/relay-secret-of-all-the-nodes",
+    "./secrets/relay-secret-of-all-the-nodes",
+    "https://vault.example.org/relay-secret-of-all",
+    "${RELAY_SECRET_OF_ALL_THE_NODES_HERE}",
+    "$RELAY_SECRET_OF_ALL_THE_NODES_HERE",
+    "{{ relay_secret_of_all_the_nodes_here }}",
+    "<the secret that all the nodes share here>",
+    "whpk_ZWQyNTUxOSBwdWJsaWMga2V5IG9mIDMyIGJ5dGVz",
+    "-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEA\n-----END PUBLIC KEY-----",
+    "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIPublicKeyOfSomebody a@b",
+    " " * 40,
+]
+SECRETS = [
+    "/etcW8n3+fJx0Qm2r5u8w/A?D(G+KbPeSh",
+    "$ecret-of-all-the-nodes-that-share-it",
+    "s3cret/with/slashes/in/it/0123456789",
+]
+
+
+@pytest.mark.parametrize("text", NO_SECRETS)
+def test_what_others_may_know_is_no_secret(text: str, tmp_path: Path) -> None:
+    """A path, a public key or a placeholder in its place: the settings would work, and anybody could guess it."""
+    (tmp_path / "secret").write_text(text)
+    makers: list[Callable[[], object]] = [
+        lambda: AuthConfig(secret=text),
+        lambda: load_secret(f"file:{tmp_path}/secret"),
+        lambda: read_secret(text),
+        lambda: read_secret(f"file:{tmp_path}/secret"),
+        lambda: RestConfig(api_key=text),
+        lambda: MetricsConfig(key=text),
+    ]
+    for make in makers:
+        with pytest.raises((ValueError, ConfigError)) as raised:
+            make()
+        shown = explain(raised.value, []) if isinstance(raised.value, ValidationError) else [str(raised.value)]
+        assert text.strip() == "" or text not in shown[0]
+
+
+@pytest.mark.parametrize("text", SECRETS)
+def test_secrets_of_any_letters_pass(text: str) -> None:
+    assert load_secret(text) == read_secret(text) == text.encode()
+    assert AuthConfig(secret=text).secret == RestConfig(api_key=text).api_key == MetricsConfig(key=text).key == text
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("file:/run/secrets/key", "file: is not read here"),
+        ("s3cret\n", "as headers carry it"),
+        (" s3cret", "as headers carry it"),
+        ("s3\x00cret", "as headers carry it"),
+    ],
+)
+def test_api_key_that_no_request_can_bring_is_refused(key: str, text: str) -> None:
+    for make in (lambda: RestConfig(api_key=key), lambda: MetricsConfig(key=key)):
+        with pytest.raises(ValidationError, match=text) as raised:
+            make()
+        assert key not in explain(raised.value, [])[0]
