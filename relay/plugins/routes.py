@@ -29,7 +29,10 @@ def describe_route(path: str, methods: set[str]) -> str:
     return " ".join(part for part in (",".join(sorted(methods)), path) if part)
 
 
-def sample_path(path: str) -> str:
-    """A path that a route with parameters answers: ``/rooms/{id:int}`` is ``/rooms/1``."""
+def sample_path(path: str, text: str = "x") -> str:
+    """A path that a route with parameters answers: ``/rooms/{id:int}`` is ``/rooms/1``.
+
+    Args: text: what stands for a parameter of any text.
+    """
     values = {"int": "1", "float": "1.5", "uuid": "00000000-0000-0000-0000-000000000000"}
-    return _PARAMETER.sub(lambda found: values.get(found[2] or "", "x"), path)
+    return _PARAMETER.sub(lambda found: values.get(found[2] or "", text), path)

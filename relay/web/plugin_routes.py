@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from fastapi import FastAPI
 from starlette.applications import Starlette
-from starlette.routing import BaseRoute, Match, Mount, Router
+from starlette.routing import BaseRoute, Match, Mount, Router, compile_path
 
 from relay.errors import ConfigError
 from relay.node import Components
@@ -28,6 +28,10 @@ from relay.web.pages import docs_routes
 from relay.web.rest import answer_problems
 
 _logger = logging.getLogger("relay.plugins")
+
+
+_ANY = "~"
+"""Stands for a parameter of any text, where another route may have text that people write."""
 
 
 class OwnRoutes(NamedTuple):
@@ -127,8 +131,9 @@ class PluginRoutes:
             return
         for path, methods in flat_routes(added):
             for other in taken:
-                if other.plugin != found.name and other.path == path and other.answers(methods):
-                    raise _clash(found, path, methods, f"the same route of plugin {other.plugin}")
+                if other.plugin != found.name and other.answers(path, methods):
+                    which = "the same route" if other.path == path else f"the route {other.path}"
+                    raise _clash(found, path, methods, f"{which} of plugin {other.plugin}")
             if (by := self._answered_by(self._own, path, methods)) is not None:
                 raise _clash(found, path, methods, f"the relay's own {by}")
             taken.append(_Taken(path, methods, found.name))
@@ -155,9 +160,13 @@ class _Taken(NamedTuple):
     methods: set[str]
     plugin: str
 
-    def answers(self, methods: set[str]) -> bool:
-        """Say whether it answers one of these methods; without methods it answers all."""
-        return not (self.methods and methods) or bool(self.methods & methods)
+    def answers(self, path: str, methods: set[str]) -> bool:
+        """Say whether it answers a path of a later plugin, for one of its methods; without methods it answers all."""
+        if self.methods and methods and not self.methods & methods:
+            return False
+        if self.path == path or not self.methods or "{" not in self.path:
+            return self.path == path
+        return compile_path(self.path)[0].match(sample_path(path, _ANY)) is not None
 
 
 def _is_in(route: BaseRoute, routes: Iterable[BaseRoute]) -> bool:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -159,6 +160,32 @@ async def test_app_at_the_root_does_not_hide_behind_the_demo_page(tmp_path: Path
     async with served(**settings, demo_page=False) as client:
         assert (await client.get("/")).text == (await client.get("/assets/x.js")).text == "mounted"
         assert (await client.get("/health")).json()["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "clash"),
+    [
+        ("/rooms/{id}", "/rooms/{name}", True),
+        ("/rooms/{id}", "/rooms/stats", True),
+        ("/{rest:path}", "/rooms/stats", True),
+        ("/rooms/{id}", "/rooms/{number:int}", True),
+        ("/rooms/stats", "/rooms/{id}", False),
+        ("/rooms/x", "/rooms/{id}", False),
+        ("/rooms/x/{id}", "/rooms/{name}/{id}", False),
+        ("/rooms/{number:int}", "/rooms/{name}", False),
+        ("/rooms/{id}", "/rooms/{id}/members", False),
+    ],
+)
+async def test_route_that_another_plugins_route_hides_stops_the_start(first: str, second: str, clash: bool) -> None:
+    plugins = plugin_with(first, name="first"), plugin_with(second, name="second")
+    if clash:
+        with pytest.raises(
+            ConfigError, match=re.escape(f"plugin second (built-in): its route GET {second} clashes with")
+        ):
+            make(*plugins).check_routes()
+    else:
+        make(*plugins).check_routes()
+    make(plugins[0], plugin_with(second, name="second", methods=("POST",))).check_routes()
 
 
 async def test_two_plugins_with_one_route_are_both_named(tmp_path: Path) -> None:
