@@ -147,7 +147,11 @@ class Node:
         )
         self._runner = runner = HandlerRunner(config.plugins.timeout_s, telemetry, hooks, owner)
         self.pubsub: PubSub = PubSub(config, self.broker, self.hub, runner, telemetry)
-        self.pubsub.on_control = self._receive_control
+        self._control = control.ControlMessages(
+            self.name, self.pubsub.publish_control_message, lambda message: self._apply_control(message)
+        )
+        self.pubsub.on_control = self._control.receive
+        self.pubsub.after_gap.append(lambda: self.pubsub.spawn(self._control.recall()))
         self._verifier = _make_verifier(components)
         authenticator: Authenticator | None = None
         if self._verifier or authenticate or config.auth.anonymous or config.auth.authenticated:
@@ -356,18 +360,13 @@ class Node:
         self, do: Literal["disconnect", "kick"], user: str, topic: str = "", reason: str = ""
     ) -> asyncio.Future[None]:
         """Disconnect or remove a user here and on all other nodes; BusUnavailable: only here."""
-        message = control.ControlMessage(do, user, self.name, topic, reason)
-        self._apply_control(message)
-        return self.pubsub.publish_control_message(message)
-
-    def _receive_control(self, message: control.ControlMessage) -> None:
-        if message.sender != self.name:  # else it has come back to us
-            self._apply_control(message)
+        return self._control.send(do, user, topic, reason)
 
     def _apply_control(self, message: control.ControlMessage) -> None:
         self.pubsub.decisions.overtake(message.user, message.topic)
+        sent_at = time.monotonic() - message.age_s
         for socket in (*self.sockets.values(), *self.connections.left_behind.values()):
-            if socket.auth is not None:
+            if socket.auth is not None and socket.opened_at <= sent_at:
                 self._metrics.disconnects_by_control += socket.auth.disconnect_user(
                     message.user, message.topic, message.reason
                 )

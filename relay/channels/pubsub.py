@@ -81,7 +81,7 @@ class PubSub:
         self.on_control: Callable[[ControlMessage], None] = lambda message: None
         """Called for each control message of another node."""
         self.receivers: dict[str, Callable[[bytes], None]] = {}  # by Redis channel, for messages between nodes
-        self.after_gap: list[Callable[[], None]] = []
+        self.after_gap: list[Callable[[], object]] = []
         """Called when messages between nodes may have been lost."""
         self.home: Home = Home()
         """The event loop that all of this lives in."""

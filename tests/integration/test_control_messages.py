@@ -642,3 +642,37 @@ async def test_client_that_goes_during_its_handshake_leaves_no_decision(valkey: 
             await connecting
         assert len(served.relay.node.pubsub.decisions) == 100
         gate.opened.set()
+
+
+# Messages that a node has missed.
+
+
+@pytest.mark.parametrize("action", ["kick", "disconnect"])
+async def test_control_message_in_a_gap_of_another_node_reaches_it_afterwards(valkey: Valkey, action: str) -> None:
+    """What began after the message is not meant: a client that came back since stays."""
+    async with one_or_two(valkey, True, True, auth=AUTH, topics=[{"match": "*", "on_gap": "ignore"}]) as (
+        served,
+        other,
+    ):
+        async with Client.connect(served.ws, query=query()) as client, Redis.from_url(valkey.url) as redis:
+            await client.join("room:1")
+            ids = {each["id"] for each in await redis.client_list(_type="pubsub")}
+            node, gaps = served.relay.node, served.relay.metrics
+            hearing = node.pubsub.receive_control
+            node.pubsub.receive_control = lambda data: None
+            if action == "kick":
+                await other.relay.kick("room:1", user="alice")
+            else:
+                await other.relay.disconnect(user="alice", reason="banned")
+            async with Client.connect(served.ws, query=query()) as back:
+                await back.join("room:1")
+                node.pubsub.receive_control = hearing
+                for id in ids:
+                    await redis.client_kill_filter(_id=id)
+                await eventually(lambda: gaps.disconnects_by_control == 1, "the message to be applied after the gap")
+                if action == "kick":
+                    assert (await client.receive())[3] == "phx_close"
+                else:
+                    assert await client.expect_closed() == (1001, "banned")
+                await back.expect_alive()
+                assert served.relay.topics == {"room:1": 1}
