@@ -418,8 +418,8 @@ class Relay:
     def kick(self, topic: str, *, user: str | int) -> Call:
         """Remove a user from a topic with ``phx_close``, on every node; the client does not rejoin automatically.
 
-        Raises BusUnavailable if it reached only this node. It starts at once, in any thread and any event loop, like
-        `publish`.
+        Raises BusUnavailable if it reached only this node, ValueError for a topic or a user that cannot be. It starts
+        at once, in any thread and any event loop, like `publish`.
         """
         return self.node.kick(topic, user)
 

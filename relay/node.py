@@ -44,7 +44,7 @@ from relay.plugins.dispatcher import HandlerError, HandlerRunner
 from relay.plugins.hooks import Hook, to_payload
 from relay.plugins.loader import PluginSet
 from relay.protocol.presence import Members
-from relay.protocol.topics import check_names
+from relay.protocol.topics import check_names, is_topic
 from relay.siblings import Siblings
 from relay.telemetry import Telemetry
 from relay.threadsafe import Call
@@ -318,8 +318,10 @@ class Node:
     def kick(self, topic: str, user: str | int) -> Call:
         """Take a user out of a topic with ``phx_close``, on every node; BusUnavailable: only on this one.
 
-        Raises ValueError: no user is called so.
+        Raises ValueError: no user or no topic is called so.
         """
+        if not is_topic(topic):
+            raise ValueError(f"topic: expected 1 to 255 bytes without control characters, not reserved, got {topic!r}")
         return self.pubsub.start_call(partial(self.send_control, "kick", _known_user(user), topic))
 
     @property

@@ -377,7 +377,7 @@ def _routes(components: Components, node: Callable[[], Node]) -> APIRouter:
     async def disconnect_user_by_query(asked: Annotated[OfUser, Query()]) -> Response:
         """Close all sockets of a user with 1001, on every node; with ``topic``, take it out of that topic alone."""
         return await _answer_control(
-            node().disconnect_user(asked.user) if asked.topic is None else node().kick(asked.topic, asked.user)
+            node().disconnect_user(asked.user) if asked.topic is None else _kick(node(), asked.topic, asked.user)
         )
 
     @router.delete("/sockets/{socket_id}", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_FOUND)
@@ -400,7 +400,7 @@ def _routes(components: Components, node: Callable[[], Node]) -> APIRouter:
     @router.delete("/topics/{topic:path}/users/{user:path}", status_code=HTTPStatus.NO_CONTENT, responses=_NOT_TOLD)
     async def kick(topic: EncodedTopic, user: EncodedUser) -> Response:
         """Take a user out of a topic with ``phx_close``, on every node; whether it is there is not known here."""
-        return await _answer_control(node().kick(topic, user))
+        return await _answer_control(_kick(node(), topic, user))
 
     return router
 
@@ -409,6 +409,13 @@ def _refuse_topic(request: Request) -> None:
     """Refuse a topic in the query of a path that names none: it would be ignored. Raises HTTPException."""
     if "topic" in request.query_params:
         raise HTTPException(422, "a topic in the query goes with ?user=… or ?id=… there; expected no topic here")
+
+
+def _kick(node: Node, topic: str, user: str) -> Awaitable[None]:
+    try:
+        return node.kick(topic, user)
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from None
 
 
 async def _answer_control(call: Awaitable[None]) -> Response:

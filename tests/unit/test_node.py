@@ -384,6 +384,16 @@ async def test_user_that_cannot_be_is_no_success(user: Any) -> None:
             _ = relay.kick("room:1", user=None)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("topic", ["", "phoenix", "a\n", "x" * 256])
+async def test_kick_from_no_topic_is_no_disconnect(topic: str) -> None:
+    async with running(authenticate=by_query, **USERS) as relay:
+        alice = await connect(relay, "user=alice")
+        with pytest.raises(ValueError, match="topic: expected"):
+            _ = relay.kick(topic, user="alice")
+        assert alice.closed_with is None
+        await alice.leave()
+
+
 async def test_control_message_of_another_node_is_applied() -> None:
     async with running(authenticate=by_query, **USERS) as one, running(authenticate=by_query, **USERS) as other:
         alice = await connect(one, "user=alice")

@@ -460,6 +460,15 @@ async def test_path_is_split_before_it_is_decoded(path: str, order: tuple[str, .
         assert orders == [order]
 
 
+@pytest.mark.parametrize("path", ["/topics//users/ada", "/topics/phoenix/users/ada", "/users?user=ada&topic=relay"])
+async def test_user_is_taken_out_of_a_topic_that_can_be_alone(path: str) -> None:
+    """An empty variable in the path would disconnect the user."""
+    async with ordered() as (ask, orders):
+        answer = await ask.delete(path)
+        assert (answer.status_code, orders) == (422, [])
+        assert answer.json()["detail"].startswith("topic: expected")
+
+
 @pytest.mark.parametrize("prefix", ["/relay", "/re%20lay"])
 async def test_path_is_split_behind_a_mount_too(prefix: str) -> None:
     async with ordered(prefix=prefix) as (ask, orders):
