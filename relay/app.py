@@ -35,7 +35,7 @@ from relay.paths import route_path, segments
 from relay.plugins import Plugin
 from relay.plugins.builtins import builtin_plugins
 from relay.plugins.handlers import check_handler
-from relay.plugins.loader import PluginSet, load_plugins
+from relay.plugins.loader import PluginSet, check_plugins, load_plugins
 from relay.protocol.presence import metas_by_key
 from relay.proxy_headers import apply_forwarded_headers, hosts_of, parse_networks
 from relay.service_links import log_service_links
@@ -88,6 +88,7 @@ class Relay:
         self.config.old_names.log()
         if authenticate is not None:
             check_handler("authenticate", authenticate, "request")
+        check_plugins(extra_plugins)
         self.metrics: Metrics = Metrics()
         self.exporter: MetricsExporter = MetricsExporter(
             self.metrics, self._state, self.config.metrics.dir, old_names=self.config.metrics.old_names

@@ -93,7 +93,7 @@ def load_plugins(config: PluginsConfig, builtins: tuple[Plugin, ...] = (), last:
             last: those behind all others.
     Raises: ConfigError: one cannot be imported, with its name and reason, unless ``on_error`` is ``skip``.
     """
-    found = [PluginInfo(plugin.name, "built-in", plugin) for plugin in builtins]
+    found = [PluginInfo(plugin.name, "built-in", plugin) for plugin in dict.fromkeys(builtins)]
     for name, source, load in _enabled(config):
         entry = PluginInfo(name, source)
         try:
@@ -106,7 +106,12 @@ def load_plugins(config: PluginsConfig, builtins: tuple[Plugin, ...] = (), last:
                 shown = "".join(traceback.format_exception(error)).rstrip()
                 raise ConfigError(f"plugin {name} ({source}) cannot be loaded: {entry.fault}\n{shown}") from error
             _logger.error("plugin %s (%s) cannot be loaded, going on without: %s", name, source, entry.fault)
-        found.append(entry)
+        known = next((each for each in found if each.plugin is entry.plugin), None) if entry.plugin else None
+        if known is not None:  # its handlers would be called twice
+            _logger.info("plugin %s (%s) is loaded already, as %s", name, source, known.name)
+            entry.plugin = None
+        if known is None or entry.register is not None:
+            found.append(entry)
     found += [PluginInfo(plugin.name, "built-in", plugin) for plugin in last]
     table = HookTable()
     for entry in found:
@@ -118,6 +123,15 @@ def load_plugins(config: PluginsConfig, builtins: tuple[Plugin, ...] = (), last:
             entry.plugin.is_loaded = True
     _check_others(found, config)
     return PluginSet(found, table.freeze())
+
+
+def check_plugins(plugins: object) -> None:
+    """Check what an application gives as ``extra_plugins``. Raises TypeError."""
+    given = plugins if isinstance(plugins, tuple | list) else (plugins,)
+    if given is plugins and all(isinstance(plugin, Plugin) for plugin in given):
+        return
+    wrong = next((plugin for plugin in given if not isinstance(plugin, Plugin)), plugins)
+    raise TypeError(f"extra_plugins: expected objects of the class Plugin in a tuple, (plugin,), got {wrong!r:.200}")
 
 
 def _check_others(found: list[PluginInfo], config: PluginsConfig) -> None:

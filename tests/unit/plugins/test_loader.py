@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from fastapi import APIRouter, FastAPI
 
+from relay import Relay
 from relay.config_sections import PluginsConfig
 from relay.errors import ConfigError
 from relay.plugins import Plugin, loader
@@ -27,6 +28,7 @@ plugin = Plugin("{name}")
 def say(push): ...
 """
 
+ZETA = "entry point entry_zeta"
 REGISTER = "async def helper(): ...\n\ndef register_plugin(app):\n    app.state.x = 1\n"
 
 
@@ -286,6 +288,27 @@ def test_each_relay_has_the_handlers_of_all_modules_of_a_package(tmp_path: Path)
     first, second = load(tmp_path), load(tmp_path)
     assert [hook.name for hook in second.hooks.join] == [hook.name for hook in first.hooks.join] == ["guard"]
     assert first.hooks.join != second.hooks.join
+
+
+def test_plugin_that_is_found_twice_is_loaded_once(installed: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each push would be handled twice, and each event published twice."""
+    caplog.set_level(logging.INFO)
+    (alpha,) = (each.plugin for each in load().found if each.name == "alpha")
+    assert alpha is not None
+    loaded = load(builtins=(alpha, alpha))
+    assert [(found.name, found.source) for found in loaded.found] == [("alpha", "built-in"), ("zeta", ZETA)]
+    assert [hook.plugin for hook in loaded.hooks.push] == ["alpha", "zeta"]
+    assert "plugin alpha (entry point entry_alpha:chat) is loaded already, as alpha" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    "given", [Plugin("p"), (Plugin,), [ModuleType("chat")], ModuleType("chat"), None, {Plugin("p")}]
+)
+def test_extra_plugins_that_are_none_are_told(given: Any) -> None:
+    with pytest.raises(
+        TypeError, match=r"^extra_plugins: expected objects of the class Plugin in a tuple, \(plugin,\), got "
+    ):
+        _ = Relay(broadcast_url="memory://", extra_plugins=given)
 
 
 def test_register_plugin_may_stand_alone_or_beside_a_plugin(tmp_path: Path) -> None:
