@@ -172,11 +172,11 @@ def candidates(config: PluginsConfig) -> Iterator[tuple[str, str, Callable[[], o
     for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
         yield entry.name, f"{_ENTRY_POINT}{entry.value}", entry.load
     for directory in {os.path.realpath(path): path for path in config.paths}.values():
-        for package in _packages(directory, config.disabled):
+        for package in _packages(directory):
             yield package.name, str(package), partial(_import_package, package / "__init__.py")
 
 
-def _packages(directory: Path, disabled: tuple[str, ...]) -> list[Path]:
+def _packages(directory: Path) -> list[Path]:
     """The packages in a directory, by name.
 
     Raises ConfigError: there are none, it cannot be read, or a plugin in it would be passed over.
@@ -190,7 +190,7 @@ def _packages(directory: Path, disabled: tuple[str, ...]) -> list[Path]:
     found = [directory / name for name in names if _is_package(directory / name)]
     if found:
         for name in names:
-            if directory / name not in found and name.removesuffix(".py") not in disabled:
+            if directory / name not in found:
                 _check_is_no_plugin(directory / name)
         return found
     modules = [name.removesuffix(".py") for name in names if name.endswith(".py") and name != "__init__.py"]
@@ -219,7 +219,7 @@ def _check_is_no_plugin(path: Path) -> None:
     defining = next((module for module in modules if _DEFINITION.search(_text_of(module))), None)
     if defining is not None:
         is_init = name == "__init__"
-        advice = f"move it to {name}/__init__.py, or name {name} in plugins.disabled"
+        advice = f"move it to {name}/__init__.py, or out of this directory"
         raise ConfigError(
             f"plugins.paths: expected plugins in {path.parent} as packages, found one in "
             f"{defining.relative_to(path.parent)}, which would not be loaded; "
