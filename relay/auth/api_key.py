@@ -23,10 +23,13 @@ class AccessDenied(NamedTuple):
 
 
 def api_key_from(scope: Mapping[str, Any]) -> bytes:
-    """The key that a request brings, as ``Authorization: Bearer <key>`` or ``X-API-Key: <key>``; empty for none."""
+    """The key that a request brings, as ``X-API-Key: <key>`` or ``Authorization: Bearer <key>``; empty for none.
+
+    The former comes first: the latter may be a token of a gateway or of the application.
+    """
     headers: dict[bytes, bytes] = dict(scope["headers"])
     scheme, _, bearer = headers.get(b"authorization", b"").partition(b" ")
-    return bearer if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
+    return headers.get(b"x-api-key") or (bearer.strip(b" ") if scheme.lower() == b"bearer" else b"")
 
 
 class ApiKeyAuth:

@@ -110,9 +110,15 @@ async def test_with_a_key_each_route_asks_for_it(method: str, path: str, body: A
             refused = await ask.request(method, path, json=body, headers=[(name, value)])
             assert reason(refused, 401) == "expected the API key"
             assert refused.headers["www-authenticate"] == "Bearer"
-        for name, value in ((b"authorization", b"bearer " + encoded), (b"x-api-key", encoded)):
+        for name, value in (
+            (b"authorization", b"bearer " + encoded),
+            (b"authorization", b"Bearer  " + encoded),
+            (b"x-api-key", encoded),
+        ):
             passed = await ask.request(method, path, json=body, headers=[(name, value)])
             assert passed.status_code in (200, 404)
+        both = [(b"authorization", b"Bearer a user's token"), (b"x-api-key", encoded)]
+        assert (await ask.request(method, path, json=body, headers=both)).status_code in (200, 404)
 
 
 async def test_key_is_asked_for_before_the_body_is_read() -> None:
