@@ -106,7 +106,7 @@ class Presence(Mapping[str, Metas]):
                 self._apply(payload)
             else:
                 self._pending.append(payload)
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
             log.warning("%s was not understood: %r", event, error)
         self._shown = {key: tuple(map(_without_refs, metas.values())) for key, metas in self._members.items() if metas}
         self._wake()

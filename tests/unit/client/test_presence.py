@@ -53,7 +53,10 @@ def test_number_takes_the_place_of_the_members_and_back() -> None:
     assert (list(presence), presence.count) == (["ada"], 1)
 
 
-@pytest.mark.parametrize("payload", [None, [], {"ada": 1}, {"ada": {"metas": [{}]}}, {"ada": {"metas": [1]}}, b"x"])
+@pytest.mark.parametrize(
+    "payload",
+    [None, [], {"ada": 1}, {"ada": {"metas": [{}]}}, {"ada": {"metas": [1]}}, b"x", {"count": float("inf")}],
+)
 @pytest.mark.parametrize("event", ["presence_state", "presence_diff", "presence_count"])
 def test_what_is_not_understood_is_logged(caplog: pytest.LogCaptureFixture, event: str, payload: Any) -> None:
     presence = Presence()
