@@ -32,6 +32,7 @@ from cryptography.hazmat.primitives.serialization import (
 from cryptography.x509 import load_der_x509_certificate
 from jwt.exceptions import PyJWTError
 
+from relay.config_sections import check_secret
 from relay.errors import ConfigError
 
 _FILE = "file:"
@@ -225,6 +226,10 @@ def _check_secret(text: str) -> None:
         raise _Unusable(f"looks like a key in a form that is not known, or cut; expected {_FORMS}")
     if "\n" not in text and (_PATH.fullmatch(text) or ("/" in text and _is_file(text))):
         raise _Unusable("a path, which is no secret; write file: before it")
+    try:
+        _ = check_secret(text)
+    except ValueError as error:
+        raise _Unusable(str(error)) from None
 
 
 def _shows_key(text: str, layers: int = _LAYERS) -> bool:

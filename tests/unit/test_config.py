@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from relay.auth.keys import read_key
 from relay.auth.sealing import load_secret
 from relay.config import Config
 from relay.config_redis import RedisConfig
@@ -367,6 +368,8 @@ def test_what_others_may_know_is_no_secret(text: str, tmp_path: Path) -> None:
     makers: list[Callable[[], object]] = [
         lambda: AuthConfig(secret=text),
         lambda: load_secret(f"file:{tmp_path}/secret"),
+        lambda: read_key(text, "", "auth.keys.0"),
+        lambda: read_key(f"file:{tmp_path}/secret", "", "auth.keys.0"),
         lambda: read_secret(text),
         lambda: read_secret(f"file:{tmp_path}/secret"),
         lambda: RestConfig(api_key=text),
@@ -382,6 +385,7 @@ def test_what_others_may_know_is_no_secret(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", SECRETS)
 def test_secrets_of_any_letters_pass(text: str) -> None:
     assert load_secret(text) == read_secret(text) == text.encode()
+    assert read_key(text, "", "auth.keys.0").algorithm == "HS256"
     assert AuthConfig(secret=text).secret == RestConfig(api_key=text).api_key == MetricsConfig(key=text).key == text
 
 
