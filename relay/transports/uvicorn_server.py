@@ -194,9 +194,10 @@ def _reported() -> Iterator[None]:
 
 
 def _watch_parent(server: Server) -> None:
-    """End when the supervisor has, whatever has ended it: a pipe from it, which multiprocessing makes, says so."""
+    """End when the supervisor does, whatever has ended it: a pipe from it, which multiprocessing makes, says so."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "workers are spawned"
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closed terminal: the supervisor ends it
 
     def wait() -> None:
         parent.join()
@@ -310,7 +311,9 @@ def run(config: uvicorn.Config, listener: sockets.socket, clean_up: Callable[[],
         server.run(sockets=[listener])
         return 0 if server.started else STARTUP_FAILURE
     multiprocess.Process = _Worker  # type: ignore[misc]  # the supervisor has no other way to be given one
+    hang_up = signal.getsignal(signal.SIGHUP)
     supervisor = Multiprocess(config, sockets=[listener])
+    signal.signal(signal.SIGHUP, hang_up)  # Uvicorn's own starts the workers again when a terminal is closed
     supervisor.run()
     # It ends when a worker cannot start, and reports that neither by an exception nor by a result.
     failed = any(worker.exitcode == STARTUP_FAILURE for worker in supervisor.processes)

@@ -503,6 +503,7 @@ async def test_every_command_works_beside_a_kubernetes_service_of_that_name() ->
         pytest.param(1, signal.SIGHUP, True, id="terminal closed"),
         pytest.param(2, signal.SIGTERM, False, id="2 workers, SIGTERM"),
         pytest.param(2, signal.SIGINT, True, id="2 workers, Ctrl-C"),
+        pytest.param(2, signal.SIGHUP, True, id="2 workers, terminal closed"),
     ],
 )
 async def test_nothing_is_left_when_it_ends(workers: int, number: signal.Signals, group: bool) -> None:
