@@ -157,7 +157,8 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
         if not url or (info.field_name == "redis_url" and url == EMBEDDED):
             return url
         allowed = _REDIS_SCHEMES if info.field_name == "redis_url" else BROADCAST_SCHEMES
-        if url.partition("://")[0] in _REDIS_SCHEMES and info.field_name == "redis_url":
+        scheme = url.partition("://")[0] if "://" in url else ""
+        if scheme in _REDIS_SCHEMES and info.field_name == "redis_url":
             _ = redis_url.parse(url)  # raises ValueError, naming what is wrong
             return url
         try:
@@ -165,7 +166,7 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
         except ValueError:
             # Not repeated: urllib quotes what it could not read, which may be a part of the password.
             raise ValueError("expected scheme://user:password@host:port, special characters written as %XX") from None
-        if url.partition("://")[0] not in allowed:
+        if scheme not in allowed:
             raise ValueError(f"expected a URL that starts with {' or '.join(f'{s}://' for s in allowed)}")
         return url
 

@@ -29,6 +29,8 @@ from relay.setting_names import did_you_mean, meant_in_list, setting_names
 _SECRET = re.compile(r"(^|[._])(url|keys?|secrets?)(\.|$)")
 """Settings whose values are not repeated."""
 
+_BUSES = ("redis_url", "broadcast_url")
+
 _ALL_SETTINGS = "`relay config` lists all of them"
 
 
@@ -58,10 +60,16 @@ def load_with_sources(
     merged: dict[str, Any] = {}
     for _, values in sources:
         _merge(merged, values)
+    _check_encoding(sources[2])
     try:
-        return Config(**merged), sources
+        config = Config(**merged)
     except ValidationError as error:
         raise ConfigError(*explain(error, sources)) from None
+    if not config.redis_url and not config.broadcast_url:
+        for name in (name for name in _BUSES if sources[1][1].get(name) == ""):
+            # A variable was not set where this one was made of it: on another bus no event would arrive.
+            raise ConfigError(f"environment: {variable(name)}: it is empty; set it, or remove it")
+    return config, sources
 
 
 def unread_file(path: str | Path | None) -> str | None:
@@ -107,7 +115,10 @@ def explain(error: ValidationError, sources: list[tuple[str, dict[str, Any]]]) -
         renamed = [(name, rename(values)[0]) for name, values in sources]
     except ValueError:  # one has a setting under both names; the error says so
         renamed = sources
-    return [_explain(problem, renamed) for problem in error.errors(include_url=False)]
+    problems = error.errors(include_url=False)
+    wrong = {problem["loc"][:-1] for problem in problems}
+    # A list of nothing but wrong items is not also too short.
+    return [_explain(each, renamed) for each in problems if each["type"] != "too_short" or each["loc"] not in wrong]
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -130,10 +141,24 @@ def _read_environment() -> dict[str, Any]:
     )
     if unknown:
         raise ConfigError(*(f"environment: {name}: no such setting; {_advice_on_variable(name)}" for name in unknown))
+    _check_encoding(("environment", {name: os.environ[name] for name in os.environ if _is_setting(name, ignored)}))
     try:
         return _Environment(Config, {name.lower() for name in ignored})()
     except SettingsError as error:
         raise ConfigError(f"environment: {_not_json(error)}: expected JSON") from None
+
+
+def _is_setting(name: str, ignored: Container[str]) -> bool:
+    return name.upper().startswith(ENV_PREFIX) and name not in ignored and name != CONFIG_VARIABLE  # that is a path
+
+
+def _check_encoding(source: tuple[str, Mapping[str, Any]]) -> None:
+    """Refuse bytes that are not UTF-8, which Python takes for half surrogate pairs. Raises ConfigError."""
+    for name, value in source[1].items():
+        try:
+            _ = str(value).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{source[0]}: {name}: expected text in UTF-8") from None
 
 
 def _not_json(error: SettingsError) -> str:
@@ -210,6 +235,9 @@ def _explain(problem: ErrorDetails, sources: list[tuple[str, dict[str, Any]]]) -
     if unknown:
         return f"{where}: {key}: no such setting; {did_you_mean(location, Config) or _ALL_SETTINGS}"
     text = problem["msg"].removeprefix("Value error, ").replace("Input should be", "expected").replace("tuple", "list")
+    text = text.replace("Tuple", "list").replace(" after validation", "")
+    if problem["type"] == "tuple_type" and where == "environment":
+        text = """expected a list as JSON, such as '["one", "two"]'"""
     if problem["type"] == "model_type":
         text = "expected a table"
     # A URL may hold a password, also where it stands at the wrong key; and a whole table says nothing.

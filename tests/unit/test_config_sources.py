@@ -313,6 +313,54 @@ def test_variable_that_is_not_json_is_named(name: str, value: str, monkeypatch: 
     assert problems() == (f"environment: RELAY_{name}: expected JSON",)
 
 
+@pytest.mark.parametrize("name", ["RELAY_REDIS_URL", "RELAY_BROADCAST_URL"])
+def test_empty_variable_does_not_choose_the_embedded_server(
+    name: str, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``RELAY_REDIS_URL=${REDIS_URL}``: the relay would be ready, and no event would arrive."""
+    monkeypatch.setenv(name, "")
+    assert problems() == (f"environment: {name}: it is empty; set it, or remove it",)
+    assert load(None, {"redis_url": "redis://localhost"}).redis_url == "redis://localhost"
+    monkeypatch.setenv("RELAY_REDIS_URL", "")
+    monkeypatch.setenv("RELAY_BROADCAST_URL", "memory://")
+    assert load(write('redis_url = "redis://localhost"')).redis_url == "", "one bus takes the place of another"
+
+
+@pytest.mark.parametrize("name", ["RELAY_REST__API_KEY", "RELAY_HOST", "RELAY_REDIS_URL"])
+def test_variable_that_is_not_utf_8_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "a\udcff")  # as Python reads the byte 0xff
+    assert problems() == (f"environment: {name}: expected text in UTF-8",)
+
+
+def test_option_that_is_not_utf_8_is_named() -> None:
+    with pytest.raises(ConfigError, match="^command line: redis_url: expected text in UTF-8$"):
+        load(None, {"redis_url": "redis://\udcff"})
+
+
+@pytest.mark.parametrize(("name", "value"), [("ALLOWED_ORIGINS", "one"), ("PLUGINS__PATHS", ""), ("TOPICS", "{}")])
+def test_variable_of_a_list_is_answered_with_its_form(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"RELAY_{name}", value)
+    assert """expected a list as JSON, such as '["one", "two"]'""" in problems()[-1]
+
+
+@pytest.mark.parametrize("address", ["memory", "postgres", "kafka", "memory:"])
+def test_address_of_a_bus_without_slashes_is_refused(address: str) -> None:
+    """It passed, and no bus was ever reached."""
+    with pytest.raises(ConfigError, match="broadcast_url: expected a URL that starts with memory://"):
+        load(None, {"broadcast_url": address})
+    with pytest.raises(ConfigError, match="redis_url: expected a URL that starts with redis://"):
+        load(None, {"redis_url": "redis"})
+
+
+def test_wrong_items_of_a_list_are_named_alone(write: Write) -> None:
+    told = problems(write('transports = ["ws"]'))
+    assert [text.partition(": ")[2] for text in told] == [
+        "transports.0: expected 'websocket', 'longpoll' or 'sse', got 'ws'"
+    ]
+    (told_of_none,) = problems(write("transports = []"))
+    assert "transports: list should have at least 1 item" in told_of_none
+
+
 def test_key_of_relay_token_is_no_unknown_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RELAY_TOKEN_KEY", SECRET)
     assert load() == Config()
