@@ -49,7 +49,7 @@ from relay.transports.network_access import SEVERAL_HOSTS, NetworkAccess
 from relay.web import pages
 from relay.web.console import Console
 from relay.web.deferred import DeferredApp
-from relay.web.own_paths import CONSOLE_SOCKET, OwnPaths
+from relay.web.own_paths import CONSOLE_SOCKET, OwnPaths, check_install
 from relay.web.prometheus import MetricsExporter
 
 if TYPE_CHECKING:
@@ -294,7 +294,11 @@ class Relay:
         Args: path: mount path; browsers connect to ``<path>/socket``.
               plugin_routes_in_app: add the REST routes of plugins to ``app``, a FastAPI, instead of relay's own REST
                   API, so that its dependencies, middleware and ``/docs`` apply to them.
+
+        Raises: TypeError: ``app`` is no such application; ValueError: ``path`` is no path, or a route of ``app``
+                answers what is below it.
         """
+        check_install(app, path, plugin_routes_in_app)
         if plugin_routes_in_app:
             self._http = self._make_http(plugins_in=app)
         app.mount(path, self)

@@ -4,7 +4,11 @@ Owns which path is what; must not know what is answered there.
 """
 
 from collections.abc import Iterable
+from typing import Any
 from urllib.parse import quote
+
+from starlette.applications import Starlette
+from starlette.routing import Match, Mount
 
 from relay.config import Config
 from relay.paths import below, replace_route_path, route_path, segments, split_raw
@@ -84,3 +88,19 @@ class OwnPaths:
                 rest = raw_rest = "/" + "/".join(path[depth:])
             wanted, wanted_raw = self._config.rest.path + rest, quote(self._config.rest.path) + raw_rest
         return scope if wanted == given else replace_route_path(scope, wanted, wanted_raw.encode("latin-1"))
+
+
+def check_install(app: Any, path: str, needs_fastapi: bool) -> None:
+    """Check the arguments of `Relay.install`. Raises TypeError, ValueError."""
+    if not isinstance(app, Starlette) or (needs_fastapi and not hasattr(app, "include_router")):
+        kind = "FastAPI" if needs_fastapi else "Starlette or FastAPI"
+        raise TypeError(f"install: expected a {kind} application, got a {type(app).__name__}")
+    if path and not path.startswith("/"):
+        raise ValueError(f'install: expected a path such as "/relay", got {path!r}')
+    socket = {"type": "websocket", "path": f"{path.rstrip('/')}/socket/websocket", "root_path": "", "headers": []}
+    for route in app.routes:
+        if isinstance(route, Mount) and route.matches(socket)[0] == Match.FULL:
+            raise ValueError(
+                f"install: requests below {path!r} are answered by what is mounted at {route.path or '/'!r} before; "
+                "install the relay first"
+            )

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from fastapi import APIRouter, FastAPI
 from starlette.applications import Starlette
+from starlette.routing import Mount, Router
 
 from relay import ConfigError, Plugin, Relay
 from relay.config import Config
@@ -447,3 +448,21 @@ async def test_plugin_routes_are_in_relays_rest_or_in_the_application() -> None:
         async with relay.lifespan():
             paths = ["/hello", "/relay/hello", "/relay/api/hello"]
             assert [path for path in paths if (await ask(app, path)).status == 200] == found
+
+
+def test_install_in_what_cannot_serve_it_is_refused() -> None:
+    """Each was a traceback from elsewhere, or a relay that no request reaches."""
+    relay = make()
+    for app in (Router(), APIRouter(), "main:app"):
+        with pytest.raises(TypeError, match=f"expected a Starlette or FastAPI application, got a {type(app).__name__}"):
+            relay.install(app)
+    with pytest.raises(TypeError, match="expected a FastAPI application, got a Starlette"):
+        relay.install(Starlette(), plugin_routes_in_app=True)
+    with pytest.raises(ValueError, match="expected a path such as \"/relay\", got 'relay'"):
+        relay.install(Starlette(), "relay")
+    pages = Starlette(routes=[Mount("/", Starlette(), name="pages")])
+    with pytest.raises(ValueError, match="answered by what is mounted at '/' before; install the relay first"):
+        relay.install(pages)
+    beside = Starlette(routes=[Mount("/static", Starlette())])
+    relay.install(beside)
+    assert [route.path for route in beside.routes if isinstance(route, Mount)] == ["/static", "/relay"]
