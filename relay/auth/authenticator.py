@@ -193,6 +193,19 @@ def user_name(subject: object, claim: str) -> str | None:
     return user
 
 
+def check_claims(claims: Claims, rights_claim: str) -> None:
+    """Check the claims of a token that is to be made. Raises ValueError, naming the one that no relay takes."""
+    _ = user_of(claims.get("sub"), "sub")
+    try:
+        _ = parse_claim(claims.get(rights_claim))
+    except ValueError as error:
+        raise ValueError(f'"{rights_claim}": {error}') from None
+    for name in ("exp", "nbf", "iat"):
+        at = claims.get(name, 0)
+        if isinstance(at, bool) or not isinstance(at, int | float) or not abs(at) < _LAST_SECOND:
+            raise ValueError(f'"{name}": expected a number of seconds since 1970, got {at!r:.40}')
+
+
 def _seconds(at: Any) -> float:
     """When a claim says that it ends. Raises ValueError, which names the claim."""
     try:

@@ -76,6 +76,7 @@ def token(
 ) -> None:
     """Make a token and print it, alone on its line."""
     require("auth", "relay token")
+    from relay.auth.authenticator import check_claims
     from relay.auth.keys import read_key
     from relay.auth.tokens import load_keys, sign
 
@@ -101,6 +102,10 @@ def token(
                 f"--claim: {name} is what {'--sub' if name == 'sub' else '--topic'} says; give one of them"
             )
         claims[name] = _json_or_text(value)
+    try:
+        check_claims(claims, auth.rights_claim)
+    except ValueError as error:
+        raise ConfigError(f"claim {error}; no relay would take the token") from None
     keys = load_keys(auth) if key is None else (read_key(key, "", "--key"),)
     signing = _signing(keys)
     if weakness := _weakness(signing):

@@ -130,6 +130,16 @@ def test_key_may_come_from_the_environment(relay: Command, monkeypatch: pytest.M
         (("--key", SECRET, "--claim", "x"), "", "--claim"),
         (("--key", SECRET, "--claim", "sub=bob"), "", "--claim: sub is what --sub says"),
         (("--key", SECRET, "--topic", "a:join", "--claim", "topics={}"), "", "--claim: topics is what --topic says"),
+        (("--key", SECRET, "--sub", ""), "", 'claim "sub": expected a user\'s name'),
+        (("--key", SECRET, "--sub", "\udcff"), "", 'claim "sub": expected a user\'s name that UTF-8 can encode'),
+        (
+            ("--key", SECRET, "--claim", "exp=soon"),
+            "",
+            "claim \"exp\": expected a number of seconds since 1970, got 'soon'",
+        ),
+        (("--key", SECRET, "--claim", "nbf=true"), "", 'claim "nbf": expected a number of seconds'),
+        (("--key", SECRET, "--claim", "topics=room"), "", 'claim "topics": expected an object'),
+        (("--key", SECRET, "--ttl", f"{10**14}d"), "", 'claim "exp": expected a number of seconds'),
     ],
 )
 def test_what_makes_no_token_is_said_in_one_line(
