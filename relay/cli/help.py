@@ -6,6 +6,7 @@ Owns that look; must not know any command.
 import inspect
 from typing import Any
 
+from rich.markup import escape
 from typer.core import TyperCommand, TyperGroup
 
 
@@ -16,7 +17,8 @@ class _Tidy:
         """Tidy what is there, then let Typer write it; the program ends after that."""
         command: Any = self
         paragraphs = inspect.cleandoc(command.help or "").split("\n\n")
-        command.help = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+        # Rich takes words in square brackets for its markup.
+        command.help = escape("\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))
         for parameter in command.get_params(ctx):
             if getattr(parameter, "is_flag", False):
                 parameter.metavar = ""

@@ -3,6 +3,8 @@
 Owns the text of that package; must not know how plugins are loaded.
 """
 
+import keyword
+from importlib.util import find_spec
 from pathlib import Path
 
 from relay.errors import ConfigError
@@ -70,10 +72,18 @@ def test_what_one_says_reaches_the_topic() -> None:
 '''
 
 
+def _is_module(name: str) -> bool:
+    """Whether an import of this name finds another module; pytest would find the plugin in its place."""
+    found = find_spec(name)
+    return found is not None and found.origin is not None
+
+
 def write_plugin(name: str, directory: Path) -> Path:
     """Write the package ``<directory>/<name>``. Returns its directory; raises ConfigError where it cannot be."""
     if not name.isidentifier() or not name.isascii():
         raise ConfigError(f"NAME: expected letters, digits and _, not beginning with a digit, got {name!r}")
+    if keyword.iskeyword(name) or _is_module(name):
+        raise ConfigError(f"NAME: {name!r} is a word or a module of Python; expected a name of the plugin's own")
     package = directory / name
     try:
         package.mkdir(parents=True)

@@ -126,6 +126,11 @@ def test_wrong_usage_is_exit_code_2_and_one_line_that_says_where_to_look(
     assert line.endswith(f"; `{command} --help` shows how")
 
 
+def test_help_shows_names_of_tables_in_their_brackets(run: Run) -> None:
+    """Rich takes them for its markup."""
+    assert "neither [[topics]] nor prefixes" in " ".join(run("publish", "--help").out.split())
+
+
 def test_no_arguments_show_the_help(run: Run) -> None:
     ran = run()
     assert (ran.code, ran.err) == (2, "")

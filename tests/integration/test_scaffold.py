@@ -57,6 +57,14 @@ def test_name_that_is_no_package_is_refused(tmp_path: Path, name: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["relay", "json", "redis", "class"])
+def test_name_of_another_module_is_refused(tmp_path: Path, name: str) -> None:
+    """The plugin's test would import the plugin for the module."""
+    with pytest.raises(ConfigError, match=f"NAME: '{name}' is a word or a module of Python"):
+        write_plugin(name, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_plugin_that_exists_is_not_written_over(tmp_path: Path) -> None:
     directory = write_plugin("hello", tmp_path)
     (directory / "__init__.py").write_text("mine")
