@@ -68,7 +68,8 @@ class Relay:
           authenticate: authenticates clients: it is called with an `UpgradeRequest` and returns a mapping with ``sub``,
               or None for an anonymous client, or raises `Refused`. A plain function runs in a thread.
 
-    Raises: ConfigError: no bus is configured, a setting is invalid or needs a missing extra, or a plugin cannot load.
+    Raises: ConfigError: no bus is configured, a setting is invalid or needs a missing extra, or a plugin cannot load;
+            TypeError: ``extra_plugins`` are no plugins, or ``authenticate`` is no function of a request.
     """
 
     def __init__(

@@ -95,7 +95,11 @@ def from_arguments(config: Config | str | None, settings: dict[str, Any]) -> Con
             names = ", ".join(settings)
             raise ConfigError(f"Relay: expected a Config or single settings, got a Config and {names}")
         return config
+    if not isinstance(config, str | None):
+        raise ConfigError(f"Relay: expected the address of the bus, or a Config, got a {type(config).__name__}")
     if isinstance(config, str):
+        if "://" not in config and config.endswith(".toml"):
+            raise ConfigError(f"Relay: expected the address of the bus; Relay.from_file({config!r}) reads a file")
         name = "broadcast_url" if config.partition("://")[0] in BROADCAST_SCHEMES else "redis_url"
         if name in settings:
             raise ConfigError(f"Relay: {name}: expected once, got it as the first argument and by name")

@@ -40,8 +40,8 @@ class _Publisher:
                 config = Config(**settings)
             except ValidationError as error:
                 raise ConfigError(*explain(error, [(type(self).__name__, settings)])) from None
-        elif settings:
-            raise TypeError("expected an address with settings, or a Config without")
+        elif settings or not isinstance(config, Config):
+            raise TypeError(f"expected an address with settings, or a Config without, got a {type(config).__name__}")
         config = config.model_copy(update={"redis_url": _address_of(config)})
         self._address = redis_url.parse(config.redis_url)
         self._cluster = redis_url.parse_cluster(config.redis_url)

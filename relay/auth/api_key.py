@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from relay.config import Config
 from relay.log import RateLimitedLoggers
-from relay.transports.network_access import NetworkAccess, is_foreign_page, is_this_machine
+from relay.transports.network_access import NetworkAccess, is_foreign_page, is_this_machine, why_not_local_host
 
 
 class AccessDenied(NamedTuple):
@@ -77,7 +77,10 @@ class ApiKeyAuth:
                 403, f"an API key is required because other clients are allowed ({named}); set rest.api_key"
             )
         if not is_this_machine(scope):
-            return AccessDenied(403, "only clients on this machine are answered; set rest.api_key to let others in")
+            named = why_not_local_host(scope)
+            return AccessDenied(
+                403, f"only clients on this machine are answered{named}; set rest.api_key to let others in"
+            )
         if is_foreign_page(scope):
             return AccessDenied(403, "pages of other origins are not answered; set rest.api_key")
         return None

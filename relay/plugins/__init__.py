@@ -77,7 +77,7 @@ class Plugin:
     """
 
     def __init__(self, name: str) -> None:
-        if not name or not name.replace("-", "_").isidentifier():
+        if not str(name).replace("-", "_").isidentifier() or not isinstance(name, str):
             raise ValueError(f"expected a plugin name of letters, digits, - and _, got {name!r}")
         self.name: str = name
         self.hooks: HookTable = HookTable()

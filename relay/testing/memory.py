@@ -29,7 +29,7 @@ def in_memory(relay: Relay) -> "InMemory":
     Histories and presence work in memory. If tokens are checked, a key of this test is accepted besides those of the
     settings, for ``connect(…, user=…)``, and ``auth.jwks_url`` is not fetched. The end of the block restores all.
 
-    Raises: RelayError: the relay is running.
+    Raises: RelayError: the relay is running; TypeError: it is no `Relay`.
     """
     return InMemory(relay)
 
@@ -38,6 +38,8 @@ class InMemory:
     """What `in_memory` returns."""
 
     def __init__(self, relay: Relay) -> None:
+        if not hasattr(relay, "components"):
+            raise TypeError(f"in_memory: expected a Relay, got a {type(relay).__name__}")
         if relay.is_running:
             raise RelayError("the relay is running already; expected in_memory(relay) before its start")
         self._relay = relay

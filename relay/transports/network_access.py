@@ -43,6 +43,14 @@ def is_this_machine(scope: Mapping[str, Any]) -> bool:
     return len(hosts) == 1 and is_loopback_host(host_in(hosts[0])) and _is_from_here(scope)
 
 
+def why_not_local_host(scope: Mapping[str, Any]) -> str:
+    """What to add for a client on this machine that asks under another name, as tests do; empty for others."""
+    host = host_in("".join(hosts_of(scope)))
+    if not host or is_loopback_host(host) or not _is_from_here(scope):
+        return ""
+    return f", under localhost or another of its own names; got {host!r:.100}"
+
+
 def is_foreign_page(scope: Mapping[str, Any]) -> bool:
     """Say whether a page sends a request that the relay has not served: open in a browser here, it is not from here."""
     host = "".join(hosts_of(scope))

@@ -12,9 +12,10 @@ from fastapi import APIRouter, FastAPI
 from starlette.applications import Starlette
 from starlette.routing import Mount, Router
 
-from relay import ConfigError, Plugin, Relay
+from relay import ConfigError, Plugin, Publisher, Relay
 from relay.config import Config
 from relay.errors import RelayError
+from relay.testing import in_memory
 from relay.web.console import SOCKET_PATH
 from tests.support.asgi import Connection, until
 
@@ -448,6 +449,21 @@ async def test_plugin_routes_are_in_relays_rest_or_in_the_application() -> None:
         async with relay.lifespan():
             paths = ["/hello", "/relay/hello", "/relay/api/hello"]
             assert [path for path in paths if (await ask(app, path)).status == 200] == found
+
+
+def test_wrong_arguments_are_named() -> None:
+    """Each was an error from elsewhere that named another thing."""
+    for given, name in ((5, "int"), ({"redis_url": "redis://localhost"}, "dict")):
+        with pytest.raises(ConfigError, match=f"expected the address of the bus, or a Config, got a {name}"):
+            Relay(given)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"Relay.from_file\('relay.toml'\) reads a file"):
+        Relay("relay.toml")
+    with pytest.raises(ValueError, match="expected a plugin name of letters, digits, - and _, got 1"):
+        Plugin(1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="expected an address with settings, or a Config without, got a int"):
+        Publisher(1)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="in_memory: expected a Relay, got a Starlette"):
+        in_memory(Starlette())  # type: ignore[arg-type]
 
 
 def test_install_in_what_cannot_serve_it_is_refused() -> None:

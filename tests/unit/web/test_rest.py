@@ -155,6 +155,8 @@ async def test_without_a_key_only_names_of_this_machine_are_answered(host: str) 
     async with rest(host=host) as ask:
         refused = await ask.post("/publish", json=EVENT, headers={"origin": f"http://{host}"})
         assert reason(refused, 403).startswith("only clients on this machine")
+        name = host.partition(":")[0]
+        assert f"under localhost or another of its own names; got {name!r}" in reason(refused, 403)
 
 
 @pytest.mark.parametrize("name", ["x-forwarded-for", "forwarded", "x-real-ip"])
