@@ -320,7 +320,7 @@ class Node:
 
         Raises ValueError: no user or no topic is called so.
         """
-        if not isinstance(topic, str) or not is_topic(topic):
+        if not is_topic(topic):
             raise ValueError(f"topic: expected 1 to 255 bytes without control characters, not reserved, got {topic!r}")
         return self.pubsub.start_call(partial(self.send_control, "kick", _known_user(user), topic))
 

@@ -195,7 +195,7 @@ def user_name(subject: object, claim: str) -> str | None:
 
 def check_claims(claims: Claims, rights_claim: str) -> None:
     """Check the claims of a token that is to be made. Raises ValueError, naming the one that no relay takes."""
-    _ = user_of(claims.get("sub"), "sub")
+    _ = user_name(claims.get("sub"), "sub")
     try:
         _ = parse_claim(claims.get(rights_claim))
     except ValueError as error:
