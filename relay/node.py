@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from relay import runtime_dir
 from relay.auth.api_key import ApiKeyAuth
-from relay.auth.authenticator import Authenticate, Authenticator, user_name
+from relay.auth.authenticator import Authenticate, Authenticator, known_user
 from relay.auth.sealing import Sealer, derive
 from relay.brokers.base import NODE_CHANNEL, PRESENCE_CHANNEL, Broker, Link
 from relay.brokers.embedded import BESIDE_AUTH, EmbeddedValkey
@@ -313,7 +313,7 @@ class Node:
 
     def disconnect_user(self, user: str | int, reason: str = "") -> Call:
         """Close all sockets of a user with 1001, on every node; BusUnavailable: only on this one. Raises ValueError."""
-        return self.pubsub.start_call(partial(self.send_control, "disconnect", _known_user(user), reason=reason))
+        return self.pubsub.start_call(partial(self.send_control, "disconnect", known_user(user), reason=reason))
 
     def kick(self, topic: str, user: str | int) -> Call:
         """Take a user out of a topic with ``phx_close``, on every node; BusUnavailable: only on this one.
@@ -322,7 +322,7 @@ class Node:
         """
         if not is_topic(topic):
             raise ValueError(f"topic: expected 1 to 255 bytes without control characters, not reserved, got {topic!r}")
-        return self.pubsub.start_call(partial(self.send_control, "kick", _known_user(user), topic))
+        return self.pubsub.start_call(partial(self.send_control, "kick", known_user(user), topic))
 
     @property
     def topics(self) -> dict[str, int]:
@@ -448,14 +448,6 @@ class Node:
                 wait_s = _SERVICE_BACKOFF_S
             await asyncio.sleep(random.uniform(wait_s / 2, wait_s))
             wait_s = min(2 * wait_s, _SERVICE_BACKOFF_MAX_S)
-
-
-def _known_user(user: object) -> str:
-    """The name that sockets have of a user whom an application names. Raises ValueError."""
-    name = user_name(user, "user")
-    if name is None:
-        raise ValueError("user: expected the user's name, got None")
-    return name
 
 
 def _make_verifier(components: Components) -> "TokenVerifier | None":

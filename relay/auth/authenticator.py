@@ -193,6 +193,14 @@ def user_name(subject: object, claim: str) -> str | None:
     return user
 
 
+def known_user(user: object) -> str:
+    """The name that sockets have of a user whom an application names. Raises ValueError."""
+    name = user_name(user, "user")
+    if name is None:
+        raise ValueError("user: expected the user's name, got None")
+    return name
+
+
 def check_claims(claims: Claims, rights_claim: str) -> None:
     """Check the claims of a token that is to be made. Raises ValueError, naming the one that no relay takes."""
     _ = user_name(claims.get("sub"), "sub")
