@@ -21,7 +21,11 @@ const DEFAULTS = {
   rejoinAfterMs: (tries) => jitter([1000, 2000, 5000][tries - 1] ?? 10_000),
 };
 
-const valueOf = (value) => (typeof value === "function" ? value() : value);
+const valueOf = (value) => {
+  const found = typeof value === "function" ? value() : value;
+  if (found?.then?.call) throw new TypeError("expected no promise");
+  return found;
+};
 
 /** Show an error like an uncaught one. */
 const report = (error) => (globalThis.reportError ?? console.error)(error);
@@ -35,7 +39,7 @@ function call(callback, ...args) {
   }
 }
 
-/** Milliseconds until the next try: ours where the page's function throws or gives no time. */
+/** Milliseconds until the next try: ours where the page's function gives no time. */
 function delay(kind, options, tries) {
   const ms = call(() => options[kind](tries));
   return ms >= 0 && ms < Infinity ? ms : DEFAULTS[kind](tries);
@@ -679,7 +683,7 @@ export class Socket {
     this.#page = null;
   }
 
-  /** Close without waiting for the peer: one out of reach would take a minute. */
+  /** Close without waiting for the peer, which may be out of reach. */
   #letGo(event, code) {
     const transport = this.#transport;
     if (!transport) return;
@@ -697,7 +701,7 @@ export class Socket {
     this.#retryTimer = setTimeout(() => this.#redial(), delay("reconnectAfterMs", this, ++this.#tries));
   }
 
-  /** Dial unattended: where `connect()` throws (a params function, say), a retry reports and goes on. */
+  /** Dial unattended: what throws (a params function, say) is reported, and tried again. */
   #redial() {
     try {
       this.#dial();
@@ -724,7 +728,7 @@ export class Socket {
 
   /**
    * Follow the page and the network: a hidden page does not reconnect, a page that is back does so at once.
-   * Being offline stops no retry: a relay on this very machine is still within reach.
+   * Being offline stops no retry: the relay may be on this machine.
    */
   #watchPage() {
     if (this.#page) return;

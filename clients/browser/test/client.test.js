@@ -155,6 +155,25 @@ test("a params function that throws stops no retry", () => {
   assert.deepEqual([errors, FakeWebSocket.made.length], [["no token"], 2]);
 });
 
+test("a promise in place of a value is an error, and not sent as none", () => {
+  const later = async () => ({ token: "t" });
+  for (const options of [{ params: later }, { authToken: later }, { authToken: later() }]) {
+    socket = makeSocket(options);
+    assert.throws(() => socket.connect(), /expected no promise/);
+  }
+  assert.equal(FakeWebSocket.made.length, 0);
+  socket = makeSocket();
+  const wire = connect();
+  const reasons = [];
+  const reported = mock.method(console, "error", () => {});
+  socket.channel("room:1", later).join().receive("error", ({ reason }) => reasons.push(reason));
+  reported.mock.restore();
+  assert.match(reasons[0], /expected no promise/);
+  assert.deepEqual(wire.take(), []);
+  socket.channel("room:2", { then: 1 }).join();
+  assert.deepEqual(wire.take()[0][4], { then: 1 });
+});
+
 test("disconnect closes at once, calls back, and stays closed until connect", () => {
   const seen = [];
   socket.onClose(({ code, reason }) => seen.push([code, reason]));
