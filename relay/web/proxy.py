@@ -242,13 +242,16 @@ class Proxy:
         # Which host is asked is the target's affair alone; what it is asked for stays as it came, byte for byte.
         asked = self._target.raw_path.split(b"?")[0].rstrip(b"/") + path or b"/"
         query = request.scope["query_string"]
-        return httpx.Request(
+        sent = httpx.Request(
             request.method,
             self._target,
             headers=_request_headers(request, mount),
             content=client.body() if client.has_body else None,
             extensions={"timeout": _TIMEOUT.as_dict(), "target": asked + (b"?" + query if query else b"")},
         )
+        if not self._target.userinfo:
+            return sent
+        return next(httpx.BasicAuth(self._target.username, self._target.password).auth_flow(sent))
 
 
 class _Bare:

@@ -1,6 +1,7 @@
 """``[[proxy]]`` between real sockets: what the service behind it gets, and what comes back, byte by byte."""
 
 import asyncio
+import base64
 import gzip
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -284,6 +285,18 @@ async def test_headers_are_passed_on_repeated_ones_in_order(served: Served, upst
     async with asking(served, upstream, headers=headers) as asked:
         came = [pair for pair in asked.exchange.headers if not pair[0].startswith("x-forwarded-")]
         assert came == [("host", f"127.0.0.1:{upstream.port}"), *headers]
+        await asked.answered()
+
+
+@pytest.mark.parametrize("own", [None, "Bearer t"])
+async def test_user_and_password_of_the_target_are_sent(upstream: Upstream, own: str | None) -> None:
+    headers = {} if own is None else {"authorization": own}
+    async with (
+        proxied(upstream.url.replace("//", "//user:hunter2%21@")) as served,
+        asking(served, upstream, "POST", headers=headers, content=b"body") as asked,
+    ):
+        came = [value for name, value in asked.exchange.headers if name == "authorization"]
+        assert came == ["Basic " + base64.b64encode(b"user:hunter2!").decode()]
         await asked.answered()
 
 
