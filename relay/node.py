@@ -36,7 +36,7 @@ from relay.channels.socket import Socket
 from relay.channels.tangram import TangramWire
 from relay.concurrency import is_being_cancelled
 from relay.config import EMBEDDED, Config
-from relay.errors import ConfigError
+from relay.errors import ConfigError, close_reason
 from relay.extras import describe, missing
 from relay.log import ConnectionLog
 from relay.metrics import ProcessState
@@ -308,12 +308,13 @@ class Node:
         ended = (socket for socket in self.connections.left_behind.values() if socket.id == socket_id)
         found = self.sockets.get(socket_id) or next(ended, None)
         if found is not None:
-            found.disconnect(reason)
+            found.disconnect(_reason(reason))
         return found is not None
 
-    def disconnect_user(self, user: str | int, reason: str = "") -> Call:
+    def disconnect_user(self, user: str | int, reason: str | None = "") -> Call:
         """Close all sockets of a user with 1001, on every node; BusUnavailable: only on this one. Raises ValueError."""
-        return self.pubsub.start_call(partial(self.send_control, "disconnect", known_user(user), reason=reason))
+        name, text = known_user(user), _reason(reason)
+        return self.pubsub.start_call(partial(self.send_control, "disconnect", name, reason=text))
 
     def kick(self, topic: str, user: str | int) -> Call:
         """Take a user out of a topic with ``phx_close``, on every node; BusUnavailable: only on this one.
@@ -448,6 +449,14 @@ class Node:
                 wait_s = _SERVICE_BACKOFF_S
             await asyncio.sleep(random.uniform(wait_s / 2, wait_s))
             wait_s = min(2 * wait_s, _SERVICE_BACKOFF_MAX_S)
+
+
+def _reason(reason: str | None) -> str:
+    """What an application gives as the reason of a close, as far as a close has it. Raises ValueError."""
+    try:
+        return close_reason(reason or "")
+    except (AttributeError, UnicodeEncodeError):
+        raise ValueError(f"reason: expected text that UTF-8 can encode, got {reason!r:.60}") from None
 
 
 def _make_verifier(components: Components) -> "TokenVerifier | None":

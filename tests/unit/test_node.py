@@ -384,6 +384,17 @@ async def test_user_that_cannot_be_is_no_success(user: Any) -> None:
             _ = relay.kick("room:1", user=None)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("reason", [7, b"banned", "\ud83d"])
+async def test_reason_that_is_no_text_is_an_error_before_anything_is_done(reason: Any) -> None:
+    async with running(authenticate=by_query, **USERS) as relay:
+        alice = await connect(relay, "user=alice")
+        for who in ({"user": "alice"}, {"socket_id": alice.id}):
+            with pytest.raises(ValueError, match="reason: expected text"):
+                _ = relay.disconnect(reason=reason, **who)
+        assert alice.closed_with is None
+        await alice.leave()
+
+
 @pytest.mark.parametrize("topic", ["", "phoenix", "a\n", "x" * 256])
 async def test_kick_from_no_topic_is_no_disconnect(topic: str) -> None:
     async with running(authenticate=by_query, **USERS) as relay:
@@ -394,7 +405,8 @@ async def test_kick_from_no_topic_is_no_disconnect(topic: str) -> None:
         await alice.leave()
 
 
-async def test_control_message_of_another_node_is_applied() -> None:
+@pytest.mark.parametrize("reason", ["", None])  # reason=form.get("reason")
+async def test_control_message_of_another_node_is_applied(reason: Any) -> None:
     async with running(authenticate=by_query, **USERS) as one, running(authenticate=by_query, **USERS) as other:
         alice = await connect(one, "user=alice")
         taken: list[bytes] = []
@@ -405,10 +417,11 @@ async def test_control_message_of_another_node_is_applied() -> None:
             return send(data)
 
         other.node.broker.publish_control = record  # type: ignore[method-assign]
-        await other.disconnect(user="alice")
+        await other.disconnect(user="alice", reason=reason)
         assert alice.closed_with is None, "each memory:// is a bus of its own"
         one.node.pubsub.receive_control(taken[0])
-        await alice.task
+        async with asyncio.timeout(20 * PATIENCE):
+            await alice.task
         assert alice.closed_with == 1001
 
 
