@@ -88,6 +88,15 @@ def _check_pattern(pattern: str) -> str:
     return pattern
 
 
+def check_grant_pattern(pattern: str) -> str:
+    """Give back a pattern of topics that can match once ``{sub}`` in it is replaced by a user. Raises ValueError."""
+    try:
+        _ = _check_pattern(pattern.replace(SUBJECT, "x"))
+    except ValueError as error:
+        raise ValueError(f"expected {SUBJECT} where the user stands; {error}") from None
+    return pattern
+
+
 TopicPattern = Annotated[str, Field(min_length=1), AfterValidator(_check_pattern)]
 
 
@@ -247,14 +256,7 @@ class GrantConfig(Table):
     match: str = Field(min_length=1, description="topic pattern as in [[topics]]; {sub} is replaced by the user")
     rights: tuple[Literal["join", "push", "presence"], ...] = Field(description="permissions on these topics")
 
-    @field_validator("match")
-    @classmethod
-    def _can_match(cls, match: str) -> str:
-        try:
-            _ = _check_pattern(match.replace(SUBJECT, "x"))
-        except ValueError as error:
-            raise ValueError(f"expected {SUBJECT} where the user stands; {error}") from None
-        return match
+    _can_match = field_validator("match")(check_grant_pattern)
 
     @property
     def grant(self) -> Grant:

@@ -23,7 +23,7 @@ from relay.cli.options import ConfigFile, RedisUrl
 from relay.cli.output import console, is_terminal, print_lines
 from relay.cli.topic_warnings import topic_facts, topic_warnings
 from relay.config import ANY_HOST, CONFIG_VARIABLE, EMBEDDED, SETTINGS_KEY, TOKEN_KEY_VARIABLE, Config, Exposure
-from relay.config_sections import ENVELOPE_BYTES, AuthConfig, GrantConfig, Overflow
+from relay.config_sections import ENVELOPE_BYTES, AuthConfig, GrantConfig, Overflow, check_grant_pattern
 from relay.config_sources import load, unread_file
 from relay.errors import ConfigError
 from relay.extras import require
@@ -88,16 +88,19 @@ def token(
     if auth.audience:
         claims["aud"] = auth.audience[0]
     try:
-        grants = parse_claim(topic or ())
+        rights: dict[str, Right] = {}
+        for grant in parse_claim(topic or ()):
+            pattern = check_grant_pattern(grant.pattern)
+            rights[pattern] = rights.get(pattern, Right.NONE) | grant.rights
     except ValueError as error:
         raise ConfigError(f"--topic: {error}") from None
-    if grants:
-        claims[auth.rights_claim] = {grant.pattern: names_of(grant.rights) for grant in grants}
+    if rights:
+        claims[auth.rights_claim] = {pattern: names_of(right) for pattern, right in rights.items()}
     for entry in claim or ():
         name, equals, value = entry.partition("=")
         if not name or not equals:
             raise ConfigError(f"--claim: expected NAME=VALUE, got {entry!r}")
-        if name == "sub" or (grants and name == auth.rights_claim):
+        if name == "sub" or (rights and name == auth.rights_claim):
             raise ConfigError(
                 f"--claim: {name} is what {'--sub' if name == 'sub' else '--topic'} says; give one of them"
             )

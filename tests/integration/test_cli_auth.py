@@ -110,6 +110,12 @@ def test_token_is_signed_with_the_key_in_a_file(relay: Command, tmp_path: Path, 
     assert claims_of(out.strip(), public)["sub"] == "alice"
 
 
+def test_permissions_of_one_pattern_add_up(relay: Command) -> None:
+    arguments = ("--topic", "room:*:join", "--topic", "room:*:push,presence", "--topic", "user:{sub}:push")
+    _, out, _ = relay("token", "--sub", "alice", "--key", SECRET, *arguments)
+    assert claims_of(out.strip())["topics"] == {"room:*": ["join", "push", "presence"], "user:{sub}": ["push"]}
+
+
 def test_key_may_come_from_the_environment(relay: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that it is in no list of processes."""
     monkeypatch.setenv("RELAY_AUTH__KEYS", f'["{SECRET}"]')
@@ -127,6 +133,11 @@ def test_key_may_come_from_the_environment(relay: Command, monkeypatch: pytest.M
         (("--key", SECRET, "--ttl", "0h"), "", "--ttl"),
         (("--key", SECRET, "--topic", "room"), "", "--topic: expected pattern:rights"),
         (("--key", SECRET, "--topic", "room:rule"), "", "--topic: expected join, push or presence"),
+        (
+            ("--key", SECRET, "--topic", "room:{id}:join"),
+            "",
+            "--topic: expected {sub} where the user stands; 'room:{id}'",
+        ),
         (("--key", SECRET, "--claim", "x"), "", "--claim"),
         (("--key", SECRET, "--claim", "sub=bob"), "", "--claim: sub is what --sub says"),
         (("--key", SECRET, "--topic", "a:join", "--claim", "topics={}"), "", "--claim: topics is what --topic says"),
