@@ -196,7 +196,7 @@ class Node:
                 self.presence.start()
             for hook in self._hooks.startup:
                 try:
-                    await self._runner.call(hook, self._owner)
+                    await self._call_in_time(hook)
                 except HandlerError as error:
                     raise ConfigError(f"plugin {hook.plugin} failed to start: its on_startup {error}") from error
         except BaseException:
@@ -230,7 +230,8 @@ class Node:
         if self._tasks:  # a service that ignores its cancellation is left behind
             _ = await asyncio.wait(self._tasks, timeout=self.config.limits.close_timeout_s)
         for hook in self._hooks.shutdown:
-            await self._call_at_shutdown(hook)
+            with suppress(HandlerError):  # logged and counted there
+                await self._call_in_time(hook)
         if self.presence is not None:
             await self.presence.stop()
         await self.pubsub.stop()
@@ -246,18 +247,21 @@ class Node:
             with ThreadPoolExecutor(1, "relay-embedded") as thread:
                 await asyncio.get_running_loop().run_in_executor(thread, self._embedded.stop)
 
-    async def _call_at_shutdown(self, hook: Hook) -> None:
-        """Call a handler of on_shutdown, and leave one behind that ignores its cancellation."""
+    async def _call_in_time(self, hook: Hook) -> None:
+        """Call a handler of on_startup or on_shutdown, and leave one behind that ignores its cancellation.
+
+        Raises HandlerError.
+        """
         call = asyncio.create_task(self._runner.call(hook, self._owner))
         try:
             _ = await asyncio.wait((call,), timeout=self.config.plugins.timeout_s + _IGNORED_S)
         finally:
             call.cancel()
-        if not call.done():
-            _logger.warning("plugin %s: %s ignores that it was cancelled; going on without it", hook.plugin, hook.name)
-            return
-        with suppress(HandlerError):  # logged and counted there
+        if call.done():
             call.result()
+        else:
+            _logger.warning("plugin %s: %s ignores that it was cancelled; going on without it", hook.plugin, hook.name)
+            raise HandlerError("did not end in time, and ignores that it was cancelled")
 
     def abandon(self) -> None:
         """Let go of what outlives the event loop, which has ended without `stop`."""

@@ -109,7 +109,11 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         self._loop.set_exception_handler(_exception_handler(log))
         logging.getLogger("uvicorn.error").addFilter(_Fewer(log))
-        await super().startup(sockets)
+        try:
+            await super().startup(sockets)
+        finally:
+            if not self.started:
+                self._end_later(STARTUP_FAILURE)
         self._listeners = [*self.servers, *(sockets or ())]
         # Modules and settings stay: later collections pass them over, which are most of what a small relay has.
         gc.collect()
@@ -143,11 +147,14 @@ class Server(uvicorn.Server):
                 async with asyncio.timeout(self.config.timeout_graceful_shutdown):
                     await self.lifespan.shutdown()
         server_loggers(self.config).flush(at_once=True)
+        self._end_later(0)
+
+    def _end_later(self, code: int) -> None:
         if self.ends_process:
-            threading.Thread(target=_end_process, args=(self.clean_up,), name="relay-end", daemon=True).start()
+            threading.Thread(target=_end_process, args=(self.clean_up, code), name="relay-end", daemon=True).start()
 
 
-def _end_process(clean_up: Callable[[], None]) -> None:
+def _end_process(clean_up: Callable[[], None], code: int) -> None:
     """End a process that does not end on its own: Python waits for threads and tasks without a limit."""
     time.sleep(_END_TIMEOUT_S)
     names = sorted(thread.name for thread in threading.enumerate() if not thread.daemon)
@@ -162,7 +169,7 @@ def _end_process(clean_up: Callable[[], None]) -> None:
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 class _Worker(multiprocess.Process):

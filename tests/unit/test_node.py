@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -588,29 +588,33 @@ async def test_start_and_stop_call_the_plugins_around_everything_else() -> None:
     await client.task
 
 
-async def test_handler_of_the_shutdown_that_ignores_its_cancellation_is_left_behind(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("hook", ["on_startup", "on_shutdown"])
+async def test_handler_that_ignores_its_cancellation_is_left_behind(
+    hook: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("relay.node._IGNORED_S", 0.05)
     plugin, steps, may_end = Plugin("p"), list[str](), asyncio.Event()
 
-    @plugin.on_shutdown
     async def stubborn(relay: Relay) -> None:
         while not may_end.is_set():
             with suppress(asyncio.CancelledError):
                 await may_end.wait()
 
+    getattr(plugin, hook)(stubborn)
+
     @plugin.on_shutdown
     async def second(relay: Relay) -> None:
         steps.append("second")
 
-    try:
-        async with asyncio.timeout(20 * PATIENCE):
-            async with running(plugin, plugins={"timeout_s": 0.05}):
-                pass
-    finally:
-        may_end.set()
+    fails = pytest.raises(ConfigError, match="plugin p failed to start: .* ignores that it was cancelled")
+    limit = asyncio.get_running_loop().call_later(10 * PATIENCE, may_end.set)
+    with fails if hook == "on_startup" else nullcontext():
+        async with running(plugin, plugins={"timeout_s": 0.05}):
+            pass
     assert steps == ["second"]
+    assert not may_end.is_set(), "it was waited for"
+    limit.cancel()
+    may_end.set()
     assert "stubborn ignores that it was cancelled; going on without it" in caplog.text
 
 

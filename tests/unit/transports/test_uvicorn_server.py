@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import threading
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from uvicorn.supervisors.basereload import BaseReload
 
 from relay.log import RateLimitedLogger
 from relay.transports.uvicorn_server import Server, _exception_handler, _Fewer, _Reloader, _State
+from tests.support.process import wait_for
 from tests.support.serving import eventually
 
 _LOGGER = logging.getLogger("relay.server")
@@ -113,6 +115,21 @@ async def test_server_waits_for_its_end_without_looking_for_it(by: str, monkeypa
         async with asyncio.timeout(10):
             await task
     assert server.should_exit
+
+
+def test_process_ends_although_a_handler_goes_on_after_a_start_that_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python waits for its task without a limit."""
+
+    async def fails(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "lifespan.startup.failed", "message": "broken"})
+
+    codes: list[int] = []
+    monkeypatch.setattr("relay.transports.uvicorn_server._end_process", lambda clean_up, code: codes.append(code))
+    server = Server(uvicorn.Config(fails, lifespan="on", log_config=None, port=0))
+    server.ends_process = True
+    with suppress(SystemExit):
+        server.run()
+    wait_for(lambda: codes == [3], "the thread that ends the process")
 
 
 def test_server_that_has_ended_can_be_told_to_end() -> None:
