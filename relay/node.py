@@ -63,9 +63,6 @@ _STALL_S = 0.5
 _DRAIN_STEP_S = 0.05
 """Seconds between two portions of a drain."""
 
-_IGNORED_S = 1.0
-"""Seconds for which a handler may go on after it was cancelled, to clean up."""
-
 _SERVICE_BACKOFF_S = 1.0
 _SERVICE_BACKOFF_MAX_S = 30.0
 
@@ -196,7 +193,7 @@ class Node:
                 self.presence.start()
             for hook in self._hooks.startup:
                 try:
-                    await self._call_in_time(hook)
+                    await self._runner.call_or_leave(hook, self._owner)
                 except HandlerError as error:
                     raise ConfigError(f"plugin {hook.plugin} failed to start: its on_startup {error}") from error
         except BaseException:
@@ -231,7 +228,7 @@ class Node:
             _ = await asyncio.wait(self._tasks, timeout=self.config.limits.close_timeout_s)
         for hook in self._hooks.shutdown:
             with suppress(HandlerError):  # logged and counted there
-                await self._call_in_time(hook)
+                await self._runner.call_or_leave(hook, self._owner)
         if self.presence is not None:
             await self.presence.stop()
         await self.pubsub.stop()
@@ -246,22 +243,6 @@ class Node:
             # In a thread of its own: handlers that hang may hold all those of the event loop.
             with ThreadPoolExecutor(1, "relay-embedded") as thread:
                 await asyncio.get_running_loop().run_in_executor(thread, self._embedded.stop)
-
-    async def _call_in_time(self, hook: Hook) -> None:
-        """Call a handler of on_startup or on_shutdown, and leave one behind that ignores its cancellation.
-
-        Raises HandlerError.
-        """
-        call = asyncio.create_task(self._runner.call(hook, self._owner))
-        try:
-            _ = await asyncio.wait((call,), timeout=self.config.plugins.timeout_s + _IGNORED_S)
-        finally:
-            call.cancel()
-        if call.done():
-            call.result()
-        else:
-            _logger.warning("plugin %s: %s ignores that it was cancelled; going on without it", hook.plugin, hook.name)
-            raise HandlerError("did not end in time, and ignores that it was cancelled")
 
     def abandon(self) -> None:
         """Let go of what outlives the event loop, which has ended without `stop`."""

@@ -25,6 +25,9 @@ T = TypeVar("T")
 _THREADS = 32
 """Plain functions of one plugin that may run at a time; further ones wait for one to end."""
 
+_IGNORED_S = 1.0
+"""Seconds for which a handler may go on after it was cancelled, to clean up."""
+
 _NO_HOOKS = Hooks()
 
 
@@ -75,6 +78,19 @@ class HandlerRunner:
                 return await self._call(hook, *arguments)
             except Refused as error:
                 raise self.record_failure(hook, "raised Refused, which only on_join and on_push may", error) from None
+
+    async def call_or_leave(self, hook: Hook, *arguments: object) -> None:
+        """The same, and leave a handler behind that ignores its cancellation. Raises InvalidPayload, HandlerError."""
+        call = asyncio.create_task(self.call(hook, *arguments))
+        try:
+            _ = await asyncio.wait((call,), timeout=self._timeout_s + _IGNORED_S)
+        finally:
+            call.cancel()
+        if not call.done():
+            text = "plugin %s: %s ignores that it was cancelled; going on without it"
+            self._log.warning(f"{hook.plugin}.{hook.name}", text, hook.plugin, hook.name)
+            raise HandlerError("did not end in time, and ignores that it was cancelled")
+        call.result()
 
     async def _call(self, hook: Hook, *arguments: object) -> Any:
         if self._tracer is None:

@@ -592,7 +592,7 @@ async def test_start_and_stop_call_the_plugins_around_everything_else() -> None:
 async def test_handler_that_ignores_its_cancellation_is_left_behind(
     hook: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("relay.node._IGNORED_S", 0.05)
+    monkeypatch.setattr("relay.plugins.dispatcher._IGNORED_S", 0.05)
     plugin, steps, may_end = Plugin("p"), list[str](), asyncio.Event()
 
     async def stubborn(relay: Relay) -> None:
