@@ -219,14 +219,18 @@ class AsyncPublisher(_Publisher):
 
     async def _ask_if_due(self, loop: "_Loop") -> None:
         """Ask the questions again where they are due; events that come meanwhile wait too, or they would overtake."""
-        if loop.asking is not None:
-            await asyncio.shield(loop.asking)
-        elif self._target.take_due():
-            loop.asking = asyncio.create_task(self._ask_questions(loop.commands), name="relay-publisher-questions")
-            try:
-                await asyncio.shield(loop.asking)
-            finally:
-                loop.asking = None
+        is_due = not loop.waiting and self._target.take_due()
+        if not is_due and not loop.waiting:
+            return
+        loop.waiting += 1
+        try:
+            async with loop.turn:
+                if is_due:
+                    asking = self._ask_questions(loop.commands)
+                    loop.asking = asyncio.create_task(asking, name="relay-publisher-questions")
+                    await asyncio.shield(loop.asking)
+        finally:
+            loop.waiting -= 1
 
     async def _ask_questions(self, commands: _Commands) -> None:
         replies = await commands.replies(QUESTIONS)
@@ -260,6 +264,9 @@ class _Loop:
         self.connections: _Prepared | None = connections
         self.commands: _Commands = commands
         self.asking: asyncio.Task[None] | None = None
+        # Whose turn it is, and how many wait for theirs: who asks the questions, and those that come meanwhile.
+        self.turn = asyncio.Lock()
+        self.waiting: int = 0
 
     @property
     def has_script(self) -> bool:

@@ -199,6 +199,28 @@ async def test_events_keep_their_order_while_settings_are_looked_for(
         await close(publisher)
 
 
+async def test_events_that_go_on_while_settings_are_looked_for_keep_their_order(
+    kind: Kind, valkey: Valkey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("relay.brokers.redis_target._LOOK_EVERY_S", 0.01)
+    with SyncRedis(port=valkey.port) as admin, admin.pubsub() as listener:
+        admin.delete("relay:settings")
+        listener.subscribe("to:other:order:e")
+        assert listener.get_message(timeout=10)
+        publisher = kind(valkey.url)
+        tasks: list[asyncio.Task[Any]] = []
+        for at in range(1000):
+            tasks.append(asyncio.create_task(publish(publisher, ("other:order", "e", at))))
+            if kind is Publisher:
+                await tasks[-1]
+            elif at % 2:
+                await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+        heard = [int((listener.get_message(timeout=10) or {})["data"]) for _ in tasks]
+        assert heard == list(range(1000))
+        await close(publisher)
+
+
 async def test_publisher_outlives_a_restart_of_redis(kind: Kind) -> None:
     with Valkey() as server:
         publisher = kind(server.url, redis=FAST)
