@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from relay import redis_url, runtime_dir
 from relay.brokers.cluster_commands import BlockingCluster, ClusterCommands
 from relay.brokers.redis_blocking import Ask, BlockingConnections
-from relay.brokers.redis_commands import FOR_PUBLISHERS, RedisCommands
+from relay.brokers.redis_commands import FOR_PUBLISHERS, RedisCommands, Turns
 from relay.brokers.redis_connection import Connections, LinkLost, RedisConnection, is_denied
 from relay.brokers.redis_target import QUESTIONS, Command, Outgoing, Published, Target
 from relay.config import EMBEDDED, Config
@@ -219,18 +219,14 @@ class AsyncPublisher(_Publisher):
 
     async def _ask_if_due(self, loop: "_Loop") -> None:
         """Ask the questions again where they are due; events that come meanwhile wait too, or they would overtake."""
-        is_due = not loop.waiting and self._target.take_due()
-        if not is_due and not loop.waiting:
+        is_due = not loop.turns.are_taken and self._target.take_due()
+        if not is_due and not loop.turns.are_taken:
             return
-        loop.waiting += 1
-        try:
-            async with loop.turn:
-                if is_due:
-                    asking = self._ask_questions(loop.commands)
-                    loop.asking = asyncio.create_task(asking, name="relay-publisher-questions")
-                    await asyncio.shield(loop.asking)
-        finally:
-            loop.waiting -= 1
+        async with loop.turns:
+            if is_due:
+                asking = self._ask_questions(loop.commands)
+                loop.asking = asyncio.create_task(asking, name="relay-publisher-questions")
+                await asyncio.shield(loop.asking)
 
     async def _ask_questions(self, commands: _Commands) -> None:
         replies = await commands.replies(QUESTIONS)
@@ -264,9 +260,7 @@ class _Loop:
         self.connections: _Prepared | None = connections
         self.commands: _Commands = commands
         self.asking: asyncio.Task[None] | None = None
-        # Whose turn it is, and how many wait for theirs: who asks the questions, and those that come meanwhile.
-        self.turn = asyncio.Lock()
-        self.waiting: int = 0
+        self.turns: Turns = Turns()
 
     @property
     def has_script(self) -> bool:

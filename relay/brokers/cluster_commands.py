@@ -16,7 +16,7 @@ import hiredis
 from relay import redis_url
 from relay.brokers.cluster_map import Endpoint, Row, SlotMap, read_isolation, read_redirect, read_rows, slot_of
 from relay.brokers.redis_blocking import Ask, BlockingConnections
-from relay.brokers.redis_commands import FOR_PUBLISHERS, RedisCommands
+from relay.brokers.redis_commands import FOR_PUBLISHERS, RedisCommands, Turns
 from relay.brokers.redis_connection import Connections, LinkLost, words
 from relay.config import SETTINGS_KEY
 from relay.errors import BusUnavailable
@@ -127,17 +127,22 @@ class ClusterCommands:
         self._address = address
         self._timeout_s = timeout_s
         self._routes = _Routes(address)
+        self._learning = Turns()
         self._nodes: dict[Endpoint, tuple[Connections, RedisCommands]] = {}
 
     async def connect(self) -> None:
-        """Learn who serves which slots, where that is not known. Raises BusUnavailable."""
-        if not self._routes.is_known:
-            await self._learn()
-            await self._prepare(self)
+        """Learn who serves which slots, where that is not known, in the order of the calls. Raises BusUnavailable."""
+        if self._routes.is_known and not self._learning.are_taken:
+            return
+        async with self._learning:
+            if not self._routes.is_known:
+                await self._learn()
+                await self._prepare(self)
 
     async def replies(self, commands: Sequence[Sequence[Any]]) -> list[Any]:
         """Send commands together and wait for all replies, errors among them. Raises BusUnavailable."""
-        await self.connect()
+        if not self._routes.is_known:
+            await self.connect()
         found: list[Any] = [None] * len(commands)
         which = list(range(len(commands)))
         for attempt in range(1, _ATTEMPTS + 1):

@@ -8,6 +8,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from types import TracebackType
 from typing import Any
 
 import hiredis
@@ -23,6 +24,33 @@ FOR_PUBLISHERS = "relay-publisher"
 
 _AGAIN_S = 0.05
 """Seconds before a command is sent a second time; before the third twice as many, and so on."""
+
+
+class Turns:
+    """A lock for what is to be done before something is sent: those that wait for it are not overtaken."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._taken = 0
+
+    @property
+    def are_taken(self) -> bool:
+        """Whether the lock is held or waited for: further ones have to wait behind them."""
+        return self._taken > 0
+
+    async def __aenter__(self) -> None:
+        self._taken += 1
+        try:
+            _ = await self._lock.acquire()
+        except BaseException:
+            self._taken -= 1
+            raise
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._taken -= 1
+        self._lock.release()
 
 
 class RedisCommands:
@@ -45,9 +73,7 @@ class RedisCommands:
         self._name = name
         self._attempts = attempts
         self._idle_s = idle_s
-        # Who waits for a connection, one after the other, and how many.
-        self._connecting = asyncio.Lock()
-        self._waiting = 0
+        self._connecting = Turns()
         self._connection: RedisConnection | None = None
         self._reader: asyncio.Task[None] | None = None
         self._unanswered: deque[asyncio.Future[Any]] = deque()
@@ -82,7 +108,7 @@ class RedisCommands:
 
     async def connect(self) -> None:
         """Connect now where there is no connection, in the order of the calls. Raises BusUnavailable."""
-        if self._usable() is None or self._waiting:  # else it would overtake those that wait
+        if self._usable() is None or self._connecting.are_taken:
             async with self._limited("no answer"):
                 _ = await self._connect()
 
@@ -103,7 +129,7 @@ class RedisCommands:
         for attempt in range(1, self._attempts + 1):
             replies: list[asyncio.Future[Any]] = []
             try:
-                connection = self._usable() or await self._connect()
+                connection = (None if self._connecting.are_taken else self._usable()) or await self._connect()
                 replies += (asyncio.get_running_loop().create_future() for _ in commands)
                 self._unanswered.extend(replies)
                 connection.write(packed([tuple(map(_argument, command)) for command in commands]))
@@ -136,17 +162,13 @@ class RedisCommands:
             _ = await asyncio.gather(self._reader, return_exceptions=True)
 
     async def _connect(self) -> RedisConnection:
-        self._waiting += 1
-        try:
-            async with self._connecting:
-                if self._connection is None:
-                    connection = await self._connections.open()
-                    self._unanswered = deque()
-                    self._connection = connection
-                    self._reader = asyncio.create_task(self._read(connection, self._unanswered), name=self._name)
-                return self._connection
-        finally:
-            self._waiting -= 1
+        async with self._connecting:
+            if self._connection is None:
+                connection = await self._connections.open()
+                self._unanswered = deque()
+                self._connection = connection
+                self._reader = asyncio.create_task(self._read(connection, self._unanswered), name=self._name)
+            return self._connection
 
     async def _read(self, connection: RedisConnection, unanswered: deque[asyncio.Future[Any]]) -> None:
         closed = "the publisher was closed" if self._name == FOR_PUBLISHERS else "the relay is stopping"

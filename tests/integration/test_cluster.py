@@ -269,6 +269,14 @@ async def test_publishers_append_to_histories(serve_relay: ServeRelay, connect: 
     with Publisher(cluster.url) as blocking:
         assert (await asyncio.to_thread(blocking.publish, topics[0], "tick", {"n": 1})).position
     await expect_all(client, [*events, events[0]])
+    many = [(topics[0], "tick", {"n": number}) for number in range(300)]
+    async with AsyncPublisher(cluster.url) as publisher:  # which connects while they come
+        tasks: list[asyncio.Task[Any]] = []
+        for event in many:
+            tasks.append(asyncio.create_task(publisher.publish(*event)))
+            await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+    await expect_all(client, many)
 
 
 async def expect_all(client: Client, events: Iterable[tuple[str, str, Any]]) -> None:
