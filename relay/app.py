@@ -20,7 +20,7 @@ from starlette.types import ASGIApp
 
 from relay.auth.api_key import ApiKeyAuth, api_key_from
 from relay.auth.authenticator import Authenticate
-from relay.auth.sealing import load_secret
+from relay.auth.sealing import secret_of
 from relay.brokers.base import Link
 from relay.channels.event_stream import EventStream
 from relay.channels.socket import Socket
@@ -126,7 +126,7 @@ class Relay:
             ApiKeyAuth(config, authenticates, loggers),
             NetworkAccess(config, authenticates),
             keys,
-            load_secret(config.auth.secret) if config.auth.secret else b"",
+            secret_of(config.auth.secret),
             authenticate,
         )
 

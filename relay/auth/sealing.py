@@ -17,6 +17,16 @@ _FILE_MAX_BYTES = 65_536
 _NONCE_BYTES = 12
 
 
+WORKERS_SECRET = "_RELAY_WORKERS_SECRET"
+"""The variable by which ``relay serve`` gives the relay in an application's workers a secret."""
+
+
+def secret_of(setting: str) -> bytes:
+    """The secret of all processes: of the setting, or made for these workers; else empty. Raises ConfigError."""
+    text = setting or os.environ.get(WORKERS_SECRET, "")
+    return load_secret(text) if text else b""
+
+
 def load_secret(text: str) -> bytes:
     """Read the setting ``auth.secret``: text, or ``file:`` with a path. Raises ConfigError, which repeats no secret."""
     data = text.strip().encode()

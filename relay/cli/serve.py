@@ -25,6 +25,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 from relay import runtime_dir
+from relay.auth.sealing import WORKERS_SECRET
 from relay.cli.greeting import greet, page_url, relays_in
 from relay.cli.options import ConfigFile, RedisUrl
 from relay.config import CONFIG_VARIABLE, EMBEDDED, Config
@@ -187,7 +188,7 @@ def _run(
     if file is not None:
         os.environ[CONFIG_VARIABLE] = str(file)
     if not settings.auth.secret and settings.workers > 1:  # by it the workers answer long polls for each other
-        os.environ[variable("auth.secret")] = secrets.token_hex(32)
+        os.environ[variable("auth.secret") if served is None else WORKERS_SECRET] = secrets.token_hex(32)
     with ExitStack() as stack:
         if served is None:  # a user's own app configures its relay
             read = load(file) if reload else None  # what stands there may change

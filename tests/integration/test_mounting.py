@@ -621,6 +621,17 @@ async def worker_and_path(server: AppServer, topic: str) -> tuple[str, str] | No
     return socket_id.split("-")[0], details["path"]
 
 
+async def test_workers_of_relay_serve_answer_long_polls_for_each_other(valkey: Valkey) -> None:
+    """Their parent makes the secret, as for a relay alone; the kernel gives a request to either worker."""
+    with AppServer("relay", APP, "--workers", "2", environ={"BUS": valkey.url}, ready="/relay/ready") as server:
+        for _ in range(3):
+            async with Poller.connect(f"{server.http}/relay/socket") as poller:
+                assert (await poller.push("1", "room:1", "phx_join", {}))["status"] == "ok"
+                for _ in range(8):
+                    assert (await poller.push("1", "room:1", "hello", {}))["status"] == "ok"
+        assert "auth.secret" not in server.output
+
+
 @pytest.mark.parametrize("name", ["uvicorn", "uvicorn with our class", "relay"])
 async def test_two_workers_share_the_bus(name: str, valkey: Valkey, redis: Redis) -> None:
     """Each worker has its own sockets; an event from Redis, or from the code of one, reaches those of both."""
