@@ -355,3 +355,7 @@ def _check_host(host: str | None, port: int | None) -> None:
             "expected one host; several Sentinels are redis+sentinel://host:port,host:port/master, and several nodes "
             "of a cluster redis+cluster://host:port,host:port"
         )
+    try:
+        _ = unquote(host or "").encode("idna")
+    except UnicodeError:
+        raise ValueError("expected a host without empty parts, and of 63 characters at most in each") from None

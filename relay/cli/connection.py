@@ -57,9 +57,10 @@ def base_url(settings: Config, url: str | None, name: str = "--url") -> str:
     scheme, _, rest = url.partition("://")
     try:
         parts = urlsplit(url)
-        is_wrong = scheme not in ("http", "https", "ws", "wss") or not parts.hostname or bool(parts.query)
-        _ = parts.port
-    except ValueError:  # a port that is no number
+        host = parts.hostname or ""
+        is_wrong = scheme not in ("http", "https", "ws", "wss") or not host or bool(parts.query or parts.fragment)
+        _ = parts.port, url.encode(), host.encode("idna")
+    except ValueError:  # a port that is no number, a host with an empty part
         is_wrong = True
     if is_wrong:
         raise ConfigError(f"{name}: {_FORM}, got {url!r}")

@@ -122,6 +122,8 @@ def test_option_is_documented(name: str) -> None:
         ("redis://h:port", "expected scheme://user:password@host:port"),
         ("redis://a:1,b:2", "expected scheme://user:password@host:port"),
         ("redis://a,b", "expected one host"),
+        ("redis://.example.org", "expected a host without empty parts"),
+        (f"redis://{'x' * 64}", "expected a host without empty parts, and of 63 characters"),
         ("redis://h?sentinel_password=x", "option sentinel_password: expected with redis+sentinel://"),
         ("redis+sentinel://h/m?socket_timeout=5s", "option socket_timeout: expected a number of seconds"),
         ("redis+sentinel://h/m?sentinel_timeout=5", "option sentinel_timeout: not known"),

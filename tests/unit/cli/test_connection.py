@@ -36,7 +36,9 @@ def test_socket_and_rest_interface_are_found_from_one_address(url: str | None, s
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:8000", "ftp://x", "http://", "http://x:y", "ws://x:y/socket", "http://x/?a=b"]
+    "url",
+    ["localhost:8000", "ftp://x", "http://", "http://x:y", "ws://x:y/socket", "http://x/?a=b", "http://x/#a"]
+    + ["http://.example.org", f"http://{'x' * 64}.org", "http://x/\udcff"],
 )
 def test_address_that_is_none_is_refused(url: str) -> None:
     for use in (base_url, socket_url):
