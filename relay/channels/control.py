@@ -33,6 +33,9 @@ _OWN_MAX, _APPLIED_MAX = 1000, 10_000
 _RECALL_PAUSES_S = (0.2, 1.0, 5.0, 15.0, 60.0)
 """Seconds between tries to ask other nodes for control messages that may have been missed."""
 
+_REPEAT_AFTER_S = 0.1
+"""Seconds before messages are sent again: after a restart of Redis all nodes ask, and one answer is for all."""
+
 
 class ControlMessage(msgspec.Struct, frozen=True, omit_defaults=True):
     """One control message. The node ``sender`` has applied it already to its own sockets."""
@@ -91,6 +94,7 @@ class ControlMessages:
         # When each was sent or applied first, in that order.
         self._own: dict[ControlMessage, float] = {}
         self._applied: dict[tuple[str, int], float] = {}
+        self._repeat_timer: asyncio.TimerHandle | None = None
 
     def send(
         self, action: Literal["disconnect", "kick"], user: str, topic: str = "", reason: str = ""
@@ -115,13 +119,18 @@ class ControlMessages:
         if message.sender == self._node:
             return  # it has come back to us
         if message.action == "recall":
-            self._repeat()
+            self._repeat_soon()
         elif message.action != "repeat" or key not in self._applied:
             self._applied[key] = self._clock() - message.age_s
             self._drop_old()
             self._apply(message)
 
+    def _repeat_soon(self) -> None:
+        if self._own and self._repeat_timer is None:
+            self._repeat_timer = asyncio.get_running_loop().call_later(_REPEAT_AFTER_S, self._repeat)
+
     def _repeat(self) -> None:
+        self._repeat_timer = None
         self._drop_old()
         now = self._clock()
         for message, at in self._own.items():
@@ -135,7 +144,7 @@ class ControlMessages:
         for pause_s in _RECALL_PAUSES_S:
             with suppress(BusUnavailable):
                 await self._publish(ControlMessage("recall", "", self._node))
-                self._repeat()
+                self._repeat_soon()
                 return
             await asyncio.sleep(pause_s)
 

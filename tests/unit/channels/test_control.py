@@ -50,6 +50,17 @@ def test_message_of_a_later_version_with_more_fields_is_understood() -> None:
     assert decode(data) == ControlMessage("disconnect", "alice", "n")
 
 
+@pytest.fixture(autouse=True)
+def repeats_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("relay.channels.control._REPEAT_AFTER_S", 0.0)
+
+
+async def recalled(node: ControlMessages) -> None:
+    """Have a node ask the others, and wait for their answers."""
+    await node.recall()
+    await asyncio.sleep(0.01)  # longer than any timer that is due at once
+
+
 class Bus:
     """Nodes with a clock of their own, and what they send to each other."""
 
@@ -90,11 +101,11 @@ async def test_node_that_has_missed_messages_is_sent_them_again_and_no_other_app
     await one.send("kick", "bob", "room:1")
     bus.deaf.clear()
     bus.now += 2.5
-    await two.recall()
+    await recalled(two)
     assert bus.seen("one") == bus.seen("three") == [("disconnect", "alice", ""), ("kick", "bob", "room:1")]
     assert bus.seen("two") == [("disconnect", "alice", ""), ("repeat", "bob", "room:1")]
     assert bus.applied["two"][-1].age_s == 2.5
-    await two.recall()
+    await recalled(two)
     assert [len(applied) for applied in bus.applied.values()] == [2, 2, 2]
 
 
@@ -111,7 +122,7 @@ async def test_old_messages_and_those_that_failed_are_not_sent_again() -> None:
     for number in range(1001):
         await one.send("disconnect", f"user {number}")
     bus.deaf.clear()
-    await two.recall()
+    await recalled(two)
     assert [message.user for message in bus.applied["two"]] == [f"user {number}" for number in range(1, 1001)]
 
 
@@ -122,10 +133,10 @@ async def test_node_that_is_back_last_sends_its_own_again() -> None:
     bus.deaf |= {"one", "two"}
     await one.send("disconnect", "alice")
     bus.deaf.remove("two")
-    await two.recall()
+    await recalled(two)
     assert bus.applied["two"] == []
     bus.deaf.clear()
-    await one.recall()
+    await recalled(one)
     assert bus.seen("two") == [("repeat", "alice", "")]
 
 
@@ -142,4 +153,15 @@ async def test_recall_waits_for_the_bus(monkeypatch: pytest.MonkeyPatch) -> None
     assert not recalling.done()
     bus.fault = None
     await recalling
+    await asyncio.sleep(0.01)
     assert bus.seen("two") == [("repeat", "alice", "")]
+
+
+async def test_answer_to_one_node_is_that_to_all_that_ask_meanwhile() -> None:
+    bus = Bus()
+    nodes = [bus.add(str(number)) for number in range(4)]
+    for user in ("alice", "bob"):
+        await nodes[0].send("disconnect", user)
+    await asyncio.gather(*(recalled(node) for node in nodes))
+    assert [message.action for message in bus.sent].count("recall") == 4
+    assert [message.user for message in bus.sent if message.action == "repeat"] == ["alice", "bob"]
