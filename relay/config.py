@@ -47,6 +47,9 @@ ANY_HOST = "*"
 SETTINGS_KEY = "relay:settings"
 """The key in Redis under which relays with histories say which topics have them."""
 
+_OWN_NAMES = (SETTINGS_KEY, "relay:presence", "relay:node:", "presence:nodes")
+"""Keys and channels of relay's own, or how they begin, besides ``redis.control_channel``."""
+
 _HOST_PATTERN = re.compile(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*", re.ASCII)
 
 _NOT_IN_HOST = re.compile(r"[/@\[\]\s]")
@@ -261,6 +264,10 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
                     )
             if redis.control_channel.startswith(prefix):
                 raise ValueError("redis.control_channel must not begin with redis.topic_prefix")
+            if own := next((name for name in _OWN_NAMES if name.startswith(prefix)), None):
+                raise ValueError(
+                    f"redis.topic_prefix = {prefix!r} would give a topic the name {own}, which is relay's own"
+                )
         if self.has_presence and self.broadcast_url and not self.broadcast_url.startswith("memory"):
             raise ValueError("presence needs Redis or memory://; set redis_url, or remove presence from [[topics]]")
         if self.broadcast_url.startswith("memory") and self.workers > 1:

@@ -258,6 +258,8 @@ def test_no_password_is_shown_by_the_settings() -> None:
         ({"redis": {"subscribe": "topic"}}, 'requires publish_form = "topic"'),
         ({"redis": {"publish_form": "topic", "to_prefix": "topic:to:"}}, "must not begin alike"),
         ({"redis": {"topic_prefix": "to:"}}, "must not begin alike"),
+        ({"redis": {"topic_prefix": "presence:"}}, "would give a topic the name presence:nodes"),
+        ({"redis": {"topic_prefix": "relay:", "control_channel": ""}}, "would give a topic the name relay:settings"),
         ({"redis": {"publish_form": "topic", "control_channel": "topic:control"}}, "must not begin with"),
         ({"broadcast_url": "memory://", "redis": {"publish_form": "topic"}}, "for Redis"),
     ],
