@@ -25,7 +25,7 @@ from relay.errors import RelayError
 from relay.permissions import Identity
 from relay.plugins.handlers import Handler, is_async
 from relay.protocol.payload import Payload, is_deeper
-from relay.protocol.topics import is_event
+from relay.protocol.topics import is_event, is_name
 
 
 class Refused(RelayError):
@@ -331,8 +331,9 @@ class Push(_WithUser, _WithPresence, _WithPayload):
 
         Args:   response: a JSON-serializable value; None is sent as ``{}``.
                 status: ``ok``, ``error``, or another status that the client handles.
-        Raises: TypeError: the response is not JSON-serializable.
+        Raises: TypeError: the response is not JSON-serializable; ValueError: ``status`` is no text of 1 to 255 bytes.
         """
+        _check_status(status)
         self.replied = True
         self._actions.reply(status, {} if response is None else response)
 
@@ -430,6 +431,11 @@ def check_event(event: str) -> None:
     """Check an event's name that a handler gives. Raises ValueError."""
     if not is_event(event):
         raise ValueError(f"expected an event of 1 to 255 bytes without colon, not phx_… or chan_reply_…, got {event!r}")
+
+
+def _check_status(status: object) -> None:
+    if not isinstance(status, str) or not is_name(status):
+        raise ValueError(f"status: expected text of 1 to 255 bytes without control characters, got {status!r:.100}")
 
 
 def to_response(answer: object) -> Payload | None:

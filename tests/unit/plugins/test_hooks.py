@@ -228,6 +228,15 @@ def test_push_may_be_answered_several_times_or_never() -> None:
     assert silent.replies == []
 
 
+@pytest.mark.parametrize("status", [404, None, "", "x" * 256, "é" * 128, "ok\n"])
+def test_status_that_no_frame_carries_is_refused_where_the_handler_gives_it(status: Any) -> None:
+    """Text frames carried some of them to clients, and bytes none: the reply was lost, and the client waited."""
+    pushed = Pushed()
+    with pytest.raises(ValueError, match="status: expected text of 1 to 255 bytes"):
+        pushed.push.reply(b"x", status)
+    assert not pushed.push.replied
+
+
 async def test_push_is_broadcast_to_all_or_to_all_others() -> None:
     pushed = Pushed()
     await pushed.push.broadcast("said", 1)
