@@ -14,11 +14,12 @@ import socket as sockets
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -39,6 +40,9 @@ _LOOK_S = 0.05
 
 _ORPHAN_MAX_S = 60.0
 """Seconds that a worker whose supervisor has ended may take to drain."""
+
+_FORCE_S = 1.0
+"""Seconds that Uvicorn's own shutdown has after a second Ctrl+C, which cuts it short where it can."""
 
 _END_TIMEOUT_S = 3.0
 """Seconds that a process has to end after its shutdown."""
@@ -87,6 +91,8 @@ class Server(uvicorn.Server):
         self._ending = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._should_exit = False
+        # Of what is under way and may hang: the start, which a signal limits, or the shutdown, which a second one does.
+        self._limit: asyncio.Timeout | None = None
         super().__init__(config)
         self.server_state: ServerState = _State(config)
 
@@ -99,9 +105,39 @@ class Server(uvicorn.Server):
     def should_exit(self, value: bool) -> None:
         """Say so; from any thread, and from a signal's handler."""
         self._should_exit = value
-        if value and self._loop is not None:
+        if value:
+            self._call(self._end)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take note of a signal; a second Ctrl+C limits what is under way."""
+        super().handle_exit(sig, frame)
+        if self.force_exit:
+            self._call(partial(self._limit_to, _FORCE_S))
+
+    def _call(self, function: Callable[[], object]) -> None:
+        if self._loop is not None:
             with suppress(RuntimeError):  # the loop is closed, so it has ended
-                self._loop.call_soon_threadsafe(self._ending.set)
+                self._loop.call_soon_threadsafe(function)
+
+    def _end(self) -> None:
+        self._ending.set()
+        if not self.started:
+            self._limit_to(self.config.timeout_graceful_shutdown or _FORCE_S)
+
+    def _limit_to(self, seconds: float) -> None:
+        if self._limit is not None:
+            self._limit.reschedule(asyncio.get_running_loop().time() + seconds)
+
+    async def _within_limit(self, work: Coroutine[Any, Any, None]) -> bool:
+        """Do what may hang in the application; False where it was given up."""
+        try:
+            async with asyncio.timeout(None) as self._limit:
+                await work
+        except TimeoutError:
+            return False
+        finally:
+            self._limit = None
+        return True
 
     async def startup(self, sockets: list[sockets.socket] | None = None) -> None:
         """Start as Uvicorn does, with a log that clients cannot flood."""
@@ -109,11 +145,17 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         self._loop.set_exception_handler(_exception_handler(log))
         logging.getLogger("uvicorn.error").addFilter(_Fewer(log))
+        if self._should_exit:  # since before there was a loop
+            self._call(self._end)
         try:
-            await super().startup(sockets)
+            is_complete = await self._within_limit(super().startup(sockets))
         finally:
             if not self.started:
                 self._end_later(STARTUP_FAILURE)
+        if not is_complete:
+            _logger.warning("ending before the application has started: its start hangs")
+            server_loggers(self.config).flush(at_once=True)
+            return
         self._listeners = [*self.servers, *(sockets or ())]
         # Modules and settings stay: later collections pass them over, which are most of what a small relay has.
         gc.collect()
@@ -139,7 +181,7 @@ class Server(uvicorn.Server):
         }
         while draining & self.server_state.connections and not self.force_exit:  # noqa: ASYNC110 - Uvicorn has no event
             await asyncio.sleep(_LOOK_S)
-        await super().shutdown(sockets)
+        await self._within_limit(super().shutdown(sockets))
         if self.force_exit:  # by a second Ctrl+C: Uvicorn leaves the application's end out, and so `on_shutdown`
             for connection in list(self.server_state.connections):
                 connection.transport.abort()  # else the application waits for them

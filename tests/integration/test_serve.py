@@ -528,6 +528,65 @@ async def test_nothing_is_left_when_it_ends(workers: int, number: signal.Signals
         assert announced(relay) == []
 
 
+_HANGS = """
+import asyncio
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from relay import Relay
+
+
+@asynccontextmanager
+async def lifespan(app):
+    if {at_start}:
+        print("hangs", flush=True)
+        await asyncio.sleep(3600)
+    print("runs", flush=True)
+    yield
+    print("hangs", flush=True)
+    await asyncio.sleep(3600)
+
+
+app = FastAPI(lifespan=lifespan)
+Relay(broadcast_url="memory://").install(app)
+"""
+
+
+@pytest.mark.parametrize(
+    ("at_start", "workers", "signals"),
+    [
+        pytest.param(True, 1, [signal.SIGTERM], id="start, SIGTERM"),
+        pytest.param(True, 1, [signal.SIGINT, signal.SIGINT], id="start, Ctrl-C twice"),
+        pytest.param(True, 2, [signal.SIGTERM], id="start, 2 workers, SIGTERM"),
+        pytest.param(False, 1, [signal.SIGTERM, signal.SIGINT], id="end, Ctrl-C after SIGTERM"),
+    ],
+)
+async def test_application_whose_start_or_end_hangs_is_ended(
+    at_start: bool, workers: int, signals: list[signal.Signals], tmp_path: Path
+) -> None:
+    """A database that does not answer, say; Uvicorn waits without a limit, and SIGKILL alone ended it."""
+    (tmp_path / "slow.py").write_text(_HANGS.format(at_start=at_start))
+    command = [sys.executable, "-m", "relay", "serve", "slow:app", "--port", "0", "--workers", str(workers)]
+    environ = {**os.environ, "RELAY_LIMITS__CLOSE_TIMEOUT_S": "0.2", "XDG_RUNTIME_DIR": str(tmp_path)}
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=tmp_path, env=environ, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
+    )
+    assert process.stdout is not None
+    try:
+        async with asyncio.timeout(20 * PATIENCE):
+            if not at_start:
+                assert await process.stdout.readuntil(b"runs\n")
+                process.send_signal(signals[0])
+            assert await process.stdout.readuntil(b"hangs\n")
+            for number in signals if at_start else signals[1:]:
+                process.send_signal(number)
+            assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
 _SAYS_ITS_END = """
 from relay import Plugin
 
