@@ -57,6 +57,9 @@ _FOUR_NUMBERS = re.compile(r"\d+(\.\d+){3}")
 
 _REDIS_SCHEMES = ("redis", "rediss", "unix", *SENTINEL_SCHEMES, *CLUSTER_SCHEMES)
 _REDIS_FORMS = 'redis://, rediss://, unix://, redis+sentinel://, redis+cluster://, or "embedded"'
+WORKERS_MAX = 1024
+"""Beyond it, a number of processes is more probably a port."""
+
 BROADCAST_SCHEMES = ("memory", "postgres", "postgresql", "kafka")
 """How ``broadcast_url`` may begin."""
 
@@ -68,7 +71,7 @@ class Config(BaseSettings, env_prefix=ENV_PREFIX, env_nested_delimiter="__", ext
         "127.0.0.1", description="address to listen on; other than loopback requires [auth], or allow_anonymous = true"
     )
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
-    workers: Positive = Field(1, description="number of processes")
+    workers: Positive = Field(1, le=WORKERS_MAX, description="number of processes")
     allow_anonymous: bool = Field(False, description="accept clients without a token, also from other machines")
     redis_url: str = Field("", repr=False, description=_REDIS_FORMS)
     broadcast_url: str = Field(

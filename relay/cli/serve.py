@@ -28,7 +28,7 @@ from relay import runtime_dir
 from relay.auth.sealing import WORKERS_SECRET
 from relay.cli.greeting import greet, page_url, relays_in
 from relay.cli.options import ConfigFile, RedisUrl
-from relay.config import CONFIG_VARIABLE, EMBEDDED, Config
+from relay.config import CONFIG_VARIABLE, EMBEDDED, WORKERS_MAX, Config
 from relay.config_sources import load, unread_file, variable
 from relay.errors import ConfigError
 from relay.extras import require
@@ -239,13 +239,15 @@ def _apply_web_concurrency(settings: Config) -> Config:
     """Take the number of workers from ``WEB_CONCURRENCY``, as Uvicorn and gunicorn do, where no setting says it.
 
     Platforms set it for every Python service; so it is passed over where the bus reaches one process only.
-    Raises: ConfigError: it is no number.
+    Raises: ConfigError: it is no such number.
     """
     text = os.environ.get("WEB_CONCURRENCY", "").strip()
     if "workers" in settings.model_fields_set or not text:
         return settings
-    if not text.isdecimal() or int(text) == 0:
-        raise ConfigError(f"environment: WEB_CONCURRENCY: expected a number of workers, 1 or more, got {text!r}")
+    if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= WORKERS_MAX:
+        raise ConfigError(
+            f"environment: WEB_CONCURRENCY: expected a number of workers, 1 to {WORKERS_MAX}, got {text!r:.60}"
+        )
     if settings.broadcast_url.startswith("memory"):
         return settings
     return settings.model_copy(update={"workers": int(text)})

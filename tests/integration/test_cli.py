@@ -436,12 +436,18 @@ def test_address_of_another_machine_is_said_of_the_host(run: Run, monkeypatch: p
     assert ran.err.startswith("relay: host: 192.0.2.1 is no address of this machine (")
 
 
-@pytest.mark.parametrize("value", ["two", "0", "-1", "1.5"])
+def test_number_of_workers_that_is_a_port_is_refused(run: Run) -> None:
+    ran = run("serve", "--workers", "8000")
+    said = "relay: command line: workers: expected less than or equal to 1024, got 8000\n"
+    assert (ran.code, ran.out, ran.err) == (2, "", said)
+
+
+@pytest.mark.parametrize("value", ["two", "0", "-1", "1.5", "8000", "9" * 5000])
 def test_web_concurrency_that_is_no_number_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("WEB_CONCURRENCY", value)
     ran = run("serve")
-    said = "relay: environment: WEB_CONCURRENCY: expected a number of workers, 1 or more, got "
-    assert (ran.code, ran.out, ran.err) == (2, "", f"{said}{value!r}\n")
+    said = "relay: environment: WEB_CONCURRENCY: expected a number of workers, 1 to 1024, got "
+    assert (ran.code, ran.out, ran.err) == (2, "", f"{said}{value!r:.60}\n")
 
 
 # Histories.
