@@ -65,10 +65,6 @@ def load_with_sources(
         config = Config(**merged)
     except ValidationError as error:
         raise ConfigError(*explain(error, sources)) from None
-    if not config.redis_url and not config.broadcast_url:
-        for name in (name for name in _BUSES if sources[1][1].get(name) == ""):
-            # A variable was not set where this one was made of it: on another bus no event would arrive.
-            raise ConfigError(f"environment: {variable(name)}: it is empty; set it, or remove it")
     return config, sources
 
 
@@ -81,6 +77,18 @@ def unread_file(path: str | Path | None) -> str | None:
     if path or os.environ.get(CONFIG_VARIABLE) or not Path(name).is_file():
         return None
     return f"{name} in this directory is not read; to use it, add --config {name}"
+
+
+def empty_bus(config: Config) -> str | None:
+    """Say that a variable for the bus is empty where no bus is named; None otherwise.
+
+    It was made of one that is not set, as in ``RELAY_REDIS_URL=$REDIS_URL``: on another bus no event would arrive.
+    """
+    if config.redis_url or config.broadcast_url:
+        return None
+    environment = {name.upper(): value for name, value in os.environ.items()}
+    names = [name for name in map(variable, _BUSES) if environment.get(name) == ""]
+    return f"{names[0]} is empty, so relay has no Redis of yours; set it, or remove it" if names else None
 
 
 def from_arguments(config: Config | str | None, settings: dict[str, Any]) -> Config:

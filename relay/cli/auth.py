@@ -22,9 +22,9 @@ from relay.cli.masking import mask_secrets
 from relay.cli.options import ConfigFile, RedisUrl
 from relay.cli.output import console, is_terminal, print_lines
 from relay.cli.topic_warnings import topic_facts, topic_warnings
-from relay.config import ANY_HOST, CONFIG_VARIABLE, EMBEDDED, SETTINGS_KEY, TOKEN_KEY_VARIABLE, Config, Exposure
+from relay.config import ANY_HOST, CONFIG_VARIABLE, EMBEDDED, TOKEN_KEY_VARIABLE, Config, Exposure
 from relay.config_sections import ENVELOPE_BYTES, AuthConfig, GrantConfig, Overflow, check_grant_pattern
-from relay.config_sources import load, unread_file
+from relay.config_sources import empty_bus, load, unread_file
 from relay.errors import ConfigError
 from relay.extras import require
 from relay.permissions import SUBJECT, Right, names_of, parse_claim
@@ -191,7 +191,8 @@ def check(
     warned += [("warning", f"plugin {each.name}: cannot be loaded: {each.fault}") for each in found if each.fault]
     found_out = ask_redis(settings, seconds) if connect else []
     warned += [(about, text) for about, text in found_out if about == "warning"]
-    unread = unread_file(config)
+    unread, unnamed = unread_file(config), empty_bus(settings)
+    warned += [("warning", unnamed)] if unnamed else []
     said = [
         *_facts(settings, keys),
         *topic_facts(settings),
@@ -474,9 +475,6 @@ def _contradictions(config: Config) -> Iterator[str]:
     for at, topic in enumerate(config.topics):
         if topic.notify_dropped and topic.overflow is Overflow.DISCONNECT:
             yield f'topics.{at}: notify_dropped has no effect with overflow = "disconnect": no event is dropped'
-    if config.has_history and SETTINGS_KEY.startswith(redis.topic_prefix):
-        name = SETTINGS_KEY.removeprefix(redis.topic_prefix)
-        yield f"redis.topic_prefix = {redis.topic_prefix!r}: topic {name!r} can have no history: its key is in use"
     yield from _never_used("topics", [topic.match for topic in config.topics])
     yield from _never_used("metrics.topics", config.metrics.topics)
     prefixes = [proxy.prefix.rstrip("/") for proxy in config.proxy]

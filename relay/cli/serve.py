@@ -29,7 +29,7 @@ from relay.auth.sealing import WORKERS_SECRET
 from relay.cli.greeting import greet, page_url, relays_in
 from relay.cli.options import ConfigFile, RedisUrl
 from relay.config import CONFIG_VARIABLE, EMBEDDED, WORKERS_MAX, Config
-from relay.config_sources import load, unread_file, variable
+from relay.config_sources import empty_bus, load, unread_file, variable
 from relay.errors import ConfigError
 from relay.extras import require
 from relay.service_links import log_service_links
@@ -97,8 +97,9 @@ def serve(
     logging.config.dictConfig(_logging(settings))
     log_service_links()
     settings.old_names.log()
-    if application is None and (unread := unread_file(config)):
-        _logger.warning(unread)
+    for fault in (unread_file(config), empty_bus(settings)):
+        if application is None and fault:
+            _logger.warning(fault)
     code, app = 0, None
     with ExitStack() as stack:
         stack.enter_context(_stop_on_sigterm())

@@ -186,6 +186,14 @@ def test_check_of_no_settings_says_that_all_is_open_on_this_machine(relay: Comma
     ]
 
 
+def test_check_warns_of_an_empty_variable_of_the_bus(monkeypatch: pytest.MonkeyPatch, relay: Command) -> None:
+    monkeypatch.setenv("RELAY_REDIS_URL", "")
+    code, out, _ = relay("check")
+    assert code == 1
+    said = [json.loads(line) for line in out.splitlines()]
+    assert any(each["about"] == "warning" and "RELAY_REDIS_URL is empty" in each["text"] for each in said)
+
+
 def test_check_says_that_a_file_of_settings_here_is_not_read(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -580,10 +588,6 @@ def test_check_refuses_a_plugin_that_cannot_be_imported(relay: Command, tmp_path
         ),
         ('[[proxy]]\nprefix = "/api"\ntarget = "http://h"', "proxy.0: /api hides the REST interface"),
         ('[plugins]\ndisabled = ["chta"]', "plugins.disabled: there is no plugin chta"),
-        (
-            '[redis]\ntopic_prefix = "relay:"\ncontrol_channel = "c"\n[[topics]]\nmatch = "*"\nhistory = {}',
-            "redis.topic_prefix = 'relay:': topic 'settings' can have no history",
-        ),
         (
             '[[topics]]\nmatch = "a"\noverflow = "latest"\nhistory = {}',
             'topics.0: overflow = "latest" drops events that the history has',

@@ -78,6 +78,11 @@ def test_file_of_settings_here_that_is_not_read_is_named(tmp_path: Path) -> None
         assert "relay.toml in this directory is not read; to use it, add --config relay.toml" in process.output
 
 
+def test_empty_variable_of_the_bus_is_named() -> None:
+    with RelayProcess(environ={"RELAY_REDIS_URL": ""}) as process:
+        assert "RELAY_REDIS_URL is empty, so relay has no Redis of yours; set it, or remove it" in process.output
+
+
 def test_greeting_of_a_relay_on_all_addresses_names_one_to_go_to() -> None:
     with RelayProcess("--host", "0.0.0.0", environ={"RELAY_ALLOW_ANONYMOUS": "true"}) as relay:
         assert relay.http.startswith("http://127.0.0.1:")
