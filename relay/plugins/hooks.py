@@ -24,7 +24,7 @@ import msgspec
 from relay.errors import RelayError
 from relay.permissions import Identity
 from relay.plugins.handlers import Handler, is_async
-from relay.protocol.payload import Payload, is_deeper
+from relay.protocol.payload import NESTING_MAX, Payload, is_deeper
 from relay.protocol.topics import is_event, is_name
 
 
@@ -119,10 +119,6 @@ class _WithPayload:
                 raise InvalidPayload(self, f"nested deeper than {NESTING_MAX} levels")
             self._decoded = decoded
         return self._decoded
-
-
-NESTING_MAX = 256
-"""Levels of lists and objects that a handler may read: what it then builds of them Python can write again."""
 
 
 class SocketInfo(NamedTuple):

@@ -21,10 +21,10 @@ import msgspec
 from relay.config_webhooks import WebhookConfig
 from relay.errors import ConfigError, Reason
 from relay.plugins import Plugin
-from relay.plugins.hooks import NESTING_MAX, InvalidPayload, Join, Leave, Push, Refused
+from relay.plugins.hooks import InvalidPayload, Join, Leave, Push, Refused
 from relay.plugins.webhook_client import WebhookClient, WebhookError
 from relay.plugins.webhook_signature import read_secret
-from relay.protocol.payload import as_json, is_deeper
+from relay.protocol.payload import NESTING_MAX, as_json, is_deeper
 from relay.proxy_headers import origin_of
 from relay.telemetry import Telemetry
 

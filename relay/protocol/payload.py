@@ -133,6 +133,10 @@ _STEPS = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
 
 
+NESTING_MAX = 256
+"""Levels of lists and objects that a handler may read: what it then builds of them Python can write again."""
+
+
 def is_deeper(data: bytes, most: int) -> bool:
     """Say whether JSON has lists and objects in more than so many levels, in linear time."""
     if data.count(b"[") + data.count(b"{") <= most:

@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeAlias
 
 import msgspec
 
-from relay.protocol.payload import Payload
+from relay.protocol.payload import NESTING_MAX, Payload, is_deeper
 from relay.protocol.topics import is_name
 
 STATE_EVENT, DIFF_EVENT, COUNT_EVENT = "presence_state", "presence_diff", "presence_count"
@@ -73,7 +73,7 @@ def is_key(key: str) -> bool:
 def is_member(key: str, meta: msgspec.Raw) -> bool:
     """Whether another program may list this; the meta is JSON, or would be if it is UTF-8."""
     data = bytes(meta)
-    return is_key(key) and data.startswith(b"{") and is_utf8(data)
+    return is_key(key) and data.startswith(b"{") and is_utf8(data) and not is_deeper(data, NESTING_MAX)
 
 
 def is_utf8(data: bytes) -> bool:
@@ -88,8 +88,10 @@ def is_utf8(data: bytes) -> bool:
 def clean_meta(data: bytes) -> bytes | None:
     """A meta without members whose names begin with ``phx_ref``, which are the protocol's.
 
-    Returns: None for what is no object, or holds something that Python cannot read, such as ``1e999``.
+    Returns: None for what is no object, or holds something that Python cannot read, such as ``1e999``, or too deeply.
     """
+    if is_deeper(data, NESTING_MAX):
+        return None
     try:
         members = _decode_object(data)
         _ = msgspec.json.decode(data)

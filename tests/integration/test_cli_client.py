@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, Self
 from urllib.request import Request, urlopen
+from uuid import uuid4
 
 import pytest
 import redis
@@ -226,25 +227,26 @@ def shown(it: Listening) -> list[Any]:
 
 
 def test_listen_begins_with_the_last_events_or_behind_a_position(valkey: Valkey) -> None:
+    topic = f"room:{uuid4().hex}"
     with RelayProcess("--redis-url", valkey.url, environ=HISTORY) as relay:
-        post(relay, "room:1", {"n": 1}, [2], {"n": 3}, "four")
-        listed = run("listen", "room:1", "--url", relay.ws, "--last", "3", "--count", "3")
+        post(relay, topic, {"n": 1}, [2], {"n": 3}, "four")
+        listed = run("listen", topic, "--url", relay.ws, "--last", "3", "--count", "3")
         assert (listed.returncode, listed.stderr) == (0, "")
         events = [json.loads(line) for line in listed.stdout.splitlines()]
         assert [event["payload"] for event in events] == [[2], {"n": 3}, "four"]
         assert [event["position"].partition("-")[2] for event in events] == ["2", "3", "4"]
         since = events[0]["position"]
-        with listening(relay, "room:1", "--since", since, "--count", "4") as it:
+        with listening(relay, topic, "--since", since, "--count", "4") as it:
             wait_for(lambda: len(it.output.splitlines()) == 2, "the missed events")
-            publish_to(valkey.url, "to:room:1:live", b'{"n":5}')
-            publish_to(valkey.url, "to:room:1:live", b"6")
+            publish_to(valkey.url, f"to:{topic}:live", b'{"n":5}')
+            publish_to(valkey.url, f"to:{topic}:live", b"6")
             assert it.end(code=0) == ""
             assert [event["payload"] for event in shown(it)] == [{"n": 3}, "four", {"n": 5}, 6]
             assert ["position" in event for event in shown(it)] == [True, True, False, False]
-        post(relay, "room:1", *range(10))
-        with listening(relay, "room:1", "--since", since, "--count", "1", terminal=True) as it:
-            post(relay, "room:1", {"n": 7})
-            assert "relay: room:1: not recovered: history expired; events may be missing\n" in it.end(code=0)
+        post(relay, topic, *range(10))
+        with listening(relay, topic, "--since", since, "--count", "1", terminal=True) as it:
+            post(relay, topic, {"n": 7})
+            assert f"relay: {topic}: not recovered: history expired; events may be missing\n" in it.end(code=0)
             assert '{"n": 7} 1' in re.sub("\x1b\\[[0-9;]*m", "", it.output)
         with listening(relay, "other:1", "--last", "1", "--count", "1") as it:
             publish_to(valkey.url, "to:other:1:live", b"{}")

@@ -155,7 +155,10 @@ def test_other_keys_are_accepted(key: str) -> None:
     assert list(as_seen({"1": Member("1", key, b"{}")})) == [key]
 
 
-@pytest.mark.parametrize("meta", [b"[]", b"1", b'"x"', b"null"])
+DEEP = b'{"a":' + b"[" * 256 + b"]" * 256 + b"}"
+
+
+@pytest.mark.parametrize("meta", [b"[]", b"1", b'"x"', b"null", DEEP])
 def test_member_of_another_program_needs_an_object(meta: bytes) -> None:
     assert not is_member("ada", msgspec.Raw(meta))
 
@@ -166,7 +169,8 @@ def test_meta_keeps_numbers_and_nested_objects_and_loses_reserved_names() -> Non
 
 
 @pytest.mark.parametrize(
-    "meta", [b"", b"[]", b"1", b"null", b'{"a":}', b"\xff", b'{"a":' + b"[" * 100_000, b'{"\xff":1}', b'{"n":1e999}']
+    "meta",
+    [b"", b"[]", b"1", b"null", b'{"a":}', b"\xff", b'{"a":' + b"[" * 100_000, b'{"\xff":1}', b'{"n":1e999}', DEEP],
 )
 def test_meta_that_is_no_object_or_cannot_be_read_is_refused(meta: bytes) -> None:
     assert clean_meta(meta) is None
