@@ -162,9 +162,9 @@ async def test_all_nodes_are_replaced_one_by_one(
             await asyncio.gather(*(asyncio.to_thread(node.ask, "CLIENT", "KILL", "TYPE", kind) for node in new))
         await stream.until_told(TOPICS, before)
         assert {each.port for each in masters(stream)} == {node.port for node in new}
-        assert {each.port for each in broker_of(stream).map.replicas} == {node.port for node in cluster.nodes} - {
-            node.port for node in new
-        }
+        replicas = {node.port for node in cluster.nodes} - {node.port for node in new}
+        # A node leaves out a replica that it takes for failing, on a slow machine say.
+        await eventually(lambda: {each.port for each in broker_of(stream).map.replicas} == replicas, "all replicas")
 
 
 # Masters.
