@@ -57,6 +57,7 @@ _FOUR_NUMBERS = re.compile(r"\d+(\.\d+){3}")
 
 _REDIS_SCHEMES = ("redis", "rediss", "unix", *SENTINEL_SCHEMES, *CLUSTER_SCHEMES)
 _REDIS_FORMS = 'redis://, rediss://, unix://, redis+sentinel://, redis+cluster://, or "embedded"'
+
 WORKERS_MAX = 1024
 """Beyond it, a number of processes is more probably a port."""
 

@@ -313,9 +313,8 @@ class AuthConfig(Table):
     @classmethod
     def _is_long_enough(cls, secret: str) -> str:
         if secret and not secret.startswith("file:"):
-            _ = check_secret(secret)
-        if secret and not secret.startswith("file:") and len(secret.strip().encode()) < SECRET_MIN_BYTES:
-            raise ValueError(f"expected {SECRET_MIN_BYTES} bytes at least; `openssl rand -hex 32` makes some")
+            if len(check_secret(secret).strip().encode()) < SECRET_MIN_BYTES:
+                raise ValueError(f"expected {SECRET_MIN_BYTES} bytes at least; `openssl rand -hex 32` makes some")
         return secret
 
     @field_validator("jwks_url")

@@ -144,9 +144,8 @@ class Node:
         )
         self._runner = runner = HandlerRunner(config.plugins.timeout_s, telemetry, hooks, owner)
         self.pubsub: PubSub = PubSub(config, self.broker, self.hub, runner, telemetry)
-        self._control = control.ControlMessages(
-            self.name, self.pubsub.publish_control_message, lambda message: self._apply_control(message)
-        )
+        publish = self.pubsub.publish_control_message
+        self._control = control.ControlMessages(self.name, publish, self._apply_control)
         self.pubsub.on_control = self._control.receive
         self.pubsub.after_gap.append(lambda: self.pubsub.spawn(self._control.recall()))
         self._verifier = _make_verifier(components)

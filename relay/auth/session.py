@@ -18,12 +18,8 @@ import msgspec
 from relay.auth.authenticator import Authenticator
 from relay.errors import AuthenticationError, CloseCode, Reason, close_reason
 from relay.permissions import Identity, Right
-from relay.protocol import topics
 from relay.protocol.payload import Payload
 from relay.protocol.state import ChannelsProtocol, Subscription
-
-RENEWAL = topics.RENEWAL
-"""The event that renews, and the key in its payload, or in a join's params, under which the new token stands."""
 
 Decision: TypeAlias = Callable[[], Coroutine[None, None, Reason | None]]
 """Says why a join is refused, or None. No coroutine yet: one that is never awaited is a warning."""

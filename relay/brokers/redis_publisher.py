@@ -352,7 +352,7 @@ class Publisher:
         self._unsent.clear()
         self._outgoing.clear()
         failed = (*self._unanswered, *self._refused, *self._behind)
-        self._unanswered, self._refused, self._behind, self._bytes = deque(), [], [], 0
+        self._unanswered, self._refused, self._behind, self._sent_last, self._bytes = deque(), [], [], None, 0
         for sent in failed:
             if not sent.channel:
                 sent.future.cancel()

@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 from relay.auth.authenticator import Authenticator
-from relay.auth.session import RENEWAL, Decision, explain, tokens_in
+from relay.auth.session import Decision, explain, tokens_in
 from relay.brokers.base import Place
 from relay.channels import client_events, groups, replay
 from relay.channels.actions import ChannelActions, ChannelPushActions
@@ -42,6 +42,7 @@ from relay.protocol.payload import EMPTY, Payload, add_members, encode_payload
 from relay.protocol.presence import EVENT_PREFIX, as_params, is_key, presence_meta
 from relay.protocol.serializer import Ref, Version
 from relay.protocol.state import ChannelsProtocol, Join, Leave, Push, Subscription
+from relay.protocol.topics import RENEWAL
 from relay.tracing import Trace
 from relay.transports.base import Transport
 
@@ -432,8 +433,7 @@ class Channel(Subscription):
 
     def push(self, push: "Push[Channel]") -> Continuation:
         """Pass a push on to handlers, or to the broker, and answer it; later in the coroutine that is returned."""
-        socket, topic = self._socket, self.topic
-        pubsub = socket.services.pubsub
+        socket, topic, pubsub = self._socket, self.topic, self._socket.services.pubsub
         socket.count_push()
         if push.event == RENEWAL:
             return self._renew(push)  # whatever becomes of it: push handlers and subscribers may not see a token

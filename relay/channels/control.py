@@ -29,6 +29,7 @@ RECALL_S = 300.0
 """Seconds for which a control message is sent again to nodes that may have missed it."""
 
 _OWN_MAX, _APPLIED_MAX = 1000, 10_000
+"""Most messages that are kept meanwhile: of this node, and of all others."""
 
 _RECALL_PAUSES_S = (0.2, 1.0, 5.0, 15.0, 60.0)
 """Seconds between tries to ask other nodes for control messages that may have been missed."""

@@ -127,11 +127,12 @@ def load_plugins(config: PluginsConfig, builtins: tuple[Plugin, ...] = (), last:
 
 def check_plugins(plugins: object) -> None:
     """Check what an application gives as ``extra_plugins``. Raises TypeError."""
-    given = plugins if isinstance(plugins, tuple | list) else (plugins,)
-    if given is plugins and all(isinstance(plugin, Plugin) for plugin in given):
-        return
-    wrong = next((plugin for plugin in given if not isinstance(plugin, Plugin)), plugins)
-    raise TypeError(f"extra_plugins: expected objects of the class Plugin in a tuple, (plugin,), got {wrong!r:.200}")
+    wrong: list[object] = [plugins]
+    if isinstance(plugins, tuple | list):
+        wrong = [each for each in plugins if not isinstance(each, Plugin)]
+    if wrong:
+        text = "extra_plugins: expected objects of the class Plugin in a tuple, (plugin,)"
+        raise TypeError(f"{text}, got {wrong[0]!r:.200}")
 
 
 def _check_others(found: list[PluginInfo], config: PluginsConfig) -> None:

@@ -73,11 +73,10 @@ def is_key(key: str) -> bool:
 def is_member(key: str, meta: msgspec.Raw) -> bool:
     """Whether another program may list this; the meta is JSON, or would be if it is UTF-8."""
     data = bytes(meta)
-    return is_key(key) and data.startswith(b"{") and is_utf8(data) and not is_deeper(data, NESTING_MAX)
+    return is_key(key) and data.startswith(b"{") and _is_utf8(data) and not is_deeper(data, NESTING_MAX)
 
 
-def is_utf8(data: bytes) -> bool:
-    """Whether these bytes are text."""
+def _is_utf8(data: bytes) -> bool:
     try:
         _ = data.decode()
     except UnicodeDecodeError:

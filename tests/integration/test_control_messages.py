@@ -378,13 +378,13 @@ async def send(action: str, served: Served, other: Served, topic: str = "room:1"
     """Send a control message, and wait until it has come to where the decision is."""
     messages: list[Any] = []
     node = served.relay.node
-    carry_out = node._apply_control
+    carry_out = node._control._apply
 
     def note(message: Any) -> None:
         messages.append(message)
         carry_out(message)
 
-    node._apply_control = note  # type: ignore[method-assign]
+    node._control._apply = note
     if action == "rest":
         async with httpx.AsyncClient(trust_env=False, headers={"X-API-Key": "k" * 16}) as api:
             assert (await api.delete(f"{other.http}/api/users/alice")).status_code == 204
@@ -396,7 +396,7 @@ async def send(action: str, served: Served, other: Served, topic: str = "room:1"
     else:
         await other.relay.kick(topic, user="alice")
     await eventually(lambda: messages, "the control message to arrive")
-    node._apply_control = carry_out  # type: ignore[method-assign]
+    node._control._apply = carry_out
 
 
 def slow_join(gate: Gate) -> Plugin:

@@ -9,12 +9,12 @@ import msgspec
 import pytest
 
 from relay.auth.authenticator import Authenticator
-from relay.auth.session import RENEWAL
 from relay.brokers.base import Event, Link
 from relay.config_sections import Direction
 from relay.errors import IN_FLIGHT_FULL, SUBSCRIPTION_ENDED, AuthenticationError, CloseCode, Reason
 from relay.permissions import ALL, Grant, Identity, Right, Rights
 from relay.plugins.hooks import Hook, Hooks, Join, Leave, Push, Refused
+from relay.protocol.topics import RENEWAL
 from tests.support.transport import Client, FakeBroker, FakeNode
 
 OK: list[Any] = ["ok", {}]

@@ -164,7 +164,9 @@ async def test_all_nodes_are_replaced_one_by_one(
         assert {each.port for each in masters(stream)} == {node.port for node in new}
         replicas = {node.port for node in cluster.nodes} - {node.port for node in new}
         # A node leaves out a replica that it takes for failing, on a slow machine say.
-        await eventually(lambda: {each.port for each in broker_of(stream).map.replicas} == replicas, "all replicas")
+        found = broker_of(stream).map
+        # Longer than relay waits between two looks.
+        await eventually(lambda: {each.port for each in found.replicas} == replicas, "all replicas", 40)
 
 
 # Masters.
